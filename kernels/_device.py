@@ -1,0 +1,75 @@
+"""Device helpers that several kernels share: ordered keys, the k-th largest key, keeping exactly k of them."""
+import triton
+import triton.language as tl
+
+KEY_MAX = tl.constexpr(2**31 - 1)  # every NaN
+INF_KEY = tl.constexpr(0x7F800000)
+# Below the key of every number, also once shifted: lanes outside the row; masked entries are one above.
+ABSENT = tl.constexpr(-(2**31))
+
+
+@triton.jit
+def ordered_key(x):
+    """fp32 -> int32 with the same order; -0 equals +0, every NaN is KEY_MAX."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(x != x, KEY_MAX, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0) with NaN kept."""
+    return tl.where((x > 0) | (x != x), x, 0.0)
+
+
+@triton.jit
+def load_key(
+    score_ptr, mask_ptr, weight_ptr,  # row pointers: [F], [F] or unused, [F] or unused
+    cols, present, stride_f, stride_mf, stride_wf,
+    MAGNITUDE: tl.constexpr, RELU: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """Keys of one tile of a row, as int32 shifted right by SHIFT (see _tuning.key_shift); lanes that are not `present` are ABSENT."""
+    score = tl.load(score_ptr + cols * stride_f, mask=present, other=0.0).to(tl.float32)
+    if MAGNITUDE:
+        score = tl.abs(score)
+    if RELU:
+        score = relu(score)
+    if HAS_WEIGHT:
+        score = score * tl.load(weight_ptr + cols * stride_wf, mask=present, other=0.0).to(tl.float32)
+    key = ordered_key(score) >> SHIFT
+    if HAS_MASK:
+        key = tl.where(tl.load(mask_ptr + cols * stride_mf, mask=present, other=0) != 0, key, (ABSENT >> SHIFT) + 1)
+    return tl.where(present, key, ABSENT >> SHIFT)
+
+
+@triton.jit
+def middle(lo, hi):
+    """ceil((lo + hi) / 2) without overflow."""
+    return (lo | hi) - ((lo ^ hi) >> 1)
+
+
+@triton.jit
+def kth_largest(key, lo, hi, k):
+    """A t in [lo, hi] with count(key > t) < k <= count(key >= t), given count(key >= lo) >= k and hi >= max(key)."""
+    while lo < hi:
+        mid = middle(lo, hi)
+        count = tl.sum((key >= mid).to(tl.int32), axis=0)
+        lo = tl.where(count >= k, mid, lo)
+        # an exact count ends the search: everything from mid up is the answer
+        hi = tl.where(count == k, mid, tl.where(count > k, hi, mid - 1))
+    return lo
+
+
+@triton.jit
+def keep_first(key, cut, quota):
+    """Mask of the keys above `cut` and the first `quota` equal to it, and each kept lane's position among them.
+
+    One scan serves both: the high half counts keys above, the low half keys equal, hence at most 32,768 lanes.
+    """
+    tl.static_assert(key.shape[0] <= 32768)
+    above = (key > cut).to(tl.int32)
+    equal = (key == cut).to(tl.int32)
+    scan = tl.cumsum((above << 16) | equal, axis=0)
+    equal_rank = scan & 0xFFFF
+    keep = (above == 1) | ((equal == 1) & (equal_rank <= quota))
+    return keep, (scan >> 16) + tl.minimum(equal_rank, quota) - 1

@@ -1,0 +1,91 @@
+"""Launch configurations: a deterministic function of shapes and dtype, each with its reason.
+
+Nothing here reads the device or the clock, so two processes never choose differently.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+
+# Share of stored entries above which the operations on codes densify and use GEMMs instead. Sparse work costs two
+# gathers per entry where a GEMM costs d multiply-adds at the matrix units' rate.
+DENSE_SHARE = {"cpu": 0.06, "cuda": 0.02}
+
+MAX_TILE = 8192  # lanes of one tile: 32 registers per thread at 8 warps
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def key_shift(dtype: torch.dtype) -> int:
+    """Low bits of an fp32 key that carry no order for values of ``dtype``: fewer rounds, fewer digits."""
+    return {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
+
+
+def num_warps(lanes: int) -> int:
+    """32 lanes a thread at most: beyond it the keys of a tile no longer fit the registers."""
+    return 8 if lanes > 4096 else 4
+
+
+class Groups(NamedTuple):
+    """Group size of the group-maxima theorem, and the tiles that follow from it."""
+
+    size: int  # G, latents of a group
+    count: int  # ceil(F / G)
+    block: int  # latents of one streaming tile
+
+
+def _balanced_size(num_latents: float, k: float) -> int:
+    """G near sqrt(F / k) balances the two stages; F / G >= 4 k keeps the second to a quarter of the first at most."""
+    size = 1 << max(round(math.log2(max(num_latents / k, 1)) / 2), 0)
+    while size > 1 and num_latents < 4 * k * size:
+        size //= 2
+    return size
+
+
+def batch_groups(rows: int, num_latents: int, total: int) -> Groups | None:
+    """Groups for ``total`` entries of a whole matrix, each inside one row and one tile; None: too many to pay."""
+    block = stream_block(num_latents)
+    size = min(_balanced_size(num_latents, total / rows), block)
+    return None if size == 1 else Groups(size, -(-num_latents // size), block)
+
+
+def row_groups(num_latents: int, k: int) -> Groups | None:
+    """Groups for k entries of a row; None when a stage would not fit one tile."""
+    size = _balanced_size(num_latents, k)
+    while -(-num_latents // size) > MAX_TILE:
+        size *= 2
+    if size == 1 or next_power_of_2(k) * size > MAX_TILE:
+        return None
+    return Groups(size, -(-num_latents // size), stream_block(num_latents, size))
+
+
+def stream_block(num_latents: int, at_least: int = 1) -> int:
+    """Tile of a streaming pass: 16 bytes a thread and several loads in flight, no wider than the row needs."""
+    return max(min(next_power_of_2(num_latents), 4096), at_least, 16)
+
+
+def is_dense(entries: int, rows: int, columns: int, device_type: str) -> bool:
+    """Whether ``entries`` codes of a (rows, columns) matrix are better densified and multiplied by GEMMs."""
+    return entries > DENSE_SHARE.get(device_type, DENSE_SHARE["cuda"]) * rows * columns
+
+
+def decode_block(width: int) -> int:
+    """Columns of a decoder tile: one tile up to 1024, so that a row's indices are read once for common widths."""
+    return max(min(next_power_of_2(width), 1024), 16)
+
+
+def decode_warps(block: int) -> int:
+    """8 columns a thread, one 16-byte load of 16-bit weights: 2 to 4 warps at common widths."""
+    return min(max(block // 256, 1), 4)
+
+
+ENTRIES_IN_FLIGHT = 4  # independent row loads of the decoder's inner loop; more buys registers, not latency
+SPLIT_LATENT = 128  # entries of one latent beyond which its gradient is summed by several programs
+NORM_CANDIDATES = 1024  # entries at which norm matching leaves the stream and finishes in registers
+
+
+def is_wide(*extents: int) -> bool:
+    """Whether offsets inside one row pass 31 bits (a transposed matrix: F times its stride)."""
+    return any(extent >= 2**31 for extent in extents)

@@ -1,0 +1,140 @@
+"""Gradients of the sparse decode: of the values row by row, of the weight latent by latent.
+
+Math      grad_values[n] = <grad[row], weight[index]>; grad_weight[f] = sum over f's entries of value * grad[row]
+Grid      values: (B,); weight: (F, cdiv(D, BLOCK_D)), after (chunks, cdiv(D, BLOCK_D)) for latents with many entries
+Traffic   values: N*D*s_w + B*D*s_g; weight: N*D*s_g + F*D*s_w written
+Numerics  fp32 accumulation in fixed order, no atomics: bitwise reproducible
+Source    -
+"""
+import torch
+import triton
+import triton.language as tl
+
+from . import _tuning
+
+
+@triton.jit
+def _values_kernel(
+    grad_ptr, indices_ptr, offsets_ptr, weight_ptr, out_ptr,  # [B, D], [N] int32, [B + 1] int64, [F, D] in; [N] out
+    D, stride_gb, stride_wf, stride_wd, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """One row: its gradient against the weight rows of its entries, BLOCK_N at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.load(offsets_ptr + row)
+    end = tl.load(offsets_ptr + row + 1)
+    while start < end:
+        entry = start + tl.arange(0, BLOCK_N)
+        latent = tl.load(indices_ptr + entry, mask=entry < end, other=0).to(tl.int64)
+        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for tile in range(0, tl.cdiv(D, BLOCK_D)):
+            offs_d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+            grad = tl.load(grad_ptr + row * stride_gb + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+            at = latent[:, None] * stride_wf + offs_d.to(tl.int64)[None, :] * stride_wd
+            both = (entry < end)[:, None] & (offs_d < D)[None, :]
+            weight = tl.load(weight_ptr + at, mask=both, other=0.0).to(tl.float32)
+            acc += weight * grad[None, :]
+        tl.store(out_ptr + entry, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=entry < end)
+        start += BLOCK_N
+
+
+@triton.jit
+def _weighted_rows(
+    acc, grad_ptr, values_ptr, rows_ptr, positions_ptr, entry, end, offs_d, mask_d, stride_gb, IN_FLIGHT: tl.constexpr
+):
+    """acc plus the sum of value * grad[row] over entries [entry, end), in order."""
+    while entry < end:
+        for step in tl.static_range(IN_FLIGHT):
+            present = entry + step < end
+            row = tl.load(rows_ptr + entry + step, mask=present, other=0).to(tl.int64)
+            position = tl.load(positions_ptr + entry + step, mask=present, other=0)
+            value = tl.load(values_ptr + position, mask=present, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptr + row * stride_gb + offs_d, mask=mask_d & present, other=0.0)
+            acc += value * grad.to(tl.float32)
+        entry += IN_FLIGHT
+    return acc
+
+
+@triton.jit
+def _chunk_kernel(
+    grad_ptr, values_ptr, offsets_ptr, chunks_ptr, rows_ptr, positions_ptr,  # chunks [F + 1] int64, exclusive counts
+    partial_ptr,  # [chunks, D] out, fp32
+    F, D, stride_gb, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
+):
+    """One tile of one chunk of a latent that has more than SPLIT entries; finds its latent by bisection."""
+    chunk = tl.program_id(0).to(tl.int64)
+    if chunk < tl.load(chunks_ptr + F):
+        lo = tl.full((), 0, tl.int32)  # chunks[lo] <= chunk < chunks[hi]
+        hi = lo + F
+        while hi - lo > 1:
+            mid = (lo + hi) // 2
+            before = tl.load(chunks_ptr + mid) <= chunk
+            lo = tl.where(before, mid, lo)
+            hi = tl.where(before, hi, mid)
+        first = tl.load(offsets_ptr + lo) + (chunk - tl.load(chunks_ptr + lo)) * SPLIT
+        end = tl.minimum(first + SPLIT, tl.load(offsets_ptr + lo + 1))
+        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        acc = _weighted_rows(tl.zeros((BLOCK_D,), tl.float32), grad_ptr, values_ptr, rows_ptr, positions_ptr,
+                             first, end, offs_d, offs_d < D, stride_gb, IN_FLIGHT)
+        tl.store(partial_ptr + chunk * D + offs_d, acc, mask=offs_d < D)
+
+
+@triton.jit
+def _weight_kernel(
+    grad_ptr, values_ptr, offsets_ptr, chunks_ptr, rows_ptr, positions_ptr, partial_ptr,
+    out_ptr,  # [F, D] out
+    D, stride_gb, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
+):
+    """One tile of one latent: the sum over its entries, or over its chunks' partial sums where it was split."""
+    latent = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    chunk = tl.load(chunks_ptr + latent)
+    last = tl.load(chunks_ptr + latent + 1)
+    if chunk == last:
+        acc = _weighted_rows(acc, grad_ptr, values_ptr, rows_ptr, positions_ptr, tl.load(offsets_ptr + latent),
+                             tl.load(offsets_ptr + latent + 1), offs_d, mask_d, stride_gb, IN_FLIGHT)
+    while chunk < last:
+        acc += tl.load(partial_ptr + chunk * D + offs_d, mask=mask_d, other=0.0)
+        chunk += 1
+    tl.store(out_ptr + latent * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
+
+
+def launch_values(grad, values, indices, offsets, weight):
+    """(N,); see ``reference.decode_backward_values``."""
+    rows, width = grad.shape
+    out = torch.zeros_like(values)
+    if rows and out.numel():
+        block = min(_tuning.decode_block(width), 512)
+        _values_kernel[(rows,)](
+            grad, indices, offsets, weight, out,
+            D=width, stride_gb=grad.stride(0), stride_wf=weight.stride(0), stride_wd=weight.stride(1),
+            BLOCK_N=_tuning.ENTRIES_IN_FLIGHT, BLOCK_D=block, num_warps=4,
+        )
+    return out
+
+
+def launch_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):
+    """(F, D) in ``dtype``; see ``reference.decode_backward_weight``."""
+    num_latents, width = latent_offsets.numel() - 1, grad.shape[1]
+    out = grad.new_empty(num_latents, width, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    split, block = _tuning.SPLIT_LATENT, _tuning.decode_block(width)
+    entries = latent_offsets.diff()
+    chunks = torch.zeros_like(latent_offsets)
+    chunks[1:] = torch.where(entries > split, (entries + split - 1) // split, 0).cumsum(0)
+    most = 2 * values.numel() // split  # a split latent has more than `split` entries: at most twice as many chunks
+    partial = torch.empty(most, width, dtype=torch.float32, device=grad.device)
+    common = dict(D=width, stride_gb=grad.stride(0), BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT,
+                  num_warps=_tuning.decode_warps(block))
+    tiles = triton.cdiv(width, block)
+    if most:
+        _chunk_kernel[(most, tiles)](
+            grad, values, latent_offsets, chunks, latent_rows, latent_positions, partial,
+            F=num_latents, SPLIT=split, **common,
+        )
+    _weight_kernel[(num_latents, tiles)](
+        grad, values, latent_offsets, chunks, latent_rows, latent_positions, partial, out, **common
+    )
+    return out

@@ -1,0 +1,48 @@
+"""The operations on codes as GEMMs, for codes too dense for gathers. Torch only, any device, any back end.
+
+The same results as the sparse versions up to the order of summation; ``_tuning.is_dense`` says when they win.
+"""
+import torch
+from torch import Tensor
+
+
+def rows_of(offsets: Tensor, entries: int) -> Tensor:
+    """The row (N,) int64 of each entry; entries that belong to no row get row B."""
+    return torch.searchsorted(offsets[1:], torch.arange(entries, device=offsets.device), right=True)
+
+
+def to_dense(values: Tensor, indices: Tensor, offsets: Tensor, num_latents: int) -> Tensor:
+    """(B, F) without a host read: entries that belong to no row land in a row that is cut off."""
+    rows = rows_of(offsets, values.numel())
+    dense = values.new_zeros(offsets.numel(), num_latents)
+    dense.view(-1)[rows * num_latents + indices] = values
+    return dense[:-1]
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(a.dtype, b.dtype)
+    if wide in (torch.bfloat16, torch.float16) and dtype != wide:
+        wide = torch.float32  # a 16-bit GEMM would round its result once more
+    return (a.to(wide) @ b.to(wide)).to(dtype)
+
+
+def decode(values, indices, offsets, weight, bias, dtype, *_by_latent):
+    """(B, D); see ``reference.decode``."""
+    if bias is None:
+        return _product(to_dense(values, indices, offsets, weight.shape[0]), weight, dtype)
+    wide = torch.promote_types(torch.promote_types(values.dtype, weight.dtype), torch.float32)
+    out = _product(to_dense(values, indices, offsets, weight.shape[0]), weight, wide)
+    return (out + bias.to(wide)).to(dtype)
+
+
+def decode_backward_values(grad, values, indices, offsets, weight):
+    """(N,); see ``reference.decode_backward_values``."""
+    rows = rows_of(offsets, values.numel())
+    product = _product(grad, weight.T, torch.promote_types(values.dtype, torch.float32))
+    product = torch.cat([product, product.new_zeros(1, weight.shape[0])])
+    return product.view(-1)[rows * weight.shape[0] + indices].to(values.dtype)
+
+
+def decode_backward_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):
+    """(F, D); see ``reference.decode_backward_weight``."""
+    return _product(to_dense(values[latent_positions], latent_rows, latent_offsets, grad.shape[0]), grad, dtype)

@@ -1,0 +1,311 @@
+"""The contract of every operation: schema, dispatch by back end, fake and gradient. Imports torch only.
+
+An operation lives once in ``torch.library`` under ``sae_engine::``; its last argument names the back end, so the
+choice is visible to the compiler and never guessed from the device. The implementation is imported when it is
+first called, which is why a machine without Triton can import this file. ``reference.py`` says what each means.
+"""
+import functools
+import importlib
+
+import torch
+from torch import Tensor
+
+from . import _tuning
+
+BACKENDS = ("triton", "torch", "reference")
+
+_library = torch.library.Library("sae_engine", "DEF")
+ops = torch.ops.sae_engine
+
+
+@functools.cache
+def _implementation(name: str, launcher: str, backend: str):
+    if backend == "triton":
+        stem, function = launcher.split(".")
+    else:
+        stem, function = {"torch": "torch_backend"}.get(backend, backend), name
+    return getattr(importlib.import_module(f".{stem}", __package__), function)
+
+
+def _is_dense(name: str, args: tuple) -> bool:
+    """Whether an operation on codes does better as a GEMM: decided by shapes alone, hence alike on every run."""
+    if name == "decode":
+        values, _, offsets, weight = args[:4]
+        rows, columns = offsets.numel() - 1, weight.shape[0]
+    elif name == "decode_backward_values":
+        grad, values, _, _, weight = args[:5]
+        rows, columns = grad.shape[0], weight.shape[0]
+    elif name == "decode_backward_weight":
+        grad, values, latent_offsets = args[:3]
+        rows, columns = grad.shape[0], latent_offsets.numel() - 1
+    else:
+        return False
+    return _tuning.is_dense(values.numel(), rows, columns, values.device.type)
+
+
+def _run(name: str, launcher: str, *args):
+    *args, backend = args
+    if backend != "reference" and _is_dense(name, args):
+        return _implementation(name, "", "densified")(*args)
+    return _implementation(name, launcher, backend)(*args)
+
+
+def _define(signature: str, launcher: str):
+    """Registers ``signature`` (its `str backend` is appended) and returns the decorator for its fake."""
+    name, arguments = signature.split("(", 1)
+    _library.define(f"{name}({arguments.replace(') ->', ', str backend) ->', 1)}")
+    _library.impl(name, functools.partial(_run, name, launcher), "CompositeExplicitAutograd")
+    return torch.library.register_fake(f"sae_engine::{name}", lib=_library)
+
+
+def _differentiable(name: str, setup_context, backward) -> None:
+    torch.library.register_autograd(f"sae_engine::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def _once_differentiable(name: str) -> None:
+    """Marks a gradient as final: differentiating it again raises, where it would otherwise return zeros."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"sae_engine::{name} is itself a gradient and cannot be differentiated again")
+
+    _differentiable(name, lambda ctx, inputs, output: None, backward)
+
+
+def _sizes(count: int | None):
+    """The number of entries that a data-dependent rule stores: its capacity, or unknown until it has run."""
+    return torch.library.get_ctx().new_dynamic_size() if count is None else count
+
+
+def _rows(pre: Tensor, count):
+    indices = pre.new_empty(count, dtype=torch.int32)
+    return pre.new_empty(count), indices, pre.new_empty(pre.shape[0] + 1, dtype=torch.int64)
+
+
+def uniform_offsets(rows: int, k: int, device: torch.device) -> Tensor:
+    """Offsets (rows + 1,) of rows that hold ``k`` entries each."""
+    return torch.arange(rows + 1, dtype=torch.int64, device=device) * k
+
+
+# --- topk: k entries of each row -----------------------------------------------------------------------------------
+
+
+@_define(
+    "topk(Tensor pre, Tensor? score, Tensor? mask, SymInt k, bool magnitude, bool relu) -> (Tensor, Tensor)",
+    "row_topk.launch",
+)
+def _(pre, score, mask, k, magnitude, relu, backend):
+    values, indices, _ = _rows(pre, pre.shape[0] * k)
+    return values, indices
+
+
+def _topk_context(ctx, inputs, output):
+    pre, _, mask, ctx.k, _, ctx.relu, ctx.backend = inputs
+    values, indices = output
+    ctx.rows, ctx.num_latents = pre.shape
+    gate = values if ctx.relu else None if mask is None else mask
+    ctx.save_for_backward(indices, gate)
+    ctx.set_materialize_grads(False)
+
+
+def _topk_backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 7
+    indices, gate = ctx.saved_tensors
+    offsets = uniform_offsets(ctx.rows, ctx.k, indices.device)
+    if ctx.relu:
+        grad = torch.where(gate <= 0, 0.0, grad)
+    elif gate is not None:
+        allowed = gate.expand(ctx.rows, ctx.num_latents).gather(1, indices.view(ctx.rows, ctx.k).long())
+        grad = torch.where(allowed.flatten(), grad, 0.0)
+    return ops.to_dense(grad, indices, offsets, ctx.num_latents, ctx.backend), *(None,) * 6
+
+
+_differentiable("topk", _topk_context, _topk_backward)
+
+# --- batch_topk: `total` entries of the whole matrix ---------------------------------------------------------------
+
+
+@_define("batch_topk(Tensor pre, Tensor? mask, SymInt total) -> (Tensor, Tensor, Tensor)", "batch_topk.launch")
+def _(pre, mask, total, backend):
+    return _rows(pre, total)
+
+
+def _compressed_context(ctx, inputs, output):
+    ctx.backend, ctx.num_latents = inputs[-1], inputs[0].shape[1]
+    values, indices, offsets = output[:3]
+    ctx.save_for_backward(values, indices, offsets)
+    ctx.set_materialize_grads(False)
+
+
+def _compressed_grad(ctx, grad):
+    """d(pre) of a rule that stores relu(pre): stored zeros pass nothing."""
+    values, indices, offsets = ctx.saved_tensors
+    if grad is None:
+        return None
+    return ops.to_dense(torch.where(values <= 0, 0.0, grad), indices, offsets, ctx.num_latents, ctx.backend)
+
+
+_differentiable("batch_topk", _compressed_context, lambda ctx, grad, *_: (_compressed_grad(ctx, grad), None, None, None))
+
+# --- norm_match: the prefix of each row whose norm is nearest to a target ------------------------------------------
+
+
+@_define(
+    "norm_match(Tensor pre, Tensor target_norm, Tensor? weight_norm, SymInt? capacity)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "norm_match.launch",
+)
+def _(pre, target_norm, weight_norm, capacity, backend):
+    return *_rows(pre, _sizes(capacity)), pre.new_empty((), dtype=torch.int64)
+
+
+_differentiable("norm_match", _compressed_context, lambda ctx, grad, *_: (_compressed_grad(ctx, grad), *(None,) * 4))
+
+# --- threshold: entries above theta --------------------------------------------------------------------------------
+
+
+@_define(
+    "threshold(Tensor pre, Tensor theta, Tensor? floor, SymInt? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    "threshold.launch",
+)
+def _(pre, theta, floor, capacity, backend):
+    return *_rows(pre, _sizes(capacity)), pre.new_empty((), dtype=torch.int64)
+
+
+def _threshold_context(ctx, inputs, output):
+    pre, theta, floor, _, ctx.backend = inputs
+    values, indices, offsets, _ = output
+    ctx.num_latents = pre.shape[1]
+    windowed = floor is not None
+    # The estimator of theta's gradient needs pre where the stored value is 0: pre itself is alive, a copy is not.
+    ctx.save_for_backward(values, indices, offsets, *((pre, theta, floor) if windowed else ()))
+    ctx.set_materialize_grads(False)
+
+
+def _threshold_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 5
+    values, indices, offsets, *window = ctx.saved_tensors
+    grad_theta = None
+    kept = grad
+    if window:
+        kept = torch.where(values == 0, 0.0, grad)
+        if ctx.needs_input_grad[1]:
+            grad_theta = _rectangle_gradient(ctx, grad, indices, offsets, *window)
+    return ops.to_dense(kept, indices, offsets, ctx.num_latents, ctx.backend), grad_theta, None, None, None
+
+
+def _rectangle_gradient(ctx, grad, indices, offsets, pre, theta, floor):
+    """d(theta) = -(theta / bandwidth) * sum of grad over entries with |pre - theta| < bandwidth / 2 (methods: JumpReLU)."""
+    half = theta - floor
+    distance = ops.gather(pre, indices, offsets, ctx.backend).to(theta.dtype) - theta[indices.long()]
+    inside = torch.where(distance.abs() < half[indices.long()], grad.to(theta.dtype), 0.0)
+    latent_offsets, rows, positions = ops.by_latent(indices, offsets, ctx.num_latents, ctx.backend)
+    ones = inside.new_ones(offsets.numel() - 1, 1)
+    summed = ops.decode_backward_weight(ones, inside, latent_offsets, rows, positions, theta.dtype, ctx.backend)
+    return -(theta / (2 * half)) * summed[:, 0]
+
+
+_differentiable("threshold", _threshold_context, _threshold_backward)
+
+# --- decode: each row's weighted sum of weight rows ----------------------------------------------------------------
+
+
+@_define(
+    "decode(Tensor values, Tensor indices, Tensor offsets, Tensor weight, Tensor? bias, ScalarType dtype,"
+    " Tensor? latent_offsets, Tensor? latent_rows, Tensor? latent_positions) -> Tensor",
+    "decode.launch",
+)
+def _(values, indices, offsets, weight, bias, dtype, latent_offsets, latent_rows, latent_positions, backend):
+    return weight.new_empty((offsets.shape[0] - 1, weight.shape[1]), dtype=dtype)
+
+
+@_define(
+    "decode_backward_values(Tensor grad, Tensor values, Tensor indices, Tensor offsets, Tensor weight) -> Tensor",
+    "backward.launch_values",
+)
+def _(grad, values, indices, offsets, weight, backend):
+    return torch.empty_like(values)
+
+
+@_define(
+    "decode_backward_weight(Tensor grad, Tensor values, Tensor latent_offsets, Tensor latent_rows,"
+    " Tensor latent_positions, ScalarType dtype) -> Tensor",
+    "backward.launch_weight",
+)
+def _(grad, values, latent_offsets, latent_rows, latent_positions, dtype, backend):
+    return grad.new_empty((latent_offsets.shape[0] - 1, grad.shape[1]), dtype=dtype)
+
+
+def _decode_context(ctx, inputs, output):
+    values, indices, offsets, weight, bias, _, *by_latent, ctx.backend = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(values, indices, offsets, weight, *by_latent)
+
+
+def _decode_backward(ctx, grad):
+    values, indices, offsets, weight, *by_latent = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_values = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_values = ops.decode_backward_values(grad, values, indices, offsets, weight, ctx.backend)
+    if ctx.needs_input_grad[3]:
+        if by_latent[0] is None:
+            by_latent = ops.by_latent(indices, offsets, weight.shape[0], ctx.backend)
+        grad_weight = ops.decode_backward_weight(grad, values, *by_latent, weight.dtype, ctx.backend)
+    if ctx.needs_input_grad[4]:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad_bias = grad.sum(0, dtype=wide).to(ctx.bias_dtype)
+    return grad_values, None, None, grad_weight, grad_bias, *(None,) * 5
+
+
+_differentiable("decode", _decode_context, _decode_backward)
+_once_differentiable("decode_backward_values")
+_once_differentiable("decode_backward_weight")
+
+# --- to_dense and gather: codes to a matrix, a matrix at the codes -------------------------------------------------
+
+
+@_define(
+    "to_dense(Tensor values, Tensor indices, Tensor offsets, SymInt num_latents) -> Tensor", "dense.launch_to_dense"
+)
+def _(values, indices, offsets, num_latents, backend):
+    return values.new_empty((offsets.shape[0] - 1, num_latents))
+
+
+@_define("gather(Tensor dense, Tensor indices, Tensor offsets) -> Tensor", "dense.launch_gather")
+def _(dense, indices, offsets, backend):
+    return dense.new_empty(indices.shape[0])
+
+
+def _to_dense_context(ctx, inputs, output):
+    _, indices, offsets, _, ctx.backend = inputs
+    ctx.save_for_backward(indices, offsets)
+
+
+def _gather_context(ctx, inputs, output):
+    dense, indices, offsets, ctx.backend = inputs
+    ctx.num_latents = dense.shape[1]
+    ctx.save_for_backward(indices, offsets)
+
+
+_differentiable(
+    "to_dense",
+    _to_dense_context,
+    lambda ctx, grad: (ops.gather(grad, *ctx.saved_tensors, ctx.backend), None, None, None, None),
+)
+_differentiable(
+    "gather",
+    _gather_context,
+    lambda ctx, grad: (ops.to_dense(grad, *ctx.saved_tensors, ctx.num_latents, ctx.backend), None, None, None),
+)
+
+# --- by_latent: rows -> latents, once per step ---------------------------------------------------------------------
+
+
+@_define(
+    "by_latent(Tensor indices, Tensor offsets, SymInt num_latents) -> (Tensor, Tensor, Tensor)", "dense.launch_by_latent"
+)
+def _(indices, offsets, num_latents, backend):
+    latent_offsets = offsets.new_empty(num_latents + 1)
+    return latent_offsets, torch.empty_like(indices), indices.new_empty(indices.shape[0], dtype=torch.int64)

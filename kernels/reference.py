@@ -1,0 +1,158 @@
+"""What every operation means, in plain PyTorch, written to be read. Slow, any device, fp64 included.
+
+Shapes: ``pre`` is (B, F). Compressed rows are ``values`` (N,), ``indices`` (N,) int32 and ``offsets`` (B + 1,)
+int64; row b owns entries ``offsets[b]:offsets[b + 1]``, indices ascending. With a ``capacity`` the arrays are
+that long, whatever lies past ``offsets[-1]`` belongs to no row, and ``required`` says how many entries there were.
+"""
+import torch
+from torch import Tensor
+
+
+def ordered_keys(x: Tensor) -> Tensor:
+    """Integers that sort as ``x`` does: -0 equals +0, every NaN ties above +Inf."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    top = torch.iinfo(integer).max
+    bits = (x + 0.0).view(integer)
+    return torch.where(x.isnan(), top, bits ^ ((bits >> (8 * x.element_size() - 1)) & top))
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0) with NaN kept and -0 turned into +0."""
+    return torch.where((x > 0) | x.isnan(), x, 0.0)
+
+
+def eligible(mask: Tensor | None, pre: Tensor) -> Tensor:
+    """The mask, (F,) or (B, F), as (B, F); no mask makes every entry eligible."""
+    return torch.ones_like(pre, dtype=torch.bool) if mask is None else mask.expand(pre.shape)
+
+
+def ranking(score: Tensor, mask: Tensor) -> Tensor:
+    """int64 keys of ``score``; masked entries tie below everything, -Inf included."""
+    return torch.where(mask, ordered_keys(score).long(), torch.iinfo(torch.int64).min)
+
+
+def first_k(keys: Tensor, k: int) -> Tensor:
+    """Positions of the ``k`` largest keys of each row in ascending order; ties go to the lowest position."""
+    return keys.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
+
+
+def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitude: bool, apply_relu: bool):
+    """The k entries of each row that rank first. Returns values (B*k,), indices (B*k,)."""
+    mask = eligible(mask, pre)
+    by = pre.abs() if magnitude else pre if score is None else score
+    kept = first_k(ranking(by, mask), k)
+    values = torch.where(mask, relu(pre) if apply_relu else pre, 0.0).gather(1, kept)
+    return values.flatten(), kept.flatten().int()
+
+
+def batch_topk(pre: Tensor, mask: Tensor | None, total: int):
+    """The ``total`` entries of the whole matrix with the largest relu(pre)."""
+    mask = eligible(mask, pre)
+    kept = torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device)
+    kept[first_k(ranking(relu(pre), mask).flatten(), total)] = True
+    return compress(torch.where(mask, relu(pre), 0.0), kept.view(pre.shape))
+
+
+def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, capacity: int | None):
+    """The prefix of each row, ranked by relu(pre) * weight_norm, whose norm lies nearest to ``target_norm``."""
+    wide = torch.float64 if pre.dtype == torch.float64 else torch.float32
+    score = relu(pre).to(wide)
+    if weight_norm is not None:
+        score = score * weight_norm.to(wide)
+    target = target_norm.double()
+    order = ordered_keys(score).sort(dim=-1, descending=True, stable=True).indices
+    energy = score.gather(1, order).double().square().cumsum(-1)
+    count = (energy.sqrt() - target[:, None]).abs().argmin(-1) + 1
+    positive = (score > 0) | score.isnan()
+    count = torch.where(target >= energy[:, -1].sqrt(), pre.shape[1], count)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(pre.shape[1], device=pre.device).expand_as(order))
+    return with_capacity(*compress(relu(pre), (rank < count[:, None]) & positive), capacity)
+
+
+def threshold(pre: Tensor, theta: Tensor, floor: Tensor | None, capacity: int | None):
+    """Entries above theta (F,); with ``floor`` every entry above it is stored, and those up to theta as 0."""
+    wide = pre.to(theta.dtype)
+    kept = (wide > (theta if floor is None else floor)) | pre.isnan()
+    values = torch.where((wide > theta) | pre.isnan(), pre, 0.0)
+    return with_capacity(*compress(values, kept), capacity)
+
+
+def compress(dense: Tensor, kept: Tensor):
+    """The kept entries of ``dense`` (B, F) as compressed rows."""
+    offsets = torch.zeros(dense.shape[0] + 1, dtype=torch.int64, device=dense.device)
+    offsets[1:] = kept.sum(1).cumsum(0)
+    return dense[kept], kept.nonzero()[:, 1].int(), offsets
+
+
+def with_capacity(values: Tensor, indices: Tensor, offsets: Tensor, capacity: int | None):
+    """Pads or cuts compressed rows to ``capacity`` entries; appends the number that was required."""
+    required = offsets[-1].clone()
+    if capacity is None:
+        return values, indices, offsets, required
+    extra = max(capacity - values.numel(), 0)
+    values, indices = (torch.cat([t, t.new_zeros(extra)])[:capacity] for t in (values, indices))
+    return values, indices, offsets.clamp(max=capacity), required
+
+
+def rows_of(offsets: Tensor, n: int) -> Tensor:
+    """The row of each of ``n`` entries; entries past ``offsets[-1]`` get row B."""
+    return torch.searchsorted(offsets[1:].contiguous(), torch.arange(n, device=offsets.device), right=True)
+
+
+def to_dense(values: Tensor, indices: Tensor, offsets: Tensor, num_latents: int) -> Tensor:
+    """(B, F): the values at their places, 0 elsewhere."""
+    dense = values.new_zeros(offsets.numel() - 1, num_latents)
+    rows = rows_of(offsets, values.numel())
+    owned = rows < dense.shape[0]
+    dense[rows[owned], indices.long()[owned]] = values[owned]
+    return dense
+
+
+def gather(dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+    """(N,): ``dense`` (B, F) read at each entry, 0 for entries that belong to no row."""
+    rows = rows_of(offsets, indices.numel())
+    owned = rows < dense.shape[0]
+    out = dense.new_zeros(indices.numel())
+    out[owned] = dense[rows[owned], indices.long()[owned]]
+    return out
+
+
+def by_latent(indices: Tensor, offsets: Tensor, num_latents: int):
+    """The entries turned around: latent_offsets (F + 1,), then rows and positions sorted by (latent, row)."""
+    rows = rows_of(offsets, indices.numel())
+    latents = torch.where(rows < offsets.numel() - 1, indices.long(), num_latents)
+    latents, positions = latents.sort(stable=True)
+    bounds = torch.arange(num_latents + 1, device=indices.device)
+    return torch.searchsorted(latents, bounds), rows[positions].int(), positions
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 when an input is, otherwise fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def decode(
+    values: Tensor, indices: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *_by_latent
+) -> Tensor:
+    """(B, D): each row's sum of value * weight[index], plus bias."""
+    wide = accumulation_dtype(values, weight)
+    out = to_dense(values, indices, offsets, weight.shape[0]).to(wide) @ weight.to(wide)
+    return (out if bias is None else out + bias.to(wide)).to(dtype)
+
+
+def decode_backward_values(grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """(N,): each entry's inner product of its row of ``grad`` (B, D) and its row of ``weight`` (F, D)."""
+    wide = accumulation_dtype(grad, weight)
+    return gather(grad.to(wide) @ weight.to(wide).T, indices, offsets).to(values.dtype)
+
+
+def decode_backward_weight(
+    grad: Tensor, values: Tensor, latent_offsets: Tensor, rows: Tensor, positions: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(F, D): each latent's sum of value * grad[row] over its entries."""
+    wide = accumulation_dtype(grad, values)
+    out = grad.new_zeros(latent_offsets.numel() - 1, grad.shape[1], dtype=wide)
+    latents = rows_of(latent_offsets, positions.numel())
+    owned = latents < out.shape[0]
+    terms = values[positions].to(wide)[:, None] * grad.to(wide)[rows.long().clamp(max=max(grad.shape[0] - 1, 0))]
+    return out.index_add_(0, latents[owned], terms[owned]).to(dtype)

@@ -1,0 +1,144 @@
+"""Row top-k: the k entries of each row that rank first under (key descending, index ascending).
+
+Math      a row's top-k lies inside its k groups of G latents that rank first under (group maximum, group index)
+Grid      (B,); one program owns one row
+Traffic   reads B*F*s once, then k*G candidates and F/G maxima a row; writes B*k*(s + 4)
+Numerics  exact, ties to the lowest index, NaN above +Inf; no floating-point arithmetic on the values
+Source    Gao et al. 2024, arXiv:2406.04093 (TopK); group maxima: see kernels/README.md
+"""
+import torch
+import triton
+import triton.language as tl
+
+from . import _tuning
+from ._compact import compact
+from ._device import ABSENT, KEY_MAX, keep_first, kth_largest, load_key, middle, relu
+
+
+@triton.jit
+def _row_topk_kernel(
+    score_ptr,      # [B, F] in: what ranks
+    pre_ptr,        # [B, F] in: what is kept
+    mask_ptr,       # [F] or [B, F] in, bool, or unused
+    scratch_ptr,    # [B, NG + KP] scratch, int32: group maxima, then the chosen groups
+    values_ptr,     # [B, K] out
+    indices_ptr,    # [B, K] out, int32, ascending
+    F, NG, K, stride_sb, stride_sf, stride_pb, stride_pf, stride_mb, stride_mf,
+    MAGNITUDE: tl.constexpr, RELU: tl.constexpr, HAS_MASK: tl.constexpr, SHIFT: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, NGP: tl.constexpr, KP: tl.constexpr,
+):
+    """One row: stream it once for its group maxima, choose k groups, choose k of their entries."""
+    row = tl.program_id(0).to(tl.int64)
+    score_ptr += row * stride_sb
+    pre_ptr += row * stride_pb
+    if HAS_MASK:
+        mask_ptr += row * stride_mb
+    scratch_ptr += row * (NG + KP)
+    lowest = ABSENT >> SHIFT
+
+    for tile in range(0, tl.cdiv(F, BLOCK)):
+        cols = tile * BLOCK + tl.arange(0, BLOCK)
+        at = cols.to(tl.int64) if WIDE else cols
+        key = load_key(score_ptr, mask_ptr, score_ptr, at, cols < F, stride_sf, stride_mf, 0,
+                       MAGNITUDE, False, HAS_MASK, False, SHIFT)
+        groups = tile * (BLOCK // G) + tl.arange(0, BLOCK // G)
+        tl.store(scratch_ptr + groups, tl.max(tl.reshape(key, (BLOCK // G, G)), axis=1), mask=groups < NG)
+    tl.debug_barrier()  # the maxima are read back by other lanes
+
+    groups = tl.arange(0, NGP)  # [NGP]
+    key = tl.load(scratch_ptr + groups, mask=groups < NG, other=lowest)
+    k_groups = tl.minimum(K, NG)
+    top = tl.max(key, axis=0)
+    cut = kth_largest(key, lowest + top * 0, top, k_groups)
+    keep, position = keep_first(key, cut, k_groups - tl.sum((key > cut).to(tl.int32), axis=0))
+    tl.store(scratch_ptr + NG + position, groups, mask=keep)
+    tl.debug_barrier()
+
+    slot = tl.arange(0, KP * G)  # [KP * G], candidates in ascending column order
+    chosen = tl.load(scratch_ptr + NG + slot // G, mask=slot // G < k_groups, other=0)
+    cols = chosen * G + slot % G
+    present = (slot // G < k_groups) & (cols < F)
+    at = cols.to(tl.int64) if WIDE else cols
+    key = load_key(score_ptr, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
+                   MAGNITUDE, False, HAS_MASK, False, SHIFT)
+    # k groups reach `cut`, hence so do k entries; with fewer groups than k nothing is known
+    cut = kth_largest(key, tl.where(NG < K, lowest, cut), top, K)
+    keep, position = keep_first(key, cut, K - tl.sum((key > cut).to(tl.int32), axis=0))
+    value = tl.load(pre_ptr + at * stride_pf, mask=present, other=0.0)
+    if RELU:
+        value = relu(value.to(tl.float32)).to(value.dtype)
+    if HAS_MASK:
+        value = tl.where(key == lowest + 1, 0.0, value.to(tl.float32)).to(value.dtype)
+    tl.store(indices_ptr + row * K + position, cols, mask=keep)
+    tl.store(values_ptr + row * K + position, value, mask=keep)
+
+
+@triton.jit
+def _row_cut_kernel(
+    score_ptr,  # [B, F] in
+    mask_ptr,   # [F] or [B, F] in, bool, or unused
+    cut_ptr,    # [B] out, int32: keep keys above it ...
+    quota_ptr,  # [B] out, int32: ... and the first this many equal to it
+    F, K, stride_sb, stride_sf, stride_mb, stride_mf,
+    MAGNITUDE: tl.constexpr, HAS_MASK: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One row's k-th largest key by bisection over streaming passes: any k, no scratch."""
+    row = tl.program_id(0).to(tl.int64)
+    score_ptr += row * stride_sb
+    if HAS_MASK:
+        mask_ptr += row * stride_mb
+    lo = tl.full((), ABSENT >> SHIFT, tl.int32)
+    hi = tl.full((), KEY_MAX >> SHIFT, tl.int32)
+    above = tl.full((), 0, tl.int32)  # count(key > hi)
+    while lo < hi:
+        mid = middle(lo, hi)
+        counts = tl.zeros((BLOCK,), tl.int32)
+        for tile in range(0, tl.cdiv(F, BLOCK)):
+            cols = tile * BLOCK + tl.arange(0, BLOCK)
+            at = cols.to(tl.int64) if WIDE else cols
+            key = load_key(score_ptr, mask_ptr, score_ptr, at, cols < F, stride_sf, stride_mf, 0,
+                           MAGNITUDE, False, HAS_MASK, False, SHIFT)
+            counts += (key >= mid).to(tl.int32)
+        count = tl.sum(counts, axis=0)
+        above = tl.where(count >= K, above, count)
+        lo = tl.where(count >= K, mid, lo)
+        hi = tl.where(count >= K, hi, mid - 1)
+    tl.store(cut_ptr + row, lo)
+    tl.store(quota_ptr + row, K - above)
+
+
+def launch(pre, score, mask, k, magnitude, relu):
+    """values (B*k,), indices (B*k,) of each row's top-k; see ``reference.topk``."""
+    rows, num_latents = pre.shape
+    values = pre.new_empty(rows * k)
+    indices = pre.new_empty(rows * k, dtype=torch.int32)
+    if rows == 0:
+        return values, indices
+    score = pre if score is None else score
+    shift = _tuning.key_shift(score.dtype)
+    mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
+    flags = dict(
+        stride_sb=score.stride(0), stride_sf=score.stride(1), stride_mb=mask_strides[0], stride_mf=mask_strides[1],
+        MAGNITUDE=magnitude, HAS_MASK=mask is not None, SHIFT=shift,
+        WIDE=_tuning.is_wide(*(num_latents * s for s in (score.stride(1), pre.stride(1), mask_strides[1]))),
+    )
+    groups = _tuning.row_groups(num_latents, k)
+    if groups is None:
+        cut, quota = (torch.empty(rows, dtype=torch.int32, device=pre.device) for _ in range(2))
+        block = _tuning.stream_block(num_latents)
+        _row_cut_kernel[(rows,)](
+            score, mask, cut, quota, F=num_latents, K=k, **flags, BLOCK=block, num_warps=_tuning.num_warps(block)
+        )
+        offsets = torch.arange(rows + 1, dtype=torch.int64, device=pre.device) * k
+        compact(pre, score, mask, None, cut, quota, offsets, values, indices,
+                magnitude=magnitude, rank_relu=False, value_relu=relu, shift=shift)
+        return values, indices
+    k_padded, groups_padded = _tuning.next_power_of_2(k), _tuning.next_power_of_2(groups.count)
+    scratch = torch.empty(rows, groups.count + k_padded, dtype=torch.int32, device=pre.device)
+    _row_topk_kernel[(rows,)](
+        score, pre, mask, scratch, values, indices,
+        F=num_latents, NG=groups.count, K=k, stride_pb=pre.stride(0), stride_pf=pre.stride(1), **flags, RELU=relu,
+        BLOCK=groups.block, G=groups.size, NGP=groups_padded, KP=k_padded,
+        num_warps=_tuning.num_warps(max(groups.block, groups_padded, k_padded * groups.size)),
+    )
+    return values, indices

@@ -1,0 +1,224 @@
+"""Every operation in fast stock PyTorch: what a CPU runs. Signatures and meaning are those of ``reference.py``."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .densified import rows_of, to_dense
+
+__all__ = [
+    "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "gather", "norm_match",
+    "threshold", "to_dense", "topk",
+]
+
+CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary
+BATCH_GROUP = 32  # latents of a group: the k * G candidates and the F / G maxima cost about the same
+
+
+def _relu(x: Tensor) -> Tensor:
+    return torch.where(x <= 0, 0.0, x)
+
+
+def _row_chunks(x: Tensor):
+    return range(0, x.shape[0], max(CHUNK_ELEMENTS // x.shape[1], 1))
+
+
+def _above_and_tied(x: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks of x > cut and x == cut, where NaN equals NaN and exceeds everything else."""
+    nan, cut_nan = x.isnan(), cut.isnan()
+    return (x > cut) | (nan & ~cut_nan), (x == cut) | (nan & cut_nan)
+
+
+def _resolve_ties(score: Tensor, mask: Tensor | None, cut: Tensor, k: int) -> Tensor:
+    """Column indices (rows, k) of the entries above ``cut`` (rows, 1) and the first of those equal to it."""
+    kept = []
+    for start in _row_chunks(score):
+        rows = slice(start, start + max(CHUNK_ELEMENTS // score.shape[1], 1))
+        above, tied = _above_and_tied(score[rows], cut[rows])
+        quota = k - above.sum(1, keepdim=True)
+        if mask is None:
+            first = tied & (tied.cumsum(1, dtype=torch.int32) <= quota)
+        else:  # masked entries tie with -Inf, yet rank below it
+            real, masked = tied & mask[rows], tied & ~mask[rows]
+            left = quota - real.sum(1, keepdim=True)
+            first = (real & (real.cumsum(1, dtype=torch.int32) <= quota)) | (
+                masked & (masked.cumsum(1, dtype=torch.int32) <= left)
+            )
+        kept.append((above | first).nonzero()[:, 1].view(-1, k))
+    return torch.cat(kept)
+
+
+def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitude: bool, apply_relu: bool):
+    """``torch.topk`` finds the entries; only rows whose k-th and (k + 1)-th tie need a second look."""
+    rows, num_latents = pre.shape
+    by = pre.abs() if magnitude else pre if score is None else score
+    if mask is not None:
+        mask = mask.expand(pre.shape)
+        by = torch.where(mask, by, -torch.inf)
+    if k == num_latents:
+        kept = torch.arange(k, device=pre.device).expand(rows, k)
+    else:
+        top, kept = by.topk(k + 1)
+        kept = kept[:, :k]
+        tied = ((top[:, k - 1] == top[:, k]) | top[:, k].isnan()).nonzero()[:, 0]
+        kept = kept.sort(1).values
+        if tied.numel():
+            kept[tied] = _resolve_ties(by[tied], None if mask is None else mask[tied], top[tied, k - 1 : k], k)
+    values = pre.gather(1, kept)
+    if apply_relu:
+        values = _relu(values)
+    if mask is not None:
+        values = torch.where(mask.gather(1, kept), values, 0.0)
+    return values.flatten(), kept.int().flatten()
+
+
+def _kth_largest(x: Tensor, k: int) -> Tensor:
+    """The k-th largest of a vector, NaN above everything."""
+    return x.kthvalue(x.numel() - k + 1).values
+
+
+def _candidates(flat: Tensor, total: int) -> Tensor | None:
+    """Ascending positions of a superset of the ``total`` largest, by group maxima; None where that saves nothing."""
+    groups = flat.numel() // BATCH_GROUP
+    if groups < 4 * total:
+        return None
+    maxima = flat[: groups * BATCH_GROUP].view(groups, BATCH_GROUP).amax(1)
+    bound = _kth_largest(maxima, total)
+    chosen = ((maxima >= bound) | maxima.isnan()).nonzero()[:, 0]
+    if chosen.numel() > 4 * total:
+        return None
+    positions = chosen[:, None] * BATCH_GROUP + torch.arange(BATCH_GROUP, device=flat.device)
+    rest = torch.arange(groups * BATCH_GROUP, flat.numel(), device=flat.device)
+    return torch.cat([positions.flatten(), rest])
+
+
+def batch_topk(pre: Tensor, mask: Tensor | None, total: int):
+    """Group maxima bound the candidates, one selection among them finds the cut; ties by flat position."""
+    rows, num_latents = pre.shape
+    flat = _relu(pre)
+    if mask is not None:
+        flat = torch.where(mask.expand(pre.shape), flat, -1.0)  # below every relu
+    flat = flat.reshape(-1)
+    if total == 0:
+        kept = flat.new_empty(0, dtype=torch.int64)
+    elif total == flat.numel():
+        kept = torch.arange(total, device=pre.device)
+    else:
+        candidates = _candidates(flat, total)
+        pool = flat if candidates is None else flat[candidates]
+        above, tied = _above_and_tied(pool, _kth_largest(pool, total))
+        above, tied = above.nonzero()[:, 0], tied.nonzero()[:, 0]
+        kept = torch.cat([above, tied[: total - above.numel()]]).sort().values
+        kept = kept if candidates is None else candidates[kept]
+    bounds = torch.arange(rows + 1, device=pre.device) * num_latents
+    return flat[kept].clamp(min=0), (kept % max(num_latents, 1)).int(), torch.searchsorted(kept, bounds)
+
+
+def _compress(dense: Tensor, kept: list[Tensor], capacity: int | None):
+    """Compressed rows from the flat positions of the kept entries, row chunk by row chunk."""
+    rows, num_latents = dense.shape
+    positions = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64, device=dense.device)
+    offsets = torch.searchsorted(positions, torch.arange(rows + 1, device=dense.device) * num_latents)
+    required = offsets[-1].clone()
+    if capacity is not None:
+        positions = positions[:capacity]
+    row = positions // num_latents
+    indices = positions - row * num_latents
+    values = dense[row, indices]
+    if capacity is not None:
+        extra = capacity - positions.numel()
+        values, indices = F.pad(values, (0, extra)), F.pad(indices, (0, extra))
+        offsets = offsets.clamp(max=capacity)
+    return values, indices.int(), offsets, required
+
+
+def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, capacity: int | None):
+    """One sort of the scores (values only matter) finds each row's cut; what it keeps is read off in place."""
+    kept = []
+    wide = torch.float64 if pre.dtype == torch.float64 else torch.float32
+    for start in _row_chunks(pre):
+        rows = slice(start, start + max(CHUNK_ELEMENTS // pre.shape[1], 1))
+        score = _relu(pre[rows]).to(wide)
+        if weight_norm is not None:
+            score = score * weight_norm.to(wide)
+        ranked = score.sort(dim=1, descending=True).values
+        target = target_norm[rows].double()[:, None]
+        norms = ranked.double().square().cumsum_(1).sqrt_()
+        count = (norms - target).abs_().argmin(1, keepdim=True) + 1
+        count = torch.where(target >= norms[:, -1:], pre.shape[1], count)
+        above, tied = _above_and_tied(score, ranked.gather(1, count - 1))
+        quota = count - above.sum(1, keepdim=True)
+        keep = above | (tied & (tied.cumsum(1, dtype=torch.int32) <= quota))
+        keep &= (score > 0) | score.isnan()
+        kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
+    values, *codes = _compress(pre, kept, capacity)
+    return values, *codes
+
+
+def threshold(pre: Tensor, theta: Tensor, floor: Tensor | None, capacity: int | None):
+    kept = []
+    for start in _row_chunks(pre):
+        rows = pre[start : start + max(CHUNK_ELEMENTS // pre.shape[1], 1)]
+        keep = (rows > (theta if floor is None else floor)) | rows.isnan()
+        kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
+    values, indices, offsets, required = _compress(pre, kept, capacity)
+    if floor is not None:
+        values = torch.where(values <= theta[indices.long()], 0.0, values)
+    return values, indices, offsets, required
+
+
+def gather(dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+    rows = rows_of(offsets, indices.numel())
+    if dense.shape[0] == 0:
+        return dense.new_zeros(indices.numel())
+    owned = rows < dense.shape[0]
+    return torch.where(owned, dense[rows.clamp(max=dense.shape[0] - 1), indices.long()], 0.0)
+
+
+def by_latent(indices: Tensor, offsets: Tensor, num_latents: int):
+    rows = rows_of(offsets, indices.numel())
+    latents = torch.where(rows < offsets.numel() - 1, indices, num_latents)
+    latents, positions = latents.sort(stable=True)
+    bounds = torch.arange(num_latents + 1, dtype=torch.int32, device=indices.device)
+    return torch.searchsorted(latents, bounds), rows[positions].int(), positions
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _bags(weights: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    """Weighted sums of table rows, one a bag; a last bag takes the entries that belong to no row, and is cut off."""
+    if indices.numel() == 0 or table.shape[0] == 0:
+        return table.new_zeros(offsets.numel() - 1, table.shape[1])
+    ends = F.pad(offsets, (0, 1), value=indices.numel()).to(indices.dtype)
+    return F.embedding_bag(
+        indices, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )[:-1]
+
+
+def decode(values, indices, offsets, weight, bias, dtype, *_by_latent):
+    """``embedding_bag`` in fp32: stock 16-bit bags round their sums on the way."""
+    wide = _wide(values, weight)
+    out = _bags(values.to(wide), indices, offsets, weight.to(wide))
+    if bias is not None:
+        out = out + bias.to(wide)
+    return out.to(dtype)
+
+
+def decode_backward_values(grad, values, indices, offsets, weight):
+    """The per-sample-weight gradient of ``embedding_bag``: no (N, D) temporary."""
+    if values.numel() == 0 or grad.shape[0] == 0:
+        return torch.zeros_like(values)
+    wide = _wide(grad, weight)
+    rows = rows_of(offsets, values.numel()).to(indices.dtype)
+    out = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad.to(wide), weight.to(wide), indices, offsets.to(indices.dtype), rows.clamp(max=grad.shape[0] - 1), 0
+    )
+    return torch.where(rows < grad.shape[0], out, 0.0).to(values.dtype)
+
+
+def decode_backward_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):
+    """``embedding_bag`` over the codes turned around: each latent is a bag of rows of the gradient."""
+    wide = _wide(grad, values)
+    rows = latent_rows.clamp(max=max(grad.shape[0] - 1, 0))
+    return _bags(values.to(wide)[latent_positions], rows, latent_offsets, grad.to(wide)).to(dtype)

@@ -1,0 +1,86 @@
+"""Argument checks. Shapes, dtypes and host values always; values inside device tensors under ``SAE_CHECK=1``."""
+import os
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def deep() -> bool:
+    """Whether checks that read device tensors are on."""
+    return os.environ.get("SAE_CHECK", "0") not in ("0", "") and not torch.compiler.is_compiling()
+
+
+def floating(name: str, t: Tensor, *, dims: int | None = None) -> Tensor:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    if dims is None and t.dim() == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a scalar")
+    if dims is not None and t.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(t.shape)}")
+    return t
+
+
+def shaped(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor, *, why: str) -> Tensor:
+    """``t`` has exactly this shape and lives where ``like`` does."""
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({why}), got {tuple(t.shape)}")
+    return same_device(name, t, like)
+
+
+def same_device(name: str, t: Tensor, like: Tensor) -> Tensor:
+    if t.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {t.device}")
+    return t
+
+
+def integer_k(k, num_latents: int | None = None, name: str = "k") -> int:
+    """An int with 1 <= k (<= F where that is known)."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{name} must be an int, got {k!r} of type {type(k).__name__}")
+    if k < 1 or (num_latents is not None and k > num_latents):
+        upper = "" if num_latents is None else f" <= {num_latents} (the number of latents)"
+        raise ValueError(f"{name} must satisfy 1 <= {name}{upper}, got {k}")
+    return k
+
+
+def number_k(k, num_latents: int | None = None, name: str = "k") -> float:
+    """An int or float with 0 < k (<= F where that is known): latents per token on average."""
+    if isinstance(k, bool) or not isinstance(k, int | float):
+        raise TypeError(f"{name} must be an int or a float, got {k!r} of type {type(k).__name__}")
+    if not 0 < k < float("inf") or (num_latents is not None and k > num_latents):
+        upper = "" if num_latents is None else f" <= {num_latents} (the number of latents)"
+        raise ValueError(f"{name} must satisfy 0 < {name}{upper}, got {k}")
+    return k
+
+
+def mask_for(mask, pre: Tensor) -> Tensor | None:
+    """A boolean (F,) or pre.shape mask, as (F,) or (rows, F)."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if tuple(mask.shape) not in {(pre.shape[-1],), tuple(pre.shape)}:
+        raise ValueError(f"mask must have shape {(pre.shape[-1],)} or {tuple(pre.shape)}, got {tuple(mask.shape)}")
+    same_device("mask", mask, pre)
+    return mask if mask.dim() == 1 else matrix(mask)
+
+
+def capacity_of(capacity) -> int | None:
+    if capacity is None:
+        return None
+    if isinstance(capacity, bool) or not isinstance(capacity, int):
+        raise TypeError(f"capacity must be an int or None, got {capacity!r} of type {type(capacity).__name__}")
+    if capacity < 0:
+        raise ValueError(f"capacity must not be negative, got {capacity}")
+    return capacity
+
+
+def matrix(t: Tensor) -> Tensor:
+    """(*batch_shape, F) as (rows, F): a view where the strides allow it."""
+    if t.dim() == 2:
+        return t
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])

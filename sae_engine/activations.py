@@ -1,0 +1,240 @@
+"""Activation modules: one selection rule each.
+
+``forward(pre, **context)`` returns a dense tensor: a drop-in for ``nn.ReLU()`` and its like, for any leading
+dimensions. ``select(pre, backend="auto", **context)`` returns :class:`SparseCodes`: what the engine itself uses.
+
+A rule that needs more than the pre-activations names it in ``context_keys``; an autoencoder supplies it.
+"""
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks as check
+from . import functional
+from .codes import SparseCodes
+
+__all__ = ["AbsTopK", "Activation", "BatchTopK", "JumpReLU", "MutualChoice", "ReLU", "TopAFA", "TopK"]
+
+
+class Activation(nn.Module):
+    """A selection rule. Subclasses implement :meth:`_select`, and :meth:`_dense` where no codes are needed for it."""
+
+    context_keys: ClassVar[frozenset[str]] = frozenset()
+
+    def forward(self, pre: Tensor, **context) -> Tensor:
+        """Dense activations with the shape and dtype of ``pre``."""
+        self._check_context(context)
+        return self._dense(pre, **context)
+
+    def select(self, pre: Tensor, *, backend: str = "auto", **context) -> SparseCodes:
+        """The same activations as codes."""
+        self._check_context(context)
+        return self._select(pre, backend, **context)
+
+    def _select(self, pre: Tensor, backend: str, **context) -> SparseCodes:
+        raise TypeError(f"{type(self).__name__} must define _select")
+
+    def _dense(self, pre: Tensor, **context) -> Tensor:
+        codes = self._select(pre, "auto", **context)
+        self.update(codes)
+        return codes.to_dense()
+
+    def update(self, codes: SparseCodes) -> None:
+        """Called once per training forward with what was kept; rules with learned state override it."""
+
+    def _check_context(self, context: dict) -> None:
+        for name in self.context_keys - context.keys():
+            raise TypeError(f"{type(self).__name__} needs {name}: pass it as a keyword (an autoencoder supplies it)")
+        for name in context.keys() - self.context_keys:
+            raise TypeError(f"{type(self).__name__} takes no {name}; its context is {sorted(self.context_keys)}")
+
+
+class ReLU(Activation):
+    """Keeps what is positive. Codes of a NaN hold it, as ``nn.ReLU`` does."""
+
+    def _dense(self, pre: Tensor) -> Tensor:
+        return torch.relu(pre)
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        return functional.threshold(pre, 0.0, backend=backend)
+
+
+class TopK(Activation):
+    """k entries of each token, then ReLU. Gao et al. 2024, arXiv:2406.04093."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = check.integer_k(k)
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        return functional.topk(pre, self.k, backend=backend)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+
+class AbsTopK(TopK):
+    """k entries of each token with the largest magnitude, sign kept. Zhu et al. 2025, arXiv:2510.00404."""
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        return functional.topk(pre, self.k, magnitude=True, backend=backend)
+
+
+class TopAFA(Activation):
+    """As many entries of each token as bring the code's norm nearest to the input's. Lee et al. 2025, arXiv:2503.24277.
+
+    Context: ``target_norm`` (*batch_shape,), the norm of the centred input; ``weight_norm`` (F,), the norms of the
+    decoder rows. ``capacity`` as in :func:`functional.norm_match`.
+    """
+
+    context_keys = frozenset({"target_norm", "weight_norm"})
+
+    def __init__(self, *, capacity: int | None = None) -> None:
+        super().__init__()
+        self.capacity = check.capacity_of(capacity)
+
+    def _select(self, pre: Tensor, backend: str, *, target_norm: Tensor, weight_norm: Tensor) -> SparseCodes:
+        return functional.norm_match(
+            pre, target_norm, weight_norm=weight_norm, capacity=self.capacity, backend=backend
+        )
+
+
+class BatchTopK(Activation):
+    """``int(k * tokens)`` entries of the batch in training, a learned threshold afterwards.
+
+    In ``.train()`` each forward under grad moves ``threshold`` towards its smallest positive kept value: the first
+    sets it, later ones move it by ``threshold_lr``. ``.eval()`` keeps ``pre > threshold``; before anything was
+    learned that raises RuntimeError. The threshold is saved with the module, -1 while unset, and stays float64.
+
+    Args:
+        k: average entries per token, int or float.
+        threshold_lr: weight of the newest batch in the running mean (SAELens: 0.01).
+        group: a ``torch.distributed`` process group to select over; see :func:`functional.batch_topk`.
+
+    Bussmann et al. 2024, arXiv:2412.06410.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, k: float, *, threshold_lr: float = 0.01, group=None) -> None:
+        super().__init__()
+        self.k = check.number_k(k)
+        if not isinstance(threshold_lr, int | float) or not 0 < threshold_lr <= 1:
+            raise ValueError(f"threshold_lr must satisfy 0 < threshold_lr <= 1, got {threshold_lr!r}")
+        self.threshold_lr = threshold_lr
+        self.group = group
+        self.register_buffer("threshold", torch.tensor(-1.0, dtype=torch.float64))
+        self._seen: int | None = None  # version of the threshold last read: eval waits for the device once
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        if self.training:
+            return functional.batch_topk(pre, self.k, group=self.group, backend=backend)
+        self._require_threshold()
+        return functional.threshold(pre, self.threshold, backend=backend)
+
+    def _dense(self, pre: Tensor) -> Tensor:
+        if self.training:
+            return super()._dense(pre)
+        self._require_threshold()
+        return _above(pre, self.threshold)
+
+    def update(self, codes: SparseCodes) -> None:
+        if not (self.training and torch.is_grad_enabled()) or _recomputing():
+            return
+        with torch.no_grad():
+            values = codes.values.detach().double()
+            smallest = torch.where(values > 0, values, torch.inf)
+            smallest = smallest.min() if smallest.numel() else self.threshold.new_full((), torch.inf)
+            moved = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, self.threshold_lr))
+            self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+
+    def _require_threshold(self) -> None:
+        message = "threshold is unset: train first, load a trained module, or call .train() for the batch rule"
+        if torch.compiler.is_compiling():
+            torch._assert_async(self.threshold >= 0, message)
+        elif self._seen != self.threshold._version:
+            if not bool(self.threshold >= 0):
+                raise RuntimeError(message)
+            self._seen = self.threshold._version
+
+    def _apply(self, fn, recurse: bool = True):
+        return _apply_but_threshold(self, super()._apply, fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, threshold_lr={self.threshold_lr}"
+
+
+class MutualChoice(BatchTopK):
+    """Token-feature matches chosen under one budget for the batch: the selection rule of :class:`BatchTopK`.
+
+    Ayonrinde 2024, arXiv:2411.02124.
+    """
+
+
+class JumpReLU(Activation):
+    """Keeps what exceeds a threshold per latent. Rajamanoharan et al. 2024, arXiv:2407.14435.
+
+    Args:
+        d_sae: number of latents.
+        threshold: initial value, >= 0. The parameter ``threshold`` (d_sae,) stays fp32 whatever the module's dtype.
+        bandwidth: width of the rectangle that gives the threshold its gradient.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, d_sae: int, *, threshold: float = 0.01, bandwidth: float = 0.05, device=None) -> None:
+        super().__init__()
+        self.d_sae = check.integer_k(d_sae, name="d_sae")
+        for name, value, lowest in (("threshold", threshold, "0 <="), ("bandwidth", bandwidth, "0 <")):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not 0 <= value < float("inf") or (name == "bandwidth" and value == 0):
+                raise ValueError(f"{name} must satisfy {lowest} {name} < inf, got {value}")
+        self.bandwidth = bandwidth
+        self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold), dtype=torch.float32, device=device))
+
+    def _learns(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.threshold.requires_grad
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        bandwidth = self.bandwidth if self._learns() else None
+        return functional.threshold(pre, self.threshold, bandwidth=bandwidth, backend=backend)
+
+    def _dense(self, pre: Tensor) -> Tensor:
+        if self._learns():
+            return super()._dense(pre)
+        if pre.shape[-1] != self.d_sae:
+            raise ValueError(f"pre must have {self.d_sae} latents (the length of threshold), got {tuple(pre.shape)}")
+        return _above(pre, self.threshold)
+
+    def _apply(self, fn, recurse: bool = True):
+        return _apply_but_threshold(self, super()._apply, fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"d_sae={self.d_sae}, bandwidth={self.bandwidth}"
+
+
+def _above(pre: Tensor, theta: Tensor) -> Tensor:
+    """pre where it exceeds theta (compared as :func:`functional.threshold` does) or is NaN, else 0."""
+    check.floating("pre", pre)
+    theta = functional._theta(theta.detach(), pre)
+    return torch.where((pre > theta) | pre.isnan(), pre, 0.0)
+
+
+def _apply_but_threshold(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
+    """``Module._apply`` that moves ``threshold`` between devices and leaves its dtype alone."""
+    exact = module.threshold.detach().clone()
+    apply(fn, recurse)
+    with torch.no_grad():
+        moved = module.threshold
+        if moved.dtype != exact.dtype:
+            moved.data = exact.to(moved.device)
+    return module
+
+
+def _recomputing() -> bool:
+    """Whether this forward is a checkpoint's second run: one that happens inside a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

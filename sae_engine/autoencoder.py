@@ -1,0 +1,213 @@
+"""SparseDecoder and SparseAutoencoder: parameters, conventions and the forward pass around a selection rule."""
+from __future__ import annotations
+
+from os import PathLike
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks as check
+from . import functional
+from .activations import Activation, TopAFA
+from .codes import SparseCodes
+
+__all__ = ["EncodeInfo", "SparseAutoencoder", "SparseDecoder"]
+
+NORMALIZATIONS = ("none", "layer_norm")
+LAYER_NORM_EPS = 1e-5
+
+
+class SparseDecoder(nn.Module):
+    """A linear decoder that takes codes or a dense tensor: ``codes @ W_dec + b_dec``.
+
+    A dense input gets the dense gradient at every entry, zeros included; codes get it at their entries.
+
+    Args:
+        d_sae: number of latents.
+        d_in: width of the output.
+        bias: whether to have ``b_dec`` (d_in,).
+    """
+
+    def __init__(self, d_sae: int, d_in: int, *, bias: bool = True, dtype=None, device=None) -> None:
+        super().__init__()
+        self.d_sae = check.integer_k(d_sae, name="d_sae")
+        self.d_in = check.integer_k(d_in, name="d_in")
+        self.W_dec = nn.Parameter(unit_rows(d_sae, d_in, dtype=dtype, device=device))
+        self.register_parameter("b_dec", nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device)) if bias else None)
+
+    def forward(self, codes: SparseCodes | Tensor) -> Tensor:
+        """(*batch_shape, d_in)."""
+        if isinstance(codes, SparseCodes):
+            return functional.decode(codes, self.W_dec, self.b_dec)
+        return functional.linear(codes, self.W_dec, self.b_dec)
+
+    def extra_repr(self) -> str:
+        return f"d_sae={self.d_sae}, d_in={self.d_in}, bias={self.b_dec is not None}"
+
+
+class EncodeInfo(NamedTuple):
+    """What decoding needs to know of the input; None where it does not."""
+
+    mean: Tensor | None = None  # (*batch_shape, 1), layer norm
+    std: Tensor | None = None  # (*batch_shape, 1), layer norm
+    skipped: Tensor | None = None  # (*batch_shape, d_in), the input of the skip connection
+
+
+class SparseAutoencoder(nn.Module):
+    """Encoder, selection rule, decoder. Parameters are named and shaped as SAELens does.
+
+    ``encode``: ``select((x - b_dec) @ W_enc + b_enc)``; ``decode``: ``codes @ W_dec + b_dec``; ``forward`` does both.
+
+    Args:
+        d_in: width of the input.
+        d_sae: number of latents.
+        activation: the selection rule, for example ``TopK(32)``.
+        d_out: width of the output where it is not the input's (a transcoder). ``b_dec`` is (d_out,) and is subtracted
+            from the input only where the widths agree.
+        skip: add a linear map ``W_skip`` (d_out, d_in) of the input to the output; starts at zero.
+        apply_b_dec_to_input: subtract ``b_dec`` before encoding.
+        normalize_activations: ``"none"``, or ``"layer_norm"``: each token minus its mean, over its standard deviation
+            (unbiased) + 1e-5, undone after decoding.
+        rescale_acts_by_decoder_norm: the rule sees, and codes hold, ``pre * ||W_dec row||``; ``decode`` divides.
+        decoder_init_norm: norm of the decoder rows at the start. ``W_enc`` starts as ``W_dec.T``, biases as 0.
+        contiguous_parameters: lay ``W_enc`` out row-major. By default it is latent-contiguous, stride (1, d_in),
+            which the kernels prefer; FSDP2 needs contiguous parameters.
+
+    With :class:`TopAFA` there is no encoder bias: ``b_enc`` is 0 and not trained.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Activation,
+        *,
+        d_out: int | None = None,
+        skip: bool = False,
+        apply_b_dec_to_input: bool = True,
+        normalize_activations: str = "none",
+        rescale_acts_by_decoder_norm: bool = False,
+        decoder_init_norm: float = 1.0,
+        contiguous_parameters: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_in = check.integer_k(d_in, name="d_in")
+        self.d_sae = check.integer_k(d_sae, name="d_sae")
+        self.d_out = d_in if d_out is None else check.integer_k(d_out, name="d_out")
+        if not isinstance(activation, Activation):
+            raise TypeError(f"activation must be an sae_engine activation such as TopK(32), got {activation!r}")
+        if normalize_activations not in NORMALIZATIONS:
+            raise ValueError(f"normalize_activations must be one of {NORMALIZATIONS}, got {normalize_activations!r}")
+        if normalize_activations == "layer_norm" and self.d_out != d_in:
+            raise ValueError(f"normalize_activations='layer_norm' needs d_out = d_in, got d_out={d_out}, d_in={d_in}")
+        if dtype is not None and dtype not in check.FLOATS:
+            raise TypeError(f"dtype must be one of {check.FLOATS}, got {dtype}")
+        k = getattr(activation, "k", None)
+        if k is not None and k > d_sae:
+            raise ValueError(f"activation keeps k={k} of d_sae={d_sae} latents: k must not exceed d_sae")
+        self.activation = activation
+        self.apply_b_dec_to_input = apply_b_dec_to_input and self.d_out == d_in
+        self.normalize_activations = normalize_activations
+        self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
+
+        options = dict(dtype=dtype, device=device)
+        W_dec = unit_rows(d_sae, self.d_out, **options) * decoder_init_norm
+        W_enc = W_dec.clone() if self.d_out == d_in else unit_rows(d_sae, d_in, **options) * decoder_init_norm
+        self.W_enc = nn.Parameter(W_enc.T.contiguous() if contiguous_parameters else W_enc.T)
+        self.W_dec = nn.Parameter(W_dec)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, **options), requires_grad=not isinstance(activation, TopAFA))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, **options))
+        self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in, **options)) if skip else None)
+
+    def encode(
+        self, x: Tensor, *, return_info: bool = False, return_pre: bool = False, backend: str = "auto"
+    ) -> SparseCodes | tuple:
+        """Codes of ``x`` (*batch_shape, d_in).
+
+        With ``return_info`` also what :meth:`decode` needs of the input (layer norm, skip), with ``return_pre`` also
+        the pre-activations (*batch_shape, d_sae) that the rule saw: ``codes[, info][, pre]``.
+        """
+        codes, info, pre = self._encode(x, backend)
+        out = (codes, *((info,) if return_info else ()), *((pre,) if return_pre else ()))
+        return out if len(out) > 1 else codes
+
+    def decode(self, codes: SparseCodes, info: EncodeInfo | None = None, *, backend: str = "auto") -> Tensor:
+        """(*batch_shape, d_out). ``info`` from ``encode(x, return_info=True)`` is needed with layer norm or skip."""
+        if info is None and (self.normalize_activations != "none" or self.W_skip is not None):
+            cause = "normalize_activations" if self.W_skip is None else "skip"
+            raise ValueError(f"info is needed because of {cause}: pass the second value of encode(x, return_info=True)")
+        if self.rescale_acts_by_decoder_norm:
+            norms = self.W_dec.norm(dim=1)[codes.indices.long()]
+            codes = codes.replace(values=(codes.values / norms).to(codes.values.dtype))
+        out = functional.decode(codes, self.W_dec, self.b_dec, backend=backend)
+        if info is None:
+            return out
+        if info.std is not None:
+            out = out * info.std + info.mean
+        return out if info.skipped is None else out + functional.linear(info.skipped, self.W_skip.T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction (*batch_shape, d_out). In training, rules with a threshold learn from this call."""
+        codes, info, _ = self._encode(x, "auto")
+        self.activation.update(codes)
+        return self.decode(codes, info)
+
+    def _encode(self, x: Tensor, backend: str) -> tuple[SparseCodes, EncodeInfo, Tensor]:
+        check.floating("x", x)
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"x must have d_in = {self.d_in} in its last dimension, got shape {tuple(x.shape)}")
+        check.same_device("x", x, self.W_enc)
+        info = EncodeInfo(skipped=x if self.W_skip is not None else None)
+        if self.normalize_activations == "layer_norm":
+            info = info._replace(mean=x.mean(-1, keepdim=True), std=x.std(-1, keepdim=True) + LAYER_NORM_EPS)
+            x = (x - info.mean) / info.std
+        if self.apply_b_dec_to_input:
+            x = x - self.b_dec
+        b_enc = None if isinstance(self.activation, TopAFA) else self.b_enc
+        scale = self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else None
+        codes, pre = functional.encode(
+            x, self.W_enc, b_enc, scale=scale, select=self.activation, return_pre=True, backend=backend,
+            **self._context(x),
+        )
+        return codes, info, pre
+
+    def _context(self, encoder_input: Tensor) -> dict[str, Tensor]:
+        """What the rule asked for, constant for autograd, in fp32 or wider."""
+        wanted, context = self.activation.context_keys, {}
+        wide = torch.promote_types(encoder_input.dtype, torch.float32)
+        if "target_norm" in wanted:
+            context["target_norm"] = encoder_input.detach().to(wide).norm(dim=-1)
+        if "weight_norm" in wanted:
+            norms = self.W_dec.detach().to(torch.promote_types(self.W_dec.dtype, torch.float32)).norm(dim=1)
+            context["weight_norm"] = torch.ones_like(norms) if self.rescale_acts_by_decoder_norm else norms
+        return context
+
+    def save_pretrained(self, path: str | PathLike) -> None:
+        """Writes ``cfg.json`` and ``sae_weights.safetensors`` in SAELens' layout; replaces them whole or not at all."""
+        from .interop import saelens
+
+        saelens.save(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = None):
+        """An autoencoder from a folder in SAELens' layout, ours or theirs.
+
+        Raises:
+            FileNotFoundError: the folder or a file in it is missing.
+            ValueError: a file is damaged, or describes something this class cannot be; says what is wrong.
+        """
+        from .interop import saelens
+
+        return saelens.load(cls, path, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}"
+
+
+def unit_rows(rows: int, width: int, *, dtype=None, device=None) -> Tensor:
+    """Random directions, one a row: drawn and normalised in fp32."""
+    drawn = torch.randn(rows, width, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return (drawn / drawn.norm(dim=1, keepdim=True)).to(dtype or torch.get_default_dtype())

@@ -1,0 +1,198 @@
+"""The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``).
+
+A subcommand is one ``_add_<name>(commands)`` that declares its arguments and one ``_<name>(args) -> int`` that
+runs; it imports what it needs itself, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status: 0, 1 after an error (one line on stderr), 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="sae-engine", description="Fast sparse autoencoders on real activations.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_info, _add_collect):
+        add(commands)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="sae-engine: %(levelname)s: %(message)s")
+    try:
+        return args.run(args)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"sae-engine: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sae-engine: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+# -------------------------------------------------------------------------------------------------- info
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="versions, devices and back ends: what can run here, and why not")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.set_defaults(run=_info)
+
+
+def _info(args: argparse.Namespace) -> int:
+    facts = collect_info()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for section, entries in facts.items():
+        print(section.replace("_", " "))
+        for name, value in entries.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{v}" if k in ("runs", "why", "name") else f"{k} {v}" for k, v in value.items())
+            print(f"  {name:<14} {'-' if value is None else value}")
+    return 0
+
+
+def collect_info() -> dict[str, dict[str, Any]]:
+    """What ``sae-engine info`` reports: plain dictionaries, strings and numbers."""
+    import torch
+
+    from sae_engine import __version__
+    from sae_engine.data import EMBEDDED_FOLDER, weights_sha256
+
+    packages = ("torch", "triton", "transformers", "safetensors")
+    versions: dict[str, Any] = {"sae_engine": __version__, "python": platform.python_version()}
+    versions |= {name: _version(name) for name in packages} | {"cuda": torch.version.cuda}
+    devices: dict[str, Any] = {"cpu": {"name": platform.machine(), "threads": torch.get_num_threads()}}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+        }
+    always = {"runs": "yes", "why": "needs torch alone"}
+    return {
+        "versions": versions,
+        "devices": devices,
+        "backends": {"reference": always, "torch": always, "triton": _triton_status()},
+        "environment": {"SAE_BACKEND": os.environ.get("SAE_BACKEND", "auto")},
+        "embedded_model": {"sha256": weights_sha256(EMBEDDED_FOLDER), "folder": str(EMBEDDED_FOLDER)},
+    }
+
+
+def _triton_status() -> dict[str, str]:
+    """Whether Triton kernels run natively, interpreted or not at all, and why."""
+    import torch
+
+    from sae_engine._backend import has_triton, interprets_triton
+
+    if not has_triton():
+        return {"runs": "no", "why": "the package triton is not installed"}
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return {"runs": "no", "why": f"triton cannot be imported: {error}"}
+    if interprets_triton():
+        return {"runs": "interpreted", "why": "TRITON_INTERPRET is set: on the CPU, slow, for tests"}
+    if not torch.cuda.is_available():
+        return {"runs": "no", "why": "no GPU that torch can use; TRITON_INTERPRET=1 runs the kernels interpreted"}
+    return {"runs": "natively", "why": f"on {torch.cuda.get_device_name()}"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# ----------------------------------------------------------------------------------------------- collect
+
+
+def _add_collect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "collect",
+        help="activations of a language model to a folder of safetensors shards",
+        description="Run a language model over text and keep one site's activations as safetensors shards with a "
+        "manifest. Ctrl-C leaves whole shards; the same command again carries on.",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
+    parser.add_argument("--model", default=None, metavar="NAME", help="hub name or local folder; the embedded model")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
+    parser.add_argument("--no-fallback", action="store_true", help="fail when the hub does not answer")
+    parser.add_argument("--layer", type=int, default=None, help="block; two thirds of the way up (GPT-2: 8)")
+    parser.add_argument("--site", choices=("resid_pre", "mlp_out", "resid_post"), default="resid_pre")
+    parser.add_argument("--tokens", type=int, default=None, metavar="N", help="rows to collect; all of the text")
+    parser.add_argument(
+        "--text", nargs="+", default=["stdlib"], metavar="PATH",
+        help="text files or folders, or the word 'stdlib' (this Python's standard library, the default) or "
+        "'evaluation' (the fixed evaluation text)",
+    )  # fmt: skip
+    parser.add_argument("--suffixes", nargs="+", default=[".txt", ".md", ".py", ".rst"], help="read from folders")
+    parser.add_argument("--context-length", type=int, default=None, metavar="N", help="at most 256 by default")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="contexts per forward pass")
+    parser.add_argument("--keep-first", action="store_true", help="keep each context's first position")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the shards")
+    parser.add_argument("--shard-tokens", type=int, default=65536, metavar="N", help="rows per shard")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 …; a GPU if there is one")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_collect)
+
+
+def _collect(args: argparse.Namespace) -> int:
+    import torch
+
+    from sae_engine.data import collect_activations, load_language_model
+
+    texts, text_source = _texts(args.text, args.suffixes)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    lm = load_language_model(args.model, revision=args.revision, device=device, fallback=not args.no_fallback)
+    layer = lm.num_layers * 2 // 3 if args.layer is None else args.layer
+    try:
+        store = collect_activations(
+            lm,
+            texts,
+            args.out,
+            layer=layer,
+            site=args.site,
+            context_length=args.context_length,
+            batch_size=args.batch_size,
+            drop_first=not args.keep_first,
+            max_tokens=args.tokens,
+            dtype=getattr(torch, args.dtype),
+            shard_tokens=args.shard_tokens,
+            text_source=text_source,
+            progress=not args.quiet,
+        )
+    except KeyboardInterrupt:
+        print(f"sae-engine: interrupted; whole shards stay in {args.out}, run the same command again to carry on",
+              file=sys.stderr)  # fmt: skip
+        return _INTERRUPTED
+    if args.tokens is not None and len(store) < args.tokens:
+        print(f"sae-engine: the text had {len(store)} tokens, fewer than --tokens {args.tokens}", file=sys.stderr)
+    print(f"{args.out}: {store!r}")
+    return 0
+
+
+def _texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:
+    """The documents that ``--text`` names, and how the manifest names them."""
+    from sae_engine.data import evaluation_text, iter_text_files, stdlib_texts
+
+    if words == ["stdlib"]:
+        return stdlib_texts(), f"standard library of Python {platform.python_version()}"
+    if words == ["evaluation"]:
+        return evaluation_text(), "evaluation text"
+    return iter_text_files(words, suffixes), "files: " + " ".join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""SparseCodes: what every selection returns and every operation downstream takes."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from sae_kernels.ops import ops, uniform_offsets
+from torch import Tensor
+
+from ._backend import resolve_backend
+
+
+class ByLatent(NamedTuple):
+    """The same entries sorted by (latent, row): latent f owns ``offsets[f]:offsets[f + 1]``."""
+
+    offsets: Tensor  # (F + 1,) int64
+    rows: Tensor  # (N,) int32, the token of each entry
+    positions: Tensor  # (N,) int64, where the entry stands in ``values``
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCodes:
+    """Sparse activations as compressed rows.
+
+    Row r owns entries ``offsets[r]:offsets[r + 1]``, its indices ascending. A stored entry may be 0: counting rules
+    store exactly N entries, so that N is known without asking the device. Zeros do not count as fired.
+
+    Attributes:
+        values: ``(N,)`` activations, the dtype of the pre-activations. Differentiable.
+        indices: ``(N,)`` int32 latents.
+        offsets: ``(rows + 1,)`` int64.
+        batch_shape: leading dimensions of the pre-activations; their product is ``rows``.
+        num_latents: F.
+        k: entries per row where every row stores the same number, otherwise None.
+        required: entries that the rule asked for, a device scalar, where a capacity was given; see :meth:`check`.
+    """
+
+    values: Tensor
+    indices: Tensor
+    offsets: Tensor
+    batch_shape: tuple[int, ...]
+    num_latents: int
+    k: int | None = None
+    required: Tensor | None = None
+    _turned: list[ByLatent] = field(default_factory=list, repr=False)  # cache of by_latent, shared by replace()
+
+    @property
+    def shape(self) -> torch.Size:
+        """(*batch_shape, F)."""
+        return torch.Size((*self.batch_shape, self.num_latents))
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: the product of ``batch_shape``."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def l0(self) -> Tensor:
+        """Non-zero values of each row, (*batch_shape,) int64."""
+        if self.k is not None:
+            return (self.values.detach().view(self.rows, self.k) != 0).sum(1).view(self.batch_shape)
+        fired = torch.cat([self.offsets.new_zeros(1), (self.values.detach() != 0).cumsum(0)])
+        return fired[self.offsets].diff().view(self.batch_shape)
+
+    @property
+    def by_latent(self) -> ByLatent:
+        """The codes turned around. Sorted once, then cached: forward and backward passes share it."""
+        if torch.compiler.is_compiling():  # the graph holds the sort once anyway; a cache would be a side effect
+            return self._turn()
+        if not self._turned:
+            self._turned.append(self._turn())
+        return self._turned[0]
+
+    def _turn(self) -> ByLatent:
+        backend = resolve_backend("auto", self.values)
+        return ByLatent(*ops.by_latent(self.indices, self.offsets, self.num_latents, backend))
+
+    def check(self) -> SparseCodes:
+        """Raises RuntimeError where the rule asked for more entries than its capacity. Reads the device once."""
+        if self.required is not None and int(self.required) > self.values.shape[0]:
+            raise RuntimeError(
+                f"capacity={self.values.shape[0]} is too small: the rule keeps {int(self.required)} entries; "
+                "raise capacity, or leave it out to let the size follow the data"
+            )
+        return self
+
+    def to_dense(self) -> Tensor:
+        """(*batch_shape, F) with zeros elsewhere. Differentiable."""
+        backend = resolve_backend("auto", self.values)
+        return ops.to_dense(self.values, self.indices, self.offsets, self.num_latents, backend).view(self.shape)
+
+    def to_padded(self) -> tuple[Tensor, Tensor]:
+        """(values, indices), each (*batch_shape, K) with K the longest row; short rows end in value 0 at index 0.
+
+        Reads the device once unless every row stores the same number of entries.
+        """
+        if self.k is not None:
+            shape = (*self.batch_shape, self.k)
+            return self.values.view(shape), self.indices.view(shape)
+        counts = self.offsets.diff()
+        width = int(counts.max()) if self.rows else 0
+        column = torch.arange(width, device=self.device)
+        present = column < counts[:, None]
+        entry = torch.where(present, self.offsets[:-1, None] + column, 0)
+        shape = (*self.batch_shape, width)
+        if width == 0:
+            return self.values.new_zeros(shape), self.indices.new_zeros(shape)
+        values = torch.where(present, self.values[entry], 0.0)
+        return values.view(shape), torch.where(present, self.indices[entry], 0).view(shape)
+
+    @classmethod
+    def from_topk(cls, values: Tensor, indices: Tensor, num_latents: int) -> SparseCodes:
+        """Codes from (*batch_shape, k) ``values`` and integer ``indices``, distinct within a row and in any order."""
+        if values.shape != indices.shape or values.dim() == 0:
+            raise ValueError(f"indices must have the shape of values {tuple(values.shape)}, got {tuple(indices.shape)}")
+        if indices.is_floating_point() or indices.dtype == torch.bool:
+            raise TypeError(f"indices must be integers, got {indices.dtype}")
+        k = values.shape[-1]
+        rows = values.shape[:-1].numel()
+        indices, order = indices.reshape(rows, k).sort(dim=1)
+        return cls(
+            values=values.reshape(rows, k).gather(1, order).flatten(),
+            indices=indices.int().flatten(),
+            offsets=uniform_offsets(rows, k, values.device),
+            batch_shape=tuple(values.shape[:-1]),
+            num_latents=num_latents,
+            k=k,
+        )
+
+    @classmethod
+    def from_dense(cls, dense: Tensor) -> SparseCodes:
+        """The non-zero entries (NaN included) of a (*batch_shape, F) tensor. Differentiable; reads the device once."""
+        if dense.dim() == 0 or not dense.is_floating_point():
+            raise TypeError(f"dense must be a floating-point tensor of at least one dimension, got {dense!r}")
+        matrix = dense.reshape(-1, dense.shape[-1]) if dense.shape[-1] else dense.reshape(dense.shape[:-1].numel(), 0)
+        row, column = (matrix.detach() != 0).nonzero(as_tuple=True)
+        bounds = torch.arange(matrix.shape[0] + 1, device=dense.device)
+        return cls(
+            values=matrix[row, column],
+            indices=column.int(),
+            offsets=torch.searchsorted(row, bounds),
+            batch_shape=tuple(dense.shape[:-1]),
+            num_latents=dense.shape[-1],
+        )
+
+    def to_sparse_csr(self) -> Tensor:
+        """A (rows, F) ``torch.sparse_csr`` tensor; stored zeros stay stored. Reads the device once with a capacity."""
+        values, indices = self.values, self.indices
+        if self.required is not None:
+            owned = int(self.offsets[-1])
+            values, indices = values[:owned], indices[:owned]
+        return torch.sparse_csr_tensor(self.offsets, indices.long(), values, size=(self.rows, self.num_latents))
+
+    def replace(self, *, values: Tensor) -> SparseCodes:
+        """The same entries with other values, (N,): steering."""
+        if values.shape != self.values.shape or values.device != self.device:
+            raise ValueError(
+                f"values must be {tuple(self.values.shape)} on {self.device}, "
+                f"got {tuple(values.shape)} on {values.device}"
+            )
+        return replace(self, values=values)
+
+    def detach(self) -> SparseCodes:
+        """The same codes, cut off from autograd."""
+        return replace(self, values=self.values.detach())
+
+    def to(self, *args, **kwargs) -> SparseCodes:
+        """As ``Tensor.to``: the device applies to all tensors, the dtype to the values alone."""
+        values = self.values.to(*args, **kwargs)
+        if values.device == self.device:
+            return replace(self, values=values)
+        move = lambda t: None if t is None else t.to(values.device)  # noqa: E731
+        return replace(
+            self, values=values, indices=move(self.indices), offsets=move(self.offsets), required=move(self.required),
+            _turned=[],
+        )
+
+    def __len__(self) -> int:
+        if not self.batch_shape:
+            raise TypeError("codes of a single row have no length")
+        return self.batch_shape[0]
+
+    def __getitem__(self, rows) -> SparseCodes:
+        """Rows selected over the leading dimensions, as indexing a (*batch_shape,) tensor would. Reads the device once
+        unless every row stores the same number of entries."""
+        chosen = torch.arange(self.rows, device=self.device).view(self.batch_shape)[rows]
+        batch_shape, chosen = tuple(chosen.shape), chosen.flatten()
+        if self.k is not None:
+            entry = (chosen[:, None] * self.k + torch.arange(self.k, device=self.device)).flatten()
+            offsets = uniform_offsets(chosen.numel(), self.k, self.device)
+        else:
+            counts = self.offsets.diff()[chosen]
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            entry = torch.arange(int(offsets[-1]), device=self.device)
+            entry = entry + torch.repeat_interleave(self.offsets[chosen] - offsets[:-1], counts)
+        return SparseCodes(self.values[entry], self.indices[entry], offsets, batch_shape, self.num_latents, self.k)
+
+
+def cat(codes: Sequence[SparseCodes]) -> SparseCodes:
+    """Codes over the same latents, concatenated along their first leading dimension."""
+    codes = list(codes)
+    if not codes:
+        raise ValueError("codes must hold at least one SparseCodes, got none")
+    first = codes[0]
+    if not first.batch_shape:
+        raise ValueError("codes of a single row cannot be concatenated: they have no leading dimension")
+    for other in codes[1:]:
+        if other.num_latents != first.num_latents or other.batch_shape[1:] != first.batch_shape[1:]:
+            raise ValueError(f"codes disagree in shape: {tuple(first.shape)} and {tuple(other.shape)}")
+    k = first.k if all(c.k == first.k for c in codes) else None
+    pieces = [c if c.required is None else _trimmed(c) for c in codes]
+    sizes = [0]
+    for piece in pieces:
+        sizes.append(sizes[-1] + piece.values.shape[0])
+    offsets = [c.offsets[1:] + start for c, start in zip(pieces, sizes, strict=False)]
+    return SparseCodes(
+        values=torch.cat([c.values for c in pieces]),
+        indices=torch.cat([c.indices for c in pieces]),
+        offsets=torch.cat([first.offsets[:1], *offsets]),
+        batch_shape=(sum(c.batch_shape[0] for c in codes), *first.batch_shape[1:]),
+        num_latents=first.num_latents,
+        k=k,
+    )
+
+
+def _trimmed(codes: SparseCodes) -> SparseCodes:
+    """Without the unused end of its capacity; an overflow is reported, never carried along."""
+    codes.check()
+    owned = int(codes.offsets[-1])
+    return replace(codes, values=codes.values[:owned], indices=codes.indices[:owned], required=None, _turned=[])
+
+
+def _flatten(codes: SparseCodes):
+    children = [codes.values, codes.indices, codes.offsets, codes.required]
+    return children, (codes.batch_shape, codes.num_latents, codes.k)
+
+
+def _unflatten(children, context) -> SparseCodes:
+    values, indices, offsets, required = children
+    batch_shape, num_latents, k = context
+    return SparseCodes(values, indices, offsets, batch_shape, num_latents, k, required)
+
+
+pytree.register_pytree_node(
+    SparseCodes, _flatten, _unflatten, serialized_type_name="sae_engine.SparseCodes"
+)

@@ -1,0 +1,320 @@
+"""The operations, as ordinary functions: check the arguments, bring them to canonical shape, call the operator.
+
+Every selection takes pre-activations ``(*batch_shape, F)`` with any strides and returns :class:`SparseCodes`. Which
+entries are kept is a constant for autograd; gradients flow through the kept values. Keys, ties and NaN are the same
+everywhere: -0 equals +0, NaN of either sign ranks above +Inf, ties go to the lowest index (flat index for batch
+rules), so the indices are equal bit for bit on every back end.
+
+Every function takes ``backend``: ``"auto"`` (CUDA: Triton, otherwise torch), ``"triton"``, ``"torch"`` or
+``"reference"``. An explicit back end that cannot run raises RuntimeError; an unknown one ValueError. Shapes, dtypes
+and devices are checked before anything is launched: TypeError or ValueError, naming the argument.
+"""
+from __future__ import annotations
+
+import torch
+from sae_kernels.ops import ops, uniform_offsets
+from torch import Tensor
+
+from . import _checks as check
+from ._backend import resolve_backend
+from .codes import SparseCodes
+
+__all__ = ["batch_topk", "decode", "encode", "norm_match", "threshold", "topk"]
+
+
+def topk(
+    pre: Tensor,
+    k: int,
+    *,
+    score: Tensor | None = None,
+    magnitude: bool = False,
+    relu: bool | None = None,
+    mask: Tensor | None = None,
+    sorted: bool = False,
+    backend: str = "auto",
+) -> SparseCodes:
+    """The k entries of each row that rank first.
+
+    Args:
+        pre: ``(*batch_shape, F)`` pre-activations. Differentiable.
+        k: entries per row, ``1 <= k <= F``.
+        score: ranks instead of ``pre``; same shape. Constant for autograd.
+        magnitude: rank by ``|pre|`` (AbsTopK).
+        relu: apply ReLU to the kept values, after ranking; a zero then passes no gradient. Default ``not magnitude``.
+        mask: boolean ``(F,)`` or ``pre.shape``, True = may be kept. A row with fewer than k eligible entries fills up
+            with its lowest-index masked latents, at value 0 and without gradient.
+        sorted: order each row by descending rank instead of ascending index. The codes then serve reading only.
+
+    Returns:
+        Codes with exactly ``k * rows`` entries; values have the dtype of ``pre``.
+
+    Cost: reads ``pre`` once. Source: Gao et al. 2024, arXiv:2406.04093; AbsTopK: Zhu et al. 2025, arXiv:2510.00404.
+    """
+    check.floating("pre", pre)
+    k = check.integer_k(k, pre.shape[-1])
+    if score is not None:
+        if magnitude:
+            raise ValueError("score cannot be combined with magnitude=True: both say what ranks")
+        check.floating("score", score)
+        check.shaped("score", score, pre.shape, pre, why="that of pre")
+        score = check.matrix(score.detach())
+    relu = not magnitude if relu is None else relu
+    matrix = check.matrix(pre)
+    mask = check.mask_for(mask, pre)
+    backend = _backend_for(backend, pre, score)
+    values, indices = ops.topk(matrix, score, mask, k, magnitude, relu, backend)
+    if sorted:
+        values, indices = _by_rank(values, indices, matrix, score, mask, k, magnitude)
+    offsets = uniform_offsets(matrix.shape[0], k, pre.device)
+    return SparseCodes(values, indices, offsets, tuple(pre.shape[:-1]), pre.shape[-1], k)
+
+
+def _by_rank(values, indices, pre, score, mask, k, magnitude) -> tuple[Tensor, Tensor]:
+    """Entries of each row by descending key; stable, so that ties stay in ascending order of index."""
+    from sae_kernels.reference import ranking  # keys are defined once
+
+    by = pre.abs() if magnitude else pre if score is None else score
+    columns = indices.view(-1, k).long()
+    allowed = torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.expand(pre.shape).gather(1, columns)
+    order = ranking(by.detach().gather(1, columns), allowed).sort(dim=1, descending=True, stable=True).indices
+    return values.view(-1, k).gather(1, order).flatten(), indices.view(-1, k).gather(1, order).flatten()
+
+
+def batch_topk(
+    pre: Tensor, k: float, *, mask: Tensor | None = None, group=None, backend: str = "auto"
+) -> SparseCodes:
+    """The ``int(k * tokens)`` entries of the whole batch with the largest relu(pre): BatchTopK, mutual choice.
+
+    Args:
+        pre: ``(*batch_shape, F)`` pre-activations. Differentiable; entries kept at 0 pass no gradient.
+        k: average entries per token, int or float, ``0 < k <= F``. A budget of 0 gives empty codes.
+        mask: boolean ``(F,)`` or ``pre.shape``, True = may be kept; where too few are eligible, the lowest flat
+            positions among the masked fill up at value 0 and without gradient.
+        group: a ``torch.distributed`` process group over which the batch extends: the budget is then
+            ``int(k * all ranks' tokens)``, ties go to the lower rank first, and each rank's number of entries follows
+            the data (one host read). Default: each rank selects alone.
+
+    Returns:
+        Codes with exactly ``int(k * tokens)`` entries, ascending in (row, latent). No host synchronisation.
+
+    Source: Bussmann et al. 2024, arXiv:2412.06410; Ayonrinde 2024, arXiv:2411.02124 (mutual choice).
+    """
+    check.floating("pre", pre)
+    k = check.number_k(k, pre.shape[-1])
+    matrix = check.matrix(pre)
+    mask = check.mask_for(mask, pre)
+    backend = _backend_for(backend, pre)
+    if group is None:
+        total = int(k * matrix.shape[0])
+    else:
+        from ._distributed import batch_share
+
+        total = batch_share(matrix.detach(), mask, k, group)
+    values, indices, offsets = ops.batch_topk(matrix, mask, total, backend)
+    return SparseCodes(values, indices, offsets, tuple(pre.shape[:-1]), pre.shape[-1])
+
+
+def norm_match(
+    pre: Tensor,
+    target_norm: Tensor,
+    *,
+    weight_norm: Tensor | None = None,
+    capacity: int | None = None,
+    backend: str = "auto",
+) -> SparseCodes:
+    """The prefix of each row whose norm lies nearest to a target: top-AFA.
+
+    Rank by ``r = fp32(relu(pre)) * fp32(weight_norm)``; of all prefixes keep the first that minimises
+    ``|sqrt(sum r^2) - target_norm|``, at least one entry, unscaled. A target at or above the row's norm keeps every
+    positive entry; entries with r = 0 are never kept. A row whose largest r is not finite keeps that entry alone.
+    Where the two nearest prefixes differ by less than 1e-6 (relative), either may be kept.
+
+    Args:
+        pre: ``(*batch_shape, F)`` pre-activations. Differentiable.
+        target_norm: ``(*batch_shape,)``, for top-AFA the norm of the centred input. Constant for autograd.
+        weight_norm: ``(F,)`` norms of the decoder rows; default 1. Constant for autograd.
+        capacity: entries to allocate. Without it the host reads the number of entries, once; with it nothing waits,
+            and :meth:`SparseCodes.check` reports an overflow.
+
+    Source: Lee et al. 2025, arXiv:2503.24277, from the authors' code.
+    """
+    check.floating("pre", pre)
+    check.floating("target_norm", target_norm, dims=pre.dim() - 1)
+    check.shaped("target_norm", target_norm, pre.shape[:-1], pre, why="one per row of pre")
+    wide = torch.promote_types(pre.dtype, torch.float32)
+    if weight_norm is not None:
+        check.floating("weight_norm", weight_norm, dims=1)
+        check.shaped("weight_norm", weight_norm, pre.shape[-1:], pre, why="one per latent")
+        weight_norm = weight_norm.detach().to(wide)
+    if check.deep() and bool((target_norm < 0).any()):
+        raise ValueError(f"target_norm must not be negative, got a minimum of {target_norm.min().item()}")
+    target = target_norm.detach().to(wide).reshape(-1)
+    capacity = check.capacity_of(capacity)
+    return _sized(
+        pre, capacity, ops.norm_match(check.matrix(pre), target, weight_norm, capacity, _backend_for(backend, pre))
+    )
+
+
+def threshold(
+    pre: Tensor,
+    theta: Tensor | float,
+    *,
+    bandwidth: float | None = None,
+    capacity: int | None = None,
+    backend: str = "auto",
+) -> SparseCodes:
+    """Every entry above its latent's threshold; NaN is kept and counted.
+
+    Args:
+        pre: ``(*batch_shape, F)`` pre-activations. Differentiable: kept entries pass their gradient.
+        theta: a number, a scalar tensor or ``(F,)``. Compared in fp32 (fp64 for fp64 ``pre``); a wider theta is
+            rounded down, which changes no comparison.
+        bandwidth: width of the rectangle estimator. Stores every ``pre > theta - bandwidth / 2`` with value
+            ``pre * (pre > theta)``, and gives theta its gradient
+            ``-(theta / bandwidth) * sum(grad over |pre - theta| < bandwidth / 2)``. Without it theta has none.
+        capacity: as in :func:`norm_match`.
+
+    Source: Rajamanoharan et al. 2024, arXiv:2407.14435 (JumpReLU).
+    """
+    check.floating("pre", pre)
+    theta = _theta(theta, pre)
+    floor = None
+    if bandwidth is not None:
+        if isinstance(bandwidth, bool) or not isinstance(bandwidth, int | float):
+            raise TypeError(f"bandwidth must be a number or None, got {bandwidth!r}")
+        if not 0 < bandwidth < float("inf"):
+            raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
+        floor = theta.detach() - bandwidth / 2
+    else:
+        theta = theta.detach()
+    capacity = check.capacity_of(capacity)
+    return _sized(pre, capacity, ops.threshold(check.matrix(pre), theta, floor, capacity, _backend_for(backend, pre)))
+
+
+def _theta(theta: Tensor | float, pre: Tensor) -> Tensor:
+    """theta as (F,) in the dtype of the comparison."""
+    wide = torch.promote_types(pre.dtype, torch.float32)
+    if isinstance(theta, bool) or not isinstance(theta, int | float | Tensor):
+        raise TypeError(f"theta must be a number or a tensor, got {type(theta).__name__}")
+    if not isinstance(theta, Tensor):
+        theta = torch.tensor(theta, dtype=torch.float64, device=pre.device)
+    check.floating("theta", theta, dims=theta.dim())
+    if tuple(theta.shape) not in {(), (pre.shape[-1],)}:
+        raise ValueError(f"theta must be a scalar or have shape {(pre.shape[-1],)}, got {tuple(theta.shape)}")
+    check.same_device("theta", theta, pre)
+    rounded = theta.to(wide)
+    if theta.dtype != wide and theta.dtype == torch.float64:
+        below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+        rounded = torch.where(rounded.detach() > theta.detach(), below, rounded)
+    return rounded.expand(pre.shape[-1])
+
+
+def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """Weighted sum of each row's active decoder vectors.
+
+    ``out[b] = sum over row b's entries of value * W_dec[index] (+ b_dec)``
+
+    Args:
+        codes: over ``(*batch_shape, F)``; ``values`` differentiable.
+        W_dec: ``(F, d_out)``, any strides. Differentiable.
+        b_dec: ``(d_out,)`` or None. Differentiable.
+
+    Returns:
+        ``(*batch_shape, d_out)`` in the autocast dtype if active, else ``promote_types(values, W_dec)``.
+
+    Cost: reads N weight rows and N (value, index) pairs, writes the output once. Dense codes go through a GEMM.
+    Numerics: fp32 accumulation; forward and gradients bitwise reproducible. Source: Gao et al. 2024, arXiv:2406.04093.
+    """
+    if not isinstance(codes, SparseCodes):
+        raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}: SparseDecoder takes dense tensors too")
+    check.floating("W_dec", W_dec, dims=2)
+    check.same_device("W_dec", W_dec, codes.values)
+    if W_dec.shape[0] != codes.num_latents:
+        raise ValueError(f"W_dec must have {codes.num_latents} rows (one per latent), got {tuple(W_dec.shape)}")
+    if b_dec is not None:
+        check.floating("b_dec", b_dec, dims=1)
+        check.shaped("b_dec", b_dec, W_dec.shape[1:], W_dec, why="d_out")
+    kind = codes.device.type
+    dtype = torch.promote_types(codes.values.dtype, W_dec.dtype)
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    backend = _backend_for(backend, codes.values, W_dec)
+    turned = (None, None, None)
+    if torch.is_grad_enabled() and W_dec.requires_grad:
+        turned = codes.by_latent
+    out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *turned, backend)
+    return out.view(*codes.batch_shape, W_dec.shape[1])
+
+
+def encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    select,
+    scale: Tensor | None = None,
+    return_pre: bool = False,
+    backend: str = "auto",
+    **context,
+) -> SparseCodes | tuple[SparseCodes, Tensor]:
+    """Linear encoder and selection: ``select((x @ W_enc + b_enc) * scale)``.
+
+    Args:
+        x: ``(*batch_shape, d_in)``. Differentiable.
+        W_enc: ``(d_in, F)``, any strides. Differentiable.
+        b_enc: ``(F,)`` or None. Differentiable.
+        select: an activation module (its ``select`` is called) or a function ``(pre, backend=..., **context)``.
+        scale: ``(F,)``, multiplies the pre-activations before selection (decoder norms), or None. Differentiable.
+        return_pre: also return the pre-activations ``(*batch_shape, F)`` that were selected from.
+        context: passed on to ``select``.
+
+    Returns:
+        The codes, or (codes, pre). Under 16-bit autocast ``pre`` is the fp32 sum with the fp32 bias, rounded once.
+    """
+    pre = linear(x, W_enc, b_enc)
+    if scale is not None:
+        check.floating("scale", scale, dims=1)
+        check.shaped("scale", scale, W_enc.shape[1:], x, why="one per latent")
+        pre = (pre * scale).to(pre.dtype)
+    chosen = getattr(select, "select", select)(pre, backend=backend, **context)
+    return (chosen, pre) if return_pre else chosen
+
+
+def linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> Tensor:
+    """``x @ W_enc + b_enc``; 16-bit results (autocast, or 16-bit inputs) are rounded once, after the bias."""
+    check.floating("x", x)
+    check.floating("W_enc", W_enc, dims=2)
+    check.same_device("W_enc", W_enc, x)
+    if x.shape[-1] != W_enc.shape[0]:
+        raise ValueError(f"x must have d_in = {W_enc.shape[0]} in its last dimension, got shape {tuple(x.shape)}")
+    if b_enc is not None:
+        check.floating("b_enc", b_enc, dims=1)
+        check.shaped("b_enc", b_enc, W_enc.shape[1:], x, why="one per latent")
+    kind = x.device.type
+    dtype = torch.promote_types(x.dtype, W_enc.dtype)
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        if dtype in (torch.float32, torch.float64):
+            flat = check.matrix(x.to(dtype))
+            out = flat @ W_enc.to(dtype) if b_enc is None else torch.addmm(b_enc.to(dtype), flat, W_enc.to(dtype))
+            return out.view(*x.shape[:-1], W_enc.shape[1])
+        # Products of 16-bit numbers are exact in fp32, so an fp32 GEMM of the rounded operands is the fp32 accumulator.
+        pre = check.matrix(x).to(dtype).float() @ W_enc.to(dtype).float()
+        pre = pre if b_enc is None else pre + b_enc.float()
+        return pre.to(dtype).view(*x.shape[:-1], W_enc.shape[1])
+
+
+def _backend_for(backend: str, *tensors: Tensor | None) -> str:
+    """The back end that serves all of ``tensors``: one fp64 among them rules Triton out."""
+    present = [t for t in tensors if t is not None]
+    widest = next((t for t in present if t.dtype == torch.float64), present[0])
+    return resolve_backend(backend, widest)
+
+
+def _sized(pre: Tensor, capacity: int | None, result: tuple[Tensor, ...]) -> SparseCodes:
+    values, indices, offsets, required = result
+    return SparseCodes(
+        values, indices, offsets, tuple(pre.shape[:-1]), pre.shape[-1],
+        required=None if capacity is None else required,
+    )

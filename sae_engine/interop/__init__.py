@@ -1,0 +1,1 @@
+"""Other libraries' files: one module a format."""

@@ -1,0 +1,67 @@
+"""What tests and benchmarks share: inputs that are hard to select from, and error budgets that are derived."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HARD_KINDS = ("normal", "zeros", "ties", "negative", "special", "nan", "transposed")
+
+
+def make_pre(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, seed: int = 0, device="cpu") -> Tensor:
+    """Pre-activations of one of ``HARD_KINDS``, drawn on the CPU from a generator of their own.
+
+    "ties" takes 5 values; "special" mixes NaN of both signs, +Inf, -Inf, -0 and numbers; "transposed" is normal with
+    the last dimension not contiguous.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=rng)
+    if kind == "zeros":
+        x = torch.zeros(shape)
+    elif kind == "ties":
+        x = torch.randint(-2, 3, shape, generator=rng).float()
+    elif kind == "negative":
+        x = -x.abs()
+    elif kind == "special":
+        draw = torch.rand(shape, generator=rng)
+        for share, value in ((0.6, -torch.inf), (0.35, torch.inf), (0.25, -0.0), (0.2, torch.nan), (0.1, -torch.nan)):
+            x = torch.where(draw < share, value, x)
+    elif kind == "nan":
+        x = torch.full(shape, torch.nan)
+    elif kind not in ("normal", "transposed"):
+        raise ValueError(f"kind must be one of {HARD_KINDS}, got {kind!r}")
+    x = x.to(dtype)
+    if kind == "transposed" and x.dim() > 1:
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x.to(device)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, dtype and values, where NaN equals NaN and -0 equals +0."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def assert_same(actual, expected) -> None:
+    """Two operations' outputs, tensors or tuples of them, agree bit for bit."""
+    actual, expected = ((t,) if isinstance(t, Tensor) else t for t in (actual, expected))
+    assert len(actual) == len(expected)
+    for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert same_bits(a, e), f"output {number}:\n{a}\nexpected\n{e}"
+
+
+def assert_within_budget(actual: Tensor, truth: Tensor, honest: Tensor, *, rounding: torch.dtype | None = None) -> None:
+    """``actual`` errs at most twice as much as an honest run in the tested dtype, plus one rounding of the output.
+
+    Args:
+        truth: the reference in fp64.
+        honest: the reference in the tested dtype: the competitor whose error is the yardstick.
+        rounding: the dtype whose epsilon is one rounding; default that of ``actual``.
+    """
+    assert actual.shape == truth.shape and actual.dtype == honest.dtype
+    if actual.numel() == 0:
+        return
+    error, allowed = ((t.double() - truth).abs() for t in (actual, honest))
+    assert error.isfinite().all()
+    one_rounding = torch.finfo(rounding or actual.dtype).eps * truth.abs().max()
+    for measure in (torch.max, torch.mean):
+        budget = 2 * (measure(allowed) + one_rounding)
+        assert measure(error) <= budget, f"{measure.__name__}: {measure(error):.3e} > {budget:.3e}"

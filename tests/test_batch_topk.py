@@ -1,0 +1,124 @@
+"""functional.batch_topk and its kernels: exactly int(k * tokens) entries of the whole matrix."""
+import pytest
+import torch
+import torch.multiprocessing as mp
+from sae_engine import functional as f
+from sae_engine.testing import HARD_KINDS, assert_same, make_pre
+from sae_kernels import _tuning
+from sae_kernels.ops import ops
+
+FAST = ("torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [(3, 200, 15), (1, 1, 1), (2, 37, 74), (3, 520, 700), (3, 64, 1), (0, 10, 0), (4, 300, 0), (5, 1030, 40)]
+IDS = [f"B{b}-F{n}-N{t}" for b, n, t in CASES]
+
+
+@pytest.mark.parametrize("kind", HARD_KINDS)
+def test_reference_matches_definition(kind):
+    pre = make_pre(kind, (3, 20))
+    _, indices, offsets = ops.batch_topk(pre, None, 11, "reference")
+    flat = [max(v, 0.0) if v == v else v for v in pre.flatten().tolist()]
+    order = sorted(range(60), key=lambda j: (flat[j] == flat[j], 0.0 if flat[j] != flat[j] else -flat[j], j))[:11]
+    rows = torch.repeat_interleave(torch.arange(3), offsets.diff())
+    assert (rows * 20 + indices).tolist() == sorted(order)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_equals_reference_on_hard_matrices(case, dtype, backend):
+    rows, num_latents, total = case
+    for kind in HARD_KINDS:
+        pre = make_pre(kind, (rows, num_latents), dtype)
+        assert_same(ops.batch_topk(pre, None, total, backend), ops.batch_topk(pre, None, total, "reference"))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_masks(backend):
+    for kind in HARD_KINDS:
+        pre = make_pre(kind, (3, 130))
+        draw = torch.rand(3, 130)
+        for mask in (draw[0] < 0.5, draw < 0.02, torch.zeros(130, dtype=torch.bool)):
+            for total in (20, 200):
+                args = (pre, mask, total)
+                assert_same(ops.batch_topk(*args, backend), ops.batch_topk(*args, "reference"))
+
+
+def test_group_maxima_are_used_and_not_used():
+    assert _tuning.batch_groups(5, 1030, 40) is not None and _tuning.batch_groups(3, 520, 700) is None
+
+
+@pytest.mark.sanitizer
+def test_small_and_complete():
+    pre = make_pre("ties", (2, 300), torch.bfloat16)
+    for total in (9, 500):
+        assert_same(ops.batch_topk(pre, None, total, "triton"), ops.batch_topk(pre, None, total, "reference"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_production_shape(dtype):
+    pre = torch.randn(512, 32768, device="cuda").to(dtype)
+    for x in (pre, pre.round()):
+        assert_same(ops.batch_topk(x, None, 512 * 32, "triton"), ops.batch_topk(x, None, 512 * 32, "reference"))
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation():
+    pre = torch.randn(64, 4096, device="cuda")
+    f.batch_topk(pre, 8, backend="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        f.batch_topk(pre, 8, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_fractional_k_and_leading_dimensions(backend):
+    pre = make_pre("normal", (2, 3, 40)).transpose(0, 1)
+    codes = f.batch_topk(pre, 2.4, backend=backend)
+    expected = f.batch_topk(pre.reshape(6, 40), 2.4, backend="reference")
+    assert codes.values.numel() == int(2.4 * 6) and codes.shape == (3, 2, 40)
+    assert_same((codes.values, codes.indices, codes.offsets), (expected.values, expected.indices, expected.offsets))
+    assert f.batch_topk(pre, 0.1, backend=backend).values.numel() == 0
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_gradient_stops_at_zeros(backend):
+    pre = make_pre("ties", (3, 20)).requires_grad_()
+    weight = torch.randn(3, 20)
+    codes = f.batch_topk(pre, 15, backend=backend)
+    (codes.to_dense() * weight).sum().backward()
+    assert torch.equal(pre.grad, weight * (codes.to_dense() > 0))
+
+
+def test_gradcheck():
+    pre = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p: f.batch_topk(p, 2.5).to_dense(), (pre,))
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, 10.5, True, "3", float("nan"), float("inf")])
+def test_k_is_checked(bad):
+    with pytest.raises((ValueError, TypeError), match="k"):
+        f.batch_topk(torch.randn(2, 10), bad)
+
+
+def _rank(rank, size, folder, kind):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    pre = make_pre(kind, (7, 30), seed=3)
+    share = pre[: 4] if rank == 0 else pre[4:]
+    codes = f.batch_topk(share, 2.5, group=torch.distributed.group.WORLD)
+    torch.save((codes.values, codes.indices, codes.offsets), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["normal", "ties", "special"])
+def test_two_ranks_select_what_one_would(kind, tmp_path):
+    mp.start_processes(_rank, args=(2, str(tmp_path), kind), nprocs=2, start_method="spawn")
+    whole = f.batch_topk(make_pre(kind, (7, 30), seed=3), 2.5, backend="reference")
+    (v0, i0, o0), (v1, i1, o1) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    joined = torch.cat([v0, v1]), torch.cat([i0, i1]), torch.cat([o0, o1[1:] + o0[-1]])
+    assert_same(joined, (whole.values, whole.indices, whole.offsets))

@@ -1,0 +1,144 @@
+"""functional.norm_match and its kernel: the prefix whose norm is nearest to the target (top-AFA)."""
+import pytest
+import torch
+from sae_engine import functional as f
+from sae_engine.testing import HARD_KINDS, assert_same, make_pre
+from sae_kernels.ops import ops
+
+FAST = ("torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def by_argsort(pre, target, weight):
+    """The rule line by line, one row at a time, in fp64 over fp32 scores: sort, accumulate, nearest in norm space."""
+    kept = []
+    for row, wanted in zip(pre, target, strict=True):
+        score = row.float().relu() * weight.float()
+        order = score.argsort(descending=True, stable=True)
+        norm = score[order].double().square().cumsum(0).sqrt()
+        count = int((norm - wanted.double()).abs().argmin()) + 1
+        if wanted.double() >= norm[-1]:
+            count = int((score > 0).sum())
+        kept.append(sorted(j for j in order[:count].tolist() if score[j] > 0))
+    return kept
+
+
+def rows_of(codes):
+    bounds = codes.offsets.tolist()
+    return [codes.indices[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+@pytest.mark.parametrize(("backend", "rows"), [("reference", 1000), ("torch", 1000), ("triton", 60)])
+def test_equals_the_argsort_rule_on_random_rows(backend, rows):
+    pre, weight = torch.randn(rows, 96), torch.rand(96) + 0.5
+    target = torch.rand(rows) * pre.relu().norm(dim=1) * 1.4
+    codes = f.norm_match(pre, target, weight_norm=weight, backend=backend)
+    energy = (pre.relu() * weight).double().square()
+    for number, (got, want) in enumerate(zip(rows_of(codes), by_argsort(pre, target, weight), strict=True)):
+        if got != want:  # only a near-tie of the two distances may differ
+            distances = [abs(energy[number, kept].sum().sqrt() - target[number]) for kept in (got, want)]
+            assert abs(distances[0] - distances[1]) < 1e-6 * target[number], number
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 200), (1, 1), (2, 37), (3, 1500), (0, 10)], ids=str)
+def test_equals_reference_on_hard_rows(shape, dtype, backend):
+    for kind in HARD_KINDS:
+        pre = make_pre(kind, shape, dtype)
+        weight = make_pre("normal", shape[1:], seed=4).abs()
+        for target in (torch.rand(shape[0]) * 9, torch.zeros(shape[0]), torch.full(shape[:1], 1e9)):
+            for by in (None, weight):
+                args = (pre, target, by, None)
+                assert_same(ops.norm_match(*args, backend), ops.norm_match(*args, "reference"))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_many_tied_entries_and_huge_or_tiny_numbers(backend):
+    ones = torch.ones(1, 3000)  # more candidates than finish in registers, all equal
+    for scale in (1.0, 1e30, 1e-36):
+        codes = f.norm_match(ones * scale, torch.tensor([scale * 40.01]), backend=backend)
+        assert codes.indices.tolist() == list(range(1601))  # 40.01^2 = 1600.8, nearest norm is sqrt(1601)
+
+
+@pytest.mark.parametrize("backend", ("reference", *FAST))
+def test_special_targets(backend):
+    pre = torch.tensor([[3.0, -1.0, 4.0, 0.0]])
+    for target, kept in ((0.0, [2]), (4.4, [2]), (4.6, [0, 2]), (torch.inf, [0, 2]), (torch.nan, [2])):
+        assert f.norm_match(pre, torch.tensor([target]), backend=backend).indices.tolist() == kept
+    assert f.norm_match(-pre.abs(), torch.tensor([1.0]), backend=backend).values.numel() == 0
+
+
+@pytest.mark.parametrize("backend", ("reference", *FAST))
+def test_capacity(backend):
+    pre, target = torch.randn(4, 50), torch.full((4,), 3.0)
+    plain = f.norm_match(pre, target, backend=backend)
+    needed = plain.values.numel()
+    roomy = f.norm_match(pre, target, capacity=needed + 5, backend=backend).check()
+    assert_same(roomy.to_dense(), plain.to_dense())
+    assert roomy.values.numel() == needed + 5 and int(roomy.required) == needed
+    tight = f.norm_match(pre, target, capacity=needed - 3, backend=backend)
+    assert torch.equal(tight.indices, plain.indices[:-3]) and int(tight.offsets[-1]) == needed - 3
+    with pytest.raises(RuntimeError, match=f"capacity={needed - 3}.*{needed}"):
+        tight.check()
+
+
+@pytest.mark.sanitizer
+def test_small_and_complete():
+    pre = make_pre("special", (2, 300), torch.bfloat16)
+    args = (pre, torch.rand(2) * 5, None, 600)
+    assert_same(ops.norm_match(*args, "triton"), ops.norm_match(*args, "reference"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_production_shape(dtype):
+    pre = torch.randn(64, 32768, device="cuda").to(dtype)
+    total = pre.float().relu().norm(dim=1)
+    for share in (0.01, 0.3, 0.9):
+        got, want = (f.norm_match(pre, total * share, backend=b) for b in ("triton", "reference"))
+        energy = [c.to_dense().double().square().sum(1).sqrt() for c in (got, want)]
+        torch.testing.assert_close(*energy, rtol=1e-6, atol=0)  # near-ties: equal energy, either prefix
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_gradient_is_the_kept_entries(backend):
+    pre = torch.randn(3, 40, requires_grad=True)
+    weight = torch.randn(3, 40)
+    codes = f.norm_match(pre, torch.full((3,), 3.0), backend=backend)
+    (codes.to_dense() * weight).sum().backward()
+    assert torch.equal(pre.grad, weight * (codes.to_dense() > 0))
+
+
+def test_gradcheck():
+    pre = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    target, weight = torch.full((3,), 1.5, dtype=torch.float64), torch.rand(12, dtype=torch.float64) + 0.5
+    assert torch.autograd.gradcheck(lambda p: f.norm_match(p, target, weight_norm=weight).to_dense(), (pre,))
+
+
+def test_leading_dimensions():
+    pre = torch.randn(2, 3, 20)
+    codes = f.norm_match(pre, torch.ones(2, 3))
+    assert codes.shape == pre.shape
+    assert_same(codes.to_dense().view(6, 20), f.norm_match(pre.view(6, 20), torch.ones(6)).to_dense())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "name"),
+    [
+        ({"target_norm": torch.ones(3)}, "target_norm"),
+        ({"target_norm": torch.ones(2, 1)}, "target_norm"),
+        ({"weight_norm": torch.ones(9)}, "weight_norm"),
+        ({"capacity": -1}, "capacity"),
+        ({"capacity": 2.5}, "capacity"),
+    ],
+)
+def test_arguments_are_checked(kwargs, name):
+    with pytest.raises((ValueError, TypeError), match=name):
+        f.norm_match(torch.randn(2, 10), **{"target_norm": torch.ones(2), **kwargs})
+
+
+def test_negative_target_is_found_when_asked(monkeypatch):
+    monkeypatch.setenv("SAE_CHECK", "1")
+    with pytest.raises(ValueError, match="target_norm"):
+        f.norm_match(torch.randn(2, 10), torch.tensor([1.0, -1.0]))

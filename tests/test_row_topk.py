@@ -1,0 +1,184 @@
+"""functional.topk and its kernel: exact selection of k entries a row."""
+import pytest
+import torch
+from sae_engine import functional as f
+from sae_engine.testing import HARD_KINDS, assert_same, make_pre
+from sae_kernels import _tuning, reference
+from sae_kernels.ops import ops
+
+FAST = ("torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [(3, 200, 5), (1, 1, 1), (2, 37, 37), (2, 520, 70), (3, 64, 1), (0, 10, 2), (2, 257, 16)]
+IDS = [f"B{b}-F{n}-K{k}" for b, n, k in CASES]
+
+
+def by_definition(row, k):
+    """Three lines: sort by (NaN first, value descending, index ascending), keep k, order by index."""
+    order = sorted(range(len(row)), key=lambda j: (row[j] == row[j], 0.0 if row[j] != row[j] else -row[j], j))
+    return sorted(order[:k])
+
+
+@pytest.mark.parametrize("kind", HARD_KINDS)
+def test_reference_matches_definition(kind):
+    pre = make_pre(kind, (3, 40))
+    _, indices = ops.topk(pre, None, None, 7, False, True, "reference")
+    assert indices.view(3, 7).tolist() == [by_definition(row, 7) for row in pre.tolist()]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_equals_reference_on_hard_rows(case, dtype, backend):
+    rows, num_latents, k = case
+    for kind in HARD_KINDS:
+        pre = make_pre(kind, (rows, num_latents), dtype)
+        for magnitude, relu in ((False, True), (True, False)):
+            args = (pre, None, None, k, magnitude, relu)
+            assert_same(ops.topk(*args, backend), ops.topk(*args, "reference"))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "signed"])
+def test_masks_and_scores(backend, relu):
+    for kind in HARD_KINDS:
+        pre = make_pre(kind, (3, 130), torch.bfloat16)
+        score = make_pre("ties", (3, 130), seed=1)
+        draw = torch.rand(3, 130)
+        for mask in (draw[0] < 0.5, draw < 0.02, torch.zeros(130, dtype=torch.bool)):
+            for by in (None, score, make_pre("special", (3, 130), seed=2)):
+                args = (pre, by, mask, 9, False, relu)
+                assert_same(ops.topk(*args, backend), ops.topk(*args, "reference"))
+
+
+def test_fp64_on_torch():
+    for kind in HARD_KINDS:
+        pre = make_pre(kind, (4, 90), torch.float64)
+        assert_same(ops.topk(pre, None, None, 8, False, True, "torch"), reference.topk(pre, None, None, 8, False, True))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("shape", [(50,), (2, 3, 50), (2, 1, 3, 50)], ids=str)
+def test_any_leading_dimensions_and_strides(shape, backend):
+    pre = make_pre("ties", shape)
+    if len(shape) > 2:
+        pre = pre.transpose(0, 1)
+    codes = f.topk(pre, 4, backend=backend)
+    expected = f.topk(pre.contiguous().reshape(-1, 50), 4, backend="reference")
+    assert codes.shape == pre.shape and codes.batch_shape == pre.shape[:-1]
+    assert_same((codes.values, codes.indices, codes.offsets), (expected.values, expected.indices, expected.offsets))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_every_other_column_of_a_wider_matrix(backend):
+    pre = make_pre("normal", (3, 160))[:, ::2]
+    assert_same(ops.topk(pre, None, None, 6, False, True, backend), reference.topk(pre, None, None, 6, False, True))
+
+
+@pytest.mark.sanitizer
+def test_the_kernel_for_large_k_and_the_kernel_for_small_k_are_both_exercised():
+    assert _tuning.row_groups(520, 70) is None and _tuning.row_groups(200, 5) is not None
+    pre = make_pre("ties", (2, 200), torch.bfloat16)
+    for k in (5, 90):
+        args = (pre, None, None, k, False, True)
+        assert_same(ops.topk(*args, "triton"), ops.topk(*args, "reference"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_latents", "k"), [(32768, 32), (131072, 32), (131072, 64), (12288, 512), (131072, 4096)])
+def test_production_shapes(num_latents, k, dtype):
+    pre = torch.randn(64, num_latents, device="cuda").to(dtype)
+    for x in (pre, pre.relu(), pre.round()):
+        args = (x, None, None, k, False, True)
+        assert_same(ops.topk(*args, "triton"), ops.topk(*args, "reference"))
+
+
+@pytest.mark.gpu
+def test_offsets_past_31_bits():
+    pre = torch.randn(16500, 131072, device="cuda", dtype=torch.bfloat16)  # 2.16e9 elements
+    codes = f.topk(pre, 8, backend="triton")
+    last = f.topk(pre[-3:], 8, backend="reference")
+    assert_same((codes.values[-24:], codes.indices[-24:]), (last.values, last.indices))
+
+
+@pytest.mark.parametrize("backend", ("reference", *FAST))
+@pytest.mark.parametrize("kwargs", [{}, {"magnitude": True}, {"relu": False}], ids=["relu", "magnitude", "signed"])
+def test_gradient_is_the_kept_entries(kwargs, backend):
+    pre = make_pre("ties", (3, 30)).requires_grad_()
+    weight = torch.randn(3, 30)
+    (f.topk(pre, 6, backend=backend, **kwargs).to_dense() * weight).sum().backward()
+    kept = torch.zeros(3, 30).scatter_(1, f.topk(pre.detach(), 6, **kwargs).indices.view(3, 6).long(), 1.0)
+    if not kwargs:
+        kept = kept * (pre.detach() > 0)  # zeros kept after ReLU pass nothing
+    assert torch.equal(pre.grad, kept * weight)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_masked_fill_has_value_zero_and_no_gradient(backend):
+    pre = torch.ones(1, 5, requires_grad=True)
+    codes = f.topk(pre, 3, mask=torch.tensor([False, False, False, True, False]), relu=False, backend=backend)
+    assert codes.indices.tolist() == [0, 1, 3] and codes.values.tolist() == [0.0, 0.0, 1.0]
+    codes.values.sum().backward()
+    assert pre.grad.tolist() == [[0.0, 0.0, 0.0, 1.0, 0.0]]
+
+
+def test_gradcheck():
+    pre = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    score = torch.randn(3, 12, dtype=torch.float64)
+    for kwargs in ({}, {"magnitude": True}, {"relu": False}, {"score": score}):
+        assert torch.autograd.gradcheck(lambda p, kw=kwargs: f.topk(p, 4, **kw).to_dense(), (pre,))
+
+
+@pytest.mark.parametrize("backend", ("reference", *FAST))
+def test_sorted_orders_rows_by_rank(backend):
+    pre = make_pre("special", (4, 60))
+    codes = f.topk(pre, 9, sorted=True, relu=False, backend=backend)
+    plain = f.topk(pre, 9, relu=False)
+    keys = reference.ordered_keys(codes.values.view(4, 9))
+    assert bool((keys.diff(dim=1) <= 0).all())
+    assert torch.equal(codes.indices.view(4, 9).sort(1).values, plain.indices.view(4, 9))
+
+
+@pytest.mark.parametrize("bad", [0, 11, -1, 2.5, True, "3", None])
+def test_k_is_checked(bad):
+    with pytest.raises((ValueError, TypeError), match="k"):
+        f.topk(torch.randn(2, 10), bad)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "name"),
+    [
+        ({"score": torch.randn(2, 9)}, ValueError, "score"),
+        ({"score": torch.randn(2, 10), "magnitude": True}, ValueError, "score"),
+        ({"mask": torch.ones(10)}, TypeError, "mask"),
+        ({"mask": torch.ones(9, dtype=torch.bool)}, ValueError, "mask"),
+        ({"backend": "cuda"}, ValueError, "backend"),
+    ],
+    ids=["score-shape", "score-and-magnitude", "mask-dtype", "mask-shape", "backend"],
+)
+def test_arguments_are_checked(kwargs, error, name):
+    with pytest.raises(error, match=name):
+        f.topk(torch.randn(2, 10), 3, **kwargs)
+
+
+@pytest.mark.parametrize("pre", [torch.ones(2, 5, dtype=torch.int64), torch.tensor(1.0), [1.0]], ids=["int", "scalar", "list"])
+def test_pre_is_checked(pre):
+    with pytest.raises((ValueError, TypeError), match="pre"):
+        f.topk(pre, 1)
+
+
+def test_triton_refuses_fp64():
+    with pytest.raises(TypeError, match="float64"):
+        f.topk(torch.randn(2, 5, dtype=torch.float64), 1, backend="triton")
+
+
+def test_triton_needs_cuda_or_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        f.topk(torch.randn(2, 5), 1, backend="triton")
+
+
+def test_default_backend_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SAE_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        f.topk(torch.randn(2, 5), 1)
