@@ -1,0 +1,97 @@
+"""What every test gets: Triton's interpreter where there is no GPU, a seed, and memory that hurts if unwritten."""
+
+import os
+import shutil
+import sys
+
+# Under pytest-xdist the processes share the cores; this has to be said before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules, "triton reads TRITON_INTERPRET when it is imported, and it already has been"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The first compilation of a process makes the compiler's table of torch functions. It must find torch as it is: made
+# while `poisoned_empty` holds, it would list our stand-ins, and the true torch.empty would be unknown to it for good.
+torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+
+# Far outside every index, offset and count: reading it as one of them fails, or at least differs.
+UNWRITTEN_INT = {
+    torch.uint8: 0xA5,
+    torch.int8: -0x5B,
+    torch.int16: -0x5A5B,
+    torch.int32: -0x5A5A5A5B,
+    torch.int64: -0x5A5A5A5A5A5A5A5B,
+}
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start(monkeypatch):
+    """One seed per test, and the default back end."""
+    monkeypatch.delenv("SAE_BACKEND", raising=False)
+    torch.manual_seed(0)
+
+
+def _poison(tensor):
+    """Fill a real tensor with NaN, or with an integer that nothing writes; leave what is only being traced alone."""
+    if type(tensor) is not torch.Tensor or tensor.is_meta or tensor.layout != torch.strided:
+        return tensor
+    if tensor.is_floating_point() or tensor.is_complex():
+        unwritten = float("nan")
+    elif tensor.dtype == torch.bool:
+        unwritten = True
+    elif tensor.dtype in UNWRITTEN_INT:
+        unwritten = UNWRITTEN_INT[tensor.dtype]
+    else:
+        return tensor
+    with torch.no_grad():
+        return tensor.fill_(unwritten)
+
+
+def _poisoned(allocate):
+    def allocate_poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        # The compiler traces this very function, and fake or proxy modes see every call: neither may see a fill.
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return tensor
+        return _poison(tensor)
+
+    return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(request, monkeypatch):
+    """`torch.empty` and its kin return NaN everywhere, so that an element nobody wrote is a red test and no flake."""
+    if request.node.get_closest_marker("no_poison") or request.node.get_closest_marker("serial"):
+        return
+    for owner, name in [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ]:
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def compile_backend():
+    """For `torch.compile(backend=…)`: Inductor, or without a C++ compiler for the CPU all but code generation."""
+    compilers = filter(None, [os.environ.get("CXX"), "g++", "clang++"])
+    return "inductor" if torch.cuda.is_available() or any(map(shutil.which, compilers)) else "aot_eager"

@@ -1,0 +1,214 @@
+"""Imports point one way: sae_engine's modules → functional → sae_kernels.ops → (when first called) the launcher.
+
+The first half reads the sources, the second runs fresh interpreters in which packages are missing.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+ENGINE = sorted((ROOT / "sae_engine").rglob("*.py"))
+
+# The files of kernels/ that a machine without Triton imports; all others hold device code.
+TORCH_ONLY = {"ops", "reference", "torch_backend", "densified", "traffic", "_tuning"}
+# functional and what it stands on. These know the package below, and none of the modules above.
+IS_FOUNDATION = re.compile(r"sae_engine\.(functional|codes|_[a-z]\w*)").fullmatch
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path, *, anywhere=True):
+    """Names that a file imports, ours in full: `from . import x` in kernels/ gives `sae_kernels.x`.
+
+    Without ``anywhere`` only what importing the file itself imports: nothing inside functions or `if TYPE_CHECKING`.
+    """
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    pending = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    names = set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *filter(None, [node.module])])
+            submodule = {f"{base}.{alias.name}" for alias in node.names}
+            is_file = {name for name in submodule if source_of(name) is not None}
+            names.update(is_file or {base})
+        elif anywhere or not (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        ):
+            pending.extend(ast.iter_child_nodes(node))
+    return {"sae_kernels" + name.removeprefix("kernels") if within(name, "kernels") else name for name in names}
+
+
+def source_of(name):
+    place = ROOT.joinpath(*name.replace("sae_kernels", "kernels", 1).split("."))
+    return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
+
+
+def within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def kernel_files(chosen):
+    return [pytest.param(path, id=path.stem) for path in KERNELS if chosen(path.stem)]
+
+
+def engine_files(chosen=lambda name: True):
+    return [pytest.param(path, id=module_name(path)) for path in ENGINE if chosen(module_name(path))]
+
+
+def ours(names):
+    return {name for name in names if within(name, "sae_kernels") or within(name, "sae_engine")}
+
+
+# --- in the sources ------------------------------------------------------------------------------------------------
+
+
+def test_kernels_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", kernel_files(lambda stem: True))
+def test_kernels_import_relatively_and_nothing_above(path):
+    assert not [name for name in imports(path) if within(name, "sae_engine")]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            assert node.module.split(".")[0] not in {"kernels", "sae_kernels"}
+        if isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & {"kernels", "sae_kernels"}
+
+
+@pytest.mark.parametrize("path", kernel_files(TORCH_ONLY.__contains__))
+def test_torch_only_files_import_torch_only(path):
+    allowed = {"torch", *sys.stdlib_module_names}
+    found = imports(path, anywhere=False)
+    assert {name for name in found - ours(found) if name.split(".")[0] not in allowed} == set()
+    assert ours(found) <= {f"sae_kernels.{stem}" for stem in TORCH_ONLY}
+
+
+def test_reference_stands_alone():
+    assert ours(imports(ROOT / "kernels" / "reference.py")) == set()
+
+
+@pytest.mark.parametrize("path", kernel_files(lambda stem: stem not in TORCH_ONLY))
+def test_kernel_files_share_underscored_files_only(path):
+    """Neither one another, nor a contract or a fallback: what two stems need lies in a file that says it is shared."""
+    assert [name for name in ours(imports(path)) if not name.startswith("sae_kernels._")] == []
+
+
+@pytest.mark.parametrize("path", engine_files(lambda name: name != "sae_engine.cli"))
+def test_engine_never_imports_triton(path):
+    """`sae-engine info` alone tries whether it can be imported."""
+    assert not [name for name in imports(path) if within(name, "triton")]
+
+
+@pytest.mark.parametrize("path", engine_files(lambda name: not IS_FOUNDATION(name)))
+def test_modules_go_through_functional(path):
+    assert not [name for name in imports(path) if within(name, "sae_kernels")]
+
+
+@pytest.mark.parametrize("path", engine_files(IS_FOUNDATION))
+def test_functional_knows_contracts_and_no_launcher(path):
+    below = {name for name in imports(path) if within(name, "sae_kernels")}
+    assert below <= {f"sae_kernels.{stem}" for stem in TORCH_ONLY}
+
+
+@pytest.mark.parametrize("path", engine_files(IS_FOUNDATION))
+def test_functional_imports_no_module_above(path):
+    assert [name for name in imports(path) if within(name, "sae_engine") and not IS_FOUNDATION(name)] == []
+
+
+# --- in fresh processes --------------------------------------------------------------------------------------------
+
+
+def run(code, *, blocked=(), env=None):
+    """Runs ``code`` in a new interpreter away from the root, in which ``blocked`` cannot be imported."""
+    prelude = f"import sys; sys.modules.update(dict.fromkeys({list(blocked)!r}))\n"
+    unset = {"TRITON_INTERPRET", "SAE_BACKEND"}
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + code],
+        cwd=Path(sys.executable).anchor,
+        env={**environment, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+OPTIONAL = ["triton", "transformers", "tokenizers", "safetensors", "tqdm", "matplotlib"]
+
+
+def test_import_needs_torch_alone_and_says_nothing():
+    done = run("import sae_engine, sae_kernels.ops", blocked=OPTIONAL)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_import_without_numpy():
+    run("import sae_engine", blocked=["numpy"])  # torch itself warns that it is not there
+
+
+def test_import_loads_nothing_that_torch_does_not():
+    code = """
+import torch
+before = set(sys.modules)
+import sae_engine
+loaded = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+print(*sorted(loaded - {"sae_engine", "sae_kernels", "torch"}))
+"""
+    # The finder of an editable install is not ours to forbid.
+    assert [name for name in run(code).stdout.split() if not name.startswith("__editable__")] == []
+
+
+def test_public_names_are_there():
+    run("import sae_engine as se\nfor name in se.__all__: getattr(se, name)\nassert se.__version__")
+
+
+def test_cpu_works_without_triton():
+    code = """
+import torch, sae_engine as se
+codes = se.functional.topk(torch.randn(4, 64), 3)
+assert codes.values.shape == (12,), codes
+assert se.functional.decode(codes, torch.randn(64, 5), torch.zeros(5)).shape == (4, 5)
+"""
+    run(code, blocked=OPTIONAL)
+
+
+def test_triton_asked_for_and_missing_raises():
+    code = """
+import torch, sae_engine as se
+try:
+    se.functional.topk(torch.randn(4, 64), 3, backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    assert "triton" in run(code, blocked=["triton"]).stdout.lower()
+
+
+def test_triton_without_gpu_or_interpreter_raises():
+    code = """
+import torch, sae_engine as se
+try:
+    se.functional.topk(torch.randn(4, 64), 3, backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    assert "triton" in run(code, env={"CUDA_VISIBLE_DEVICES": ""}).stdout.lower()
