@@ -28,7 +28,7 @@ def load_key(
     MAGNITUDE: tl.constexpr, RELU: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Keys of one tile of a row, as int32 shifted right by SHIFT (see _tuning.key_shift); lanes that are not `present` are ABSENT."""
+    """Keys of a tile of a row, shifted right by SHIFT (_tuning.key_shift); lanes that are not `present` are ABSENT."""
     score = tl.load(score_ptr + cols * stride_f, mask=present, other=0.0).to(tl.float32)
     if MAGNITUDE:
         score = tl.abs(score)

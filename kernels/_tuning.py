@@ -32,7 +32,7 @@ class Groups(NamedTuple):
     """Group size of the group-maxima theorem, and the tiles that follow from it."""
 
     size: int  # G, latents of a group
-    count: int  # ceil(F / G)
+    number: int  # ceil(F / G)
     block: int  # latents of one streaming tile
 
 

@@ -163,7 +163,7 @@ def launch(pre, mask, total):
     groups = _tuning.batch_groups(rows, num_latents, total)
     mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
     matrix = dict(
-        F=num_latents, NG=0 if groups is None else groups.count,
+        F=num_latents, NG=0 if groups is None else groups.number,
         stride_pb=pre.stride(0), stride_pf=pre.stride(1), stride_mb=mask_strides[0], stride_mf=mask_strides[1],
         HAS_MASK=mask is not None, SHIFT=shift, G=1 if groups is None else groups.size, BLOCK=block,
         WIDE=_tuning.is_wide(*(num_latents * s for s in (pre.stride(1), mask_strides[1]))),
@@ -173,7 +173,7 @@ def launch(pre, mask, total):
     tiles = (rows, triton.cdiv(num_latents, block))
     maxima = None
     if groups is not None:
-        maxima = torch.empty(rows, groups.count, dtype=torch.int32, device=device)
+        maxima = torch.empty(rows, groups.number, dtype=torch.int32, device=device)
         _group_max_kernel[tiles](pre, mask, maxima, **matrix)
         for digit in range(digits):
             _maxima_digit_kernel[(triton.cdiv(maxima.numel(), 4096),)](

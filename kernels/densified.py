@@ -15,7 +15,7 @@ def to_dense(values: Tensor, indices: Tensor, offsets: Tensor, num_latents: int)
     """(B, F) without a host read: entries that belong to no row land in a row that is cut off."""
     rows = rows_of(offsets, values.numel())
     dense = values.new_zeros(offsets.numel(), num_latents)
-    dense.view(-1)[rows * num_latents + indices] = values
+    dense.view(-1)[rows * num_latents + indices.clamp(max=num_latents - 1)] = values
     return dense[:-1]
 
 

@@ -43,11 +43,17 @@ def _is_dense(name: str, args: tuple) -> bool:
     return _tuning.is_dense(values.numel(), rows, columns, values.device.type)
 
 
+# Their kernels take the arrays of a code's entries without strides.
+_ON_ENTRIES = {"decode", "decode_backward_values", "decode_backward_weight", "to_dense", "gather", "by_latent"}
+
+
 def _run(name: str, launcher: str, *args):
-    *args, backend = args
-    if backend != "reference" and _is_dense(name, args):
-        return _implementation(name, "", "densified")(*args)
-    return _implementation(name, launcher, backend)(*args)
+    backend, inputs = args[-1], args[:-1]
+    if name in _ON_ENTRIES:
+        inputs = tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in inputs)
+    if backend != "reference" and _is_dense(name, inputs):
+        return _implementation(name, "", "densified")(*inputs)
+    return _implementation(name, launcher, backend)(*inputs)
 
 
 def _define(signature: str, launcher: str):
@@ -145,7 +151,7 @@ def _compressed_grad(ctx, grad):
     return ops.to_dense(torch.where(values <= 0, 0.0, grad), indices, offsets, ctx.num_latents, ctx.backend)
 
 
-_differentiable("batch_topk", _compressed_context, lambda ctx, grad, *_: (_compressed_grad(ctx, grad), None, None, None))
+_differentiable("batch_topk", _compressed_context, lambda ctx, grad, *_: (_compressed_grad(ctx, grad), *(None,) * 3))
 
 # --- norm_match: the prefix of each row whose norm is nearest to a target ------------------------------------------
 
@@ -196,7 +202,7 @@ def _threshold_backward(ctx, grad, *_):
 
 
 def _rectangle_gradient(ctx, grad, indices, offsets, pre, theta, floor):
-    """d(theta) = -(theta / bandwidth) * sum of grad over entries with |pre - theta| < bandwidth / 2 (methods: JumpReLU)."""
+    """d(theta) = -(theta / bandwidth) * sum of grad over entries with |pre - theta| < bandwidth / 2."""
     half = theta - floor
     distance = ops.gather(pre, indices, offsets, ctx.backend).to(theta.dtype) - theta[indices.long()]
     inside = torch.where(distance.abs() < half[indices.long()], grad.to(theta.dtype), 0.0)
@@ -304,7 +310,8 @@ _differentiable(
 
 
 @_define(
-    "by_latent(Tensor indices, Tensor offsets, SymInt num_latents) -> (Tensor, Tensor, Tensor)", "dense.launch_by_latent"
+    "by_latent(Tensor indices, Tensor offsets, SymInt num_latents) -> (Tensor, Tensor, Tensor)",
+    "dense.launch_by_latent",
 )
 def _(indices, offsets, num_latents, backend):
     latent_offsets = offsets.new_empty(num_latents + 1)

@@ -66,7 +66,7 @@ def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, cap
     positive = (score > 0) | score.isnan()
     count = torch.where(target >= energy[:, -1].sqrt(), pre.shape[1], count)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(pre.shape[1], device=pre.device).expand_as(order))
-    return with_capacity(*compress(relu(pre), (rank < count[:, None]) & positive), capacity)
+    return with_capacity(compress(relu(pre), (rank < count[:, None]) & positive), capacity)
 
 
 def threshold(pre: Tensor, theta: Tensor, floor: Tensor | None, capacity: int | None):
@@ -74,18 +74,19 @@ def threshold(pre: Tensor, theta: Tensor, floor: Tensor | None, capacity: int | 
     wide = pre.to(theta.dtype)
     kept = (wide > (theta if floor is None else floor)) | pre.isnan()
     values = torch.where((wide > theta) | pre.isnan(), pre, 0.0)
-    return with_capacity(*compress(values, kept), capacity)
+    return with_capacity(compress(values, kept), capacity)
 
 
-def compress(dense: Tensor, kept: Tensor):
+def compress(dense: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The kept entries of ``dense`` (B, F) as compressed rows."""
     offsets = torch.zeros(dense.shape[0] + 1, dtype=torch.int64, device=dense.device)
     offsets[1:] = kept.sum(1).cumsum(0)
     return dense[kept], kept.nonzero()[:, 1].int(), offsets
 
 
-def with_capacity(values: Tensor, indices: Tensor, offsets: Tensor, capacity: int | None):
+def with_capacity(rows: tuple[Tensor, Tensor, Tensor], capacity: int | None):
     """Pads or cuts compressed rows to ``capacity`` entries; appends the number that was required."""
+    values, indices, offsets = rows
     required = offsets[-1].clone()
     if capacity is None:
         return values, indices, offsets, required
@@ -132,7 +133,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def decode(
-    values: Tensor, indices: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *_by_latent
+    values: Tensor, indices: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *_turned
 ) -> Tensor:
     """(B, D): each row's sum of value * weight[index], plus bias."""
     wide = accumulation_dtype(values, weight)

@@ -133,11 +133,11 @@ def launch(pre, score, mask, k, magnitude, relu):
         compact(pre, score, mask, None, cut, quota, offsets, values, indices,
                 magnitude=magnitude, rank_relu=False, value_relu=relu, shift=shift)
         return values, indices
-    k_padded, groups_padded = _tuning.next_power_of_2(k), _tuning.next_power_of_2(groups.count)
-    scratch = torch.empty(rows, groups.count + k_padded, dtype=torch.int32, device=pre.device)
+    k_padded, groups_padded = _tuning.next_power_of_2(k), _tuning.next_power_of_2(groups.number)
+    scratch = torch.empty(rows, groups.number + k_padded, dtype=torch.int32, device=pre.device)
     _row_topk_kernel[(rows,)](
         score, pre, mask, scratch, values, indices,
-        F=num_latents, NG=groups.count, K=k, stride_pb=pre.stride(0), stride_pf=pre.stride(1), **flags, RELU=relu,
+        F=num_latents, NG=groups.number, K=k, stride_pb=pre.stride(0), stride_pf=pre.stride(1), **flags, RELU=relu,
         BLOCK=groups.block, G=groups.size, NGP=groups_padded, KP=k_padded,
         num_warps=_tuning.num_warps(max(groups.block, groups_padded, k_padded * groups.size)),
     )

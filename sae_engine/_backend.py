@@ -4,8 +4,9 @@ import importlib.util
 import os
 
 import torch
-from sae_kernels.ops import BACKENDS
 from torch import Tensor
+
+from sae_kernels.ops import BACKENDS
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """A batch rule over several ranks: how many of the group's entries are this rank's."""
 import torch
 import torch.distributed as dist
-from sae_kernels.reference import eligible, ordered_keys, relu
 from torch import Tensor
+
+from sae_kernels.reference import eligible, ordered_keys, relu
 
 
 def batch_share(pre: Tensor, mask: Tensor | None, k: float, group) -> int:

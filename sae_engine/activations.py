@@ -149,7 +149,8 @@ class BatchTopK(Activation):
             smallest = torch.where(values > 0, values, torch.inf)
             smallest = smallest.min() if smallest.numel() else self.threshold.new_full((), torch.inf)
             moved = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, self.threshold_lr))
-            self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+            # An assignment by index: torch 2.13 compiles copy_ into a 0-dimensional float64 buffer to nothing.
+            self.threshold[...] = torch.where(smallest.isfinite(), moved, self.threshold)
 
     def _require_threshold(self) -> None:
         message = "threshold is unset: train first, load a trained module, or call .train() for the batch rule"
@@ -226,12 +227,12 @@ def _above(pre: Tensor, theta: Tensor) -> Tensor:
 
 def _apply_but_threshold(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
     """``Module._apply`` that moves ``threshold`` between devices and leaves its dtype alone."""
-    exact = module.threshold.detach().clone()
+    threshold = module.get_buffer("threshold") if "threshold" in module._buffers else module.get_parameter("threshold")
+    exact = threshold.detach().clone()
     apply(fn, recurse)
-    with torch.no_grad():
-        moved = module.threshold
-        if moved.dtype != exact.dtype:
-            moved.data = exact.to(moved.device)
+    moved = module.get_buffer("threshold") if "threshold" in module._buffers else module.get_parameter("threshold")
+    if moved.dtype != exact.dtype:
+        moved.data = exact.to(moved.device)
     return module
 
 

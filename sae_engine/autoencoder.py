@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class SparseDecoder(nn.Module):
         d_in: width of the output.
         bias: whether to have ``b_dec`` (d_in,).
     """
+
+    b_dec: Tensor | None
 
     def __init__(self, d_sae: int, d_in: int, *, bias: bool = True, dtype=None, device=None) -> None:
         super().__init__()
@@ -77,6 +79,9 @@ class SparseAutoencoder(nn.Module):
     With :class:`TopAFA` there is no encoder bias: ``b_enc`` is 0 and not trained.
     """
 
+    activation: Activation
+    W_skip: Tensor | None
+
     def __init__(
         self,
         d_in: int,
@@ -113,7 +118,7 @@ class SparseAutoencoder(nn.Module):
         self.normalize_activations = normalize_activations
         self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
 
-        options = dict(dtype=dtype, device=device)
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
         W_dec = unit_rows(d_sae, self.d_out, **options) * decoder_init_norm
         W_enc = W_dec.clone() if self.d_out == d_in else unit_rows(d_sae, d_in, **options) * decoder_init_norm
         self.W_enc = nn.Parameter(W_enc.T.contiguous() if contiguous_parameters else W_enc.T)
@@ -145,9 +150,11 @@ class SparseAutoencoder(nn.Module):
         out = functional.decode(codes, self.W_dec, self.b_dec, backend=backend)
         if info is None:
             return out
-        if info.std is not None:
+        if info.std is not None and info.mean is not None:
             out = out * info.std + info.mean
-        return out if info.skipped is None else out + functional.linear(info.skipped, self.W_skip.T)
+        if info.skipped is not None and self.W_skip is not None:
+            out = out + functional.linear(info.skipped, self.W_skip.T)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction (*batch_shape, d_out). In training, rules with a threshold learn from this call."""
@@ -162,8 +169,9 @@ class SparseAutoencoder(nn.Module):
         check.same_device("x", x, self.W_enc)
         info = EncodeInfo(skipped=x if self.W_skip is not None else None)
         if self.normalize_activations == "layer_norm":
-            info = info._replace(mean=x.mean(-1, keepdim=True), std=x.std(-1, keepdim=True) + LAYER_NORM_EPS)
-            x = (x - info.mean) / info.std
+            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + LAYER_NORM_EPS
+            info = info._replace(mean=mean, std=std)
+            x = (x - mean) / std
         if self.apply_b_dec_to_input:
             x = x - self.b_dec
         b_enc = None if isinstance(self.activation, TopAFA) else self.b_enc

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
-from sae_kernels.ops import ops, uniform_offsets
 from torch import Tensor
 
+from sae_kernels.ops import ops, uniform_offsets
+
 from ._backend import resolve_backend
+from ._checks import deep
 
 
 class ByLatent(NamedTuple):
@@ -129,6 +131,8 @@ class SparseCodes:
         k = values.shape[-1]
         rows = values.shape[:-1].numel()
         indices, order = indices.reshape(rows, k).sort(dim=1)
+        if deep() and not bool(((indices >= 0) & (indices < num_latents)).all() & (indices.diff(dim=1) > 0).all()):
+            raise ValueError(f"indices must lie in [0, {num_latents}) and be distinct within a row")
         return cls(
             values=values.reshape(rows, k).gather(1, order).flatten(),
             indices=indices.int().flatten(),
@@ -160,7 +164,8 @@ class SparseCodes:
         if self.required is not None:
             owned = int(self.offsets[-1])
             values, indices = values[:owned], indices[:owned]
-        return torch.sparse_csr_tensor(self.offsets, indices.long(), values, size=(self.rows, self.num_latents))
+        size = (self.rows, self.num_latents)
+        return torch.sparse_csr_tensor(self.offsets, indices.long(), values, size=size, check_invariants=False)
 
     def replace(self, *, values: Tensor) -> SparseCodes:
         """The same entries with other values, (N,): steering."""
@@ -180,9 +185,12 @@ class SparseCodes:
         values = self.values.to(*args, **kwargs)
         if values.device == self.device:
             return replace(self, values=values)
-        move = lambda t: None if t is None else t.to(values.device)  # noqa: E731
         return replace(
-            self, values=values, indices=move(self.indices), offsets=move(self.offsets), required=move(self.required),
+            self,
+            values=values,
+            indices=self.indices.to(values.device),
+            offsets=self.offsets.to(values.device),
+            required=None if self.required is None else self.required.to(values.device),
             _turned=[],
         )
 

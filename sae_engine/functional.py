@@ -11,9 +11,12 @@ and devices are checked before anything is launched: TypeError or ValueError, na
 """
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
-from sae_kernels.ops import ops, uniform_offsets
 from torch import Tensor
+
+from sae_kernels.ops import ops, uniform_offsets
 
 from . import _checks as check
 from ._backend import resolve_backend
@@ -239,23 +242,33 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     backend = _backend_for(backend, codes.values, W_dec)
-    turned = (None, None, None)
+    turned: tuple[Tensor | None, ...] = (None, None, None)
     if torch.is_grad_enabled() and W_dec.requires_grad:
         turned = codes.by_latent
     out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *turned, backend)
     return out.view(*codes.batch_shape, W_dec.shape[1])
 
 
+@overload
+def encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = ..., *, select: Any, scale: Tensor | None = ...,
+    return_pre: Literal[False] = ..., backend: str = ..., **context: Tensor,
+) -> SparseCodes: ...  # fmt: skip
+@overload
+def encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = ..., *, select: Any, scale: Tensor | None = ...,
+    return_pre: Literal[True], backend: str = ..., **context: Tensor,
+) -> tuple[SparseCodes, Tensor]: ...  # fmt: skip
 def encode(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None = None,
     *,
-    select,
+    select: Any,
     scale: Tensor | None = None,
     return_pre: bool = False,
     backend: str = "auto",
-    **context,
+    **context: Tensor,
 ) -> SparseCodes | tuple[SparseCodes, Tensor]:
     """Linear encoder and selection: ``select((x @ W_enc + b_enc) * scale)``.
 

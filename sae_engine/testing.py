@@ -7,7 +7,7 @@ from torch import Tensor
 HARD_KINDS = ("normal", "zeros", "ties", "negative", "special", "nan", "transposed")
 
 
-def make_pre(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, seed: int = 0, device="cpu") -> Tensor:
+def make_pre(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Tensor:
     """Pre-activations of one of ``HARD_KINDS``, drawn on the CPU from a generator of their own.
 
     "ties" takes 5 values; "special" mixes NaN of both signs, +Inf, -Inf, -0 and numbers; "transposed" is normal with
@@ -32,7 +32,7 @@ def make_pre(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     x = x.to(dtype)
     if kind == "transposed" and x.dim() > 1:
         x = x.transpose(0, -1).contiguous().transpose(0, -1)
-    return x.to(device)
+    return x
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.multiprocessing as mp
+
 from sae_engine import functional as f
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
 from sae_kernels import _tuning

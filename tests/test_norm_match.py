@@ -1,6 +1,9 @@
 """functional.norm_match and its kernel: the prefix whose norm is nearest to the target (top-AFA)."""
+from itertools import pairwise
+
 import pytest
 import torch
+
 from sae_engine import functional as f
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
 from sae_kernels.ops import ops
@@ -24,8 +27,7 @@ def by_argsort(pre, target, weight):
 
 
 def rows_of(codes):
-    bounds = codes.offsets.tolist()
-    return [codes.indices[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [codes.indices[a:b].tolist() for a, b in pairwise(codes.offsets.tolist())]
 
 
 @pytest.mark.parametrize(("backend", "rows"), [("reference", 1000), ("torch", 1000), ("triton", 60)])
@@ -61,7 +63,7 @@ def test_many_tied_entries_and_huge_or_tiny_numbers(backend):
         assert codes.indices.tolist() == list(range(1601))  # 40.01^2 = 1600.8, nearest norm is sqrt(1601)
 
 
-@pytest.mark.parametrize("backend", ("reference", *FAST))
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_special_targets(backend):
     pre = torch.tensor([[3.0, -1.0, 4.0, 0.0]])
     for target, kept in ((0.0, [2]), (4.4, [2]), (4.6, [0, 2]), (torch.inf, [0, 2]), (torch.nan, [2])):
@@ -69,7 +71,7 @@ def test_special_targets(backend):
     assert f.norm_match(-pre.abs(), torch.tensor([1.0]), backend=backend).values.numel() == 0
 
 
-@pytest.mark.parametrize("backend", ("reference", *FAST))
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_capacity(backend):
     pre, target = torch.randn(4, 50), torch.full((4,), 3.0)
     plain = f.norm_match(pre, target, backend=backend)

@@ -1,6 +1,7 @@
 """functional.topk and its kernel: exact selection of k entries a row."""
 import pytest
 import torch
+
 from sae_engine import functional as f
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
 from sae_kernels import _tuning, reference
@@ -101,7 +102,7 @@ def test_offsets_past_31_bits():
     assert_same((codes.values[-24:], codes.indices[-24:]), (last.values, last.indices))
 
 
-@pytest.mark.parametrize("backend", ("reference", *FAST))
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 @pytest.mark.parametrize("kwargs", [{}, {"magnitude": True}, {"relu": False}], ids=["relu", "magnitude", "signed"])
 def test_gradient_is_the_kept_entries(kwargs, backend):
     pre = make_pre("ties", (3, 30)).requires_grad_()
@@ -129,7 +130,7 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(lambda p, kw=kwargs: f.topk(p, 4, **kw).to_dense(), (pre,))
 
 
-@pytest.mark.parametrize("backend", ("reference", *FAST))
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_sorted_orders_rows_by_rank(backend):
     pre = make_pre("special", (4, 60))
     codes = f.topk(pre, 9, sorted=True, relu=False, backend=backend)
@@ -161,7 +162,7 @@ def test_arguments_are_checked(kwargs, error, name):
         f.topk(torch.randn(2, 10), 3, **kwargs)
 
 
-@pytest.mark.parametrize("pre", [torch.ones(2, 5, dtype=torch.int64), torch.tensor(1.0), [1.0]], ids=["int", "scalar", "list"])
+@pytest.mark.parametrize("pre", [torch.ones(2, 5, dtype=torch.int64), torch.tensor(1.0), [1.0]], ids=str)
 def test_pre_is_checked(pre):
     with pytest.raises((ValueError, TypeError), match="pre"):
         f.topk(pre, 1)

@@ -1,6 +1,7 @@
 """functional.threshold and its kernels: entries above theta, NaN included, with and without a window."""
 import pytest
 import torch
+
 from sae_engine import functional as f
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
 from sae_kernels.ops import ops
@@ -9,7 +10,7 @@ FAST = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("backend", ("reference", *FAST))
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_definition(dtype, backend):
     for kind in HARD_KINDS:
@@ -34,14 +35,14 @@ def test_equals_reference_on_hard_rows(shape, dtype, backend):
                 assert_same(ops.threshold(*args, backend), ops.threshold(*args, "reference"))
 
 
-@pytest.mark.parametrize("backend", ("reference", *FAST))
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_window_stores_the_dropped_half_as_zero(backend):
     codes = f.threshold(torch.tensor([[0.4, 0.48, 0.6]]), 0.5, bandwidth=0.1, backend=backend)
     assert codes.indices.tolist() == [1, 2]
     assert torch.equal(codes.values, torch.tensor([0.0, 0.6])) and codes.l0.tolist() == [1]
 
 
-@pytest.mark.parametrize("backend", ("reference", *FAST))
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_a_float64_theta_is_compared_exactly(backend):
     above = torch.tensor(0.1).nextafter(torch.tensor(1.0))
     pre = torch.stack([torch.tensor(0.1), above])[None]

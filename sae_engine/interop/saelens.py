@@ -23,6 +23,7 @@ ARCHITECTURES: dict[type, str] = {
     act.TopK: "topk", act.AbsTopK: "abstopk", act.BatchTopK: "batchtopk", act.MutualChoice: "batchtopk",
     act.JumpReLU: "jumprelu", act.ReLU: "standard", act.TopAFA: "topafa",
 }  # fmt: skip
+OPTIONS = ("k", "threshold_lr", "bandwidth", "capacity")  # of the activations, as their constructors name them
 THRESHOLD_KEYS = {"batchtopk": "topk_threshold", "jumprelu": "threshold"}
 
 
@@ -32,7 +33,8 @@ def save(sae, path: str | PathLike) -> None:
 
     kind = type(sae.activation)
     if kind not in ARCHITECTURES:
-        raise TypeError(f"activation {kind.__name__} has no checkpoint form; known: {[t.__name__ for t in ARCHITECTURES]}")
+        known = [t.__name__ for t in ARCHITECTURES]
+        raise TypeError(f"activation {kind.__name__} has no checkpoint form; known: {known}")
     architecture = ARCHITECTURES[kind]
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,7 @@ def load(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = 
     """An autoencoder of class ``cls`` from ``path``."""
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"path must be a folder holding {CONFIG} and {WEIGHTS}; there is none at {str(folder)!r}")
+        raise FileNotFoundError(f"path must be a folder with {CONFIG} and {WEIGHTS}; there is none at {str(folder)!r}")
     cfg = _read_config(folder / CONFIG)
     tensors = _read_weights(folder / WEIGHTS)
     ours = cfg.get("metadata", {}).get("sae_engine", {})
@@ -78,7 +80,7 @@ def load(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = 
             )
     unknown = tensors.keys() - expected.keys() - {THRESHOLD_KEYS.get(cfg["architecture"])}
     if unknown:
-        raise ValueError(f"{folder / WEIGHTS} holds tensors that a {cfg['architecture']} SAE has not: {sorted(unknown)}")
+        raise ValueError(f"{folder / WEIGHTS} holds tensors that no {cfg['architecture']} SAE has: {sorted(unknown)}")
     sae.to_empty(device=device or "cpu")
     with torch.no_grad():
         for name in expected:
@@ -96,10 +98,8 @@ def load(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = 
 
 def _config(sae, architecture: str) -> dict[str, Any]:
     activation = sae.activation
-    own = {
-        "activation": type(activation).__name__,
-        "options": {n: getattr(activation, n) for n in ("k", "threshold_lr", "bandwidth", "capacity") if hasattr(activation, n)},
-    }
+    options = {name: getattr(activation, name) for name in OPTIONS if hasattr(activation, name)}
+    own = {"activation": type(activation).__name__, "options": options}
     cfg = {
         "architecture": architecture,
         "d_in": sae.d_in,
@@ -153,7 +153,7 @@ def _activation(cfg: dict, ours: dict, tensors: dict[str, Tensor], folder: Path)
     """The rule that the configuration names, by our name where one is recorded."""
     architecture, options = cfg["architecture"], dict(ours.get("options", {}))
     names = {kind.__name__: kind for kind, name in ARCHITECTURES.items() if name == architecture}
-    kind = names.get(ours.get("activation"), next(iter(names.values())))
+    kind = names.get(str(ours.get("activation")), next(iter(names.values())))
     if architecture in ("topk", "abstopk", "batchtopk"):
         if "k" not in cfg:
             raise ValueError(f"{folder / CONFIG} lacks 'k', which a {architecture} SAE needs")

@@ -1,0 +1,302 @@
+"""SparseDecoder and SparseAutoencoder: conventions, gradients against dense autograd in fp64, saving and loading."""
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import sae_engine as se
+from sae_engine.testing import assert_same
+
+D, F, B = 12, 40, 9
+ACTIVATIONS = {
+    "TopK": lambda: se.TopK(4), "AbsTopK": lambda: se.AbsTopK(4), "BatchTopK": lambda: se.BatchTopK(3.5),
+    "MutualChoice": lambda: se.MutualChoice(4), "TopAFA": lambda: se.TopAFA(), "ReLU": lambda: se.ReLU(),
+    "JumpReLU": lambda: se.JumpReLU(F, threshold=0.1),
+}  # fmt: skip
+VARIANTS = {
+    "plain": {}, "rescaled": {"rescale_acts_by_decoder_norm": True, "decoder_init_norm": 0.3},
+    "layer_norm": {"normalize_activations": "layer_norm"}, "no_b_dec": {"apply_b_dec_to_input": False},
+    "skip": {"skip": True}, "transcoder": {"d_out": 7, "skip": True},
+}  # fmt: skip
+
+
+def build(activation="TopK", **kwargs):
+    torch.manual_seed(1)
+    sae = se.SparseAutoencoder(D, F, ACTIVATIONS[activation](), dtype=torch.float64, **kwargs)
+    with torch.no_grad():  # biases and skip off zero, so that every term is tested
+        for name, p in sae.named_parameters():
+            if name in ("b_enc", "b_dec", "W_skip") and p.requires_grad:
+                p.normal_(std=0.1)
+    return sae
+
+
+def densely(sae, x):
+    """The forward pass in dense PyTorch, given which entries were kept."""
+    mean, std = 0.0, 1.0
+    inner = x
+    if sae.normalize_activations == "layer_norm":
+        mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+        inner = (x - mean) / std
+    if sae.apply_b_dec_to_input:
+        inner = inner - sae.b_dec
+    pre = inner @ sae.W_enc + sae.b_enc
+    norms = sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else torch.ones(F, dtype=x.dtype)
+    pre = pre * norms
+    kept = sae.encode(x.detach()).to_dense().detach() != 0
+    out = (pre * kept / norms) @ sae.W_dec + sae.b_dec
+    out = out * std + mean
+    return out if sae.W_skip is None else out + x @ sae.W_skip.T
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_gradient_equals_dense_autograd_in_fp64(activation, variant):
+    sae = build(activation, **VARIANTS[variant])
+    twin = copy.deepcopy(sae)
+    for shape in ((B, D), (2, 3, D)):
+        x = torch.randn(shape, dtype=torch.float64)
+        inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+        outs = [sae(inputs[0]), densely(twin, inputs[1])]
+        torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-12)
+        weight = torch.randn_like(outs[0])
+        for out in outs:
+            (out * weight).sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-9, atol=1e-11)
+        for (name, p), q in zip(sae.named_parameters(), twin.parameters(), strict=True):
+            if name == "activation.threshold":
+                continue  # has its own estimator: test_threshold.py
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11, msg=name)
+        sae.zero_grad()
+        twin.zero_grad()
+
+
+def test_parameters_are_named_and_shaped_as_in_saelens():
+    for activation in ACTIVATIONS:
+        sae = se.SparseAutoencoder(D, F, ACTIVATIONS[activation]())
+        shapes = {n: tuple(p.shape) for n, p in sae.named_parameters() if "." not in n}
+        assert shapes == {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,)}
+    assert sae.W_enc.stride() == (1, D)
+    assert se.SparseAutoencoder(D, F, se.TopK(3), contiguous_parameters=True).W_enc.is_contiguous()
+
+
+def test_initial_weights():
+    sae = se.SparseAutoencoder(D, F, se.TopK(3), decoder_init_norm=0.1)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((F,), 0.1))
+    assert torch.equal(sae.W_enc, sae.W_dec.T) and sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
+    assert not sae.b_enc.any() and not sae.b_dec.any()
+
+
+def test_afa_has_no_encoder_bias_and_matches_the_inputs_norm():
+    sae = se.SparseAutoencoder(D, F, se.TopAFA())
+    assert not sae.b_enc.requires_grad
+    x = torch.randn(50, D) + 0.3
+    with torch.no_grad():
+        sae.b_dec.fill_(0.2)
+    codes, pre = sae.encode(x, return_pre=True)
+    expected = se.functional.norm_match(pre, (x - sae.b_dec).norm(dim=1), weight_norm=sae.W_dec.norm(dim=1))
+    assert_same(codes.detach().to_dense(), expected.detach().to_dense())
+
+
+def test_strided_encoder_trains_alike_under_every_adam():
+    """A fused Adam walks memory: a gradient with other strides than its parameter would be silently wrong."""
+    outcomes = []
+    for contiguous in (False, True):
+        for fused in (False, True):
+            torch.manual_seed(3)
+            sae = se.SparseAutoencoder(D, F, se.TopK(4), contiguous_parameters=contiguous)
+            optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=fused)
+            for _ in range(5):
+                x = torch.randn(B, D)
+                optimizer.zero_grad()
+                se.losses.mse(sae(x), x).backward()
+                assert sae.W_enc.grad.stride() == sae.W_enc.stride()
+                optimizer.step()
+            outcomes.append([p.detach().clone() for p in sae.parameters()])
+    for other in outcomes[1:]:
+        for a, b in zip(outcomes[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # 5 steps of Adam amplify rounding of the gradient
+
+
+def test_training_lowers_the_loss():
+    sae = se.SparseAutoencoder(D, F, se.BatchTopK(4))
+    basis = torch.randn(20, D)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        x = (torch.rand(64, 20) * (torch.rand(64, 20) < 0.15)) @ basis
+        optimizer.zero_grad()
+        loss = se.losses.mse(sae(x), x)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert sae.eval()(x).shape == x.shape and sae.activation.threshold > 0
+
+
+def test_bf16_pre_activations_are_rounded_once():
+    """Under autocast pre = bf16(fp32 accumulator + fp32 bias), whatever the back end's GEMM likes to do."""
+    sae = se.SparseAutoencoder(D, F, se.TopK(4))
+    with torch.no_grad():
+        sae.b_enc.normal_()
+    x = torch.randn(B, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes, pre = sae.encode(x, return_pre=True)
+        out = sae(x)
+    exact = x.bfloat16().double() @ sae.W_enc.bfloat16().double() + sae.b_enc.double()
+    assert pre.dtype == codes.values.dtype == out.dtype == torch.bfloat16
+    # fp32 accumulation errs by far less than half a bf16 ulp, so only numbers near a rounding boundary may differ
+    assert (pre != exact.bfloat16()).float().mean() < 0.01
+    out.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in sae.parameters())
+
+
+def test_info_is_asked_for():
+    sae = build(normalize_activations="layer_norm")
+    x = torch.randn(B, D, dtype=torch.float64) * 5 + 2
+    codes, info = sae.encode(x, return_info=True)
+    assert_same(sae.decode(codes, info).detach(), sae(x).detach())
+    with pytest.raises(ValueError, match="info"):
+        sae.decode(codes)
+    with pytest.raises(ValueError, match="info"):
+        build(skip=True).decode(codes)
+
+
+def test_decoder_takes_codes_and_dense_tensors():
+    decoder = se.SparseDecoder(F, D)
+    pre = torch.randn(2, B, F)
+    codes = se.functional.topk(pre, 4)
+    dense = codes.to_dense().detach().requires_grad_()
+    torch.testing.assert_close(decoder(codes), decoder(dense))
+    weight = torch.randn(2, B, D)
+    (decoder(dense) * weight).sum().backward()
+    torch.testing.assert_close(dense.grad, weight @ decoder.W_dec.T)  # zeros get their gradient too
+    assert se.SparseDecoder(F, D, bias=False)(codes).shape == (2, B, D)
+
+
+@pytest.mark.parametrize("shape", [(D,), (0, D), (2, 3, D), (1, 2, 3, D)], ids=str)
+@pytest.mark.parametrize("activation", ["TopK", "BatchTopK", "TopAFA", "ReLU"])
+def test_any_leading_dimensions(activation, shape):
+    sae = se.SparseAutoencoder(D, F, ACTIVATIONS[activation]())
+    x = torch.randn(shape)
+    assert sae(x).shape == shape and sae.encode(x).shape == (*shape[:-1], F)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "name"),
+    [
+        (lambda: se.SparseAutoencoder(0, F, se.TopK(2)), ValueError, "d_in"),
+        (lambda: se.SparseAutoencoder(D, 2.0, se.TopK(2)), TypeError, "d_sae"),
+        (lambda: se.SparseAutoencoder(D, F, torch.nn.ReLU()), TypeError, "activation"),
+        (lambda: se.SparseAutoencoder(D, F, se.TopK(F + 1)), ValueError, "k"),
+        (lambda: se.SparseAutoencoder(D, F, se.TopK(2), normalize_activations="batch"), ValueError, "normalize"),
+        (lambda: se.SparseAutoencoder(D, F, se.TopK(2), dtype=torch.int8), TypeError, "dtype"),
+        (lambda: se.SparseAutoencoder(D, F, se.TopK(2))(torch.randn(3, D + 1)), ValueError, "x must have d_in"),
+        (lambda: se.SparseAutoencoder(D, F, se.TopK(2))(torch.ones(3, D, dtype=torch.int32)), TypeError, "x"),
+        (lambda: se.SparseDecoder(F, D)(torch.randn(3, F + 1)), ValueError, "x"),
+    ],
+)
+def test_arguments_are_checked(make, error, name):
+    with pytest.raises(error, match=name):
+        make()
+
+
+class TestPretrained:
+    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_round_trip_is_exact(self, activation, variant, tmp_path):
+        sae = build(activation, **VARIANTS[variant]).float()
+        if hasattr(sae.activation, "threshold"):
+            with torch.no_grad():
+                sae.activation.threshold.fill_(0.123456789)
+        sae.save_pretrained(tmp_path / "sae")
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path / "sae")
+        assert sorted(p.name for p in (tmp_path / "sae").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+        assert type(loaded.activation) is type(sae.activation) and loaded.W_enc.stride() == (1, D)
+        for key, value in sae.state_dict().items():
+            assert_same(loaded.state_dict()[key], value)
+        x = torch.randn(B, D)
+        assert_same(loaded.eval()(x).detach(), sae.eval()(x).detach())
+
+    def test_file_has_saelens_keys(self, tmp_path):
+        from safetensors.torch import load_file
+
+        sae = build("BatchTopK")
+        sae(torch.randn(B, D, dtype=torch.float64))
+        sae.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "sae_weights.safetensors")
+        cfg = json.loads((tmp_path / "cfg.json").read_text())
+        assert set(weights) == {"W_enc", "W_dec", "b_enc", "b_dec", "topk_threshold"}
+        assert weights["topk_threshold"].dtype == torch.float64 and weights["W_enc"].shape == (D, F)
+        assert cfg["architecture"] == "batchtopk" and cfg["k"] == 3.5 and cfg["d_sae"] == F
+
+    def test_a_configuration_as_saelens_writes_it(self, tmp_path):
+        sae = build("JumpReLU").float()
+        sae.save_pretrained(tmp_path)
+        cfg = json.loads((tmp_path / "cfg.json").read_text())
+        cfg["metadata"] = {"model_name": "gpt2", "hook_name": "blocks.8.hook_resid_pre"}
+        (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path)
+        x = torch.randn(B, D)
+        assert_same(loaded.eval()(x).detach(), sae.eval()(x).detach())
+
+    @pytest.mark.parametrize(
+        ("damage", "error", "message"),
+        [
+            (lambda f: (f / "cfg.json").unlink(), FileNotFoundError, "cfg.json is missing"),
+            (lambda f: (f / "sae_weights.safetensors").unlink(), FileNotFoundError, "safetensors is missing"),
+            (lambda f: (f / "cfg.json").write_text("{"), ValueError, "not JSON"),
+            (lambda f: (f / "cfg.json").write_text("[]"), ValueError, "JSON object"),
+            (lambda f: edit(f, architecture="gated_transformer"), ValueError, "gated_transformer"),
+            (lambda f: edit(f, d_sae=F + 1), ValueError, "shape"),
+            (lambda f: edit(f, d_sae="many"), ValueError, "d_sae"),
+            (lambda f: edit(f, k=0), ValueError, "k"),
+            (lambda f: edit(f, normalize_activations="whiten"), ValueError, "whiten"),
+            (lambda f: cut(f / "sae_weights.safetensors"), ValueError, "whole safetensors"),
+            (lambda f: rename(f, "W_dec", "decoder.weight"), ValueError, "lacks W_dec"),
+            (lambda f: rename(f, None, "extra"), ValueError, "extra"),
+        ],
+    )
+    def test_damaged_or_foreign_files_are_refused(self, damage, error, message, tmp_path):
+        build().save_pretrained(tmp_path)
+        damage(tmp_path)
+        with pytest.raises(error, match=message):
+            se.SparseAutoencoder.from_pretrained(tmp_path)
+
+    def test_a_failed_save_leaves_the_old_files(self, tmp_path, monkeypatch):
+        build().save_pretrained(tmp_path)
+        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+        def fails(tensors, name, metadata=None):
+            Path(name).write_text("half")
+            raise OSError("disk full")
+
+        monkeypatch.setattr("safetensors.torch.save_file", fails)
+        with pytest.raises(OSError, match="disk full"):
+            build("ReLU").save_pretrained(tmp_path)
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+    def test_missing_folder(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            se.SparseAutoencoder.from_pretrained(tmp_path / "nowhere")
+
+
+def edit(folder, **changes):
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**cfg, **changes}))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def rename(folder, old, new):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "sae_weights.safetensors"
+    tensors = load_file(file)
+    tensors[new] = tensors.pop(old) if old else torch.zeros(1)
+    save_file(tensors, file)

@@ -1,0 +1,158 @@
+"""SparseCodes: construction, conversion, indexing, turning around, and the kernels behind it (kernels/dense.py)."""
+import pytest
+import torch
+import torch.utils._pytree as pytree
+
+import sae_engine as se
+from sae_engine.testing import assert_same, make_pre
+from sae_kernels.ops import ops
+
+FAST = ("torch", "triton")
+
+
+def ragged(rows=5, num_latents=40, **kwargs):
+    return se.functional.threshold(torch.randn(rows, num_latents), 0.8, **kwargs)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.sanitizer
+def test_to_dense_gather_and_by_latent_equal_reference(dtype, backend):
+    for capacity in (None, 9, 500):
+        for shape in ((4, 300), (1, 1), (0, 5)):
+            codes = se.functional.threshold(make_pre("special", shape, dtype), 0.1, capacity=capacity)
+            triple = (codes.values, codes.indices, codes.offsets)
+            assert_same(ops.to_dense(*triple, shape[1], backend), ops.to_dense(*triple, shape[1], "reference"))
+            matrix = torch.randn(shape).to(dtype).T.contiguous().T
+            assert_same(ops.gather(matrix, *triple[1:], backend), ops.gather(matrix, *triple[1:], "reference"))
+            turned = [ops.by_latent(*triple[1:], shape[1], b) for b in (backend, "reference")]
+            owned = int(codes.offsets[-1])
+            assert_same(turned[0][0], turned[1][0])
+            assert_same(*((t[1][:owned], t[2][:owned]) for t in turned))
+
+
+def test_by_latent_is_sorted_and_cached():
+    codes = ragged()
+    turned = codes.by_latent
+    assert codes.by_latent is turned and codes.replace(values=codes.values * 2).by_latent is turned
+    rows = torch.repeat_interleave(torch.arange(5), codes.offsets.diff())
+    latents = codes.indices[turned.positions].long()
+    assert torch.equal(turned.rows, rows[turned.positions].int())
+    assert bool((torch.diff(latents * 5 + turned.rows) > 0).all())
+    assert torch.equal(turned.offsets.diff(), torch.bincount(latents, minlength=40))
+
+
+def test_properties():
+    codes = se.functional.topk(torch.randn(2, 3, 20) - 1.5, 4)
+    assert codes.shape == (2, 3, 20) and codes.rows == 6 and codes.num_latents == 20
+    assert torch.equal(codes.l0, (codes.to_dense() != 0).sum(-1))
+    roomy = ragged(capacity=90)
+    assert torch.equal(roomy.l0, (roomy.to_dense() != 0).sum(-1))
+
+
+def test_dense_round_trip_and_gradient():
+    dense = torch.randn(2, 3, 10).relu().requires_grad_()
+    codes = se.SparseCodes.from_dense(dense)
+    assert torch.equal(codes.to_dense(), dense)
+    weight = torch.randn(2, 3, 10)
+    (codes.to_dense() * weight).sum().backward()
+    assert torch.equal(dense.grad, weight * (dense > 0))
+
+
+def test_from_topk_sorts_and_keeps_the_gradient():
+    values = torch.randn(2, 3, requires_grad=True)
+    codes = se.SparseCodes.from_topk(values, torch.tensor([[5, 1, 3], [0, 9, 2]]), 10)
+    assert codes.indices.tolist() == [1, 3, 5, 0, 2, 9] and codes.k == 3
+    padded, indices = codes.to_padded()
+    assert torch.equal(padded.gather(1, torch.tensor([[2, 0, 1], [0, 2, 1]])), values) and indices.shape == (2, 3)
+    codes.to_dense().sum().backward()
+    assert torch.equal(values.grad, torch.ones(2, 3))
+
+
+def test_to_padded_of_ragged_rows():
+    codes = ragged()
+    values, indices = codes.to_padded()
+    assert values.shape == indices.shape == (5, int(codes.offsets.diff().max()))
+    assert torch.equal(torch.zeros(5, 40).scatter_add_(1, indices.long(), values), codes.to_dense())
+
+
+def test_to_sparse_csr_keeps_stored_zeros():
+    codes = se.functional.topk(torch.zeros(2, 6), 2)
+    csr = codes.to_sparse_csr()
+    assert csr.shape == (2, 6) and csr.values().numel() == 4
+    roomy = ragged(capacity=100)
+    assert torch.equal(roomy.to_sparse_csr().to_dense(), roomy.to_dense())
+
+
+@pytest.mark.parametrize("make", [ragged, lambda: se.functional.topk(torch.randn(5, 40), 3)], ids=["ragged", "uniform"])
+@pytest.mark.parametrize("rows", [2, slice(1, 4), [4, 0, 0], torch.tensor([True, False, True, False, False])], ids=str)
+def test_rows_are_chosen_as_a_tensor_would(rows, make):
+    codes = make()
+    chosen = codes[rows]
+    assert torch.equal(chosen.to_dense(), codes.to_dense()[rows]) and chosen.shape == codes.to_dense()[rows].shape
+
+
+def test_indexing_over_leading_dimensions():
+    codes = se.functional.topk(torch.randn(2, 3, 20), 4)
+    assert torch.equal(codes[1].to_dense(), codes.to_dense()[1])
+    assert torch.equal(codes[:, 2].to_dense(), codes.to_dense()[:, 2])
+    assert len(codes) == 2
+    with pytest.raises(IndexError):
+        codes[2]
+
+
+def test_cat():
+    parts = [ragged(3), ragged(2, capacity=60), se.functional.topk(torch.randn(4, 40), 3)]
+    whole = se.cat(parts)
+    assert torch.equal(whole.to_dense(), torch.cat([p.to_dense() for p in parts]))
+    assert se.cat([parts[2], parts[2]]).k == 3
+    for bad in ([], [parts[0], ragged(2, 30)]):
+        with pytest.raises(ValueError, match="codes"):
+            se.cat(bad)
+
+
+def test_replace_steers_with_gradient():
+    codes = se.functional.topk(torch.randn(3, 20), 4)
+    scale = torch.tensor(2.0, requires_grad=True)
+    codes.replace(values=codes.values * scale).to_dense().sum().backward()
+    torch.testing.assert_close(scale.grad, codes.values.sum())
+    with pytest.raises(ValueError, match="values"):
+        codes.replace(values=torch.ones(3))
+
+
+def test_to_and_detach():
+    pre = torch.randn(3, 20, requires_grad=True)
+    codes = se.functional.topk(pre, 4)
+    assert codes.values.requires_grad and not codes.detach().values.requires_grad
+    wide = codes.to(torch.float64)
+    assert wide.values.dtype == torch.float64
+    assert wide.indices.dtype == torch.int32 and wide.offsets.dtype == torch.int64
+    assert codes.to("meta").offsets.is_meta
+
+
+def test_is_a_pytree():
+    codes = ragged(capacity=70)
+    doubled = pytree.tree_map(lambda t: t * 2 if t.is_floating_point() else t, codes)
+    assert isinstance(doubled, se.SparseCodes) and torch.equal(doubled.to_dense(), codes.to_dense() * 2)
+    assert int(doubled.required) == int(codes.required)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "name"),
+    [
+        (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 2), 9), ValueError, "indices"),
+        (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 3), 9), TypeError, "indices"),
+        (lambda: se.SparseCodes.from_dense(torch.ones(2, dtype=torch.int64)), TypeError, "dense"),
+    ],
+)
+def test_arguments_are_checked(call, error, name):
+    with pytest.raises(error, match=name):
+        call()
+
+
+def test_out_of_range_indices_are_found_when_asked(monkeypatch):
+    monkeypatch.setenv("SAE_CHECK", "1")
+    with pytest.raises(ValueError, match="indices"):
+        se.SparseCodes.from_topk(torch.ones(1, 2), torch.tensor([[0, 9]]), 9)
+    with pytest.raises(ValueError, match="indices"):
+        se.SparseCodes.from_topk(torch.ones(1, 2), torch.tensor([[3, 3]]), 9)

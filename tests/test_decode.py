@@ -1,0 +1,211 @@
+"""functional.decode, its kernel and both its gradients (kernels/decode.py, backward.py, densified.py)."""
+import pytest
+import torch
+
+from sae_engine import SparseCodes
+from sae_engine import functional as f
+from sae_engine.testing import assert_same, assert_within_budget
+from sae_kernels import _tuning
+
+FAST = ("torch", "triton")
+PATHS = ("torch", "triton", "dense")
+PAIRS = [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32),
+]  # fmt: skip
+CASES = [("B5-K7-F64-D37", 5, 7, 64, 37), ("B1-K1-F1-D1", 1, 1, 1, 1), ("B3-K20-F20-D130", 3, 20, 20, 130),
+         ("B4-K3-F90-D1100", 4, 3, 90, 1100), ("B0", 0, 2, 9, 5)]  # fmt: skip
+
+
+@pytest.fixture
+def path(request, monkeypatch):
+    """A back end made to gather, or the dense path that serves them all."""
+    share = 0.0 if request.param == "dense" else float("inf")
+    monkeypatch.setattr(_tuning, "DENSE_SHARE", {"cpu": share, "cuda": share})
+    return "torch" if request.param == "dense" else request.param
+
+
+def make(rows, k, num_latents, width, dtypes=(torch.float32, torch.float32), *, ragged=False):
+    pre = torch.randn(rows, num_latents).to(dtypes[0])
+    codes = f.threshold(pre, 0.6, backend="torch") if ragged else f.topk(pre, k, relu=False, backend="torch")
+    weight, bias = torch.randn(num_latents, width).to(dtypes[1]), torch.randn(width).to(dtypes[1])
+    return codes.detach(), weight, bias, torch.randn(rows, width)
+
+
+def test_reference_matches_definition():
+    codes, weight, bias, _ = make(4, 3, 12, 5, ragged=True)
+    out = f.decode(codes, weight, bias, backend="reference")
+    for row in range(4):
+        expected = bias.double()
+        for n in range(int(codes.offsets[row]), int(codes.offsets[row + 1])):
+            expected = expected + codes.values[n].double() * weight[int(codes.indices[n])].double()
+        torch.testing.assert_close(out[row], expected.float())
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: f"{p[0]}-{p[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c[0])
+def test_forward_and_gradients_within_budget(case, dtypes, path):
+    for ragged in (False, True):
+        codes, weight, bias, grad = make(*case[1:], dtypes, ragged=ragged)
+        results = []
+        for run in ("truth", "honest", path):
+            cast = (lambda t: t.double()) if run == "truth" else (lambda t: t.clone())
+            values, w, b = (cast(t).requires_grad_() for t in (codes.values, weight, bias))
+            out = f.decode(codes.replace(values=values), w, b, backend="reference" if run == "honest" else path
+                           if run != "truth" else "reference")
+            out.backward(grad.to(out.dtype))
+            results.append((out.detach(), values.grad, w.grad, b.grad))
+        for truth, honest, ours in zip(*results, strict=True):
+            assert_within_budget(ours, truth.double(), honest)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("only", ["values", "weight", "bias"])
+def test_each_gradient_alone(only, path):
+    codes, weight, bias, grad = make(4, 5, 40, 16)
+    tensors = {"values": codes.values.clone(), "weight": weight, "bias": bias}
+    together = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+    alone = {n: t.clone().requires_grad_(n == only) for n, t in tensors.items()}
+    for t in (together, alone):
+        f.decode(codes.replace(values=t["values"]), t["weight"], t["bias"], backend=path).backward(grad)
+    assert torch.equal(alone[only].grad, together[only].grad)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_zero_values_get_the_true_gradient(path):
+    values = torch.zeros(2, 3, requires_grad=True)
+    codes = SparseCodes.from_topk(values, torch.tensor([[0, 1, 2], [3, 4, 5]]), 6)
+    weight = torch.randn(6, 4)
+    f.decode(codes, weight, backend=path).sum().backward()
+    torch.testing.assert_close(values.grad.flatten(), weight.sum(1))
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_any_strides(path):
+    codes, weight, bias, grad = make(5, 6, 50, 33)
+    plain = [t.clone().requires_grad_() for t in (weight, bias)]
+    odd = [weight.T.contiguous().T.requires_grad_(), torch.randn(66)[::2].copy_(bias).requires_grad_()]
+    outs = []
+    for w, b in (plain, odd):
+        out = f.decode(codes, w, b, backend=path)
+        (out.T * grad.T).sum().backward()
+        outs.append((out.detach(), w.grad, b.grad))
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_capacity_leftovers_belong_to_nobody(path):
+    pre, weight = torch.randn(4, 30), torch.randn(30, 8)
+    pre[:, 0] = -1.0
+    if _tuning.DENSE_SHARE["cpu"]:  # a GEMM reads every row of the weight, gathers must not read the leftovers' index
+        weight[0] = torch.nan
+    roomy = f.threshold(pre, 0.5, capacity=100, backend="torch")
+    exact = f.threshold(pre, 0.5, backend="torch")
+    outs, grads = [], []
+    for codes in (roomy, exact):
+        values, w = codes.values.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = f.decode(codes.replace(values=values), w, backend=path)
+        out.square().sum().backward()
+        outs.append(out.detach())
+        grads.append((values.grad[: exact.values.numel()], w.grad))
+    torch.testing.assert_close(*outs)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert not outs[0].isnan().any() and not grads[0][0].isnan().any()
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_latents_with_many_entries(path):
+    """Zipf-like firing: one latent owns more entries than one program sums."""
+    rows = 3 * _tuning.SPLIT_LATENT + 5
+    indices = torch.stack([torch.zeros(rows, dtype=torch.int64), 1 + torch.arange(rows) % 7], dim=1)
+    codes = SparseCodes.from_topk(torch.randn(rows, 2), indices, 9)
+    grad, weight = torch.randn(rows, 20), torch.randn(9, 20)
+    truth = codes.to_dense().double().T @ grad.double()
+    runs = []
+    for _ in range(2):
+        w = weight.clone().requires_grad_()
+        f.decode(codes, w, backend=path).backward(grad)
+        runs.append(w.grad)
+    honest = codes.to_dense().T @ grad
+    assert_within_budget(runs[0], truth, honest)
+    assert torch.equal(*runs)
+
+
+@pytest.mark.sanitizer
+def test_small_and_complete(monkeypatch):
+    monkeypatch.setattr(_tuning, "DENSE_SHARE", {"cpu": 9.0, "cuda": 9.0})
+    codes, weight, bias, grad = make(3, 4, 30, 20)
+    w = weight.clone().requires_grad_()
+    out = f.decode(codes, w, bias, backend="triton")
+    out.backward(grad)
+    torch.testing.assert_close(out, codes.to_dense() @ weight + bias)
+    torch.testing.assert_close(w.grad, codes.to_dense().T @ grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: f"{p[0]}-{p[1]}".replace("torch.", ""))
+@pytest.mark.parametrize(("width", "num_latents", "k"), [(768, 32768, 32), (4096, 131072, 64), (2304, 65536, 32)])
+def test_production_shapes(width, num_latents, k, dtypes):
+    codes = f.topk(torch.randn(512, num_latents, device="cuda").to(dtypes[0]), k).detach()
+    weight = torch.randn(num_latents, width, device="cuda").to(dtypes[1])
+    grad = torch.randn(512, width, device="cuda")
+    results = []
+    for run in ("truth", "honest", "triton"):
+        cast = (lambda t: t.double()) if run == "truth" else (lambda t: t.clone())
+        values, w = cast(codes.values).requires_grad_(), cast(weight).requires_grad_()
+        out = f.decode(codes.replace(values=values), w, backend="triton" if run == "triton" else "reference")
+        out.backward(grad.to(out.dtype))
+        results.append((out.detach(), values.grad, w.grad))
+    for truth, honest, ours in zip(*results, strict=True):
+        assert_within_budget(ours, truth, honest)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_two_runs_give_the_same_bits(backend):
+    codes, weight, bias, grad = make(20, 4, 64, 24)
+    runs = []
+    for _ in range(2):
+        values, w = codes.values.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = f.decode(codes.replace(values=values), w, bias, backend=backend)
+        out.backward(grad)
+        runs.append((out.detach(), values.grad, w.grad))
+    assert_same(*runs)
+
+
+def test_gradcheck():
+    codes, weight, bias, _ = make(3, 4, 10, 6, (torch.float64, torch.float64))
+    args = codes.values.clone().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+    assert torch.autograd.gradcheck(lambda v, w, b: f.decode(codes.replace(values=v), w, b), args)
+
+
+def test_a_second_derivative_is_refused():
+    codes, weight, _, _ = make(3, 4, 10, 6)
+    w = weight.requires_grad_()
+    (grad,) = torch.autograd.grad(f.decode(codes, w).square().sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated again"):
+        grad.sum().backward()
+
+
+def test_result_dtype():
+    codes, weight, bias, _ = make(3, 4, 10, 6)
+    assert f.decode(codes, weight.bfloat16()).dtype == torch.float32
+    assert f.decode(codes.to(torch.float16), weight.half()).dtype == torch.float16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert f.decode(codes, weight, bias).dtype == torch.bfloat16
+
+
+def test_arguments_are_checked():
+    codes, weight, bias, _ = make(3, 4, 10, 6)
+    with pytest.raises(TypeError, match="codes"):
+        f.decode(codes.to_dense(), weight)
+    with pytest.raises(ValueError, match="W_dec"):
+        f.decode(codes, weight[:-1])
+    with pytest.raises(ValueError, match="b_dec"):
+        f.decode(codes, weight, bias[:-1])
+    with pytest.raises(TypeError, match="W_dec"):
+        f.decode(codes, weight.long())
+    with pytest.raises(ValueError, match="W_dec must be on cpu"):
+        f.decode(codes, weight.to("meta"))

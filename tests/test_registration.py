@@ -1,0 +1,169 @@
+"""torch.library and torch.compile: opcheck of every operator, fullgraph compilation of every function and module."""
+import pytest
+import torch
+
+import sae_engine as se
+from sae_engine import functional as f
+from sae_engine.testing import assert_same
+from sae_kernels.ops import ops
+
+pytestmark = pytest.mark.no_poison  # opcheck and the compiler compare runs of torch.empty themselves
+
+BACKENDS = ("reference", "torch", "triton")
+
+
+def samples():
+    """Arguments of each operator, its back end left out; differentiable where it is."""
+    pre = lambda: torch.randn(3, 40, requires_grad=True)  # noqa: E731
+    codes = f.threshold(torch.randn(3, 40), 0.5)
+    triple = codes.values.clone().requires_grad_(), codes.indices, codes.offsets
+    weight, grad = torch.randn(40, 6, requires_grad=True), torch.randn(3, 6)
+    mask, theta = torch.rand(40) < 0.6, torch.rand(40)
+    yield "topk", (pre(), None, None, 5, False, True)
+    yield "topk", (pre(), torch.randn(3, 40), mask, 5, False, False)
+    yield "topk", (pre().T.contiguous().T.detach().requires_grad_(), None, None, 5, True, False)
+    yield "batch_topk", (pre(), None, 11)
+    yield "batch_topk", (pre(), mask, 11)
+    yield "norm_match", (pre(), torch.rand(3) * 4, None, None)
+    yield "norm_match", (pre(), torch.rand(3) * 4, torch.rand(40), 30)
+    yield "threshold", (pre(), theta, None, None)
+    yield "threshold", (pre(), theta.clone().requires_grad_(), theta - 0.1, 30)
+    yield "decode", (*triple, weight, torch.randn(6, requires_grad=True), torch.float32, *codes.by_latent)
+    yield "decode", (*triple, weight, None, torch.bfloat16, None, None, None)
+    yield "decode_backward_values", (grad, codes.values, codes.indices, codes.offsets, weight.detach())
+    yield "decode_backward_weight", (grad, codes.values, *codes.by_latent, torch.float32)
+    yield "to_dense", (*triple, 40)
+    yield "gather", (torch.randn(3, 40, requires_grad=True), codes.indices, codes.offsets)
+    yield "by_latent", (codes.indices, codes.offsets, 40)
+
+
+def test_every_operator_is_sampled():
+    registered = {
+        schema.name.removeprefix("sae_engine::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("sae_engine::")
+    }
+    assert registered == {name for name, _ in samples()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("number", range(16), ids=lambda n: f"{n}-{list(samples())[n][0]}")
+def test_opcheck(number, backend):
+    name, args = list(samples())[number]
+    torch.library.opcheck(getattr(ops, name).default, (*args, backend))
+
+
+FUNCTIONS = {
+    "topk": lambda p: f.topk(p, 4), "topk_masked": lambda p: f.topk(p, 4, mask=torch.arange(p.shape[-1]) % 2 == 0),
+    "topk_sorted": lambda p: f.topk(p, 4, sorted=True), "abs_topk": lambda p: f.topk(p, 4, magnitude=True),
+    "batch_topk": lambda p: f.batch_topk(p, 2.5), "norm_match": lambda p: f.norm_match(p, p.norm(dim=-1) * 0.5),
+    "norm_match_capacity": lambda p: f.norm_match(p, p.norm(dim=-1) * 0.5, capacity=90),
+    "threshold": lambda p: f.threshold(p, 0.5), "threshold_window": lambda p: f.threshold(p, 0.5, bandwidth=0.2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_selections_compile_whole(name, compile_backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend=compile_backend)
+    for rows in (3, 5):  # the second call recompiles with dynamic sizes
+        pre = torch.randn(rows, 30)
+        got, want = compiled(pre), FUNCTIONS[name](pre)
+        assert isinstance(got, se.SparseCodes) and got.shape == want.shape
+        assert_same((got.values, got.indices, got.offsets), (want.values, want.indices, want.offsets))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_selection_to_loss_compiles_whole_with_gradients(name, compile_backend):
+    torch._dynamo.reset()
+
+    def loss(pre, weight):
+        return f.decode(FUNCTIONS[name](pre), weight).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=compile_backend)
+    grads = []
+    for call in (loss, compiled):
+        torch.manual_seed(0)
+        pre, weight = torch.randn(4, 30, requires_grad=True), torch.randn(30, 7, requires_grad=True)
+        call(pre, weight).backward()
+        grads.append((pre.grad, weight.grad))
+    for eager, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+MODULES = {
+    "TopK": lambda: se.TopK(4), "AbsTopK": lambda: se.AbsTopK(4), "BatchTopK": lambda: se.BatchTopK(3),
+    "MutualChoice": lambda: se.MutualChoice(3), "TopAFA": lambda: se.TopAFA(), "ReLU": lambda: se.ReLU(),
+    "JumpReLU": lambda: se.JumpReLU(30, threshold=0.1, bandwidth=0.2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", MODULES)
+def test_autoencoders_compile_whole(name, training, compile_backend):
+    torch._dynamo.reset()
+    kwargs = {"rescale_acts_by_decoder_norm": name == "TopK", "skip": name == "ReLU"}
+    sae = se.SparseAutoencoder(8, 30, MODULES[name](), **kwargs)
+    sae(torch.randn(20, 8))  # learns a threshold where there is one
+    sae.train(training)
+    compiled = torch.compile(sae, fullgraph=True, backend=compile_backend)
+    x = torch.randn(6, 8)
+    state = {k: v.clone() for k, v in sae.state_dict().items()}
+    results = []
+    for call in (sae, compiled):
+        sae.load_state_dict(state)
+        sae.zero_grad()
+        out = call(x)
+        out.square().sum().backward()
+        grads = {n: p.grad.clone() for n, p in sae.named_parameters() if p.grad is not None}
+        results.append({"out": out.detach(), **grads, **{f"buffer {n}": b.clone() for n, b in sae.named_buffers()}})
+    assert results[0].keys() == results[1].keys()
+    for key, eager in results[0].items():
+        torch.testing.assert_close(results[1][key], eager, msg=key)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_dense_activations_compile_whole(name, compile_backend):
+    torch._dynamo.reset()
+    module = MODULES[name]()
+    pre = torch.randn(5, 30)
+    context = {"target_norm": torch.ones(5), "weight_norm": torch.ones(30)} if name == "TopAFA" else {}
+    compiled = torch.compile(module, fullgraph=True, backend=compile_backend)
+    assert_same(compiled(pre, **context).detach(), module(pre, **context).detach())
+
+
+def test_eval_of_an_unset_threshold_raises_when_compiled(compile_backend):
+    torch._dynamo.reset()
+    module = torch.compile(se.BatchTopK(3).eval(), fullgraph=True, backend=compile_backend)
+    with pytest.raises(RuntimeError, match="threshold"):
+        module(torch.randn(5, 30))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "norm_match_capacity"])
+def test_cuda_graph(name):
+    pre, weight = torch.randn(64, 4096, device="cuda"), torch.randn(4096, 64, device="cuda")
+
+    def run():
+        p = pre[:, :30] if name == "norm_match_capacity" else pre
+        return f.decode(FUNCTIONS[name](p), weight[: p.shape[1]])
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    pre.copy_(torch.randn_like(pre))
+    graph.replay()
+    torch.testing.assert_close(out, run())
+
+
+def test_a_compiled_threshold_moves_step_by_step(compile_backend):
+    """torch 2.13 drops copy_ into a 0-dimensional float64 buffer: the update must not be written that way."""
+    torch._dynamo.reset()
+    plain, compiled = se.BatchTopK(3, threshold_lr=0.5), se.BatchTopK(3, threshold_lr=0.5)
+    call = torch.compile(compiled, fullgraph=True, backend=compile_backend)
+    for _ in range(3):
+        pre = torch.randn(6, 30)
+        plain(pre)
+        call(pre)
+        torch.testing.assert_close(compiled.threshold, plain.threshold)
