@@ -18,8 +18,12 @@ def _relu(x: Tensor) -> Tensor:
     return torch.where(x <= 0, 0.0, x)
 
 
-def _row_chunks(x: Tensor):
-    return range(0, x.shape[0], max(CHUNK_ELEMENTS // x.shape[1], 1))
+def _chunk_rows(x: Tensor) -> int:
+    return max(CHUNK_ELEMENTS // x.shape[1], 1)
+
+
+def _row_chunks(x: Tensor) -> range:
+    return range(0, x.shape[0], _chunk_rows(x))
 
 
 def _above_and_tied(x: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +36,7 @@ def _resolve_ties(score: Tensor, mask: Tensor | None, cut: Tensor, k: int) -> Te
     """Column indices (rows, k) of the entries above ``cut`` (rows, 1) and the first of those equal to it."""
     kept = []
     for start in _row_chunks(score):
-        rows = slice(start, start + max(CHUNK_ELEMENTS // score.shape[1], 1))
+        rows = slice(start, start + _chunk_rows(score))
         above, tied = _above_and_tied(score[rows], cut[rows])
         quota = k - above.sum(1, keepdim=True)
         if mask is None:
@@ -76,41 +80,45 @@ def _kth_largest(x: Tensor, k: int) -> Tensor:
     return x.kthvalue(x.numel() - k + 1).values
 
 
-def _candidates(flat: Tensor, total: int) -> Tensor | None:
-    """Ascending positions of a superset of the ``total`` largest, by group maxima; None where that saves nothing."""
+def _first_k(x: Tensor, k: int) -> Tensor:
+    """Ascending positions of the k largest of a vector, ties to the lowest."""
+    above, tied = (mask.nonzero()[:, 0] for mask in _above_and_tied(x, _kth_largest(x, k)))
+    return torch.cat([above, tied[: k - above.numel()]]).sort().values
+
+
+def _first_k_by_groups(flat: Tensor, k: int) -> Tensor | None:
+    """``_first_k`` of relu(flat) from group maxima; None where they do not narrow it down."""
     groups = flat.numel() // BATCH_GROUP
-    if groups < 4 * total:
+    if groups < 4 * k:
         return None
-    maxima = flat[: groups * BATCH_GROUP].view(groups, BATCH_GROUP).amax(1)
-    bound = _kth_largest(maxima, total)
-    chosen = ((maxima >= bound) | maxima.isnan()).nonzero()[:, 0]
-    if chosen.numel() > 4 * total:
+    grouped = flat[: groups * BATCH_GROUP].view(groups, BATCH_GROUP)
+    maxima = grouped.amax(1)
+    bound = _kth_largest(maxima, k)
+    chosen = (~(maxima < bound)).nonzero()[:, 0]  # NaN maxima are chosen
+    if bound <= 0 or chosen.numel() > 4 * k:
         return None
-    positions = chosen[:, None] * BATCH_GROUP + torch.arange(BATCH_GROUP, device=flat.device)
-    rest = torch.arange(groups * BATCH_GROUP, flat.numel(), device=flat.device)
-    return torch.cat([positions.flatten(), rest])
+    rest = flat[groups * BATCH_GROUP :]
+    kept = _first_k(torch.cat([grouped[chosen].flatten(), rest]), k)
+    inside = kept < chosen.numel() * BATCH_GROUP
+    group = chosen[(kept // BATCH_GROUP).clamp(max=chosen.numel() - 1)]
+    return torch.where(
+        inside, group * BATCH_GROUP + kept % BATCH_GROUP, kept + (groups - chosen.numel()) * BATCH_GROUP
+    )
 
 
 def batch_topk(pre: Tensor, mask: Tensor | None, total: int):
     """Group maxima bound the candidates, one selection among them finds the cut; ties by flat position."""
     rows, num_latents = pre.shape
-    flat = _relu(pre)
-    if mask is not None:
-        flat = torch.where(mask.expand(pre.shape), flat, -1.0)  # below every relu
+    flat = pre if mask is None else torch.where(mask.expand(pre.shape), pre.relu(), -1.0)  # masked: below every relu
     flat = flat.reshape(-1)
-    if total == 0:
-        kept = flat.new_empty(0, dtype=torch.int64)
-    elif total == flat.numel():
+    if total in (0, flat.numel()):
         kept = torch.arange(total, device=pre.device)
     else:
-        candidates = _candidates(flat, total)
-        pool = flat if candidates is None else flat[candidates]
-        above, tied = _above_and_tied(pool, _kth_largest(pool, total))
-        above, tied = above.nonzero()[:, 0], tied.nonzero()[:, 0]
-        kept = torch.cat([above, tied[: total - above.numel()]]).sort().values
-        kept = kept if candidates is None else candidates[kept]
+        kept = _first_k_by_groups(flat, total)
+        if kept is None:
+            kept = _first_k(flat.relu() if mask is None else flat, total)
     bounds = torch.arange(rows + 1, device=pre.device) * num_latents
-    return flat[kept].clamp(min=0), (kept % max(num_latents, 1)).int(), torch.searchsorted(kept, bounds)
+    return _relu(flat[kept]), (kept % max(num_latents, 1)).int(), torch.searchsorted(kept, bounds)
 
 
 def _compress(dense: Tensor, kept: list[Tensor], capacity: int | None):
@@ -131,34 +139,47 @@ def _compress(dense: Tensor, kept: list[Tensor], capacity: int | None):
     return values, indices.int(), offsets, required
 
 
+def _nearest_prefix(ranked: Tensor, target: Tensor) -> Tensor:
+    """Length (rows, 1) of the first prefix whose norm is nearest to ``target``; ``ranked`` descends in each row."""
+    norms = ranked.double().square().cumsum_(1).sqrt_()
+    target = target.double()[:, None]
+    beyond = torch.searchsorted(norms, target).clamp(max=ranked.shape[1] - 1)
+    distance = lambda at: (norms.gather(1, at) - target).abs()  # noqa: E731
+    before = (beyond - 1).clamp(min=0)
+    nearest = norms.gather(1, torch.where(distance(before) <= distance(beyond), before, beyond))
+    count = torch.searchsorted(norms, nearest) + 1  # the first of a plateau
+    first = ~norms[:, -1:].isfinite() | target.isnan()
+    count = torch.where(first, 1, count)
+    return torch.where(target >= norms[:, -1:], ranked.shape[1], count)
+
+
 def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, capacity: int | None):
     """One sort of the scores (values only matter) finds each row's cut; what it keeps is read off in place."""
     kept = []
     wide = torch.float64 if pre.dtype == torch.float64 else torch.float32
     for start in _row_chunks(pre):
-        rows = slice(start, start + max(CHUNK_ELEMENTS // pre.shape[1], 1))
-        score = _relu(pre[rows]).to(wide)
+        rows = slice(start, start + _chunk_rows(pre))
+        score = pre[rows].contiguous().to(wide).relu()
         if weight_norm is not None:
             score = score * weight_norm.to(wide)
         ranked = score.sort(dim=1, descending=True).values
-        target = target_norm[rows].double()[:, None]
-        norms = ranked.double().square().cumsum_(1).sqrt_()
-        count = (norms - target).abs_().argmin(1, keepdim=True) + 1
-        count = torch.where(target >= norms[:, -1:], pre.shape[1], count)
-        above, tied = _above_and_tied(score, ranked.gather(1, count - 1))
+        count = _nearest_prefix(ranked, target_norm[rows])
+        cut = ranked.gather(1, count - 1)
+        above, tied = _above_and_tied(score, cut)
         quota = count - above.sum(1, keepdim=True)
-        keep = above | (tied & (tied.cumsum(1, dtype=torch.int32) <= quota))
-        keep &= (score > 0) | score.isnan()
+        if bool((tied.sum(1, keepdim=True) > quota).any()):
+            tied &= tied.cumsum(1, dtype=torch.int32) <= quota
+        keep = (above | tied) & ~(score <= 0)
         kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
-    values, *codes = _compress(pre, kept, capacity)
-    return values, *codes
+    return _compress(pre, kept, capacity)
 
 
 def threshold(pre: Tensor, theta: Tensor, floor: Tensor | None, capacity: int | None):
     kept = []
+    lower = theta if floor is None else floor
+    lower = torch.where(lower.isnan(), torch.inf, lower)  # nothing exceeds NaN
     for start in _row_chunks(pre):
-        rows = pre[start : start + max(CHUNK_ELEMENTS // pre.shape[1], 1)]
-        keep = (rows > (theta if floor is None else floor)) | rows.isnan()
+        keep = ~(pre[start : start + _chunk_rows(pre)] <= lower)  # NaN is kept
         kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
     values, indices, offsets, required = _compress(pre, kept, capacity)
     if floor is not None:
