@@ -53,7 +53,11 @@ def _run(name: str, launcher: str, *args):
         inputs = tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in inputs)
     if backend != "reference" and _is_dense(name, inputs):
         return _implementation(name, "", "densified")(*inputs)
-    return _implementation(name, launcher, backend)(*inputs)
+    run = _implementation(name, launcher, backend)
+    if backend != "triton":
+        return run(*inputs)
+    with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device, which need not be the tensors'
+        return run(*inputs)
 
 
 def _define(signature: str, launcher: str):

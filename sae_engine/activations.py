@@ -97,9 +97,8 @@ class TopAFA(Activation):
         self.capacity = check.capacity_of(capacity)
 
     def _select(self, pre: Tensor, backend: str, *, target_norm: Tensor, weight_norm: Tensor) -> SparseCodes:
-        return functional.norm_match(
-            pre, target_norm, weight_norm=weight_norm, capacity=self.capacity, backend=backend
-        )
+        capacity = _captured_size(pre) if self.capacity is None else self.capacity
+        return functional.norm_match(pre, target_norm, weight_norm=weight_norm, capacity=capacity, backend=backend)
 
 
 class BatchTopK(Activation):
@@ -202,7 +201,9 @@ class JumpReLU(Activation):
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         bandwidth = self.bandwidth if self._learns() else None
-        return functional.threshold(pre, self.threshold, bandwidth=bandwidth, backend=backend)
+        return functional.threshold(
+            pre, self.threshold, bandwidth=bandwidth, capacity=_captured_size(pre), backend=backend
+        )
 
     def _dense(self, pre: Tensor) -> Tensor:
         if self._learns():
@@ -223,6 +224,11 @@ def _above(pre: Tensor, theta: Tensor) -> Tensor:
     check.floating("pre", pre)
     theta = functional._theta(theta.detach(), pre)
     return torch.where((pre > theta) | pre.isnan(), pre, 0.0)
+
+
+def _captured_size(pre: Tensor) -> int | None:
+    """Room for every entry while a CUDA graph is captured, where the host cannot ask how many there are."""
+    return pre.numel() if pre.is_cuda and torch.cuda.is_current_stream_capturing() else None
 
 
 def _apply_but_threshold(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:

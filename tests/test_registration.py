@@ -140,6 +140,31 @@ def test_eval_of_an_unset_threshold_raises_when_compiled(compile_backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", MODULES)
+def test_cuda_graph_of_a_dense_forward(name, training):
+    module, pre = MODULES[name]().cuda(), torch.randn(64, 30, device="cuda")
+    context = {"target_norm": pre.norm(dim=1) / 2, "weight_norm": torch.ones(30, device="cuda")}
+    context = context if name == "TopAFA" else {}
+    module(pre, **context)
+    module.train(training)(pre, **context)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module(pre, **context)
+    pre.copy_(torch.randn_like(pre))
+    graph.replay()
+    assert_same(out.detach(), module(pre, **context).detach())
+
+
+@pytest.mark.gpu
+def test_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    pre = torch.randn(8, 4096, device="cuda:1")
+    assert_same(f.topk(pre, 4).indices, f.topk(pre.cpu(), 4).indices.to("cuda:1"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["topk", "batch_topk", "norm_match_capacity"])
 def test_cuda_graph(name):
     pre, weight = torch.randn(64, 4096, device="cuda"), torch.randn(4096, 64, device="cuda")
