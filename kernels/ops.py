@@ -320,3 +320,57 @@ _differentiable(
 def _(indices, offsets, num_latents, backend):
     latent_offsets = offsets.new_empty(num_latents + 1)
     return latent_offsets, torch.empty_like(indices), indices.new_empty(indices.shape[0], dtype=torch.int64)
+
+# --- encode_entries: pre-activations at the codes, whose gradient never becomes a matrix -----------------------------
+
+_library.define(
+    "encode_entries(Tensor x, Tensor weight, Tensor? bias, Tensor? center, Tensor pre, Tensor indices, Tensor offsets,"
+    " Tensor? latent_offsets, Tensor? latent_rows, Tensor? latent_positions, str backend) -> Tensor"
+)
+
+
+def _encode_entries(x, weight, bias, center, pre, indices, offsets, *by_latent_and_backend):
+    """``pre`` (B, F) read at the entries, as the function of x (B, D), weight (D, F), bias and center that it is.
+
+    pre = x @ weight + bias, where x already is the input minus ``center`` (D,), which is here for its gradient alone.
+    """
+    return ops.gather(pre, indices, offsets, by_latent_and_backend[-1])
+
+
+_library.impl("encode_entries", _encode_entries, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sae_engine::encode_entries", lib=_library)
+def _(x, weight, bias, center, pre, indices, offsets, latent_offsets, latent_rows, latent_positions, backend):
+    return pre.new_empty(indices.shape[0])
+
+
+def _encode_entries_context(ctx, inputs, output):
+    x, weight, bias, center, _, indices, offsets, *by_latent, ctx.backend = inputs
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, center)]
+    ctx.save_for_backward(x, weight, indices, offsets, *by_latent)
+
+
+def _encode_entries_backward(ctx, grad):
+    x, weight, indices, offsets, *by_latent = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_center = ctx.needs_input_grad[:4]
+    num_latents = weight.shape[1]
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grad_x = grad_weight = grad_bias = grad_center = None
+    if by_latent[0] is None and (needs_weight or needs_bias or needs_center):
+        by_latent = ops.by_latent(indices, offsets, num_latents, ctx.backend)
+    if needs_x:
+        columns = weight.T.to(x.dtype)  # the operand that the forward pass multiplied with
+        grad_x = ops.decode(grad, indices, offsets, columns, None, x.dtype, None, None, None, ctx.backend)
+    if needs_weight:
+        grad_weight = ops.decode_backward_weight(x, grad, *by_latent, weight.dtype, ctx.backend).T
+    if needs_bias or needs_center:
+        ones = grad.new_ones(x.shape[0], 1)
+        grad_bias = ops.decode_backward_weight(ones, grad, *by_latent, wide, ctx.backend)[:, 0]
+        if needs_center:
+            grad_center = -(weight.to(wide) @ grad_bias).to(ctx.dtypes[3])
+        grad_bias = grad_bias.to(ctx.dtypes[2]) if needs_bias else None
+    return grad_x, grad_weight, grad_bias, grad_center, *(None,) * 7
+
+
+_differentiable("encode_entries", _encode_entries_context, _encode_entries_backward)

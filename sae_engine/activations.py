@@ -42,6 +42,13 @@ class Activation(nn.Module):
         self.update(codes)
         return codes.to_dense()
 
+    def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
+        """``codes.values`` as a function of the pre-activations ``pre`` (N,) at its entries; carries the gradient.
+
+        Here: the identity where something was kept; a stored 0 passes nothing, as after a ReLU.
+        """
+        return torch.where(codes.values == 0, 0.0, pre)
+
     def update(self, codes: SparseCodes) -> None:
         """Called once per training forward with what was kept; rules with learned state override it."""
 
@@ -81,6 +88,9 @@ class AbsTopK(TopK):
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.topk(pre, self.k, magnitude=True, backend=backend)
+
+    def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
+        return pre  # signed: a kept 0 passes its gradient
 
 
 class TopAFA(Activation):
@@ -204,6 +214,17 @@ class JumpReLU(Activation):
         return functional.threshold(
             pre, self.threshold, bandwidth=bandwidth, capacity=_captured_size(pre), backend=backend
         )
+
+    def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
+        values = super().entry_values(pre, codes)
+        if not self._learns():
+            return values
+        # A term that is 0 and carries the rectangle estimator: d(value) = -(theta / bandwidth) d(theta) in the window.
+        theta = self.threshold[codes.indices.long()]
+        fixed = theta.detach()
+        inside = (pre.detach() - fixed).abs() < self.bandwidth / 2
+        slope = torch.where(inside, -fixed / self.bandwidth, 0.0)
+        return values + (slope * (theta - fixed)).to(values.dtype)
 
     def _dense(self, pre: Tensor) -> Tensor:
         if self._learns():

@@ -172,22 +172,21 @@ class SparseAutoencoder(nn.Module):
             mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + LAYER_NORM_EPS
             info = info._replace(mean=mean, std=std)
             x = (x - mean) / std
-        if self.apply_b_dec_to_input:
-            x = x - self.b_dec
         b_enc = None if isinstance(self.activation, TopAFA) else self.b_enc
         scale = self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else None
+        b_dec = self.b_dec if self.apply_b_dec_to_input else None
         codes, pre = functional.encode(
-            x, self.W_enc, b_enc, scale=scale, select=self.activation, return_pre=True, backend=backend,
+            x, self.W_enc, b_enc, b_dec=b_dec, scale=scale, select=self.activation, return_pre=True, backend=backend,
             **self._context(x),
         )
         return codes, info, pre
 
-    def _context(self, encoder_input: Tensor) -> dict[str, Tensor]:
+    def _context(self, x: Tensor) -> dict[str, Tensor]:
         """What the rule asked for, constant for autograd, in fp32 or wider."""
         wanted, context = self.activation.context_keys, {}
-        wide = torch.promote_types(encoder_input.dtype, torch.float32)
         if "target_norm" in wanted:
-            context["target_norm"] = encoder_input.detach().to(wide).norm(dim=-1)
+            centred = x.detach() - self.b_dec.detach() if self.apply_b_dec_to_input else x.detach()
+            context["target_norm"] = centred.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1)
         if "weight_norm" in wanted:
             norms = self.W_dec.detach().to(torch.promote_types(self.W_dec.dtype, torch.float32)).norm(dim=1)
             context["weight_norm"] = torch.ones_like(norms) if self.rescale_acts_by_decoder_norm else norms

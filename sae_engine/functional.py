@@ -251,13 +251,13 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
 
 @overload
 def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = ..., *, select: Any, scale: Tensor | None = ...,
-    return_pre: Literal[False] = ..., backend: str = ..., **context: Tensor,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = ..., *, select: Any, b_dec: Tensor | None = ...,
+    scale: Tensor | None = ..., return_pre: Literal[False] = ..., backend: str = ..., **context: Tensor,
 ) -> SparseCodes: ...  # fmt: skip
 @overload
 def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = ..., *, select: Any, scale: Tensor | None = ...,
-    return_pre: Literal[True], backend: str = ..., **context: Tensor,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = ..., *, select: Any, b_dec: Tensor | None = ...,
+    scale: Tensor | None = ..., return_pre: Literal[True], backend: str = ..., **context: Tensor,
 ) -> tuple[SparseCodes, Tensor]: ...  # fmt: skip
 def encode(
     x: Tensor,
@@ -265,36 +265,75 @@ def encode(
     b_enc: Tensor | None = None,
     *,
     select: Any,
+    b_dec: Tensor | None = None,
     scale: Tensor | None = None,
     return_pre: bool = False,
     backend: str = "auto",
     **context: Tensor,
 ) -> SparseCodes | tuple[SparseCodes, Tensor]:
-    """Linear encoder and selection: ``select((x @ W_enc + b_enc) * scale)``.
+    """Linear encoder and selection, ``select(((x - b_dec) @ W_enc + b_enc) * scale)``, differentiated sparsely.
+
+    The gradient never becomes a (tokens, F) matrix: each latent sums over the tokens that keep it, in a fixed order.
 
     Args:
         x: ``(*batch_shape, d_in)``. Differentiable.
         W_enc: ``(d_in, F)``, any strides. Differentiable.
         b_enc: ``(F,)`` or None. Differentiable.
-        select: an activation module (its ``select`` is called) or a function ``(pre, backend=..., **context)``.
+        select: an activation module: ``select.select`` chooses, ``select.entry_values`` turns the pre-activations at
+            the chosen entries into values.
+        b_dec: ``(d_in,)``, subtracted from ``x``, or None. Differentiable.
         scale: ``(F,)``, multiplies the pre-activations before selection (decoder norms), or None. Differentiable.
         return_pre: also return the pre-activations ``(*batch_shape, F)`` that were selected from.
-        context: passed on to ``select``.
+        context: passed on to ``select.select``.
 
     Returns:
-        The codes, or (codes, pre). Under 16-bit autocast ``pre`` is the fp32 sum with the fp32 bias, rounded once.
+        The codes, or (codes, pre), where ``pre`` is constant for autograd. Under 16-bit autocast ``pre`` is the fp32
+        sum with the fp32 bias, rounded once.
     """
-    pre = linear(x, W_enc, b_enc)
+    if not (callable(getattr(select, "select", None)) and callable(getattr(select, "entry_values", None))):
+        raise TypeError(f"select must be an activation module such as TopK(32), got {type(select).__name__}")
+    _check_linear(x, W_enc, b_enc)
+    if b_dec is not None:
+        check.floating("b_dec", b_dec, dims=1)
+        check.shaped("b_dec", b_dec, x.shape[-1:], x, why="d_in")
+        x = x - b_dec.detach()
     if scale is not None:
         check.floating("scale", scale, dims=1)
         check.shaped("scale", scale, W_enc.shape[1:], x, why="one per latent")
-        pre = (pre * scale).to(pre.dtype)
-    chosen = getattr(select, "select", select)(pre, backend=backend, **context)
-    return (chosen, pre) if return_pre else chosen
+    dtype = _linear_dtype(x, W_enc)
+    x = x.to(dtype)
+    with torch.no_grad():
+        unscaled = linear(x, W_enc, b_enc)
+        pre = unscaled if scale is None else (unscaled * scale).to(dtype)
+    codes = select.select(pre, backend=backend, **context)
+    turned: tuple[Tensor | None, ...] = (None, None, None)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (W_enc, b_enc, b_dec)):
+        turned = codes.by_latent
+    entries = ops.encode_entries(
+        check.matrix(x), W_enc, b_enc, b_dec, check.matrix(unscaled), codes.indices, codes.offsets, *turned,
+        _backend_for(backend, x, W_enc),
+    )  # fmt: skip
+    if scale is not None:
+        entries = (entries * scale[codes.indices.long()]).to(dtype)
+    codes = codes.replace(values=select.entry_values(entries, codes))
+    return (codes, pre) if return_pre else codes
 
 
 def linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> Tensor:
     """``x @ W_enc + b_enc``; 16-bit results (autocast, or 16-bit inputs) are rounded once, after the bias."""
+    _check_linear(x, W_enc, b_enc)
+    dtype = _linear_dtype(x, W_enc)
+    with torch.autocast(x.device.type, enabled=False):
+        flat = check.matrix(x).to(dtype)
+        if dtype in (torch.float32, torch.float64):
+            out = flat @ W_enc.to(dtype) if b_enc is None else torch.addmm(b_enc.to(dtype), flat, W_enc.to(dtype))
+        else:  # products of 16-bit numbers are exact in fp32: an fp32 GEMM of the rounded operands accumulates in fp32
+            out = flat.float() @ W_enc.to(dtype).float()
+            out = (out if b_enc is None else out + b_enc.float()).to(dtype)
+    return out.view(*x.shape[:-1], W_enc.shape[1])
+
+
+def _check_linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:
     check.floating("x", x)
     check.floating("W_enc", W_enc, dims=2)
     check.same_device("W_enc", W_enc, x)
@@ -303,19 +342,14 @@ def linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> Tensor:
     if b_enc is not None:
         check.floating("b_enc", b_enc, dims=1)
         check.shaped("b_enc", b_enc, W_enc.shape[1:], x, why="one per latent")
+
+
+def _linear_dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:
+    """The autocast dtype if active, else what x and W_enc promote to."""
     kind = x.device.type
-    dtype = torch.promote_types(x.dtype, W_enc.dtype)
     if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    with torch.autocast(kind, enabled=False):
-        if dtype in (torch.float32, torch.float64):
-            flat = check.matrix(x.to(dtype))
-            out = flat @ W_enc.to(dtype) if b_enc is None else torch.addmm(b_enc.to(dtype), flat, W_enc.to(dtype))
-            return out.view(*x.shape[:-1], W_enc.shape[1])
-        # Products of 16-bit numbers are exact in fp32, so an fp32 GEMM of the rounded operands is the fp32 accumulator.
-        pre = check.matrix(x).to(dtype).float() @ W_enc.to(dtype).float()
-        pre = pre if b_enc is None else pre + b_enc.float()
-        return pre.to(dtype).view(*x.shape[:-1], W_enc.shape[1])
+        return torch.get_autocast_dtype(kind)
+    return torch.promote_types(x.dtype, W_enc.dtype)
 
 
 def _backend_for(backend: str, *tensors: Tensor | None) -> str:

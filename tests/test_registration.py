@@ -35,6 +35,9 @@ def samples():
     yield "to_dense", (*triple, 40)
     yield "gather", (torch.randn(3, 40, requires_grad=True), codes.indices, codes.offsets)
     yield "by_latent", (codes.indices, codes.offsets, 40)
+    encoder = torch.randn(3, 6), torch.randn(6, 40, requires_grad=True), torch.randn(40, requires_grad=True)
+    center = torch.randn(6, requires_grad=True)
+    yield "encode_entries", (*encoder, center, torch.randn(3, 40), codes.indices, codes.offsets, *codes.by_latent)
 
 
 def test_every_operator_is_sampled():
@@ -47,7 +50,7 @@ def test_every_operator_is_sampled():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("number", range(16), ids=lambda n: f"{n}-{list(samples())[n][0]}")
+@pytest.mark.parametrize("number", range(17), ids=lambda n: f"{n}-{list(samples())[n][0]}")
 def test_opcheck(number, backend):
     name, args = list(samples())[number]
     torch.library.opcheck(getattr(ops, name).default, (*args, backend))

@@ -1,0 +1,158 @@
+"""functional.encode: the same codes as the dense pre-activations give, and sparse gradients of everything in it."""
+import pytest
+import torch
+
+import sae_engine as se
+from sae_engine import functional as f
+from sae_engine.testing import assert_same
+from sae_kernels import _tuning
+
+B, D, F = 7, 9, 40
+PATHS = ["torch", "triton", "dense"]
+RULES = {
+    "TopK": lambda: se.TopK(4), "AbsTopK": lambda: se.AbsTopK(4), "BatchTopK": lambda: se.BatchTopK(3.5),
+    "ReLU": lambda: se.ReLU(), "TopAFA": lambda: se.TopAFA(), "JumpReLU": lambda: se.JumpReLU(F, threshold=0.4, bandwidth=0.6),
+}  # fmt: skip
+
+
+@pytest.fixture
+def path(request, monkeypatch):
+    share = 0.0 if request.param == "dense" else float("inf")
+    monkeypatch.setattr(_tuning, "DENSE_SHARE", {"cpu": share, "cuda": share})
+    return "torch" if request.param == "dense" else request.param
+
+
+def make(dtype=torch.float64, shape=(B,)):
+    tensors = {
+        "x": torch.randn(*shape, D), "W_enc": torch.randn(D, F), "b_enc": torch.randn(F), "b_dec": torch.randn(D),
+        "scale": torch.rand(F) + 0.5,
+    }  # fmt: skip
+    return {n: t.to(dtype).requires_grad_() for n, t in tensors.items()}
+
+
+def context_for(name, shape=(B,)):
+    return {"target_norm": torch.full(shape, 4.0), "weight_norm": torch.rand(F) + 0.5} if name == "TopAFA" else {}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("shape", [(B,), (2, 3)], ids=str)
+def test_gradients_equal_those_through_dense_pre_activations(name, shape):
+    rule, context, weight = RULES[name](), context_for(name, shape), torch.randn(*shape, F, dtype=torch.float64)
+    outcomes = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        t = make(shape=shape)
+        if sparse:
+            codes = f.encode(
+                t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], scale=t["scale"], select=rule, **context
+            )
+        else:
+            codes = rule.select(((t["x"] - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * t["scale"], **context)
+        (codes.to_dense() * weight).sum().backward()
+        grads = {n: p.grad for n, p in (*t.items(), *rule.named_parameters())}
+        outcomes.append((codes, {n: g.clone() for n, g in grads.items()}))
+        rule.zero_grad()
+    assert_same(outcomes[0][0].indices, outcomes[1][0].indices)
+    for key, expected in outcomes[1][1].items():
+        assert expected.abs().sum() > 0
+        torch.testing.assert_close(outcomes[0][1][key], expected, msg=key)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_every_back_end_gives_the_same_gradients(path):
+    outcomes = []
+    for backend in (path, "reference"):
+        torch.manual_seed(0)
+        t = make(torch.float32)
+        codes = f.encode(t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], select=se.TopK(4), backend=backend)
+        codes.values.square().sum().backward()
+        outcomes.append([codes.values.detach(), *(t[n].grad for n in ("x", "W_enc", "b_enc", "b_dec"))])
+    for ours, reference in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_gradcheck():
+    t = make()
+    names = ("x", "W_enc", "b_enc", "b_dec", "scale")
+
+    def run(x, W_enc, b_enc, b_dec, scale):
+        return f.encode(x, W_enc, b_enc, b_dec=b_dec, scale=scale, select=se.TopK(3)).values
+
+    assert torch.autograd.gradcheck(run, tuple(t[n] for n in names))
+
+
+@pytest.mark.parametrize("only", ["x", "W_enc", "b_enc", "b_dec", "scale"])
+def test_each_gradient_alone(only):
+    grads = []
+    for chosen in ("xW_encb_encb_decscale", only):
+        torch.manual_seed(0)
+        t = {n: p.detach().requires_grad_(n in chosen) for n, p in make().items()}
+        codes = f.encode(t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], scale=t["scale"], select=se.TopK(3))
+        codes.values.sum().backward()
+        grads.append(t[only].grad)
+    assert torch.equal(*grads)
+
+
+def test_no_gradient_is_a_matrix_of_tokens_and_latents():
+    """Of all tensors of a backward pass none has tokens times latents elements."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, torch.Tensor):
+                    self.seen = max(self.seen, t.numel())
+            return out
+
+    rows, latents = 4096, 1024
+    x, W = torch.randn(rows, 4), torch.randn(4, latents, requires_grad=True)
+    loss = f.encode(x, W, select=se.TopK(2)).values.sum()
+    with Largest() as largest:
+        loss.backward()
+    assert 0 < largest.seen < rows * latents / 16
+
+
+def test_two_runs_give_the_same_bits():
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        t = make(torch.float32)
+        codes = f.encode(t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], select=se.BatchTopK(5))
+        codes.values.square().sum().backward()
+        runs.append([t[n].grad for n in ("x", "W_enc", "b_enc", "b_dec")])
+    assert_same(*runs)
+
+
+def test_pre_is_returned_as_a_constant():
+    t = make()
+    codes, pre = f.encode(t["x"], t["W_enc"], select=se.TopK(3), return_pre=True)
+    assert pre.shape == (B, F) and not pre.requires_grad and codes.values.requires_grad
+    assert_same(pre, (t["x"] @ t["W_enc"]).detach())
+
+
+def test_under_autocast():
+    t = make(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = f.encode(t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], select=se.TopK(3))
+    codes.values.float().sum().backward()
+    assert codes.values.dtype == torch.bfloat16 and t["W_enc"].grad.dtype == torch.float32
+    kept = codes.to_dense().detach().float() != 0
+    expected = (t["x"] - t["b_dec"]).detach().bfloat16().float().T @ kept.float()
+    torch.testing.assert_close(t["W_enc"].grad, expected)
+
+
+def test_arguments_are_checked():
+    x, W = torch.randn(B, D), torch.randn(D, F)
+    for kwargs, error, name in (
+        ({"select": torch.relu}, TypeError, "select"),
+        ({"select": se.TopK(3), "b_dec": torch.ones(D + 1)}, ValueError, "b_dec"),
+        ({"select": se.TopK(3), "scale": torch.ones(D)}, ValueError, "scale"),
+        ({"select": se.TopK(3), "target_norm": torch.ones(B)}, TypeError, "target_norm"),
+    ):
+        with pytest.raises(error, match=name):
+            f.encode(x, W, **kwargs)
+    with pytest.raises(ValueError, match="x must have d_in"):
+        f.encode(x[:, 1:], W, select=se.TopK(3))
