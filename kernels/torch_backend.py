@@ -114,9 +114,8 @@ def batch_topk(pre: Tensor, mask: Tensor | None, total: int):
     if total in (0, flat.numel()):
         kept = torch.arange(total, device=pre.device)
     else:
-        kept = _first_k_by_groups(flat, total)
-        if kept is None:
-            kept = _first_k(flat.relu() if mask is None else flat, total)
+        by_groups = _first_k_by_groups(flat, total)
+        kept = _first_k(flat.relu() if mask is None else flat, total) if by_groups is None else by_groups
     bounds = torch.arange(rows + 1, device=pre.device) * num_latents
     return _relu(flat[kept]), (kept % max(num_latents, 1)).int(), torch.searchsorted(kept, bounds)
 

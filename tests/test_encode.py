@@ -11,7 +11,8 @@ B, D, F = 7, 9, 40
 PATHS = ["torch", "triton", "dense"]
 RULES = {
     "TopK": lambda: se.TopK(4), "AbsTopK": lambda: se.AbsTopK(4), "BatchTopK": lambda: se.BatchTopK(3.5),
-    "ReLU": lambda: se.ReLU(), "TopAFA": lambda: se.TopAFA(), "JumpReLU": lambda: se.JumpReLU(F, threshold=0.4, bandwidth=0.6),
+    "ReLU": lambda: se.ReLU(), "TopAFA": lambda: se.TopAFA(),
+    "JumpReLU": lambda: se.JumpReLU(F, threshold=0.4, bandwidth=0.6),
 }  # fmt: skip
 
 
