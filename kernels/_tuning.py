@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-# Share of stored entries above which the operations on codes densify and use GEMMs instead. Sparse work costs two
-# gathers per entry where a GEMM costs d multiply-adds at the matrix units' rate.
-DENSE_SHARE = {"cpu": 0.06, "cuda": 0.02}
+# Share of stored entries above which an operation on codes densifies and uses a GEMM instead: where
+# benchmarks/crossover.py saw the GEMM overtake. CUDA: not measured yet, from counting bytes and flops.
+DENSE_SHARE = {
+    "cpu": {"decode": 0.06, "decode_backward_values": 0.03, "decode_backward_weight": 0.03},
+    "cuda": {"decode": 0.02, "decode_backward_values": 0.02, "decode_backward_weight": 0.02},
+}
 
 MAX_TILE = 8192  # lanes of one tile: 32 registers per thread at 8 warps
 
@@ -66,9 +69,9 @@ def stream_block(num_latents: int, at_least: int = 1) -> int:
     return max(min(next_power_of_2(num_latents), 4096), at_least, 16)
 
 
-def is_dense(entries: int, rows: int, columns: int, device_type: str) -> bool:
-    """Whether ``entries`` codes of a (rows, columns) matrix are better densified and multiplied by GEMMs."""
-    return entries > DENSE_SHARE.get(device_type, DENSE_SHARE["cuda"]) * rows * columns
+def is_dense(operation: str, entries: int, rows: int, columns: int, device_type: str) -> bool:
+    """Whether ``operation`` on ``entries`` codes of a (rows, columns) matrix is better done as a GEMM."""
+    return entries > DENSE_SHARE.get(device_type, DENSE_SHARE["cuda"])[operation] * rows * columns
 
 
 def decode_block(width: int) -> int:

@@ -40,7 +40,7 @@ def _is_dense(name: str, args: tuple) -> bool:
         rows, columns = grad.shape[0], latent_offsets.numel() - 1
     else:
         return False
-    return _tuning.is_dense(values.numel(), rows, columns, values.device.type)
+    return _tuning.is_dense(name, values.numel(), rows, columns, values.device.type)
 
 
 # Their kernels take the arrays of a code's entries without strides.

@@ -35,6 +35,12 @@ def make_pre(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     return x
 
 
+def force_dense(share: float) -> dict[str, dict[str, float]]:
+    """A ``_tuning.DENSE_SHARE`` under which operations on codes always gather (inf) or always densify (0)."""
+    operations = ("decode", "decode_backward_values", "decode_backward_weight")
+    return {device: dict.fromkeys(operations, share) for device in ("cpu", "cuda")}
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal shape, dtype and values, where NaN equals NaN and -0 equals +0."""
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())

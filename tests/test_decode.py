@@ -4,7 +4,7 @@ import torch
 
 from sae_engine import SparseCodes
 from sae_engine import functional as f
-from sae_engine.testing import assert_same, assert_within_budget
+from sae_engine.testing import assert_same, assert_within_budget, force_dense
 from sae_kernels import _tuning
 
 FAST = ("torch", "triton")
@@ -21,7 +21,7 @@ CASES = [("B5-K7-F64-D37", 5, 7, 64, 37), ("B1-K1-F1-D1", 1, 1, 1, 1), ("B3-K20-
 def path(request, monkeypatch):
     """A back end made to gather, or the dense path that serves them all."""
     share = 0.0 if request.param == "dense" else float("inf")
-    monkeypatch.setattr(_tuning, "DENSE_SHARE", {"cpu": share, "cuda": share})
+    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(share))
     return "torch" if request.param == "dense" else request.param
 
 
@@ -99,7 +99,7 @@ def test_any_strides(path):
 def test_capacity_leftovers_belong_to_nobody(path):
     pre, weight = torch.randn(4, 30), torch.randn(30, 8)
     pre[:, 0] = -1.0
-    if _tuning.DENSE_SHARE["cpu"]:  # a GEMM reads every row of the weight, gathers must not read the leftovers' index
+    if _tuning.DENSE_SHARE["cpu"]["decode"]:  # a GEMM reads all of the weight; a gather must not read the leftovers
         weight[0] = torch.nan
     roomy = f.threshold(pre, 0.5, capacity=100, backend="torch")
     exact = f.threshold(pre, 0.5, backend="torch")
@@ -136,7 +136,7 @@ def test_latents_with_many_entries(path):
 
 @pytest.mark.sanitizer
 def test_small_and_complete(monkeypatch):
-    monkeypatch.setattr(_tuning, "DENSE_SHARE", {"cpu": 9.0, "cuda": 9.0})
+    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(float("inf")))
     codes, weight, bias, grad = make(3, 4, 30, 20)
     w = weight.clone().requires_grad_()
     out = f.decode(codes, w, bias, backend="triton")

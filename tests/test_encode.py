@@ -4,7 +4,7 @@ import torch
 
 import sae_engine as se
 from sae_engine import functional as f
-from sae_engine.testing import assert_same
+from sae_engine.testing import assert_same, force_dense
 from sae_kernels import _tuning
 
 B, D, F = 7, 9, 40
@@ -19,7 +19,7 @@ RULES = {
 @pytest.fixture
 def path(request, monkeypatch):
     share = 0.0 if request.param == "dense" else float("inf")
-    monkeypatch.setattr(_tuning, "DENSE_SHARE", {"cpu": share, "cuda": share})
+    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(share))
     return "torch" if request.param == "dense" else request.param
 
 

@@ -1,0 +1,39 @@
+"""The README's example runs as it stands, and what it calls exists."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import sae_engine as se
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.no_poison
+def test_the_example_on_real_activations(capsys):
+    names: dict = {}
+    exec(BLOCKS[0], names)
+    fvu = float(re.search(r"FVU ([\d.]+)", capsys.readouterr().out).group(1))
+    assert fvu < 0.5  # it has learned: the mean alone leaves 1.0
+
+
+def test_the_drop_in_lines():
+    class Self:
+        pass
+
+    x, W_enc, b_enc, W_dec, b_dec = (torch.randn(s) for s in ((5, 16), (16, 256), (256,), (256, 16), (16,)))
+    names = {
+        "self": Self(), "se": se, "pre": x @ W_enc, "x": x, "W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec,
+        "b_dec": b_dec, "d_sae": 256, "d_in": 16,
+    }  # fmt: skip
+    exec(BLOCKS[1], names)
+    assert names["x_hat"].shape == x.shape
+    assert names["self"].activation(names["pre"]).shape == names["pre"].shape
+
+
+def test_every_module_of_the_table_exists():
+    for name in re.findall(r"^\| `(\w+)\([^|]*\|", README, re.MULTILINE):
+        assert hasattr(se, name) or hasattr(se.functional, name), name
