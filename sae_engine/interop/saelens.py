@@ -6,9 +6,6 @@ a float64 scalar, of BatchTopK in training form. What SAELens has no field for s
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import activations as act
+from .._files import replace_file
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES: dict[type, str] = {
@@ -41,9 +39,9 @@ def save(sae, path: str | PathLike) -> None:
     tensors = {n: p.detach().cpu().contiguous() for n, p in sae.named_parameters() if not n.startswith("activation.")}
     if architecture in THRESHOLD_KEYS:
         tensors[THRESHOLD_KEYS[architecture]] = sae.activation.threshold.detach().cpu().contiguous()
-    _replace(folder / WEIGHTS, lambda name: save_file(tensors, name, metadata={"format": "pt"}))
+    replace_file(folder / WEIGHTS, lambda name: save_file(tensors, name, metadata={"format": "pt"}))
     text = json.dumps(_config(sae, architecture), indent=2)
-    _replace(folder / CONFIG, lambda name: Path(name).write_text(text))
+    replace_file(folder / CONFIG, lambda name: name.write_text(text))
 
 
 def load(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = None):
@@ -166,17 +164,3 @@ def _activation(cfg: dict, ours: dict, tensors: dict[str, Tensor], folder: Path)
         return kind(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} describes an activation that cannot be built: {error}") from error
-
-
-def _replace(file: Path, write: Callable[[str], object]) -> None:
-    """Runs ``write`` on a temporary name beside ``file``, then renames it over ``file``."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    os.close(handle)
-    try:
-        write(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 would make the file unreadable for others
-        os.replace(name, file)
-    finally:
-        Path(name).unlink(missing_ok=True)

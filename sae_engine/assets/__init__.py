@@ -1,0 +1,1 @@
+"""What ships with the package: a small trained language model and fixed evaluation text (embedded_model/README.md)."""

@@ -1,0 +1,47 @@
+"""Real activations: any Hugging Face causal language model, read by hooks, streamed or cached in shards.
+
+Importing this needs torch alone; transformers, safetensors and tqdm are imported by what uses them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .activations import SITES, read_activations, stream_activations
+    from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
+    from .store import ActivationStore, collect_activations
+    from .text import HELD_OUT_MODULES, evaluation_text, iter_text_files, stdlib_texts
+
+__all__ = [
+    "EMBEDDED_FOLDER",
+    "HELD_OUT_MODULES",
+    "SITES",
+    "ActivationStore",
+    "LanguageModel",
+    "collect_activations",
+    "evaluation_text",
+    "iter_text_files",
+    "load_language_model",
+    "read_activations",
+    "stdlib_texts",
+    "stream_activations",
+    "weights_sha256",
+]
+
+_MODULES = {
+    "activations": {"SITES", "read_activations", "stream_activations"},
+    "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
+    "store": {"ActivationStore", "collect_activations"},
+    "text": {"HELD_OUT_MODULES", "evaluation_text", "iter_text_files", "stdlib_texts"},
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

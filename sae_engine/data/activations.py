@@ -1,0 +1,275 @@
+"""The residual stream of a causal language model, read by forward hooks.
+
+Sites, for block ``layer`` of ``num_layers``:
+
+``resid_pre``   what enters the block.
+``mlp_out``     what its MLP module returns, before any norm that the block applies to it.
+``resid_post``  what leaves the block; for the last block this is before the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._require import require
+from .models import LanguageModel
+
+SITES = ("resid_pre", "mlp_out", "resid_post")
+
+# GPT-2, GPT-J, BLOOM, Falcon; GPT-NeoX, Pythia; Llama, Gemma, Qwen, Mistral, Phi; OPT.
+_BLOCK_PATHS = ("transformer.h", "gpt_neox.layers", "model.layers", "model.decoder.layers")
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")  # fc2: OPT's block is its own MLP
+
+
+class _Reached(Exception):
+    """Raised by the hook to leave the forward pass: what comes after is not needed."""
+
+
+def read_activations(model: nn.Module, input_ids: Tensor, *, layer: int, site: str = "resid_pre") -> Tensor:
+    """Activations of one batch of token ids; the forward pass stops there, later layers are not computed.
+
+    Args:
+        model: a Hugging Face causal language model. Its mode and hooks are as before afterwards.
+        input_ids: ``(B, T)`` integers on the model's device, without padding.
+        layer: block, ``0 <= layer < num_hidden_layers``.
+        site: one of :data:`SITES`.
+
+    Returns:
+        ``(B, T, d_model)``, in the model's dtype, outside autograd.
+
+    Raises:
+        TypeError: ``input_ids`` or ``layer`` is not of integers.
+        ValueError: ``layer`` or ``site`` is out of range, ``input_ids`` is not 2-D, or the model's blocks
+            are not found.
+        RuntimeError: the forward pass never reached the site.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+        raise TypeError(f"input_ids must be a tensor of integers, got {getattr(input_ids, 'dtype', type(input_ids))}")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be (B, T), got shape {tuple(input_ids.shape)}")
+    target = _hook_target(model, layer, site)
+    found: list[Tensor] = []
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
+
+    if site == "resid_pre":
+        handle = target.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = target.register_forward_hook(after)
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.inference_mode():
+            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+        for module in training:
+            module.training = True
+    if not found:
+        raise RuntimeError(f"the forward pass of {type(model).__name__} never reached layer {layer}, site {site!r}")
+    # The copy, made outside inference mode, is an ordinary tensor: autograd may save it, an SAE may train on it.
+    return found[0].clone().reshape(*input_ids.shape, -1)  # OPT's MLP sees its tokens flattened
+
+
+def stream_activations(
+    lm: LanguageModel,
+    texts: Iterable[str],
+    *,
+    layer: int,
+    site: str = "resid_pre",
+    context_length: int | None = None,
+    batch_size: int = 8,
+    drop_first: bool = True,
+    dtype: torch.dtype | None = None,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> Iterator[Tensor]:
+    """Activations of texts, batch by batch, in the order of the text.
+
+    The tokens of each non-empty document are followed by the end-of-text token, and all documents form one
+    stream, which is cut into runs of ``context_length - 1`` tokens. A context is the beginning-of-text token
+    (end-of-text where the tokenizer has no other, as GPT-2) followed by one run, so every token of the stream
+    is in exactly one context. The last run may be shorter; it is a context of its own length, alone in its
+    batch. Nothing is padded.
+
+    Args:
+        lm: from :func:`load_language_model`.
+        texts: documents; consumed lazily.
+        layer: block, ``0 <= layer < lm.num_layers``.
+        site: one of :data:`SITES`.
+        context_length: tokens per context, at least 2; default ``min(lm.max_length, 256)``.
+        batch_size: contexts per forward pass.
+        drop_first: leave out each context's first position, whose activations are far larger than all others
+            and the same everywhere. One row per token of the stream remains.
+        dtype: of the result; None is the model's.
+        max_tokens: stop after exactly so many rows; None is all.
+        progress: show a bar on standard error.
+
+    Yields:
+        ``(tokens, d_model)`` on the model's device; ``tokens`` is at most ``batch_size * context_length``.
+
+    Raises:
+        TypeError: an argument or a document is not of the kind above (documents: when they are reached).
+        ValueError: an argument is out of range, or the tokenizer has no end-of-text token.
+    """
+    context_length = check_stream(lm, texts, layer, site, context_length, batch_size, drop_first, max_tokens)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+
+    def generate() -> Iterator[Tensor]:
+        done = 0
+        with progress_bar(progress, max_tokens) as bar:
+            for ids in context_batches(lm, texts, context_length, batch_size):
+                rows = batch_rows(lm, ids, layer, site, drop_first)
+                rows = rows[: None if max_tokens is None else max_tokens - done].to(dtype or rows.dtype)
+                done += len(rows)
+                bar.update(len(rows))
+                yield rows
+                if done == max_tokens:
+                    return
+
+    return generate()
+
+
+# ------------------------------------------------------------------- what store.py shares with the above
+
+
+def check_stream(
+    lm: LanguageModel,
+    texts: Iterable[str],
+    layer: int,
+    site: str,
+    context_length: int | None,
+    batch_size: int,
+    drop_first: bool,
+    max_tokens: int | None,
+) -> int:
+    """Every check of :func:`stream_activations` that needs no text; returns the context length."""
+    if not isinstance(lm, LanguageModel):
+        raise TypeError(f"lm must be a LanguageModel (see load_language_model), got {type(lm).__name__}")
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts must be an iterable of strings, got {type(texts).__name__}")
+    if not isinstance(drop_first, bool):
+        raise TypeError(f"drop_first must be a bool, got {drop_first!r}")
+    _hook_target(lm.model, layer, site)
+    if context_length is None:
+        context_length = min(lm.max_length, 256)
+    check_int("context_length", context_length, 2, lm.max_length)
+    check_int("batch_size", batch_size, 1)
+    if max_tokens is not None:
+        check_int("max_tokens", max_tokens, 1)
+    if lm.tokenizer.eos_token_id is None:
+        raise ValueError(f"lm: the tokenizer of {lm.name!r} has no end-of-text token to put between documents")
+    return context_length
+
+
+def check_int(name: str, value: int, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in {low}..{high}'}, got {value}")
+
+
+def context_batches(
+    lm: LanguageModel, texts: Iterable[str], context_length: int, batch_size: int
+) -> Iterator[Tensor]:
+    """``(contexts, length)`` int64 token ids on the CPU, packed as :func:`stream_activations` says."""
+    bos, eos = lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id
+    first = eos if bos is None else bos
+    run = context_length - 1
+    size = batch_size * run
+    pending: list[int] = []
+    for document in texts:
+        pending += _tokenize(lm, document)
+        for start in range(0, len(pending) - size + 1, size):
+            yield _contexts(pending[start : start + size], first, run)
+        del pending[: len(pending) // size * size]
+    whole = len(pending) // run * run
+    if whole:
+        yield _contexts(pending[:whole], first, run)
+    if whole < len(pending):
+        yield _contexts(pending[whole:], first, len(pending) - whole)
+
+
+def batch_rows(lm: LanguageModel, ids: Tensor, layer: int, site: str, drop_first: bool) -> Tensor:
+    """``(rows, d_model)`` of one batch of contexts."""
+    device = next(lm.model.parameters()).device
+    activations = read_activations(lm.model, ids.to(device), layer=layer, site=site)
+    return activations[:, int(drop_first) :].flatten(0, 1)
+
+
+def progress_bar(show: bool, total: int | None, done: int = 0) -> Any:
+    tqdm = require("tqdm") if show else None
+    return tqdm.tqdm(total=total, initial=done, unit="tok", unit_scale=True) if tqdm else _NoBar()
+
+
+class _NoBar:
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def update(self, count: int) -> None:
+        """Shows nothing."""
+
+
+# ------------------------------------------------------------------------------------------ inside a model
+
+
+def _contexts(block: list[int], first: int, run: int) -> Tensor:
+    runs = torch.tensor(block, dtype=torch.int64).view(-1, run)
+    return torch.cat([torch.full((len(runs), 1), first), runs], dim=1)
+
+
+def _tokenize(lm: LanguageModel, document: str) -> list[int]:
+    if not isinstance(document, str):
+        raise TypeError(f"texts must yield strings, got {type(document).__name__}: {document!r:.80}")
+    # verbose=False: the warning about documents longer than the model's context does not apply to a stream.
+    ids = lm.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if document else []
+    return [*ids, lm.tokenizer.eos_token_id] if ids else []
+
+
+def _hook_target(model: nn.Module, layer: int, site: str) -> nn.Module:
+    if site not in SITES:
+        raise ValueError(f"site must be one of {SITES}, got {site!r}")
+    blocks = _blocks(model)
+    check_int("layer", layer, 0, len(blocks) - 1)
+    if site != "mlp_out":
+        return blocks[layer]
+    for name in _MLP_NAMES:
+        if isinstance(child := getattr(blocks[layer], name, None), nn.Module):
+            return child
+    kind = type(blocks[layer]).__name__
+    raise ValueError(f"site 'mlp_out': block {kind} has no MLP among {_MLP_NAMES}")
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    for path in _BLOCK_PATHS:
+        try:
+            found = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(found, nn.ModuleList):
+            return found
+    config = getattr(model, "config", None)
+    count = config.get_text_config().num_hidden_layers if config is not None else None
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    if len(lists) == 1:
+        return next(iter(lists.values()))
+    raise ValueError(
+        f"model: the blocks of {type(model).__name__} were not found: none of {_BLOCK_PATHS} is a ModuleList, and of "
+        f"its ModuleLists {sorted(lists)} have num_hidden_layers={count} entries (one was expected)"
+    )

@@ -1,0 +1,216 @@
+"""Language models to read activations from: a local folder, a hub name, or the embedded model."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._require import require
+
+EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "embedded_model"
+EMBEDDED = "embedded"
+HUB_TIMEOUT_SECONDS = 5.0
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SAFETENSORS, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
+
+logger = logging.getLogger(__name__)
+
+
+class _HubUnavailable(OSError):
+    """The hub did not answer, and what was asked for is not in its cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal language model in eval mode, with what a table made from it has to name.
+
+    ``revision`` is the hub's commit, None for a folder. ``sha256`` is that of the weight file; of several
+    files it is the sha256 of the lines ``"<sha256>  <file name>\\n"`` in the order of their names.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    revision: str | None
+    sha256: str
+    d_model: int
+    num_layers: int
+    max_length: int
+    is_embedded: bool
+
+
+def load_language_model(
+    name_or_path: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    fallback: bool = False,
+) -> LanguageModel:
+    """Load a causal language model and its tokenizer with transformers.
+
+    Args:
+        name_or_path: None or ``"embedded"`` for the small model inside this package; a local folder; or a
+            hub name such as ``"openai-community/gpt2"``, from the hub when it answers within seconds,
+            otherwise from its local cache.
+        revision: branch, tag or commit of a hub model.
+        device: where the model goes; None is the CPU.
+        dtype: floating dtype of the model; None is float32, whatever the checkpoint stores.
+        fallback: when the hub does not answer and the cache has no such model, take the embedded model
+            instead and log one warning that says so. A name that the hub refuses, or a folder that does not
+            exist, is an error all the same.
+
+    Returns:
+        :class:`LanguageModel`, in eval mode, parameters not requiring gradients.
+
+    Raises:
+        TypeError: ``name_or_path``, ``dtype`` or ``revision`` is not of the kind above.
+        ValueError: ``name_or_path`` is neither folder nor hub name, or ``revision`` comes with no hub name; or
+            the model does not say how long a context may be.
+        OSError: no such model, the hub does not answer, or the folder has no weights.
+        ImportError: transformers is not installed.
+    """
+    if name_or_path is not None and not isinstance(name_or_path, (str, Path)):
+        raise TypeError(f"name_or_path must be a string, a Path or None, got {name_or_path!r}")
+    if revision is not None and not isinstance(revision, str):
+        raise TypeError(f"revision must be a string or None, got {revision!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+    device = torch.device("cpu" if device is None else device)
+    dtype = dtype or torch.float32
+
+    name = EMBEDDED if name_or_path is None else str(name_or_path)
+    folder = EMBEDDED_FOLDER if name == EMBEDDED else Path(name).expanduser()
+    if name == EMBEDDED or folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision is for hub models, got {revision!r} with name_or_path={name!r}")
+        return _load_folder(folder, name, None, device, dtype)
+    if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"name_or_path: the folder {name!r} does not exist")
+    if not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"name_or_path is neither a folder that exists nor a hub name: {name!r}")
+    try:
+        folder, commit = _hub_folder(name, revision)
+    except _HubUnavailable as error:
+        if not fallback:
+            raise
+        logger.warning("%s; using the embedded model instead (a small model, not %s)", error, name)
+        return _load_folder(EMBEDDED_FOLDER, EMBEDDED, None, device, dtype)
+    return _load_folder(folder, name, commit, device, dtype)
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """The sha256 of a model folder's weights, as :class:`LanguageModel` defines it.
+
+    Raises:
+        FileNotFoundError: the folder has no ``model*.safetensors`` and no ``pytorch_model*.bin``.
+    """
+    files = _weight_files(Path(folder))
+    if not files:
+        raise FileNotFoundError(f"{str(folder)!r} has no weights ({_SAFETENSORS} or {_PICKLED})")
+    digests = [file_sha256(file) for file in files]
+    if len(files) == 1:
+        return digests[0]
+    lines = "".join(f"{digest}  {file.name}\n" for digest, file in zip(digests, files, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(_SAFETENSORS)) or sorted(folder.glob(_PICKLED))
+
+
+def _load_folder(
+    folder: Path, name: str, revision: str | None, device: torch.device, dtype: torch.dtype
+) -> LanguageModel:
+    transformers = require("transformers")
+    sha256 = weights_sha256(folder)
+    with _no_progress_bar(transformers) if folder == EMBEDDED_FOLDER else nullcontext():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    config = model.config.get_text_config()  # of a multimodal model, the language part
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        revision=revision,
+        sha256=sha256,
+        d_model=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        max_length=_max_length(config, tokenizer, name),
+        is_embedded=folder == EMBEDDED_FOLDER,
+    )
+
+
+def _max_length(config: Any, tokenizer: Any, name: str) -> int:
+    """The longest context: what the config says under one of its names, else what the tokenizer says."""
+    names = ("max_position_embeddings", "seq_length", "max_seq_len")  # the last two: BLOOM, MPT
+    for source, field in (*((config, name) for name in names), (tokenizer, "model_max_length")):
+        value = getattr(source, field, None)
+        if isinstance(value, int) and 0 < value < 10**9:  # a tokenizer without a limit says 10**30
+            return value
+    raise ValueError(f"name_or_path: neither config nor tokenizer of {name!r} says how long a context may be")
+
+
+@contextmanager
+def _no_progress_bar(transformers: Any) -> Iterator[None]:
+    """Loading 8 MB takes no time; a bar for it is noise."""
+    logging_ = transformers.utils.logging
+    enabled = logging_.is_progress_bar_enabled()
+    logging_.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging_.enable_progress_bar()
+
+
+def _hub_folder(name: str, revision: str | None) -> tuple[Path, str]:
+    """Folder and commit of a hub model: what the hub says now, else what its cache holds."""
+    hub = require("huggingface_hub")
+    errors = require("huggingface_hub.errors")
+    refusals = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
+    try:
+        # Asked first, with a short limit: a download would retry for minutes on a machine without a network.
+        info = hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+        present = {entry.rfilename for entry in info.siblings or ()}
+        weights = _SAFETENSORS if any(Path(file).match(_SAFETENSORS) for file in present) else _PICKLED
+        patterns = ["*.json", "*.txt", "*.model", weights]
+        folder = Path(
+            hub.snapshot_download(
+                name,
+                revision=info.sha,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],  # other formats live in sub-folders
+                etag_timeout=HUB_TIMEOUT_SECONDS,
+            )
+        )
+        return folder, info.sha
+    except refusals as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"the hub refused name_or_path={name!r}, revision={revision!r}: {reason}") from error
+    except Exception as error:  # each version of the hub's client has its own network errors
+        cached = hub.try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(cached, str) and _weight_files(Path(cached).parent):
+            folder = Path(cached).parent
+            return folder, folder.name
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _HubUnavailable(f"the hub did not answer for {name!r} ({reason})") from error
