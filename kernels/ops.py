@@ -48,6 +48,10 @@ _ON_ENTRIES = {"decode", "decode_backward_values", "decode_backward_weight", "to
 
 
 def _run(name: str, launcher: str, *args):
+    kind = args[0].device.type
+    if torch.is_autocast_enabled(kind):  # dtypes were decided by the caller; a GEMM in here must not decide anew
+        with torch.autocast(kind, enabled=False):
+            return _run(name, launcher, *args)
     backend, inputs = args[-1], args[:-1]
     if name in _ON_ENTRIES:
         inputs = tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in inputs)
@@ -175,20 +179,19 @@ _differentiable("norm_match", _compressed_context, lambda ctx, grad, *_: (_compr
 
 
 @_define(
-    "threshold(Tensor pre, Tensor theta, Tensor? floor, SymInt? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    "threshold(Tensor pre, Tensor theta, float? bandwidth, SymInt? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
     "threshold.launch",
 )
-def _(pre, theta, floor, capacity, backend):
+def _(pre, theta, bandwidth, capacity, backend):
     return *_rows(pre, _sizes(capacity)), pre.new_empty((), dtype=torch.int64)
 
 
 def _threshold_context(ctx, inputs, output):
-    pre, theta, floor, _, ctx.backend = inputs
+    pre, theta, ctx.bandwidth, _, ctx.backend = inputs
     values, indices, offsets, _ = output
     ctx.num_latents = pre.shape[1]
-    windowed = floor is not None
     # The estimator of theta's gradient needs pre where the stored value is 0: pre itself is alive, a copy is not.
-    ctx.save_for_backward(values, indices, offsets, *((pre, theta, floor) if windowed else ()))
+    ctx.save_for_backward(values, indices, offsets, *(() if ctx.bandwidth is None else (pre, theta)))
     ctx.set_materialize_grads(False)
 
 
@@ -205,15 +208,14 @@ def _threshold_backward(ctx, grad, *_):
     return ops.to_dense(kept, indices, offsets, ctx.num_latents, ctx.backend), grad_theta, None, None, None
 
 
-def _rectangle_gradient(ctx, grad, indices, offsets, pre, theta, floor):
+def _rectangle_gradient(ctx, grad, indices, offsets, pre, theta):
     """d(theta) = -(theta / bandwidth) * sum of grad over entries with |pre - theta| < bandwidth / 2."""
-    half = theta - floor
     distance = ops.gather(pre, indices, offsets, ctx.backend).to(theta.dtype) - theta[indices.long()]
-    inside = torch.where(distance.abs() < half[indices.long()], grad.to(theta.dtype), 0.0)
+    inside = torch.where(distance.abs() < ctx.bandwidth / 2, grad.to(theta.dtype), 0.0)
     latent_offsets, rows, positions = ops.by_latent(indices, offsets, ctx.num_latents, ctx.backend)
     ones = inside.new_ones(offsets.numel() - 1, 1)
     summed = ops.decode_backward_weight(ones, inside, latent_offsets, rows, positions, theta.dtype, ctx.backend)
-    return -(theta / (2 * half)) * summed[:, 0]
+    return -(theta / ctx.bandwidth) * summed[:, 0]
 
 
 _differentiable("threshold", _threshold_context, _threshold_backward)
@@ -321,6 +323,61 @@ def _(indices, offsets, num_latents, backend):
     latent_offsets = offsets.new_empty(num_latents + 1)
     return latent_offsets, torch.empty_like(indices), indices.new_empty(indices.shape[0], dtype=torch.int64)
 
+# --- at_latents: a vector over latents, read at the codes ------------------------------------------------------------
+
+_library.define(
+    "at_latents(Tensor vector, Tensor indices, Tensor offsets, Tensor? latent_offsets, Tensor? latent_rows,"
+    " Tensor? latent_positions, str backend) -> Tensor"
+)
+_library.impl("at_latents", lambda vector, indices, *_: vector[indices.long()], "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sae_engine::at_latents", lib=_library)
+def _(vector, indices, offsets, latent_offsets, latent_rows, latent_positions, backend):
+    return vector.new_empty(indices.shape[0])
+
+
+def _sum_by_latent(entries, by_latent, rows, dtype, backend):
+    """(F,) sums of ``entries`` (N,) over each latent's entries, in a fixed order: index_put's order varies."""
+    ones = entries.new_ones(rows, 1)
+    return ops.decode_backward_weight(ones, entries, *by_latent, dtype, backend)[:, 0]
+
+
+def _at_latents_context(ctx, inputs, output):
+    vector, indices, offsets, *by_latent, ctx.backend = inputs
+    ctx.num_latents = vector.shape[0]
+    ctx.save_for_backward(indices, offsets, *by_latent)
+
+
+def _at_latents_backward(ctx, grad):
+    indices, offsets, *by_latent = ctx.saved_tensors
+    if by_latent[0] is None:
+        by_latent = ops.by_latent(indices, offsets, ctx.num_latents, ctx.backend)
+    return _sum_by_latent(grad, by_latent, offsets.numel() - 1, grad.dtype, ctx.backend), *(None,) * 6
+
+
+_differentiable("at_latents", _at_latents_context, _at_latents_backward)
+
+# --- move_threshold: the running threshold of batch rules ------------------------------------------------------------
+
+_library.define("move_threshold(Tensor(a!) threshold, Tensor smallest, float rate) -> ()")
+
+
+def _move_threshold(threshold, smallest, rate):
+    """Moves ``threshold`` towards the batch's ``smallest`` positive value: while unset (-1) all the way, else by rate.
+
+    Not where nothing positive was kept (+Inf), and not in the second run of a checkpointed forward, which is known
+    when it runs, not when it is traced: hence an operator.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return
+    moved = torch.where(threshold < 0, smallest, threshold.lerp(smallest, rate))
+    threshold.copy_(torch.where(smallest.isfinite(), moved, threshold))
+
+
+_library.impl("move_threshold", _move_threshold, "CompositeExplicitAutograd")
+torch.library.register_fake("sae_engine::move_threshold", lambda threshold, smallest, rate: None, lib=_library)
+
 # --- encode_entries: pre-activations at the codes, whose gradient never becomes a matrix -----------------------------
 
 _library.define(
@@ -365,10 +422,10 @@ def _encode_entries_backward(ctx, grad):
     if needs_weight:
         grad_weight = ops.decode_backward_weight(x, grad, *by_latent, weight.dtype, ctx.backend).T
     if needs_bias or needs_center:
-        ones = grad.new_ones(x.shape[0], 1)
-        grad_bias = ops.decode_backward_weight(ones, grad, *by_latent, wide, ctx.backend)[:, 0]
+        grad_bias = _sum_by_latent(grad, by_latent, x.shape[0], wide, ctx.backend)
         if needs_center:
-            grad_center = -(weight.to(wide) @ grad_bias).to(ctx.dtypes[3])
+            with torch.autocast(x.device.type, enabled=False):
+                grad_center = -(weight.to(wide) @ grad_bias).to(ctx.dtypes[3])
         grad_bias = grad_bias.to(ctx.dtypes[2]) if needs_bias else None
     return grad_x, grad_weight, grad_bias, grad_center, *(None,) * 7
 

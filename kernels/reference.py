@@ -69,10 +69,10 @@ def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, cap
     return with_capacity(compress(relu(pre), (rank < count[:, None]) & positive), capacity)
 
 
-def threshold(pre: Tensor, theta: Tensor, floor: Tensor | None, capacity: int | None):
-    """Entries above theta (F,); with ``floor`` every entry above it is stored, and those up to theta as 0."""
+def threshold(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity: int | None):
+    """Entries above theta (F,); with ``bandwidth`` every entry above theta - bandwidth / 2, those up to theta as 0."""
     wide = pre.to(theta.dtype)
-    kept = (wide > (theta if floor is None else floor)) | pre.isnan()
+    kept = (wide > (theta if bandwidth is None else theta - bandwidth / 2)) | pre.isnan()
     values = torch.where((wide > theta) | pre.isnan(), pre, 0.0)
     return with_capacity(compress(values, kept), capacity)
 

@@ -15,26 +15,31 @@ from ._compact import allocate
 
 
 @triton.jit
-def _above(pre_ptr, floor_ptr, cols, present, stride_pf, stride_ff, WIDE: tl.constexpr):
+def _per_latent(ptr, cols, mask, STRIDE: tl.constexpr):
+    """A tile of a (F,) vector; one load where it is a number expanded, whose stride is 0."""
+    return tl.load(ptr) if STRIDE == 0 else tl.load(ptr + cols * STRIDE, mask=mask, other=0.0)
+
+
+@triton.jit
+def _above(pre_ptr, floor_ptr, cols, present, stride_pf, STRIDE_FF: tl.constexpr, WIDE: tl.constexpr):
     """A tile of pre and the mask of its entries above the floor."""
     at = cols.to(tl.int64) if WIDE else cols
     value = tl.load(pre_ptr + at * stride_pf, mask=present, other=0.0)
     wide = value.to(tl.float32)
-    floor = tl.load(floor_ptr + cols * stride_ff, mask=present, other=0.0)
-    return value, present & ((wide > floor) | (wide != wide))
+    return value, present & ((wide > _per_latent(floor_ptr, cols, present, STRIDE_FF)) | (wide != wide))
 
 
 @triton.jit
 def _count_kernel(
     pre_ptr, floor_ptr, count_ptr,  # [B, F] in, [F] in fp32, [B] out int32
-    F, stride_pb, stride_pf, stride_ff, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    F, stride_pb, stride_pf, STRIDE_FF: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One row: how many entries it stores."""
     row = tl.program_id(0).to(tl.int64)
     counts = tl.zeros((BLOCK,), tl.int32)
     for tile in range(0, tl.cdiv(F, BLOCK)):
         cols = tile * BLOCK + tl.arange(0, BLOCK)
-        _, keep = _above(pre_ptr + row * stride_pb, floor_ptr, cols, cols < F, stride_pf, stride_ff, WIDE)
+        _, keep = _above(pre_ptr + row * stride_pb, floor_ptr, cols, cols < F, stride_pf, STRIDE_FF, WIDE)
         counts += keep.to(tl.int32)
     tl.store(count_ptr + row, tl.sum(counts, axis=0))
 
@@ -43,35 +48,40 @@ def _count_kernel(
 def _write_kernel(
     pre_ptr, floor_ptr, theta_ptr, offsets_ptr,  # [B, F], [F] fp32, [F] fp32, [B + 1] int64, all in
     values_ptr, indices_ptr,                     # [N] out each
-    F, stride_pb, stride_pf, stride_ff, stride_tf, HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    F, stride_pb, stride_pf,
+    STRIDE_FF: tl.constexpr, STRIDE_TF: tl.constexpr, HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One row, tile by tile in column order, until it has written its share."""
     row = tl.program_id(0).to(tl.int64)
-    entry = tl.load(offsets_ptr + row)
-    end = tl.load(offsets_ptr + row + 1)
+    start = tl.load(offsets_ptr + row)
+    room = (tl.load(offsets_ptr + row + 1) - start).to(tl.int32)
+    values_ptr += start
+    indices_ptr += start
+    written = tl.full((), 0, tl.int32)
     tile = tl.full((), 0, tl.int32)
-    while (tile * BLOCK < F) & (entry < end):
+    while (tile * BLOCK < F) & (written < room):
         cols = tile * BLOCK + tl.arange(0, BLOCK)
-        value, keep = _above(pre_ptr + row * stride_pb, floor_ptr, cols, cols < F, stride_pf, stride_ff, WIDE)
+        value, keep = _above(pre_ptr + row * stride_pb, floor_ptr, cols, cols < F, stride_pf, STRIDE_FF, WIDE)
         if HAS_WINDOW:
-            theta = tl.load(theta_ptr + cols * stride_tf, mask=keep, other=0.0)
+            theta = _per_latent(theta_ptr, cols, cols < F, STRIDE_TF)
             wide = value.to(tl.float32)
             value = tl.where((wide > theta) | (wide != wide), wide, 0.0).to(value.dtype)
-        at = entry + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-        written = keep & (at < end)  # a row cut short by its capacity
-        tl.store(indices_ptr + at, cols, mask=written)
-        tl.store(values_ptr + at, value, mask=written)
-        entry += tl.sum(keep.to(tl.int32), axis=0)
+        at = written + tl.cumsum(keep.to(tl.int32), axis=0) - 1
+        fits = keep & (at < room)  # a row cut short by its capacity
+        tl.store(indices_ptr + at, cols, mask=fits)
+        tl.store(values_ptr + at, value, mask=fits)
+        written += tl.sum(keep.to(tl.int32), axis=0)
         tile += 1
 
 
-def launch(pre, theta, floor, capacity):
+def launch(pre, theta, bandwidth, capacity):
     """values (N,), indices (N,), offsets (B + 1,), required (); see ``reference.threshold``."""
     rows, num_latents = pre.shape
+    floor = None if bandwidth is None else theta - bandwidth / 2
     lower = theta if floor is None else floor
     block = min(_tuning.stream_block(num_latents), 2048)
     matrix = dict(
-        F=num_latents, stride_pb=pre.stride(0), stride_pf=pre.stride(1), stride_ff=lower.stride(0),
+        F=num_latents, stride_pb=pre.stride(0), stride_pf=pre.stride(1), STRIDE_FF=lower.stride(0),
         WIDE=_tuning.is_wide(num_latents * pre.stride(1)), BLOCK=block, num_warps=_tuning.num_warps(block),
     )
     count = torch.empty(rows, dtype=torch.int32, device=pre.device)
@@ -81,6 +91,6 @@ def launch(pre, theta, floor, capacity):
     if rows and values.numel():
         _write_kernel[(rows,)](
             pre, lower, theta, offsets, values, indices,
-            stride_tf=theta.stride(0), HAS_WINDOW=floor is not None, **matrix,
+            STRIDE_TF=theta.stride(0), HAS_WINDOW=floor is not None, **matrix,
         )
     return values, indices, offsets, required

@@ -19,7 +19,7 @@ def _relu(x: Tensor) -> Tensor:
 
 
 def _chunk_rows(x: Tensor) -> int:
-    return max(CHUNK_ELEMENTS // x.shape[1], 1)
+    return max(CHUNK_ELEMENTS // max(x.shape[1], 1), 1)
 
 
 def _row_chunks(x: Tensor) -> range:
@@ -128,7 +128,7 @@ def _compress(dense: Tensor, kept: list[Tensor], capacity: int | None):
     required = offsets[-1].clone()
     if capacity is not None:
         positions = positions[:capacity]
-    row = positions // num_latents
+    row = positions // max(num_latents, 1)
     indices = positions - row * num_latents
     values = dense[row, indices]
     if capacity is not None:
@@ -173,15 +173,15 @@ def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, cap
     return _compress(pre, kept, capacity)
 
 
-def threshold(pre: Tensor, theta: Tensor, floor: Tensor | None, capacity: int | None):
+def threshold(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity: int | None):
     kept = []
-    lower = theta if floor is None else floor
+    lower = theta if bandwidth is None else theta - bandwidth / 2
     lower = torch.where(lower.isnan(), torch.inf, lower)  # nothing exceeds NaN
     for start in _row_chunks(pre):
         keep = ~(pre[start : start + _chunk_rows(pre)] <= lower)  # NaN is kept
         kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
     values, indices, offsets, required = _compress(pre, kept, capacity)
-    if floor is not None:
+    if bandwidth is not None:
         values = torch.where(values <= theta[indices.long()], 0.0, values)
     return values, indices, offsets, required
 

@@ -35,7 +35,7 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
         TypeError: Triton was asked for and ``tensor`` is fp64.
     """
     if backend == "auto":
-        backend = os.environ.get("SAE_BACKEND", "auto")
+        backend = os.environ.get("SAE_BACKEND") or "auto"
     if backend == "auto":
         return "triton" if tensor.is_cuda and tensor.dtype != torch.float64 and has_triton() else "torch"
     if backend not in BACKENDS:

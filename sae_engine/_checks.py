@@ -3,6 +3,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,11 +18,21 @@ def floating(name: str, t: Tensor, *, dims: int | None = None) -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+        raise RuntimeError(f"{name} carries a forward-mode tangent, which would be dropped here: use backward mode")
     if dims is None and t.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, got a scalar")
     if dims is not None and t.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(t.shape)}")
     return t
+
+
+def pre_activations(pre: Tensor) -> Tensor:
+    """(*batch_shape, F) with at least one latent."""
+    floating("pre", pre)
+    if pre.shape[-1] == 0:
+        raise ValueError(f"pre must have at least one latent in its last dimension, got shape {tuple(pre.shape)}")
+    return pre
 
 
 def shaped(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor, *, why: str) -> Tensor:
@@ -63,10 +74,31 @@ def mask_for(mask, pre: Tensor) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-    if tuple(mask.shape) not in {(pre.shape[-1],), tuple(pre.shape)}:
+    if mask.shape != pre.shape and mask.shape != pre.shape[-1:]:
         raise ValueError(f"mask must have shape {(pre.shape[-1],)} or {tuple(pre.shape)}, got {tuple(mask.shape)}")
     same_device("mask", mask, pre)
     return mask if mask.dim() == 1 else matrix(mask)
+
+
+def not_negative(name: str, t: Tensor | None) -> None:
+    """Under SAE_CHECK=1: no element is below 0."""
+    if deep() and t is not None and bool((t < 0).any()):
+        raise ValueError(f"{name} must not be negative, got a minimum of {t.min().item()}")
+
+
+def flag(name: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def positive(name: str, value) -> float:
+    """A positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return value
 
 
 def capacity_of(capacity) -> int | None:

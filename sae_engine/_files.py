@@ -6,9 +6,17 @@ from pathlib import Path
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Runs ``write`` on a temporary name beside ``path``, then renames it: nobody ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replace_files({path: write})
+
+
+def replace_files(writes: dict[Path, Callable[[Path], object]]) -> None:
+    """As :func:`replace_file`, for files that belong together: none is renamed before all are written."""
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writes}
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        for path, write in writes.items():
+            write(temporaries[path])
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)

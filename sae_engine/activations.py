@@ -7,6 +7,8 @@ A rule that needs more than the pre-activations names it in ``context_keys``; an
 """
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -19,10 +21,27 @@ from .codes import SparseCodes
 __all__ = ["AbsTopK", "Activation", "BatchTopK", "JumpReLU", "MutualChoice", "ReLU", "TopAFA", "TopK"]
 
 
+def kept_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
+    """``entry_values`` of rules that keep the pre-activation: a stored 0 passes no gradient, as after a ReLU."""
+    return torch.where(codes.values == 0, 0.0, pre)
+
+
 class Activation(nn.Module):
-    """A selection rule. Subclasses implement :meth:`_select`, and :meth:`_dense` where no codes are needed for it."""
+    """A selection rule. Subclasses implement :meth:`_select`, and :meth:`_dense` where no codes are needed for it.
+
+    A rule may also say how ``codes.values`` follow from the pre-activations ``pre`` (N,) at the kept entries, in
+    ``entry_values(pre, codes)``; the encoder's gradient is then sparse (:func:`functional.encode`). A subclass that
+    changes what ``_select`` stores has to say so anew.
+    """
 
     context_keys: ClassVar[frozenset[str]] = frozenset()
+    entry_values: Callable[[Tensor, SparseCodes], Tensor] | None = None
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        changed = {"select", "_select"} & cls.__dict__.keys()
+        if changed and "entry_values" not in cls.__dict__:
+            cls.entry_values = None
 
     def forward(self, pre: Tensor, **context) -> Tensor:
         """Dense activations with the shape and dtype of ``pre``."""
@@ -39,28 +58,24 @@ class Activation(nn.Module):
 
     def _dense(self, pre: Tensor, **context) -> Tensor:
         codes = self._select(pre, "auto", **context)
+        codes.assert_fits()
         self.update(codes)
         return codes.to_dense()
-
-    def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
-        """``codes.values`` as a function of the pre-activations ``pre`` (N,) at its entries; carries the gradient.
-
-        Here: the identity where something was kept; a stored 0 passes nothing, as after a ReLU.
-        """
-        return torch.where(codes.values == 0, 0.0, pre)
 
     def update(self, codes: SparseCodes) -> None:
         """Called once per training forward with what was kept; rules with learned state override it."""
 
     def _check_context(self, context: dict) -> None:
         for name in self.context_keys - context.keys():
-            raise TypeError(f"{type(self).__name__} needs {name}: pass it as a keyword (an autoencoder supplies it)")
+            raise TypeError(f"{type(self).__name__} needs {name}: pass it as a keyword argument")
         for name in context.keys() - self.context_keys:
             raise TypeError(f"{type(self).__name__} takes no {name}; its context is {sorted(self.context_keys)}")
 
 
 class ReLU(Activation):
     """Keeps what is positive. Codes of a NaN hold it, as ``nn.ReLU`` does."""
+
+    entry_values = kept_values
 
     def _dense(self, pre: Tensor) -> Tensor:
         return torch.relu(pre)
@@ -71,6 +86,8 @@ class ReLU(Activation):
 
 class TopK(Activation):
     """k entries of each token, then ReLU. Gao et al. 2024, arXiv:2406.04093."""
+
+    entry_values = kept_values
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -101,6 +118,7 @@ class TopAFA(Activation):
     """
 
     context_keys = frozenset({"target_norm", "weight_norm"})
+    entry_values = kept_values
 
     def __init__(self, *, capacity: int | None = None) -> None:
         super().__init__()
@@ -117,26 +135,30 @@ class BatchTopK(Activation):
     In ``.train()`` each forward under grad moves ``threshold`` towards its smallest positive kept value: the first
     sets it, later ones move it by ``threshold_lr``. ``.eval()`` keeps ``pre > threshold``; before anything was
     learned that raises RuntimeError. The threshold is saved with the module, -1 while unset, and stays float64.
+    Under activation checkpointing use ``use_reentrant=False``: the reentrant kind runs its forward without grad, which
+    learns nothing.
 
     Args:
         k: average entries per token, int or float.
         threshold_lr: weight of the newest batch in the running mean (SAELens: 0.01).
-        group: a ``torch.distributed`` process group to select over; see :func:`functional.batch_topk`.
+        group: a ``torch.distributed`` process group to select over; see :func:`functional.batch_topk`. Shared by
+            copies, left out of pickles.
 
     Bussmann et al. 2024, arXiv:2412.06410.
     """
 
     threshold: Tensor
+    entry_values = kept_values
 
     def __init__(self, k: float, *, threshold_lr: float = 0.01, group=None) -> None:
         super().__init__()
         self.k = check.number_k(k)
-        if not isinstance(threshold_lr, int | float) or not 0 < threshold_lr <= 1:
-            raise ValueError(f"threshold_lr must satisfy 0 < threshold_lr <= 1, got {threshold_lr!r}")
+        if check.positive("threshold_lr", threshold_lr) > 1:
+            raise ValueError(f"threshold_lr must satisfy 0 < threshold_lr <= 1, got {threshold_lr}")
         self.threshold_lr = threshold_lr
         self.group = group
         self.register_buffer("threshold", torch.tensor(-1.0, dtype=torch.float64))
-        self._seen: int | None = None  # version of the threshold last read: eval waits for the device once
+        self._seen: tuple[int, int] | None = None  # the threshold last read: eval waits for the device once
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         if self.training:
@@ -151,24 +173,40 @@ class BatchTopK(Activation):
         return _above(pre, self.threshold)
 
     def update(self, codes: SparseCodes) -> None:
-        if not (self.training and torch.is_grad_enabled()) or _recomputing():
+        if not (self.training and torch.is_grad_enabled()):
             return
         with torch.no_grad():
             values = codes.values.detach().double()
             smallest = torch.where(values > 0, values, torch.inf)
-            smallest = smallest.min() if smallest.numel() else self.threshold.new_full((), torch.inf)
-            moved = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, self.threshold_lr))
-            # An assignment by index: torch 2.13 compiles copy_ into a 0-dimensional float64 buffer to nothing.
-            self.threshold[...] = torch.where(smallest.isfinite(), moved, self.threshold)
+            smallest = smallest.min() if smallest.shape[0] else self.threshold.new_full((), torch.inf)
+            if self.group is not None:
+                torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self.group)
+            functional.move_threshold(self.threshold, smallest, self.threshold_lr)
 
     def _require_threshold(self) -> None:
         message = "threshold is unset: train first, load a trained module, or call .train() for the batch rule"
         if torch.compiler.is_compiling():
             torch._assert_async(self.threshold >= 0, message)
-        elif self._seen != self.threshold._version:
+            return
+        seen = None if self.threshold.is_inference() else (id(self.threshold), self.threshold._version)
+        if seen is None or seen != self._seen:
             if not bool(self.threshold >= 0):
                 raise RuntimeError(message)
-            self._seen = self.threshold._version
+            self._seen = seen
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._seen = None  # a new tensor may have the old one's identity and version
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "group": None}  # a process group belongs to its process
+
+    def __deepcopy__(self, memo: dict) -> BatchTopK:
+        memo[id(self.group)] = self.group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _apply(self, fn, recurse: bool = True):
         return _apply_but_threshold(self, super()._apply, fn, recurse)
@@ -198,12 +236,9 @@ class JumpReLU(Activation):
     def __init__(self, d_sae: int, *, threshold: float = 0.01, bandwidth: float = 0.05, device=None) -> None:
         super().__init__()
         self.d_sae = check.integer_k(d_sae, name="d_sae")
-        for name, value, lowest in (("threshold", threshold, "0 <="), ("bandwidth", bandwidth, "0 <")):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not 0 <= value < float("inf") or (name == "bandwidth" and value == 0):
-                raise ValueError(f"{name} must satisfy {lowest} {name} < inf, got {value}")
-        self.bandwidth = bandwidth
+        if threshold != 0:
+            check.positive("threshold", threshold)
+        self.bandwidth = check.positive("bandwidth", bandwidth)
         self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold), dtype=torch.float32, device=device))
 
     def _learns(self) -> bool:
@@ -212,15 +247,19 @@ class JumpReLU(Activation):
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         bandwidth = self.bandwidth if self._learns() else None
         return functional.threshold(
-            pre, self.threshold, bandwidth=bandwidth, capacity=_captured_size(pre), backend=backend
+            pre, self._theta(), bandwidth=bandwidth, capacity=_captured_size(pre), backend=backend
         )
 
+    def _theta(self) -> Tensor:
+        """The threshold as it is used: an optimizer may have pushed it below 0."""
+        return self.threshold.clamp(min=0)
+
     def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
-        values = super().entry_values(pre, codes)
+        values = kept_values(self, pre, codes)
         if not self._learns():
             return values
         # A term that is 0 and carries the rectangle estimator: d(value) = -(theta / bandwidth) d(theta) in the window.
-        theta = self.threshold[codes.indices.long()]
+        theta = functional.at_latents(self._theta(), codes)
         fixed = theta.detach()
         inside = (pre.detach() - fixed).abs() < self.bandwidth / 2
         slope = torch.where(inside, -fixed / self.bandwidth, 0.0)
@@ -231,7 +270,7 @@ class JumpReLU(Activation):
             return super()._dense(pre)
         if pre.shape[-1] != self.d_sae:
             raise ValueError(f"pre must have {self.d_sae} latents (the length of threshold), got {tuple(pre.shape)}")
-        return _above(pre, self.threshold)
+        return _above(pre, self._theta())
 
     def _apply(self, fn, recurse: bool = True):
         return _apply_but_threshold(self, super()._apply, fn, recurse)
@@ -260,9 +299,6 @@ def _apply_but_threshold(module: nn.Module, apply, fn, recurse: bool) -> nn.Modu
     moved = module.get_buffer("threshold") if "threshold" in module._buffers else module.get_parameter("threshold")
     if moved.dtype != exact.dtype:
         moved.data = exact.to(moved.device)
+        if moved.grad is not None:
+            moved.grad.data = moved.grad.to(exact.dtype)
     return module
-
-
-def _recomputing() -> bool:
-    """Whether this forward is a checkpoint's second run: one that happens inside a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -42,6 +42,9 @@ class SparseDecoder(nn.Module):
         """(*batch_shape, d_in)."""
         if isinstance(codes, SparseCodes):
             return functional.decode(codes, self.W_dec, self.b_dec)
+        check.floating("codes", codes)
+        if codes.shape[-1] != self.d_sae:
+            raise ValueError(f"codes must have d_sae = {self.d_sae} in the last dimension, got {tuple(codes.shape)}")
         return functional.linear(codes, self.W_dec, self.b_dec)
 
     def extra_repr(self) -> str:
@@ -70,7 +73,7 @@ class SparseAutoencoder(nn.Module):
         skip: add a linear map ``W_skip`` (d_out, d_in) of the input to the output; starts at zero.
         apply_b_dec_to_input: subtract ``b_dec`` before encoding.
         normalize_activations: ``"none"``, or ``"layer_norm"``: each token minus its mean, over its standard deviation
-            (unbiased) + 1e-5, undone after decoding.
+            (unbiased) + 1e-5; after decoding times the standard deviation, plus the mean, as SAELens and OpenAI do.
         rescale_acts_by_decoder_norm: the rule sees, and codes hold, ``pre * ||W_dec row||``; ``decode`` divides.
         decoder_init_norm: norm of the decoder rows at the start. ``W_enc`` starts as ``W_dec.T``, biases as 0.
         contiguous_parameters: lay ``W_enc`` out row-major. By default it is latent-contiguous, stride (1, d_in),
@@ -110,13 +113,15 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"normalize_activations='layer_norm' needs d_out = d_in, got d_out={d_out}, d_in={d_in}")
         if dtype is not None and dtype not in check.FLOATS:
             raise TypeError(f"dtype must be one of {check.FLOATS}, got {dtype}")
+        check.positive("decoder_init_norm", decoder_init_norm)
+        check.flag("skip", skip)
         k = getattr(activation, "k", None)
         if k is not None and k > d_sae:
             raise ValueError(f"activation keeps k={k} of d_sae={d_sae} latents: k must not exceed d_sae")
         self.activation = activation
-        self.apply_b_dec_to_input = apply_b_dec_to_input and self.d_out == d_in
+        self.apply_b_dec_to_input = check.flag("apply_b_dec_to_input", apply_b_dec_to_input) and self.d_out == d_in
         self.normalize_activations = normalize_activations
-        self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
+        self.rescale_acts_by_decoder_norm = check.flag("rescale_acts_by_decoder_norm", rescale_acts_by_decoder_norm)
 
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         W_dec = unit_rows(d_sae, self.d_out, **options) * decoder_init_norm
@@ -135,57 +140,72 @@ class SparseAutoencoder(nn.Module):
         With ``return_info`` also what :meth:`decode` needs of the input (layer norm, skip), with ``return_pre`` also
         the pre-activations (*batch_shape, d_sae) that the rule saw: ``codes[, info][, pre]``.
         """
-        codes, info, pre = self._encode(x, backend)
+        codes, info, pre = self._encode(x, backend, return_pre)
         out = (codes, *((info,) if return_info else ()), *((pre,) if return_pre else ()))
         return out if len(out) > 1 else codes
 
     def decode(self, codes: SparseCodes, info: EncodeInfo | None = None, *, backend: str = "auto") -> Tensor:
         """(*batch_shape, d_out). ``info`` from ``encode(x, return_info=True)`` is needed with layer norm or skip."""
-        if info is None and (self.normalize_activations != "none" or self.W_skip is not None):
-            cause = "normalize_activations" if self.W_skip is None else "skip"
-            raise ValueError(f"info is needed because of {cause}: pass the second value of encode(x, return_info=True)")
+        if not isinstance(codes, SparseCodes):
+            raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
+        if codes.num_latents != self.d_sae:
+            raise ValueError(f"codes must have d_sae = {self.d_sae} latents, got {codes.num_latents}")
+        info = EncodeInfo() if info is None else info
+        needed: dict[str, tuple[Tensor | None, ...]] = {}
+        if self.normalize_activations == "layer_norm":
+            needed["normalize_activations"] = (info.mean, info.std)
+        if self.W_skip is not None:
+            needed["skip"] = (info.skipped,)
+        for cause, parts in needed.items():
+            for part in parts:
+                if part is None or part.shape[:-1] != codes.batch_shape:
+                    raise ValueError(
+                        f"info is needed because of {cause}, for the same {tuple(codes.batch_shape)} tokens as codes: "
+                        "pass the second value of encode(x, return_info=True)"
+                    )
         if self.rescale_acts_by_decoder_norm:
-            norms = self.W_dec.norm(dim=1)[codes.indices.long()]
-            codes = codes.replace(values=(codes.values / norms).to(codes.values.dtype))
+            norms = self.W_dec.norm(dim=1)
+            norms = torch.where(norms == 0, 1.0, norms)  # a zero row decodes to zero, whatever it is divided by
+            values = codes.values / functional.at_latents(norms, codes)
+            codes = codes.replace(values=values.to(codes.values.dtype))
         out = functional.decode(codes, self.W_dec, self.b_dec, backend=backend)
-        if info is None:
-            return out
         if info.std is not None and info.mean is not None:
             out = out * info.std + info.mean
-        if info.skipped is not None and self.W_skip is not None:
+        if self.W_skip is not None and info.skipped is not None:
             out = out + functional.linear(info.skipped, self.W_skip.T)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction (*batch_shape, d_out). In training, rules with a threshold learn from this call."""
-        codes, info, _ = self._encode(x, "auto")
+        codes, info, _ = self._encode(x, "auto", False)
+        codes.assert_fits()
         self.activation.update(codes)
         return self.decode(codes, info)
 
-    def _encode(self, x: Tensor, backend: str) -> tuple[SparseCodes, EncodeInfo, Tensor]:
+    def _encode(self, x: Tensor, backend: str, return_pre: bool) -> tuple[SparseCodes, EncodeInfo, Tensor | None]:
         check.floating("x", x)
         if x.shape[-1] != self.d_in:
             raise ValueError(f"x must have d_in = {self.d_in} in its last dimension, got shape {tuple(x.shape)}")
         check.same_device("x", x, self.W_enc)
         info = EncodeInfo(skipped=x if self.W_skip is not None else None)
         if self.normalize_activations == "layer_norm":
-            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + LAYER_NORM_EPS
+            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
             info = info._replace(mean=mean, std=std)
-            x = (x - mean) / std
+            x = (x - mean) / (std + LAYER_NORM_EPS)
         b_enc = None if isinstance(self.activation, TopAFA) else self.b_enc
         scale = self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else None
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
-        codes, pre = functional.encode(
-            x, self.W_enc, b_enc, b_dec=b_dec, scale=scale, select=self.activation, return_pre=True, backend=backend,
-            **self._context(x),
-        )
-        return codes, info, pre
+        encoded = functional.encode(
+            x, self.W_enc, b_enc, b_dec=b_dec, scale=scale, select=self.activation, return_pre=return_pre,
+            backend=backend, **self._context(x),
+        )  # fmt: skip
+        return (encoded[0], info, encoded[1]) if isinstance(encoded, tuple) else (encoded, info, None)
 
     def _context(self, x: Tensor) -> dict[str, Tensor]:
         """What the rule asked for, constant for autograd, in fp32 or wider."""
         wanted, context = self.activation.context_keys, {}
         if "target_norm" in wanted:
-            centred = x.detach() - self.b_dec.detach() if self.apply_b_dec_to_input else x.detach()
+            centred = x.detach() - self.b_dec.detach() if self.d_out == self.d_in else x.detach()
             context["target_norm"] = centred.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1)
         if "weight_norm" in wanted:
             norms = self.W_dec.detach().to(torch.promote_types(self.W_dec.dtype, torch.float32)).norm(dim=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_kernels.ops import ops, uniform_offsets
 
 from ._backend import resolve_backend
-from ._checks import deep
+from ._checks import deep, floating, same_device
 
 
 class ByLatent(NamedTuple):
@@ -81,7 +81,8 @@ class SparseCodes:
         if torch.compiler.is_compiling():  # the graph holds the sort once anyway; a cache would be a side effect
             return self._turn()
         if not self._turned:
-            self._turned.append(self._turn())
+            with torch.inference_mode(False):  # what is cached may serve a backward pass later
+                self._turned.append(self._turn())
         return self._turned[0]
 
     def _turn(self) -> ByLatent:
@@ -97,29 +98,55 @@ class SparseCodes:
             )
         return self
 
+    def assert_fits(self) -> None:
+        """As :meth:`check`, on the device: nothing waits, and an overflow ends the program's work there."""
+        if self.required is not None:
+            torch._assert_async(
+                self.required <= self.values.shape[0],
+                f"capacity={self.values.shape[0]} is too small for the entries that the rule keeps",
+            )
+
+    def validate(self) -> None:
+        """Under ``SAE_CHECK=1``: raises ValueError where indices or offsets break the format."""
+        if not deep():
+            return
+        if bool(((self.indices < 0) | (self.indices >= self.num_latents)).any()):
+            raise ValueError(f"codes.indices must lie in [0, {self.num_latents}), got {self.indices.min().item()}"
+                             f" to {self.indices.max().item()}")  # fmt: skip
+        if bool((self.offsets.diff() < 0).any()) or not 0 <= int(self.offsets[-1]) <= self.values.shape[0]:
+            raise ValueError(f"codes.offsets must ascend from 0 to at most {self.values.shape[0]}")
+
     def to_dense(self) -> Tensor:
         """(*batch_shape, F) with zeros elsewhere. Differentiable."""
         backend = resolve_backend("auto", self.values)
         return ops.to_dense(self.values, self.indices, self.offsets, self.num_latents, backend).view(self.shape)
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
-        """(values, indices), each (*batch_shape, K) with K the longest row; short rows end in value 0 at index 0.
+        """(values, indices), each (*batch_shape, K) with K the longest row.
 
-        Reads the device once unless every row stores the same number of entries.
+        Short rows end in value 0 at their lowest unused latents, so that the indices of a row stay distinct. Reads the
+        device once unless every row stores the same number of entries.
         """
         if self.k is not None:
             shape = (*self.batch_shape, self.k)
             return self.values.view(shape), self.indices.view(shape)
+        self.check()
         counts = self.offsets.diff()
         width = int(counts.max()) if self.rows else 0
-        column = torch.arange(width, device=self.device)
-        present = column < counts[:, None]
-        entry = torch.where(present, self.offsets[:-1, None] + column, 0)
         shape = (*self.batch_shape, width)
         if width == 0:
             return self.values.new_zeros(shape), self.indices.new_zeros(shape)
+        column = torch.arange(width, device=self.device)
+        present = column < counts[:, None]
+        entry = torch.where(present, self.offsets[:-1, None] + column, 0)
         values = torch.where(present, self.values[entry], 0.0)
-        return values.view(shape), torch.where(present, self.indices[entry], 0).view(shape)
+        indices = torch.where(present, self.indices[entry], width)
+        # Of the first K latents a row uses at most as many as it stores: the others suffice to fill it up.
+        used = torch.zeros(self.rows, width + 1, dtype=torch.uint8, device=self.device)
+        used.scatter_(1, indices.long().clamp(max=width), 1)
+        unused = used[:, :width].sort(dim=1, stable=True).indices
+        fill = unused.gather(1, (column - counts[:, None]).clamp(min=0))
+        return values.view(shape), torch.where(present, indices, fill.int()).view(shape)
 
     @classmethod
     def from_topk(cls, values: Tensor, indices: Tensor, num_latents: int) -> SparseCodes:
@@ -128,7 +155,11 @@ class SparseCodes:
             raise ValueError(f"indices must have the shape of values {tuple(values.shape)}, got {tuple(indices.shape)}")
         if indices.is_floating_point() or indices.dtype == torch.bool:
             raise TypeError(f"indices must be integers, got {indices.dtype}")
+        floating("values", values)
+        same_device("indices", indices, values)
         k = values.shape[-1]
+        if k > num_latents:
+            raise ValueError(f"values must have at most num_latents = {num_latents} entries a row, got {k}")
         rows = values.shape[:-1].numel()
         indices, order = indices.reshape(rows, k).sort(dim=1)
         if deep() and not bool(((indices >= 0) & (indices < num_latents)).all() & (indices.diff(dim=1) > 0).all()):
@@ -145,8 +176,7 @@ class SparseCodes:
     @classmethod
     def from_dense(cls, dense: Tensor) -> SparseCodes:
         """The non-zero entries (NaN included) of a (*batch_shape, F) tensor. Differentiable; reads the device once."""
-        if dense.dim() == 0 or not dense.is_floating_point():
-            raise TypeError(f"dense must be a floating-point tensor of at least one dimension, got {dense!r}")
+        floating("dense", dense)
         matrix = dense.reshape(-1, dense.shape[-1]) if dense.shape[-1] else dense.reshape(dense.shape[:-1].numel(), 0)
         row, column = (matrix.detach() != 0).nonzero(as_tuple=True)
         bounds = torch.arange(matrix.shape[0] + 1, device=dense.device)
@@ -162,6 +192,7 @@ class SparseCodes:
         """A (rows, F) ``torch.sparse_csr`` tensor; stored zeros stay stored. Reads the device once with a capacity."""
         values, indices = self.values, self.indices
         if self.required is not None:
+            self.check()
             owned = int(self.offsets[-1])
             values, indices = values[:owned], indices[:owned]
         size = (self.rows, self.num_latents)
@@ -169,6 +200,7 @@ class SparseCodes:
 
     def replace(self, *, values: Tensor) -> SparseCodes:
         """The same entries with other values, (N,): steering."""
+        floating("values", values)
         if values.shape != self.values.shape or values.device != self.device:
             raise ValueError(
                 f"values must be {tuple(self.values.shape)} on {self.device}, "
@@ -199,6 +231,9 @@ class SparseCodes:
             raise TypeError("codes of a single row have no length")
         return self.batch_shape[0]
 
+    def __bool__(self) -> bool:
+        return True  # as other objects are, however many rows there are
+
     def __getitem__(self, rows) -> SparseCodes:
         """Rows selected over the leading dimensions, as indexing a (*batch_shape,) tensor would. Reads the device once
         unless every row stores the same number of entries."""
@@ -208,6 +243,7 @@ class SparseCodes:
             entry = (chosen[:, None] * self.k + torch.arange(self.k, device=self.device)).flatten()
             offsets = uniform_offsets(chosen.numel(), self.k, self.device)
         else:
+            self.check()
             counts = self.offsets.diff()[chosen]
             offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
             entry = torch.arange(int(offsets[-1]), device=self.device)
@@ -221,9 +257,11 @@ def cat(codes: Sequence[SparseCodes]) -> SparseCodes:
     if not codes:
         raise ValueError("codes must hold at least one SparseCodes, got none")
     first = codes[0]
-    if not first.batch_shape:
-        raise ValueError("codes of a single row cannot be concatenated: they have no leading dimension")
-    for other in codes[1:]:
+    for other in codes:
+        if not isinstance(other, SparseCodes):
+            raise TypeError(f"codes must hold SparseCodes, got {type(other).__name__}")
+        if not other.batch_shape:
+            raise ValueError("codes of a single row cannot be concatenated: they have no leading dimension")
         if other.num_latents != first.num_latents or other.batch_shape[1:] != first.batch_shape[1:]:
             raise ValueError(f"codes disagree in shape: {tuple(first.shape)} and {tuple(other.shape)}")
     k = first.k if all(c.k == first.k for c in codes) else None
@@ -250,14 +288,16 @@ def _trimmed(codes: SparseCodes) -> SparseCodes:
 
 
 def _flatten(codes: SparseCodes):
-    children = [codes.values, codes.indices, codes.offsets, codes.required]
+    children = [codes.values, codes.indices, codes.offsets]
+    if codes.required is not None:  # None would be a leaf
+        children.append(codes.required)
     return children, (codes.batch_shape, codes.num_latents, codes.k)
 
 
 def _unflatten(children, context) -> SparseCodes:
-    values, indices, offsets, required = children
+    values, indices, offsets, *required = children
     batch_shape, num_latents, k = context
-    return SparseCodes(values, indices, offsets, batch_shape, num_latents, k, required)
+    return SparseCodes(values, indices, offsets, tuple(batch_shape), num_latents, k, *required)
 
 
 pytree.register_pytree_node(

@@ -11,7 +11,7 @@ and devices are checked before anything is launched: TypeError or ValueError, na
 """
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def topk(
 
     Cost: reads ``pre`` once. Source: Gao et al. 2024, arXiv:2406.04093; AbsTopK: Zhu et al. 2025, arXiv:2510.00404.
     """
-    check.floating("pre", pre)
+    check.pre_activations(pre)
     k = check.integer_k(k, pre.shape[-1])
     if score is not None:
         if magnitude:
@@ -95,14 +95,14 @@ def batch_topk(
             positions among the masked fill up at value 0 and without gradient.
         group: a ``torch.distributed`` process group over which the batch extends: the budget is then
             ``int(k * all ranks' tokens)``, ties go to the lower rank first, and each rank's number of entries follows
-            the data (one host read). Default: each rank selects alone.
+            the data (two host reads). Default: each rank selects alone.
 
     Returns:
         Codes with exactly ``int(k * tokens)`` entries, ascending in (row, latent). No host synchronisation.
 
     Source: Bussmann et al. 2024, arXiv:2412.06410; Ayonrinde 2024, arXiv:2411.02124 (mutual choice).
     """
-    check.floating("pre", pre)
+    check.pre_activations(pre)
     k = check.number_k(k, pre.shape[-1])
     matrix = check.matrix(pre)
     mask = check.mask_for(mask, pre)
@@ -141,7 +141,7 @@ def norm_match(
 
     Source: Lee et al. 2025, arXiv:2503.24277, from the authors' code.
     """
-    check.floating("pre", pre)
+    check.pre_activations(pre)
     check.floating("target_norm", target_norm, dims=pre.dim() - 1)
     check.shaped("target_norm", target_norm, pre.shape[:-1], pre, why="one per row of pre")
     wide = torch.promote_types(pre.dtype, torch.float32)
@@ -149,8 +149,8 @@ def norm_match(
         check.floating("weight_norm", weight_norm, dims=1)
         check.shaped("weight_norm", weight_norm, pre.shape[-1:], pre, why="one per latent")
         weight_norm = weight_norm.detach().to(wide)
-    if check.deep() and bool((target_norm < 0).any()):
-        raise ValueError(f"target_norm must not be negative, got a minimum of {target_norm.min().item()}")
+    check.not_negative("target_norm", target_norm)
+    check.not_negative("weight_norm", weight_norm)
     target = target_norm.detach().to(wide).reshape(-1)
     capacity = check.capacity_of(capacity)
     return _sized(
@@ -179,19 +179,15 @@ def threshold(
 
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435 (JumpReLU).
     """
-    check.floating("pre", pre)
+    check.pre_activations(pre)
     theta = _theta(theta, pre)
-    floor = None
-    if bandwidth is not None:
-        if isinstance(bandwidth, bool) or not isinstance(bandwidth, int | float):
-            raise TypeError(f"bandwidth must be a number or None, got {bandwidth!r}")
-        if not 0 < bandwidth < float("inf"):
-            raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
-        floor = theta.detach() - bandwidth / 2
-    else:
+    if bandwidth is None:
         theta = theta.detach()
+    else:
+        bandwidth = float(check.positive("bandwidth", bandwidth))
     capacity = check.capacity_of(capacity)
-    return _sized(pre, capacity, ops.threshold(check.matrix(pre), theta, floor, capacity, _backend_for(backend, pre)))
+    backend = _backend_for(backend, pre)
+    return _sized(pre, capacity, ops.threshold(check.matrix(pre), theta, bandwidth, capacity, backend))
 
 
 def _theta(theta: Tensor | float, pre: Tensor) -> Tensor:
@@ -202,7 +198,7 @@ def _theta(theta: Tensor | float, pre: Tensor) -> Tensor:
     if not isinstance(theta, Tensor):
         theta = torch.tensor(theta, dtype=torch.float64, device=pre.device)
     check.floating("theta", theta, dims=theta.dim())
-    if tuple(theta.shape) not in {(), (pre.shape[-1],)}:
+    if theta.dim() > 1 or (theta.dim() == 1 and theta.shape[0] != pre.shape[-1]):
         raise ValueError(f"theta must be a scalar or have shape {(pre.shape[-1],)}, got {tuple(theta.shape)}")
     check.same_device("theta", theta, pre)
     rounded = theta.to(wide)
@@ -232,6 +228,7 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
         raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}: SparseDecoder takes dense tensors too")
     check.floating("W_dec", W_dec, dims=2)
     check.same_device("W_dec", W_dec, codes.values)
+    codes.validate()
     if W_dec.shape[0] != codes.num_latents:
         raise ValueError(f"W_dec must have {codes.num_latents} rows (one per latent), got {tuple(W_dec.shape)}")
     if b_dec is not None:
@@ -242,23 +239,11 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     backend = _backend_for(backend, codes.values, W_dec)
-    turned: tuple[Tensor | None, ...] = (None, None, None)
-    if torch.is_grad_enabled() and W_dec.requires_grad:
-        turned = codes.by_latent
+    turned = _turned(codes, W_dec)
     out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *turned, backend)
     return out.view(*codes.batch_shape, W_dec.shape[1])
 
 
-@overload
-def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = ..., *, select: Any, b_dec: Tensor | None = ...,
-    scale: Tensor | None = ..., return_pre: Literal[False] = ..., backend: str = ..., **context: Tensor,
-) -> SparseCodes: ...  # fmt: skip
-@overload
-def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = ..., *, select: Any, b_dec: Tensor | None = ...,
-    scale: Tensor | None = ..., return_pre: Literal[True], backend: str = ..., **context: Tensor,
-) -> tuple[SparseCodes, Tensor]: ...  # fmt: skip
 def encode(
     x: Tensor,
     W_enc: Tensor,
@@ -279,44 +264,71 @@ def encode(
         x: ``(*batch_shape, d_in)``. Differentiable.
         W_enc: ``(d_in, F)``, any strides. Differentiable.
         b_enc: ``(F,)`` or None. Differentiable.
-        select: an activation module: ``select.select`` chooses, ``select.entry_values`` turns the pre-activations at
-            the chosen entries into values.
+        select: an activation module. ``select.select`` chooses; ``select.entry_values``, where the module has it,
+            turns the pre-activations at the chosen entries into values. Without it the gradient goes through the
+            dense pre-activations.
         b_dec: ``(d_in,)``, subtracted from ``x``, or None. Differentiable.
         scale: ``(F,)``, multiplies the pre-activations before selection (decoder norms), or None. Differentiable.
-        return_pre: also return the pre-activations ``(*batch_shape, F)`` that were selected from.
+        return_pre: also return the pre-activations ``(*batch_shape, F)`` that were selected from. Differentiable, by
+            way of the matrix that the codes spare.
         context: passed on to ``select.select``.
 
     Returns:
-        The codes, or (codes, pre), where ``pre`` is constant for autograd. Under 16-bit autocast ``pre`` is the fp32
-        sum with the fp32 bias, rounded once.
+        The codes, or (codes, pre). Under 16-bit autocast ``pre`` is the fp32 sum with the fp32 bias, rounded once.
     """
-    if not (callable(getattr(select, "select", None)) and callable(getattr(select, "entry_values", None))):
+    if not callable(getattr(select, "select", None)):
         raise TypeError(f"select must be an activation module such as TopK(32), got {type(select).__name__}")
     _check_linear(x, W_enc, b_enc)
     if b_dec is not None:
         check.floating("b_dec", b_dec, dims=1)
         check.shaped("b_dec", b_dec, x.shape[-1:], x, why="d_in")
-        x = x - b_dec.detach()
     if scale is not None:
         check.floating("scale", scale, dims=1)
         check.shaped("scale", scale, W_enc.shape[1:], x, why="one per latent")
     dtype = _linear_dtype(x, W_enc)
-    x = x.to(dtype)
-    with torch.no_grad():
-        unscaled = linear(x, W_enc, b_enc)
+    entry_values = getattr(select, "entry_values", None)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and (return_pre or entry_values is None)):
+        unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
         pre = unscaled if scale is None else (unscaled * scale).to(dtype)
-    codes = select.select(pre, backend=backend, **context)
-    turned: tuple[Tensor | None, ...] = (None, None, None)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (W_enc, b_enc, b_dec)):
-        turned = codes.by_latent
+    if entry_values is None:
+        codes = select.select(pre, backend=backend, **context)
+        return (codes, pre) if return_pre else codes
+    codes = select.select(pre.detach(), backend=backend, **context)
+    centred = (x if b_dec is None else x - b_dec.detach()).to(dtype)
     entries = ops.encode_entries(
-        check.matrix(x), W_enc, b_enc, b_dec, check.matrix(unscaled), codes.indices, codes.offsets, *turned,
-        _backend_for(backend, x, W_enc),
+        check.matrix(centred), W_enc, b_enc, b_dec, check.matrix(unscaled.detach()), codes.indices, codes.offsets,
+        *_turned(codes, W_enc, b_enc, b_dec), _backend_for(backend, x, W_enc),
     )  # fmt: skip
     if scale is not None:
-        entries = (entries * scale[codes.indices.long()]).to(dtype)
-    codes = codes.replace(values=select.entry_values(entries, codes))
+        entries = (entries * at_latents(scale, codes)).to(dtype)
+    codes = codes.replace(values=entry_values(entries, codes))
     return (codes, pre) if return_pre else codes
+
+
+def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
+    """``vector[codes.indices]``: a quantity per latent (F,), read at the entries (N,).
+
+    Differentiable in ``vector``, with the same bits on every run, which indexing does not promise.
+    """
+    check.floating("vector", vector, dims=1)
+    check.shaped("vector", vector, (codes.num_latents,), codes.values, why="one per latent")
+    backend = _backend_for("auto", codes.values, vector)
+    return ops.at_latents(vector, codes.indices, codes.offsets, *_turned(codes, vector), backend)
+
+
+def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
+    """Moves ``threshold`` (), in place, towards ``smallest`` (): all the way while it is unset (-1), then by ``rate``.
+
+    Does nothing where ``smallest`` is not finite, nor in the second run of a checkpointed forward.
+    """
+    ops.move_threshold(threshold, smallest, rate)
+
+
+def _turned(codes: SparseCodes, *learned: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The codes turned around where a gradient of ``learned`` will ask for them, else three times None."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
+        return codes.by_latent
+    return None, None, None
 
 
 def linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> Tensor:

@@ -1,29 +1,44 @@
-"""Losses and reconstruction quality, with the conventions said once. x and x_hat are (*batch_shape, d)."""
+"""Losses and reconstruction quality, with the conventions said once. x and x_hat are (*batch_shape, d), not empty."""
 import torch
 from torch import Tensor
 
+from . import _checks as check
 from . import functional
 from .codes import SparseCodes
 
 
 def mse(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Squared error summed over d, mean over tokens, in fp32: the reconstruction loss."""
-    return (x_hat.float() - x.float()).square().sum(-1).mean()
+    """Squared error summed over d, mean over tokens, in fp32 or wider: the reconstruction loss."""
+    x_hat, x = _pair(x_hat, x)
+    return (x_hat - x).square().sum(-1).mean()
 
 
 def fvu(x_hat: Tensor, x: Tensor) -> Tensor:
     """Fraction of variance unexplained: squared error over the squared distance from the batch mean."""
-    flat, flat_hat = x.float().flatten(0, -2), x_hat.float().flatten(0, -2)
-    return (flat_hat - flat).square().sum() / (flat - flat.mean(0)).square().sum()
+    x_hat, x = (check.matrix(t) for t in _pair(x_hat, x))
+    return (x_hat - x).square().sum() / (x - x.mean(0)).square().sum()
 
 
 def norm_match(codes: SparseCodes, x: Tensor) -> Tensor:
-    """Squared gap between the norms of codes and input, mean over tokens, in fp32: top-AFA's second loss term.
+    """Squared gap between the norms of codes and input, mean over tokens, in fp32 or wider: top-AFA's second loss term.
 
     ``mean((||f|| - ||x||)^2)``; the authors add it with a weight ``afa_coeff`` of 1/128 to 1/16 to the reconstruction
     error per element, and take x as it is, not centred by b_dec. Differentiable in the codes' values.
     Source: Lee et al. 2025, arXiv:2503.24277.
     """
-    ones = torch.ones(codes.num_latents, 1, device=codes.device)
-    energy = functional.decode(codes.replace(values=codes.values.float().square()), ones)[..., 0]
-    return (energy.clamp(min=torch.finfo(energy.dtype).tiny).sqrt() - x.float().norm(dim=-1)).square().mean()
+    check.floating("x", x)
+    check.shaped("x", x, (*codes.batch_shape, x.shape[-1]), codes.values, why="one row per row of codes")
+    wide = torch.promote_types(codes.values.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        ones = torch.ones(codes.num_latents, 1, dtype=wide, device=codes.device)
+        energy = functional.decode(codes.replace(values=codes.values.to(wide).square()), ones)[..., 0]
+        norm = energy.clamp(min=torch.finfo(wide).tiny).sqrt()  # the root's slope at 0 is infinite
+        return (norm - x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1)).square().mean()
+
+
+def _pair(x_hat: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    check.floating("x", x)
+    check.floating("x_hat", x_hat)
+    check.shaped("x_hat", x_hat, x.shape, x, why="that of x")
+    wide = torch.promote_types(torch.promote_types(x.dtype, x_hat.dtype), torch.float32)
+    return x_hat.to(wide), x.to(wide)

@@ -1,7 +1,6 @@
 """SparseDecoder and SparseAutoencoder: conventions, gradients against dense autograd in fp64, saving and loading."""
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,8 +36,8 @@ def densely(sae, x):
     mean, std = 0.0, 1.0
     inner = x
     if sae.normalize_activations == "layer_norm":
-        mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
-        inner = (x - mean) / std
+        mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        inner = (x - mean) / (std + 1e-5)
     if sae.apply_b_dec_to_input:
         inner = inner - sae.b_dec
     pre = inner @ sae.W_enc + sae.b_enc
@@ -154,6 +153,81 @@ def test_bf16_pre_activations_are_rounded_once():
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in sae.parameters())
 
 
+def test_a_zero_decoder_row_rescales_to_zero():
+    sae = build(rescale_acts_by_decoder_norm=True, activation="ReLU")
+    with torch.no_grad():
+        sae.W_dec[4] = 0
+    x = torch.randn(B, D, dtype=torch.float64)
+    sae(x).square().sum().backward()
+    assert sae(x).isfinite().all() and sae.W_dec.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kwargs", [{"apply_b_dec_to_input": False}, {}], ids=["b_dec not subtracted", "subtracted"])
+def test_afa_target_is_the_norm_of_the_centred_input(kwargs):
+    sae = se.SparseAutoencoder(D, F, se.TopAFA(), **kwargs)
+    with torch.no_grad():
+        sae.b_dec.fill_(0.5)
+    x = torch.randn(B, D)
+    codes, pre = sae.encode(x, return_pre=True)
+    expected = se.functional.norm_match(pre, (x - sae.b_dec).norm(dim=1), weight_norm=sae.W_dec.norm(dim=1))
+    assert_same(codes.indices, expected.indices)
+
+
+def test_pre_activations_carry_their_gradient():
+    """An auxiliary loss on what encode returns reaches the encoder."""
+    sae = build("TopK")
+    _, pre = sae.encode(torch.randn(B, D, dtype=torch.float64), return_pre=True)
+    dead = torch.arange(F) % 3 == 0
+    auxiliary = se.functional.topk(pre, 3, mask=dead, relu=False)
+    se.functional.decode(auxiliary, sae.W_dec.detach()).square().sum().backward()
+    assert all(sae.get_parameter(name).grad.abs().sum() > 0 for name in ("W_enc", "b_enc", "b_dec"))
+
+
+def test_a_custom_rule_keeps_its_own_values_and_gradients():
+    class Halved(se.TopK):
+        def __init__(self, k):
+            super().__init__(k)
+            self.gain = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+        def _select(self, pre, backend):
+            codes = super()._select(pre, backend)
+            return codes.replace(values=codes.values * self.gain)
+
+    sae = se.SparseAutoencoder(D, F, Halved(4), dtype=torch.float64)
+    x = torch.randn(B, D, dtype=torch.float64)
+    codes, pre = sae.encode(x, return_pre=True)
+    torch.testing.assert_close(codes.to_dense(), sae.activation(pre))
+    sae(x).sum().backward()
+    assert sae.activation.gain.grad != 0 and sae.W_enc.grad.abs().sum() > 0
+
+
+def test_an_overflowing_capacity_is_reported():
+    sae = se.SparseAutoencoder(D, F, se.TopAFA(capacity=3))
+    with pytest.raises(RuntimeError, match="capacity=3"):
+        sae(torch.randn(B, D))
+    with pytest.raises(RuntimeError, match="capacity=3"):
+        sae.activation(torch.randn(B, F), target_norm=torch.ones(B) * 9, weight_norm=torch.ones(F))
+
+
+@pytest.mark.parametrize("activation", ["TopK", "JumpReLU"])
+def test_two_runs_give_the_same_bits(activation):
+    """Large enough for several threads, with everything that is read per latent."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = []
+        for _ in range(4):
+            torch.manual_seed(0)
+            rule = se.TopK(64) if activation == "TopK" else se.JumpReLU(512, threshold=0.5, bandwidth=0.5)
+            sae = se.SparseAutoencoder(16, 512, rule, rescale_acts_by_decoder_norm=True)
+            sae(torch.randn(1024, 16)).square().sum().backward()
+            runs.append([p.grad for p in sae.parameters()])
+        for other in runs[1:]:
+            assert_same(other, runs[0])
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_info_is_asked_for():
     sae = build(normalize_activations="layer_norm")
     x = torch.randn(B, D, dtype=torch.float64) * 5 + 2
@@ -161,8 +235,15 @@ def test_info_is_asked_for():
     assert_same(sae.decode(codes, info).detach(), sae(x).detach())
     with pytest.raises(ValueError, match="info"):
         sae.decode(codes)
+    for wrong in (se.EncodeInfo(), info._replace(std=info.std[:1])):
+        with pytest.raises(ValueError, match="info"):
+            sae.decode(codes, wrong)
     with pytest.raises(ValueError, match="info"):
         build(skip=True).decode(codes)
+    with pytest.raises(TypeError, match="codes"):
+        build().decode(codes.to_dense())
+    with pytest.raises(ValueError, match="codes"):
+        build().decode(se.functional.topk(torch.randn(3, F + 1), 2))
 
 
 def test_decoder_takes_codes_and_dense_tensors():
@@ -196,7 +277,9 @@ def test_any_leading_dimensions(activation, shape):
         (lambda: se.SparseAutoencoder(D, F, se.TopK(2), dtype=torch.int8), TypeError, "dtype"),
         (lambda: se.SparseAutoencoder(D, F, se.TopK(2))(torch.randn(3, D + 1)), ValueError, "x must have d_in"),
         (lambda: se.SparseAutoencoder(D, F, se.TopK(2))(torch.ones(3, D, dtype=torch.int32)), TypeError, "x"),
-        (lambda: se.SparseDecoder(F, D)(torch.randn(3, F + 1)), ValueError, "x"),
+        (lambda: se.SparseDecoder(F, D)(torch.randn(3, F + 1)), ValueError, "codes"),
+        (lambda: se.SparseAutoencoder(D, F, se.TopK(2), decoder_init_norm=float("nan")), ValueError, "decoder_init"),
+        (lambda: se.SparseAutoencoder(D, F, se.TopK(2), skip="no"), TypeError, "skip"),
     ],
 )
 def test_arguments_are_checked(make, error, name):
@@ -208,6 +291,8 @@ class TestPretrained:
     @pytest.mark.parametrize("variant", VARIANTS)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_round_trip_is_exact(self, activation, variant, tmp_path):
+        if variant == "rescaled" and activation in ("JumpReLU", "ReLU", "TopAFA"):
+            variant = "plain"  # these fold: see below
         sae = build(activation, **VARIANTS[variant]).float()
         if hasattr(sae.activation, "threshold"):
             with torch.no_grad():
@@ -220,6 +305,26 @@ class TestPretrained:
             assert_same(loaded.state_dict()[key], value)
         x = torch.randn(B, D)
         assert_same(loaded.eval()(x).detach(), sae.eval()(x).detach())
+
+    @pytest.mark.parametrize("activation", ["JumpReLU", "ReLU", "TopAFA"])
+    def test_rules_that_saelens_does_not_rescale_are_folded(self, activation, tmp_path):
+        sae = build(activation, **VARIANTS["rescaled"])
+        sae.save_pretrained(tmp_path)
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path)
+        assert not loaded.rescale_acts_by_decoder_norm
+        torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(F, dtype=torch.float64))
+        x = torch.randn(B, D, dtype=torch.float64)
+        torch.testing.assert_close(loaded.eval()(x), sae.eval()(x))
+
+    def test_loads_under_inference_mode(self, tmp_path):
+        sae = build("BatchTopK").float()
+        sae(torch.randn(B, D))
+        sae.save_pretrained(tmp_path)
+        with torch.inference_mode():
+            loaded = se.SparseAutoencoder.from_pretrained(tmp_path).eval()
+            x = torch.randn(B, D)
+            assert_same(loaded(x), sae.eval()(x))
+        loaded(torch.randn(B, D)).sum().backward()  # its parameters are ordinary ones
 
     def test_file_has_saelens_keys(self, tmp_path):
         from safetensors.torch import load_file
@@ -252,6 +357,12 @@ class TestPretrained:
             (lambda f: (f / "cfg.json").write_text("[]"), ValueError, "JSON object"),
             (lambda f: edit(f, architecture="gated_transformer"), ValueError, "gated_transformer"),
             (lambda f: edit(f, d_sae=F + 1), ValueError, "shape"),
+            (lambda f: edit(f, d_sae=2**61), ValueError, "shape"),
+            (lambda f: edit(f, apply_b_dec_to_input="false"), ValueError, "apply_b_dec_to_input"),
+            (lambda f: edit(f, reshape_activations="hook_z"), ValueError, "hook_z"),
+            (lambda f: (f / "cfg.json").write_text("[" * 100_000), ValueError, "not JSON"),
+            (lambda f: rename(f, "b_enc", None), ValueError, "lacks b_enc"),
+            (lambda f: rename(f, "b_enc", "b_enc", torch.int8), ValueError, "floating-point"),
             (lambda f: edit(f, d_sae="many"), ValueError, "d_sae"),
             (lambda f: edit(f, k=0), ValueError, "k"),
             (lambda f: edit(f, normalize_activations="whiten"), ValueError, "whiten"),
@@ -266,15 +377,21 @@ class TestPretrained:
         with pytest.raises(error, match=message):
             se.SparseAutoencoder.from_pretrained(tmp_path)
 
-    def test_a_failed_save_leaves_the_old_files(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("metadata", [None, [], "text", {"sae_engine": None}, {"sae_engine": {"options": 3}}])
+    def test_foreign_metadata_is_ignored(self, metadata, tmp_path):
+        build().save_pretrained(tmp_path)
+        edit(tmp_path, metadata=metadata)
+        assert type(se.SparseAutoencoder.from_pretrained(tmp_path).activation) is se.TopK
+
+    @pytest.mark.parametrize("which", ["safetensors.torch.save_file", "pathlib.Path.write_text"])
+    def test_a_failed_save_leaves_the_old_files(self, which, tmp_path, monkeypatch):
         build().save_pretrained(tmp_path)
         before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
-        def fails(tensors, name, metadata=None):
-            Path(name).write_text("half")
+        def fails(*args, **kwargs):
             raise OSError("disk full")
 
-        monkeypatch.setattr("safetensors.torch.save_file", fails)
+        monkeypatch.setattr(which, fails)
         with pytest.raises(OSError, match="disk full"):
             build("ReLU").save_pretrained(tmp_path)
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -293,10 +410,12 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def rename(folder, old, new):
+def rename(folder, old, new, dtype=None):
     from safetensors.torch import load_file, save_file
 
     file = folder / "sae_weights.safetensors"
     tensors = load_file(file)
-    tensors[new] = tensors.pop(old) if old else torch.zeros(1)
+    moved = tensors.pop(old) if old else torch.zeros(1)
+    if new:
+        tensors[new] = moved.to(dtype or moved.dtype)
     save_file(tensors, file)

@@ -73,7 +73,39 @@ def test_to_padded_of_ragged_rows():
     codes = ragged()
     values, indices = codes.to_padded()
     assert values.shape == indices.shape == (5, int(codes.offsets.diff().max()))
-    assert torch.equal(torch.zeros(5, 40).scatter_add_(1, indices.long(), values), codes.to_dense())
+    assert torch.equal(torch.zeros(5, 40).scatter_(1, indices.long(), values), codes.to_dense())
+    assert all(len(set(row)) == len(row) for row in indices.tolist())
+    for rows in ([[3.0, 0, 0, 0, 0], [1.0, 1, 1, 1, 0]], [[0.0, 0], [1, 1]], [[0.0, 0]]):
+        codes = se.SparseCodes.from_dense(torch.tensor(rows))
+        again = se.SparseCodes.from_topk(*codes.to_padded(), codes.num_latents)
+        assert torch.equal(again.to_dense(), torch.tensor(rows))
+
+
+def test_an_overflow_is_reported_wherever_the_host_looks():
+    codes = ragged(capacity=4)
+    for look in (codes.check, codes.to_padded, codes.to_sparse_csr, lambda: codes[:2], lambda: se.cat([codes])):
+        with pytest.raises(RuntimeError, match="capacity=4"):
+            look()
+
+
+def test_no_latents_at_all():
+    pre = torch.zeros(3, 0)
+    assert se.SparseCodes.from_dense(pre).to_dense().shape == (3, 0)
+    for select in (lambda: se.functional.norm_match(pre, torch.ones(3)), lambda: se.ReLU().select(pre)):
+        with pytest.raises(ValueError, match="pre must have at least one latent"):
+            select()
+
+
+def test_codes_made_under_inference_mode_serve_training():
+    with torch.inference_mode():
+        made = se.functional.topk(torch.randn(3, 20), 4)
+        assert made.by_latent.offsets.numel() == 21
+    codes = se.SparseCodes.from_topk(*(t.clone() for t in made.to_padded()), 20)
+    weight = torch.randn(20, 5, requires_grad=True)
+    with torch.inference_mode():
+        assert codes.by_latent.offsets.numel() == 21
+    se.functional.decode(codes, weight).sum().backward()
+    assert weight.grad.abs().sum() > 0
 
 
 def test_to_sparse_csr_keeps_stored_zeros():
@@ -135,6 +167,12 @@ def test_is_a_pytree():
     doubled = pytree.tree_map(lambda t: t * 2 if t.is_floating_point() else t, codes)
     assert isinstance(doubled, se.SparseCodes) and torch.equal(doubled.to_dense(), codes.to_dense() * 2)
     assert int(doubled.required) == int(codes.required)
+    plain = se.functional.topk(torch.randn(2, 3, 20), 4)
+    cloned = pytree.tree_map(lambda t: t.clone(), plain)
+    assert torch.equal(cloned.to_dense(), plain.to_dense())
+    leaves, spec = pytree.tree_flatten(plain)
+    again = pytree.tree_unflatten(leaves, pytree.treespec_loads(pytree.treespec_dumps(spec)))
+    assert again.batch_shape == (2, 3) and again.k == 4
 
 
 @pytest.mark.parametrize(
@@ -142,6 +180,13 @@ def test_is_a_pytree():
     [
         (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 2), 9), ValueError, "indices"),
         (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 3), 9), TypeError, "indices"),
+        (lambda: se.SparseCodes.from_topk(torch.ones(2, 3).long(), torch.zeros(2, 3).long(), 9), TypeError, "values"),
+        (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 3).long(), 2), ValueError, "num_latents"),
+        (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 3, device="meta").long(), 9), ValueError,
+         "indices"),
+        (lambda: ragged().replace(values=torch.zeros_like(ragged().indices)), TypeError, "values"),
+        (lambda: se.cat([ragged(), ragged()[0]]), ValueError, "codes"),
+        (lambda: se.cat([torch.ones(3)]), TypeError, "codes"),
         (lambda: se.SparseCodes.from_dense(torch.ones(2, dtype=torch.int64)), TypeError, "dense"),
     ],
 )
@@ -156,3 +201,7 @@ def test_out_of_range_indices_are_found_when_asked(monkeypatch):
         se.SparseCodes.from_topk(torch.ones(1, 2), torch.tensor([[0, 9]]), 9)
     with pytest.raises(ValueError, match="indices"):
         se.SparseCodes.from_topk(torch.ones(1, 2), torch.tensor([[3, 3]]), 9)
+    codes = ragged()
+    broken = se.SparseCodes(codes.values, codes.indices + 40, codes.offsets, codes.batch_shape, 40)
+    with pytest.raises(ValueError, match="indices"):
+        se.functional.decode(broken, torch.randn(40, 3))

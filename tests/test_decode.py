@@ -189,6 +189,24 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_autocast_decides_the_result_and_nothing_else(path):
+    codes, weight, _, grad = make(20, 24, 128, 40)
+    truth = codes.to_dense().double() @ weight.double()
+    w = weight.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = f.decode(codes, w, backend=path)
+        assert_within_budget(out, truth, truth.bfloat16())  # one rounding of the exact result
+        out.backward(grad.bfloat16())
+    truth_w = codes.to_dense().double().T @ grad.bfloat16().double()
+    assert_within_budget(w.grad, truth_w, truth_w.float())
+
+
+def test_forward_mode_is_refused():
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda p: f.topk(p, 3).values, (torch.randn(2, 8),), (torch.ones(2, 8),))
+
+
 def test_result_dtype():
     codes, weight, bias, _ = make(3, 4, 10, 6)
     assert f.decode(codes, weight.bfloat16()).dtype == torch.float32

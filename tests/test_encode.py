@@ -127,11 +127,20 @@ def test_two_runs_give_the_same_bits():
     assert_same(*runs)
 
 
-def test_pre_is_returned_as_a_constant():
-    t = make()
-    codes, pre = f.encode(t["x"], t["W_enc"], select=se.TopK(3), return_pre=True)
-    assert pre.shape == (B, F) and not pre.requires_grad and codes.values.requires_grad
-    assert_same(pre, (t["x"] @ t["W_enc"]).detach())
+def test_pre_is_returned_differentiable():
+    outcomes = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        t = make()
+        if sparse:
+            codes, pre = f.encode(t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], select=se.TopK(3), return_pre=True)
+        else:
+            pre = (t["x"] - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
+            codes = f.topk(pre, 3)
+        (codes.values.sum() + pre.square().sum()).backward()
+        outcomes.append([pre.detach(), *(t[n].grad for n in ("x", "W_enc", "b_enc", "b_dec"))])
+    for ours, dense in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, dense)
 
 
 def test_under_autocast():
@@ -149,6 +158,7 @@ def test_arguments_are_checked():
     x, W = torch.randn(B, D), torch.randn(D, F)
     for kwargs, error, name in (
         ({"select": torch.relu}, TypeError, "select"),
+        ({"select": None}, TypeError, "select"),
         ({"select": se.TopK(3), "b_dec": torch.ones(D + 1)}, ValueError, "b_dec"),
         ({"select": se.TopK(3), "scale": torch.ones(D)}, ValueError, "scale"),
         ({"select": se.TopK(3), "target_norm": torch.ones(B)}, TypeError, "target_norm"),

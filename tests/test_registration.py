@@ -27,7 +27,7 @@ def samples():
     yield "norm_match", (pre(), torch.rand(3) * 4, None, None)
     yield "norm_match", (pre(), torch.rand(3) * 4, torch.rand(40), 30)
     yield "threshold", (pre(), theta, None, None)
-    yield "threshold", (pre(), theta.clone().requires_grad_(), theta - 0.1, 30)
+    yield "threshold", (pre(), theta.clone().requires_grad_(), 0.2, 30)
     yield "decode", (*triple, weight, torch.randn(6, requires_grad=True), torch.float32, *codes.by_latent)
     yield "decode", (*triple, weight, None, torch.bfloat16, None, None, None)
     yield "decode_backward_values", (grad, codes.values, codes.indices, codes.offsets, weight.detach())
@@ -35,6 +35,7 @@ def samples():
     yield "to_dense", (*triple, 40)
     yield "gather", (torch.randn(3, 40, requires_grad=True), codes.indices, codes.offsets)
     yield "by_latent", (codes.indices, codes.offsets, 40)
+    yield "at_latents", (torch.randn(40, requires_grad=True), codes.indices, codes.offsets, *codes.by_latent)
     encoder = torch.randn(3, 6), torch.randn(6, 40, requires_grad=True), torch.randn(40, requires_grad=True)
     center = torch.randn(6, requires_grad=True)
     yield "encode_entries", (*encoder, center, torch.randn(3, 40), codes.indices, codes.offsets, *codes.by_latent)
@@ -46,11 +47,17 @@ def test_every_operator_is_sampled():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("sae_engine::")
     }
-    assert registered == {name for name, _ in samples()}
+    assert registered == {name for name, _ in samples()} | {"move_threshold"}
+
+
+def test_opcheck_of_the_operator_that_has_no_back_end():
+    for threshold in (-1.0, 0.5):
+        args = (torch.tensor(threshold, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64), 0.1)
+        torch.library.opcheck(ops.move_threshold.default, args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("number", range(17), ids=lambda n: f"{n}-{list(samples())[n][0]}")
+@pytest.mark.parametrize("number", range(18), ids=lambda n: f"{n}-{list(samples())[n][0]}")
 def test_opcheck(number, backend):
     name, args = list(samples())[number]
     torch.library.opcheck(getattr(ops, name).default, (*args, backend))
@@ -186,7 +193,7 @@ def test_cuda_graph(name):
 
 
 def test_a_compiled_threshold_moves_step_by_step(compile_backend):
-    """torch 2.13 drops copy_ into a 0-dimensional float64 buffer: the update must not be written that way."""
+    """torch 2.13 drops a copy_ into a 0-dimensional float64 buffer from the graph: the update is an operator."""
     torch._dynamo.reset()
     plain, compiled = se.BatchTopK(3, threshold_lr=0.5), se.BatchTopK(3, threshold_lr=0.5)
     call = torch.compile(compiled, fullgraph=True, backend=compile_backend)

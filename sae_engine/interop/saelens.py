@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import activations as act
-from .._files import replace_file
+from .._checks import FLOATS
+from .._files import replace_files
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES: dict[type, str] = {
@@ -22,11 +23,17 @@ ARCHITECTURES: dict[type, str] = {
     act.JumpReLU: "jumprelu", act.ReLU: "standard", act.TopAFA: "topafa",
 }  # fmt: skip
 OPTIONS = ("k", "threshold_lr", "bandwidth", "capacity")  # of the activations, as their constructors name them
+COUNTING = ("topk", "abstopk", "batchtopk")
+LAYOUT = "6.54.12"  # the version of SAELens whose layout this is: without one it assumes that of version 5
 THRESHOLD_KEYS = {"batchtopk": "topk_threshold", "jumprelu": "threshold"}
 
 
 def save(sae, path: str | PathLike) -> None:
-    """Writes both files under temporary names, then renames them, weights first."""
+    """Writes both files under temporary names, then renames them.
+
+    SAELens rescales by decoder norms only where it counts entries: for other rules the norms are folded into the
+    encoder and the decoder's rows are written with norm 1, which computes the same.
+    """
     from safetensors.torch import save_file
 
     kind = type(sae.activation)
@@ -36,14 +43,30 @@ def save(sae, path: str | PathLike) -> None:
     architecture = ARCHITECTURES[kind]
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: p.detach().cpu().contiguous() for n, p in sae.named_parameters() if not n.startswith("activation.")}
+    tensors = {n: p.detach() for n, p in sae.named_parameters() if not n.startswith("activation.")}
+    rescaled = sae.rescale_acts_by_decoder_norm
+    if rescaled and architecture not in COUNTING:
+        tensors, rescaled = _folded(tensors), False
+    tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
     if architecture in THRESHOLD_KEYS:
         tensors[THRESHOLD_KEYS[architecture]] = sae.activation.threshold.detach().cpu().contiguous()
-    replace_file(folder / WEIGHTS, lambda name: save_file(tensors, name, metadata={"format": "pt"}))
-    text = json.dumps(_config(sae, architecture), indent=2)
-    replace_file(folder / CONFIG, lambda name: name.write_text(text))
+    text = json.dumps(_config(sae, architecture, rescaled), indent=2)
+    replace_files({
+        folder / WEIGHTS: lambda name: save_file(tensors, name, metadata={"format": "pt"}),
+        folder / CONFIG: lambda name: name.write_text(text, encoding="utf-8"),
+    })  # fmt: skip
 
 
+def _folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same autoencoder with decoder rows of norm 1."""
+    wide = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in tensors.items()}
+    norms = wide["W_dec"].norm(dim=1)
+    wide["W_dec"] = wide["W_dec"] / torch.where(norms == 0, 1.0, norms)[:, None]
+    wide["W_enc"], wide["b_enc"] = wide["W_enc"] * norms, wide["b_enc"] * norms
+    return {n: t.to(tensors[n].dtype) for n, t in wide.items()}
+
+
+@torch.inference_mode(False)  # parameters made in that mode could never be trained
 def load(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = None):
     """An autoencoder of class ``cls`` from ``path``."""
     folder = Path(path)
@@ -51,10 +74,10 @@ def load(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = 
         raise FileNotFoundError(f"path must be a folder with {CONFIG} and {WEIGHTS}; there is none at {str(folder)!r}")
     cfg = _read_config(folder / CONFIG)
     tensors = _read_weights(folder / WEIGHTS)
-    ours = cfg.get("metadata", {}).get("sae_engine", {})
     d_in, d_sae = cfg["d_in"], cfg["d_sae"]
-    activation = _activation(cfg, ours, tensors, folder)
-    stored = tensors["W_enc"].dtype if "W_enc" in tensors else None
+    _check_weights(folder / WEIGHTS, cfg, tensors)
+    activation = _activation(cfg, tensors, folder)
+    stored = torch.promote_types(tensors["W_enc"].dtype, tensors["W_dec"].dtype)
     try:
         sae = cls(
             d_in, d_sae, activation,
@@ -94,7 +117,24 @@ def load(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = 
     return sae if dtype is None else sae.to(dtype)
 
 
-def _config(sae, architecture: str) -> dict[str, Any]:
+def _check_weights(file: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """What must hold before anything of the configuration's size is made."""
+    for name, dim in (("W_enc", 1), ("W_dec", 0)):
+        if name not in tensors:
+            raise ValueError(f"{file} lacks {name}; it holds {sorted(tensors)}")
+        if tensors[name].dim() != 2 or tensors[name].shape[dim] != cfg["d_sae"]:
+            raise ValueError(
+                f"{file}: {name} must have shape (d_in, d_sae) or (d_sae, d_out) with d_sae = {cfg['d_sae']!r} "
+                f"by {CONFIG}, got {tuple(tensors[name].shape)}"
+            )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{file}: {name} must be of a floating-point dtype, got {tensor.dtype}")
+        if "threshold" in name and bool((tensor < 0).any()) and name != "topk_threshold":
+            raise ValueError(f"{file}: {name} must not be negative")
+
+
+def _config(sae, architecture: str, rescaled: bool) -> dict[str, Any]:
     activation = sae.activation
     options = {name: getattr(activation, name) for name in OPTIONS if hasattr(activation, name)}
     own = {"activation": type(activation).__name__, "options": options}
@@ -107,8 +147,8 @@ def _config(sae, architecture: str) -> dict[str, Any]:
         "apply_b_dec_to_input": sae.apply_b_dec_to_input,
         "normalize_activations": sae.normalize_activations,
         "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": sae.rescale_acts_by_decoder_norm,
-        "metadata": {"sae_engine": own},
+        "rescale_acts_by_decoder_norm": rescaled,
+        "metadata": {"sae_lens_version": LAYOUT, "sae_engine": own},
     }
     if sae.d_out != sae.d_in:
         cfg["d_out"] = sae.d_out
@@ -122,13 +162,15 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing")
     try:
         cfg = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(cfg, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(cfg).__name__}")
     for key in ("architecture", "d_in", "d_sae"):
         if key not in cfg:
             raise ValueError(f"{file} lacks {key!r}: not a SAELens (version 6 or newer) configuration")
+    if cfg.get("reshape_activations", "none") != "none":
+        raise ValueError(f"{file}: reshape_activations {cfg['reshape_activations']!r} is not supported")
     if cfg["architecture"] not in ARCHITECTURES.values():
         known = sorted(set(ARCHITECTURES.values()))
         raise ValueError(f"{file}: architecture {cfg['architecture']!r} is not supported; supported: {known}")
@@ -147,9 +189,13 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
 
 
-def _activation(cfg: dict, ours: dict, tensors: dict[str, Tensor], folder: Path) -> act.Activation:
+def _activation(cfg: dict, tensors: dict[str, Tensor], folder: Path) -> act.Activation:
     """The rule that the configuration names, by our name where one is recorded."""
-    architecture, options = cfg["architecture"], dict(ours.get("options", {}))
+    metadata = cfg.get("metadata")
+    ours = metadata.get("sae_engine") if isinstance(metadata, dict) else None
+    ours = ours if isinstance(ours, dict) else {}
+    recorded = ours.get("options")
+    architecture, options = cfg["architecture"], dict(recorded) if isinstance(recorded, dict) else {}
     names = {kind.__name__: kind for kind, name in ARCHITECTURES.items() if name == architecture}
     kind = names.get(str(ours.get("activation")), next(iter(names.values())))
     if architecture in ("topk", "abstopk", "batchtopk"):
@@ -159,7 +205,7 @@ def _activation(cfg: dict, ours: dict, tensors: dict[str, Tensor], folder: Path)
     if architecture in THRESHOLD_KEYS and THRESHOLD_KEYS[architecture] not in tensors:
         raise ValueError(f"{folder / WEIGHTS} lacks {THRESHOLD_KEYS[architecture]}, which a {architecture} SAE needs")
     if architecture == "jumprelu":
-        options["d_sae"] = cfg["d_sae"]
+        options.update(d_sae=cfg["d_sae"], device="meta")
     try:
         return kind(**options)
     except (TypeError, ValueError) as error:
