@@ -8,7 +8,8 @@ from torch import Tensor
 
 def rows_of(offsets: Tensor, entries: int) -> Tensor:
     """The row (N,) int64 of each entry; entries that belong to no row get row B."""
-    return torch.searchsorted(offsets[1:], torch.arange(entries, device=offsets.device), right=True)
+    counts = torch.cat([offsets.diff(), entries - offsets[-1:]])
+    return torch.repeat_interleave(torch.arange(offsets.numel(), device=offsets.device), counts, output_size=entries)
 
 
 def to_dense(values: Tensor, indices: Tensor, offsets: Tensor, num_latents: int) -> Tensor:

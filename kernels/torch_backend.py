@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .densified import rows_of, to_dense
+from .reference import ordered_keys
 
 __all__ = [
     "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "gather", "norm_match",
@@ -51,6 +52,21 @@ def _resolve_ties(score: Tensor, mask: Tensor | None, cut: Tensor, k: int) -> Te
     return torch.cat(kept)
 
 
+def _topk_packed(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
+    """Ascending column indices (rows, k) of 16-bit scores, whose many ties go into the key: 16 bits of order, then
+    16 of descending index."""
+    lowest_first = torch.arange(0xFFFF, 0xFFFF - score.shape[1], -1, dtype=torch.int32, device=score.device)
+    kept = []
+    for start in _row_chunks(score):
+        rows = slice(start, start + _chunk_rows(score))
+        key = ordered_keys(score[rows]).int()
+        if mask is not None:
+            key = torch.where(mask[rows], key, -0x8000)
+        best = ((key << 16) | lowest_first).topk(k, sorted=False).values
+        kept.append((0xFFFF - (best & 0xFFFF)).sort(1).values)
+    return torch.cat(kept).long()
+
+
 def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitude: bool, apply_relu: bool):
     """``torch.topk`` finds the entries; only rows whose k-th and (k + 1)-th tie need a second look."""
     rows, num_latents = pre.shape
@@ -60,6 +76,8 @@ def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitu
         by = torch.where(mask, by, -torch.inf)
     if k == num_latents:
         kept = torch.arange(k, device=pre.device).expand(rows, k)
+    elif rows and by.element_size() == 2 and num_latents <= 1 << 16:
+        kept = _topk_packed(by, mask, k)
     else:
         top, kept = by.topk(k + 1)
         kept = kept[:, :k]

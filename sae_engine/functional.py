@@ -339,10 +339,23 @@ def linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> Tensor:
         flat = check.matrix(x).to(dtype)
         if dtype in (torch.float32, torch.float64):
             out = flat @ W_enc.to(dtype) if b_enc is None else torch.addmm(b_enc.to(dtype), flat, W_enc.to(dtype))
+        elif x.is_cuda and not torch.is_grad_enabled():
+            out = _linear_16bit(flat, W_enc.to(dtype), b_enc)
         else:  # products of 16-bit numbers are exact in fp32: an fp32 GEMM of the rounded operands accumulates in fp32
             out = flat.float() @ W_enc.to(dtype).float()
             out = (out if b_enc is None else out + b_enc.float()).to(dtype)
     return out.view(*x.shape[:-1], W_enc.shape[1])
+
+
+def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The tensor cores' fp32 sums, biased and rounded once; row chunks bound the fp32 temporary to 256 MiB."""
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    step = max((1 << 26) // max(weight.shape[1], 1), 128)
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, start + step)
+        accumulated = torch.mm(x[rows], weight, out_dtype=torch.float32)
+        out[rows] = accumulated if bias is None else accumulated.add_(bias.float())
+    return out
 
 
 def _check_linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:

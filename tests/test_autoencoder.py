@@ -228,6 +228,19 @@ def test_two_runs_give_the_same_bits(activation):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.gpu
+def test_bf16_pre_activations_on_a_gpu():
+    x, weight = torch.randn(300, 64, device="cuda"), torch.randn(64, 5000, device="cuda")
+    bias = torch.randn(5000, device="cuda")
+    exact = x.bfloat16().double() @ weight.bfloat16().double() + bias.double()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        for needs_grad in (False, True):
+            with torch.set_grad_enabled(needs_grad):
+                pre = se.functional.linear(x, weight, bias)
+            assert pre.dtype == torch.bfloat16
+            assert (pre != exact.bfloat16()).float().mean() < 0.01  # only numbers near a rounding boundary
+
+
 def test_info_is_asked_for():
     sae = build(normalize_activations="layer_norm")
     x = torch.randn(B, D, dtype=torch.float64) * 5 + 2
