@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+
 from sae_engine import functional as f
 
 pytestmark = pytest.mark.serial

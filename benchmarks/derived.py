@@ -1,0 +1,130 @@
+"""What tables and figures compute from rows: speed-ups, rates, shares of the machine's roof, means over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from rows import Row
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One operation at one size and dtype on one device: the rows of all its providers."""
+
+    op_id: str
+    case: str
+    group: str
+    shape: dict[str, int | str]
+    dtype: str
+    rows: list[Row]
+
+    @property
+    def ours(self) -> Row | None:
+        return next((row for row in self.rows if row["provider"] == "ours"), None)
+
+    @property
+    def baseline(self) -> Row | None:
+        return next((row for row in self.rows if row["baseline"]), None)
+
+
+def cells(rows: Iterable[Row]) -> list[Cell]:
+    """Operation rows by cell, in order of first appearance. Pass :func:`rows.latest` rows."""
+    found: dict[tuple, Cell] = {}
+    for row in rows:
+        if row["kind"] != "operation":
+            continue
+        op_id = row["op"] if row["mode"] == "forward" else f"{row['op']}-{row['mode']}"
+        place = (op_id, row["case"], json.dumps(row["shape"], sort_keys=True), row["dtype"], row["device"])
+        if place not in found:
+            found[place] = Cell(op_id, row["case"], row["group"], row["shape"], row["dtype"], [])
+        found[place].rows.append(row)
+    return list(found.values())
+
+
+def speed_up(row: Row, cell: Cell) -> float:
+    """How many times faster than the cell's baseline; NaN without one."""
+    return cell.baseline["ms_p50"] / row["ms_p50"] if cell.baseline else float("nan")
+
+
+def bandwidth_gbps(row: Row) -> float:
+    """Unavoidable bytes over time, 1e9 bytes per second."""
+    return row["bytes"] / row["ms_p50"] / 1e6
+
+
+def rate_tflops(row: Row) -> float:
+    """Floating-point operations over time, 1e12 per second."""
+    return row["flops"] / row["ms_p50"] / 1e9
+
+
+def roof_of(rows: Iterable[Row], device: str, op: str, dtype: str | None = None) -> Row | None:
+    """The measured roof ("copy" or "gemm") of a device."""
+    for row in rows:
+        matches = row["kind"] == "roof" and row["op"] == op and row["device"] == device
+        if matches and (dtype is None or row["dtype"] == dtype):
+            return row
+    return None
+
+
+def means(rows: Iterable[Row]) -> list[Row]:
+    """Reconstruction rows averaged over seeds, with the lowest and highest error."""
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["kind"] == "reconstruction":
+            groups[row["rule"], row["knob_name"], row["knob"], row["provider"]].append(row)
+    averaged = ("mse", "fvu", "l0", "dead_fraction", "tokens_per_second")
+    return [
+        {
+            "rule": rule, "knob_name": knob_name, "knob": knob, "provider": provider,
+            "is_ours": provider == "sae_engine", "seeds": sorted(row["seed"] for row in found),
+            **{name: mean(row[name] for row in found) for name in averaged},
+            "mse_low": min(row["mse"] for row in found), "mse_high": max(row["mse"] for row in found),
+        }
+        for (rule, knob_name, knob, provider), found in groups.items()
+    ]  # fmt: skip
+
+
+def fmt_ms(ms: float) -> str:
+    """Milliseconds to three digits; microseconds below 0.1 ms."""
+    if ms < 0.1:
+        return f"{ms * 1e3:.3g} µs"
+    return f"{ms:.3g} ms" if ms < 1000 else f"{ms:,.0f} ms"
+
+
+def fmt_ratio(ratio: float) -> str:
+    """``1.87×``; two digits below 0.1."""
+    return f"{ratio:.2g}×" if ratio < 0.1 else f"{ratio:.2f}×"
+
+
+def fmt_spread(row: Row) -> str:
+    """``12.3 (12.1–12.9)``: median and the 20th and 80th percentile."""
+    middle, low, high = (f"{row[name]:.3g}" if row[name] < 1000 else f"{row[name]:.0f}"
+                         for name in ("ms_p50", "ms_p20", "ms_p80"))  # fmt: skip
+    return f"{middle} ({low}–{high})"
+
+
+def shape_text(shape: dict[str, int | str]) -> str:
+    """``B=2048 d=768 F=16384 k=32``."""
+    return " ".join(f"{name}={value}" for name, value in shape.items())
+
+
+def knob_text(row: Row) -> str:
+    """``k = 32`` or ``coeff = 1/32``."""
+    value = row["knob"]
+    return f"{row['knob_name']} = " + (f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table, padded so that it reads in a terminal too; the first ``left`` columns are left-aligned."""
+    lines = [[str(field) for field in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+
+    def padded(fields: Sequence[str]) -> str:
+        pairs = enumerate(zip(fields, widths, strict=True))
+        return "| " + " | ".join(f.ljust(w) if i < left else f.rjust(w) for i, (f, w) in pairs) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([padded(header), rule, *map(padded, lines)])

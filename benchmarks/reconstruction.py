@@ -1,0 +1,404 @@
+"""Reconstruction error: sparse autoencoders trained on a language model's residual stream, ours against dense PyTorch.
+
+    python benchmarks/reconstruction.py                                        # the embedded model
+    python benchmarks/reconstruction.py --model openai-community/gpt2 --layer 8 --full
+    python benchmarks/reconstruction.py --model path/to/folder --layer 3
+
+Every rule is trained through sae_engine for each k (or afa_coeff) and seed. The control is the same training in plain
+dense PyTorch (``torch.topk``, scatter, dense matmuls) from the same initial weights on the same batches: it must reach
+the same error. Inputs are normalised token by token, (x − mean) / (std + 1e-5) with the unbiased std, and all errors
+are in that space. No auxiliary loss. ``benchmarks/README.md`` has the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from progress import ProgressBar
+from rows import ROOT, Row, device_slug, environment, now_utc, store
+from timing import OtherLoad
+from torch import Tensor, nn
+
+import sae_engine as se
+from sae_engine.data import (
+    ActivationStore,
+    LanguageModel,
+    collect_activations,
+    evaluation_text,
+    load_language_model,
+    stdlib_texts,
+)
+
+CACHE = ROOT / ".cache" / "activations"
+SPACE = "per-token normalised: (x - mean) / (std_unbiased + 1e-5)"
+OURS, DENSE = "sae_engine", "dense PyTorch"
+NORMALISE_EPS = 1e-5
+LEARNING_RATE, BETAS = 3e-4, (0.9, 0.99)
+THRESHOLD_RATE = 0.05  # of BatchTopK's running threshold: these runs are too short for the usual 0.01 to catch up
+MEAN_TOKENS = 8192  # b_dec starts as the mean of so many
+WARM_STEPS = 5  # left out of tokens per second
+
+
+METHOD = f"Adam {LEARNING_RATE}, betas {BETAS}, unit-norm decoder rows, b_dec from the mean, no auxiliary loss"
+METHODS = {
+    "TopK": "tied unit-norm initial weights",
+    "BatchTopK": f"tied unit-norm initial weights, threshold rate {THRESHOLD_RATE}, held-out tokens by the threshold",
+    "top-AFA": "the authors' initial weights (Kaiming-uniform encoder, its directions as decoder)",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of one table share."""
+
+    d_sae: int
+    batch_tokens: int
+    train_tokens: int
+    eval_tokens: int | None  # None: all of the evaluation text
+    seeds: tuple[int, ...]
+    ks: tuple[int, ...]
+    afa_coeffs: tuple[float, ...]
+    control_ks: tuple[int, ...]  # the control is trained at these only, or at all with --full
+    control_afa_coeffs: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        return self.train_tokens // self.batch_tokens
+
+
+QUICK = Setting(512, 256, 256 * 40, 4096, (0,), (16,), (1 / 32,), (16,), (1 / 32,))
+DEFAULT = Setting(
+    d_sae=2048, batch_tokens=512, train_tokens=512 * 280, eval_tokens=None, seeds=(0, 1), ks=(16, 32, 64, 256),
+    afa_coeffs=(1 / 128, 1 / 32), control_ks=(32,), control_afa_coeffs=(1 / 32,),
+)  # fmt: skip
+FULL = Setting(
+    d_sae=12288, batch_tokens=4096, train_tokens=4096 * 600, eval_tokens=None, seeds=(0, 1, 2), ks=(32, 64, 128, 256),
+    afa_coeffs=(1 / 128, 1 / 64, 1 / 32, 1 / 16), control_ks=(32, 64, 128, 256),
+    control_afa_coeffs=(1 / 128, 1 / 64, 1 / 32, 1 / 16),
+)  # fmt: skip
+SETTINGS = {"quick": QUICK, "default": DEFAULT, "full": FULL}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a rule, its knob (k, or afa_coeff for top-AFA), an implementation and a seed."""
+
+    rule: str  # "TopK", "BatchTopK" or "top-AFA"
+    knob: float
+    implementation: str
+    seed: int
+
+    @property
+    def knob_name(self) -> str:
+        return "afa_coeff" if self.rule == "top-AFA" else "k"
+
+
+def plan(setting: Setting) -> list[Run]:
+    """All runs; a control stands beside the run that it controls, so that a slower machine slows both."""
+    runs = []
+    for rule, knobs, controlled in (
+        ("TopK", setting.ks, setting.control_ks),
+        ("BatchTopK", setting.ks, setting.control_ks),
+        ("top-AFA", setting.afa_coeffs, setting.control_afa_coeffs),
+    ):
+        for knob in knobs:
+            for seed in setting.seeds:
+                runs.append(Run(rule, knob, OURS, seed))
+                if knob in controlled:
+                    runs.append(Run(rule, knob, DENSE, seed))
+    return runs
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Collected training and held-out rows, and what a table has to say about them."""
+
+    train: ActivationStore
+    held_out: ActivationStore
+    mean: Tensor  # (d,) of the first training tokens, normalised
+    about: Row
+
+
+def collect(
+    lm: LanguageModel, layer: int, site: str, setting: Setting, *, cache: Path | None = None, progress: bool = True
+) -> Activations:
+    """Activations of the standard library's text to train on and of the fixed evaluation text to test on; cached."""
+    documents = list(stdlib_texts())
+    random.Random(0).shuffle(documents)
+    python = platform.python_version()
+    text = f"standard library of Python {python} without the held-out modules, documents in random order (seed 0)"
+    folder = (cache or CACHE) / f"{lm.sha256[:12]}-layer{layer}-{site}"
+    options: dict[str, Any] = {"layer": layer, "site": site, "batch_size": 16, "progress": progress}
+    train = collect_activations(
+        lm, documents, folder / f"train-{setting.train_tokens}-python{python}", max_tokens=setting.train_tokens,
+        text_source=text, **options,
+    )  # fmt: skip
+    held_out = collect_activations(
+        lm, evaluation_text(), folder / f"evaluation-{setting.eval_tokens or 'all'}", max_tokens=setting.eval_tokens,
+        text_source="sae_engine.data.evaluation_text()", **options,
+    )  # fmt: skip
+    if len(train) < setting.train_tokens:
+        raise ValueError(f"the text has {len(train)} tokens, {setting.train_tokens} were asked for")
+    name = "embedded model (GPT-2 architecture)" if lm.is_embedded else lm.name
+    about = {
+        "model": name, "revision": lm.revision, "sha256": lm.sha256, "d": lm.d_model, "layer": layer, "site": site,
+        "space": SPACE, "first_positions": "dropped", "text": text, "train_tokens": len(train),
+        "eval_tokens": len(held_out),
+    }  # fmt: skip
+    first = next(train.batches(min(MEAN_TOKENS, len(train)), shuffle=False, dtype=torch.float32))
+    return Activations(train, held_out, normalised(first).mean(0), about)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Each token minus its mean, over its unbiased standard deviation + 1e-5."""
+    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + NORMALISE_EPS)
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+class EngineModel(nn.Module):
+    """An autoencoder of sae_engine: codes all the way."""
+
+    def __init__(self, run: Run, d: int, d_sae: int, device: torch.device) -> None:
+        super().__init__()
+        activation: se.Activation = se.TopAFA()
+        if run.rule == "TopK":
+            activation = se.TopK(int(run.knob))
+        elif run.rule == "BatchTopK":
+            activation = se.BatchTopK(int(run.knob), threshold_lr=THRESHOLD_RATE)
+        self.sae = se.SparseAutoencoder(d, d_sae, activation, device=device)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
+        codes = self.sae.encode(x)
+        self.sae.activation.update(codes)
+        return self.sae.decode(codes), codes
+
+    @property
+    def parts(self) -> nn.Module:
+        return self.sae
+
+    def norm_gap(self, codes: se.SparseCodes, x: Tensor) -> Tensor:
+        return se.losses.norm_match(codes, x)
+
+    @staticmethod
+    def counts(codes: se.SparseCodes) -> tuple[Tensor, Tensor]:
+        """Non-zero entries, and whether each latent has any."""
+        values = codes.values
+        fired = torch.zeros(codes.num_latents, dtype=torch.bool, device=values.device)
+        fired[codes.indices[values != 0].long()] = True
+        return (values != 0).sum(), fired
+
+
+class DenseModel(nn.Module):
+    """The same autoencoder as people write it: stock operators, dense activations, dense matmuls."""
+
+    def __init__(self, run: Run, start: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        self.W_enc = nn.Parameter(start.W_enc.detach().clone(memory_format=torch.contiguous_format))
+        self.W_dec = nn.Parameter(start.W_dec.detach().clone())
+        self.b_enc = nn.Parameter(start.b_enc.detach().clone(), requires_grad=run.rule != "top-AFA")
+        self.b_dec = nn.Parameter(start.b_dec.detach().clone())
+        self.threshold: Tensor | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        centred = x - self.b_dec
+        acts = torch.relu(centred @ self.W_enc + self.b_enc)
+        kept = acts * self._mask(acts.detach(), centred.detach())
+        return kept @ self.W_dec + self.b_dec, kept
+
+    @property
+    def parts(self) -> nn.Module:
+        return self
+
+    def _mask(self, acts: Tensor, centred: Tensor) -> Tensor:
+        mask = torch.zeros_like(acts)
+        if self.run.rule == "TopK":
+            return mask.scatter_(1, acts.topk(int(self.run.knob)).indices, 1.0)
+        if self.run.rule == "BatchTopK":
+            if not self.training:
+                return (acts > self.threshold).to(acts)
+            values, positions = acts.flatten().topk(int(self.run.knob) * len(acts))
+            smallest = values[values > 0].min().double()
+            self.threshold = smallest if self.threshold is None else self.threshold.lerp(smallest, THRESHOLD_RATE)
+            return mask.view(-1).scatter_(0, positions, 1.0).view_as(acts)
+        energy, order = (acts * self.W_dec.detach().norm(dim=1)).square().sort(dim=1, descending=True)
+        norms = energy.cumsum(1).sqrt()
+        count = (norms - centred.norm(dim=1, keepdim=True)).abs().argmin(1, keepdim=True) + 1
+        return mask.scatter_(1, order, (torch.arange(acts.shape[1], device=acts.device) < count).to(acts))
+
+    def norm_gap(self, kept: Tensor, x: Tensor) -> Tensor:
+        return (kept.norm(dim=1) - x.norm(dim=1)).square().mean()
+
+    @staticmethod
+    def counts(kept: Tensor) -> tuple[Tensor, Tensor]:
+        return (kept != 0).sum(), (kept != 0).any(0)
+
+
+def build(run: Run, mean: Tensor, d_sae: int) -> EngineModel | DenseModel:
+    """Initial weights depend on rule, seed and ``mean`` (d,), where b_dec starts: run and control start alike."""
+    torch.manual_seed(run.seed)
+    model = EngineModel(run, len(mean), d_sae, mean.device)
+    with torch.no_grad():
+        model.sae.b_dec.copy_(mean)
+    if run.rule == "top-AFA":  # the authors' start: at it, the norm of the activations is the input's
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(model.sae.W_enc)
+            model.sae.W_dec.copy_(model.sae.W_enc.T / model.sae.W_enc.norm(dim=0)[:, None])
+    return model if run.implementation == OURS else DenseModel(run, model.sae)
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def training_step(model: EngineModel | DenseModel, optimizer: torch.optim.Optimizer, x: Tensor, run: Run) -> Tensor:
+    """One step; returns the squared error per element, before it."""
+    W_dec = model.parts.W_dec
+    x_hat, codes = model(x)
+    error = (x_hat - x).square().mean()
+    loss = error if run.rule != "top-AFA" else error + run.knob * model.norm_gap(codes, x)
+    optimizer.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
+        optimizer.step()
+        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+    return error.detach()
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.Adam(trained, lr=LEARNING_RATE, betas=BETAS)
+
+
+def batches(activations: ActivationStore, setting: Setting, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Normalised batches of one pass; the same seed gives the same."""
+    options: dict[str, Any] = {"seed": seed, "device": device, "dtype": torch.float32, "drop_last": True}
+    for x in activations.batches(setting.batch_tokens, **options):
+        yield normalised(x)
+
+
+def train(run: Run, data: Activations, setting: Setting, device: torch.device, bar: ProgressBar) -> Row:
+    """Trains once and evaluates on the held-out tokens: one row."""
+    model = build(run, data.mean.to(device), setting.d_sae)
+    optimizer = make_optimizer(model)
+    errors, started, others = [], time.perf_counter(), OtherLoad()
+    for step, x in enumerate(batches(data.train, setting, run.seed, device)):
+        if step == WARM_STEPS:
+            _wait(device)
+            started = time.perf_counter()
+        errors.append(training_step(model, optimizer, x, run))
+        bar.update()
+    _wait(device)
+    seconds = time.perf_counter() - started
+    other_load = others.cores()
+    timed_tokens = (len(errors) - WARM_STEPS) * setting.batch_tokens
+    last = torch.stack(errors[-max(len(errors) // 20, 1) :]).mean().item()
+    return {
+        "kind": "reconstruction", "rule": run.rule, "knob_name": run.knob_name, "knob": run.knob,
+        "provider": run.implementation, "seed": run.seed, **data.about, "d_sae": setting.d_sae,
+        "batch_tokens": setting.batch_tokens, "steps": len(errors),
+        "method": f"{METHOD}; {METHODS[run.rule]}",
+        **environment(device), **evaluate(model, data.held_out, setting, device),
+        "mse_train": _short(last), "tokens_per_second": _short(timed_tokens / seconds), "seconds": _short(seconds),
+        "other_load": other_load, "utc": now_utc(),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(
+    model: EngineModel | DenseModel, held_out: ActivationStore, setting: Setting, device: torch.device
+) -> dict[str, float]:
+    """Error per element, fraction of variance unexplained, entries per token, latents that fire on no token."""
+    model.eval()
+    tokens, squared, entries = 0, 0.0, 0
+    total = square_total = torch.zeros(held_out.d_model, dtype=torch.float64, device=device)
+    fired = torch.zeros(setting.d_sae, dtype=torch.bool, device=device)
+    for rows in held_out.batches(setting.batch_tokens, shuffle=False, device=device, dtype=torch.float32):
+        x = normalised(rows)
+        x_hat, codes = model(x)
+        count, which = model.counts(codes)
+        tokens, entries, fired = tokens + len(x), entries + int(count), fired | which
+        squared += float((x_hat.double() - x.double()).square().sum())
+        total, square_total = total + x.double().sum(0), square_total + x.double().square().sum(0)
+    variance = float((square_total - total.square() / tokens).sum())
+    model.train()
+    return {
+        "mse": _short(squared / (tokens * held_out.d_model)),
+        "fvu": _short(squared / variance),
+        "l0": _short(entries / tokens),
+        "dead_fraction": _short(1 - fired.double().mean().item()),
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.6g}")
+
+
+def measure(
+    device: torch.device, setting: Setting, *, model: str | None = None, layer: int | None = None,
+    site: str = "resid_pre", cache: Path | None = None, progress: bool = True,
+) -> Iterator[Row]:  # fmt: skip
+    """Collects what is missing, then yields one row per run.
+
+    Args:
+        model: as :func:`sae_engine.data.load_language_model`; None is the embedded model.
+        layer: None takes the one at two thirds of the depth, as layer 8 of GPT-2's 12.
+        cache: folder for activations; None is ``.cache/activations``.
+    """
+    lm = load_language_model(model, device=device, fallback=True)
+    layer = round(lm.num_layers * 2 / 3) if layer is None else layer
+    data = collect(lm, layer, site, setting, cache=cache, progress=progress)
+    del lm
+    runs = plan(setting)
+    with ProgressBar(total=len(runs) * setting.steps, desc="training", unit="step", disable=not progress) as bar:
+        for run in runs:
+            bar.set_postfix_str(f"{run.rule} {run.knob_name}={run.knob:g} {run.implementation} seed {run.seed}")
+            yield train(run, data, setting, device, bar)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train sparse autoencoders and store what they reach.")
+    parser.add_argument("--model", help="hub name or folder; default: the embedded model")
+    parser.add_argument("--layer", type=int, help="default: two thirds of the depth")
+    parser.add_argument("--site", default="resid_pre")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="a smoke run; its rows are printed, not stored")
+    extent.add_argument("--full", action="store_true", help="d_sae 12288, 2.5 M tokens, every control")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    setting = QUICK if arguments.quick else FULL if arguments.full else DEFAULT
+    file = arguments.out / device_slug(device) / "reconstruction.jsonl"
+    for row in measure(device, setting, model=arguments.model, layer=arguments.layer, site=arguments.site):
+        if not arguments.quick:
+            store(file, [row])
+        shown = ("rule", "knob", "provider", "seed", "mse", "fvu", "l0", "dead_fraction", "tokens_per_second")
+        print("  ".join(f"{name} {row[name]}" for name in shown), flush=True)
+    if not arguments.quick:
+        print(f"rows in {file}")
+
+
+if __name__ == "__main__":
+    main()

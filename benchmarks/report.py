@@ -1,0 +1,214 @@
+"""The report: Markdown tables as a pure function of stored rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+
+from derived import (
+    Cell,
+    bandwidth_gbps,
+    cells,
+    fmt_ms,
+    fmt_ratio,
+    fmt_spread,
+    knob_text,
+    means,
+    rate_tflops,
+    roof_of,
+    shape_text,
+    speed_up,
+    table,
+)
+from rows import Row, latest
+
+NOT_MEASURED = "not measured"
+BUSY_CORES = 0.15  # other processes' load above which a report says so
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """What the terminal shows: ours against the baseline of each operation, then the errors."""
+    rows = latest(rows)
+    lines = []
+    for cell in cells(rows):
+        if cell.ours and cell.baseline:
+            size = cell.case if cell.case.endswith(cell.dtype) else f"{cell.case}, {cell.dtype}"
+            lines.append([
+                cell.op_id, size, fmt_ms(cell.ours["ms_p50"]), fmt_ms(cell.baseline["ms_p50"]),
+                fmt_ratio(speed_up(cell.ours, cell)), cell.baseline["provider"],
+            ])  # fmt: skip
+    parts = []
+    if lines:
+        header = ("operation", "size", "ours", "baseline", "speed-up", "baseline is")
+        parts.append(table(header, lines, left=2))
+    parts += [_reconstruction_table(found) for found in _by_setting(rows).values()]
+    return "\n\n".join(parts)
+
+
+def markdown(rows: Iterable[Row], figures: Sequence[Path], skipped: Sequence[str] = ()) -> str:
+    """The whole report. ``figures`` lie beside it; ``skipped`` are lines about what has no numbers."""
+    rows = latest(rows)
+    operations = [row for row in rows if row["kind"] == "operation"]
+    parts = ["# Benchmarks", _machine(rows)]
+    if operations:
+        parts += ["## Operations", _legend(rows), *_pictures(figures, "operations"), *_pictures(figures, "sweep")]
+        groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+        for cell in cells(rows):
+            groups[cell.case, cell.dtype].append(cell)
+        for (case, dtype), found in groups.items():
+            widest = max((cell.shape for cell in found), key=len)
+            parts += [f"### {case}, {dtype}: {shape_text(widest)}", _operations_table(found, rows)]
+        if not any(row["cuda"] for row in operations):
+            parts.append(f"On a GPU (S1, S2, S3 in bf16 and fp32; sweeps over F and k): {NOT_MEASURED}.")
+    trained = _by_setting(rows)
+    if trained:
+        parts += ["## Reconstruction", *_pictures(figures, "reconstruction")]
+        for found in trained.values():
+            parts += [_setting_text(found), _reconstruction_table(found), _agreement(found)]
+    if skipped:
+        parts += ["## Without numbers", "\n".join(f"- {line}" for line in skipped)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pictures(figures: Sequence[Path], prefix: str) -> list[str]:
+    return [f"![{path.stem}]({path.name})" for path in figures if path.name.startswith(prefix)]
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        commit = "not committed" if row["commit"] is None else row["commit"][:12]
+        commit += " with uncommitted changes" if row["dirty"] else ""
+        versions = [f"Python {row['python']}", f"torch {row['torch']}", f"triton {row['triton'] or 'not installed'}"]
+        versions += [f"CUDA {row['cuda']}, driver {row['driver']}"] if row["cuda"] else []
+        line = f"{row['device']}; {', '.join(versions)}; commit {commit}"
+        if line not in lines:
+            lines.append(line)
+    dates = sorted(row["utc"] for row in rows)
+    lines.append(f"measured {dates[0]} to {dates[-1]}")
+    loads = [row["other_load"] for row in rows if row.get("other_load") is not None]
+    if loads:
+        lines.append(
+            f"other processes kept {mean(loads):.1f} CPU cores busy on average, {max(loads):.1f} at most"
+            + (": **the machine was not quiet, times are too long**" if mean(loads) > BUSY_CORES else "")
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _legend(rows: Sequence[Row]) -> str:
+    text = [
+        "Median milliseconds of one call (20th–80th percentile). Every operation's tests were green and every "
+        "provider's result agreed with the reference before it was timed. GB/s counts the unavoidable bytes: each "
+        "input once, each output once. The baseline is stock PyTorch with the same kind of result, at its best setting."
+    ]
+    for device in dict.fromkeys(row["device"] for row in rows):
+        copy = roof_of(rows, device, "copy")
+        if copy:
+            rates = [f"copy {bandwidth_gbps(copy):.1f} GB/s"]
+            for dtype in ("float32", "bfloat16"):
+                gemm = roof_of(rows, device, "gemm", dtype)
+                rates += [f"{dtype} GEMM {rate_tflops(gemm):.3g} TFLOP/s"] if gemm else []
+            text.append(f"Measured roof of {device}: {', '.join(rates)}.")
+    return "\n\n".join(text)
+
+
+def _operations_table(found: Sequence[Cell], rows: Sequence[Row]) -> str:
+    on_gpu = any(row["peak_mem_bytes"] is not None for cell in found for row in cell.rows)
+    header = ["operation", "provider", "ms", "speed-up", "GB/s", "% of copy", "% of GEMM"]
+    header += ["peak MB"] if on_gpu else []
+    lines = []
+    for cell in found:
+        for row in cell.rows:
+            copy = roof_of(rows, row["device"], "copy")
+            gemm = roof_of(rows, row["device"], "gemm", row["dtype"])
+            provider = f"**{row['provider']}**" if row["provider"].startswith("ours") else row["provider"]
+            remarks = [*(["baseline"] if row["baseline"] else []), *([row["note"]] if row["note"] else [])]
+            provider += f" ({', '.join(remarks)})" if remarks else ""
+            first = row is cell.rows[0]
+            line = [
+                cell.op_id if first else "", provider, fmt_spread(row), fmt_ratio(speed_up(row, cell)),
+                f"{bandwidth_gbps(row):.3g}",
+                f"{100 * bandwidth_gbps(row) / bandwidth_gbps(copy):.0f}" if copy else "",
+                f"{100 * rate_tflops(row) / rate_tflops(gemm):.0f}" if gemm and row["flops"] else "",
+            ]  # fmt: skip
+            if on_gpu:
+                line.append("" if row["peak_mem_bytes"] is None else f"{row['peak_mem_bytes'] / 1e6:.0f}")
+            lines.append(line)
+    return table(header, lines, left=2)
+
+
+def _by_setting(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
+    """Reconstruction rows by what all runs of one table share."""
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    shared = ("sha256", "layer", "site", "space", "d_sae", "train_tokens", "eval_tokens", "batch_tokens", "device")
+    for row in rows:
+        if row["kind"] == "reconstruction":
+            groups[tuple(row[name] for name in shared)].append(row)
+    return groups
+
+
+def _setting_text(found: Sequence[Row]) -> str:
+    first = found[0]
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in found})))
+    methods = dict.fromkeys((row["rule"], row["method"]) for row in found)
+    by_method: dict[str, list[str]] = defaultdict(list)
+    for rule, text in methods:
+        by_method[text].append(rule)
+    revision = f", revision {first['revision']}" if first["revision"] else ""
+    facts = [
+        f"model: {first['model']}{revision}, sha256 of the weights `{first['sha256']}`",
+        f"activations: layer {first['layer']}, {first['site']}, d = {first['d']}; each context's first position "
+        f"{first['first_positions']}",
+        f"space: {first['space']}; all errors are in it",
+        f"autoencoder: {first['d_sae']} latents; {first['train_tokens']:,} training tokens, {first['steps']} steps of "
+        f"{first['batch_tokens']}",
+        f"training text: {first['text']}",
+        f"held-out text: sae_engine.data.evaluation_text(), {first['eval_tokens']:,} tokens",
+        f"seeds: {seeds}",
+        *(f"{', '.join(rules)}: {text}" for text, rules in by_method.items()),
+    ]
+    return "\n".join(f"- {fact}" for fact in facts)
+
+
+def _reconstruction_table(found: Sequence[Row]) -> str:
+    header = ("rule", "setting", "trained by", "MSE", "MSE of each seed", "FVU", "L0", "dead", "tokens/s")
+    seeds: dict[tuple, list[Row]] = defaultdict(list)
+    for row in found:
+        seeds[row["rule"], row["knob"], row["provider"]].append(row)
+    lines = []
+    for m in means(found):
+        each = sorted(seeds[m["rule"], m["knob"], m["provider"]], key=lambda row: row["seed"])
+        rule = "BatchTopK = mutual choice" if m["rule"] == "BatchTopK" else m["rule"]
+        lines.append([
+            rule, knob_text(m), m["provider"], f"{m['mse']:.4f}", " ".join(f"{row['mse']:.4f}" for row in each),
+            f"{m['fvu']:.4f}", f"{m['l0']:.1f}", f"{100 * m['dead_fraction']:.1f} %", f"{m['tokens_per_second']:,.0f}",
+        ])  # fmt: skip
+    return table(header, lines, left=3)
+
+
+def _agreement(found: Sequence[Row]) -> str:
+    """Ours against the control, seed by seed, beside what another seed changes."""
+    pairs = []
+    for row in found:
+        control = next(
+            (r for r in found if r["provider"] != row["provider"] and row["provider"] == "sae_engine"
+             and (r["rule"], r["knob"], r["seed"]) == (row["rule"], row["knob"], row["seed"])), None,
+        )  # fmt: skip
+        if control:
+            pairs.append((row, control))
+    if not pairs:
+        return "No dense control has been trained at this setting."
+    lines = []
+    for rule, knob in dict.fromkeys((a["rule"], a["knob"]) for a, _ in pairs):
+        mine = [(a, b) for a, b in pairs if (a["rule"], a["knob"]) == (rule, knob)]
+        gap = max(abs(a["mse"] - b["mse"]) / b["mse"] for a, b in mine)
+        errors = [b["mse"] for _, b in mine]
+        spread = (max(errors) - min(errors)) / max(errors)
+        between = f"two seeds differ by {100 * spread:.2f} %" if len(errors) > 1 else "one seed"
+        lines.append(
+            f"- {rule}, {knob_text(mine[0][0])}: at most {100 * gap:.3f} % apart from dense PyTorch on the same seed; "
+            f"{between}"
+        )
+    return "Agreement with the dense control (held-out MSE, same initial weights, same batches):\n\n" + "\n".join(lines)
