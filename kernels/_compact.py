@@ -3,29 +3,65 @@
 Every rule whose rows are not written by its own kernel ends here: it has found, for each row, a `cut` (keep the keys
 above it) and a `quota` (keep the first so many keys equal to it).
 """
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
-from ._device import keep_first, load_key, relu
+from ._device import ABSENT, keep_first, load_key, relu
+
+
+class Candidates(NamedTuple):
+    """The groups of latents that may hold kept entries, as compressed rows."""
+
+    indices: torch.Tensor | None = None  # (M,) int32, ascending in a row
+    offsets: torch.Tensor | None = None  # (B + 1,) int64
+    size: int = 1  # latents of a group
+
+
+EVERY_LATENT = Candidates()
+
+
+@triton.jit
+def lane_range(offsets_ptr, row, F, HAS_GROUPS: tl.constexpr, G: tl.constexpr):
+    """Where a row's groups start, and over how many lanes its entries spread."""
+    first = row * 0
+    lanes = F
+    if HAS_GROUPS:
+        first = tl.load(offsets_ptr + row)
+        lanes = (tl.load(offsets_ptr + row + 1) - first).to(tl.int32) * G
+    return first, lanes
+
+
+@triton.jit
+def lane_columns(groups_ptr, first, lane, lanes, F, HAS_GROUPS: tl.constexpr, G: tl.constexpr):
+    """The columns of a tile of lanes, ascending, and which of them exist."""
+    present = lane < lanes
+    cols = lane
+    if HAS_GROUPS:
+        cols = tl.load(groups_ptr + first + lane // G, mask=present, other=0) * G + lane % G
+        present = present & (cols < F)
+    return cols, present
 
 
 @triton.jit
 def _compact_kernel(
-    score_ptr,    # [B, F] in: what ranks
-    pre_ptr,      # [B, F] in: what is kept
-    mask_ptr,     # [F] or [B, F] in, bool, or unused
-    weight_ptr,   # [F] in, or unused
-    cut_ptr,      # [B] in, int32
-    quota_ptr,    # [B] in, int32
-    offsets_ptr,  # [B + 1] in, int64
-    maxima_ptr,   # [B, NG] in, int32: group maxima, whose groups below the cut are not read; or unused
-    values_ptr,   # [N] out
-    indices_ptr,  # [N] out, int32
-    F, NG, stride_sb, stride_sf, stride_pb, stride_pf, stride_mb, stride_mf, stride_wf,
+    score_ptr,          # [B, F] in: what ranks
+    pre_ptr,            # [B, F] in: what is kept
+    mask_ptr,           # [F] or [B, F] in, bool, or unused
+    weight_ptr,         # [F] in, or unused
+    cut_ptr,            # [B] in, int32
+    quota_ptr,          # [B] in, int32
+    offsets_ptr,        # [B + 1] in, int64
+    groups_ptr,         # [M] in, int32: the groups that are looked at; or unused
+    group_offsets_ptr,  # [B + 1] in, int64, or unused
+    values_ptr,         # [N] out
+    indices_ptr,        # [N] out, int32
+    F, stride_sb, stride_sf, stride_pb, stride_pf, stride_mb, stride_mf, stride_wf,
     MAGNITUDE: tl.constexpr, RANK_RELU: tl.constexpr, VALUE_RELU: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_MAXIMA: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_GROUPS: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr,
     G: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One row, tile by tile in column order, until it has written its share."""
@@ -37,37 +73,38 @@ def _compact_kernel(
     cut = tl.load(cut_ptr + row)
     quota = tl.load(quota_ptr + row)
     start = tl.load(offsets_ptr + row)
-    end = tl.load(offsets_ptr + row + 1)
+    room = (tl.load(offsets_ptr + row + 1) - start).to(tl.int32)
+    values_ptr += start
+    indices_ptr += start
+    first, lanes = lane_range(group_offsets_ptr, row, F, HAS_GROUPS, G)
+    written = tl.full((), 0, tl.int32)
     tile = tl.full((), 0, tl.int32)
-    while (tile * BLOCK < F) & (start < end):
-        cols = tile * BLOCK + tl.arange(0, BLOCK)
-        present = cols < F
-        if HAS_MAXIMA:
-            present = present & (tl.load(maxima_ptr + row * NG + cols // G, mask=present, other=cut - 1) >= cut)
+    while (tile * BLOCK < lanes) & (written < room):
+        lane = tile * BLOCK + tl.arange(0, BLOCK)
+        cols, present = lane_columns(groups_ptr, first, lane, lanes, F, HAS_GROUPS, G)
         at = cols.to(tl.int64) if WIDE else cols
         key = load_key(score_ptr, mask_ptr, weight_ptr, at, present, stride_sf, stride_mf, stride_wf,
                        MAGNITUDE, RANK_RELU, HAS_MASK, HAS_WEIGHT, SHIFT)
         keep, position = keep_first(key, cut, quota)
-        keep = keep & present
-        value = tl.load(pre_ptr + at * stride_pf, mask=keep, other=0.0)
+        position += written
+        keep = keep & present & (position < room)  # a row cut short by its capacity
+        tl.store(indices_ptr + position, cols, mask=keep)
+        unmasked = keep
+        if HAS_MASK:
+            unmasked = keep & (key > (ABSENT >> SHIFT) + 1)  # masked entries fill the row as zeros
+        value = tl.load(pre_ptr + at * stride_pf, mask=unmasked, other=0.0)
         if VALUE_RELU:
             value = relu(value.to(tl.float32)).to(value.dtype)
-        if HAS_MASK:
-            allowed = tl.load(mask_ptr + at * stride_mf, mask=keep, other=0) != 0
-            value = tl.where(allowed, value.to(tl.float32), 0.0).to(value.dtype)
-        entry = start + position
-        keep = keep & (entry < end)  # a row cut short by its capacity
-        tl.store(indices_ptr + entry, cols, mask=keep)
-        tl.store(values_ptr + entry, value, mask=keep)
+        tl.store(values_ptr + position, value, mask=keep)
         equal = tl.sum((present & (key == cut)).to(tl.int32), axis=0)
-        start += tl.sum((present & (key > cut)).to(tl.int32), axis=0) + tl.minimum(equal, quota)
+        written += tl.sum((present & (key > cut)).to(tl.int32), axis=0) + tl.minimum(equal, quota)
         quota -= tl.minimum(equal, quota)
         tile += 1
 
 
 def compact(
     pre, score, mask, weight, cut, quota, offsets, values, indices, *,
-    magnitude, rank_relu, value_relu, shift, maxima=None, group_size=1,
+    magnitude, rank_relu, value_relu, shift, groups=EVERY_LATENT,
 ):
     """Fills ``values`` and ``indices`` (N,); F, strides and dtypes are those of ``pre`` and ``score`` (B, F)."""
     rows, num_latents = pre.shape
@@ -75,16 +112,15 @@ def compact(
         return
     mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
     weight_stride = 0 if weight is None else weight.stride(0)
-    block = min(_tuning.stream_block(num_latents), 2048)  # the scan's shared memory grows with the tile
+    block = _tuning.stream_block(num_latents, 2048)
     _compact_kernel[(rows,)](
-        score, pre, mask, weight, cut, quota, offsets, maxima, values, indices,
-        F=num_latents, NG=0 if maxima is None else maxima.shape[1],
-        stride_sb=score.stride(0), stride_sf=score.stride(1), stride_pb=pre.stride(0), stride_pf=pre.stride(1),
-        stride_mb=mask_strides[0], stride_mf=mask_strides[1], stride_wf=weight_stride,
+        score, pre, mask, weight, cut, quota, offsets, groups.indices, groups.offsets, values, indices,
+        F=num_latents, stride_sb=score.stride(0), stride_sf=score.stride(1), stride_pb=pre.stride(0),
+        stride_pf=pre.stride(1), stride_mb=mask_strides[0], stride_mf=mask_strides[1], stride_wf=weight_stride,
         MAGNITUDE=magnitude, RANK_RELU=rank_relu, VALUE_RELU=value_relu, HAS_MASK=mask is not None,
-        HAS_WEIGHT=weight is not None, HAS_MAXIMA=maxima is not None, SHIFT=shift,
+        HAS_WEIGHT=weight is not None, HAS_GROUPS=groups.indices is not None, SHIFT=shift,
         WIDE=_tuning.is_wide(*(num_latents * s for s in (score.stride(1), pre.stride(1), mask_strides[1]))),
-        G=group_size, BLOCK=block, num_warps=_tuning.num_warps(block),
+        G=groups.size, BLOCK=block, num_warps=_tuning.scan_warps(block),
     )
 
 

@@ -28,18 +28,59 @@ def load_key(
     MAGNITUDE: tl.constexpr, RELU: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Keys of a tile of a row, shifted right by SHIFT (_tuning.key_shift); lanes that are not `present` are ABSENT."""
-    score = tl.load(score_ptr + cols * stride_f, mask=present, other=0.0).to(tl.float32)
-    if MAGNITUDE:
-        score = tl.abs(score)
-    if RELU:
-        score = relu(score)
-    if HAS_WEIGHT:
-        score = score * tl.load(weight_ptr + cols * stride_wf, mask=present, other=0.0).to(tl.float32)
-    key = ordered_key(score) >> SHIFT
+    """Keys of a tile of a row, shifted right by SHIFT (_tuning.key_shift); lanes that are not `present` are ABSENT.
+
+    A matrix of int32 holds such keys already.
+    """
+    score = tl.load(score_ptr + cols * stride_f, mask=present, other=0)
+    if score.dtype == tl.int32:
+        key = score
+    else:
+        score = score.to(tl.float32)
+        if MAGNITUDE:
+            score = tl.abs(score)
+        if RELU:
+            score = relu(score)
+        if HAS_WEIGHT:
+            score = score * tl.load(weight_ptr + cols * stride_wf, mask=present, other=0.0).to(tl.float32)
+        key = ordered_key(score) >> SHIFT
     if HAS_MASK:
         key = tl.where(tl.load(mask_ptr + cols * stride_mf, mask=present, other=0) != 0, key, (ABSENT >> SHIFT) + 1)
     return tl.where(present, key, ABSENT >> SHIFT)
+
+
+@triton.jit
+def load_group_maxima(
+    score_ptr, mask_ptr,  # row pointers: [F], [F] or unused
+    cols, present, stride_f, stride_mf,
+    MAGNITUDE: tl.constexpr, RELU: tl.constexpr, HAS_MASK: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr,
+):
+    """The largest key of each group of G lanes of a tile.
+
+    A maximum that keeps NaN commutes with the key and costs an instruction per pair of 16-bit values, where the key
+    costs ten per value: the neighbours that one 16-byte load brings are reduced as floats.
+    """
+    lanes: tl.constexpr = cols.shape[0]
+    neighbours: tl.constexpr = 128 // score_ptr.dtype.element_ty.primitive_bitwidth
+    lowest: tl.constexpr = 0.0 if MAGNITUDE else float("-inf")
+    score = tl.load(score_ptr + cols * stride_f, mask=present, other=lowest).to(tl.float32)
+    if MAGNITUDE:
+        score = tl.abs(score)
+    if HAS_MASK:
+        allowed = tl.load(mask_ptr + cols * stride_mf, mask=present, other=0) != 0
+        score = tl.where(allowed, score, lowest)
+    for step in tl.static_range(3):
+        if (2 << step <= G) & (2 << step <= neighbours):
+            left, right = tl.split(tl.reshape(score, (lanes >> (step + 1), 2)))
+            score = tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+    if RELU:
+        score = relu(score)
+    key = ordered_key(score) >> SHIFT
+    maxima = tl.max(tl.reshape(key, (lanes // G, key.shape[0] * G // lanes)), axis=1)
+    if HAS_MASK:
+        some = tl.max(tl.reshape(allowed.to(tl.int32), (lanes // G, G)), axis=1)
+        maxima = tl.where(some == 1, maxima, (ABSENT >> SHIFT) + 1)
+    return maxima
 
 
 @triton.jit

@@ -14,7 +14,7 @@ DENSE_SHARE = {
     "cuda": {"decode": 0.02, "decode_backward_values": 0.02, "decode_backward_weight": 0.02},
 }
 
-MAX_TILE = 8192  # lanes of one tile: 32 registers per thread at 8 warps
+MAX_TILE = 8192  # lanes of one tile that stays in registers, at 16 warps
 
 
 def next_power_of_2(n: int) -> int:
@@ -27,8 +27,13 @@ def key_shift(dtype: torch.dtype) -> int:
 
 
 def num_warps(lanes: int) -> int:
-    """32 lanes a thread at most: beyond it the keys of a tile no longer fit the registers."""
-    return 8 if lanes > 4096 else 4
+    """16 lanes a thread: with 32, selection takes 200 registers and spills on some architectures."""
+    return min(max(lanes // 512, 4), 16)
+
+
+def scan_warps(lanes: int) -> int:
+    """8 lanes a thread: the positions of a scan and the addresses they become take the registers."""
+    return num_warps(2 * lanes)
 
 
 class Groups(NamedTuple):
@@ -37,6 +42,7 @@ class Groups(NamedTuple):
     size: int  # G, latents of a group
     number: int  # ceil(F / G)
     block: int  # latents of one streaming tile
+    warps: int
 
 
 def _balanced_size(num_latents: float, k: float) -> int:
@@ -51,7 +57,7 @@ def batch_groups(rows: int, num_latents: int, total: int) -> Groups | None:
     """Groups for ``total`` entries of a whole matrix, each inside one row and one tile; None: too many to pay."""
     block = stream_block(num_latents)
     size = min(_balanced_size(num_latents, total / rows), block)
-    return None if size == 1 else Groups(size, -(-num_latents // size), block)
+    return None if size == 1 else Groups(size, -(-num_latents // size), block, num_warps(block))
 
 
 def row_groups(num_latents: int, k: int) -> Groups | None:
@@ -59,14 +65,23 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
     size = _balanced_size(num_latents, k)
     while -(-num_latents // size) > MAX_TILE:
         size *= 2
-    if size == 1 or next_power_of_2(k) * size > MAX_TILE:
+    number = -(-num_latents // size)
+    lanes = max(next_power_of_2(number), next_power_of_2(k) * size)
+    if size == 1 or lanes > MAX_TILE:
         return None
-    return Groups(size, -(-num_latents // size), stream_block(num_latents, size))
+    warps = num_warps(lanes)
+    # 32 latents a thread: four loads in flight, since the registers of the selection leave few programs to a processor
+    return Groups(size, number, max(stream_block(num_latents, 1024 * warps), size), warps)
 
 
-def stream_block(num_latents: int, at_least: int = 1) -> int:
+def stream_block(num_latents: int, most: int = 4096) -> int:
     """Tile of a streaming pass: 16 bytes a thread and several loads in flight, no wider than the row needs."""
-    return max(min(next_power_of_2(num_latents), 4096), at_least, 16)
+    return max(min(next_power_of_2(num_latents), most), 16)
+
+
+def shares_of_row(rows: int) -> int:
+    """Programs for one row in passes whose rows can be divided: a few per processor, however few the rows."""
+    return -(-1024 // rows)
 
 
 def is_dense(operation: str, entries: int, rows: int, columns: int, device_type: str) -> bool:

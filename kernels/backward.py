@@ -41,15 +41,16 @@ def _values_kernel(
 def _weighted_rows(
     acc, grad_ptr, values_ptr, rows_ptr, positions_ptr, entry, end, offs_d, mask_d, stride_gb, IN_FLIGHT: tl.constexpr
 ):
-    """acc plus the sum of value * grad[row] over entries [entry, end), in order."""
+    """acc plus the sum of value * grad[row] over entries [entry, end), IN_FLIGHT at a time in entry order."""
     while entry < end:
-        for step in tl.static_range(IN_FLIGHT):
-            present = entry + step < end
-            row = tl.load(rows_ptr + entry + step, mask=present, other=0).to(tl.int64)
-            position = tl.load(positions_ptr + entry + step, mask=present, other=0)
-            value = tl.load(values_ptr + position, mask=present, other=0.0).to(tl.float32)
-            grad = tl.load(grad_ptr + row * stride_gb + offs_d, mask=mask_d & present, other=0.0)
-            acc += value * grad.to(tl.float32)
+        entries = entry + tl.arange(0, IN_FLIGHT)
+        present = entries < end
+        row = tl.load(rows_ptr + entries, mask=present, other=0).to(tl.int64)
+        position = tl.load(positions_ptr + entries, mask=present, other=0)
+        value = tl.load(values_ptr + position, mask=present, other=0.0).to(tl.float32)
+        at = row[:, None] * stride_gb + offs_d[None, :]  # [IN_FLIGHT, BLOCK_D]
+        grad = tl.load(grad_ptr + at, mask=present[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+        acc += tl.sum(value[:, None] * grad, axis=0)
         entry += IN_FLIGHT
     return acc
 

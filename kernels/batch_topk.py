@@ -1,8 +1,8 @@
 """Batch top-k (mutual choice): exactly `total` entries of the whole matrix, ranked by (relu(pre), flat index).
 
-Math      the top `total` lie inside the groups whose maximum reaches the `total`-th largest group maximum
-Grid      group maxima (B,); digit passes over tiles; counts and compaction (B,)
-Traffic   reads B*F*s once for the maxima, then per digit pass only the groups that reach the bound
+Math      the first `total` entries lie inside the `total` groups of G latents that rank first by their maximum
+Grid      group maxima (B, tiles of a row); digit passes (B, shares of a row); counts and compaction (B,)
+Traffic   reads B*F*s once for the maxima, then, per digit, the maxima and the total*G entries of the chosen groups
 Numerics  exact; integer histograms only, so atomics do not reorder anything; no host synchronisation
 Source    Bussmann et al. 2024, arXiv:2412.06410; Ayonrinde 2024, arXiv:2411.02124 (mutual choice)
 """
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from . import _tuning
-from ._compact import compact
-from ._device import ABSENT, load_key
+from ._compact import EVERY_LATENT, Candidates, compact, lane_columns, lane_range
+from ._device import load_group_maxima, load_key
 
 
 @triton.jit
@@ -43,19 +43,6 @@ def _key_of_prefix(prefix, DIGITS: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _count_digits(counts_ptr, key, present, rank, DIGIT: tl.constexpr, SHIFT: tl.constexpr):
-    """Adds the tile's histogram of digit DIGIT, over keys that share the digits already resolved."""
-    unsigned = (key << SHIFT).to(tl.uint32, bitcast=True) ^ 0x80000000
-    if DIGIT > 0:
-        prefix, _ = _resolve(counts_ptr, rank, DIGIT)
-        present = present & ((unsigned >> (32 - 8 * DIGIT)) == prefix)
-    digit = ((unsigned >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
-    histogram = tl.histogram(tl.where(present, digit, 0), 256, mask=present)
-    bins = tl.arange(0, 256)
-    tl.atomic_add(counts_ptr + DIGIT * 256 + bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
-
-
-@triton.jit
 def _group_max_kernel(
     pre_ptr, mask_ptr, maxima_ptr,  # [B, F] in, [F] or [B, F] in or unused, [B, NG] out, int32
     F, NG, stride_pb, stride_pf, stride_mb, stride_mf,
@@ -68,126 +55,130 @@ def _group_max_kernel(
         mask_ptr += row * stride_mb
     cols = tile * BLOCK + tl.arange(0, BLOCK)
     at = cols.to(tl.int64) if WIDE else cols
-    key = load_key(pre_ptr + row * stride_pb, mask_ptr, pre_ptr, at, cols < F, stride_pf, stride_mf, 0,
-                   False, True, HAS_MASK, False, SHIFT)
+    maxima = load_group_maxima(pre_ptr + row * stride_pb, mask_ptr, at, cols < F, stride_pf, stride_mf,
+                               False, True, HAS_MASK, SHIFT, G)
     groups = tile * (BLOCK // G) + tl.arange(0, BLOCK // G)
-    tl.store(maxima_ptr + row * NG + groups, tl.max(tl.reshape(key, (BLOCK // G, G)), axis=1), mask=groups < NG)
+    tl.store(maxima_ptr + row * NG + groups, maxima, mask=groups < NG)
 
 
 @triton.jit
-def _maxima_digit_kernel(
-    maxima_ptr, counts_ptr, size, rank,  # [size] in, [4, 256] in/out, int64
-    DIGIT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """One tile of the group maxima, added to the histogram of one digit."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(maxima_ptr + offs, mask=offs < size, other=0)
-    _count_digits(counts_ptr, key, offs < size, rank.to(tl.int64), DIGIT, SHIFT)
-
-
-@triton.jit
-def _load_reaching(
-    pre_ptr, mask_ptr, maxima_ptr, row, cols, bound, F, NG, stride_pb, stride_pf, stride_mb, stride_mf,
-    HAS_MASK: tl.constexpr, HAS_MAXIMA: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
-):
-    """Keys of a tile; only groups whose maximum reaches `bound` are read."""
-    present = cols < F
-    if HAS_MAXIMA:
-        present = present & (tl.load(maxima_ptr + row * NG + cols // G, mask=present, other=bound - 1) >= bound)
-    if HAS_MASK:
-        mask_ptr += row * stride_mb
-    at = cols.to(tl.int64) if WIDE else cols
-    key = load_key(pre_ptr + row * stride_pb, mask_ptr, pre_ptr, at, present, stride_pf, stride_mf, 0,
-                   False, True, HAS_MASK, False, SHIFT)
-    return key, present
-
-
-@triton.jit
-def _entry_digit_kernel(
-    pre_ptr, mask_ptr, maxima_ptr,     # [B, F] in, [F] or [B, F] in or unused, [B, NG] in or unused
-    maxima_counts_ptr, counts_ptr,     # [4, 256] in, [4, 256] in/out, int64
-    F, NG, rank, stride_pb, stride_pf, stride_mb, stride_mf,
-    DIGIT: tl.constexpr, DIGITS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_MAXIMA: tl.constexpr,
+def _digit_kernel(
+    score_ptr, mask_ptr,            # [B, F] in, [F] or [B, F] in or unused
+    groups_ptr, group_offsets_ptr,  # [M] in, int32, and [B + 1] in, int64; or unused
+    counts_ptr,                     # [4, 256] in/out, int64
+    F, rank, stride_sb, stride_sf, stride_mb, stride_mf,
+    DIGIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUPS: tl.constexpr,
     SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One tile of one row, added to the histogram of one digit of the entries."""
+    """A share of one row, added to the histogram of digit DIGIT of the keys that share the digits before it."""
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    rank = rank.to(tl.int64)
-    bound = tl.full((), ABSENT >> SHIFT, tl.int32)
-    if HAS_MAXIMA:
-        prefix, _ = _resolve(maxima_counts_ptr, rank, DIGITS)
-        bound = _key_of_prefix(prefix, DIGITS, SHIFT)
-    key, present = _load_reaching(pre_ptr, mask_ptr, maxima_ptr, row, cols, bound, F, NG,
-                                  stride_pb, stride_pf, stride_mb, stride_mf, HAS_MASK, HAS_MAXIMA, SHIFT, WIDE, G)
-    _count_digits(counts_ptr, key, present, rank, DIGIT, SHIFT)
+    if HAS_MASK:
+        mask_ptr += row * stride_mb
+    first, lanes = lane_range(group_offsets_ptr, row, F, HAS_GROUPS, G)
+    prefix, _ = _resolve(counts_ptr, rank.to(tl.int64), DIGIT)
+    bins = tl.arange(0, 256)
+    histogram = tl.zeros((256,), tl.int32)
+    for tile in range(tl.program_id(1), tl.cdiv(lanes, BLOCK), tl.num_programs(1)):
+        lane = tile * BLOCK + tl.arange(0, BLOCK)
+        cols, present = lane_columns(groups_ptr, first, lane, lanes, F, HAS_GROUPS, G)
+        at = cols.to(tl.int64) if WIDE else cols
+        key = load_key(score_ptr + row * stride_sb, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
+                       False, True, HAS_MASK, False, SHIFT)
+        unsigned = (key << SHIFT).to(tl.uint32, bitcast=True) ^ 0x80000000
+        if DIGIT > 0:
+            present = present & ((unsigned >> (32 - 8 * DIGIT)) == prefix)
+        digit = ((unsigned >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
+        histogram += tl.histogram(tl.where(present, digit, 0), 256, mask=present)
+    tl.atomic_add(counts_ptr + DIGIT * 256 + bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
 
 
 @triton.jit
 def _row_count_kernel(
-    pre_ptr, mask_ptr, maxima_ptr, counts_ptr,
-    cut_ptr, above_ptr, equal_ptr,  # [B] out each, int32
-    F, NG, rank, stride_pb, stride_pf, stride_mb, stride_mf,
-    DIGITS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_MAXIMA: tl.constexpr,
+    score_ptr, mask_ptr, groups_ptr, group_offsets_ptr, counts_ptr,  # as above
+    cut_ptr, above_ptr, equal_ptr,                                   # [B] out each, int32
+    F, rank, stride_sb, stride_sf, stride_mb, stride_mf,
+    DIGITS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUPS: tl.constexpr,
     SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One row: how many of its entries lie above the batch's cut, and how many tie with it."""
     row = tl.program_id(0).to(tl.int64)
+    if HAS_MASK:
+        mask_ptr += row * stride_mb
+    first, lanes = lane_range(group_offsets_ptr, row, F, HAS_GROUPS, G)
     prefix, _ = _resolve(counts_ptr, rank.to(tl.int64), DIGITS)
     cut = _key_of_prefix(prefix, DIGITS, SHIFT)
-    above = tl.zeros((BLOCK,), tl.int32)
-    equal = tl.zeros((BLOCK,), tl.int32)
-    for tile in range(0, tl.cdiv(F, BLOCK)):
-        cols = tile * BLOCK + tl.arange(0, BLOCK)
-        key, present = _load_reaching(pre_ptr, mask_ptr, maxima_ptr, row, cols, cut, F, NG,
-                                      stride_pb, stride_pf, stride_mb, stride_mf,
-                                      HAS_MASK, HAS_MAXIMA, SHIFT, WIDE, G)
-        above += (present & (key > cut)).to(tl.int32)
-        equal += (present & (key == cut)).to(tl.int32)
+    above = tl.full((), 0, tl.int32)
+    equal = tl.full((), 0, tl.int32)
+    for tile in range(0, tl.cdiv(lanes, BLOCK)):
+        lane = tile * BLOCK + tl.arange(0, BLOCK)
+        cols, present = lane_columns(groups_ptr, first, lane, lanes, F, HAS_GROUPS, G)
+        at = cols.to(tl.int64) if WIDE else cols
+        key = load_key(score_ptr + row * stride_sb, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
+                       False, True, HAS_MASK, False, SHIFT)
+        # one sum serves both: a tile has fewer than 32,768 lanes
+        both = tl.sum(((present & (key > cut)).to(tl.int32) << 16) | (present & (key == cut)).to(tl.int32), axis=0)
+        above += both >> 16
+        equal += both & 0xFFFF
     tl.store(cut_ptr + row, cut)
-    tl.store(above_ptr + row, tl.sum(above, axis=0))
-    tl.store(equal_ptr + row, tl.sum(equal, axis=0))
+    tl.store(above_ptr + row, above)
+    tl.store(equal_ptr + row, equal)
+
+
+def _first(score, mask, total, shift, groups=EVERY_LATENT):
+    """cut (B,), quota (B,) and offsets (B + 1,) of the ``total`` entries of a matrix that rank first."""
+    rows, width = score.shape
+    mask_strides = (0, 0) if mask is None else mask.expand(score.shape).stride()
+    block = _tuning.stream_block(width, 2048)
+    matrix = dict(
+        F=width, rank=total, stride_sb=score.stride(0), stride_sf=score.stride(1), stride_mb=mask_strides[0],
+        stride_mf=mask_strides[1], HAS_MASK=mask is not None, HAS_GROUPS=groups.indices is not None, SHIFT=shift,
+        WIDE=_tuning.is_wide(*(width * s for s in (score.stride(1), mask_strides[1]))), G=groups.size, BLOCK=block,
+        num_warps=_tuning.num_warps(block),
+    )
+    counts = torch.zeros(4, 256, dtype=torch.int64, device=score.device)
+    digits = -(-(32 - shift) // 8)
+    shares = min(_tuning.shares_of_row(rows), triton.cdiv(width, block))
+    for digit in range(digits):
+        _digit_kernel[(rows, shares)](score, mask, groups.indices, groups.offsets, counts, DIGIT=digit, **matrix)
+    cut, above, equal = (torch.empty(rows, dtype=torch.int32, device=score.device) for _ in range(3))
+    _row_count_kernel[(rows,)](
+        score, mask, groups.indices, groups.offsets, counts, cut, above, equal, DIGITS=digits, **matrix
+    )
+    tied = equal.cumsum(0, dtype=torch.int64)  # ties go to the lowest flat index: row by row until they are used up
+    quota = (total - above.sum(dtype=torch.int64) - (tied - equal)).clamp(min=0).minimum(equal)
+    offsets = torch.zeros(rows + 1, dtype=torch.int64, device=score.device)
+    offsets[1:] = (above + quota).cumsum(0)
+    return cut, quota.int(), offsets
+
+
+def _first_groups(pre, mask, total, shift, grouping):
+    """The ``total`` groups whose maxima rank first: they hold the ``total`` entries that rank first."""
+    rows, num_latents = pre.shape
+    mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
+    maxima = torch.empty(rows, grouping.number, dtype=torch.int32, device=pre.device)
+    _group_max_kernel[rows, triton.cdiv(num_latents, grouping.block)](
+        pre, mask, maxima, F=num_latents, NG=grouping.number, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
+        stride_mb=mask_strides[0], stride_mf=mask_strides[1], HAS_MASK=mask is not None, SHIFT=shift,
+        WIDE=_tuning.is_wide(*(num_latents * s for s in (pre.stride(1), mask_strides[1]))),
+        G=grouping.size, BLOCK=grouping.block, num_warps=grouping.warps,
+    )
+    cut, quota, offsets = _first(maxima, None, total, shift)
+    chosen, keys = (maxima.new_empty(total) for _ in range(2))
+    compact(maxima, maxima, None, None, cut, quota, offsets, keys, chosen,
+            magnitude=False, rank_relu=False, value_relu=False, shift=shift)
+    return Candidates(chosen, offsets, grouping.size)
 
 
 def launch(pre, mask, total):
     """values (total,), indices (total,), offsets (B + 1,); see ``reference.batch_topk``."""
     rows, num_latents = pre.shape
-    device = pre.device
     values, indices = pre.new_empty(total), pre.new_empty(total, dtype=torch.int32)
-    offsets = torch.zeros(rows + 1, dtype=torch.int64, device=device)
     if total == 0:
-        return values, indices, offsets
+        return values, indices, torch.zeros(rows + 1, dtype=torch.int64, device=pre.device)
     shift = _tuning.key_shift(pre.dtype)
-    digits = -(-(32 - shift) // 8)
-    block = _tuning.stream_block(num_latents)
-    groups = _tuning.batch_groups(rows, num_latents, total)
-    mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
-    matrix = dict(
-        F=num_latents, NG=0 if groups is None else groups.number,
-        stride_pb=pre.stride(0), stride_pf=pre.stride(1), stride_mb=mask_strides[0], stride_mf=mask_strides[1],
-        HAS_MASK=mask is not None, SHIFT=shift, G=1 if groups is None else groups.size, BLOCK=block,
-        WIDE=_tuning.is_wide(*(num_latents * s for s in (pre.stride(1), mask_strides[1]))),
-        num_warps=_tuning.num_warps(block),
-    )
-    counts = torch.zeros(2, 4, 256, dtype=torch.int64, device=device)  # of the maxima, of the entries
-    tiles = (rows, triton.cdiv(num_latents, block))
-    maxima = None
-    if groups is not None:
-        maxima = torch.empty(rows, groups.number, dtype=torch.int32, device=device)
-        _group_max_kernel[tiles](pre, mask, maxima, **matrix)
-        for digit in range(digits):
-            _maxima_digit_kernel[(triton.cdiv(maxima.numel(), 4096),)](
-                maxima, counts[0], maxima.numel(), total, DIGIT=digit, SHIFT=shift, BLOCK=4096
-            )
-    search = dict(rank=total, DIGITS=digits, HAS_MAXIMA=maxima is not None, **matrix)
-    for digit in range(digits):
-        _entry_digit_kernel[tiles](pre, mask, maxima, counts[0], counts[1], DIGIT=digit, **search)
-    cut, above, equal = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(3))
-    _row_count_kernel[(rows,)](pre, mask, maxima, counts[1], cut, above, equal, **search)
-
-    tied = equal.cumsum(0, dtype=torch.int64)  # ties go to the lowest flat index: row by row until they are used up
-    quota = (total - above.sum(dtype=torch.int64) - (tied - equal)).clamp(min=0).minimum(equal)
-    offsets[1:] = (above + quota).cumsum(0)
-    compact(pre, pre, mask, None, cut, quota.int(), offsets, values, indices, magnitude=False, rank_relu=True,
-            value_relu=True, shift=shift, maxima=maxima, group_size=matrix["G"])
+    grouping = _tuning.batch_groups(rows, num_latents, total)
+    groups = EVERY_LATENT if grouping is None else _first_groups(pre, mask, total, shift, grouping)
+    cut, quota, offsets = _first(pre, mask, total, shift, groups)
+    compact(pre, pre, mask, None, cut, quota, offsets, values, indices,
+            magnitude=False, rank_relu=True, value_relu=True, shift=shift, groups=groups)
     return values, indices, offsets

@@ -3,7 +3,7 @@
 Math      out[b] = sum over row b's entries of value * weight[index] (+ bias)
 Grid      (B, cdiv(D, BLOCK_D)); one program owns one tile of one row, so no atomics
 Traffic   reads N*(s_v + 4) and N*D*s_w (rows reused through L2 only), writes B*D*s_o
-Numerics  fp32 accumulation in entry order; bitwise reproducible
+Numerics  fp32 accumulation, IN_FLIGHT entries at a time in entry order; bitwise reproducible
 Source    Gao et al. 2024, arXiv:2406.04093 (sparse decoder)
 """
 import triton
@@ -19,21 +19,22 @@ def _decode_kernel(
     D, stride_wf, stride_wd, stride_bd, stride_ob,
     HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):
-    """One tile of one row: IN_FLIGHT independent weight rows are loaded before any is used."""
+    """One tile of one row: IN_FLIGHT weight rows are one tile, so that all are loaded before any is used."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     entry = tl.load(offsets_ptr + row)
     end = tl.load(offsets_ptr + row + 1)
-    weight_ptr += offs_d.to(tl.int64) * stride_wd
+    column = offs_d.to(tl.int64) * stride_wd
     acc = tl.zeros((BLOCK_D,), tl.float32)
     while entry < end:
-        for step in tl.static_range(IN_FLIGHT):
-            present = entry + step < end
-            value = tl.load(values_ptr + entry + step, mask=present, other=0.0).to(tl.float32)
-            latent = tl.load(indices_ptr + entry + step, mask=present, other=0).to(tl.int64)
-            weight = tl.load(weight_ptr + latent * stride_wf, mask=mask_d & present, other=0.0)
-            acc += value * weight.to(tl.float32)
+        entries = entry + tl.arange(0, IN_FLIGHT)
+        present = entries < end
+        value = tl.load(values_ptr + entries, mask=present, other=0.0).to(tl.float32)
+        latent = tl.load(indices_ptr + entries, mask=present, other=0).to(tl.int64)
+        at = latent[:, None] * stride_wf + column[None, :]  # [IN_FLIGHT, BLOCK_D]
+        weight = tl.load(weight_ptr + at, mask=present[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+        acc += tl.sum(value[:, None] * weight, axis=0)
         entry += IN_FLIGHT
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_d * stride_bd, mask=mask_d, other=0.0).to(tl.float32)

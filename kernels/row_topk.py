@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import _tuning
 from ._compact import compact
-from ._device import ABSENT, KEY_MAX, keep_first, kth_largest, load_key, middle, relu
+from ._device import ABSENT, KEY_MAX, keep_first, kth_largest, load_group_maxima, load_key, middle, relu
 
 
 @triton.jit
@@ -39,10 +39,10 @@ def _row_topk_kernel(
     for tile in range(0, tl.cdiv(F, BLOCK)):
         cols = tile * BLOCK + tl.arange(0, BLOCK)
         at = cols.to(tl.int64) if WIDE else cols
-        key = load_key(score_ptr, mask_ptr, score_ptr, at, cols < F, stride_sf, stride_mf, 0,
-                       MAGNITUDE, False, HAS_MASK, False, SHIFT)
+        maxima = load_group_maxima(score_ptr, mask_ptr, at, cols < F, stride_sf, stride_mf,
+                                   MAGNITUDE, False, HAS_MASK, SHIFT, G)
         groups = tile * (BLOCK // G) + tl.arange(0, BLOCK // G)
-        tl.store(scratch_ptr + groups, tl.max(tl.reshape(key, (BLOCK // G, G)), axis=1), mask=groups < NG)
+        tl.store(scratch_ptr + groups, maxima, mask=groups < NG)
     tl.debug_barrier()  # the maxima are read back by other lanes
 
     groups = tl.arange(0, NGP)  # [NGP]
@@ -51,12 +51,11 @@ def _row_topk_kernel(
     top = tl.max(key, axis=0)
     cut = kth_largest(key, lowest + top * 0, top, k_groups)
     keep, position = keep_first(key, cut, k_groups - tl.sum((key > cut).to(tl.int32), axis=0))
-    tl.store(scratch_ptr + NG + position, groups, mask=keep)
+    tl.store(scratch_ptr + NG + position, groups * G, mask=keep)
     tl.debug_barrier()
 
     slot = tl.arange(0, KP * G)  # [KP * G], candidates in ascending column order
-    chosen = tl.load(scratch_ptr + NG + slot // G, mask=slot // G < k_groups, other=0)
-    cols = chosen * G + slot % G
+    cols = tl.load(scratch_ptr + NG + slot // G, mask=slot // G < k_groups, other=0) + slot % G
     present = (slot // G < k_groups) & (cols < F)
     at = cols.to(tl.int64) if WIDE else cols
     key = load_key(score_ptr, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
@@ -139,6 +138,6 @@ def launch(pre, score, mask, k, magnitude, relu):
         score, pre, mask, scratch, values, indices,
         F=num_latents, NG=groups.number, K=k, stride_pb=pre.stride(0), stride_pf=pre.stride(1), **flags, RELU=relu,
         BLOCK=groups.block, G=groups.size, NGP=groups_padded, KP=k_padded,
-        num_warps=_tuning.num_warps(max(groups.block, groups_padded, k_padded * groups.size)),
+        num_warps=groups.warps if mask is None else min(2 * groups.warps, 16),  # a mask costs registers
     )
     return values, indices

@@ -12,6 +12,7 @@ __all__ = [
 ]
 
 CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary
+CACHED_ELEMENTS = 1 << 16  # of temporaries that several cheap passes share: they stay in a core's cache
 BATCH_GROUP = 32  # latents of a group: the k * G candidates and the F / G maxima cost about the same
 
 
@@ -19,12 +20,12 @@ def _relu(x: Tensor) -> Tensor:
     return torch.where(x <= 0, 0.0, x)
 
 
-def _chunk_rows(x: Tensor) -> int:
-    return max(CHUNK_ELEMENTS // max(x.shape[1], 1), 1)
+def _chunk_rows(x: Tensor, elements: int | None = None) -> int:
+    return max((elements or CHUNK_ELEMENTS) // max(x.shape[1], 1), 1)
 
 
-def _row_chunks(x: Tensor) -> range:
-    return range(0, x.shape[0], _chunk_rows(x))
+def _row_chunks(x: Tensor, elements: int | None = None) -> range:
+    return range(0, x.shape[0], _chunk_rows(x, elements))
 
 
 def _above_and_tied(x: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,8 +58,8 @@ def _topk_packed(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
     16 of descending index."""
     lowest_first = torch.arange(0xFFFF, 0xFFFF - score.shape[1], -1, dtype=torch.int32, device=score.device)
     kept = []
-    for start in _row_chunks(score):
-        rows = slice(start, start + _chunk_rows(score))
+    for start in _row_chunks(score, CACHED_ELEMENTS):
+        rows = slice(start, start + _chunk_rows(score, CACHED_ELEMENTS))
         key = ordered_keys(score[rows]).int()
         if mask is not None:
             key = torch.where(mask[rows], key, -0x8000)
