@@ -27,7 +27,7 @@ from sae_kernels import _tuning
 from sae_kernels.ops import ops
 
 SIZES = {"cpu": (1024, 768, 8192, torch.float32), "cuda": (4096, 768, 32768, torch.bfloat16)}  # B, D, F, dtype
-SHARES = [1 / 512, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8]
+SHARES = [1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
 
 
 def calls(k: int, device: torch.device) -> dict[str, object]:
