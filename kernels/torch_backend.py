@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .densified import rows_of, to_dense
-from .reference import ordered_keys
 
 __all__ = [
     "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "gather", "norm_match",
@@ -12,7 +11,6 @@ __all__ = [
 ]
 
 CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary
-CACHED_ELEMENTS = 1 << 16  # of temporaries that several cheap passes share: they stay in a core's cache
 BATCH_GROUP = 32  # latents of a group: the k * G candidates and the F / G maxima cost about the same
 
 
@@ -20,12 +18,12 @@ def _relu(x: Tensor) -> Tensor:
     return torch.where(x <= 0, 0.0, x)
 
 
-def _chunk_rows(x: Tensor, elements: int | None = None) -> int:
-    return max((elements or CHUNK_ELEMENTS) // max(x.shape[1], 1), 1)
+def _chunk_rows(x: Tensor) -> int:
+    return max(CHUNK_ELEMENTS // max(x.shape[1], 1), 1)
 
 
-def _row_chunks(x: Tensor, elements: int | None = None) -> range:
-    return range(0, x.shape[0], _chunk_rows(x, elements))
+def _row_chunks(x: Tensor) -> range:
+    return range(0, x.shape[0], _chunk_rows(x))
 
 
 def _above_and_tied(x: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,19 +51,28 @@ def _resolve_ties(score: Tensor, mask: Tensor | None, cut: Tensor, k: int) -> Te
     return torch.cat(kept)
 
 
-def _topk_packed(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
-    """Ascending column indices (rows, k) of 16-bit scores, whose many ties go into the key: 16 bits of order, then
-    16 of descending index."""
-    lowest_first = torch.arange(0xFFFF, 0xFFFF - score.shape[1], -1, dtype=torch.int32, device=score.device)
-    kept = []
-    for start in _row_chunks(score, CACHED_ELEMENTS):
-        rows = slice(start, start + _chunk_rows(score, CACHED_ELEMENTS))
-        key = ordered_keys(score[rows]).int()
-        if mask is not None:
-            key = torch.where(mask[rows], key, -0x8000)
-        best = ((key << 16) | lowest_first).topk(k, sorted=False).values
-        kept.append((0xFFFF - (best & 0xFFFF)).sort(1).values)
-    return torch.cat(kept).long()
+def _topk_columns(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
+    """Ascending column indices (rows, k); ``mask`` tells masked entries, at -Inf in ``score``, from others at -Inf.
+
+    ``torch.topk`` breaks ties as it likes. It is asked for a few more entries: where the last of them lies below the
+    k-th, all that tie with the k-th are among them. Other rows, rare ones, are looked at whole.
+    """
+    slack = 32 if score.element_size() == 2 else 1  # 16-bit numbers tie a few times a row
+    top, columns = score.topk(min(k + slack, score.shape[1]))
+    cut = top[:, k - 1 : k]
+    kept = columns[:, :k]
+    tied = ((top[:, k - 1] == top[:, k]) | top[:, k].isnan()).nonzero()[:, 0]
+    if tied.numel():
+        open_ended = (top[:, -1:] == cut) | top[:, -1:].isnan() | (cut == -torch.inf)
+        whole, short = tied[open_ended[tied, 0]], tied[~open_ended[tied, 0]]
+        kept = kept.clone()
+        if short.numel():
+            among, order = columns[short].sort(dim=1)
+            first = _resolve_ties(top[short].gather(1, order), None, cut[short], k)
+            kept[short] = among.gather(1, first)
+        if whole.numel():
+            kept[whole] = _resolve_ties(score[whole], None if mask is None else mask[whole], cut[whole], k)
+    return kept.sort(dim=1).values
 
 
 def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitude: bool, apply_relu: bool):
@@ -75,17 +82,8 @@ def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitu
     if mask is not None:
         mask = mask.expand(pre.shape)
         by = torch.where(mask, by, -torch.inf)
-    if k == num_latents:
-        kept = torch.arange(k, device=pre.device).expand(rows, k)
-    elif rows and by.element_size() == 2 and num_latents <= 1 << 16:
-        kept = _topk_packed(by, mask, k)
-    else:
-        top, kept = by.topk(k + 1)
-        kept = kept[:, :k]
-        tied = ((top[:, k - 1] == top[:, k]) | top[:, k].isnan()).nonzero()[:, 0]
-        kept = kept.sort(1).values
-        if tied.numel():
-            kept[tied] = _resolve_ties(by[tied], None if mask is None else mask[tied], top[tied, k - 1 : k], k)
+    every = torch.arange(k, device=pre.device).expand(rows, k)
+    kept = every if k == num_latents else _topk_columns(by, mask, k)
     values = pre.gather(1, kept)
     if apply_relu:
         values = _relu(values)
@@ -236,7 +234,9 @@ def _bags(weights: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> T
 
 
 def decode(values, indices, offsets, weight, bias, dtype, *_by_latent):
-    """``embedding_bag`` in fp32: stock 16-bit bags round their sums on the way."""
+    """``embedding_bag``, which sums 16-bit rows in fp32 and rounds once; in fp32 where more is to come than that."""
+    if bias is None and values.dtype == weight.dtype == dtype:
+        return _bags(values, indices, offsets, weight)
     wide = _wide(values, weight)
     out = _bags(values.to(wide), indices, offsets, weight.to(wide))
     if bias is not None:
@@ -258,6 +258,6 @@ def decode_backward_values(grad, values, indices, offsets, weight):
 
 def decode_backward_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):
     """``embedding_bag`` over the codes turned around: each latent is a bag of rows of the gradient."""
-    wide = _wide(grad, values)
+    wide = dtype if values.dtype == grad.dtype == dtype else _wide(grad, values)
     rows = latent_rows.clamp(max=max(grad.shape[0] - 1, 0))
     return _bags(values.to(wide)[latent_positions], rows, latent_offsets, grad.to(wide)).to(dtype)
