@@ -1,9 +1,12 @@
 """functional.batch_topk and its kernels: exactly int(k * tokens) entries of the whole matrix."""
+import subprocess
+import sys
+
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from sae_engine import functional as f
+from sae_engine.activations import BatchTopK
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
 from sae_kernels import _tuning
 from sae_kernels.ops import ops
@@ -105,21 +108,40 @@ def test_k_is_checked(bad):
         f.batch_topk(torch.randn(2, 10), bad)
 
 
-def _rank(rank, size, folder, kind):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    pre = make_pre(kind, (7, 30), seed=3)
-    share = pre[: 4] if rank == 0 else pre[4:]
-    codes = f.batch_topk(share, 2.5, group=torch.distributed.group.WORLD)
-    torch.save((codes.values, codes.indices, codes.offsets), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+RANK = """
+import sys
+import torch
+from sae_engine import functional as f
+from sae_engine.activations import BatchTopK
+from sae_engine.testing import make_pre
+
+rank, folder, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+pre = make_pre(kind, (7, 30), seed=3)
+share = pre[:4] if rank == 0 else pre[4:]
+group = torch.distributed.group.WORLD
+codes = f.batch_topk(share, 2.5, group=group)
+module = BatchTopK(2.5, group=group)
+module(share)
+torch.save((codes.values, codes.indices, codes.offsets, module.threshold), f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "ties", "special"])
 def test_two_ranks_select_what_one_would(kind, tmp_path):
-    mp.start_processes(_rank, args=(2, str(tmp_path), kind), nprocs=2, start_method="spawn")
-    whole = f.batch_topk(make_pre(kind, (7, 30), seed=3), 2.5, backend="reference")
-    (v0, i0, o0), (v1, i1, o1) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path), kind] for rank in range(2)]
+    ranks = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    pre = make_pre(kind, (7, 30), seed=3)
+    whole = f.batch_topk(pre, 2.5, backend="reference")
+    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    (v0, i0, o0, t0), (v1, i1, o1, t1) = saved
     joined = torch.cat([v0, v1]), torch.cat([i0, i1]), torch.cat([o0, o1[1:] + o0[-1]])
     assert_same(joined, (whole.values, whole.indices, whole.offsets))
+    alone = BatchTopK(2.5)
+    alone(pre)
+    assert t0 == t1 == alone.threshold
