@@ -216,7 +216,7 @@ def frontier(rows: Sequence[Row]) -> Figure:
     )
     axes.annotate(caption, (0, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", fontsize=7.5,
                   color=BASELINE_COLOUR)  # fmt: skip
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    axes.legend(frameon=False, fontsize=8, loc="best")
     return figure
 
 

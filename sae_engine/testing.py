@@ -8,31 +8,31 @@ HARD_KINDS = ("normal", "zeros", "ties", "negative", "special", "nan", "transpos
 
 
 def make_pre(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Tensor:
-    """Pre-activations of one of ``HARD_KINDS``, drawn on the CPU from a generator of their own.
+    """Pre-activations of one of ``HARD_KINDS`` on the default device, drawn on the CPU from a generator of their own.
 
     "ties" takes 5 values; "special" mixes NaN of both signs, +Inf, -Inf, -0 and numbers; "transposed" is normal with
     the last dimension not contiguous.
     """
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=rng)
+    x = torch.randn(shape, generator=rng, device="cpu")
     if kind == "zeros":
-        x = torch.zeros(shape)
+        x = torch.zeros_like(x)
     elif kind == "ties":
-        x = torch.randint(-2, 3, shape, generator=rng).float()
+        x = torch.randint(-2, 3, shape, generator=rng, device="cpu").float()
     elif kind == "negative":
         x = -x.abs()
     elif kind == "special":
-        draw = torch.rand(shape, generator=rng)
+        draw = torch.rand(shape, generator=rng, device="cpu")
         for share, value in ((0.6, -torch.inf), (0.35, torch.inf), (0.25, -0.0), (0.2, torch.nan), (0.1, -torch.nan)):
             x = torch.where(draw < share, value, x)
     elif kind == "nan":
-        x = torch.full(shape, torch.nan)
+        x = torch.full_like(x, torch.nan)
     elif kind not in ("normal", "transposed"):
         raise ValueError(f"kind must be one of {HARD_KINDS}, got {kind!r}")
     x = x.to(dtype)
     if kind == "transposed" and x.dim() > 1:
         x = x.transpose(0, -1).contiguous().transpose(0, -1)
-    return x
+    return x.to(torch.get_default_device())
 
 
 def force_dense(share: float) -> dict[str, dict[str, float]]:

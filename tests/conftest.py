@@ -41,6 +41,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+# What these files hold to the reference runs where the kernels do: in the interpreter without a GPU, on it with one.
+ON_THE_GPU = {
+    "test_activations", "test_autoencoder", "test_batch_topk", "test_codes", "test_decode", "test_encode",
+    "test_losses", "test_norm_match", "test_registration", "test_row_topk", "test_threshold",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _default_device(request):
+    """Tensors that a test makes lie on the GPU where there is one."""
+    if not torch.cuda.is_available() or request.module.__name__.rpartition(".")[2] not in ON_THE_GPU:
+        yield
+        return
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch):
     """One seed per test, and the default back end."""

@@ -142,7 +142,7 @@ def test_bf16_pre_activations_are_rounded_once():
     with torch.no_grad():
         sae.b_enc.normal_()
     x = torch.randn(B, D)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         codes, pre = sae.encode(x, return_pre=True)
         out = sae(x)
     exact = x.bfloat16().double() @ sae.W_enc.bfloat16().double() + sae.b_enc.double()

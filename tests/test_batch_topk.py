@@ -136,7 +136,7 @@ def test_two_ranks_select_what_one_would(kind, tmp_path):
     ranks = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    pre = make_pre(kind, (7, 30), seed=3)
+    pre = make_pre(kind, (7, 30), seed=3).cpu()
     whole = f.batch_topk(pre, 2.5, backend="reference")
     saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     (v0, i0, o0, t0), (v1, i1, o1, t1) = saved

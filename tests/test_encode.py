@@ -145,7 +145,7 @@ def test_pre_is_returned_differentiable():
 
 def test_under_autocast():
     t = make(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         codes = f.encode(t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], select=se.TopK(3))
     codes.values.float().sum().backward()
     assert codes.values.dtype == torch.bfloat16 and t["W_enc"].grad.dtype == torch.float32

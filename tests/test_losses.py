@@ -26,7 +26,7 @@ def test_norm_match_stays_wide_under_autocast_and_reaches_the_values():
     dense = (torch.rand(4, 30) * 100).requires_grad_()
     codes, x = se.SparseCodes.from_dense(dense), torch.randn(4, 8)
     plain = losses.norm_match(codes, x)
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.float16):
         torch.testing.assert_close(losses.norm_match(codes, x), plain)
     plain.backward()
     assert dense.grad.isfinite().all() and dense.grad.abs().sum() > 0

@@ -102,7 +102,7 @@ def load(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = 
     unknown = tensors.keys() - expected.keys() - {THRESHOLD_KEYS.get(cfg["architecture"])}
     if unknown:
         raise ValueError(f"{folder / WEIGHTS} holds tensors that no {cfg['architecture']} SAE has: {sorted(unknown)}")
-    sae.to_empty(device=device or "cpu")
+    sae.to_empty(device=device or torch.get_default_device())
     with torch.no_grad():
         for name in expected:
             getattr(sae, name).copy_(tensors[name])
