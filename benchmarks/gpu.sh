@@ -4,7 +4,7 @@
 # A part that fails or runs out of time does not stop the next; the exit status says whether all of them passed.
 # Everything shown is also in $OUT/gpu.txt. Limits in seconds: T_INSTALL, T_TESTS, T_MEMCHECK, T_RACECHECK, and T_BENCH,
 # which by default is what T_TOTAL (580) leaves. PYTHON names the interpreter (its torch is used as it is), GPU_JOBS the
-# number of test processes, BENCH_ARGS what benchmarks/run.py gets beside --out.
+# number of test processes, BENCH_ARGS what benchmarks/run.py gets beside --out (--only kernels: ten minutes hold no more).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -68,7 +68,7 @@ part tests "${T_TESTS:-220}" "$python" -m pytest "${workers[@]}" -p no:cacheprov
 sanitizer memcheck "${T_MEMCHECK:-75}"
 sanitizer racecheck "${T_RACECHECK:-75}"
 # shellcheck disable=SC2086  # BENCH_ARGS is a list of arguments
-part benchmarks "${T_BENCH:-$((${T_TOTAL:-580} - SECONDS))}" "$python" benchmarks/run.py --out "$out" ${BENCH_ARGS:-}
+part benchmarks "${T_BENCH:-$((${T_TOTAL:-580} - SECONDS))}" "$python" benchmarks/run.py --out "$out" ${BENCH_ARGS:---only kernels}
 
 {
   printf '\n== summary\n'
