@@ -105,10 +105,12 @@ def test_offsets_past_31_bits():
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 @pytest.mark.parametrize("kwargs", [{}, {"magnitude": True}, {"relu": False}], ids=["relu", "magnitude", "signed"])
 def test_gradient_is_the_kept_entries(kwargs, backend):
+    k = 22  # more than are positive: zeros and negative numbers are kept too
     pre = make_pre("ties", (3, 30)).requires_grad_()
+    assert bool(((pre > 0).sum(1) < k).all())
     weight = torch.randn(3, 30)
-    (f.topk(pre, 6, backend=backend, **kwargs).to_dense() * weight).sum().backward()
-    kept = torch.zeros(3, 30).scatter_(1, f.topk(pre.detach(), 6, **kwargs).indices.view(3, 6).long(), 1.0)
+    (f.topk(pre, k, backend=backend, **kwargs).to_dense() * weight).sum().backward()
+    kept = torch.zeros(3, 30).scatter_(1, f.topk(pre.detach(), k, **kwargs).indices.view(3, k).long(), 1.0)
     if not kwargs:
         kept = kept * (pre.detach() > 0)  # zeros kept after ReLU pass nothing
     assert torch.equal(pre.grad, kept * weight)
