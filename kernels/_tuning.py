@@ -100,6 +100,11 @@ def decode_warps(block: int) -> int:
     return min(max(block // 256, 1), 4)
 
 
+def latents_in_cache(width: int) -> int:
+    """Latents whose gradients, weights and moments, ``width`` numbers each, stay in a CPU's second-level cache."""
+    return max((1 << 18) // width, 1)
+
+
 ENTRIES_IN_FLIGHT = 4  # independent row loads of the decoder's inner loop; more buys registers, not latency
 SPLIT_LATENT = 128  # entries of one latent beyond which its gradient is summed by several programs
 NORM_CANDIDATES = 1024  # entries at which norm matching leaves the stream and finishes in registers

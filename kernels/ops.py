@@ -10,7 +10,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import _tuning
+from . import _terms, _tuning
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -48,7 +48,8 @@ _ON_ENTRIES = {"decode", "decode_backward_values", "decode_backward_weight", "to
 
 
 def _run(name: str, launcher: str, *args):
-    kind = args[0].device.type
+    first = args[0][0] if isinstance(args[0], list) else args[0]
+    kind = first.device.type
     if torch.is_autocast_enabled(kind):  # dtypes were decided by the caller; a GEMM in here must not decide anew
         with torch.autocast(kind, enabled=False):
             return _run(name, launcher, *args)
@@ -60,7 +61,7 @@ def _run(name: str, launcher: str, *args):
     run = _implementation(name, launcher, backend)
     if backend != "triton":
         return run(*inputs)
-    with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(first):  # Triton launches on the current device, which need not be the tensors'
         return run(*inputs)
 
 
@@ -431,3 +432,35 @@ def _encode_entries_backward(ctx, grad):
 
 
 _differentiable("encode_entries", _encode_entries_context, _encode_entries_backward)
+
+# --- the latent pass: every gradient of a training step that belongs to a latent, latent by latent ---------------------
+
+
+@_define(
+    f"latent_gradients(Tensor x, Tensor weight, Tensor? along, {_terms.SCHEMA}, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    "latent_pass.launch_gradients",
+)
+def _(x, weight, along, *terms_dtype_backend):
+    """Gradients of W_dec (F, D_out), W_enc.T (F, D_in) and b_enc (F,) in ``dtype``, summed over all terms."""
+    dtype, num_latents = terms_dtype_backend[-2], weight.shape[0]
+    return (
+        weight.new_empty(weight.shape, dtype=dtype),
+        weight.new_empty((num_latents, x.shape[1]), dtype=dtype),
+        weight.new_empty(num_latents, dtype=dtype),
+    )
+
+
+@_define(
+    "latent_adam(Tensor(a!)[] parameters, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies,"
+    f" Tensor x, Tensor? along, {_terms.SCHEMA}, Tensor step, Tensor lr, float beta1, float beta2, float eps,"
+    " float weight_decay, bool unit_rows, Tensor? skip) -> (Tensor, Tensor)",
+    "latent_pass.launch_adam",
+)
+def _(parameters, exp_avgs, exp_avg_sqs, copies, x, *rest):
+    """Adam's step of W_dec, W_enc.T and b_enc in place; returns d(center) (D_in,) and the squared gradient norm ()."""
+    wide = torch.promote_types(parameters[0].dtype, torch.float32)
+    return x.new_empty(x.shape[1], dtype=wide), x.new_empty((), dtype=wide)
+
+
+_once_differentiable("latent_gradients")

@@ -7,6 +7,8 @@ that long, whatever lies past ``offsets[-1]`` belongs to no row, and ``required`
 import torch
 from torch import Tensor
 
+from ._terms import NUMBER_OF_LISTS, terms_of
+
 
 def ordered_keys(x: Tensor) -> Tensor:
     """Integers that sort as ``x`` does: -0 equals +0, every NaN ties above +Inf."""
@@ -157,3 +159,73 @@ def decode_backward_weight(
     owned = latents < out.shape[0]
     terms = values[positions].to(wide)[:, None] * grad.to(wide)[rows.long().clamp(max=max(grad.shape[0] - 1, 0))]
     return out.index_add_(0, latents[owned], terms[owned]).to(dtype)
+
+
+def latent_gradients(x: Tensor, weight: Tensor, along: Tensor | None, *lists_and_dtype):
+    """Gradients of the decoder (F, D_out), the transposed encoder (F, D_in) and its bias (F,), summed over the terms.
+
+    A term is one decoder output ``codes @ weight`` whose codes come from ``x @ encoder + bias`` (``_terms.Term``).
+    ``along`` (F,) adds ``along[f] * weight[f]``: what losses on a latent's norm ask for.
+    """
+    *lists, dtype = lists_and_dtype
+    wide = accumulation_dtype(x, weight)
+    x, weight = x.to(wide), weight.to(wide)
+    grad_weight = torch.zeros_like(weight) if along is None else along.to(wide)[:, None] * weight
+    grad_encoder, grad_bias = x.new_zeros(weight.shape[0], x.shape[1]), x.new_zeros(weight.shape[0])
+    for term in terms_of(lists):
+        grad = term.grad.to(wide)
+        inner = gather(grad @ weight.T, term.indices, term.offsets)
+        values, slopes = (
+            to_dense(t.to(wide), term.indices, term.offsets, weight.shape[0])
+            for t in (term.values, term.at_entries(inner))
+        )
+        grad_weight += values.T @ grad
+        grad_encoder += slopes.T @ x
+        grad_bias += slopes.sum(0)
+    return grad_weight.to(dtype), grad_encoder.to(dtype), grad_bias.to(dtype)
+
+
+def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x: Tensor, along: Tensor | None, *rest):
+    """One step of Adam (Kingma & Ba 2014, arXiv:1412.6980; coupled weight decay as torch.optim.Adam's), in place.
+
+    ``parameters``: W_dec (F, D_out), W_enc.T (F, D_in) and, where it is trained, b_enc (F,); the moments likewise.
+    ``copies``: none, or the weights in the dtype of the computation, which the gradients are taken with and which are
+    written anew. ``step`` () counts this step too. ``unit_rows``: the part of W_dec's gradient along its row is removed
+    before, its rows are scaled to norm 1 after. Where ``skip`` () is not 0, nothing changes.
+
+    Returns d(center) (D_in,), the gradient at what was subtracted from the input, by way of the encoder as it was; and
+    the sum of squares () of the gradients that Adam saw, before weight decay.
+    """
+    lists, (step, lr, beta1, beta2, eps, weight_decay, unit_rows, skip) = rest[:NUMBER_OF_LISTS], rest[NUMBER_OF_LISTS:]
+    weight, encoder = parameters[:2]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    grads = latent_gradients(x, copies[0] if copies else weight, along, *lists, wide)
+    center = -(grads[2] @ encoder.to(wide))
+    grads = ((without_parallel_part(grads[0], weight) if unit_rows else grads[0]), *grads[1:])[: len(parameters)]
+    for parameter, grad, exp_avg, exp_avg_sq in zip(parameters, grads, exp_avgs, exp_avg_sqs, strict=True):
+        decayed = grad + weight_decay * parameter.to(wide)
+        first = beta1 * exp_avg + (1 - beta1) * decayed
+        second = beta2 * exp_avg_sq + (1 - beta2) * decayed.square()
+        root = (second / (1 - beta2**step)).sqrt() + eps
+        moved = parameter - lr * first / (1 - beta1**step) / root
+        if unit_rows and parameter is weight:
+            moved = scaled_to_unit_rows(moved)
+        for tensor, new in ((exp_avg, first), (exp_avg_sq, second), (parameter, moved)):
+            tensor.copy_(new if skip is None else torch.where(skip != 0, tensor.to(new.dtype), new))
+    for copy, parameter in zip(copies, parameters, strict=False):
+        copy.copy_(parameter)
+    return center, sum(grad.square().sum() for grad in grads)
+
+
+def without_parallel_part(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad`` (F, D) minus, row by row, its projection on ``weight``; rows of zeros have no direction."""
+    weight = weight.to(grad.dtype)
+    square = weight.square().sum(1, keepdim=True)
+    along = (grad * weight).sum(1, keepdim=True) / torch.where(square == 0, 1.0, square)
+    return grad - along * weight
+
+
+def scaled_to_unit_rows(weight: Tensor) -> Tensor:
+    """``weight`` (F, D) with rows of norm 1; rows of zeros stay."""
+    norm = weight.norm(dim=1, keepdim=True)
+    return weight / torch.where(norm == 0, 1.0, norm)

@@ -2,12 +2,16 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
 
+from . import _tuning, densified
+from ._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
 from .densified import rows_of, to_dense
+from .reference import without_parallel_part
 
 __all__ = [
-    "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "gather", "norm_match",
-    "threshold", "to_dense", "topk",
+    "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "gather", "latent_adam",
+    "latent_gradients", "norm_match", "threshold", "to_dense", "topk",
 ]
 
 CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary
@@ -261,3 +265,101 @@ def decode_backward_weight(grad, values, latent_offsets, latent_rows, latent_pos
     wide = dtype if values.dtype == grad.dtype == dtype else _wide(grad, values)
     rows = latent_rows.clamp(max=max(grad.shape[0] - 1, 0))
     return _bags(values.to(wide)[latent_positions], rows, latent_offsets, grad.to(wide)).to(dtype)
+
+
+class _LatentPass:
+    """The gradients of any range of latents, from what all ranges share: slopes, and entries in the order of latents."""
+
+    def __init__(self, x: Tensor, weight: Tensor, along: Tensor | None, terms: list[Term], dtype: torch.dtype):
+        self.x, self.weight, self.along, self.dtype = x.to(dtype), weight, along, dtype
+        self.grads = [term.grad.to(dtype) for term in terms]
+        self.terms = terms
+        self.entries = [self._entries(term) for term in terms]
+
+    def _entries(self, term: Term) -> tuple[Tensor, Tensor]:
+        """Values and gradients at the pre-activations: as matrices (B, F), or sorted by (latent, row)."""
+        rows, num_latents = term.offsets.numel() - 1, self.weight.shape[0]
+        values = inner = term.values.to(self.dtype)
+        if term.mode != GIVEN:
+            dense = _tuning.is_dense("decode_backward_values", values.numel(), rows, num_latents, values.device.type)
+            product = densified.decode_backward_values if dense else decode_backward_values
+            inner = product(term.grad, values, term.indices, term.offsets, self.weight)
+        slopes = term.at_entries(inner).to(self.dtype)
+        if term.is_dense:
+            values, slopes = (to_dense(t, term.indices, term.offsets, num_latents) for t in (values, slopes))
+            return values, slopes
+        return values[term.latent_positions], slopes[term.latent_positions]
+
+    def of(self, latents: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of rows ``latents`` of the decoder and of the transposed encoder, and of that part of the bias."""
+        count = latents.stop - latents.start
+        total = [self.x.new_zeros(count, self.weight.shape[1]), self.x.new_zeros(count, self.x.shape[1]),
+                 self.x.new_zeros(count)]  # fmt: skip
+        if self.along is not None:
+            total[0] = self.along[latents, None].to(self.dtype) * self.weight[latents].to(self.dtype)
+        for term, grad, (values, slopes) in zip(self.terms, self.grads, self.entries, strict=True):
+            if term.is_dense:
+                values, slopes = values[:, latents], slopes[:, latents]
+                parts = values.T @ grad, slopes.T @ self.x, slopes.sum(0)
+            else:
+                parts = self._sums(term, grad, values, slopes, latents)
+            total = [a.add_(b) for a, b in zip(total, parts, strict=True)]
+        return tuple(total)
+
+    def _sums(self, term: Term, grad: Tensor, values: Tensor, slopes: Tensor, latents: slice):
+        """The same by ``embedding_bag``: each latent is a bag of rows."""
+        offsets = term.latent_offsets[latents.start : latents.stop + 1]
+        entries = slice(0, values.numel())
+        if latents.stop - latents.start < self.weight.shape[0]:  # asked of CPU tensors only: reading them waits for nothing
+            entries = slice(int(offsets[0]), int(offsets[-1]))
+            offsets = offsets - entries.start
+        rows = term.latent_rows[entries].clamp(max=max(grad.shape[0] - 1, 0))
+        one = grad.new_ones(1, 1)
+        return (
+            _bags(values[entries], rows, offsets, grad),
+            _bags(slopes[entries], rows, offsets, self.x),
+            _bags(slopes[entries], torch.zeros_like(rows), offsets, one)[:, 0],
+        )
+
+
+def latent_gradients(x, weight, along, *lists_and_dtype):
+    *lists, dtype = lists_and_dtype
+    grads = _LatentPass(x, weight, along, terms_of(lists), _wide(x, weight)).of(slice(0, weight.shape[0]))
+    return tuple(grad.to(dtype) for grad in grads)
+
+
+def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
+    """On a CPU, latents go through in chunks: a gradient is used up, by torch's fused Adam, while it is in the cache."""
+    lists, (step, lr, beta1, beta2, eps, weight_decay, unit_rows, skip) = rest[:NUMBER_OF_LISTS], rest[NUMBER_OF_LISTS:]
+    weight, encoder = parameters[:2]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    latent_pass = _LatentPass(x, copies[0] if copies else weight, along, terms_of(lists), wide)
+    center, square = x.new_zeros(x.shape[1], dtype=wide), x.new_zeros((), dtype=wide)
+    found_inf = None if skip is None else skip.float()
+    num_latents = weight.shape[0]
+    chunk = _tuning.latents_in_cache(weight.shape[1] + x.shape[1]) if weight.device.type == "cpu" else num_latents
+    for start in range(0, num_latents, chunk):
+        latents = slice(start, min(start + chunk, num_latents))
+        grads = latent_pass.of(latents)
+        center -= grads[2] @ encoder[latents].to(wide)
+        if unit_rows:
+            grads = without_parallel_part(grads[0], weight[latents]), *grads[1:]
+        for grad in grads[: len(parameters)]:
+            square += grad.flatten().dot(grad.flatten())
+        strided = [[t[latents] for t in tensors] for tensors in (parameters, exp_avgs, exp_avg_sqs)]
+        state = [[t.contiguous() for t in tensors] for tensors in strided]  # fused Adam ignores strides
+        adam(
+            state[0], [g.to(p.dtype) for p, g in zip(state[0], grads, strict=False)], state[1], state[2], [],
+            [step - 1 for _ in parameters], fused=True, found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2,
+            lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
+        )  # fmt: skip
+        if unit_rows:
+            norm = state[0][0].norm(dim=1, keepdim=True)
+            norm = torch.where(norm == 0, 1.0, norm)
+            state[0][0] /= norm if skip is None else torch.where(skip != 0, 1.0, norm)
+        for place, new in zip(sum(strided, []), sum(state, []), strict=True):
+            if place.data_ptr() != new.data_ptr():
+                place.copy_(new)
+        for copy, new in zip(copies, state[0], strict=False):
+            copy[latents].copy_(new)
+    return center, square
