@@ -382,25 +382,25 @@ torch.library.register_fake("sae_engine::move_threshold", lambda threshold, smal
 # --- encode_entries: pre-activations at the codes, whose gradient never becomes a matrix -----------------------------
 
 _library.define(
-    "encode_entries(Tensor x, Tensor weight, Tensor? bias, Tensor? center, Tensor pre, Tensor indices, Tensor offsets,"
-    " Tensor? latent_offsets, Tensor? latent_rows, Tensor? latent_positions, str backend) -> Tensor"
+    "encode_entries(Tensor x, Tensor weight, Tensor? bias, Tensor? center, Tensor entries, Tensor indices,"
+    " Tensor offsets, Tensor? latent_offsets, Tensor? latent_rows, Tensor? latent_positions, str backend) -> Tensor"
 )
 
 
-def _encode_entries(x, weight, bias, center, pre, indices, offsets, *by_latent_and_backend):
-    """``pre`` (B, F) read at the entries, as the function of x (B, D), weight (D, F), bias and center that it is.
+def _encode_entries(x, weight, bias, center, entries, *_):
+    """``entries`` (N,) of x @ weight + bias, as the function of x (B, D), weight (D, F), bias and center that they are.
 
-    pre = x @ weight + bias, where x already is the input minus ``center`` (D,), which is here for its gradient alone.
+    x already is the input minus ``center`` (D,), which is here for its gradient alone.
     """
-    return ops.gather(pre, indices, offsets, by_latent_and_backend[-1])
+    return entries.clone()
 
 
 _library.impl("encode_entries", _encode_entries, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("sae_engine::encode_entries", lib=_library)
-def _(x, weight, bias, center, pre, indices, offsets, latent_offsets, latent_rows, latent_positions, backend):
-    return pre.new_empty(indices.shape[0])
+def _(x, weight, bias, center, entries, *_):
+    return torch.empty_like(entries)
 
 
 def _encode_entries_context(ctx, inputs, output):

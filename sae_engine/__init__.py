@@ -1,6 +1,6 @@
 """sae-engine: exact, fast sparse activations for sparse autoencoders."""
 from . import functional, losses
-from .activations import AbsTopK, Activation, BatchTopK, JumpReLU, MutualChoice, ReLU, TopAFA, TopK
+from .activations import AbsTopK, Activation, AuxTopK, BatchTopK, JumpReLU, MutualChoice, ReLU, TopAFA, TopK
 from .autoencoder import EncodeInfo, SparseAutoencoder, SparseDecoder
 from .codes import ByLatent, SparseCodes, cat
 
@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AbsTopK",
     "Activation",
+    "AuxTopK",
     "BatchTopK",
     "ByLatent",
     "EncodeInfo",

@@ -18,10 +18,12 @@ from . import _checks as check
 from . import functional
 from .codes import SparseCodes
 
-__all__ = ["AbsTopK", "Activation", "BatchTopK", "JumpReLU", "MutualChoice", "ReLU", "TopAFA", "TopK"]
+__all__ = [
+    "AbsTopK", "Activation", "AuxTopK", "BatchTopK", "JumpReLU", "MutualChoice", "ReLU", "TopAFA", "TopK",
+]
 
 
-def kept_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
+def kept_values(self, pre: Tensor, codes: SparseCodes, **context) -> Tensor:
     """``entry_values`` of rules that keep the pre-activation: a stored 0 passes no gradient, as after a ReLU."""
     return torch.where(codes.values == 0, 0.0, pre)
 
@@ -30,12 +32,16 @@ class Activation(nn.Module):
     """A selection rule. Subclasses implement :meth:`_select`, and :meth:`_dense` where no codes are needed for it.
 
     A rule may also say how ``codes.values`` follow from the pre-activations ``pre`` (N,) at the kept entries, in
-    ``entry_values(pre, codes)``; the encoder's gradient is then sparse (:func:`functional.encode`). A subclass that
-    changes what ``_select`` stores has to say so anew.
+    ``entry_values(pre, codes, **context)``; the encoder's gradient is then sparse (:func:`functional.encode`). A
+    subclass that changes what ``_select`` stores has to say so anew.
+
+    ``scope`` names what competes: entries of a ``"row"`` (or no others), or of the whole ``"batch"``. A training step
+    that works through a batch in chunks of rows merges them accordingly.
     """
 
     context_keys: ClassVar[frozenset[str]] = frozenset()
-    entry_values: Callable[[Tensor, SparseCodes], Tensor] | None = None
+    scope: ClassVar[str] = "row"
+    entry_values: Callable[..., Tensor] | None = None
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -110,6 +116,32 @@ class AbsTopK(TopK):
         return pre  # signed: a kept 0 passes its gradient
 
 
+class AuxTopK(Activation):
+    """k entries of each token among dead latents: what AuxK reconstructs the residual with. Gao et al. 2024.
+
+    Context: ``dead_mask`` (F,), True for dead latents. Where fewer than k are dead, the others are stored at value 0 and
+    get no gradient. ``relu=False`` keeps negative pre-activations too, as SAELens does.
+    """
+
+    context_keys = frozenset({"dead_mask"})
+
+    def __init__(self, k: int, *, relu: bool = True) -> None:
+        super().__init__()
+        self.k = check.integer_k(k)
+        self.relu = check.flag("relu", relu)
+
+    def _select(self, pre: Tensor, backend: str, *, dead_mask: Tensor) -> SparseCodes:
+        return functional.topk(pre, self.k, mask=dead_mask, relu=self.relu, backend=backend)
+
+    def entry_values(self, pre: Tensor, codes: SparseCodes, *, dead_mask: Tensor) -> Tensor:
+        if self.relu:
+            return kept_values(self, pre, codes)
+        return torch.where(dead_mask[codes.indices.long()], pre, 0.0)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, relu={self.relu}"
+
+
 class TopAFA(Activation):
     """As many entries of each token as bring the code's norm nearest to the input's. Lee et al. 2025, arXiv:2503.24277.
 
@@ -148,6 +180,7 @@ class BatchTopK(Activation):
     """
 
     threshold: Tensor
+    scope = "batch"
     entry_values = kept_values
 
     def __init__(self, k: float, *, threshold_lr: float = 0.01, group=None) -> None:

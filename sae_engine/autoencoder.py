@@ -133,14 +133,20 @@ class SparseAutoencoder(nn.Module):
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in, **options)) if skip else None)
 
     def encode(
-        self, x: Tensor, *, return_info: bool = False, return_pre: bool = False, backend: str = "auto"
-    ) -> SparseCodes | tuple:
+        self, x: Tensor, *, select=None, return_info: bool = False, return_pre: bool = False, backend: str = "auto",
+        **context: Tensor,
+    ) -> SparseCodes | tuple:  # fmt: skip
         """Codes of ``x`` (*batch_shape, d_in).
 
         With ``return_info`` also what :meth:`decode` needs of the input (layer norm, skip), with ``return_pre`` also
         the pre-activations (*batch_shape, d_sae) that the rule saw: ``codes[, info][, pre]``.
+
+        ``select``: other rules than :attr:`activation`, one or a sequence; a sequence gives a tuple of codes from one
+        matrix product and one backward pass: ``encode(x, select=[sae.activation, AuxTopK(256)], dead_mask=dead)``.
+        ``context``: what a rule needs and the autoencoder does not know.
         """
-        codes, info, pre = self._encode(x, backend, return_pre)
+        rules = self.activation if select is None else select
+        codes, info, pre = self._encode(x, rules, backend, return_pre, **context)
         out = (codes, *((info,) if return_info else ()), *((pre,) if return_pre else ()))
         return out if len(out) > 1 else codes
 
@@ -177,12 +183,27 @@ class SparseAutoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction (*batch_shape, d_out). In training, rules with a threshold learn from this call."""
-        codes, info, _ = self._encode(x, "auto", False)
+        codes, info, _ = self._encode(x, self.activation, "auto", False)
         codes.assert_fits()
         self.activation.update(codes)
         return self.decode(codes, info)
 
-    def _encode(self, x: Tensor, backend: str, return_pre: bool) -> tuple[SparseCodes, EncodeInfo, Tensor | None]:
+    def _encode(self, x: Tensor, select, backend: str, return_pre: bool, **context) -> tuple[Any, EncodeInfo, Any]:
+        x, info = self._normalized(x)
+        scale = self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else None
+        b_dec = self.b_dec if self.apply_b_dec_to_input else None
+        encoded = functional.encode(
+            x, self.W_enc, self._encoder_bias, b_dec=b_dec, scale=scale, select=select, return_pre=return_pre,
+            backend=backend, **self._context(x, select), **context,
+        )  # fmt: skip
+        return (encoded[0], info, encoded[1]) if return_pre else (encoded, info, None)
+
+    @property
+    def _encoder_bias(self) -> Tensor | None:
+        return None if isinstance(self.activation, TopAFA) else self.b_enc
+
+    def _normalized(self, x: Tensor) -> tuple[Tensor, EncodeInfo]:
+        """What the encoder sees of ``x``, and what decoding needs to know of it."""
         check.floating("x", x)
         if x.shape[-1] != self.d_in:
             raise ValueError(f"x must have d_in = {self.d_in} in its last dimension, got shape {tuple(x.shape)}")
@@ -192,18 +213,13 @@ class SparseAutoencoder(nn.Module):
             mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
             info = info._replace(mean=mean, std=std)
             x = (x - mean) / (std + LAYER_NORM_EPS)
-        b_enc = None if isinstance(self.activation, TopAFA) else self.b_enc
-        scale = self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else None
-        b_dec = self.b_dec if self.apply_b_dec_to_input else None
-        encoded = functional.encode(
-            x, self.W_enc, b_enc, b_dec=b_dec, scale=scale, select=self.activation, return_pre=return_pre,
-            backend=backend, **self._context(x),
-        )  # fmt: skip
-        return (encoded[0], info, encoded[1]) if isinstance(encoded, tuple) else (encoded, info, None)
+        return x, info
 
-    def _context(self, x: Tensor) -> dict[str, Tensor]:
-        """What the rule asked for, constant for autograd, in fp32 or wider."""
-        wanted, context = self.activation.context_keys, {}
+    def _context(self, x: Tensor, select) -> dict[str, Tensor]:
+        """What the rules asked for and the autoencoder knows, constant for autograd, in fp32 or wider."""
+        rules = select if isinstance(select, list | tuple) else (select,)
+        wanted = frozenset().union(*(getattr(rule, "context_keys", ()) for rule in rules))
+        context = {}
         if "target_norm" in wanted:
             centred = x.detach() - self.b_dec.detach() if self.d_out == self.d_in else x.detach()
             context["target_norm"] = centred.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1)

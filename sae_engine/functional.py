@@ -11,6 +11,7 @@ and devices are checked before anything is launched: TypeError or ValueError, na
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from sae_kernels.ops import ops, uniform_offsets
 
 from . import _checks as check
 from ._backend import resolve_backend
-from .codes import SparseCodes
+from .codes import SparseCodes, cat
 
 __all__ = ["batch_topk", "decode", "encode", "norm_match", "threshold", "topk"]
 
@@ -255,7 +256,7 @@ def encode(
     return_pre: bool = False,
     backend: str = "auto",
     **context: Tensor,
-) -> SparseCodes | tuple[SparseCodes, Tensor]:
+) -> Any:
     """Linear encoder and selection, ``select(((x - b_dec) @ W_enc + b_enc) * scale)``, differentiated sparsely.
 
     The gradient never becomes a (tokens, F) matrix: each latent sums over the tokens that keep it, in a fixed order.
@@ -264,20 +265,22 @@ def encode(
         x: ``(*batch_shape, d_in)``. Differentiable.
         W_enc: ``(d_in, F)``, any strides. Differentiable.
         b_enc: ``(F,)`` or None. Differentiable.
-        select: an activation module. ``select.select`` chooses; ``select.entry_values``, where the module has it,
-            turns the pre-activations at the chosen entries into values. Without it the gradient goes through the
-            dense pre-activations.
+        select: an activation module, or several, which then select from the same pre-activations and share one
+            backward pass. ``select.select`` chooses; ``select.entry_values``, where the module has it, turns the
+            pre-activations at the chosen entries into values. Without it the gradient goes through the dense
+            pre-activations.
         b_dec: ``(d_in,)``, subtracted from ``x``, or None. Differentiable.
         scale: ``(F,)``, multiplies the pre-activations before selection (decoder norms), or None. Differentiable.
         return_pre: also return the pre-activations ``(*batch_shape, F)`` that were selected from. Differentiable, by
             way of the matrix that the codes spare.
-        context: passed on to ``select.select``.
+        context: handed to each activation that names it in its ``context_keys``.
 
     Returns:
-        The codes, or (codes, pre). Under 16-bit autocast ``pre`` is the fp32 sum with the fp32 bias, rounded once.
+        The codes (a tuple of them where ``select`` is a sequence), or (codes, pre). Under 16-bit autocast ``pre`` is
+        the fp32 sum with the fp32 bias, rounded once.
     """
-    if not callable(getattr(select, "select", None)):
-        raise TypeError(f"select must be an activation module such as TopK(32), got {type(select).__name__}")
+    rules = tuple(select) if isinstance(select, list | tuple) else (select,)
+    contexts = _contexts(rules, context)
     _check_linear(x, W_enc, b_enc)
     if b_dec is not None:
         check.floating("b_dec", b_dec, dims=1)
@@ -286,23 +289,60 @@ def encode(
         check.floating("scale", scale, dims=1)
         check.shaped("scale", scale, W_enc.shape[1:], x, why="one per latent")
     dtype = _linear_dtype(x, W_enc)
-    entry_values = getattr(select, "entry_values", None)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and (return_pre or entry_values is None)):
+    turners = [getattr(rule, "entry_values", None) for rule in rules]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and (return_pre or None in turners)):
         unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
         pre = unscaled if scale is None else (unscaled * scale).to(dtype)
-    if entry_values is None:
-        codes = select.select(pre, backend=backend, **context)
-        return (codes, pre) if return_pre else codes
-    codes = select.select(pre.detach(), backend=backend, **context)
-    centred = (x if b_dec is None else x - b_dec.detach()).to(dtype)
-    entries = ops.encode_entries(
-        check.matrix(centred), W_enc, b_enc, b_dec, check.matrix(unscaled.detach()), codes.indices, codes.offsets,
-        *_turned(codes, W_enc, b_enc, b_dec), _backend_for(backend, x, W_enc),
-    )  # fmt: skip
-    if scale is not None:
-        entries = (entries * at_latents(scale, codes)).to(dtype)
-    codes = codes.replace(values=entry_values(entries, codes))
-    return (codes, pre) if return_pre else codes
+    codes = [
+        rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
+        for rule, turner, mine in zip(rules, turners, contexts, strict=True)
+    ]
+    sparse = [number for number, turner in enumerate(turners) if turner is not None]
+    if sparse:
+        matrix, backend = check.matrix(unscaled.detach()), _backend_for(backend, x, W_enc)
+        entries = [ops.gather(matrix, codes[n].indices, codes[n].offsets, backend) for n in sparse]
+        entries = _as_encoded(entries, [codes[n] for n in sparse], x, W_enc, b_enc, b_dec, dtype, backend)
+        for n, pre_entries in zip(sparse, entries, strict=True):
+            if scale is not None:
+                pre_entries = (pre_entries * at_latents(scale, codes[n])).to(dtype)
+            codes[n] = codes[n].replace(values=turners[n](pre_entries, codes[n], **contexts[n]))
+    result = tuple(codes) if isinstance(select, list | tuple) else codes[0]
+    return (result, pre) if return_pre else result
+
+
+def _contexts(rules: tuple, context: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each of several rules gets of ``context``; a single rule gets, and checks, all of it."""
+    if not rules:
+        raise ValueError("select must hold at least one activation module, got none")
+    for rule in rules:
+        if not callable(getattr(rule, "select", None)):
+            raise TypeError(f"select must be an activation module such as TopK(32), got {type(rule).__name__}")
+    if len(rules) == 1:
+        return [context]
+    known = [getattr(rule, "context_keys", frozenset()) for rule in rules]
+    for name in context.keys() - frozenset().union(*known):
+        raise TypeError(f"none of the activations in select takes {name}")
+    return [{name: context[name] for name in keys & context.keys()} for keys in known]
+
+
+def _as_encoded(entries, codes, x, W_enc, b_enc, b_dec, dtype, backend) -> list[Tensor]:
+    """Pre-activations ``entries``, one tensor for each of ``codes``, as functions of the encoder's input and parameters.
+
+    Several codes are laid below one another, over as many copies of ``x``: one pass over the latents serves them all.
+    """
+    centred = check.matrix((x if b_dec is None else x - b_dec.detach()).to(dtype))
+    parameters = W_enc, b_enc, b_dec
+
+    def attached(x: Tensor, entries: Tensor, codes: SparseCodes) -> Tensor:
+        return ops.encode_entries(
+            x, *parameters, entries, codes.indices, codes.offsets, *_turned(codes, *parameters), backend
+        )
+
+    if len(codes) == 1 or any(c.required is not None for c in codes):  # unused capacity cannot lie between rows
+        return [attached(centred, e, c) for e, c in zip(entries, codes, strict=True)]
+    below = cat([replace(c.detach(), batch_shape=(c.rows,)) for c in codes])
+    together = attached(centred.repeat(len(codes), 1), torch.cat(entries), below)
+    return list(together.split([e.shape[0] for e in entries]))
 
 
 def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:

@@ -19,6 +19,25 @@ def fvu(x_hat: Tensor, x: Tensor) -> Tensor:
     return (x_hat - x).square().sum() / (x - x.mean(0)).square().sum()
 
 
+def auxk(codes: SparseCodes, W_dec: Tensor, residual: Tensor, *, normalize: bool = False) -> Tensor:
+    """Squared error with which dead latents reconstruct what the others left: AuxK.
+
+    ``mean over tokens of ||codes @ W_dec - residual||^2``, in fp32 or wider, without ``b_dec``. The residual
+    (*batch_shape, d_out) is a constant for autograd; codes of :class:`AuxTopK` carry the gradient to the encoder.
+    ``normalize`` divides by the residual's own squared distance from its batch mean, as OpenAI and dictionary_learning
+    do; where that is 0 the loss is 0. Weights (1/32 with ``normalize``) and scales (min(dead / k_aux, 1) in SAELens and
+    sparsify) are the caller's; :class:`training.AuxK` knows them. Source: Gao et al. 2024, arXiv:2406.04093.
+    """
+    check.floating("residual", residual)
+    residual = residual.detach()
+    error = mse(functional.decode(codes, W_dec), residual)
+    if not normalize:
+        return error
+    rows = check.matrix(residual).to(error.dtype)
+    spread = (rows - rows.mean(0)).square().sum(1).mean()
+    return torch.where(spread > 0, error / spread.clamp(min=torch.finfo(error.dtype).tiny), 0.0)
+
+
 def norm_match(codes: SparseCodes, x: Tensor) -> Tensor:
     """Squared gap between the norms of codes and input, mean over tokens, in fp32 or wider: top-AFA's second loss term.
 

@@ -167,3 +167,49 @@ def test_arguments_are_checked():
             f.encode(x, W, **kwargs)
     with pytest.raises(ValueError, match="x must have d_in"):
         f.encode(x[:, 1:], W, select=se.TopK(3))
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_several_rules_share_one_encoder_and_one_backward_pass(relu):
+    dead = torch.arange(F) % 3 == 0
+    aux = se.AuxTopK(20, relu=relu)  # more than are dead
+    rules = [se.TopK(4), aux, se.ReLU()]
+    weights = [torch.randn(B, F, dtype=torch.float64) for _ in rules]
+    outcomes = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        t = make()
+        if sparse:
+            codes = f.encode(t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], scale=t["scale"], select=rules,
+                             dead_mask=dead)  # fmt: skip
+            dense = [c.to_dense() for c in codes]
+        else:
+            pre = ((t["x"] - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * t["scale"]
+            among_dead = pre.relu() if relu else pre
+            dense = [rules[0](pre), torch.where(dead, among_dead, 0.0), pre.relu()]
+        sum((d * w).sum() for d, w in zip(dense, weights, strict=True)).backward()
+        outcomes.append([*(d.detach() for d in dense), *(t[n].grad for n in ("x", "W_enc", "b_enc", "b_dec", "scale"))])
+    for ours, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_several_rules_with_a_capacity():
+    grads = []
+    for capacity in (None, 200):
+        torch.manual_seed(0)
+        t = make()
+        rules, context = [se.TopAFA(capacity=capacity), se.TopK(3)], context_for("TopAFA")
+        codes = f.encode(t["x"], t["W_enc"], t["b_enc"], select=rules, **context)
+        (codes[0].to_dense().square().sum() + codes[1].to_dense().sum()).backward()
+        grads.append(t["W_enc"].grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_context_of_several_rules_is_checked():
+    x, W = torch.randn(B, D), torch.randn(D, F)
+    with pytest.raises(TypeError, match="takes target_norm"):
+        f.encode(x, W, select=[se.TopK(3), se.ReLU()], target_norm=torch.ones(B))
+    with pytest.raises(TypeError, match="dead_mask"):
+        f.encode(x, W, select=[se.TopK(3), se.AuxTopK(3)])
+    with pytest.raises(ValueError, match="select"):
+        f.encode(x, W, select=[])

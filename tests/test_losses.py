@@ -39,3 +39,25 @@ def test_shapes_do_not_broadcast(other):
             loss(torch.randn(other), torch.randn(4, 8))
     with pytest.raises(ValueError, match="x must"):
         losses.norm_match(se.functional.topk(torch.randn(4, 9), 2), torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_auxk_against_its_definition(normalize):
+    codes = se.functional.topk(torch.randn(5, 12, dtype=torch.float64), 3)
+    W_dec = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    loss = se.losses.auxk(codes, W_dec, residual, normalize=normalize)
+    expected = (codes.to_dense() @ W_dec - residual).square().sum(1).mean()
+    if normalize:
+        expected = expected / (residual - residual.mean(0)).square().sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert residual.grad is None and W_dec.grad.abs().sum() > 0
+
+
+def test_auxk_of_a_residual_without_spread_is_zero():
+    codes = se.functional.topk(torch.randn(5, 12), 3)
+    W_dec = torch.randn(12, 4, requires_grad=True)
+    loss = se.losses.auxk(codes, W_dec, torch.zeros(5, 4), normalize=True)
+    loss.backward()
+    assert loss == 0 and not W_dec.grad.any()

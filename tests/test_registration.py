@@ -38,7 +38,7 @@ def samples():
     yield "at_latents", (torch.randn(40, requires_grad=True), codes.indices, codes.offsets, *codes.by_latent)
     encoder = torch.randn(3, 6), torch.randn(6, 40, requires_grad=True), torch.randn(40, requires_grad=True)
     center = torch.randn(6, requires_grad=True)
-    yield "encode_entries", (*encoder, center, torch.randn(3, 40), codes.indices, codes.offsets, *codes.by_latent)
+    yield "encode_entries", (*encoder, center, codes.values, codes.indices, codes.offsets, *codes.by_latent)
 
 
 def test_every_operator_is_sampled():
