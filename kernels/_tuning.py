@@ -3,6 +3,7 @@
 Nothing here reads the device or the clock, so two processes never choose differently.
 """
 import math
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ DENSE_SHARE = {
     "cpu": {"decode": 0.5, "decode_backward_values": 0.12, "decode_backward_weight": 0.5},
     "cuda": {"decode": 0.02, "decode_backward_values": 0.02, "decode_backward_weight": 0.02},
 }
+
+# Overrules the shares where the number of stored entries does not tell how dense codes are (unused capacity).
+DENSE_CHOICE: ContextVar[bool | None] = ContextVar("dense_choice", default=None)
 
 MAX_TILE = 8192  # lanes of one tile that stays in registers, at 16 warps
 
@@ -87,6 +91,9 @@ def shares_of_row(rows: int) -> int:
 
 def is_dense(operation: str, entries: int, rows: int, columns: int, device_type: str) -> bool:
     """Whether ``operation`` on ``entries`` codes of a (rows, columns) matrix is better done as a GEMM."""
+    choice = DENSE_CHOICE.get()
+    if choice is not None:
+        return choice
     return entries > DENSE_SHARE.get(device_type, DENSE_SHARE["cuda"])[operation] * rows * columns
 
 

@@ -1,5 +1,5 @@
 """sae-engine: exact, fast sparse activations for sparse autoencoders."""
-from . import functional, losses
+from . import functional, losses, training
 from .activations import AbsTopK, Activation, AuxTopK, BatchTopK, JumpReLU, MutualChoice, ReLU, TopAFA, TopK
 from .autoencoder import EncodeInfo, SparseAutoencoder, SparseDecoder
 from .codes import ByLatent, SparseCodes, cat
@@ -24,4 +24,5 @@ __all__ = [
     "cat",
     "functional",
     "losses",
+    "training",
 ]

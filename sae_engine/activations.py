@@ -23,9 +23,17 @@ __all__ = [
 ]
 
 
+PER_TOKEN = frozenset({"target_norm", "attribution"})  # context with a row for each token; other context is per latent
+
+
 def kept_values(self, pre: Tensor, codes: SparseCodes, **context) -> Tensor:
     """``entry_values`` of rules that keep the pre-activation: a stored 0 passes no gradient, as after a ReLU."""
     return torch.where(codes.values == 0, 0.0, pre)
+
+
+def has_gate(rule: Activation) -> bool:
+    """Whether the rule keeps pre-activations as they are and only stops the gradient at stored zeros."""
+    return type(rule).entry_values is kept_values
 
 
 class Activation(nn.Module):
@@ -35,19 +43,23 @@ class Activation(nn.Module):
     ``entry_values(pre, codes, **context)``; the encoder's gradient is then sparse (:func:`functional.encode`). A
     subclass that changes what ``_select`` stores has to say so anew.
 
-    ``scope`` names what competes: entries of a ``"row"`` (or no others), or of the whole ``"batch"``. A training step
-    that works through a batch in chunks of rows merges them accordingly.
+    ``scope`` names what competes: entries of a ``"row"`` (or no others), or of the whole ``"batch"``. For a batch that
+    is worked through in chunks of rows, a rule of the latter kind says in ``candidates(pre, tokens)`` which entries of
+    a chunk may be kept of a batch of ``tokens``, and in ``total(tokens)`` how many are: those with the largest values,
+    ties to the lowest flat index.
     """
 
     context_keys: ClassVar[frozenset[str]] = frozenset()
     scope: ClassVar[str] = "row"
     entry_values: Callable[..., Tensor] | None = None
+    candidates: Callable[..., SparseCodes] | None = None
+    total: Callable[[int], int]
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        changed = {"select", "_select"} & cls.__dict__.keys()
-        if changed and "entry_values" not in cls.__dict__:
-            cls.entry_values = None
+        if {"select", "_select"} & cls.__dict__.keys():  # what was said of the former selection no longer holds
+            for name in {"entry_values", "candidates"} - cls.__dict__.keys():
+                setattr(cls, name, None)
 
     def forward(self, pre: Tensor, **context) -> Tensor:
         """Dense activations with the shape and dtype of ``pre``."""
@@ -119,7 +131,7 @@ class AbsTopK(TopK):
 class AuxTopK(Activation):
     """k entries of each token among dead latents: what AuxK reconstructs the residual with. Gao et al. 2024.
 
-    Context: ``dead_mask`` (F,), True for dead latents. Where fewer than k are dead, the others are stored at value 0 and
+    Context: ``dead_mask`` (F,), True for dead latents. Where fewer than k are dead, others are stored at value 0 and
     get no gradient. ``relu=False`` keeps negative pre-activations too, as SAELens does.
     """
 
@@ -198,6 +210,16 @@ class BatchTopK(Activation):
             return functional.batch_topk(pre, self.k, group=self.group, backend=backend)
         self._require_threshold()
         return functional.threshold(pre, self.threshold, backend=backend)
+
+    def total(self, tokens: int) -> int:
+        """Entries kept of a training batch."""
+        return int(self.k * tokens)
+
+    def candidates(self, pre: Tensor, tokens: int, *, backend: str = "auto") -> SparseCodes:
+        """Entries of a part of a training batch of ``tokens`` that may be among those kept of it."""
+        if self.group is not None:
+            raise RuntimeError("BatchTopK(group=...) needs each rank's batch whole: raise memory_budget")
+        return functional.largest(pre, self.total(tokens), backend=backend)
 
     def _dense(self, pre: Tensor) -> Tensor:
         if self.training:

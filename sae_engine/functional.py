@@ -114,8 +114,18 @@ def batch_topk(
         from ._distributed import batch_share
 
         total = batch_share(matrix.detach(), mask, k, group)
+    return _largest(pre, matrix, mask, total, backend)
+
+
+def _largest(pre: Tensor, matrix: Tensor, mask: Tensor | None, total: int, backend: str) -> SparseCodes:
     values, indices, offsets = ops.batch_topk(matrix, mask, total, backend)
     return SparseCodes(values, indices, offsets, tuple(pre.shape[:-1]), pre.shape[-1])
+
+
+def largest(pre: Tensor, total: int, *, backend: str = "auto") -> SparseCodes:
+    """The ``total`` entries (all, where there are fewer) of ``pre`` (*batch_shape, F) with the largest relu(pre)."""
+    matrix = check.matrix(check.pre_activations(pre))
+    return _largest(pre, matrix, None, min(total, pre.numel()), _backend_for(backend, pre))
 
 
 def norm_match(
@@ -305,7 +315,7 @@ def encode(
         for n, pre_entries in zip(sparse, entries, strict=True):
             if scale is not None:
                 pre_entries = (pre_entries * at_latents(scale, codes[n])).to(dtype)
-            codes[n] = codes[n].replace(values=turners[n](pre_entries, codes[n], **contexts[n]))
+            codes[n] = codes[n].replace(values=rules[n].entry_values(pre_entries, codes[n], **contexts[n]))
     result = tuple(codes) if isinstance(select, list | tuple) else codes[0]
     return (result, pre) if return_pre else result
 
@@ -319,14 +329,14 @@ def _contexts(rules: tuple, context: dict[str, Any]) -> list[dict[str, Any]]:
             raise TypeError(f"select must be an activation module such as TopK(32), got {type(rule).__name__}")
     if len(rules) == 1:
         return [context]
-    known = [getattr(rule, "context_keys", frozenset()) for rule in rules]
+    known: list[frozenset[str]] = [getattr(rule, "context_keys", frozenset()) for rule in rules]
     for name in context.keys() - frozenset().union(*known):
         raise TypeError(f"none of the activations in select takes {name}")
     return [{name: context[name] for name in keys & context.keys()} for keys in known]
 
 
 def _as_encoded(entries, codes, x, W_enc, b_enc, b_dec, dtype, backend) -> list[Tensor]:
-    """Pre-activations ``entries``, one tensor for each of ``codes``, as functions of the encoder's input and parameters.
+    """Pre-activations ``entries``, a tensor for each of ``codes``, as functions of the encoder's input and parameters.
 
     Several codes are laid below one another, over as many copies of ``x``: one pass over the latents serves them all.
     """

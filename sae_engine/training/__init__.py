@@ -1,0 +1,6 @@
+"""One whole training step, sparse from end to end: see :class:`TrainStep`."""
+from .dead import DeadLatents
+from .objectives import AFA, AuxK, MultiTopK
+from .step import TrainStep
+
+__all__ = ["AFA", "AuxK", "DeadLatents", "MultiTopK", "TrainStep"]

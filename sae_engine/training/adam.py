@@ -1,0 +1,91 @@
+"""Adam's state in torch's own form, so that schedulers and checkpoints of ``torch.optim`` apply."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+from .. import _checks as check
+
+
+class Adam(torch.optim.Adam):
+    """``torch.optim.Adam`` whose update is made by a :class:`TrainStep`.
+
+    State and ``state_dict`` are torch's: ``step``, ``exp_avg`` and ``exp_avg_sq`` of each parameter, in its layout. The
+    learning rate is a tensor on the device.
+    """
+
+    def __init__(
+        self, module: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
+        learned = [p for p in module.parameters() if p.requires_grad]
+        if not learned:
+            raise ValueError("sae has no parameter that requires a gradient")
+        rate = torch.tensor(check.positive("lr", lr), dtype=torch.float32, device=learned[0].device)
+        super().__init__(learned, lr=rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        for p in learned:
+            self.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+            }
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+        """Runs the update of a :class:`TrainStep`; there is no other."""
+        if closure is None:
+            raise RuntimeError("this optimizer steps inside TrainStep: call the step, not the optimizer")
+        return closure()
+
+    @property
+    def options(self) -> dict:
+        """The one parameter group."""
+        return self.param_groups[0]
+
+    def counted(self, parameters: list[Tensor], skip: Tensor | None) -> Tensor:
+        """Advances the parameters' step counters, except where ``skip`` () is set; returns one of them."""
+        counters = [self.state[p]["step"] for p in parameters]
+        torch._foreach_add_(counters, 1 if skip is None else (~skip).to(torch.float32))
+        return counters[0]
+
+    def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        state = self.state[parameter]
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def apply(self, gradients: dict[Tensor, Tensor], skip: Tensor | None) -> None:
+        """torch's fused Adam on the parameters with these gradients; nothing changes where ``skip`` () is set."""
+        if not gradients:
+            return
+        options, parameters = self.options, list(gradients)
+        views = [
+            [contiguous_view(t, like=p) for t in (p, gradients[p].to(p.dtype), *self.moments(p))] for p in parameters
+        ]
+        rows, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*views, strict=True))
+        adam(
+            rows, grads, exp_avgs, exp_avg_sqs, [], [self.state[p]["step"] for p in parameters], fused=True,
+            found_inf=None if skip is None else skip.to(torch.float32), amsgrad=False, beta1=options["betas"][0],
+            beta2=options["betas"][1], lr=options["lr"], weight_decay=options["weight_decay"], eps=options["eps"],
+            maximize=False,
+        )  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """From a state of ours or of ``torch.optim.Adam`` over the same parameters."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            p = group["params"][0]
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(p.device, copy=True)
+            group.update(fused=True, foreach=None, capturable=False)
+        for p, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # ours alone, and in the parameter's layout
+                state[name] = torch.empty_like(p, memory_format=torch.preserve_format).copy_(state[name])
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device, copy=True)
+
+
+def contiguous_view(tensor: Tensor, *, like: Tensor) -> Tensor:
+    """``tensor`` or its transpose, as makes ``like`` contiguous: fused kernels look at memory, not at strides."""
+    if like.is_contiguous():
+        return tensor.contiguous()
+    if like.dim() == 2 and like.T.is_contiguous():
+        return tensor.T.contiguous()
+    raise ValueError(f"a parameter of shape {tuple(like.shape)} and strides {like.stride()} has holes in memory")

@@ -1,0 +1,115 @@
+"""The forward half of a step: each rule's codes of a batch, and what the decoder makes of them."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _passes, functional
+from ..activations import PER_TOKEN, Activation
+from ..autoencoder import EncodeInfo, SparseAutoencoder
+from ..codes import SparseCodes
+from .chunks import Parts
+
+
+class Weights(NamedTuple):
+    """The weights in the dtype of the computation: the parameters themselves, or copies of them."""
+
+    decoder: Tensor  # (F, d_out)
+    encoder: Tensor  # (F, d_in): W_enc transposed
+
+
+@dataclass
+class Kept:
+    """What one rule kept of the batch."""
+
+    rule: Activation
+    context: dict[str, Tensor]
+    codes: SparseCodes
+    values: Tensor  # (N,) what the decoder multiplies: codes.values, with decoder norms divided out
+    entries: Tensor | None  # (N,) pre-activations that the rule saw, where its values have a derivative of their own
+    pre: Tensor | None  # (B, F) of them, where the rule's gradient is dense
+
+
+@dataclass
+class Forward:
+    """A batch on its way through the autoencoder. Objectives read it."""
+
+    sae: SparseAutoencoder
+    weights: Weights
+    norms: Tensor | None  # (F,) of the decoder's rows, where rules see pre-activations times norms
+    x: Tensor  # (B, d_in) as the encoder sees it, before b_dec
+    target: Tensor  # (B, d_out), fp32 or wider
+    info: EncodeInfo
+    dead: Tensor  # (F,) bool
+    backend: str
+    kept: list[Kept] = field(default_factory=list)
+    _outputs: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of sums: fp32, or fp64 where the computation is."""
+        return torch.promote_types(self.weights.decoder.dtype, torch.float32)
+
+    def encode(self, rules: Sequence[Activation], context: dict[str, Any], chunk_rows: int) -> None:
+        """Fills ``kept``, rule by rule, from the pre-activations of ``chunk_rows`` tokens at a time."""
+        given = {"dead_mask": self.dead, **self.sae._context(self.x, list(rules)), **context}
+        contexts = [{name: given[name] for name in rule.context_keys & given.keys()} for rule in rules]
+        for name in context.keys() - frozenset().union(*(rule.context_keys for rule in rules)):
+            raise TypeError(f"no rule of this step takes {name}")
+        parts = [Parts(rule, self.tokens, self.backend) for rule in rules]
+        pre = None
+        for start in range(0, self.tokens, chunk_rows):
+            chunk = slice(start, min(start + chunk_rows, self.tokens))
+            del pre  # its memory serves the next chunk
+            pre = self._pre_activations(chunk)
+            for whole, part in zip(contexts, parts, strict=True):
+                part.add(pre, start, {name: t[chunk] if name in PER_TOKEN else t for name, t in whole.items()})
+        for rule, whole, part in zip(rules, contexts, parts, strict=True):
+            codes, entries = part.merged(self.sae.d_sae)
+            values = codes.values
+            if self.norms is not None:
+                values = (values / self.norms_at(codes)).to(values.dtype)
+            self.kept.append(Kept(rule, whole, codes, values, entries, pre if rule.entry_values is None else None))
+
+    def _pre_activations(self, rows: slice) -> Tensor:
+        """(rows, F) that the rules see, in the dtype of the computation."""
+        x = self.x[rows]
+        if self.sae.apply_b_dec_to_input:
+            x = x - self.sae.b_dec
+        encoder = self.weights.encoder
+        pre = functional.linear(x.to(encoder.dtype), encoder.T, self.sae._encoder_bias)
+        return pre if self.norms is None else pre.mul_(self.norms)
+
+    @property
+    def divisors(self) -> Tensor:
+        """The norms, or 1 where they are 0: such a row decodes to 0, whatever it is divided by."""
+        assert self.norms is not None
+        return torch.where(self.norms == 0, 1.0, self.norms)
+
+    def norms_at(self, codes: SparseCodes) -> Tensor:
+        """(N,) divisors, read at the codes."""
+        return functional.at_latents(self.divisors, codes)
+
+    def decode(self, number: int) -> Tensor:
+        """(B, d_out) weighted sums of decoder rows, for the codes of that number, in fp32 or wider; no b_dec."""
+        kept = self.kept[number]
+        return _passes.decode(kept.codes, kept.values, self.weights.decoder, self.wide, self.backend)
+
+    def reconstruct(self, number: int) -> Tensor:
+        """(B, d_out) the autoencoder's output for those codes, b_dec, layer norm and skip included; computed once."""
+        if number not in self._outputs:
+            out = self.decode(number).add_(self.sae.b_dec)
+            if self.info.std is not None and self.info.mean is not None:
+                out = out * self.info.std + self.info.mean
+            if self.sae.W_skip is not None and self.info.skipped is not None:
+                out = out + self.info.skipped.to(self.wide) @ self.sae.W_skip.T.to(self.wide)
+            self._outputs[number] = out
+        return self._outputs[number]

@@ -1,0 +1,179 @@
+"""What a training step minimises: the reconstruction error, and what is added to it.
+
+An objective names the rule whose codes it needs, and turns a :class:`Forward` into a loss and its gradient, both by
+hand: at the autoencoder's output, at the bare decoder's output, or at the codes' values.
+"""
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import _passes
+from ..activations import Activation, AuxTopK
+from ..autoencoder import SparseAutoencoder
+from .forward import Forward
+
+
+class Pull(NamedTuple):
+    """The gradient of one objective at the codes of one number. What is None is 0."""
+
+    number: int
+    output: Tensor | None = None  # (B, d_out), at the autoencoder's output
+    decoded: Tensor | None = None  # (B, d_out), at the sum of decoder rows
+    values: Tensor | None = None  # (N,), at codes.values
+
+
+class Objective:
+    """One summand of the loss. ``name`` is its key in what the step returns."""
+
+    name: str
+
+    def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
+        """The rule whose codes it reads; None: nothing to do in this step."""
+        return sae.activation
+
+    def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
+        raise NotImplementedError
+
+
+def squared_error(forward: Forward, number: int, weight: float) -> tuple[Tensor, Tensor]:
+    """``weight`` times the squared error summed over d, mean over tokens; and its gradient (B, d_out)."""
+    residual = forward.reconstruct(number) - forward.target
+    return weight * residual.square().sum() / forward.tokens, residual.mul_(2 * weight / forward.tokens)
+
+
+class Reconstruction(Objective):
+    """Squared error summed over d, mean over tokens."""
+
+    name = "mse"
+
+    def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
+        loss, grad = squared_error(forward, number, 1.0)
+        return loss, Pull(number, output=grad)
+
+
+@dataclass(frozen=True)
+class AuxK(Objective):
+    """Dead latents reconstruct what the others left of the target, without b_dec. Gao et al. 2024, arXiv:2406.04093.
+
+    With layer norm, the residual is that of the normalised target. A latent is dead that had not fired for
+    ``dead_after`` tokens before this batch; OpenAI and dictionary_learning count the batch itself too, and so spare a
+    latent that has just revived.
+
+    Args:
+        k: entries of each token, at most as many as are dead; default d_in // 2.
+        coefficient: weight of the loss.
+        relu: whether negative pre-activations count as 0.
+        normalize: divide by the residual's squared distance from its batch mean.
+        scale_by_dead: times min(dead / k, 1).
+
+    The defaults are those of OpenAI, but for their k = 512; :meth:`openai`, :meth:`saelens` and
+    :meth:`dictionary_learning` are the three conventions.
+    """
+
+    k: int | None = None
+    coefficient: float = 1 / 32
+    relu: bool = True
+    normalize: bool = True
+    scale_by_dead: bool = False
+    name = "auxk"
+
+    def __post_init__(self) -> None:
+        if self.k is not None:
+            check.integer_k(self.k)
+        check.positive("coefficient", self.coefficient)
+
+    @classmethod
+    def openai(cls, k: int = 512) -> AuxK:
+        """ReLU, error relative to the residual's variance, weight 1/32."""
+        return cls(k=k)
+
+    @classmethod
+    def saelens(cls, coefficient: float = 1.0) -> AuxK:
+        """No ReLU, absolute error, times min(dead / k, 1), weight 1."""
+        return cls(coefficient=coefficient, relu=False, normalize=False, scale_by_dead=True)
+
+    @classmethod
+    def dictionary_learning(cls) -> AuxK:
+        """As OpenAI's, with k = d_in // 2."""
+        return cls()
+
+    def wanted(self, sae: SparseAutoencoder) -> int:
+        """Entries of each token where enough latents are dead."""
+        return min(max(sae.d_in // 2, 1) if self.k is None else self.k, sae.d_sae)
+
+    def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
+        return AuxTopK(min(self.wanted(sae), dead_at_most), relu=self.relu) if dead_at_most else None
+
+    def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
+        left = forward.target - forward.reconstruct(0)
+        if forward.info.std is not None:
+            left = left / forward.info.std
+        dead = forward.dead.sum()
+        weight = self.coefficient * (dead > 0).to(left.dtype)
+        if self.scale_by_dead:
+            weight = weight * (dead / self.wanted(forward.sae)).clamp(max=1)
+        if self.normalize:
+            spread = (left - left.mean(0)).square().sum() / forward.tokens
+            weight = torch.where(spread > 0, weight / spread, 0.0)
+        error = forward.decode(number).sub_(left)
+        loss = weight * error.square().sum() / forward.tokens
+        return loss, Pull(number, decoded=error.mul_(2 / forward.tokens * weight))
+
+
+@dataclass(frozen=True)
+class MultiTopK(Objective):
+    """The error with ``factor`` times as many entries, so that a latent's worth does not hang on k: L(k) + L(4k) / 8.
+
+    For rules with a ``k``, at most d_sae. Gao et al. 2024, arXiv:2406.04093.
+    """
+
+    factor: int = 4
+    coefficient: float = 1 / 8
+    name = "multi_topk"
+
+    def __post_init__(self) -> None:
+        check.integer_k(self.factor, name="factor")
+        check.positive("coefficient", self.coefficient)
+
+    def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
+        k = getattr(sae.activation, "k", None)
+        if k is None:
+            raise TypeError(f"MultiTopK needs a rule with k, got {sae.activation!r}")
+        wider = copy.copy(sae.activation)
+        wider.__dict__.update(sae.activation.__dict__)  # a process group, too, which copies leave out
+        setattr(wider, "k", min(self.factor * k, sae.d_sae))  # noqa: B010 - no attribute that all rules have
+        return wider
+
+    def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
+        loss, grad = squared_error(forward, number, self.coefficient)
+        return loss, Pull(number, output=grad)
+
+
+@dataclass(frozen=True)
+class AFA(Objective):
+    """Squared gap between the norms of codes and input, mean over tokens. Lee et al. 2025, arXiv:2503.24277.
+
+    ``coefficient`` is the authors' afa_coeff (1/128 to 1/16), which stands beside an error per element. Beside ours,
+    summed over d, the term is multiplied by d_out.
+    """
+
+    coefficient: float = 1 / 32
+    name = "afa"
+
+    def __post_init__(self) -> None:
+        check.positive("coefficient", self.coefficient)
+
+    def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
+        codes, wide = forward.kept[number].codes, forward.wide
+        values = codes.values.to(wide)
+        norm = _passes.sum_by_row(values.square(), codes, forward.backend).clamp(min=torch.finfo(wide).tiny).sqrt()
+        gap = norm - forward.x.to(wide).norm(dim=1)
+        weight = self.coefficient * forward.target.shape[1] / forward.tokens
+        slope = 2 * weight * gap / norm
+        return weight * gap.square().sum(), Pull(number, values=values * _passes.at_rows(slope, codes))

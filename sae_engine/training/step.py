@@ -1,0 +1,274 @@
+"""TrainStep: one optimizer step of a sparse autoencoder, sparse from the selection to the last moment of Adam."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import _passes
+from .._backend import resolve_backend
+from ..autoencoder import SparseAutoencoder
+from ..codes import SparseCodes
+from .adam import Adam
+from .backward import backward
+from .chunks import default_budget_bytes, rows_within
+from .dead import DeadLatents
+from .forward import Forward
+from .objectives import Objective, Reconstruction
+from .update import Copies, Update
+
+Reduce = Callable[[list[Tensor]], None]
+
+
+class TrainStep:
+    """A whole training step: ``step(x)`` encodes, selects, decodes, differentiates and updates ``sae`` in place.
+
+    Only the encoder's forward product is dense. Gradients follow the codes latent by latent, and where nothing needs
+    them whole, Adam uses them up as they come: no gradient of the weights is ever stored. The result is that of
+    ``loss.backward()`` and ``torch.optim.Adam`` with exact dense semantics, latents that did not fire included.
+
+    Args:
+        sae: in training mode, on the device to train on; its parameters may have no ``.grad``.
+        lr: learning rate. It lies on the device, in ``step.optimizer.param_groups[0]["lr"]``.
+        betas, eps, weight_decay: as in ``torch.optim.Adam``; weight decay is coupled (L2).
+        aux: objectives besides the reconstruction error: :class:`AuxK`, :class:`MultiTopK`, :class:`AFA`.
+        normalize_decoder: keep the decoder's rows at norm 1: the part of the gradient along them is removed before
+            Adam, they are rescaled after it. None: unless the autoencoder rescales by decoder norm.
+        grad_clip: largest norm of all gradients together. Gradients are then stored, as with ``reduce`` and
+            ``accumulate``.
+        compute_dtype: of the products and codes, such as ``torch.bfloat16``; parameters, sums and Adam stay as they
+            are. Default: the parameters'.
+        scheduler: makes a learning-rate scheduler of the optimizer, for example
+            ``lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, warmup)``; it advances with each update.
+        accumulate: calls whose gradients are averaged into one update.
+        reduce: for data parallelism: averages a list of tensors over all processes, in place. It is given the
+            gradients, and which latents fired; tokens are counted per process.
+        dead_after: tokens without firing after which a latent is dead.
+        memory_budget: bytes of pre-activations that may exist at a time; larger batches are encoded in chunks of rows,
+            and keep the same codes. Default: a quarter of the memory that is free at the first step.
+        density_interval: steps between two reads of the device, where there is something to read: how dense the codes
+            of a rule with ``capacity`` are, and how many latents may be dead.
+        dense: whether sums over codes go through GEMMs. Default: where codes are dense enough for that to be faster.
+        backend: as everywhere.
+
+    With gradients that are stored, the order is: average (``reduce``), remove the parallel part, clip, Adam, rescale.
+    Nothing waits for the device with rules that keep a fixed number of entries or have a ``capacity``, but for those
+    reads. ``sae_engine.losses`` and any ``torch.optim`` optimizer train the same model the ordinary way.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        aux: Objective | Sequence[Objective] = (),
+        normalize_decoder: bool | None = True,
+        grad_clip: float | None = None,
+        compute_dtype: torch.dtype | None = None,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        accumulate: int = 1,
+        reduce: Reduce | None = None,
+        dead_after: int = 10_000_000,
+        memory_budget: int | None = None,
+        density_interval: int = 100,
+        dense: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(sae, SparseAutoencoder):
+            raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+        added = tuple(aux) if isinstance(aux, list | tuple) else (aux,)
+        for objective in added:
+            if not isinstance(objective, Objective):
+                raise TypeError(f"aux must hold objectives such as AuxK(), got {objective!r}")
+        if compute_dtype is not None and compute_dtype not in check.FLOATS:
+            raise TypeError(f"compute_dtype must be one of {check.FLOATS}, got {compute_dtype}")
+        if reduce is not None and not callable(reduce):
+            raise TypeError(f"reduce must be a function of a list of tensors, got {reduce!r}")
+        self.sae = sae
+        self.objectives: tuple[Objective, ...] = (Reconstruction(), *added)
+        names = [objective.name for objective in self.objectives]
+        if len(set(names)) < len(names):
+            raise ValueError(f"aux must hold each objective once, got {names[1:]}")
+        unit_rows = not sae.rescale_acts_by_decoder_norm if normalize_decoder is None else normalize_decoder
+        self.normalize_decoder = check.flag("normalize_decoder", unit_rows)
+        self.compute_dtype = sae.W_enc.dtype if compute_dtype is None else compute_dtype
+        self.accumulate = check.integer_k(accumulate, name="accumulate")
+        self.memory_budget = None if memory_budget is None else check.integer_k(memory_budget, name="memory_budget")
+        self.density_interval = check.integer_k(density_interval, name="density_interval")
+        self.dense = dense if dense is None else check.flag("dense", dense)
+        self.backend = resolve_backend(backend, sae.W_enc)
+        self.optimizer = Adam(sae, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        self.dead = DeadLatents(
+            sae.d_sae, dead_after=dead_after, read_interval=density_interval, device=sae.W_enc.device
+        )
+        self.calls = 0
+        self._dense_now: bool | None = None  # the last decision for a rule with capacity
+        self._copies = Copies(sae, self.compute_dtype)
+        self._update = Update(
+            sae, self.optimizer, self._copies, unit_rows=self.normalize_decoder, reduce=reduce, backend=self.backend,
+            grad_clip=None if grad_clip is None else check.positive("grad_clip", grad_clip), accumulate=self.accumulate,
+        )  # fmt: skip
+        self._seen: _Seen | None = None  # since the last update
+
+    def __call__(self, x: Tensor, target: Tensor | None = None, **context: Tensor) -> dict[str, Tensor]:
+        """One step on a batch.
+
+        Args:
+            x: ``(*batch_shape, d_in)``.
+            target: ``(*batch_shape, d_out)``, what to reconstruct; default ``x``.
+            context: what the rule needs and the autoencoder does not know.
+
+        Returns:
+            Scalars on the device, none of them waited for: ``loss``, and its summands by name (``mse``, ``auxk``, …);
+            ``fvu``, squared error over the target's squared distance from its batch mean; ``l0``, mean non-zero values
+            a token; ``dead``, share of dead latents; ``grad_norm``, of all gradients as they reach Adam (before
+            clipping), where the call updates; ``overflow``, with a ``capacity``: whether it was too small, in which
+            case parameters, optimizer and counters are what they were.
+        """
+        x, target = self._checked(x, target)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return self._step(x, target, context)
+
+    def _step(self, x: Tensor, target: Tensor, context: dict[str, Any]) -> dict[str, Tensor]:
+        forward, numbers = self._forward(x, target, context)
+        main, tokens = forward.kept[0].codes, forward.tokens
+        overflow = None if main.required is None else main.required > main.values.shape[0]
+        with _passes.densified(self._density(main)):
+            losses: dict[str, Tensor] = {}
+            pulls = []
+            for objective, number in zip(self.objectives, numbers, strict=True):
+                losses[objective.name] = forward.target.new_zeros(())
+                if number is not None:
+                    losses[objective.name], pull = objective(forward, number)
+                    pulls.append(pull)
+            report = {"loss": torch.stack(list(losses.values())).sum(), **losses}
+            report["fvu"] = losses["mse"] * tokens / (forward.target - forward.target.mean(0)).square().sum()
+            report["l0"] = (main.values != 0).sum() / tokens
+            pending = backward(forward, pulls)
+            del forward, pulls  # their memory serves the update
+            self.calls += 1
+            since = self._seen = _Seen(_passes.fired(main).float(), tokens, overflow).after(self._seen)
+            if self._update.can_be_fused(pending):
+                grad_norm = self.optimizer.step(lambda: self._update.fused(pending, since.overflow))
+            else:
+                self._update.store(pending)
+                if self.calls % self.accumulate == 0:
+                    agreed = [since.fired]
+                    grad_norm = self.optimizer.step(lambda: self._update.apply_stored(agreed, since.overflow))
+        with torch.enable_grad():  # that is when rules learn from what they kept
+            self.sae.activation.update(main)
+        if self.calls % self.accumulate == 0:
+            report["grad_norm"] = grad_norm
+            self.dead.count(since.fired > 0, since.tokens, since.overflow)
+            self._seen = None
+            if self.scheduler is not None and not _capturing(x):
+                self.scheduler.step()
+        report["dead"] = self.dead.mask.float().mean()
+        if overflow is not None:
+            report["overflow"] = overflow
+        return report
+
+    def _forward(self, x: Tensor, target: Tensor, context: dict[str, Any]) -> tuple[Forward, list[int | None]]:
+        """The batch encoded for all objectives, and the number of each one's codes."""
+        sae, weights = self.sae, self._copies.current()
+        wide = torch.promote_types(self.compute_dtype, torch.float32)
+        seen, info = sae._normalized(x)
+        forward = Forward(
+            sae=sae, weights=weights, norms=sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None,
+            x=seen, target=target.to(wide), info=info, dead=self.dead.mask, backend=self.backend,
+        )  # fmt: skip
+        dead_at_most = self.dead.at_most(forward.tokens)
+        rules = [sae.activation]
+        numbers: list[int | None] = []
+        for objective in self.objectives:
+            rule = objective.rule(sae, dead_at_most)
+            if rule is not None and all(rule is not known for known in rules):
+                rules.append(rule)
+            numbers.append(None if rule is None else next(n for n, known in enumerate(rules) if rule is known))
+        if self.memory_budget is None:
+            self.memory_budget = default_budget_bytes(x.device)
+        forward.encode(rules, context, rows_within(self.memory_budget, sae.d_sae, self.compute_dtype))
+        return forward, numbers
+
+    def _density(self, codes: SparseCodes) -> bool | None:
+        """Whether sums over codes go through GEMMs; None: their number of entries decides."""
+        if self.dense is not None or codes.required is None:
+            return self.dense
+        if self.calls % self.density_interval == 0 and not _capturing(codes.values):
+            self._dense_now = _passes.is_dense("decode_backward_weight", codes, entries=int(codes.required))
+        return self._dense_now
+
+    def _checked(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        sae = self.sae
+        if not sae.training:
+            raise RuntimeError("sae is in evaluation mode: call sae.train() before a training step")
+        for name, p in sae.named_parameters():
+            if p.grad is not None:
+                raise RuntimeError(f"{name}.grad is not None: a training step owns the gradients; set it to None")
+        check.floating("x", x)
+        if x.shape[-1] != sae.d_in:
+            raise ValueError(f"x must have d_in = {sae.d_in} in its last dimension, got shape {tuple(x.shape)}")
+        check.same_device("x", x, sae.W_enc)
+        if x.numel() == 0:
+            raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
+        if target is None:
+            if sae.d_out != sae.d_in:
+                raise ValueError(f"target is needed, (*batch_shape, {sae.d_out}): d_out differs from d_in")
+            target = x
+        check.floating("target", target)
+        check.shaped("target", target, (*x.shape[:-1], sae.d_out), x, why="d_out for each token of x")
+        return check.matrix(x.detach()), check.matrix(target.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on besides the autoencoder, to resume bit for bit; save that one too."""
+        if self.calls % self.accumulate:
+            left = self.accumulate - self.calls % self.accumulate
+            raise RuntimeError(f"gradients are being accumulated: save after {left} more call(s)")
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "dead": self.dead.state_dict(),
+            "calls": self.calls,
+            "dense_now": self._dense_now,
+            "memory_budget": self.memory_budget,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From :meth:`state_dict`, of a step over an autoencoder of the same shape with the same arguments."""
+        missing = {"optimizer", "scheduler", "dead", "calls", "dense_now", "memory_budget"} - state.keys()
+        if missing:
+            raise ValueError(f"state lacks {sorted(missing)}: it is not the state of a TrainStep")
+        if (self.scheduler is None) != (state["scheduler"] is None):
+            raise ValueError("state was saved with a scheduler and there is none here, or the other way round")
+        self.dead.load_state_dict(state["dead"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.calls, self._dense_now, self.memory_budget = state["calls"], state["dense_now"], state["memory_budget"]
+
+
+class _Seen(NamedTuple):
+    """What the calls since the last update have seen."""
+
+    fired: Tensor  # (F,) above 0 for latents that fired
+    tokens: int
+    overflow: Tensor | None
+
+    def after(self, before: _Seen | None) -> _Seen:
+        if before is None:
+            return self
+        overflow = self.overflow
+        if before.overflow is not None and overflow is not None:
+            overflow = before.overflow | overflow
+        return _Seen(before.fired + self.fired, before.tokens + self.tokens, overflow)
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
