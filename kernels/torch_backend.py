@@ -1,4 +1,6 @@
 """Every operation in fast stock PyTorch: what a CPU runs. Signatures and meaning are those of ``reference.py``."""
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,6 @@ from torch.optim.adam import adam
 from . import _tuning, densified
 from ._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
 from .densified import rows_of, to_dense
-from .reference import without_parallel_part
 
 __all__ = [
     "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "gather", "latent_adam",
@@ -61,6 +62,9 @@ def _topk_columns(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
     ``torch.topk`` breaks ties as it likes. It is asked for a few more entries: where the last of them lies below the
     k-th, all that tie with the k-th are among them. Other rows, rare ones, are looked at whole.
     """
+    groups = _tuning.column_groups(score.shape[1], k) if score.element_size() > 2 and score.is_cpu else None
+    if groups is not None:
+        return _topk_columns_by_groups(score, mask, k, groups)
     slack = 32 if score.element_size() == 2 else 1  # 16-bit numbers tie a few times a row
     top, columns = score.topk(min(k + slack, score.shape[1]))
     cut = top[:, k - 1 : k]
@@ -77,6 +81,38 @@ def _topk_columns(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
         if whole.numel():
             kept[whole] = _resolve_ties(score[whole], None if mask is None else mask[whole], cut[whole], k)
     return kept.sort(dim=1).values
+
+
+def _topk_columns_by_groups(score: Tensor, mask: Tensor | None, k: int, groups: int) -> Tensor:
+    """The same from group maxima: group g holds columns g, g + groups, …, so that maxima run along memory.
+
+    The k groups with the largest maxima hold the k largest entries, unless another group's maximum ties with the k-th
+    entry: rows where anything ties with it, or is NaN there, are looked at whole.
+    """
+    rows, num_latents = score.shape
+    size = num_latents // groups
+    kept = torch.empty(rows, k, dtype=torch.int64, device=score.device)
+    step = max(CHUNK_ELEMENTS // (4 * num_latents), 1)  # what one chunk reads twice stays in the cache
+    for start in range(0, rows, step):
+        part = score[start : start + step].contiguous().view(-1, size, groups)
+        maxima, group = part.amax(1).topk(k + 1)
+        among = part.gather(2, group[:, None, :k].expand(-1, size, k))
+        top, position = among.view(-1, size * k).topk(k + 1)
+        column = position[:, :k] // k * groups + group.gather(1, position[:, :k] % k)
+        cut = top[:, k - 1]
+        certain = (cut > top[:, k]) & (cut > maxima[:, k])
+        unsure = (~certain).nonzero()[:, 0]
+        if unsure.numel():
+            whole = score[start : start + step][unsure]
+            allowed = None if mask is None else mask[start : start + step][unsure]
+            column[unsure] = _resolve_ties(whole, allowed, _kth_of_rows(whole, k), k)
+        kept[start : start + step] = column
+    return kept.sort(dim=1).values
+
+
+def _kth_of_rows(x: Tensor, k: int) -> Tensor:
+    """(rows, 1) the k-th largest of each row, NaN above everything."""
+    return x.topk(k).values[:, -1:]
 
 
 def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitude: bool, apply_relu: bool):
@@ -272,14 +308,14 @@ class _LatentPass:
 
     def __init__(self, x: Tensor, weight: Tensor, along: Tensor | None, terms: list[Term], dtype: torch.dtype):
         self.x, self.weight, self.along, self.dtype = x.to(dtype), weight, along, dtype
-        self.grads = [term.grad.to(dtype) for term in terms]
-        self.terms = terms
-        self.entries = [self._entries(term) for term in terms]
+        self.bias = self.x.new_zeros(weight.shape[0])
+        self.sums = [self._prepared(term) for term in terms]
 
-    def _entries(self, term: Term) -> tuple[Tensor, Tensor]:
-        """Values and gradients at the pre-activations: as matrices (B, F), or sorted by (latent, row)."""
+    def _prepared(self, term: Term) -> Callable[[slice], tuple[Tensor, Tensor]]:
+        """The term's sums over a range of latents, as a function of the range; its part of ``bias`` is added here."""
         rows, num_latents = term.offsets.numel() - 1, self.weight.shape[0]
-        values = inner = term.values.to(self.dtype)
+        grad, values = term.grad.to(self.dtype), term.values.to(self.dtype)
+        inner = values
         if term.mode != GIVEN:
             dense = _tuning.is_dense("decode_backward_values", values.numel(), rows, num_latents, values.device.type)
             product = densified.decode_backward_values if dense else decode_backward_values
@@ -287,39 +323,33 @@ class _LatentPass:
         slopes = term.at_entries(inner).to(self.dtype)
         if term.is_dense:
             values, slopes = (to_dense(t, term.indices, term.offsets, num_latents) for t in (values, slopes))
-            return values, slopes
-        return values[term.latent_positions], slopes[term.latent_positions]
+            self.bias += slopes.sum(0)
+            return lambda latents: (values[:, latents].T @ grad, slopes[:, latents].T @ self.x)
+        values, slopes = values[term.latent_positions], slopes[term.latent_positions]
+        row = term.latent_rows.clamp(max=max(rows - 1, 0))
+        ends = term.latent_offsets.to(row.dtype)
+        self.bias += _bags(slopes, torch.zeros_like(row), ends, slopes.new_ones(min(rows, 1), 1))[:, 0]
+
+        def sums(latents: slice) -> tuple[Tensor, Tensor]:
+            bounds, entries = ends[latents.start : latents.stop + 1], slice(0, values.numel())
+            if latents.stop - latents.start < num_latents:  # on a CPU only, where reading waits for nothing
+                entries = slice(int(bounds[0]), int(bounds[-1]))
+                bounds = bounds - entries.start
+            return tuple(_bags(w[entries], row[entries], bounds, t) for w, t in ((values, grad), (slopes, self.x)))
+
+        return sums
 
     def of(self, latents: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of rows ``latents`` of the decoder and of the transposed encoder, and of that part of the bias."""
-        count = latents.stop - latents.start
-        total = [self.x.new_zeros(count, self.weight.shape[1]), self.x.new_zeros(count, self.x.shape[1]),
-                 self.x.new_zeros(count)]  # fmt: skip
-        if self.along is not None:
-            total[0] = self.along[latents, None].to(self.dtype) * self.weight[latents].to(self.dtype)
-        for term, grad, (values, slopes) in zip(self.terms, self.grads, self.entries, strict=True):
-            if term.is_dense:
-                values, slopes = values[:, latents], slopes[:, latents]
-                parts = values.T @ grad, slopes.T @ self.x, slopes.sum(0)
-            else:
-                parts = self._sums(term, grad, values, slopes, latents)
-            total = [a.add_(b) for a, b in zip(total, parts, strict=True)]
-        return total[0], total[1], total[2]
-
-    def _sums(self, term: Term, grad: Tensor, values: Tensor, slopes: Tensor, latents: slice):
-        """The same by ``embedding_bag``: each latent is a bag of rows."""
-        offsets = term.latent_offsets[latents.start : latents.stop + 1]
-        entries = slice(0, values.numel())
-        if latents.stop - latents.start < self.weight.shape[0]:  # on a CPU only, where reading waits for nothing
-            entries = slice(int(offsets[0]), int(offsets[-1]))
-            offsets = offsets - entries.start
-        rows = term.latent_rows[entries].clamp(max=max(grad.shape[0] - 1, 0))
-        one = grad.new_ones(1, 1)
-        return (
-            _bags(values[entries], rows, offsets, grad),
-            _bags(slopes[entries], rows, offsets, self.x),
-            _bags(slopes[entries], torch.zeros_like(rows), offsets, one)[:, 0],
-        )
+        parts = [sums(latents) for sums in self.sums]
+        if self.along is not None or not parts:
+            scale = self.bias.new_zeros(()) if self.along is None else self.along[latents, None].to(self.dtype)
+            count = latents.stop - latents.start
+            parts.append((scale * self.weight[latents].to(self.dtype), self.x.new_zeros(count, self.x.shape[1])))
+        decoder, encoder = parts[0]
+        for more_decoder, more_encoder in parts[1:]:
+            decoder, encoder = decoder.add_(more_decoder), encoder.add_(more_encoder)
+        return decoder, encoder, self.bias[latents]
 
 
 def latent_gradients(x, weight, along, *lists_and_dtype):
@@ -340,27 +370,37 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
     chunk = _tuning.latents_in_cache(weight.shape[1] + x.shape[1]) if weight.device.type == "cpu" else num_latents
     for start in range(0, num_latents, chunk):
         latents = slice(start, min(start + chunk, num_latents))
+        places = [[t[latents] for t in tensors] for tensors in (parameters, exp_avgs, exp_avg_sqs)]
+        state = [[t.contiguous() for t in tensors] for tensors in places]  # fused Adam ignores strides
         grads = latent_pass.of(latents)
         center -= grads[2] @ encoder[latents].to(wide)
         if unit_rows:
-            grads = without_parallel_part(grads[0], weight[latents]), *grads[1:]
-        for grad in grads[: len(parameters)]:
-            square += grad.flatten().dot(grad.flatten())
-        strided = [[t[latents] for t in tensors] for tensors in (parameters, exp_avgs, exp_avg_sqs)]
-        state = [[t.contiguous() for t in tensors] for tensors in strided]  # fused Adam ignores strides
+            rows = state[0][0].to(wide)
+            along_row = torch.linalg.vecdot(grads[0], rows)[:, None]
+            grads[0].addcmul_(along_row / _norms(rows).square(), rows, value=-1)
+        grads = [grad.to(parameter.dtype) for parameter, grad in zip(state[0], grads, strict=False)]
+        square += sum(_energy(grad.to(wide)) for grad in grads)
         adam(
-            state[0], [g.to(p.dtype) for p, g in zip(state[0], grads, strict=False)], state[1], state[2], [],
-            [step - 1 for _ in parameters], fused=True, found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2,
-            lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
+            state[0], grads, state[1], state[2], [], [step - 1 for _ in grads], fused=True, found_inf=found_inf,
+            amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
         )  # fmt: skip
         if unit_rows:
-            norm = state[0][0].norm(dim=1, keepdim=True)
-            norm = torch.where(norm == 0, 1.0, norm)
-            state[0][0] /= norm if skip is None else torch.where(skip != 0, 1.0, norm)
-        for places, tensors in zip(strided, state, strict=True):
-            for place, new in zip(places, tensors, strict=True):
+            norms = _norms(state[0][0])
+            state[0][0] /= norms if skip is None else torch.where(skip != 0, 1.0, norms)
+        for before, after in zip(places, state, strict=True):
+            for place, new in zip(before, after, strict=True):
                 if place.data_ptr() != new.data_ptr():
                     place.copy_(new)
         for copy, new in zip(copies, state[0], strict=False):
             copy[latents].copy_(new)
     return center, square
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """(F, 1) norms, or 1 for rows of zeros, which have no direction."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.where(norms == 0, 1.0, norms)
+
+
+def _energy(t: Tensor) -> Tensor:
+    return torch.dot(t.flatten(), t.flatten())

@@ -6,7 +6,7 @@ import os
 import torch
 from torch import Tensor
 
-from .. import _passes
+from .. import _passes, functional
 from ..activations import Activation, has_gate
 from ..codes import SparseCodes, cat
 
@@ -32,6 +32,27 @@ def default_budget_bytes(device: torch.device) -> int:
 def rows_within(budget_bytes: int, d_sae: int, dtype: torch.dtype) -> int:
     """Rows of pre-activations that fit into ``budget_bytes``; at least one."""
     return max(budget_bytes // (d_sae * dtype.itemsize), 1)
+
+
+class PreActivations:
+    """The encoder's product. On a CPU it is written to memory that serves every step: fresh memory costs a fifth more.
+
+    (On a GPU, PyTorch's allocator keeps memory at hand.)
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight + bias`` (rows, F), overwritten by the next call."""
+        if not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
+            return functional.linear(x, weight, bias)
+        size = x.shape[0] * weight.shape[1]
+        if self._memory is None or self._memory.dtype != x.dtype or self._memory.numel() < size:
+            self._memory = None  # before its successor is made
+            self._memory = x.new_empty(size)
+        out = self._memory[:size].view(x.shape[0], weight.shape[1])
+        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight, out=out)
 
 
 class Parts:

@@ -12,7 +12,7 @@ from .. import _passes, functional
 from ..activations import PER_TOKEN, Activation
 from ..autoencoder import EncodeInfo, SparseAutoencoder
 from ..codes import SparseCodes
-from .chunks import Parts
+from .chunks import Parts, PreActivations
 
 
 class Weights(NamedTuple):
@@ -45,6 +45,7 @@ class Forward:
     target: Tensor  # (B, d_out), fp32 or wider
     info: EncodeInfo
     dead: Tensor  # (F,) bool
+    buffer: PreActivations
     backend: str
     kept: list[Kept] = field(default_factory=list)
     _outputs: dict[int, Tensor] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class Forward:
         pre = None
         for start in range(0, self.tokens, chunk_rows):
             chunk = slice(start, min(start + chunk_rows, self.tokens))
-            del pre  # its memory serves the next chunk
+            del pre  # before the next chunk's is made
             pre = self._pre_activations(chunk)
             for whole, part in zip(contexts, parts, strict=True):
                 part.add(pre, start, {name: t[chunk] if name in PER_TOKEN else t for name, t in whole.items()})
@@ -84,8 +85,7 @@ class Forward:
         x = self.x[rows]
         if self.sae.apply_b_dec_to_input:
             x = x - self.sae.b_dec
-        encoder = self.weights.encoder
-        pre = functional.linear(x.to(encoder.dtype), encoder.T, self.sae._encoder_bias)
+        pre = self.buffer.product(x.to(self.weights.encoder.dtype), self.weights.encoder.T, self.sae._encoder_bias)
         return pre if self.norms is None else pre.mul_(self.norms)
 
     @property

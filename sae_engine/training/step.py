@@ -14,7 +14,7 @@ from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from .adam import Adam
 from .backward import backward
-from .chunks import default_budget_bytes, rows_within
+from .chunks import PreActivations, default_budget_bytes, rows_within
 from .dead import DeadLatents
 from .forward import Forward
 from .objectives import Objective, Reconstruction
@@ -111,6 +111,7 @@ class TrainStep:
         self.calls = 0
         self._dense_now: bool | None = None  # the last decision for a rule with capacity
         self._copies = Copies(sae, self.compute_dtype)
+        self._pre_activations = PreActivations()
         self._update = Update(
             sae, self.optimizer, self._copies, unit_rows=self.normalize_decoder, reduce=reduce, backend=self.backend,
             grad_clip=None if grad_clip is None else check.positive("grad_clip", grad_clip), accumulate=self.accumulate,
@@ -182,7 +183,8 @@ class TrainStep:
         seen, info = sae._normalized(x)
         forward = Forward(
             sae=sae, weights=weights, norms=sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None,
-            x=seen, target=target.to(wide), info=info, dead=self.dead.mask, backend=self.backend,
+            x=seen, target=target.to(wide), info=info, dead=self.dead.mask, buffer=self._pre_activations,
+            backend=self.backend,
         )  # fmt: skip
         dead_at_most = self.dead.at_most(forward.tokens)
         rules = [sae.activation]
