@@ -110,6 +110,19 @@ def _topk_columns_by_groups(score: Tensor, mask: Tensor | None, k: int, groups: 
     return kept.sort(dim=1).values
 
 
+def _topk_columns_among(score: Tensor, mask: Tensor, k: int) -> Tensor:
+    """The same where every row masks the same columns (F,): the others are picked out first."""
+    eligible = mask.nonzero()[:, 0]
+    if eligible.numel() <= k:
+        others = (~mask).nonzero()[: k - eligible.numel(), 0]
+        return torch.cat([eligible, others]).sort().values.expand(score.shape[0], k)
+    kept = [eligible.new_empty(0, k)]
+    for start in _row_chunks(score):
+        part = score[start : start + _chunk_rows(score), eligible]
+        kept.append(eligible[_topk_columns(part, None, k)])
+    return torch.cat(kept)
+
+
 def _kth_of_rows(x: Tensor, k: int) -> Tensor:
     """(rows, 1) the k-th largest of each row, NaN above everything."""
     return x.topk(k).values[:, -1:]
@@ -119,16 +132,20 @@ def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitu
     """``torch.topk`` finds the entries; only rows whose k-th and (k + 1)-th tie need a second look."""
     rows, num_latents = pre.shape
     by = pre.abs() if magnitude else pre if score is None else score
-    if mask is not None:
+    if k == num_latents:
+        kept = torch.arange(k, device=pre.device).expand(rows, k)
+    elif mask is None:
+        kept = _topk_columns(by, None, k)
+    elif mask.dim() == 1 and mask.is_cpu:  # on a CPU, where reading it waits for nothing
+        kept = _topk_columns_among(by, mask, k)
+    else:
         mask = mask.expand(pre.shape)
-        by = torch.where(mask, by, -torch.inf)
-    every = torch.arange(k, device=pre.device).expand(rows, k)
-    kept = every if k == num_latents else _topk_columns(by, mask, k)
+        kept = _topk_columns(torch.where(mask, by, -torch.inf), mask, k)
     values = pre.gather(1, kept)
     if apply_relu:
         values = _relu(values)
     if mask is not None:
-        values = torch.where(mask.gather(1, kept), values, 0.0)
+        values = torch.where(mask.expand(pre.shape).gather(1, kept), values, 0.0)
     return values.flatten(), kept.int().flatten()
 
 

@@ -4,7 +4,7 @@ import torch
 
 from sae_engine import functional as f
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
-from sae_kernels import _tuning, reference
+from sae_kernels import _tuning, reference, torch_backend
 from sae_kernels.ops import ops
 
 FAST = ("torch", "triton")
@@ -82,6 +82,31 @@ def test_the_kernel_for_large_k_and_the_kernel_for_small_k_are_both_exercised():
     for k in (5, 90):
         args = (pre, None, None, k, False, True)
         assert_same(ops.topk(*args, "triton"), ops.topk(*args, "reference"))
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 1 << 10])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", HARD_KINDS)
+def test_groups_and_chunks_of_the_cpu_path(kind, masked, chunk, monkeypatch):
+    """Sizes at which groups of columns are searched first, in one chunk of rows and in several."""
+    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", chunk)
+    for num_latents, k in ((1024, 3), (520, 2), (256, 1), (264, 8)):
+        assert _tuning.column_groups(num_latents, k) is not None
+        pre = make_pre(kind, (7, num_latents))
+        mask = torch.arange(num_latents) % 3 > 0 if masked else None
+        for score in (None, make_pre("ties", (7, num_latents), seed=1)):
+            args = (pre, score, mask, k, False, False)
+            assert_same(torch_backend.topk(*args), reference.topk(*args))
+
+
+@pytest.mark.parametrize("eligible", [0, 1, 4, 5, 6, 39])
+def test_a_mask_of_columns_with_few_or_many_eligible(eligible):
+    mask = torch.zeros(40, dtype=torch.bool)
+    mask[torch.randperm(40)[:eligible]] = True
+    for kind in ("special", "ties", "normal"):
+        for relu in (True, False):
+            args = (make_pre(kind, (5, 40)), None, mask, 5, False, relu)
+            assert_same(torch_backend.topk(*args), reference.topk(*args))
 
 
 @pytest.mark.gpu
