@@ -383,11 +383,13 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
     latent_pass = _LatentPass(x, copies[0] if copies else weight, along, terms_of(lists), wide)
     center, square = x.new_zeros(x.shape[1], dtype=wide), x.new_zeros((), dtype=wide)
     found_inf = None if skip is None else skip.float()
-    num_latents = weight.shape[0]
+    num_latents, row_major = weight.shape[0], encoder.stride(1) != 1
     chunk = _tuning.latents_in_cache(weight.shape[1] + x.shape[1]) if weight.device.type == "cpu" else num_latents
     for start in range(0, num_latents, chunk):
         latents = slice(start, min(start + chunk, num_latents))
         places = [[t[latents] for t in tensors] for tensors in (parameters, exp_avgs, exp_avg_sqs)]
+        if row_major:  # a row-major W_enc, seen latent by latent, is copied along its rows
+            places = [[tensors[0], tensors[1].T, *tensors[2:]] for tensors in places]
         state = [[t.contiguous() for t in tensors] for tensors in places]  # fused Adam ignores strides
         grads = latent_pass.of(latents)
         center -= grads[2] @ encoder[latents].to(wide)
@@ -395,8 +397,9 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
             rows = state[0][0].to(wide)
             along_row = torch.linalg.vecdot(grads[0], rows)[:, None]
             grads[0].addcmul_(along_row / _norms(rows).square(), rows, value=-1)
+        square += sum(_energy(grad) for grad in grads[: len(parameters)])
+        grads = grads[0], grads[1].T.contiguous() if row_major else grads[1], grads[2]
         grads = [grad.to(parameter.dtype) for parameter, grad in zip(state[0], grads, strict=False)]
-        square += sum(_energy(grad.to(wide)) for grad in grads)
         adam(
             state[0], grads, state[1], state[2], [], [step - 1 for _ in grads], fused=True, found_inf=found_inf,
             amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
@@ -408,8 +411,8 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
             for place, new in zip(before, after, strict=True):
                 if place.data_ptr() != new.data_ptr():
                     place.copy_(new)
-        for copy, new in zip(copies, state[0], strict=False):
-            copy[latents].copy_(new)
+        for copy, parameter in zip(copies, parameters, strict=False):
+            copy[latents].copy_(parameter[latents])
     return center, square
 
 
