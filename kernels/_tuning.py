@@ -105,6 +105,32 @@ def latents_in_cache(width: int) -> int:
     return max((1 << 18) // width, 1)
 
 
+PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps
+PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
+SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
+SLOPES_TILE = 4, 512  # entries and columns of the inner products that precede the pass of wider rows
+
+
+def pass_warps(block: int) -> int:
+    """8 columns a thread, one 16-byte load of 16-bit rows, up to 16 warps, past which registers run out."""
+    return min(max(block // 256, 1), 16)
+
+
+def pass_entries(block: int) -> int:
+    """Rows in flight of gradient and input each: as many as the registers beside two sums, weight and moments hold."""
+    return 4 if block <= 2048 else 2 if block <= 4096 else 1
+
+
+def stored_tile(by_columns: bool) -> tuple[int, int]:
+    """Latents and columns of a tile of Adam's pass over stored gradients: 256 bytes of whichever is contiguous."""
+    return (64, 64) if by_columns else (8, 512)
+
+
+def stored_latents(width: int) -> int:
+    """Latents whose fp32 gradients, ``width`` numbers each, are stored at a time: 256 MiB, whole tiles."""
+    return max((1 << 26) // width // 64, 1) * 64
+
+
 ENTRIES_IN_FLIGHT = 4  # independent row loads of the decoder's inner loop; more buys registers, not latency
 SPLIT_LATENT = 128  # entries of one latent beyond which its gradient is summed by several programs
 NORM_CANDIDATES = 1024  # entries at which norm matching leaves the stream and finishes in registers
