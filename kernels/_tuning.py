@@ -106,9 +106,10 @@ def latents_in_cache(width: int) -> int:
 
 
 PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps
+PASS_REGISTERS = 128  # of a thread, so that 16 warps share a processor; left to itself the compiler spills for 20
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
 SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
-SLOPES_TILE = 4, 512  # entries and columns of the inner products that precede the pass of wider rows
+SLOPES_TILE = 4, 256  # entries and columns of the inner products that precede the pass of wider rows
 
 
 def pass_warps(block: int) -> int:
@@ -125,8 +126,11 @@ def pass_entries(block: int) -> int:
 
 
 def stored_tile(by_columns: bool) -> tuple[int, int]:
-    """Latents and columns of a tile of Adam's pass over stored gradients: 256 bytes of whichever is contiguous."""
-    return (64, 64) if by_columns else (8, 512)
+    """Latents and columns of a tile of Adam's pass over stored gradients, 8 numbers a thread of 8 warps.
+
+    At least 256 bytes of whichever is contiguous.
+    """
+    return (64, 32) if by_columns else (8, 256)
 
 
 def stored_latents(width: int) -> int:

@@ -318,6 +318,13 @@ def _with_unit_stride(tensor):
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _at_most(registers: int) -> dict:
+    """The launch option that limits the registers of a thread; AMD's compiler and the interpreter have none."""
+    if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": registers}
+
+
 class _Sums:
     """The sums over the entries of the terms, for any range of latents, of columns that fit a tile."""
 
@@ -328,7 +335,7 @@ class _Sums:
         self.shape = dict(
             D_OUT=weight.shape[1], D_IN=x.shape[1], stride_xb=x.stride(0), SPLIT=_tuning.SPLIT_PASS,
             BLOCK_OUT=blocks[0], BLOCK_IN=blocks[1], IN_FLIGHT=_tuning.pass_entries(max(blocks)),
-            num_warps=_tuning.pass_warps(max(blocks)),
+            num_warps=_tuning.pass_warps(max(blocks)), **_at_most(_tuning.PASS_REGISTERS),
         )  # fmt: skip
         self.modes = tuple(term.mode for term in terms)
         self.terms = tuple(self._arguments(term, self._partial(term)) for term in terms)

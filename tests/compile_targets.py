@@ -159,9 +159,9 @@ def pass_cases(name, rows, width, num_latents, k, dtype, dtypes=(FP32,), terms=(
     name = f"{name} {NAMES[dtype]}"
     for parameter_dtype in dtypes:
         for number in terms:
-            case = f"{name} {NAMES[parameter_dtype]} parameters {number} terms"
-            yield f"adam {case}", functools.partial(adam, parameter_dtype, number, False)
-        yield f"adam {case} strided", functools.partial(adam, parameter_dtype, number, True)
+            case = f"{name} {NAMES[parameter_dtype]} parameters"
+            yield f"adam {case} {number} terms", functools.partial(adam, parameter_dtype, number, False)
+        yield f"adam {case} strided", functools.partial(adam, parameter_dtype, 1, True)
     weight, along = meta(num_latents, width, dtype=dtype), meta(num_latents, dtype=FP32)
     yield f"latent_gradients {name}", lambda: latent_pass.launch_gradients(x, weight, along, *lists(1), FP32)
 
