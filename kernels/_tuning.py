@@ -101,8 +101,11 @@ def decode_warps(block: int) -> int:
 
 
 def latents_in_cache(width: int) -> int:
-    """Latents whose gradients, weights and moments, ``width`` numbers each, stay in a CPU's second-level cache."""
-    return max((1 << 18) // width, 1)
+    """Latents whose gradients, weights and moments, ``width`` numbers each, stay in a CPU's second-level cache.
+
+    Whole vector registers of them: fused Adam rounds what is left over in another way.
+    """
+    return max((1 << 18) // width // 32, 1) * 32
 
 
 PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps

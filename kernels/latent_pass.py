@@ -425,7 +425,8 @@ class _Adam:
         logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
         _corrections_kernel[(1,)](self.corrections, step, lr, *logs, num_warps=1)
         self.settings = beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay
-        self.unit_rows, self.skip = unit_rows, skip
+        self.unit_rows = unit_rows
+        self.skip = skip if skip is None or skip.dtype == torch.bool else skip != 0
 
     def of_stored(self, grad, state, latents: slice, *, slopes=None, unit_rows=False):
         """Adam of ``latents`` of one matrix; the partial sums of d(center), where ``slopes`` are given, and norm."""

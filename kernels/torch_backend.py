@@ -314,11 +314,11 @@ class _LatentPass:
             entries = slice(int(offsets[0]), int(offsets[-1]))
             offsets = offsets - entries.start
         rows = term.latent_rows[entries].clamp(max=max(grad.shape[0] - 1, 0))
-        one = grad.new_ones(1, 1)
+        one = grad.new_ones(1, 1, dtype=torch.float64)  # sums of single numbers cost little, and no bag is short
         return (
             _bags(values[entries], rows, offsets, grad),
             _bags(slopes[entries], rows, offsets, self.x),
-            _bags(slopes[entries], torch.zeros_like(rows), offsets, one)[:, 0],
+            _bags(slopes[entries].double(), torch.zeros_like(rows), offsets, one)[:, 0].to(self.dtype),
         )
 
 
@@ -335,7 +335,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
     wide = torch.promote_types(weight.dtype, torch.float32)
     latent_pass = _LatentPass(x, copies[0] if copies else weight, along, terms_of(lists), wide)
     center, square = x.new_zeros(x.shape[1], dtype=wide), x.new_zeros((), dtype=wide)
-    found_inf = None if skip is None else skip.float()
+    found_inf = None if skip is None else (skip != 0).float()  # fused Adam asks whether it is 1
     num_latents = weight.shape[0]
     chunk = _tuning.latents_in_cache(weight.shape[1] + x.shape[1]) if weight.device.type == "cpu" else num_latents
     for start in range(0, num_latents, chunk):
@@ -349,7 +349,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
         strided = [[t[latents] for t in tensors] for tensors in (parameters, exp_avgs, exp_avg_sqs)]
         state = [[t.contiguous() for t in tensors] for tensors in strided]  # fused Adam ignores strides
         adam(
-            state[0], [g.to(p.dtype) for p, g in zip(state[0], grads, strict=False)], state[1], state[2], [],
+            state[0], [g.to(p.dtype).contiguous() for p, g in zip(state[0], grads, strict=False)], state[1], state[2], [],
             [step - 1 for _ in parameters], fused=True, found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2,
             lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
         )  # fmt: skip
@@ -361,5 +361,6 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
             if place.data_ptr() != new.data_ptr():
                 place.copy_(new)
         for copy, new in zip(copies, state[0], strict=False):
-            copy[latents].copy_(new)
+            copy = copy[latents]
+            copy.copy_(new if skip is None else torch.where(skip != 0, copy, new))
     return center, square
