@@ -57,4 +57,4 @@ def terms_of(lists: Iterable[Iterable]) -> list[Term]:
 
 def lists_of(terms: list[Term]) -> tuple[list, ...]:
     """The terms as an operator's arguments."""
-    return tuple(list(elements) for elements in zip(*terms, strict=True))
+    return tuple(list(elements) for elements in zip(*terms, strict=True)) or ([],) * NUMBER_OF_LISTS

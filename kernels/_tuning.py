@@ -124,9 +124,43 @@ def column_groups(num_latents: int, k: int) -> int | None:
 def latents_in_cache(width: int) -> int:
     """Latents whose gradients, weights and moments, ``width`` numbers each, stay in a CPU's last cache: 24 MB in fp32.
 
-    Fewer, and the calls on each chunk take longer than its numbers.
+    Fewer, and the calls on each chunk take longer than its numbers. A multiple of 32, whole vector registers: fused
+    Adam rounds what is left over in another way.
     """
-    return max((3 << 19) // width, 1)
+    return max((3 << 19) // width // 32, 1) * 32
+
+
+PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps
+PASS_REGISTERS = 128  # of a thread, so that 16 warps share a processor; left to itself the compiler spills for 20
+PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
+SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
+SLOPES_TILE = 4, 256  # entries and columns of the inner products that precede the pass of wider rows
+
+
+def pass_warps(block: int) -> int:
+    """8 columns a thread, one 16-byte load of 16-bit rows, up to 16 warps, past which registers run out."""
+    return min(max(block // 256, 1), 16)
+
+
+def pass_entries(block: int) -> int:
+    """Rows in flight, of gradient and input each: 2 leave the 128 registers with which 16 warps share a processor.
+
+    With 4, 12 warps do. Eight columns a thread more, beyond 4096 columns, leave 128 registers one row.
+    """
+    return 2 if block <= 4096 else 1
+
+
+def stored_tile(by_columns: bool) -> tuple[int, int]:
+    """Latents and columns of a tile of Adam's pass over stored gradients, 8 numbers a thread of 8 warps.
+
+    At least 256 bytes of whichever is contiguous.
+    """
+    return (64, 32) if by_columns else (8, 256)
+
+
+def stored_latents(width: int) -> int:
+    """Latents whose fp32 gradients, ``width`` numbers each, are stored at a time: 256 MiB, whole tiles."""
+    return max((1 << 26) // width // 64, 1) * 64
 
 
 ENTRIES_IN_FLIGHT = 4  # independent row loads of the decoder's inner loop; more buys registers, not latency

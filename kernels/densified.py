@@ -5,6 +5,8 @@ The same results as the sparse versions up to the order of summation; ``_tuning.
 import torch
 from torch import Tensor
 
+from ._terms import GIVEN
+
 
 def rows_of(offsets: Tensor, entries: int) -> Tensor:
     """The row (N,) int64 of each entry; entries that belong to no row get row B."""
@@ -47,3 +49,20 @@ def decode_backward_values(grad, values, indices, offsets, weight):
 def decode_backward_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):
     """(F, D); see ``reference.decode_backward_weight``."""
     return _product(to_dense(values[latent_positions], latent_rows, latent_offsets, grad.shape[0]), grad, dtype)
+
+
+def latent_gradients(x, weight, terms, dtype):
+    """(F, D_out), (F, D_in), (F,) in ``dtype``: what these ``terms`` add; see ``reference.latent_gradients``."""
+    num_latents = weight.shape[0]
+    shapes = weight.shape, (num_latents, x.shape[1]), (num_latents,)
+    total = [torch.zeros(shape, dtype=dtype, device=x.device) for shape in shapes]
+    for term in terms:
+        values = inner = term.values.to(dtype)
+        if term.mode != GIVEN:
+            inner = decode_backward_values(term.grad, values, term.indices, term.offsets, weight)
+        slopes = term.at_entries(inner).to(dtype)
+        values, slopes = (to_dense(t, term.indices, term.offsets, num_latents) for t in (values, slopes))
+        parts = values.T @ term.grad.to(dtype), slopes.T @ x.to(dtype), slopes.sum(0)
+        for sums, part in zip(total, parts, strict=True):
+            sums += part
+    return total

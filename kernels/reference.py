@@ -202,6 +202,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x: Tensor, along: Ten
     grads = latent_gradients(x, copies[0] if copies else weight, along, *lists, wide)
     center = -(grads[2] @ encoder.to(wide))
     grads = ((without_parallel_part(grads[0], weight) if unit_rows else grads[0]), *grads[1:])[: len(parameters)]
+    step = step.double()  # 1 - beta ** step is small at first
     for parameter, grad, exp_avg, exp_avg_sq in zip(parameters, grads, exp_avgs, exp_avg_sqs, strict=True):
         decayed = grad + weight_decay * parameter.to(wide)
         first = beta1 * exp_avg + (1 - beta1) * decayed
@@ -213,7 +214,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x: Tensor, along: Ten
         for tensor, new in ((exp_avg, first), (exp_avg_sq, second), (parameter, moved)):
             tensor.copy_(new if skip is None else torch.where(skip != 0, tensor.to(new.dtype), new))
     for copy, parameter in zip(copies, parameters, strict=False):
-        copy.copy_(parameter)
+        copy.copy_(parameter if skip is None else torch.where(skip != 0, copy.to(parameter.dtype), parameter))
     return center, sum(grad.square().sum() for grad in grads)
 
 

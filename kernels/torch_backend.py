@@ -345,14 +345,16 @@ class _LatentPass:
         values, slopes = values[term.latent_positions], slopes[term.latent_positions]
         row = term.latent_rows.clamp(max=max(rows - 1, 0))
         ends = term.latent_offsets.to(row.dtype)
-        self.bias += _bags(slopes, torch.zeros_like(row), ends, slopes.new_ones(min(rows, 1), 1))[:, 0]
+        one = slopes.new_ones(min(rows, 1), 1, dtype=torch.float64)  # sums of single numbers cost little
+        self.bias += _bags(slopes.double(), torch.zeros_like(row), ends, one)[:, 0]
 
         def sums(latents: slice) -> tuple[Tensor, Tensor]:
             bounds, entries = ends[latents.start : latents.stop + 1], slice(0, values.numel())
             if latents.stop - latents.start < num_latents:  # on a CPU only, where reading waits for nothing
                 entries = slice(int(bounds[0]), int(bounds[-1]))
                 bounds = bounds - entries.start
-            return tuple(_bags(w[entries], row[entries], bounds, t) for w, t in ((values, grad), (slopes, self.x)))
+            mine = row[entries]
+            return _bags(values[entries], mine, bounds, grad), _bags(slopes[entries], mine, bounds, self.x)
 
         return sums
 
@@ -382,7 +384,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
     wide = torch.promote_types(weight.dtype, torch.float32)
     latent_pass = _LatentPass(x, copies[0] if copies else weight, along, terms_of(lists), wide)
     center, square = x.new_zeros(x.shape[1], dtype=wide), x.new_zeros((), dtype=wide)
-    found_inf = None if skip is None else skip.float()
+    found_inf = None if skip is None else (skip != 0).float()  # fused Adam asks whether it is 1
     num_latents, row_major = weight.shape[0], encoder.stride(1) != 1
     chunk = _tuning.latents_in_cache(weight.shape[1] + x.shape[1]) if weight.device.type == "cpu" else num_latents
     for start in range(0, num_latents, chunk):
@@ -395,31 +397,28 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
         center -= grads[2] @ encoder[latents].to(wide)
         if unit_rows:
             rows = state[0][0].to(wide)
-            along_row = torch.linalg.vecdot(grads[0], rows)[:, None]
-            grads[0].addcmul_(along_row / _norms(rows).square(), rows, value=-1)
+            squares = torch.linalg.vecdot(rows, rows)
+            share = torch.linalg.vecdot(grads[0], rows) / torch.where(squares == 0, 1.0, squares)
+            grads[0].addcmul_(share[:, None], rows, value=-1)
         square += sum(_energy(grad) for grad in grads[: len(parameters)])
-        grads = grads[0], grads[1].T.contiguous() if row_major else grads[1], grads[2]
-        grads = [grad.to(parameter.dtype) for parameter, grad in zip(state[0], grads, strict=False)]
+        used = [grads[0], grads[1].T.contiguous() if row_major else grads[1], grads[2]]
+        used = [grad.to(parameter.dtype) for parameter, grad in zip(state[0], used, strict=False)]
         adam(
-            state[0], grads, state[1], state[2], [], [step - 1 for _ in grads], fused=True, found_inf=found_inf,
+            state[0], used, state[1], state[2], [], [step - 1 for _ in used], fused=True, found_inf=found_inf,
             amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
         )  # fmt: skip
         if unit_rows:
-            norms = _norms(state[0][0])
-            state[0][0] /= norms if skip is None else torch.where(skip != 0, 1.0, norms)
+            norms = torch.linalg.vector_norm(state[0][0], dim=1, keepdim=True)
+            unchanged = norms == 0 if skip is None else (norms == 0) | (skip != 0)
+            state[0][0] /= torch.where(unchanged, 1.0, norms)
         for before, after in zip(places, state, strict=True):
             for place, new in zip(before, after, strict=True):
                 if place.data_ptr() != new.data_ptr():
                     place.copy_(new)
         for copy, parameter in zip(copies, parameters, strict=False):
-            copy[latents].copy_(parameter[latents])
+            copy, new = copy[latents], parameter[latents]
+            copy.copy_(new if skip is None else torch.where(skip != 0, copy, new))
     return center, square
-
-
-def _norms(rows: Tensor) -> Tensor:
-    """(F, 1) norms, or 1 for rows of zeros, which have no direction."""
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return torch.where(norms == 0, 1.0, norms)
 
 
 def _energy(t: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sae_kernels import backward, batch_topk, decode, dense, norm_match, row_topk, threshold
+from sae_kernels import backward, batch_topk, decode, dense, latent_pass, norm_match, row_topk, threshold
+from sae_kernels._terms import GATED, IDENTITY, Term, lists_of
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -129,6 +130,42 @@ def code_cases(name, rows, width, num_latents, k, dtype, weight_dtype):
     yield f"by_latent {name}", functools.partial(dense.launch_by_latent, indices, offsets, num_latents)
 
 
+def pass_cases(name, rows, width, num_latents, k, dtype, dtypes=(FP32,), terms=(1, 2)):
+    """The latent pass of a step that computes in ``dtype``, its parameters in each of ``dtypes``."""
+    x = meta(rows, width, dtype=dtype)
+
+    def lists(number):
+        modes = (GATED, IDENTITY, GATED)[:number]
+        none = meta(0, dtype=dtype)
+        found = []
+        for mode in modes:
+            values, *where = codes(rows, rows * k, dtype)
+            turned = by_latent(num_latents, rows * k)
+            found.append(Term(x, values, none if mode == GATED else values, *where, *turned, mode))
+        return lists_of(found)
+
+    def adam(parameter_dtype, number, strided):
+        shapes = (num_latents, width), (num_latents, width), (num_latents,)
+        tensors = [[meta(*shape, dtype=parameter_dtype) for shape in shapes] for _ in range(3)]
+        copies = [meta(num_latents, width, dtype=dtype) for _ in range(2)] if parameter_dtype != dtype else []
+        if strided:
+            for each in tensors:
+                each[1] = meta(width, num_latents, dtype=parameter_dtype).t()
+        scalar, skip = meta(dtype=FP32), meta(dtype=torch.bool)
+        latent_pass.launch_adam(
+            *tensors, copies, x, None, *lists(number), scalar, scalar, 0.9, 0.999, 1e-8, 0.0, True, skip
+        )
+
+    name = f"{name} {NAMES[dtype]}"
+    for parameter_dtype in dtypes:
+        for number in terms:
+            case = f"{name} {NAMES[parameter_dtype]} parameters"
+            yield f"adam {case} {number} terms", functools.partial(adam, parameter_dtype, number, False)
+        yield f"adam {case} strided", functools.partial(adam, parameter_dtype, 1, True)
+    weight, along = meta(num_latents, width, dtype=dtype), meta(num_latents, dtype=FP32)
+    yield f"latent_gradients {name}", lambda: latent_pass.launch_gradients(x, weight, along, *lists(1), FP32)
+
+
 TOPK_VARIANTS = ("plain", "mask", "matrix mask", "score", "magnitude", "transposed")
 
 
@@ -142,12 +179,15 @@ def full_cases():
             yield from selection_cases(name, rows, num_latents, k, dtype)
             for weight_dtype in dict.fromkeys((dtype, FP32)):
                 yield from code_cases(name, rows, width, num_latents, k, dtype, weight_dtype)
+            yield from pass_cases(shape, rows, width, num_latents, k, dtype, dict.fromkeys((dtype, FP32)), (1, 2, 3))
+        yield from pass_cases("d=16384", 4096, 16384, 65536, 64, dtype)
         # shapes that flatter nobody: a small model's with many entries a row, primes, one that is tiny
         for rows, width, num_latents, k in ((4096, 768, 12288, 512), (1000, 577, 12289, 37), (3, 5, 40, 7)):
             name = f"F={num_latents} d={width} {NAMES[dtype]}"
             yield from topk_cases(name, rows, num_latents, k, dtype, TOPK_VARIANTS)
             yield from selection_cases(name, rows, num_latents, k, dtype)
             yield from code_cases(name, rows, width, num_latents, k, dtype, dtype)
+            yield from pass_cases(f"F={num_latents} d={width}", rows, width, num_latents, k, dtype)
 
 
 HELD = re.compile(

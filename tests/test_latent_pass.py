@@ -1,0 +1,436 @@
+"""The latent pass: a step's gradients by latent, and Adam on them (kernels/latent_pass.py, torch_backend.py)."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sae_engine.testing import assert_same, assert_within_budget
+from sae_kernels import _tuning, reference
+from sae_kernels._terms import GATED, GIVEN, IDENTITY, Term, lists_of
+from sae_kernels.ops import ops
+
+FAST = ("torch", "triton")
+LAYOUTS = ("by latent", "by column")
+MODES = {
+    "none": (), "gated": (GATED,), "two": (GATED, IDENTITY), "four": (GATED, GIVEN, IDENTITY, GATED),
+}  # fmt: skip
+DTYPES = {  # of the computation and of the parameters; copies where they differ
+    "fp32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.float32),
+    "fp16": (torch.float16, torch.float32), "bf16 parameters": (torch.bfloat16, torch.bfloat16),
+    "fp16 parameters": (torch.float16, torch.float16),
+}  # fmt: skip
+SHAPES = {  # B, F, D_out, D_in
+    "B6-F11-D7-5": (6, 11, 7, 5), "B1-F1-D1-1": (1, 1, 1, 1), "B9-F17-D33-33": (9, 17, 33, 33), "B0": (0, 9, 4, 3),
+}  # fmt: skip
+OPTIONS = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01)
+
+
+def turned(values, indices, offsets, offered, num_latents, mode, grad, *, dense=False):
+    empty = [torch.empty(0, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.int64)]
+    by_latent = empty if dense else reference.by_latent(indices, offsets, num_latents)
+    return Term(grad, values, offered, indices, offsets, *by_latent, mode)
+
+
+def make(shape, modes, dtypes=(torch.float64, torch.float64), *, kept=0.3, dense=()):
+    """A step whose every tensor is drawn, but for values: those follow from x, the encoder and the bias."""
+    rows, num_latents, d_out, d_in = shape
+    compute, parameter = dtypes
+    s = SimpleNamespace(shape=shape, compute=compute, step=torch.tensor(3.0), lr=torch.tensor(0.05))
+    s.x = torch.randn(rows, d_in).to(compute)
+    sizes = (num_latents, d_out), (num_latents, d_in), (num_latents,)
+    s.parameters = [torch.randn(size).to(parameter) for size in sizes]
+    s.exp_avgs = [torch.randn(size).mul(0.1).to(parameter) for size in sizes]
+    s.exp_avg_sqs = [torch.rand(size).add(0.1).to(parameter) for size in sizes]
+    s.copies = [] if compute == parameter else [p.to(compute) for p in s.parameters[:2]]
+    s.along = torch.randn(num_latents).to(parameter)
+    pre = s.x.double() @ s.parameters[1].double().T + s.parameters[2].double()
+    s.kept, s.terms = [], []
+    for number, mode in enumerate(modes):
+        kept = torch.rand(rows, num_latents) < kept
+        kept[:, -1:] = False  # a latent without entries, and a row
+        kept[1:2] = False
+        act = {GATED: reference.relu(pre), IDENTITY: pre, GIVEN: torch.randn(pre.shape, dtype=pre.dtype)}[mode]
+        values, indices, offsets = reference.compress(act.to(compute), kept)
+        offered = torch.randn(0 if mode == GATED and number == 0 else values.numel()).to(compute)
+        grad = torch.randn(rows, d_out).to(compute)
+        s.kept.append(kept)
+        s.terms.append(turned(values, indices, offsets, offered, num_latents, mode, grad, dense=number in dense))
+    return s
+
+
+def cast(s, dtype):
+    """The same step with every number in ``dtype``."""
+    wide = SimpleNamespace(**vars(s))
+    to = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
+    for name in ("parameters", "exp_avgs", "exp_avg_sqs", "copies"):
+        setattr(wide, name, [to(t) for t in getattr(s, name)])
+    wide.x, wide.along, wide.terms = to(s.x), to(s.along), [Term(*map(to, term)) for term in s.terms]
+    return wide
+
+
+def strided(t):
+    """The same matrix, its columns contiguous."""
+    return t.T.contiguous().T if t.dim() == 2 else t.clone()
+
+
+def gradients(s, backend, *, dtype=None, along=True):
+    weight = s.copies[0] if s.copies else s.parameters[0]
+    dtype = dtype or torch.promote_types(s.compute, torch.float32)
+    return ops.latent_gradients(s.x, weight, s.along if along else None, *lists_of(s.terms), dtype, backend)
+
+
+def adam(s, backend, *, layout=LAYOUTS[0], number=3, along=True, unit_rows=True, skip=None, **options):
+    """All that a step changes or returns, by name. What ``s`` holds stays."""
+    options = OPTIONS | options
+    groups = [[t.clone() for t in group[:number]] for group in (s.parameters, s.exp_avgs, s.exp_avg_sqs)]
+    groups.append([t.clone() for t in s.copies])
+    if layout == LAYOUTS[1]:
+        for group in groups:
+            group[1:2] = [strided(t) for t in group[1:2]]
+    skip = None if skip is None else torch.tensor(skip)
+    center, square = ops.latent_adam(
+        *groups, s.x, s.along if along else None, *lists_of(s.terms), s.step, s.lr, options["beta1"], options["beta2"],
+        options["eps"], options["weight_decay"], unit_rows, skip, backend,
+    )  # fmt: skip
+    names = ("parameter", "exp_avg", "exp_avg_sq", "copy")
+    found = {f"{n} {i}": t for n, group in zip(names, groups, strict=True) for i, t in enumerate(group)}
+    return found | {"center": center, "square": square}
+
+
+def state_of(s, number=3):
+    groups = {"parameter": s.parameters, "exp_avg": s.exp_avgs, "exp_avg_sq": s.exp_avg_sqs}
+    found = {f"{n} {i}": t for n, group in groups.items() for i, t in enumerate(group[:number])}
+    return found | {f"copy {i}": t for i, t in enumerate(s.copies)}
+
+
+def hold(s, backend, **how):
+    """The step within the budget of the reference's in the same types."""
+    truth, honest, ours = adam(cast(s, torch.float64), "reference", **how), adam(s, "reference", **how), adam(
+        s, backend, **how
+    )
+    assert truth.keys() == ours.keys()
+    for name, t in ours.items():
+        assert t.dtype == honest[name].dtype, name
+        assert_within_budget(t, truth[name].double(), honest[name])
+
+
+# --- the reference against the definition ----------------------------------------------------------------------------
+
+
+def autograd_of(s, along=True):
+    """The same gradients from a dense computation of a loss: those of decoder, encoder, bias and center."""
+    decoder, encoder, bias = (p.clone().requires_grad_() for p in s.parameters)
+    center = torch.zeros(s.x.shape[1], dtype=s.x.dtype, requires_grad=True)
+    pre = (s.x - center) @ encoder.T + bias
+    loss = (s.along * decoder.square().sum(1)).sum() / 2 if along else decoder.sum() * 0
+    for term, kept in zip(s.terms, s.kept, strict=True):
+        at = reference.to_dense(term.values, term.indices, term.offsets, s.shape[1])
+        acts = {GATED: pre.relu() * kept, IDENTITY: pre * kept, GIVEN: at}[term.mode]
+        torch.testing.assert_close(acts.detach(), at)
+        loss = loss + ((acts @ decoder) * term.grad).sum()
+        if term.offered.numel():
+            follows = pre if term.mode == GIVEN else acts
+            loss = loss + (follows[kept] * term.offered).sum()
+    loss = loss + 0 * pre.sum()  # a step may have no terms
+    return torch.autograd.grad(loss, (decoder, encoder, bias, center))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("modes", MODES)
+def test_gradients_are_those_of_a_dense_computation(modes, backend):
+    for dense in ((), (0, 2)):
+        s = make(SHAPES["B6-F11-D7-5"], MODES[modes], dense=dense)
+        for along in (True, False):
+            for got, want in zip(gradients(s, backend, along=along), autograd_of(s, along), strict=False):
+                torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("unit_rows", [True, False], ids=["unit rows", "free rows"])
+def test_a_step_is_that_of_torchs_adam(unit_rows, layout, backend):
+    s = make(SHAPES["B6-F11-D7-5"], MODES["four"])
+    *grads, center = autograd_of(s)
+    if unit_rows:
+        direction = torch.nn.functional.normalize(s.parameters[0])
+        grads[0] = grads[0] - (grads[0] * direction).sum(1, keepdim=True) * direction
+    parameters = [torch.nn.Parameter(p.clone()) for p in s.parameters]
+    optimizer = torch.optim.Adam(parameters, lr=s.lr.item(), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
+    for p, g, m, v in zip(parameters, grads, s.exp_avgs, s.exp_avg_sqs, strict=True):
+        p.grad = g
+        optimizer.state[p] = {"step": s.step - 1, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    optimizer.step()
+    if unit_rows:
+        parameters[0].data = torch.nn.functional.normalize(parameters[0].data)
+    got = adam(s, backend, layout=layout, unit_rows=unit_rows)
+    # lr is an fp32 number to us and a float to torch: half an epsilon of it, times a step of a few lr
+    close = dict(rtol=1e-7, atol=1e-8)
+    for i, p in enumerate(parameters):
+        torch.testing.assert_close(got[f"parameter {i}"], p.data, **close)
+        torch.testing.assert_close(got[f"exp_avg {i}"], optimizer.state[p]["exp_avg"])
+        torch.testing.assert_close(got[f"exp_avg_sq {i}"], optimizer.state[p]["exp_avg_sq"])
+    torch.testing.assert_close(got["center"], center)
+    torch.testing.assert_close(got["square"], sum(g.square().sum() for g in grads))
+
+
+# --- back ends against the reference ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("modes", MODES)
+def test_gradients_within_budget(modes, shape, backend):
+    for dtypes in (DTYPES["fp32"], DTYPES["bf16 parameters"]):
+        s = make(SHAPES[shape], MODES[modes], dtypes)
+        results = gradients(cast(s, torch.float64), "reference"), gradients(s, "reference"), gradients(s, backend)
+        for truth, honest, ours in zip(*results, strict=True):
+            assert_within_budget(ours, truth.double(), honest)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_rounded_once_into_the_type_asked_for(dtype, backend):
+    s = make(SHAPES["B6-F11-D7-5"], MODES["two"], DTYPES["fp32"])
+    wide, rounded = gradients(s, "reference"), gradients(s, backend, dtype=dtype)
+    for got, want in zip(rounded, wide, strict=True):
+        assert got.dtype == dtype
+        assert_within_budget(got, want.double(), want.to(dtype))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_adam_within_budget(dtypes, layout, backend):
+    for shape in SHAPES.values():
+        for unit_rows in (True, False):
+            if unit_rows and (shape[0] == 0 or 1 in shape[2:]):
+                continue  # all of the gradient is parallel: what is left is rounding, and the budget 0
+            hold(make(shape, MODES["two"], DTYPES[dtypes]), backend, layout=layout, unit_rows=unit_rows)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("modes", MODES)
+def test_adam_of_any_number_of_terms_within_budget(modes, layout, backend):
+    s = make(SHAPES["B6-F11-D7-5"], MODES[modes], DTYPES["bf16"])
+    hold(s, backend, layout=layout, unit_rows=modes != "none")  # along * weight alone has no part that is not parallel
+    hold(s, backend, layout=layout, number=2, along=False, weight_decay=0.0, beta1=0.0)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dense", [(0,), (1, 2), (0, 1, 2, 3)], ids=str)
+def test_dense_terms_within_budget(dense, layout, backend):
+    s = make((6, 11, 7, 5), MODES["four"], DTYPES["bf16"], dense=dense)
+    hold(s, backend, layout=layout)
+    results = gradients(cast(s, torch.float64), "reference"), gradients(s, "reference"), gradients(s, backend)
+    for truth, honest, ours in zip(*results, strict=True):
+        assert_within_budget(ours, truth.double(), honest)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("modes", ["gated", "four"])
+def test_rows_wider_than_a_tile(modes, layout, monkeypatch):
+    """Rows of 40 and 23 numbers in tiles of 16, of 10 latents 8 at a time."""
+    monkeypatch.setattr(_tuning, "PASS_TILE", 16)
+    monkeypatch.setattr(_tuning, "stored_latents", lambda width: 8)
+    monkeypatch.setattr(_tuning, "stored_tile", lambda by_columns: (4, 16))
+    for dense, unit_rows, number in (((), True, 3), ((0,), False, 2)):
+        s = make((5, 10, 40, 23), MODES[modes], DTYPES["bf16"], dense=dense)
+        hold(s, "triton", layout=layout, unit_rows=unit_rows, number=number)
+    results = gradients(cast(s, torch.float64), "reference"), gradients(s, "reference"), gradients(s, "triton")
+    for truth, honest, ours in zip(*results, strict=True):
+        assert_within_budget(ours, truth.double(), honest)
+
+
+def test_a_strided_encoder_some_latents_at_a_time(monkeypatch):
+    monkeypatch.setattr(_tuning, "stored_latents", lambda width: 8)
+    hold(make((4, 20, 9, 11), MODES["two"], DTYPES["bf16"]), "triton", layout=LAYOUTS[1])
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("split", [4, 16])
+def test_latents_with_many_entries(split, backend, monkeypatch):
+    """Zipf-like firing: latents own many times what one program sums, others nothing, and none starts at a border."""
+    monkeypatch.setattr(_tuning, "SPLIT_PASS", split)
+    s = make((3 * split + 5, 9, 6, 5), MODES["two"], DTYPES["fp32"])
+    s.terms = []
+    for mode, offset in ((GATED, 3), (IDENTITY, 0)):
+        kept = torch.zeros(s.shape[:2], dtype=torch.bool)
+        kept[:, 1] = kept[:, 4] = True
+        kept[:offset, 0] = True
+        kept[: split + 2, 5] = True
+        kept[::7, 7] = True
+        values, indices, offsets = reference.compress(torch.randn(s.shape[:2]), kept)
+        grad = torch.randn(s.shape[0], s.shape[2])
+        s.terms.append(turned(values, indices, offsets, torch.empty(0), s.shape[1], mode, grad))
+    hold(s, backend)
+    results = gradients(cast(s, torch.float64), "reference"), gradients(s, "reference"), gradients(s, backend)
+    for truth, honest, ours in zip(*results, strict=True):
+        assert_within_budget(ours, truth.double(), honest)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_capacity_leftovers_belong_to_nobody(backend):
+    s = make((6, 13, 7, 5), (GATED, GIVEN), DTYPES["fp32"])
+    exact = adam(s, backend), gradients(s, backend)
+    for dense in ((), (0, 1)):
+        roomy = []
+        for number, term in enumerate(s.terms):
+            pad = lambda t: torch.cat([t, torch.full((70,), torch.nan)]) if t.numel() else t  # noqa: E731
+            indices = torch.cat([term.indices, term.indices.new_full((70,), 12)])
+            roomy.append(turned(pad(term.values), indices, term.offsets, pad(term.offered), 13, term.mode, term.grad,
+                                dense=number in dense))  # fmt: skip
+        padded = SimpleNamespace(**vars(s) | {"terms": roomy})
+        got = adam(padded, backend), gradients(padded, backend)
+        for a, b in ((got[0].values(), exact[0].values()), (got[1], exact[1])):
+            if dense:  # other sums
+                for one, other in zip(a, b, strict=True):
+                    torch.testing.assert_close(one, other)
+            else:
+                assert_same(tuple(a), tuple(b))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize(("skip", "layout", "tile"), [(True, 0, 32), (1.0, 1, 32), (2, 0, 16)], ids=str)
+def test_where_skip_is_set_nothing_changes(skip, layout, tile, backend, monkeypatch):
+    monkeypatch.setattr(_tuning, "PASS_TILE", tile)
+    s = make((4, 10, 20, 17), MODES["two"], DTYPES["bf16"])
+    exact = adam(s, backend, layout=LAYOUTS[layout])
+    assert_same(tuple(adam(s, backend, layout=LAYOUTS[layout], skip=type(skip)(0)).values()), tuple(exact.values()))
+    s.copies = [torch.randn_like(c) for c in s.copies]  # not even what a copy should have been
+    after = adam(s, backend, layout=LAYOUTS[layout], skip=skip)
+    for name, before in state_of(s).items():
+        assert torch.equal(after[name], before), name
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_latents_without_entries_move_as_adam_moves_them(backend):
+    s = make((6, 11, 7, 5), MODES["two"], DTYPES["fp32"], kept=0.0)
+    after = adam(s, backend, unit_rows=False, along=False, weight_decay=0.0)
+    for i, (p, m, v) in enumerate(zip(s.parameters, s.exp_avgs, s.exp_avg_sqs, strict=True)):
+        root = (0.99 * v / (1 - 0.99**3)).sqrt()
+        torch.testing.assert_close(after[f"exp_avg {i}"], 0.9 * m)
+        torch.testing.assert_close(after[f"parameter {i}"], p - 0.05 * 0.9 * m / (1 - 0.9**3) / root)
+    assert not after["center"].any() and after["square"] == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_rows_of_zeros_stay_and_others_end_with_norm_1(backend):
+    s = make((6, 11, 7, 5), (), DTYPES["fp32"])
+    for group in (s.parameters, s.exp_avgs):
+        group[0][3] = 0
+    after = adam(s, backend, along=False)["parameter 0"]
+    assert not after[3].any()
+    torch.testing.assert_close(after.norm(dim=1), (torch.arange(11) != 3).float())
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_copies_are_the_parameters_rounded(layout, backend):
+    s = make((6, 11, 7, 5), MODES["gated"], DTYPES["bf16"])
+    after = adam(s, backend, layout=layout)
+    for i in range(2):
+        assert after[f"copy {i}"].dtype == torch.bfloat16
+        exact = after[f"parameter {i}"]
+        if backend == "triton" and not torch.cuda.is_available():  # the interpreter drops bits where a GPU rounds
+            exact = (exact.view(torch.int32) & -(1 << 16)).view(torch.float32)
+        assert_same(after[f"copy {i}"], exact.bfloat16())
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout, backend):
+    s = make((6, 11, 7, 5), MODES["four"], DTYPES["fp32"])
+    odd = SimpleNamespace(**vars(s))
+    odd.x, odd.along = strided(s.x), s.along.repeat_interleave(2)[::2]
+    odd.terms = []
+    for term in s.terms:
+        spread = {
+            name: t.repeat_interleave(2)[::2] for name, t in term._asdict().items()
+            if name not in ("grad", "mode")
+        }  # fmt: skip
+        odd.terms.append(term._replace(grad=strided(term.grad), **spread))
+    odd.parameters, odd.exp_avgs, odd.exp_avg_sqs = (
+        [strided(t) for t in group] for group in (s.parameters, s.exp_avgs, s.exp_avg_sqs)
+    )
+    for a, b in zip(adam(odd, backend, layout=layout).values(), adam(s, backend, layout=layout).values(), strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(gradients(odd, backend), gradients(s, backend), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_runs_give_the_same_bits(layout, backend, monkeypatch):
+    monkeypatch.setattr(_tuning, "SPLIT_PASS", 4)
+    s = make((15, 12, 17, 15), MODES["four"], DTYPES["bf16"], dense=(1,))
+    assert_same(*(tuple(adam(s, backend, layout=layout).values()) for _ in range(2)))
+    assert_same(*(gradients(s, backend) for _ in range(2)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_latents_in_chunks_on_a_cpu(layout, monkeypatch):
+    """Chunks share no sum but those over all latents: d(center) and the norm."""
+    s = make((20, 75, 13, 17), MODES["four"], DTYPES["fp32"])
+    assert _tuning.latents_in_cache(30) % 32 == 0
+    outcomes = []
+    for chunk in (75, 32, 64):
+        monkeypatch.setattr(_tuning, "latents_in_cache", lambda width, chunk=chunk: chunk)
+        outcomes.append(adam(s, "torch", layout=layout))
+    for chunked in outcomes[1:]:
+        for name, whole in outcomes[0].items():
+            if name in ("center", "square"):  # n terms, in another order: n epsilons of the sum of their magnitudes
+                grads = gradients(s, "reference")
+                terms = grads[2].abs() @ s.parameters[1].abs() if name == "center" else whole
+                numbers = 75 if name == "center" else 75 * 31
+                assert ((chunked[name] - whole).abs() <= numbers * torch.finfo(torch.float32).eps * terms).all()
+            else:
+                assert_same(chunked[name], whole)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_no_latents(backend):
+    s = make((4, 0, 3, 2), (), DTYPES["fp32"])
+    after = adam(s, backend)
+    assert after["center"].shape == (2,) and not after["center"].any() and after["square"] == 0
+    assert [g.shape for g in gradients(s, backend)] == [(0, 3), (0, 2), (0,)]
+
+
+def test_the_bias_corrections_of_early_and_late_steps():
+    """1 - beta2 ** step in fp32 would be 3e-5 off at first."""
+    s = make((6, 11, 7, 5), MODES["gated"], DTYPES["fp32"])
+    for backend in ("reference", *FAST):
+        for step in (1.0, 2.0, 1e6):
+            s.step = torch.tensor(step)
+            after = adam(s, backend, unit_rows=False, beta2=0.9999)
+            m, v = after["exp_avg 2"].double(), after["exp_avg_sq 2"].double()
+            moved = 0.05 * m / (1 - 0.9**step) / ((v / (1 - 0.9999**step)).sqrt() + 1e-8)
+            # the moments were rounded once, and the result: a few epsilons of what is subtracted and of the whole
+            bound = 8 * torch.finfo(torch.float32).eps * (s.parameters[2].abs() + moved.abs())
+            assert ((s.parameters[2].double() - moved - after["parameter 2"].double()).abs() <= bound).all(), backend
+
+
+def test_neither_is_differentiated_again():
+    s = make((6, 11, 7, 5), MODES["gated"], DTYPES["fp32"])
+    s.x.requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiated again"):
+        gradients(s, "torch")[0].sum().backward()
+
+
+@pytest.mark.sanitizer
+def test_small_and_complete(monkeypatch):
+    """Every kernel of the file, few programs each."""
+    monkeypatch.setattr(_tuning, "SPLIT_PASS", 4)
+    s = make((20, 12, 20, 20), MODES["two"], DTYPES["bf16"])
+    for tile, layout in ((_tuning.PASS_TILE, LAYOUTS[0]), (_tuning.PASS_TILE, LAYOUTS[1]), (16, LAYOUTS[0])):
+        monkeypatch.setattr(_tuning, "PASS_TILE", tile)
+        hold(s, "triton", layout=layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("width", "num_latents"), [(768, 32768), (4096, 16384), (9000, 2048)])
+def test_production_shapes(width, num_latents, layout):
+    s = make((512, num_latents, width, width), MODES["two"], DTYPES["bf16"], kept=0.002)
+    hold(s, "triton", layout=layout)
