@@ -385,7 +385,7 @@ def _slopes(weight, term: Term):
 
 def _sums(x, weight, along, lists) -> list[tuple[slice, _Sums]]:
     """The sums in one piece where a tile holds the rows; else by columns, with slopes that are there before."""
-    terms = [Term(*(_with_unit_stride(t) if isinstance(t, torch.Tensor) else t for t in term)) for term in terms_of(lists)]
+    terms = [Term(*map(_with_unit_stride, term[:-1]), term.mode) for term in terms_of(lists)]
     x, along = _with_unit_stride(x), None if along is None else along.contiguous()
     dense = [term for term in terms if term.is_dense]
     terms = [term for term in terms if not term.is_dense]

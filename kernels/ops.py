@@ -433,7 +433,7 @@ def _encode_entries_backward(ctx, grad):
 
 _differentiable("encode_entries", _encode_entries_context, _encode_entries_backward)
 
-# --- the latent pass: every gradient of a training step that belongs to a latent, latent by latent ---------------------
+# --- the latent pass: every gradient of a training step that belongs to a latent, latent by latent --------------------
 
 
 @_define(

@@ -1,4 +1,6 @@
 """Every operation in fast stock PyTorch: what a CPU runs. Signatures and meaning are those of ``reference.py``."""
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -268,7 +270,7 @@ def decode_backward_weight(grad, values, latent_offsets, latent_rows, latent_pos
 
 
 class _LatentPass:
-    """The gradients of any range of latents, from what all ranges share: slopes, and entries in the order of latents."""
+    """The gradients of any range of latents, from what all share: slopes, and entries in the order of latents."""
 
     def __init__(self, x: Tensor, weight: Tensor, along: Tensor | None, terms: list[Term], dtype: torch.dtype):
         self.x, self.weight, self.along, self.dtype = x.to(dtype), weight, along, dtype
@@ -310,7 +312,7 @@ class _LatentPass:
         """The same by ``embedding_bag``: each latent is a bag of rows."""
         offsets = term.latent_offsets[latents.start : latents.stop + 1]
         entries = slice(0, values.numel())
-        if latents.stop - latents.start < self.weight.shape[0]:  # asked of CPU tensors only: reading them waits for nothing
+        if latents.stop - latents.start < self.weight.shape[0]:  # on a CPU only, where reading waits for nothing
             entries = slice(int(offsets[0]), int(offsets[-1]))
             offsets = offsets - entries.start
         rows = term.latent_rows[entries].clamp(max=max(grad.shape[0] - 1, 0))
@@ -329,7 +331,7 @@ def latent_gradients(x, weight, along, *lists_and_dtype):
 
 
 def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
-    """On a CPU, latents go through in chunks: a gradient is used up, by torch's fused Adam, while it is in the cache."""
+    """On a CPU, latents go through in chunks: torch's fused Adam uses a gradient up while it is in the cache."""
     lists, (step, lr, beta1, beta2, eps, weight_decay, unit_rows, skip) = rest[:NUMBER_OF_LISTS], rest[NUMBER_OF_LISTS:]
     weight, encoder = parameters[:2]
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -349,7 +351,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
         strided = [[t[latents] for t in tensors] for tensors in (parameters, exp_avgs, exp_avg_sqs)]
         state = [[t.contiguous() for t in tensors] for tensors in strided]  # fused Adam ignores strides
         adam(
-            state[0], [g.to(p.dtype).contiguous() for p, g in zip(state[0], grads, strict=False)], state[1], state[2], [],
+            state[0], [g.to(p.dtype).contiguous() for p, g in zip(state[0], grads, strict=False)], *state[1:], [],
             [step - 1 for _ in parameters], fused=True, found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2,
             lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
         )  # fmt: skip
@@ -357,7 +359,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
             norm = state[0][0].norm(dim=1, keepdim=True)
             norm = torch.where(norm == 0, 1.0, norm)
             state[0][0] /= norm if skip is None else torch.where(skip != 0, 1.0, norm)
-        for place, new in zip(sum(strided, []), sum(state, []), strict=True):
+        for place, new in zip(itertools.chain(*strided), itertools.chain(*state), strict=True):
             if place.data_ptr() != new.data_ptr():
                 place.copy_(new)
         for copy, new in zip(copies, state[0], strict=False):

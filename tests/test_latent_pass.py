@@ -173,7 +173,7 @@ def test_a_step_is_that_of_torchs_adam(unit_rows, layout, backend):
     torch.testing.assert_close(got["square"], sum(g.square().sum() for g in grads))
 
 
-# --- back ends against the reference -----------------------------------------------------------------------------------
+# --- back ends against the reference ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", FAST)
