@@ -306,7 +306,7 @@ class _LatentPass:
             else:
                 parts = self._sums(term, grad, values, slopes, latents)
             total = [a.add_(b) for a, b in zip(total, parts, strict=True)]
-        return tuple(total)
+        return total[0], total[1], total[2]
 
     def _sums(self, term: Term, grad: Tensor, values: Tensor, slopes: Tensor, latents: slice):
         """The same by ``embedding_bag``: each latent is a bag of rows."""
@@ -350,10 +350,10 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
             square += grad.flatten().dot(grad.flatten())
         strided = [[t[latents] for t in tensors] for tensors in (parameters, exp_avgs, exp_avg_sqs)]
         state = [[t.contiguous() for t in tensors] for tensors in strided]  # fused Adam ignores strides
+        used = [g.to(p.dtype).contiguous() for p, g in zip(state[0], grads, strict=False)]
         adam(
-            state[0], [g.to(p.dtype).contiguous() for p, g in zip(state[0], grads, strict=False)], *state[1:], [],
-            [step - 1 for _ in parameters], fused=True, found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2,
-            lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
+            state[0], used, state[1], state[2], [], [step - 1 for _ in parameters], fused=True, found_inf=found_inf,
+            amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
         )  # fmt: skip
         if unit_rows:
             norm = state[0][0].norm(dim=1, keepdim=True)
