@@ -3,7 +3,7 @@
 A training step decodes more than once: the main codes, an auxiliary selection, a wider k. Operators take lists, so a
 term travels as the i-th element of nine of them.
 """
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Term(NamedTuple):
         return torch.where(self.values != 0, inner, 0.0) if self.mode == GATED else inner
 
 
-def terms_of(lists: Iterable[Iterable]) -> list[Term]:
+def terms_of(lists: Sequence) -> list[Term]:
     """The terms whose elements the operator received as lists."""
     return [Term(*elements) for elements in zip(*lists, strict=True)]
 

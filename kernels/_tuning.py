@@ -164,7 +164,7 @@ def stored_latents(width: int) -> int:
 
 
 ENTRIES_IN_FLIGHT = 4  # independent row loads of the decoder's inner loop; more buys registers, not latency
-SPLIT_LATENT = 128  # entries of one latent beyond which its gradient is summed by several programs
+SPLIT_LATENT = 128  # entries of one latent that its gradient has summed by a program of their own
 NORM_CANDIDATES = 1024  # entries at which norm matching leaves the stream and finishes in registers
 
 

@@ -1,7 +1,7 @@
 """Gradients of the sparse decode: of the values row by row, of the weight latent by latent.
 
 Math      grad_values[n] = <grad[row], weight[index]>; grad_weight[f] = sum over f's entries of value * grad[row]
-Grid      values: (B,); weight: (F, cdiv(D, BLOCK_D)), after (chunks, cdiv(D, BLOCK_D)) for latents with many entries
+Grid      values: (B,); weight: (F, cdiv(D, BLOCK_D)), after (N / SPLIT, cdiv(D, BLOCK_D)) for latents of many
 Traffic   values: N*D*s_w + B*D*s_g; weight: N*D*s_g + F*D*s_w written
 Numerics  fp32 accumulation in fixed order, no atomics: bitwise reproducible
 Source    -
@@ -57,22 +57,22 @@ def _weighted_rows(
 
 @triton.jit
 def _chunk_kernel(
-    grad_ptr, values_ptr, offsets_ptr, chunks_ptr, rows_ptr, positions_ptr,  # chunks [F + 1] int64, exclusive counts
-    partial_ptr,  # [chunks, D] out, fp32
+    grad_ptr, values_ptr, offsets_ptr, rows_ptr, positions_ptr,  # [F + 1] int64 offsets
+    partial_ptr,  # [N / SPLIT, D] out, fp32
     F, D, stride_gb, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):
-    """One tile of one chunk of a latent that has more than SPLIT entries; finds its latent by bisection."""
+    """One tile of SPLIT entries from a multiple of SPLIT on, where all belong to one latent, found by bisection."""
     chunk = tl.program_id(0).to(tl.int64)
-    if chunk < tl.load(chunks_ptr + F):
-        lo = tl.full((), 0, tl.int32)  # chunks[lo] <= chunk < chunks[hi]
-        hi = lo + F
-        while hi - lo > 1:
-            mid = (lo + hi) // 2
-            before = tl.load(chunks_ptr + mid) <= chunk
-            lo = tl.where(before, mid, lo)
-            hi = tl.where(before, hi, mid)
-        first = tl.load(offsets_ptr + lo) + (chunk - tl.load(chunks_ptr + lo)) * SPLIT
-        end = tl.minimum(first + SPLIT, tl.load(offsets_ptr + lo + 1))
+    first = chunk * SPLIT
+    end = first + SPLIT
+    lo = tl.full((), 0, tl.int32)  # offsets[lo] <= first < offsets[hi], or hi is F
+    hi = lo + F
+    while hi - lo > 1:
+        mid = (lo + hi) // 2
+        before = tl.load(offsets_ptr + mid) <= first
+        lo = tl.where(before, mid, lo)
+        hi = tl.where(before, hi, mid)
+    if end <= tl.load(offsets_ptr + hi):
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         acc = _weighted_rows(tl.zeros((BLOCK_D,), tl.float32), grad_ptr, values_ptr, rows_ptr, positions_ptr,
                              first, end, offs_d, offs_d < D, stride_gb, IN_FLIGHT)
@@ -81,23 +81,25 @@ def _chunk_kernel(
 
 @triton.jit
 def _weight_kernel(
-    grad_ptr, values_ptr, offsets_ptr, chunks_ptr, rows_ptr, positions_ptr, partial_ptr,
+    grad_ptr, values_ptr, offsets_ptr, rows_ptr, positions_ptr, partial_ptr,
     out_ptr,  # [F, D] out
-    D, stride_gb, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    D, stride_gb, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):
-    """One tile of one latent: the sum over its entries, or over its chunks' partial sums where it was split."""
+    """One tile of one latent: the sum over its entries, and over the chunks that lie inside it."""
     latent = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    chunk = tl.load(chunks_ptr + latent)
-    last = tl.load(chunks_ptr + latent + 1)
-    if chunk == last:
-        acc = _weighted_rows(acc, grad_ptr, values_ptr, rows_ptr, positions_ptr, tl.load(offsets_ptr + latent),
-                             tl.load(offsets_ptr + latent + 1), offs_d, mask_d, stride_gb, IN_FLIGHT)
-    while chunk < last:
-        acc += tl.load(partial_ptr + chunk * D + offs_d, mask=mask_d, other=0.0)
-        chunk += 1
+    entry = tl.load(offsets_ptr + latent)
+    end = tl.load(offsets_ptr + latent + 1)
+    while entry < end:
+        border = (entry // SPLIT + 1) * SPLIT
+        if (border - entry == SPLIT) & (border <= end):
+            acc += tl.load(partial_ptr + entry // SPLIT * D + offs_d, mask=mask_d, other=0.0)
+        else:
+            acc = _weighted_rows(acc, grad_ptr, values_ptr, rows_ptr, positions_ptr, entry, tl.minimum(border, end),
+                                 offs_d, mask_d, stride_gb, IN_FLIGHT)
+        entry = border
     tl.store(out_ptr + latent * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
@@ -122,20 +124,16 @@ def launch_weight(grad, values, latent_offsets, latent_rows, latent_positions, d
     if out.numel() == 0:
         return out
     split, block = _tuning.SPLIT_LATENT, _tuning.decode_block(width)
-    entries = latent_offsets.diff()
-    chunks = torch.zeros_like(latent_offsets)
-    chunks[1:] = torch.where(entries > split, (entries + split - 1) // split, 0).cumsum(0)
-    most = 2 * values.numel() // split  # a split latent has more than `split` entries: at most twice as many chunks
-    partial = torch.empty(most, width, dtype=torch.float32, device=grad.device)
-    common = dict(D=width, stride_gb=grad.stride(0), BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT,
+    chunks = values.numel() // split
+    partial = torch.empty(chunks, width, dtype=torch.float32, device=grad.device)
+    common = dict(D=width, stride_gb=grad.stride(0), SPLIT=split, BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT,
                   num_warps=_tuning.decode_warps(block))
     tiles = triton.cdiv(width, block)
-    if most:
-        _chunk_kernel[(most, tiles)](
-            grad, values, latent_offsets, chunks, latent_rows, latent_positions, partial,
-            F=num_latents, SPLIT=split, **common,
+    if chunks:
+        _chunk_kernel[(chunks, tiles)](
+            grad, values, latent_offsets, latent_rows, latent_positions, partial, F=num_latents, **common
         )
     _weight_kernel[(num_latents, tiles)](
-        grad, values, latent_offsets, chunks, latent_rows, latent_positions, partial, out, **common
+        grad, values, latent_offsets, latent_rows, latent_positions, partial, out, **common
     )
     return out

@@ -62,7 +62,7 @@ def latent_gradients(x, weight, terms, dtype):
             inner = decode_backward_values(term.grad, values, term.indices, term.offsets, weight)
         slopes = term.at_entries(inner).to(dtype)
         values, slopes = (to_dense(t, term.indices, term.offsets, num_latents) for t in (values, slopes))
-        parts = values.T @ term.grad.to(dtype), slopes.T @ x.to(dtype), slopes.sum(0)
-        for sums, part in zip(total, parts, strict=True):
-            sums += part
+        total[0] += values.T @ term.grad.to(dtype)
+        total[1] += slopes.T @ x.to(dtype)
+        total[2] += slopes.sum(0)
     return total

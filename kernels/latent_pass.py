@@ -385,7 +385,7 @@ def _slopes(weight, term: Term):
 
 def _sums(x, weight, along, lists) -> list[tuple[slice, _Sums]]:
     """The sums in one piece where a tile holds the rows; else by columns, with slopes that are there before."""
-    terms = terms_of([[_with_unit_stride(t) for t in tensors] for tensors in lists[:-1]] + [lists[-1]])
+    terms = [Term._make((*map(_with_unit_stride, term[:-1]), term.mode)) for term in terms_of(lists)]
     x, along = _with_unit_stride(x), None if along is None else along.contiguous()
     dense = [term for term in terms if term.is_dense]
     terms = [term for term in terms if not term.is_dense]
@@ -453,8 +453,8 @@ def launch_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
         return x.new_zeros(d_in, dtype=wide), x.new_zeros((), dtype=wide)
     adam = _Adam(*options)
     tensors = itertools.zip_longest(parameters, exp_avgs, exp_avg_sqs, copies)
-    state = [tuple(None if t is None else _matrix(t) for t in four) for four in tensors]
-    state += [None] * (3 - len(state))  # type: ignore[list-item]  # no bias
+    state: list = [tuple(None if t is None else _matrix(t) for t in four) for four in tensors]
+    state += [None] * (3 - len(state))
     pieces = _sums(x, copies[0] if copies else weight, along, lists)
     group = _tuning.PASS_GROUP
     if len(pieces) == 1 and encoder.stride(1) == 1:

@@ -8,6 +8,7 @@ comparisons, conversions and integer work count nothing, so pure selections have
 Sizes: ``rows`` B tokens, ``latents`` F, ``width`` d, ``entries`` N stored entries over all rows. Itemsizes are bytes
 per element; indices are int32, offsets and positions int64, norms and thresholds fp32.
 """
+from collections.abc import Sequence
 from typing import NamedTuple
 
 INDEX = 4  # int32: latents, rows of a turned code
@@ -90,6 +91,43 @@ def decode_backward_weight(
     """Gradient of every decoder row from the codes as rows: reads codes and gradient, writes (latents, width)."""
     read = rows * width * grad_itemsize + _codes(entries, rows, value_itemsize)
     return Traffic(read + latents * width * weight_itemsize, 2 * entries * width)
+
+
+def _latent_sums(
+    rows: int, latents: int, d_out: int, d_in: int, entries: Sequence[int], itemsize: int, distinct: int | None
+) -> Traffic:
+    """What both forms of the latent pass read, and the sums: per term its codes and gradient; x and the weight once."""
+    distinct = min(sum(entries), latents) if distinct is None else distinct
+    read = sum(_codes(n, rows, itemsize) + rows * d_out * itemsize for n in entries)
+    read += (rows * d_in + distinct * d_out) * itemsize
+    return Traffic(read, sum(entries) * (4 * d_out + 2 * d_in + 1))
+
+
+def latent_gradients(
+    rows: int, latents: int, d_out: int, d_in: int, entries: Sequence[int], itemsize: int, out_itemsize: int = WIDE,
+    *, distinct: int | None = None,
+) -> Traffic:
+    """Gradients of decoder, encoder and bias, stored. ``entries`` of each term; slopes are GATED, nothing offered."""
+    written = latents * (d_out + d_in + 1) * out_itemsize
+    return _latent_sums(rows, latents, d_out, d_in, entries, itemsize, distinct) + Traffic(written, 0)
+
+
+def latent_adam(
+    rows: int, latents: int, d_out: int, d_in: int, entries: Sequence[int], itemsize: int,
+    parameter_itemsize: int = WIDE, *, copies: bool = True, unit_rows: bool = True, distinct: int | None = None,
+) -> Traffic:
+    """The same used up by Adam. A parameter and its two moments are read and written: 24 bytes in fp32.
+
+    ``copies`` in the type of the computation: 2 more written in 16 bit, 26 a parameter; the decoder's copy is read, in
+    place of its weights, where a latent has entries. Without copies the weights are read once for both.
+    Flops of a parameter: decay 2, moments 7, root and quotient 6, norm 2; d(center) 2 of an encoder's parameter;
+    projection 6 and scaling 3 of a decoder's.
+    """
+    weights = latents * (d_out + d_in)
+    state = 6 * (weights + latents) * parameter_itemsize
+    sums = _latent_sums(rows, latents, d_out, d_in, entries, itemsize, distinct if copies else 0)
+    flops = 17 * (weights + latents) + 2 * latents * d_in + (9 * latents * d_out if unit_rows else 0)
+    return sums + Traffic(state + (weights * itemsize if copies else 0) + (d_in + 1) * WIDE, flops)
 
 
 def by_latent(rows: int, latents: int, entries: int) -> Traffic:

@@ -194,7 +194,8 @@ HELD = re.compile(
     r"topk S3 bf16 k=64 (plain|mask)|topk S2 bf16 k=(512|2048) plain|topk S1 fp32 k=32 (score|magnitude)"
     r"|topk F=12289 d=577 fp16 k=37 plain|batch_topk S1 bf16|norm_match S1 bf16 weighted|norm_match S2 fp32"
     r"|threshold S1 bf16( scalar| window)|(decode|values|weight) S3 bf16 bf16 weight|decode S1 bf16 fp32 weight no bias"
-    r"|(to_dense|gather|by_latent) S1 bf16 bf16 weight"
+    r"|(to_dense|gather|by_latent) S1 bf16 bf16 weight|adam (S1|S3) bf16 fp32 parameters (2 terms|strided)"
+    r"|adam S1 fp32 fp32 parameters 1 terms|latent_gradients S1 bf16|adam d=16384 bf16 fp32 parameters 1 terms"
 )
 
 

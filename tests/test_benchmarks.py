@@ -128,6 +128,17 @@ def test_traffic_by_hand():
     assert traffic.decode_gathered_bytes(7, 6, 4) == 6 * 28
     assert traffic.decode_backward_values(2, 10, 7, 6, 4, 4, 4, distinct=5) == (56 + 5 * 28 + 24 + 24 + 24, 84)
     assert traffic.decode_backward_weight(2, 10, 7, 6, 4, 4, 4) == (56 + 72 + 280, 84)
+    # two terms of 6 and 4 entries, 2 x 7 out, 2 x 3 in, all bf16, 5 distinct rows: codes 36 + 24 and 24 + 24, gradients
+    # 28 each, x 12, weight 70; then 10 x (7 + 3 + 1) fp32 sums
+    sums = 60 + 48 + 2 * 28 + 12 + 70
+    flops = 10 * (28 + 6 + 1)
+    assert traffic.latent_gradients(2, 10, 7, 3, (6, 4), 2, distinct=5) == (sums + 440, flops)
+    # 24 bytes for each of 110 parameters, 2 more for each of 100 weights; d(center) of 3 and the norm
+    adam = 17 * 110 + 60 + 630
+    assert traffic.latent_adam(2, 10, 7, 3, (6, 4), 2, distinct=5) == (sums + 2640 + 200 + 16, flops + adam)
+    assert traffic.latent_adam(2, 10, 7, 3, (6, 4), 2, copies=False, unit_rows=False) == (
+        sums - 70 + 2640 + 16, flops + adam - 630
+    )  # fmt: skip
     assert traffic.by_latent(2, 10, 6) == (24 + 24 + 88 + 72, 0)
     assert traffic.to_dense(2, 10, 6, 4) == (72 + 80, 0)
     assert traffic.gather(2, 6, 4) == (72 + 24, 0)

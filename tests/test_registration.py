@@ -5,6 +5,7 @@ import torch
 import sae_engine as se
 from sae_engine import functional as f
 from sae_engine.testing import assert_same
+from sae_kernels._terms import GATED, IDENTITY, Term, lists_of
 from sae_kernels.ops import ops
 
 pytestmark = pytest.mark.no_poison  # opcheck and the compiler compare runs of torch.empty themselves
@@ -39,6 +40,17 @@ def samples():
     encoder = torch.randn(3, 6), torch.randn(6, 40, requires_grad=True), torch.randn(40, requires_grad=True)
     center = torch.randn(6, requires_grad=True)
     yield "encode_entries", (*encoder, center, codes.values, codes.indices, codes.offsets, *codes.by_latent)
+    one = grad, codes.values, codes.values[:0], codes.indices, codes.offsets, *codes.by_latent
+    two = grad * 2, codes.values, codes.values * 2, codes.indices, codes.offsets, *codes.by_latent
+    terms = lists_of([Term(*one, GATED), Term(*two, IDENTITY)])
+    yield "latent_gradients", (torch.randn(3, 5), weight.detach(), torch.randn(40), *terms, torch.float32)
+    sizes = (40, 6), (40, 5), (40,)
+    state = [[torch.rand(size) for size in sizes] for _ in range(3)]
+    copies = [p.bfloat16() for p in state[0][:2]]
+    options = torch.tensor(1.0), torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.0, True
+    yield "latent_adam", (*state, copies, torch.randn(3, 5), None, *terms, *options, None)
+    two_of = [each[:2] for each in state]
+    yield "latent_adam", (*two_of, [], torch.randn(3, 5), torch.randn(40), *terms, *options, torch.tensor(True))
 
 
 def test_every_operator_is_sampled():
@@ -57,7 +69,7 @@ def test_opcheck_of_the_operator_that_has_no_back_end():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("number", range(18), ids=lambda n: f"{n}-{list(samples())[n][0]}")
+@pytest.mark.parametrize("number", range(21), ids=lambda n: f"{n}-{list(samples())[n][0]}")
 def test_opcheck(number, backend):
     name, args = list(samples())[number]
     torch.library.opcheck(getattr(ops, name).default, (*args, backend))
