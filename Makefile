@@ -28,7 +28,7 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-peers test check lint types dist-check gpu clean given-environment
+.PHONY: help bench bench-peers bench-step test check lint types dist-check gpu clean given-environment
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ bench: $(READY) ## the main job: kernels and reconstruction, ending in a report 
 
 bench-peers: $(PEERS_VENV)/.installed ## whole training steps beside other libraries, in their own environment (BENCH_ARGS=…)
 	$(PEERS_VENV)/bin/python benchmarks/peers.py $(BENCH_ARGS)
+
+bench-step: $(READY) ## where a training step's time goes, part by part (BENCH_ARGS=…)
+	$(PY) benchmarks/step.py $(BENCH_ARGS)
 
 test: $(READY) ## the whole test suite (PYTEST_ARGS=…, JOBS=2)
 	$(PY) -m pytest $(WORKERS) -m 'not serial' $(PYTEST_ARGS)

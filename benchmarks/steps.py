@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 from registry import MAIN, S1, S2, S3, SMALL, Case, Provider, _compiled, _generator, _normal, _topk_dense
-from rows import ROOT
 from torch import Tensor, nn
 
 import sae_engine as se
@@ -41,7 +39,8 @@ class Setup:
     x: list[Tensor]  # (B, d) each
     W_dec: Tensor  # (F, d), unit rows; the encoder starts as its transpose
     b_enc: Tensor  # (F,), 0 but for skewed firing
-    dead: Tensor | None = field(default=None)  # (F,) bool
+    dead: Tensor  # (F,) bool
+    learning_rate: float = LEARNING_RATE
 
     def batches(self) -> Iterator[Tensor]:
         return itertools.cycle(self.x)
@@ -134,7 +133,7 @@ def fused_adam(s: Setup) -> Callable[[], None]:
 def train_step(*, contiguous: bool = False, aux: AuxK | None = None) -> Callable[[Setup], Callable[[], Tensor]]:
     def build(s: Setup) -> Callable[[], Tensor]:
         step = TrainStep(
-            s.autoencoder(contiguous_parameters=contiguous), lr=LEARNING_RATE, aux=() if aux is None else aux,
+            s.autoencoder(contiguous_parameters=contiguous), lr=s.learning_rate, aux=() if aux is None else aux,
             compute_dtype=None if s.dtype == torch.float32 else s.dtype,
         )  # fmt: skip
         batches = s.batches()
@@ -153,7 +152,7 @@ def train_step(*, contiguous: bool = False, aux: AuxK | None = None) -> Callable
 def plain_path(s: Setup) -> Callable[[], Tensor]:
     """``sae(x)``, ``loss.backward()`` and torch's optimizer, which needs contiguous parameters on a CPU."""
     sae, batches = s.autoencoder(contiguous_parameters=True), s.batches()
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE, fused=True)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=s.learning_rate, fused=True)
 
     def run() -> Tensor:
         x = next(batches)
@@ -195,7 +194,7 @@ class DenseAutoencoder(nn.Module):
 def dense(*, compiled: bool = False) -> Callable[[Setup], Callable[[], Tensor]]:
     def build(s: Setup) -> Callable[[], Tensor]:
         sae, batches = DenseAutoencoder(s), s.batches()
-        optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE, fused=True)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=s.learning_rate, fused=True)
         error = _compiled(dense_error) if compiled else dense_error
 
         def run() -> Tensor:
@@ -225,7 +224,7 @@ def sparsify(*, auxk: bool = False) -> Callable[[Setup], Callable[[], Tensor]]:
             from sparsify import SparseCoder, SparseCoderConfig
         sae = SparseCoder(s.case.d, SparseCoderConfig(num_latents=s.case.F, k=s.case.k), device=s.device)
         s.load(W_enc_T=sae.encoder.weight, W_dec=sae.W_dec, b_enc=sae.encoder.bias)
-        optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE, fused=True)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=s.learning_rate, fused=True)
         since_fired = torch.zeros(s.case.F, dtype=torch.long, device=s.device)
         did_fire = torch.zeros(s.case.F, dtype=torch.bool, device=s.device)
         batches = s.batches()
@@ -259,10 +258,10 @@ def dictionary_learning(*, auxk: bool = False) -> Callable[[Setup], Callable[[],
 
         trainer = TopKTrainer(
             steps=1_000_000, activation_dim=s.case.d, dict_size=s.case.F, k=s.case.k, layer=0, lm_name="none",
-            lr=LEARNING_RATE, warmup_steps=0, device=str(s.device), seed=SEED,
+            lr=s.learning_rate, warmup_steps=0, device=str(s.device), seed=SEED,
         )  # fmt: skip
         s.load(W_enc_T=trainer.ae.encoder.weight, W_dec_T=trainer.ae.decoder.weight, b_enc=trainer.ae.encoder.bias)
-        trainer.optimizer = torch.optim.Adam(trainer.ae.parameters(), lr=LEARNING_RATE, fused=True)
+        trainer.optimizer = torch.optim.Adam(trainer.ae.parameters(), lr=s.learning_rate, fused=True)
         trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
         batches = s.batches()
 
@@ -293,12 +292,12 @@ def sae_lens(*, sparse: bool = False, auxk: bool = False, rescale: bool = False)
         batches = s.batches()
         trainer: SAETrainer = SAETrainer(
             SAETrainerConfig(
-                total_training_samples=1_000_000 * s.case.B, train_batch_size_samples=s.case.B, lr=LEARNING_RATE,
-                lr_end=LEARNING_RATE, device=str(s.device), autocast=s.dtype == torch.bfloat16,
+                total_training_samples=1_000_000 * s.case.B, train_batch_size_samples=s.case.B, lr=s.learning_rate,
+                lr_end=s.learning_rate, device=str(s.device), autocast=s.dtype == torch.bfloat16,
             ),
             sae, batches,
         )  # fmt: skip
-        trainer.optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE, fused=True)
+        trainer.optimizer = torch.optim.Adam(sae.parameters(), lr=s.learning_rate, fused=True)
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
 
         def run() -> Tensor:
