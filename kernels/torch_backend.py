@@ -330,7 +330,7 @@ class _LatentPass:
 
     def _prepared(self, term: Term) -> Callable[[slice], tuple[Tensor, Tensor]]:
         """The term's sums over a range of latents, as a function of the range; its part of ``bias`` is added here."""
-        rows, num_latents = term.offsets.numel() - 1, self.weight.shape[0]
+        rows, num_latents, x = term.offsets.numel() - 1, self.weight.shape[0], self.x  # no cycle through self
         grad, values = term.grad.to(self.dtype), term.values.to(self.dtype)
         inner = values
         if term.mode != GIVEN:
@@ -341,7 +341,7 @@ class _LatentPass:
         if term.is_dense:
             values, slopes = (to_dense(t, term.indices, term.offsets, num_latents) for t in (values, slopes))
             self.bias += slopes.sum(0)
-            return lambda latents: (values[:, latents].T @ grad, slopes[:, latents].T @ self.x)
+            return lambda latents: (values[:, latents].T @ grad, slopes[:, latents].T @ x)
         values, slopes = values[term.latent_positions], slopes[term.latent_positions]
         row = term.latent_rows.clamp(max=max(rows - 1, 0))
         ends = term.latent_offsets.to(row.dtype)
@@ -352,7 +352,7 @@ class _LatentPass:
             if latents.stop - latents.start < num_latents:  # on a CPU only, where reading waits for nothing
                 entries = slice(int(bounds[0]), int(bounds[-1]))
                 bounds = bounds - entries.start
-            return tuple(_bags(w[entries], row[entries], bounds, t) for w, t in ((values, grad), (slopes, self.x)))
+            return tuple(_bags(w[entries], row[entries], bounds, t) for w, t in ((values, grad), (slopes, x)))
 
         return sums
 
