@@ -413,6 +413,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
                     place.copy_(new)
         for copy, parameter in zip(copies, parameters, strict=False):
             copy[latents].copy_(parameter[latents])
+        del grads, state  # their memory serves the next chunk
     return center, square
 
 
