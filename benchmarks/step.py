@@ -26,6 +26,7 @@ from steps import LEARNING_RATE, SEED, TINY, DenseAutoencoder, Setup, dense, mak
 from timing import OtherLoad, method, time_interleaved
 
 from sae_engine import SparseCodes, _passes, functional
+from sae_engine.training.chunks import PreActivations
 from sae_kernels.ops import ops
 
 GEMM, SELECTION, DECODE = "encoder GEMM", "selection", "decode + loss"
@@ -42,9 +43,10 @@ def our_parts(s: Setup) -> tuple[Calls, SparseCodes]:
     sae, x, backend = s.autoencoder(), s.x[0], _backend(s.x[0])
     encoder, decoder = sae.W_enc.detach().to(s.dtype), sae.W_dec.detach().to(s.dtype)
     b_enc, b_dec = sae.b_enc.detach(), sae.b_dec.detach()
+    buffer = PreActivations()
 
     def gemm() -> torch.Tensor:
-        return functional.linear((x - b_dec).to(s.dtype), encoder, b_enc)
+        return buffer.product((x - b_dec).to(s.dtype), encoder, b_enc)
 
     def decode() -> torch.Tensor:
         """The gradient at the output; the error and the variance on the way."""

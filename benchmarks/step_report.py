@@ -90,15 +90,15 @@ def step_table(found: Sequence[Row]) -> str:
         mine = ours.get(row["auxk"])
         comparable = mine is not None and row["contestant"] != "yardstick" and row is not mine
         line = [
-            name, fmt_spread(row),
+            name, row["note"], fmt_spread(row),
             "" if floor is None or row["contestant"] == "yardstick" else fmt_ratio(row["ms_p50"] / floor),
             fmt_ratio(row["ms_p50"] / mine["ms_p50"]) if comparable and mine is not None else "",
         ]  # fmt: skip
         if memory:
             line.append("" if row["peak_mem_bytes"] is None else f"{row['peak_mem_bytes'] / 1e6:.0f}")
-        lines.append([*line, row["note"]])
-    header = ["step", "ms", "× floor", "ours is", *(["peak MB"] if memory else []), "it includes"]
-    text = table(header, lines)
+        lines.append(line)
+    header = ["step", "what it includes", "ms", "× floor", "ours is", *(["peak MB"] if memory else [])]
+    text = table(header, lines, left=2)
     return text if floor is None else f"Floor (GEMM + fused Adam): {fmt_ms(floor)}.\n\n{text}"
 
 
