@@ -6,6 +6,7 @@
 
 BASE_PYTHON ?= python3
 VENV ?= .venv
+PEERS_VENV ?= .venv-peers
 JOBS ?= 2
 OUT ?= benchmarks/results
 
@@ -27,13 +28,19 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench test check lint types dist-check gpu clean given-environment
+.PHONY: help bench bench-peers bench-step test check lint types dist-check gpu clean given-environment
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
 
 bench: $(READY) ## the main job: kernels and reconstruction, ending in a report (BENCH_ARGS=…)
 	$(PY) benchmarks/run.py $(BENCH_ARGS)
+
+bench-peers: $(PEERS_VENV)/.installed ## whole training steps beside other libraries, in their own environment (BENCH_ARGS=…)
+	$(PEERS_VENV)/bin/python benchmarks/peers.py $(BENCH_ARGS)
+
+bench-step: $(READY) ## where a training step's time goes, part by part (BENCH_ARGS=…)
+	$(PY) benchmarks/step.py $(BENCH_ARGS)
 
 test: $(READY) ## the whole test suite (PYTEST_ARGS=…, JOBS=2)
 	$(PY) -m pytest $(WORKERS) -m 'not serial' $(PYTEST_ARGS)
@@ -70,6 +77,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch
 	$(PIP_INSTALL) --no-build-isolation -e '.[bench,test,dev]'
 	@mv $(VENV)/.installing $@
+
+# dictionary-learning depends on nnsight, which depends on torchvision and so on another torch: these without theirs.
+$(PEERS_VENV)/.installed: PEERS_PIP = $(PEERS_VENV)/bin/python -m pip install -c constraints.txt
+$(PEERS_VENV)/.installed: pyproject.toml constraints.txt benchmarks/peers-requirements.txt
+	@[ ! -e $(PEERS_VENV)/.installing ] || rm -rf $(PEERS_VENV)
+	@$(BASE_PYTHON) -c '$(old)' || $(call stop,$(BASE_PYTHON) is missing or older than Python 3.10: make BASE_PYTHON=python3.12)
+	@mkdir -p $(PEERS_VENV) && touch $(PEERS_VENV)/.installing && rm -f $@
+	$(BASE_PYTHON) -m venv $(PEERS_VENV) || $(call stop,$(BASE_PYTHON) -m venv failed; on Debian: apt install python3-venv)
+	$(PEERS_PIP) setuptools
+	$(PEERS_PIP) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch
+	$(PEERS_PIP) --no-build-isolation -e '.[bench,test]'
+	$(PEERS_PIP) -r benchmarks/peers-requirements.txt
+	$(PEERS_PIP) --no-deps dictionary-learning==0.1.0 nnsight==0.8.1 greenlet==3.5.6
+	@mv $(PEERS_VENV)/.installing $@
 
 # The interpreter that PYTHON names must have torch. This tree is made importable there; its packages stay as they are.
 given-environment:

@@ -19,6 +19,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from rows import Row, latest, load, write_atomically
+from step_plot import figures as step_figures
 
 OURS_COLOUR, BASELINE_COLOUR, OTHER_COLOUR, INK, FAINT = "#0f6fb4", "#8a8f98", "#cdd2d9", "#22262b", "#d9dde2"
 RULES = {"TopK": ("#0f6fb4", "o"), "BatchTopK": ("#c8501e", "s"), "top-AFA": ("#2f8a4c", "D")}
@@ -32,8 +33,8 @@ STYLE = {
 def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
     """Draws every figure that the rows allow, each written whole; returns the files."""
     rows = latest(rows)
-    figures: dict[str, Figure] = {}
     with plt.rc_context(STYLE):
+        figures: dict[str, Figure] = step_figures(rows)
         by_group: dict[tuple[str, str], list[Cell]] = defaultdict(list)
         for cell in cells(rows):
             if cell.baseline:

@@ -23,6 +23,7 @@ from derived import (
     table,
 )
 from rows import Row, latest
+from step_report import sections
 
 NOT_MEASURED = "not measured"
 BUSY_CORES = 0.15  # other processes' load above which a report says so
@@ -62,6 +63,7 @@ def markdown(rows: Iterable[Row], figures: Sequence[Path], skipped: Sequence[str
             parts += [f"### {case}, {dtype}: {shape_text(widest)}", _operations_table(found, rows)]
         if not any(row["cuda"] for row in operations):
             parts.append(f"On a GPU (S1, S2, S3 in bf16 and fp32; sweeps over F and k): {NOT_MEASURED}.")
+    parts += sections(rows, figures)
     trained = _by_setting(rows)
     if trained:
         parts += ["## Reconstruction", *_pictures(figures, "reconstruction")]

@@ -27,8 +27,10 @@ Row = dict[str, Any]
 MEASURED = frozenset({
     "ms_p50", "ms_p20", "ms_p80", "samples", "bytes", "flops", "peak_mem_bytes", "other_load", "utc",
     "mse", "mse_train", "fvu", "l0", "dead_fraction", "tokens_per_second", "seconds",
+    "errors", "share_of_first",
 })  # fmt: skip
 PROVENANCE = frozenset({"commit", "dirty", "torch", "triton", "python", "driver", "cuda"})
+VERSIONS = PROVENANCE | {"packages"}  # of other libraries, where a row has to do with them
 
 
 def key(row: Row) -> str:
@@ -38,7 +40,7 @@ def key(row: Row) -> str:
 
 def cell(row: Row) -> str:
     """The place of a row in a table: its key without commit and versions."""
-    return _canonical(row, MEASURED | PROVENANCE)
+    return _canonical(row, MEASURED | VERSIONS)
 
 
 def _canonical(row: Row, without: frozenset[str]) -> str:

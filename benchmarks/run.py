@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out; the repository root stays out
 
+STORED = ("operations", "peers", "step", "curve", "reconstruction")  # files of rows in a device's folder
 MISSING = "{name} is missing: `make bench` installs it, or `pip install 'sae-engine[bench]'`"
 
 
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
     for package in ("torch", "sae_engine", "sae_kernels", "pytest"):  # pytest: the gate
         if is_missing(package):
             sys.exit(MISSING.format(name=package))
+    import curve
     import operations
     import reconstruction
     import torch
@@ -112,6 +114,7 @@ def run(options: argparse.Namespace) -> None:
                 device, setting, model=options.model, layer=options.layer, site=options.site
             ):
                 store(folder / "reconstruction.jsonl", [row])
+            store(folder / "curve.jsonl", curve.measure(device, extent))
 
     write_report(folder, remarks)
     if device.type != "cuda":
@@ -127,7 +130,7 @@ def write_report(folder: Path, remarks: list[str]) -> None:
     import report
     from rows import load, write_atomically
 
-    rows = load(folder / "operations.jsonl") + load(folder / "reconstruction.jsonl")
+    rows = [row for name in STORED for row in load(folder / f"{name}.jsonl")]
     if not rows:
         sys.exit("\n".join([f"{folder} holds no rows: nothing has been measured", *remarks]))
     if is_missing("matplotlib"):

@@ -330,7 +330,7 @@ class _LatentPass:
 
     def _prepared(self, term: Term) -> Callable[[slice], tuple[Tensor, Tensor]]:
         """The term's sums over a range of latents, as a function of the range; its part of ``bias`` is added here."""
-        rows, num_latents = term.offsets.numel() - 1, self.weight.shape[0]
+        rows, num_latents, x = term.offsets.numel() - 1, self.weight.shape[0], self.x  # no cycle through self
         grad, values = term.grad.to(self.dtype), term.values.to(self.dtype)
         inner = values
         if term.mode != GIVEN:
@@ -341,7 +341,7 @@ class _LatentPass:
         if term.is_dense:
             values, slopes = (to_dense(t, term.indices, term.offsets, num_latents) for t in (values, slopes))
             self.bias += slopes.sum(0)
-            return lambda latents: (values[:, latents].T @ grad, slopes[:, latents].T @ self.x)
+            return lambda latents: (values[:, latents].T @ grad, slopes[:, latents].T @ x)
         values, slopes = values[term.latent_positions], slopes[term.latent_positions]
         row = term.latent_rows.clamp(max=max(rows - 1, 0))
         ends = term.latent_offsets.to(row.dtype)
@@ -354,7 +354,7 @@ class _LatentPass:
                 entries = slice(int(bounds[0]), int(bounds[-1]))
                 bounds = bounds - entries.start
             mine = row[entries]
-            return _bags(values[entries], mine, bounds, grad), _bags(slopes[entries], mine, bounds, self.x)
+            return _bags(values[entries], mine, bounds, grad), _bags(slopes[entries], mine, bounds, x)
 
         return sums
 
@@ -418,6 +418,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
         for copy, parameter in zip(copies, parameters, strict=False):
             copy, new = copy[latents], parameter[latents]
             copy.copy_(new if skip is None else torch.where(skip != 0, copy, new))
+        del grads, used, state  # their memory serves the next chunk
     return center, square
 
 

@@ -389,8 +389,8 @@ def linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> Tensor:
         flat = check.matrix(x).to(dtype)
         if dtype in (torch.float32, torch.float64):
             out = flat @ W_enc.to(dtype) if b_enc is None else torch.addmm(b_enc.to(dtype), flat, W_enc.to(dtype))
-        elif x.is_cuda and not torch.is_grad_enabled():
-            out = _linear_16bit(flat, W_enc.to(dtype), b_enc)
+        elif not torch.is_grad_enabled():
+            out = (_linear_16bit if x.is_cuda else _linear_16bit_cpu)(flat, W_enc.to(dtype), b_enc)
         else:  # products of 16-bit numbers are exact in fp32: an fp32 GEMM of the rounded operands accumulates in fp32
             out = flat.float() @ W_enc.to(dtype).float()
             out = (out if b_enc is None else out + b_enc.float()).to(dtype)
@@ -405,6 +405,18 @@ def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = slice(start, start + step)
         accumulated = torch.mm(x[rows], weight, out_dtype=torch.float32)
         out[rows] = accumulated if bias is None else accumulated.add_(bias.float())
+    return out
+
+
+def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The fp32 product of the rounded operands, biased and rounded once; the fp32 copies are of some latents at a time."""
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    wide = x.float()
+    bias = x.new_zeros(()).expand(weight.shape[1]) if bias is None else bias
+    step = max((1 << 22) // max(x.shape[0], x.shape[1], 1), 128)
+    for start in range(0, weight.shape[1], step):
+        latents = slice(start, start + step)
+        out[:, latents] = (wide @ weight[:, latents].float()).add_(bias[latents].float())
     return out
 
 

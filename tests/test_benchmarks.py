@@ -15,6 +15,7 @@ from sae_kernels import traffic
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import curve
 import derived
 import operations
 import reconstruction
@@ -407,6 +408,8 @@ def test_main_job_end_to_end(tmp_path, monkeypatch, capsys, plot):
     monkeypatch.setattr(reconstruction, "CACHE", tmp_path / "cache")
     monkeypatch.setitem(reconstruction.SETTINGS, "quick", tiny)
     monkeypatch.setitem(operations.BUDGET_SECONDS, "quick", 0.0)
+    monkeypatch.setattr(curve, "TOKENS", 64)
+    monkeypatch.setitem(curve.STEPS, "quick", 2)
     monkeypatch.setattr(operations, "OPS", (dataclasses.replace(
         registry.find("topk"), providers=registry.find("topk").providers[:2]),))  # fmt: skip
     monkeypatch.setattr(operations, "cases", lambda *_: [(TINY, torch.float32)])
@@ -419,8 +422,9 @@ def test_main_job_end_to_end(tmp_path, monkeypatch, capsys, plot):
     assert folder.name.endswith("-quick")
     names = sorted(path.name for path in folder.iterdir())
     assert [name for name in names if not name.endswith(".png")] == [
-        "operations.jsonl", "reconstruction.jsonl", "report.md",
+        "curve.jsonl", "operations.jsonl", "reconstruction.jsonl", "report.md",
     ]  # fmt: skip
+    assert [len(row["errors"]) for row in rows.load(folder / "curve.jsonl")] == [2] * 4
     assert len(rows.load(folder / "operations.jsonl")) == 2
     assert len(rows.load(folder / "reconstruction.jsonl")) == 5
     shown = capsys.readouterr().out

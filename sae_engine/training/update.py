@@ -10,6 +10,8 @@ from .adam import Adam
 from .backward import Backward
 from .forward import Weights
 
+PIECES = 16  # in which a gradient is worked on whose temporaries would otherwise be as large as itself
+
 
 class Copies:
     """The weights in the dtype of the computation, made again where somebody else has written the parameters.
@@ -115,7 +117,8 @@ class Update:
         if self.reduce is not None:
             self.reduce([*gradients.values(), *also_reduce])
         if self.unit_rows and sae.W_dec in gradients:
-            gradients[sae.W_dec] = _passes.without_parallel_part(gradients[sae.W_dec], sae.W_dec.detach())
+            for grad, rows in zip(gradients[sae.W_dec].chunk(PIECES), sae.W_dec.detach().chunk(PIECES), strict=True):
+                grad.copy_(_passes.without_parallel_part(grad, rows))
         norm = torch.nn.utils.get_total_norm(gradients.values())
         if self.grad_clip is not None:
             torch._foreach_mul_(list(gradients.values()), (self.grad_clip / (norm + 1e-6)).clamp(max=1))

@@ -1,0 +1,171 @@
+"""Where a training step's time goes: its parts one by one on the same inputs, ours beside dense PyTorch's.
+
+    make bench-step                       # or: python benchmarks/step.py [--quick]
+
+Parts are timed alone, in turn with the whole steps; what the whole takes beyond the sum of its parts (counters, the
+report, small gradients) is shown as the rest, and is negative where data stays in a cache from one part to the next.
+Measured for even firing and for firing that follows a Zipf law, as latents of trained autoencoders do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from registry import MAIN, S1, Case, _backend, _topk_dense
+from rows import ROOT, Row, device_name, device_slug, environment, now_utc, store
+from run import chosen_device, write_report
+from steps import LEARNING_RATE, SEED, TINY, DenseAutoencoder, Setup, dense, make_setup, step_with_unit_rows, train_step
+from timing import OtherLoad, method, time_interleaved
+
+from sae_engine import SparseCodes, _passes, functional
+from sae_engine.training.chunks import PreActivations
+from sae_kernels.ops import ops
+
+GEMM, SELECTION, DECODE = "encoder GEMM", "selection", "decode + loss"
+TURNING, VALUES, WEIGHTS = "turning the codes", "value gradients", "weight gradients + Adam"
+PARTS = (GEMM, SELECTION, DECODE, TURNING, VALUES, WEIGHTS)
+WHOLE = "whole step"
+OURS, DENSE = "ours", "dense PyTorch"
+BUDGET_SECONDS = {"quick": 0.2, "default": 30.0}
+Calls = dict[str, Callable[[], object]]
+
+
+def our_parts(s: Setup) -> tuple[Calls, SparseCodes]:
+    """What TrainStep does with one objective, unit-norm rows and Adam, in parts; and the codes."""
+    sae, x, backend = s.autoencoder(), s.x[0], _backend(s.x[0])
+    encoder, decoder = sae.W_enc.detach().to(s.dtype), sae.W_dec.detach().to(s.dtype)
+    b_enc, b_dec = sae.b_enc.detach(), sae.b_dec.detach()
+    buffer = PreActivations()
+
+    def gemm() -> torch.Tensor:
+        return buffer.product((x - b_dec).to(s.dtype), encoder, b_enc)
+
+    def decode() -> torch.Tensor:
+        """The gradient at the output; the error and the variance on the way."""
+        error = _passes.decode(codes, codes.values, decoder, torch.float32, backend).add_(b_dec).sub_(x)
+        error.square().sum(), (x - x.mean(0)).square().sum()
+        return error.mul_(2 / len(x))
+
+    def slopes() -> torch.Tensor:
+        inner = _passes.value_gradients(grad, codes, codes.values.float(), decoder, backend)
+        return torch.where(codes.values != 0, inner, 0.0)
+
+    pre = gemm()
+    codes = functional.topk(pre, s.case.k)
+    grad = decode().to(s.dtype)
+    term = _passes.term_of(codes, codes.values, grad, slopes(), _passes.GIVEN)
+    centred = (x - b_dec).to(s.dtype)
+    parameters = [sae.W_dec.detach(), sae.W_enc.detach().T, b_enc]
+    moments = [[torch.zeros_like(p, memory_format=torch.preserve_format) for p in parameters] for _ in range(2)]
+    copies = [] if s.dtype == torch.float32 else [decoder, encoder.T]
+    count, rate = torch.full((), 1000.0, device=s.device), torch.tensor(LEARNING_RATE, device=s.device)
+
+    def update() -> object:
+        return _passes.latent_adam(
+            [term], centred, None, parameters, *moments, copies, step=count, lr=rate, betas=(0.9, 0.999), eps=1e-8,
+            weight_decay=0.0, unit_rows=True, skip=None, backend=backend,
+        )  # fmt: skip
+
+    calls: Calls = {
+        GEMM: gemm, SELECTION: lambda: functional.topk(pre, s.case.k), DECODE: decode,
+        TURNING: lambda: ops.by_latent(codes.indices, codes.offsets, s.case.F, backend), VALUES: slopes,
+        WEIGHTS: update, WHOLE: train_step()(s),
+    }  # fmt: skip
+    return calls, codes
+
+
+def dense_parts(s: Setup) -> Calls:
+    """What autograd runs of the dense step, operator by operator; nothing is turned."""
+    sae, x, k = DenseAutoencoder(s), s.x[0], s.case.k
+    W_enc, W_dec, b_enc, b_dec = (p.detach().to(s.dtype) for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
+    centred = (x - b_dec).to(s.dtype)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def decode() -> torch.Tensor:
+        error = torch.addmm(b_dec, kept, W_dec) - x
+        error.square().sum(1).mean()
+        return error * (2 / len(x))
+
+    def at_pre() -> torch.Tensor:
+        at_kept = (grad @ W_dec.T).gather(1, columns)
+        return torch.zeros_like(pre).scatter_(1, columns, torch.where(values > 0, at_kept, 0.0))
+
+    pre = torch.addmm(b_enc, centred, W_enc)
+    values, columns = pre.topk(k, sorted=False)
+    kept = _topk_dense(pre, k)
+    grad = decode().to(s.dtype)
+    slopes = at_pre()
+
+    def update() -> None:
+        sae.W_dec.grad, sae.W_enc.grad, sae.b_enc.grad = (
+            t.float() for t in (kept.T @ grad, centred.T @ slopes, slopes.sum(0))
+        )
+        sae.b_dec.grad = grad.sum(0).float() - (slopes @ W_enc.T).sum(0).float()
+        step_with_unit_rows(optimizer, sae.W_dec)
+
+    return {
+        GEMM: lambda: torch.addmm(b_enc, (x - b_dec).to(s.dtype), W_enc), SELECTION: lambda: _topk_dense(pre, k),
+        DECODE: decode, VALUES: at_pre, WEIGHTS: update, WHOLE: dense()(s),
+    }  # fmt: skip
+
+
+def measure(case: Case, dtype: torch.dtype, device: torch.device, extent: str) -> list[Row]:
+    setup = make_setup(case, device, dtype)
+    with torch.no_grad():
+        ours, codes = our_parts(setup)
+        theirs = dense_parts(setup)
+    calls = {(provider, part): _right_mode(part, call)
+             for provider, parts in ((OURS, ours), (DENSE, theirs)) for part, call in parts.items()}  # fmt: skip
+    share = float(codes.indices.bincount(minlength=case.F).max()) / case.B
+    others = OtherLoad()
+    timings = time_interleaved(
+        [[call] for call in calls.values()], device,
+        budget_seconds=BUDGET_SECONDS[extent] / (10 if device.type == "cuda" else 1),
+    )  # fmt: skip
+    load = others.cores()
+    rows = [
+        {
+            "kind": "part", "case": case.name, "group": case.group, "shape": case.shape("BdFki"),
+            "dtype": str(dtype).removeprefix("torch."), "seed": SEED, "method": method(device), "provider": provider,
+            "part": part, **environment(device), **timing.fields(), "share_of_first": share, "other_load": load,
+            "utc": now_utc(),
+        }
+        for (provider, part), timing in zip(calls, timings, strict=True)
+    ]  # fmt: skip
+    del calls, ours, theirs, codes, setup
+    gc.collect()
+    return rows
+
+
+def _right_mode(part: str, call: Callable[[], object]) -> Callable[[], object]:
+    """Whole steps set their own gradient mode, parts build no graph."""
+    return call if part == WHOLE else torch.no_grad()(call)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Time the parts of a training step.")
+    parser.add_argument("--quick", action="store_true", help="a small size; kept apart")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
+    options = parser.parse_args(arguments)
+    device = chosen_device(options.device)
+    folder = options.out / (device_slug(device) + ("-quick" if options.quick else ""))
+    print(f"{device_name(device)}, torch {torch.__version__}; results in {folder}", flush=True)
+    case = TINY if options.quick else S1 if device.type == "cuda" else MAIN
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for indices in ("uniform", "zipf"):
+        chosen = replace(case, indices=indices, name=case.name + (", skewed" if indices == "zipf" else ""))
+        store(folder / "step.jsonl", measure(chosen, dtype, device, "quick" if options.quick else "default"))
+    write_report(folder, [])
+
+
+if __name__ == "__main__":
+    main()

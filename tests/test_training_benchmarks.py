@@ -1,0 +1,217 @@
+"""The benchmarks of training steps at toy sizes: contestants that are right, parts that add up, tables and figures."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import peers
+import report
+import rows
+import step
+import step_report
+import steps
+import verify
+
+BENCHMARKS = Path(peers.__file__).parent
+CPU = torch.device("cpu")
+TINY = dataclasses.replace(steps.TINY, B=24, F=128, k=4)
+FAST = [c for c in steps.CONTESTANTS if not c.compiled and c.package is None]
+
+
+@pytest.fixture
+def setup():
+    return steps.make_setup(TINY, CPU)
+
+
+# --- contestants ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indices", ["uniform", "zipf"])
+@pytest.mark.parametrize("contestant", FAST, ids=lambda c: c.name)
+def test_every_contestant_is_right(contestant, indices):
+    s = steps.make_setup(dataclasses.replace(TINY, indices=indices), CPU)
+    steps.check(contestant, contestant.build(s), s, steps.true_error(s))
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("contestant", [c for c in steps.CONTESTANTS if c.package], ids=lambda c: c.name)
+def test_other_libraries_are_right(contestant, setup, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+    pytest.importorskip(contestant.package)
+    steps.check(contestant, contestant.build(setup), setup, steps.true_error(setup))
+
+
+def test_a_wrong_step_is_noticed(setup):
+    dense = next(c for c in steps.CONTESTANTS if c.baseline)
+    expected = steps.true_error(setup)
+    right = dense.build(setup)
+    with pytest.raises(AssertionError, match="first error"):
+        steps.check(dense, lambda: right() * 1.001, setup, expected)
+    with pytest.raises(AssertionError, match="does not fall"):
+        steps.check(dense, lambda: torch.tensor(expected), setup, expected)
+
+
+def test_steps_of_all_kinds_agree(setup):
+    """Ten steps of ours, by either path, are dense PyTorch's: a few roundings of a mean of B * d squares a step."""
+    named = {c.name: c.build(setup) for c in FAST}
+    errors = {name: [float(named[name]()) for _ in range(10)] for name in ("ours", "ours, plain path", "dense PyTorch")}
+    for name in ("ours", "ours, plain path"):
+        assert errors[name] == pytest.approx(errors["dense PyTorch"], rel=64 * torch.finfo(torch.float32).eps)
+
+
+def test_names_are_those_of_the_report():
+    names = [c.name for c in steps.CONTESTANTS]
+    assert len(set(names)) == len(names)
+    assert {step_report.GEMM, step_report.ADAM, step_report.OURS, f"{step_report.OURS} + AuxK"} <= set(names)
+    assert [c.baseline for c in steps.CONTESTANTS].count(True) == 1
+
+
+def test_aux_contestants_have_dead_latents(setup, monkeypatch):
+    """In every step, also after some of them fired."""
+    reports = []
+
+    class Spy(steps.TrainStep):
+        def __call__(self, *args):
+            reports.append(super().__call__(*args))
+            return reports[-1]
+
+    monkeypatch.setattr(steps, "TrainStep", Spy)
+    call = next(c for c in FAST if c.dead).build(setup)
+    for _ in range(3):
+        call()
+    assert all(float(found["auxk"]) > 0 for found in reports) and len(reports) == 3
+
+
+def test_skewed_biases_follow_zipf():
+    biases = steps.skewed_biases(512, 8)
+    probability = torch.special.ndtr((biases - 4.0).double())
+    assert probability.sum().item() == pytest.approx(8, rel=1e-4)  # ndtri in fp32 loses some of the tail
+    assert probability[0].item() == pytest.approx(0.9, rel=1e-4)
+    assert (probability[100] / probability[201]).item() == pytest.approx(202 / 101, rel=1e-3)
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indices", ["uniform", "zipf"])
+def test_parts_compute_the_same(indices):
+    s = steps.make_setup(dataclasses.replace(TINY, indices=indices), CPU)
+    with torch.no_grad():
+        ours, codes = step.our_parts(s)
+        dense = step.dense_parts(s)
+        assert list(ours) == [*step.PARTS, step.WHOLE]
+        close = {"rtol": 1e-4, "atol": 1e-6}  # sums of 32 products in two orders
+        torch.testing.assert_close(ours[step.GEMM](), dense[step.GEMM](), **close)
+        torch.testing.assert_close(ours[step.SELECTION]().to_dense(), dense[step.SELECTION](), **close)
+        torch.testing.assert_close(ours[step.DECODE](), dense[step.DECODE](), **close)
+        rows_of = torch.arange(TINY.B).repeat_interleave(TINY.k)
+        at_codes = dense[step.VALUES]()[rows_of, codes.indices.long()]
+        torch.testing.assert_close(ours[step.VALUES](), at_codes, **close)
+
+
+def test_rows_of_parts():
+    found = step.measure(dataclasses.replace(TINY, indices="zipf"), torch.float32, CPU, "quick")
+    parts = step_report.parts_of(found)
+    assert parts.keys() == {step.OURS, step.DENSE}
+    for times in parts.values():
+        named = sum(ms for part, ms in times.items() if part != step_report.WHOLE)
+        assert named == pytest.approx(times[step_report.WHOLE])
+    assert found[0]["share_of_first"] > 0.5  # skewed: one latent fires on most tokens
+
+
+# --- tables and figures --------------------------------------------------------------------------------------------
+
+
+def row(**changes):
+    return {
+        "kind": "step", "case": "main", "group": "main", "dtype": "float32", "seed": 0, "method": "clock",
+        "shape": {"B": 2, "d": 3, "F": 4, "k": 1, "indices": "uniform"}, "provider": "ours", "contestant": "ours",
+        "baseline": False, "auxk": False, "note": "", "device": "test device", "driver": None, "cuda": None,
+        "torch": "2", "triton": "3", "python": "3.11", "commit": "a" * 40, "dirty": False,
+        "packages": {"sae-lens": "6"}, "ms_p50": 130.0, "ms_p20": 129.0, "ms_p80": 131.0, "samples": 5,
+        "peak_mem_bytes": None, "other_load": 0.0, "utc": "2026-01-01T00:00:00Z",
+    } | changes  # fmt: skip
+
+
+def synthetic_rows():
+    made = [
+        row(provider="encoder GEMM", contestant="yardstick", ms_p50=80.0),
+        row(provider="fused Adam", contestant="yardstick", ms_p50=20.0), row(),
+        row(provider="dense PyTorch", contestant="PyTorch", baseline=True, ms_p50=390.0),
+        row(provider="SAELens", contestant="peer", ms_p50=650.0, note="gradient norm clipped"),
+        row(provider="ours + AuxK", auxk=True, ms_p50=200.0),
+        row(provider="SAELens + AuxK", contestant="peer", auxk=True, ms_p50=800.0),
+    ]  # fmt: skip
+    for provider in (step.OURS, step.DENSE):
+        for part, ms in [*((part, 10.0) for part in step.PARTS), (step.WHOLE, 66.0)]:
+            made.append(row(kind="part", provider=provider, part=part, ms_p50=ms, share_of_first=0.25))
+    for provider, errors in (("sae_engine", [4.0, 2.0]), ("dense PyTorch", [4.0, 2.02])):
+        made.append(row(kind="curve", provider=provider, errors=errors, sha256="0" * 64, model="toy", d=3, d_sae=4, k=1,
+                        batch_tokens=2, layer=1, steps=2))  # fmt: skip
+    return made
+
+
+def test_report_from_rows():
+    text = report.markdown(synthetic_rows(), [Path("step-main-float32.png"), Path("step-parts.png")])
+    flat = text.replace(" ", "")
+    assert "Floor (GEMM + fused Adam): 100 ms" in text
+    assert "|**ours**||130(129–131)|1.30×||" in flat
+    assert "|densePyTorch||390(129–131)|3.90×|3.00×|" in flat  # 3 times ours
+    assert "|SAELens+AuxK||800(129–131)|8.00×|4.00×|" in flat  # 4 times ours with AuxK
+    assert "|therest|6|6|" in flat  # 66 less 6 parts of 10
+    assert "0.99 % apart" in text  # 2 against 2.02
+    assert "sae-lens 6" in text and "25.0 % of the tokens" in text
+    assert text.count("](step-main-float32.png)") == 1
+    operation = row(kind="operation", op="topk", mode="forward", bytes=1, flops=0)
+    assert "training step" not in report.markdown([operation], [])
+
+
+def test_figures_from_rows(tmp_path):
+    plot = pytest.importorskip("plot", reason="the figures need matplotlib")
+    files = plot.draw_all(synthetic_rows(), tmp_path)
+    assert sorted(path.name for path in files) == ["step-curve.png", "step-main-float32.png", "step-parts.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
+
+
+# --- the job -------------------------------------------------------------------------------------------------------
+
+
+def test_peers_end_to_end(tmp_path, monkeypatch, capsys):
+    few = [c for c in steps.CONTESTANTS if c.name in ("encoder GEMM", "fused Adam", "ours", "dense PyTorch")]
+    absent = dataclasses.replace(few[-1], name="absent", package="no_such_library", baseline=False)
+    failing = dataclasses.replace(few[-1], name="failing", kind="peer", build=lambda s: 1 / 0, baseline=False)
+    monkeypatch.setattr(peers.measure, "__defaults__", ((*few, absent, failing),))
+    monkeypatch.setattr(verify, "verify", lambda files, device: dict.fromkeys(files))
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "0")  # restored afterwards: the job sets it
+    peers.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    found = rows.load(folder / "peers.jsonl")
+    assert [r["provider"] for r in found] == [c.name for c in few]
+    assert all(r["ms_p50"] > 0 and r["commit"] for r in found)
+    shown = capsys.readouterr().out
+    assert "absent: no_such_library is not installed" in shown and "failing: raised ZeroDivisionError" in shown
+    assert "## A training step" in (folder / "report.md").read_text()
+
+
+def test_nothing_is_timed_on_red(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "verify", lambda files, device: dict.fromkeys(files, "test_training.py: 1 failed"))
+    with pytest.raises(SystemExit, match="1 failed"):
+        peers.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    assert all((BENCHMARKS.parent / "tests" / file).is_file() for file in peers.GATE)
+
+
+@pytest.mark.parametrize("script", ["peers.py", "step.py", "curve.py"])
+def test_scripts_start_with_a_safe_path(script):
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout
