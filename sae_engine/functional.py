@@ -409,7 +409,7 @@ def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The fp32 product of the rounded operands, biased and rounded once; the fp32 copies are of some latents at a time."""
+    """The fp32 product of the rounded operands, biased and rounded once; fp32 copies are of some latents at a time."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     wide = x.float()
     bias = x.new_zeros(()).expand(weight.shape[1]) if bias is None else bias
