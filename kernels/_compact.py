@@ -112,7 +112,7 @@ def compact(
         return
     mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
     weight_stride = 0 if weight is None else weight.stride(0)
-    block = _tuning.stream_block(num_latents, 2048)
+    block, warps = _tuning.compact_tile(num_latents, groups.indices is not None)
     _compact_kernel[(rows,)](
         score, pre, mask, weight, cut, quota, offsets, groups.indices, groups.offsets, values, indices,
         F=num_latents, stride_sb=score.stride(0), stride_sf=score.stride(1), stride_pb=pre.stride(0),
@@ -120,7 +120,7 @@ def compact(
         MAGNITUDE=magnitude, RANK_RELU=rank_relu, VALUE_RELU=value_relu, HAS_MASK=mask is not None,
         HAS_WEIGHT=weight is not None, HAS_GROUPS=groups.indices is not None, SHIFT=shift,
         WIDE=_tuning.is_wide(*(num_latents * s for s in (score.stride(1), pre.stride(1), mask_strides[1]))),
-        G=groups.size, BLOCK=block, num_warps=_tuning.scan_warps(block),
+        G=groups.size, BLOCK=block, **_tuning.options(warps),
     )
 
 

@@ -61,7 +61,7 @@ def _group_max_kernel(
     tl.store(maxima_ptr + row * NG + groups, maxima, mask=groups < NG)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])  # it follows the number of rows
 def _digit_kernel(
     score_ptr, mask_ptr,            # [B, F] in, [F] or [B, F] in or unused
     groups_ptr, group_offsets_ptr,  # [M] in, int32, and [B + 1] in, int64; or unused
@@ -92,7 +92,7 @@ def _digit_kernel(
     tl.atomic_add(counts_ptr + DIGIT * 256 + bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _row_count_kernel(
     score_ptr, mask_ptr, groups_ptr, group_offsets_ptr, counts_ptr,  # as above
     cut_ptr, above_ptr, equal_ptr,                                   # [B] out each, int32
@@ -133,7 +133,7 @@ def _first(score, mask, total, shift, groups=EVERY_LATENT):
         F=width, rank=total, stride_sb=score.stride(0), stride_sf=score.stride(1), stride_mb=mask_strides[0],
         stride_mf=mask_strides[1], HAS_MASK=mask is not None, HAS_GROUPS=groups.indices is not None, SHIFT=shift,
         WIDE=_tuning.is_wide(*(width * s for s in (score.stride(1), mask_strides[1]))), G=groups.size, BLOCK=block,
-        num_warps=_tuning.num_warps(block),
+        **_tuning.options(_tuning.digit_warps(block)),
     )
     counts = torch.zeros(4, 256, dtype=torch.int64, device=score.device)
     digits = -(-(32 - shift) // 8)
@@ -160,7 +160,7 @@ def _first_groups(pre, mask, total, shift, grouping):
         pre, mask, maxima, F=num_latents, NG=grouping.number, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
         stride_mb=mask_strides[0], stride_mf=mask_strides[1], HAS_MASK=mask is not None, SHIFT=shift,
         WIDE=_tuning.is_wide(*(num_latents * s for s in (pre.stride(1), mask_strides[1]))),
-        G=grouping.size, BLOCK=grouping.block, num_warps=grouping.warps,
+        G=grouping.size, BLOCK=grouping.block, **_tuning.options(grouping.warps),
     )
     cut, quota, offsets = _first(maxima, None, total, shift)
     chosen, keys = (maxima.new_empty(total) for _ in range(2))
