@@ -8,6 +8,7 @@ BASE_PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 OUT ?= benchmarks/results
+KERNEL_REPORT ?= benchmarks/results/kernel-report/kernels
 
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -27,7 +28,7 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench test check lint types dist-check gpu clean given-environment
+.PHONY: help bench test check lint types kernel-report dist-check gpu clean given-environment
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -46,6 +47,9 @@ lint: $(READY) ## ruff
 
 types: $(READY) .links/sae_kernels ## mypy
 	$(PY) -m mypy
+
+kernel-report: $(READY) ## registers, spills, loads, occupancy of every kernel, compiled for four GPUs; needs none (REPORT_ARGS=…)
+	$(PY) -W ignore -m sae_engine.cli kernels --jobs $(JOBS) --markdown $(KERNEL_REPORT).md --json $(KERNEL_REPORT).json $(REPORT_ARGS)
 
 dist-check: $(READY) ## sdist, wheel from the sdist, a fresh environment, a first use away from here
 	PY='$(PY)' TORCH_INDEX='$(TORCH_INDEX)' sh -eu -c "$$dist_check"
