@@ -32,6 +32,11 @@ def num_warps(lanes: int) -> int:
     return min(max(lanes // 512, min(lanes // 32, 4), 1), 16)
 
 
+def digit_block(width: int, has_groups: bool) -> int:
+    """Lanes of one step of a digit pass: of a row's survivors there are hardly more than k."""
+    return stream_block(width, 256 if has_groups else 2048)
+
+
 def digit_warps(lanes: int) -> int:
     """8 lanes a thread: a histogram's registers, and 10 % fewer instructions an element than with 16."""
     return num_warps(2 * lanes)
@@ -118,6 +123,7 @@ def decode_warps(block: int) -> int:
 
 
 ENTRIES_IN_FLIGHT = 4  # independent row loads of the decoder's inner loop; more buys registers, not latency
+VALUES_BLOCK = 8  # entries that share one load of their row's gradient: with 4 it is a fifth of what is loaded
 SPLIT_LATENT = 128  # entries of one latent beyond which its gradient is summed by several programs
 NORM_CANDIDATES = 1024  # entries at which norm matching leaves the stream and finishes in registers
 

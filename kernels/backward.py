@@ -110,7 +110,7 @@ def launch_values(grad, values, indices, offsets, weight):
         _values_kernel[(rows,)](
             grad, indices, offsets, weight, out,
             D=width, stride_gb=grad.stride(0), stride_wf=weight.stride(0), stride_wd=weight.stride(1),
-            BLOCK_N=_tuning.ENTRIES_IN_FLIGHT, BLOCK_D=block, **_tuning.options(4),
+            BLOCK_N=_tuning.VALUES_BLOCK, BLOCK_D=block, **_tuning.options(4),
         )
     return out
 

@@ -63,7 +63,7 @@ def _row_topk_kernel(
     # k groups reach `cut`, hence so do k entries; with fewer groups than k nothing is known
     cut = kth_largest(key, tl.where(NG < K, lowest, cut), top, K)
     keep, position = keep_first(key, cut, K - tl.sum((key > cut).to(tl.int32), axis=0))
-    value = tl.load(pre_ptr + at * stride_pf, mask=present, other=0.0)
+    value = tl.load(pre_ptr + at * stride_pf, mask=keep, other=0.0)
     if RELU:
         value = relu(value.to(tl.float32)).to(value.dtype)
     if HAS_MASK:
