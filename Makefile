@@ -58,7 +58,7 @@ gpu: ## on a GPU machine, no network needed: GPU tests, compute-sanitizer, bench
 	OUT='$(OUT)' PYTHON='$(or $(PYTHON),python3)' bash benchmarks/gpu.sh
 
 clean: ## remove build products and caches; .venv stays
-	rm -rf build dist .links *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist .links *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 	find benchmarks kernels sae_engine tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .links/sae_kernels:
