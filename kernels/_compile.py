@@ -136,6 +136,7 @@ class Binary(NamedTuple):
     instructions: int | None = None
     loop_instructions: int | None = None
     loop_bytes: int | None = None  # that a thread loads in one pass; in the whole kernel where no loop loads
+    search_instructions: int | None = None  # of the inner loops that load nothing
 
 
 def wide(accesses: dict[int, int]) -> int:
@@ -168,7 +169,9 @@ def read_binary(compiled: Any, target: str, *, disassemble: bool = True) -> Bina
     inner = [b for n, b in enumerate(loading) if not any(b[0].place <= a[0].place <= b[-1].place for a in loading[:n])]
     body = max(inner, key=_loaded, default=code)
     loads, stores = (_widths(getattr(i, kind) for i in code) for kind in ("loads", "stores"))
-    return Binary(*resources, loads, stores, len(code), len(body), _loaded(body))
+    search = sum(len(b) for b in bodies if not _loaded(b) and not any(
+        b is not a and b[0].place <= a[0].place <= b[-1].place for a in bodies))  # fmt: skip
+    return Binary(*resources, loads, stores, len(code), len(body), _loaded(body), search)
 
 
 def _loaded(code: list[Instruction]) -> int:

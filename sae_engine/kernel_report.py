@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _backend, functional
@@ -188,13 +189,15 @@ class _Launching(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.torch_kernels: list[str] = []
+        self.torch_kernels: list[tuple[str, int]] = []  # name, bytes of its tensors
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "sae_engine":
+            result = func(*args, **(kwargs or {}))
             if not _moves_nothing(func):
-                self.torch_kernels.append(str(func))
-            return func(*args, **(kwargs or {}))
+                touched = [t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+                self.torch_kernels.append((str(func), sum(t.numel() * t.element_size() for t in touched)))
+            return result
         with self:  # an operator may call others
             on_tensors = torch.library.get_kernel(func, "CPU")
             return on_tensors.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
@@ -221,10 +224,10 @@ def _as_if_on_a_gpu() -> Iterator[_Launching]:
 
 @dataclass
 class CellLaunches:
-    """What one case launches, in order: (forward or backward, the launch), and stock operators beside them."""
+    """What one case launches, in order: (forward or backward, the launch), and the stock operators beside them."""
 
     launches: list[tuple[str, Any]] = field(default_factory=list)
-    torch_kernels: dict[str, int] = field(default_factory=dict)
+    torch_kernels: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # name, bytes of its tensors
 
 
 def run_cell(cell: Cell, target: str) -> CellLaunches:
@@ -236,13 +239,13 @@ def run_cell(cell: Cell, target: str) -> CellLaunches:
         call = case.build(shape, dtype)
         stock.torch_kernels.clear()
         result = call()
-        found.torch_kernels[mode] = len(stock.torch_kernels)
+        found.torch_kernels[mode] = list(stock.torch_kernels)
         if case.gradient:
             stock.torch_kernels.clear()
             mode = "backward"
             result = result if isinstance(result, Tensor) else result.values
             result.backward(torch.empty_like(result))
-            found.torch_kernels[mode] = len(stock.torch_kernels)
+            found.torch_kernels[mode] = list(stock.torch_kernels)
     return found
 
 

@@ -75,6 +75,28 @@ def test_instructions_of_the_main_loop_are_read_from_the_binary(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+PREDICT = """
+import runpy, sys
+from sae_engine import kernel_report as report
+predict = runpy.run_path(sys.argv[1])
+predict["rows"].__globals__["CASES"] = ("topk", "decode")
+found = list(predict["rows"]([report.S1], report.BF16))
+assert [(r["op"], r["mode"]) for r in found][:3] == [("topk", "forward"), ("decode", "forward"), ("decode", "backward")]
+for r in found:
+    assert r["prediction"] is True and r["predicted_microseconds"] >= r["floor_microseconds"] > 0, r
+    assert abs(sum(part["microseconds"] for part in r["parts"]) - r["predicted_microseconds"]) < 0.1, r
+# one read of 4096 x 32768 bf16 at 4.3 TB/s takes 62.4 us
+assert 62.4 < found[0]["floor_microseconds"] < 63 and "not measurements" in predict["markdown"](found)
+"""
+
+
+@pytest.mark.slow
+def test_predictions_say_so_and_lie_above_the_floor(tmp_path):
+    script = KERNELS.parent / "benchmarks" / "predict.py"
+    done = run(f"import sys; sys.argv[1:] = [{str(script)!r}]\n{PREDICT}", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 RECOMPILE = """
 import functools
 import torch
