@@ -9,6 +9,7 @@ VENV ?= .venv
 PEERS_VENV ?= .venv-peers
 JOBS ?= 2
 OUT ?= benchmarks/results
+KERNEL_REPORT ?= benchmarks/results/kernel-report/kernels
 
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -28,7 +29,7 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-peers bench-step test check lint types dist-check gpu clean given-environment
+.PHONY: help bench bench-peers bench-step test check lint types kernel-report dist-check gpu clean given-environment
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -54,6 +55,9 @@ lint: $(READY) ## ruff
 types: $(READY) .links/sae_kernels ## mypy
 	$(PY) -m mypy
 
+kernel-report: $(READY) ## registers, spills, loads, occupancy of every kernel, compiled for four GPUs; needs none (REPORT_ARGS=…)
+	$(PY) -W ignore -m sae_engine.cli kernels --jobs $(JOBS) --markdown $(KERNEL_REPORT).md --json $(KERNEL_REPORT).json $(REPORT_ARGS)
+
 dist-check: $(READY) ## sdist, wheel from the sdist, a fresh environment, a first use away from here
 	PY='$(PY)' TORCH_INDEX='$(TORCH_INDEX)' sh -eu -c "$$dist_check"
 
@@ -61,7 +65,7 @@ gpu: ## on a GPU machine, no network needed: GPU tests, compute-sanitizer, bench
 	OUT='$(OUT)' PYTHON='$(or $(PYTHON),python3)' bash benchmarks/gpu.sh
 
 clean: ## remove build products and caches; .venv stays
-	rm -rf build dist .links *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist .links *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 	find benchmarks kernels sae_engine tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .links/sae_kernels:

@@ -14,10 +14,11 @@ from ._device import ABSENT, keep_first, load_key, relu
 
 
 class Candidates(NamedTuple):
-    """The groups of latents that may hold kept entries, as compressed rows."""
+    """The groups of latents that may hold kept entries; row b's are ``indices[starts[b]:ends[b]]``."""
 
     indices: torch.Tensor | None = None  # (M,) int32, ascending in a row
-    offsets: torch.Tensor | None = None  # (B + 1,) int64
+    starts: torch.Tensor | None = None  # (B,) int64
+    ends: torch.Tensor | None = None  # (B,) int64
     size: int = 1  # latents of a group
 
 
@@ -25,13 +26,13 @@ EVERY_LATENT = Candidates()
 
 
 @triton.jit
-def lane_range(offsets_ptr, row, F, HAS_GROUPS: tl.constexpr, G: tl.constexpr):
+def lane_range(starts_ptr, ends_ptr, row, F, HAS_GROUPS: tl.constexpr, G: tl.constexpr):
     """Where a row's groups start, and over how many lanes its entries spread."""
     first = row * 0
     lanes = F
     if HAS_GROUPS:
-        first = tl.load(offsets_ptr + row)
-        lanes = (tl.load(offsets_ptr + row + 1) - first).to(tl.int32) * G
+        first = tl.load(starts_ptr + row)
+        lanes = (tl.load(ends_ptr + row) - first).to(tl.int32) * G
     return first, lanes
 
 
@@ -56,7 +57,8 @@ def _compact_kernel(
     quota_ptr,          # [B] in, int32
     offsets_ptr,        # [B + 1] in, int64
     groups_ptr,         # [M] in, int32: the groups that are looked at; or unused
-    group_offsets_ptr,  # [B + 1] in, int64, or unused
+    starts_ptr,         # [B] in, int64: where a row's groups begin; or unused
+    ends_ptr,           # [B] in, int64: where they end; or unused
     values_ptr,         # [N] out
     indices_ptr,        # [N] out, int32
     F, stride_sb, stride_sf, stride_pb, stride_pf, stride_mb, stride_mf, stride_wf,
@@ -76,7 +78,7 @@ def _compact_kernel(
     room = (tl.load(offsets_ptr + row + 1) - start).to(tl.int32)
     values_ptr += start
     indices_ptr += start
-    first, lanes = lane_range(group_offsets_ptr, row, F, HAS_GROUPS, G)
+    first, lanes = lane_range(starts_ptr, ends_ptr, row, F, HAS_GROUPS, G)
     written = tl.full((), 0, tl.int32)
     tile = tl.full((), 0, tl.int32)
     while (tile * BLOCK < lanes) & (written < room):
@@ -112,15 +114,16 @@ def compact(
         return
     mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
     weight_stride = 0 if weight is None else weight.stride(0)
-    block = _tuning.stream_block(num_latents, 2048)
+    block, warps = _tuning.compact_tile(num_latents, groups.indices is not None)
     _compact_kernel[(rows,)](
-        score, pre, mask, weight, cut, quota, offsets, groups.indices, groups.offsets, values, indices,
+        score, pre, mask, weight, cut, quota, offsets, groups.indices, groups.starts, groups.ends,
+        values, indices,
         F=num_latents, stride_sb=score.stride(0), stride_sf=score.stride(1), stride_pb=pre.stride(0),
         stride_pf=pre.stride(1), stride_mb=mask_strides[0], stride_mf=mask_strides[1], stride_wf=weight_stride,
         MAGNITUDE=magnitude, RANK_RELU=rank_relu, VALUE_RELU=value_relu, HAS_MASK=mask is not None,
         HAS_WEIGHT=weight is not None, HAS_GROUPS=groups.indices is not None, SHIFT=shift,
         WIDE=_tuning.is_wide(*(num_latents * s for s in (score.stride(1), pre.stride(1), mask_strides[1]))),
-        G=groups.size, BLOCK=block, num_warps=_tuning.scan_warps(block),
+        G=groups.size, BLOCK=block, **_tuning.options(warps),
     )
 
 

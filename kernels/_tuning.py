@@ -32,13 +32,23 @@ def key_shift(dtype: torch.dtype) -> int:
 
 
 def num_warps(lanes: int) -> int:
-    """16 lanes a thread: with 32, selection takes 200 registers and spills on some architectures."""
-    return min(max(lanes // 512, 4), 16)
+    """16 lanes a thread: with 32, selection takes 200 registers and spills on some architectures. No idle threads."""
+    return min(max(lanes // 512, min(lanes // 32, 4), 1), 16)
 
 
-def scan_warps(lanes: int) -> int:
-    """8 lanes a thread: the positions of a scan and the addresses they become take the registers."""
+def digit_block(width: int, has_groups: bool) -> int:
+    """Lanes of one step of a digit pass: of a row's survivors there are hardly more than k."""
+    return stream_block(width, 256 if has_groups else 2048)
+
+
+def digit_warps(lanes: int) -> int:
+    """8 lanes a thread: a histogram's registers, and 10 % fewer instructions an element than with 16."""
     return num_warps(2 * lanes)
+
+
+def options(warps: int) -> dict[str, int | bool]:
+    """What every launch passes to Triton. Products and sums fuse, as they always have: Triton's default changes."""
+    return {"num_warps": warps, "enable_fp_fusion": True}
 
 
 class Groups(NamedTuple):
@@ -75,13 +85,25 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
     if size == 1 or lanes > MAX_TILE:
         return None
     warps = num_warps(lanes)
-    # 32 latents a thread: four loads in flight, since the registers of the selection leave few programs to a processor
-    return Groups(size, number, max(stream_block(num_latents, 1024 * warps), size), warps)
+    # 32 latents a thread: four loads in flight, since the registers of the selection leave few programs to a processor.
+    # Rows that are not aligned load latent by latent; beside the widest selection 32 of them spill on sm_80.
+    latents = 8 if num_latents % 16 and lanes == MAX_TILE else 32
+    return Groups(size, number, max(stream_block(num_latents, 32 * latents * warps), size), warps)
 
 
 def stream_block(num_latents: int, most: int = 4096) -> int:
     """Tile of a streaming pass: 16 bytes a thread and several loads in flight, no wider than the row needs."""
     return max(min(next_power_of_2(num_latents), most), 16)
+
+
+def compact_tile(num_latents: int, has_groups: bool) -> tuple[int, int]:
+    """Lanes and warps of a compaction: the positions of a scan and the addresses they become take the registers.
+
+    8 lanes a thread, a 16-byte load of 16-bit values, where whole rows are read. Groups are gathered, so width gains
+    nothing there: 4 lanes a thread take 60 registers, not 128, and unaligned rows do not spill on sm_80.
+    """
+    block = stream_block(num_latents, 1024 if has_groups else 2048)
+    return block, num_warps((4 if has_groups else 2) * block)
 
 
 def shares_of_row(rows: int) -> int:
@@ -165,6 +187,7 @@ def stored_latents(width: int) -> int:
 
 ENTRIES_IN_FLIGHT = 4  # independent row loads of the decoder's inner loop; more buys registers, not latency
 SPLIT_LATENT = 128  # entries of one latent that its gradient has summed by a program of their own
+VALUES_BLOCK = 8  # entries that share one load of their row's gradient: with 4 it is a fifth of what is loaded
 NORM_CANDIDATES = 1024  # entries at which norm matching leaves the stream and finishes in registers
 
 

@@ -112,7 +112,7 @@ def launch_values(grad, values, indices, offsets, weight):
         _values_kernel[(rows,)](
             grad, indices, offsets, weight, out,
             D=width, stride_gb=grad.stride(0), stride_wf=weight.stride(0), stride_wd=weight.stride(1),
-            BLOCK_N=_tuning.ENTRIES_IN_FLIGHT, BLOCK_D=block, num_warps=4,
+            BLOCK_N=_tuning.VALUES_BLOCK, BLOCK_D=block, **_tuning.options(4),
         )
     return out
 
@@ -127,7 +127,7 @@ def launch_weight(grad, values, latent_offsets, latent_rows, latent_positions, d
     chunks = values.numel() // split
     partial = torch.empty(chunks, width, dtype=torch.float32, device=grad.device)
     common = dict(D=width, stride_gb=grad.stride(0), SPLIT=split, BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT,
-                  num_warps=_tuning.decode_warps(block))
+                  **_tuning.options(_tuning.decode_warps(block)))
     tiles = triton.cdiv(width, block)
     if chunks:
         _chunk_kernel[(chunks, tiles)](

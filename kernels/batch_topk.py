@@ -1,8 +1,10 @@
 """Batch top-k (mutual choice): exactly `total` entries of the whole matrix, ranked by (relu(pre), flat index).
 
-Math      the first `total` entries lie inside the `total` groups of G latents that rank first by their maximum
+Math      the first `total` entries lie inside the `total` groups of G latents that rank first by their maximum, and
+          reach the last of these maxima
 Grid      group maxima (B, tiles of a row); digit passes (B, shares of a row); counts and compaction (B,)
-Traffic   reads B*F*s once for the maxima, then, per digit, the maxima and the total*G entries of the chosen groups
+Traffic   reads B*F*s once for the maxima, then, per digit, the maxima; the total*G entries of the chosen groups once;
+          then, per digit, those that reach the cut
 Numerics  exact; integer histograms only, so atomics do not reorder anything; no host synchronisation
 Source    Bussmann et al. 2024, arXiv:2412.06410; Ayonrinde 2024, arXiv:2411.02124 (mutual choice)
 """
@@ -61,11 +63,11 @@ def _group_max_kernel(
     tl.store(maxima_ptr + row * NG + groups, maxima, mask=groups < NG)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])  # it follows the number of rows
 def _digit_kernel(
-    score_ptr, mask_ptr,            # [B, F] in, [F] or [B, F] in or unused
-    groups_ptr, group_offsets_ptr,  # [M] in, int32, and [B + 1] in, int64; or unused
-    counts_ptr,                     # [4, 256] in/out, int64
+    score_ptr, mask_ptr,               # [B, F] in, [F] or [B, F] in or unused
+    groups_ptr, starts_ptr, ends_ptr,  # [M] in, int32, and twice [B] in, int64; or unused
+    counts_ptr,                        # [4, 256] in/out, int64
     F, rank, stride_sb, stride_sf, stride_mb, stride_mf,
     DIGIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUPS: tl.constexpr,
     SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
@@ -74,7 +76,7 @@ def _digit_kernel(
     row = tl.program_id(0).to(tl.int64)
     if HAS_MASK:
         mask_ptr += row * stride_mb
-    first, lanes = lane_range(group_offsets_ptr, row, F, HAS_GROUPS, G)
+    first, lanes = lane_range(starts_ptr, ends_ptr, row, F, HAS_GROUPS, G)
     prefix, _ = _resolve(counts_ptr, rank.to(tl.int64), DIGIT)
     bins = tl.arange(0, 256)
     histogram = tl.zeros((256,), tl.int32)
@@ -92,10 +94,10 @@ def _digit_kernel(
     tl.atomic_add(counts_ptr + DIGIT * 256 + bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _row_count_kernel(
-    score_ptr, mask_ptr, groups_ptr, group_offsets_ptr, counts_ptr,  # as above
-    cut_ptr, above_ptr, equal_ptr,                                   # [B] out each, int32
+    score_ptr, mask_ptr, groups_ptr, starts_ptr, ends_ptr, counts_ptr,  # as above
+    cut_ptr, above_ptr, equal_ptr,                                      # [B] out each, int32
     F, rank, stride_sb, stride_sf, stride_mb, stride_mf,
     DIGITS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUPS: tl.constexpr,
     SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
@@ -104,7 +106,7 @@ def _row_count_kernel(
     row = tl.program_id(0).to(tl.int64)
     if HAS_MASK:
         mask_ptr += row * stride_mb
-    first, lanes = lane_range(group_offsets_ptr, row, F, HAS_GROUPS, G)
+    first, lanes = lane_range(starts_ptr, ends_ptr, row, F, HAS_GROUPS, G)
     prefix, _ = _resolve(counts_ptr, rank.to(tl.int64), DIGITS)
     cut = _key_of_prefix(prefix, DIGITS, SHIFT)
     above = tl.full((), 0, tl.int32)
@@ -124,25 +126,56 @@ def _row_count_kernel(
     tl.store(equal_ptr + row, equal)
 
 
+@triton.jit
+def _survivors_kernel(
+    score_ptr, mask_ptr, groups_ptr, group_offsets_ptr, cut_ptr,  # as above; offsets [B + 1]
+    survivors_ptr, starts_ptr, ends_ptr,  # [M * G] out, int32; [B] out each, int64
+    F, stride_sb, stride_sf, stride_mb, stride_mf,
+    HAS_MASK: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One row: the latents of its chosen groups that reach the groups' cut, in order, where the groups' lanes begin."""
+    row = tl.program_id(0).to(tl.int64)
+    if HAS_MASK:
+        mask_ptr += row * stride_mb
+    first, lanes = lane_range(group_offsets_ptr, group_offsets_ptr + 1, row, F, True, G)
+    cut = tl.load(cut_ptr + row)
+    survivors_ptr += first * G
+    written = tl.full((), 0, tl.int32)
+    for tile in range(0, tl.cdiv(lanes, BLOCK)):
+        lane = tile * BLOCK + tl.arange(0, BLOCK)
+        cols, present = lane_columns(groups_ptr, first, lane, lanes, F, True, G)
+        at = cols.to(tl.int64) if WIDE else cols
+        key = load_key(score_ptr + row * stride_sb, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
+                       False, True, HAS_MASK, False, SHIFT)
+        keep = (present & (key >= cut)).to(tl.int32)
+        tl.store(survivors_ptr + written + tl.cumsum(keep, axis=0) - 1, cols, mask=keep == 1)
+        written += tl.sum(keep, axis=0)
+    tl.store(starts_ptr + row, first * G)
+    tl.store(ends_ptr + row, first * G + written)
+
+
 def _first(score, mask, total, shift, groups=EVERY_LATENT):
     """cut (B,), quota (B,) and offsets (B + 1,) of the ``total`` entries of a matrix that rank first."""
     rows, width = score.shape
     mask_strides = (0, 0) if mask is None else mask.expand(score.shape).stride()
-    block = _tuning.stream_block(width, 2048)
+    block = _tuning.digit_block(width, groups.indices is not None)
     matrix = dict(
         F=width, rank=total, stride_sb=score.stride(0), stride_sf=score.stride(1), stride_mb=mask_strides[0],
         stride_mf=mask_strides[1], HAS_MASK=mask is not None, HAS_GROUPS=groups.indices is not None, SHIFT=shift,
         WIDE=_tuning.is_wide(*(width * s for s in (score.stride(1), mask_strides[1]))), G=groups.size, BLOCK=block,
-        num_warps=_tuning.num_warps(block),
+        **_tuning.options(_tuning.digit_warps(block)),
     )
     counts = torch.zeros(4, 256, dtype=torch.int64, device=score.device)
     digits = -(-(32 - shift) // 8)
-    shares = min(_tuning.shares_of_row(rows), triton.cdiv(width, block))
+    lanes = width if groups.indices is None else 2 * triton.cdiv(total, rows)  # the survivors of most rows
+    shares = min(_tuning.shares_of_row(rows), triton.cdiv(lanes, block))
     for digit in range(digits):
-        _digit_kernel[(rows, shares)](score, mask, groups.indices, groups.offsets, counts, DIGIT=digit, **matrix)
+        _digit_kernel[(rows, shares)](
+            score, mask, groups.indices, groups.starts, groups.ends, counts, DIGIT=digit, **matrix
+        )
     cut, above, equal = (torch.empty(rows, dtype=torch.int32, device=score.device) for _ in range(3))
     _row_count_kernel[(rows,)](
-        score, mask, groups.indices, groups.offsets, counts, cut, above, equal, DIGITS=digits, **matrix
+        score, mask, groups.indices, groups.starts, groups.ends, counts, cut, above, equal, DIGITS=digits, **matrix
     )
     tied = equal.cumsum(0, dtype=torch.int64)  # ties go to the lowest flat index: row by row until they are used up
     quota = (total - above.sum(dtype=torch.int64) - (tied - equal)).clamp(min=0).minimum(equal)
@@ -151,22 +184,31 @@ def _first(score, mask, total, shift, groups=EVERY_LATENT):
     return cut, quota.int(), offsets
 
 
-def _first_groups(pre, mask, total, shift, grouping):
-    """The ``total`` groups whose maxima rank first: they hold the ``total`` entries that rank first."""
+def _survivors(pre, mask, total, shift, grouping):
+    """The entries that may be among the first ``total``: those of the ``total`` groups whose maxima rank first that
+    reach the last of these maxima. Each group holds one, so at least ``total``; of continuous data hardly more."""
     rows, num_latents = pre.shape
     mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
+    wide = _tuning.is_wide(*(num_latents * s for s in (pre.stride(1), mask_strides[1])))
     maxima = torch.empty(rows, grouping.number, dtype=torch.int32, device=pre.device)
     _group_max_kernel[rows, triton.cdiv(num_latents, grouping.block)](
         pre, mask, maxima, F=num_latents, NG=grouping.number, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
         stride_mb=mask_strides[0], stride_mf=mask_strides[1], HAS_MASK=mask is not None, SHIFT=shift,
-        WIDE=_tuning.is_wide(*(num_latents * s for s in (pre.stride(1), mask_strides[1]))),
-        G=grouping.size, BLOCK=grouping.block, num_warps=grouping.warps,
+        WIDE=wide, G=grouping.size, BLOCK=grouping.block, **_tuning.options(grouping.warps),
     )
     cut, quota, offsets = _first(maxima, None, total, shift)
     chosen, keys = (maxima.new_empty(total) for _ in range(2))
     compact(maxima, maxima, None, None, cut, quota, offsets, keys, chosen,
             magnitude=False, rank_relu=False, value_relu=False, shift=shift)
-    return Candidates(chosen, offsets, grouping.size)
+    survivors = maxima.new_empty(total * grouping.size)
+    starts, ends = offsets.new_empty(rows), offsets.new_empty(rows)
+    block, warps = _tuning.compact_tile(num_latents, True)
+    _survivors_kernel[(rows,)](
+        pre, mask, chosen, offsets, cut, survivors, starts, ends, F=num_latents, stride_sb=pre.stride(0),
+        stride_sf=pre.stride(1), stride_mb=mask_strides[0], stride_mf=mask_strides[1], HAS_MASK=mask is not None,
+        SHIFT=shift, WIDE=wide, G=grouping.size, BLOCK=block, **_tuning.options(warps),
+    )
+    return Candidates(survivors, starts, ends)
 
 
 def launch(pre, mask, total):
@@ -177,8 +219,8 @@ def launch(pre, mask, total):
         return values, indices, torch.zeros(rows + 1, dtype=torch.int64, device=pre.device)
     shift = _tuning.key_shift(pre.dtype)
     grouping = _tuning.batch_groups(rows, num_latents, total)
-    groups = EVERY_LATENT if grouping is None else _first_groups(pre, mask, total, shift, grouping)
-    cut, quota, offsets = _first(pre, mask, total, shift, groups)
+    entries = EVERY_LATENT if grouping is None else _survivors(pre, mask, total, shift, grouping)
+    cut, quota, offsets = _first(pre, mask, total, shift, entries)
     compact(pre, pre, mask, None, cut, quota, offsets, values, indices,
-            magnitude=False, rank_relu=True, value_relu=True, shift=shift, groups=groups)
+            magnitude=False, rank_relu=True, value_relu=True, shift=shift, groups=entries)
     return values, indices, offsets

@@ -53,6 +53,6 @@ def launch(values, indices, offsets, weight, bias, dtype, *_by_latent):
         D=width, stride_wf=weight.stride(0), stride_wd=weight.stride(1),
         stride_bd=0 if bias is None else bias.stride(0), stride_ob=out.stride(0),
         HAS_BIAS=bias is not None, BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT,
-        num_warps=_tuning.decode_warps(block),
+        **_tuning.options(_tuning.decode_warps(block)),
     )
     return out

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _tuning
+
 BLOCK = 256  # entries of one step: common rows (k <= 128) take one
 
 
@@ -52,7 +54,7 @@ def launch_to_dense(values, indices, offsets, num_latents):
     rows = offsets.numel() - 1
     dense = values.new_zeros(rows, num_latents)
     if rows and values.numel():
-        _scatter_kernel[(rows,)](values, indices, offsets, dense, F=num_latents, BLOCK=BLOCK, num_warps=4)
+        _scatter_kernel[(rows,)](values, indices, offsets, dense, F=num_latents, BLOCK=BLOCK, **_tuning.options(4))
     return dense
 
 
@@ -63,7 +65,7 @@ def launch_gather(dense, indices, offsets):
     if rows and out.numel():
         _gather_kernel[(rows,)](
             dense, indices, offsets, out,
-            stride_db=dense.stride(0), stride_df=dense.stride(1), BLOCK=BLOCK, num_warps=4,
+            stride_db=dense.stride(0), stride_df=dense.stride(1), BLOCK=BLOCK, **_tuning.options(4),
         )
     return out
 
@@ -86,7 +88,7 @@ def launch_by_latent(indices, offsets, num_latents):
     rows = torch.full_like(indices, offsets.numel() - 1)
     latents = torch.full_like(indices, num_latents)  # entries that belong to no row sort behind the last latent
     if indices.numel() and offsets.numel() > 1:
-        _entry_rows_kernel[(offsets.numel() - 1,)](indices, offsets, rows, latents, BLOCK=BLOCK, num_warps=4)
+        _entry_rows_kernel[(offsets.numel() - 1,)](indices, offsets, rows, latents, BLOCK=BLOCK, **_tuning.options(4))
     latents, positions = latents.sort(stable=True)
     bounds = torch.arange(num_latents + 1, dtype=torch.int32, device=indices.device)
     return torch.searchsorted(latents, bounds), rows[positions], positions

@@ -162,23 +162,18 @@ def _latents_kernel(
             entry = tl.load(term[4] + latent)
             end = tl.load(term[4] + latent + 1)
             while entry < end:
-                if term[7] is None:
-                    dec, enc, slopes = _add_entries(dec, enc, slopes, term, x_ptr, stride_xb, row, entry, end, offs_out,
-                                                    mask_out, offs_in, mask_in, MODES[i], IN_FLIGHT)
-                    entry += IN_FLIGHT
+                window = entry // SPLIT
+                border = (window + 1) * SPLIT
+                if (entry == window * SPLIT) & (border <= end):
+                    dec += tl.load(term[7][0] + window * D_OUT + offs_out, mask=mask_out, other=0.0)
+                    enc += tl.load(term[7][1] + window * D_IN + offs_in, mask=mask_in, other=0.0)
+                    slopes += tl.load(term[7][2] + window)
+                    entry = border
                 else:
-                    window = entry // SPLIT
-                    border = (window + 1) * SPLIT
-                    if (entry == window * SPLIT) & (border <= end):
-                        dec += tl.load(term[7][0] + window * D_OUT + offs_out, mask=mask_out, other=0.0)
-                        enc += tl.load(term[7][1] + window * D_IN + offs_in, mask=mask_in, other=0.0)
-                        slopes += tl.load(term[7][2] + window)
-                        entry = border
-                    else:
-                        border = tl.minimum(border, end)
-                        dec, enc, slopes = _add_entries(dec, enc, slopes, term, x_ptr, stride_xb, row, entry, border,
-                                                        offs_out, mask_out, offs_in, mask_in, MODES[i], IN_FLIGHT)
-                        entry = tl.minimum(entry + IN_FLIGHT, border)
+                    border = tl.minimum(border, end)
+                    dec, enc, slopes = _add_entries(dec, enc, slopes, term, x_ptr, stride_xb, row, entry, border,
+                                                    offs_out, mask_out, offs_in, mask_in, MODES[i], IN_FLIGHT)
+                    entry = tl.minimum(entry + IN_FLIGHT, border)
         if grads[0] is not None:
             at = _at(grads[0], latent - first, offs_out)
             tl.store(at, dec.to(at.dtype.element_ty), mask=mask_out)
@@ -335,7 +330,7 @@ class _Sums:
         self.shape = dict(
             D_OUT=weight.shape[1], D_IN=x.shape[1], stride_xb=x.stride(0), SPLIT=_tuning.SPLIT_PASS,
             BLOCK_OUT=blocks[0], BLOCK_IN=blocks[1], IN_FLIGHT=_tuning.pass_entries(max(blocks)),
-            num_warps=_tuning.pass_warps(max(blocks)), **_at_most(_tuning.PASS_REGISTERS),
+            **_tuning.options(_tuning.pass_warps(max(blocks))), **_at_most(_tuning.PASS_REGISTERS),
         )  # fmt: skip
         self.modes = tuple(term.mode for term in terms)
         self.terms = tuple(self._arguments(term, self._partial(term)) for term in terms)
@@ -349,14 +344,14 @@ class _Sums:
     def _partial(self, term: Term):
         """Sums of windows of SPLIT entries that belong to one latent, so that no program walks far through one."""
         windows = term.values.numel() // _tuning.SPLIT_PASS
-        if windows == 0:
-            return None
-        shapes = (windows, self.weight.shape[1]), (windows, self.x.shape[1]), (windows,)
+        room = max(windows, 1)  # without any there would be another kernel to compile
+        shapes = (room, self.weight.shape[1]), (room, self.x.shape[1]), (room,)
         partial = tuple(torch.empty(shape, dtype=torch.float32, device=self.x.device) for shape in shapes)
-        _window_kernel[(windows,)](
-            self.x, term.indices, self._arguments(term, partial), _matrix(self.weight), F=self.weight.shape[0],
-            MODE=term.mode, **self.shape,
-        )  # fmt: skip
+        if windows:
+            _window_kernel[(windows,)](
+                self.x, term.indices, self._arguments(term, partial), _matrix(self.weight), F=self.weight.shape[0],
+                MODE=term.mode, **self.shape,
+            )  # fmt: skip
         return partial
 
     def run(self, latents: slice, grads, *, group=1, state=(None, None, None), adam=None, center=None, square=None):
@@ -378,7 +373,7 @@ def _slopes(weight, term: Term):
         _slopes_kernel[(triton.cdiv(slopes.numel(), entries),)](
             weight, _Sums._arguments(term, None), term.indices, slopes, F=weight.shape[0], D=weight.shape[1],
             stride_wf=weight.stride(0), stride_wd=weight.stride(1), MODE=term.mode, BLOCK_N=entries, BLOCK_D=columns,
-            num_warps=4,
+            **_tuning.options(4),
         )  # fmt: skip
     return slopes
 
@@ -423,7 +418,7 @@ class _Adam:
     def __init__(self, step, lr, beta1, beta2, eps, weight_decay, unit_rows, skip):
         self.corrections = torch.empty(2, dtype=torch.float32, device=step.device)
         logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
-        _corrections_kernel[(1,)](self.corrections, step, lr, *logs, num_warps=1)
+        _corrections_kernel[(1,)](self.corrections, step, lr, *logs, **_tuning.options(1))
         self.settings = beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay
         self.unit_rows = unit_rows
         self.skip = skip if skip is None or skip.dtype == torch.bool else skip != 0
@@ -437,7 +432,7 @@ class _Adam:
         _matrix_kernel[(programs,)](
             grad, slopes, state, self.corrections, self.skip, center, square,
             first=latents.start, stop=latents.stop, D=width, settings=self.settings, UNIT_ROWS=unit_rows,
-            BLOCK_F=block_f, BLOCK_D=block_d, num_warps=8,
+            BLOCK_F=block_f, BLOCK_D=block_d, **_tuning.options(8),
         )  # fmt: skip
         return center, square
 

@@ -143,7 +143,7 @@ def launch(pre, target_norm, weight_norm, capacity):
             F=num_latents, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
             stride_wf=0 if weight_norm is None else weight_norm.stride(0),
             HAS_WEIGHT=weight_norm is not None, WIDE=wide, BLOCK=block, CANDIDATES=candidates,
-            num_warps=_tuning.num_warps(block),
+            **_tuning.options(_tuning.num_warps(block)),
         )
     values, indices, offsets, required = allocate(pre, count, capacity)
     compact(pre, pre, None, weight_norm, cut, quota, offsets, values, indices,

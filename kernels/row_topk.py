@@ -63,7 +63,7 @@ def _row_topk_kernel(
     # k groups reach `cut`, hence so do k entries; with fewer groups than k nothing is known
     cut = kth_largest(key, tl.where(NG < K, lowest, cut), top, K)
     keep, position = keep_first(key, cut, K - tl.sum((key > cut).to(tl.int32), axis=0))
-    value = tl.load(pre_ptr + at * stride_pf, mask=present, other=0.0)
+    value = tl.load(pre_ptr + at * stride_pf, mask=keep, other=0.0)
     if RELU:
         value = relu(value.to(tl.float32)).to(value.dtype)
     if HAS_MASK:
@@ -126,7 +126,8 @@ def launch(pre, score, mask, k, magnitude, relu):
         cut, quota = (torch.empty(rows, dtype=torch.int32, device=pre.device) for _ in range(2))
         block = _tuning.stream_block(num_latents)
         _row_cut_kernel[(rows,)](
-            score, mask, cut, quota, F=num_latents, K=k, **flags, BLOCK=block, num_warps=_tuning.num_warps(block)
+            score, mask, cut, quota, F=num_latents, K=k, **flags, BLOCK=block,
+            **_tuning.options(_tuning.num_warps(block)),
         )
         offsets = torch.arange(rows + 1, dtype=torch.int64, device=pre.device) * k
         compact(pre, score, mask, None, cut, quota, offsets, values, indices,
@@ -138,6 +139,6 @@ def launch(pre, score, mask, k, magnitude, relu):
         score, pre, mask, scratch, values, indices,
         F=num_latents, NG=groups.number, K=k, stride_pb=pre.stride(0), stride_pf=pre.stride(1), **flags, RELU=relu,
         BLOCK=groups.block, G=groups.size, NGP=groups_padded, KP=k_padded,
-        num_warps=groups.warps if mask is None else min(2 * groups.warps, 16),  # a mask costs registers
+        **_tuning.options(groups.warps if mask is None else min(2 * groups.warps, 16)),  # a mask costs registers
     )
     return values, indices

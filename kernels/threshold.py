@@ -82,7 +82,7 @@ def launch(pre, theta, bandwidth, capacity):
     block = min(_tuning.stream_block(num_latents), 2048)
     matrix = dict(
         F=num_latents, stride_pb=pre.stride(0), stride_pf=pre.stride(1), STRIDE_FF=lower.stride(0),
-        WIDE=_tuning.is_wide(num_latents * pre.stride(1)), BLOCK=block, num_warps=_tuning.num_warps(block),
+        WIDE=_tuning.is_wide(num_latents * pre.stride(1)), BLOCK=block, **_tuning.options(_tuning.num_warps(block)),
     )
     count = torch.empty(rows, dtype=torch.int32, device=pre.device)
     if rows:

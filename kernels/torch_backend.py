@@ -244,7 +244,8 @@ def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, cap
             tied &= tied.cumsum(1, dtype=torch.int32) <= quota
         keep = (above | tied) & ~(score <= 0)
         kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
-    return _compress(pre, kept, capacity)
+    values, *rest = _compress(pre, kept, capacity)
+    return values.relu_(), *rest  # an infinite weight makes NaN, which ranks first, of an entry that is not positive
 
 
 def threshold(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity: int | None):

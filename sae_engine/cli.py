@@ -1,4 +1,5 @@
-"""The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``).
+"""The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``), and what
+the kernels cost (``kernels``).
 
 A subcommand is one ``_add_<name>(commands)`` that declares its arguments and one ``_<name>(args) -> int`` that
 runs; it imports what it needs itself, so that ``--help`` is instant.
@@ -7,6 +8,7 @@ runs; it imports what it needs itself, so that ``--help`` is instant.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 1 after an error (one line on stderr), 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="sae-engine", description="Fast sparse autoencoders on real activations.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_collect):
+    for add in (_add_info, _add_collect, _add_kernels):
         add(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="sae-engine: %(levelname)s: %(message)s")
@@ -192,6 +194,48 @@ def _texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:
     if words == ["evaluation"]:
         return evaluation_text(), "evaluation text"
     return iter_text_files(words, suffixes), "files: " + " ".join(words)
+
+
+# ----------------------------------------------------------------------------------------------- kernels
+
+
+def _add_kernels(commands: Any) -> None:
+    parser = commands.add_parser(
+        "kernels",
+        help="registers, spills, widths of loads, occupancy of every kernel, read from its binary; needs no GPU",
+        description="Compile every launch of the public functions ahead of time and read what each binary takes. The "
+        "exit status is 1 where a kernel spills, streams with narrow loads, or compiles anew for another number of "
+        "tokens. TRITON_INTERPRET must not be set.",
+    )
+    parser.add_argument("--arch", action="append", metavar="ARCH", help="sm_80, sm_90, sm_100 or gfx942; all of them")
+    parser.add_argument("--quick", action="store_true", help="a few calls for each kernel: what the tests hold")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, not to the terminal")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, one architecture each")
+    parser.set_defaults(run=_kernels)
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from sae_engine import kernel_report
+    from sae_engine._files import replace_file
+
+    targets = tuple(dict.fromkeys(args.arch or kernel_report.TARGETS))
+    for target in targets:
+        if target not in kernel_report.TARGETS:
+            raise ValueError(f"--arch must be one of {', '.join(kernel_report.TARGETS)}, got {target!r}")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
+    whole = kernel_report.collect_all(targets, quick=args.quick, jobs=args.jobs)
+    tables = kernel_report.markdown(whole)
+    for path, text in ((args.json, kernel_report.as_json(whole)), (args.markdown, tables)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+    if args.markdown is None:
+        print(tables, end="")
+    for defect in whole["defects"]:
+        print(f"sae-engine: {defect}", file=sys.stderr)
+    return 1 if whole["defects"] else 0
 
 
 if __name__ == "__main__":

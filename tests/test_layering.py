@@ -18,6 +18,8 @@ ENGINE = sorted((ROOT / "sae_engine").rglob("*.py"))
 
 # The files of kernels/ that a machine without Triton imports; all others hold device code.
 TORCH_ONLY = {"ops", "reference", "torch_backend", "densified", "traffic", "_tuning", "_terms"}
+# Tools that look at the launches beneath the public functions. The command line alone imports them.
+TOOLS = {"sae_engine.kernel_report"}
 # functional and what it stands on. These know the package below, and none of the modules above.
 IS_FOUNDATION = re.compile(r"sae_engine\.(functional|codes|_[a-z]\w*)").fullmatch
 
@@ -126,6 +128,11 @@ def test_engine_never_imports_triton(path):
 @pytest.mark.parametrize("path", engine_files(lambda name: not IS_FOUNDATION(name)))
 def test_modules_go_through_functional(path):
     assert not [name for name in imports(path) if within(name, "sae_kernels")]
+
+
+@pytest.mark.parametrize("path", engine_files(lambda name: name not in {*TOOLS, "sae_engine.cli"}))
+def test_nothing_stands_on_the_tools(path):
+    assert not imports(path) & TOOLS
 
 
 @pytest.mark.parametrize("path", engine_files(IS_FOUNDATION))

@@ -144,3 +144,11 @@ def test_negative_target_is_found_when_asked(monkeypatch):
     monkeypatch.setenv("SAE_CHECK", "1")
     with pytest.raises(ValueError, match="target_norm"):
         f.norm_match(torch.randn(2, 10), torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_an_infinite_weight_makes_nan_of_what_is_not_positive(backend):
+    pre, weight = torch.tensor([[1.5, -0.3]]), torch.tensor([1.0, torch.inf])
+    codes = f.norm_match(pre, torch.ones(1), weight_norm=weight, backend=backend)
+    assert codes.indices.tolist() == [1] and codes.values.tolist() == [0.0]  # its score is 0 * inf; its value relu(pre)

@@ -1,0 +1,206 @@
+"""Predicted times of every operation on an H200, for a machine without a GPU. Nothing here is measured.
+
+    python benchmarks/predict.py                    # Markdown and JSON in benchmarks/results/kernel-report
+
+Each launch is compiled for sm_90 and its binary read (sae_engine.kernel_report). Its predicted time is the largest of
+
+- memory: bytes that DRAM must deliver, over the copy bandwidth, times the share of it that the loads in flight sustain
+  (resident warps x bytes a pass, against bandwidth x latency: Little's law);
+- L2: bytes that the kernel asks for, repeats included, over the rate from L2 to the processors;
+- issue: instructions of its warps (once through, the main loop as often as its stream needs, searches once for each
+  bit of a key) over four a cycle and processor;
+
+plus a gap between dependent launches. Stock operators cost the gap or their bytes. Code behind a branch that uniform
+codes do not take is counted as issued, so what "issue" binds is a bound from above. A prediction is confirmed when the
+measured time lies within a factor of 1.5: the constants below are assumptions until a run on the card replaces them.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from sae_engine import kernel_report as report
+from sae_engine._files import replace_file
+from sae_kernels import traffic
+
+# H200. Copy bandwidth and GEMM rate were measured on such a card (kernel plan); the others are assumed.
+COPY, L2, GEMM = 4.3e12, 5.5e12, 790e12  # bytes, bytes, flops per second
+PROCESSORS, CLOCK, LATENCY = 132, 1.98e9, 700e-9
+GAP = 2.5e-6  # seconds from one dependent launch to the next inside a queue
+SORT = 8 * GAP  # a radix sort is several launches
+SURVIVORS = 1.3  # entries that reach the groups' cut, over those kept, of normal pre-activations
+NORM_PASSES = 12  # streams of a row in norm matching: maximum, energy, candidates, and bisection over normal rows
+SECTOR = 32  # bytes that a gather of a few moves
+
+CASES = ("topk", "batch_topk", "norm_match", "threshold", "decode", "to_dense")
+
+
+def moved(launch, shape):
+    """(bytes of DRAM, bytes asked for) of one launch; what was written just before and fits L2 costs no DRAM."""
+    a, rows = launch.arguments, launch.grid[0]
+    size = lambda name: a[name].numel() * a[name].element_size()  # noqa: E731
+    entries, width = shape.B * shape.k, shape.d
+    distinct = shape.F * (1 - (1 - 1 / shape.F) ** entries)
+    match launch.kernel:
+        case "_group_max_kernel":
+            return size("pre_ptr") + size("maxima_ptr"), size("pre_ptr") + size("maxima_ptr")
+        case "_row_topk_kernel":
+            once = size("score_ptr") + size("values_ptr") + size("indices_ptr")
+            candidates = rows * a["KP"] * a["G"] * a["score_ptr"].element_size()
+            return once, once + 2 * size("scratch_ptr") + candidates
+        case "_survivors_kernel":
+            gathered = entries * a["G"] * a["score_ptr"].element_size()
+            return gathered, gathered + SURVIVORS * entries * 4
+        case "_digit_kernel" | "_row_count_kernel" | "_compact_kernel" if a["HAS_GROUPS"]:
+            return 0, SURVIVORS * entries * (4 + SECTOR) + rows * 256 * 8 * a.get("DIGIT", a.get("DIGITS", 0))
+        case "_digit_kernel" | "_row_count_kernel":
+            whole = size("score_ptr")
+            return whole * (a["score_ptr"].shape[1] == shape.F), whole + rows * 256 * 8 * a.get("DIGIT", 4)
+        case "_compact_kernel":
+            whole = size("score_ptr")
+            written = entries * (4 + a["pre_ptr"].element_size())
+            return whole * (a["score_ptr"].shape[1] == shape.F) + written, whole + written
+        case "_norm_cut_kernel":
+            return size("pre_ptr"), NORM_PASSES * size("pre_ptr")
+        case "_count_kernel":
+            return size("pre_ptr"), size("pre_ptr")
+        case "_write_kernel":
+            written = size("values_ptr") + size("indices_ptr")
+            return size("pre_ptr") + written, size("pre_ptr") + written
+        case "_decode_kernel":
+            row = width * a["weight_ptr"].element_size()
+            return distinct * row + size("out_ptr"), entries * row + size("out_ptr")
+        case "_values_kernel":
+            row = width * a["weight_ptr"].element_size()
+            return distinct * row + size("grad_ptr"), entries * row * (1 + 1 / a["BLOCK_N"])
+        case "_weight_kernel":
+            gathered = entries * width * a["grad_ptr"].element_size()
+            return size("grad_ptr") + size("out_ptr"), gathered + size("out_ptr")
+        case "_chunk_kernel":
+            return 0, 0  # uniform latents: none is split
+        case "_scatter_kernel" | "_gather_kernel":
+            return entries * SECTOR, entries * SECTOR
+        case "_entry_rows_kernel":
+            return entries * 12, entries * 12
+    raise ValueError(f"{launch.kernel} has no model: add one to moved()")
+
+
+def predict(launch, shape, compile_):
+    """One launch: seconds, and which of the three it waits for."""
+    binary = compile_.read_binary(launch.compiled, "sm_90")
+    dram, asked = moved(launch, shape)
+    warps = launch.compiled.metadata.num_warps
+    programs = 1
+    for extent in launch.grid:
+        programs *= extent
+    threads = programs * warps * 32
+    passes = max(asked / (threads * binary.loop_bytes), 1) if binary.loop_bytes and asked else 1
+    rounds = 32 - launch.arguments.get("SHIFT", 0)
+    once = binary.instructions - binary.loop_instructions - binary.search_instructions
+    issued = programs * warps * (max(once, 0) + passes * binary.loop_instructions + rounds * binary.search_instructions)
+    in_flight = binary.occupancy * 64 * 32 * binary.loop_bytes
+    share = min(in_flight / (COPY / PROCESSORS * LATENCY), 1) if in_flight else 1
+    waits = {
+        "memory": dram / (COPY * share),
+        "L2": asked / L2,
+        "issue": issued / (PROCESSORS * 4 * CLOCK),
+    }
+    bound = max(waits, key=waits.__getitem__)
+    return {"kernel": launch.kernel, "microseconds": round(1e6 * (waits[bound] + GAP), 2), "bound": bound,
+            "occupancy": round(binary.occupancy, 3), "dram_bytes": round(dram), "asked_bytes": round(asked),
+            "warp_instructions": round(issued)}  # fmt: skip
+
+
+def stock(name, size):
+    """A stock operator between the kernels: its bytes, or the gap."""
+    seconds = max(size / COPY, GAP) + (SORT if "sort" in name else 0)
+    return {"kernel": name, "microseconds": round(1e6 * seconds, 2), "bound": "stock", "dram_bytes": size}
+
+
+def floor_bytes(case, mode, shape, size):
+    entries = shape.B * shape.k
+    codes = (shape.B, shape.F, shape.d, entries, size, size)
+    return {
+        ("topk", "forward"): lambda: traffic.topk(shape.B, shape.F, shape.k, size),
+        ("batch_topk", "forward"): lambda: traffic.batch_topk(shape.B, shape.F, entries, size),
+        ("norm_match", "forward"): lambda: traffic.norm_match(shape.B, shape.F, entries, size),
+        ("threshold", "forward"): lambda: traffic.threshold(shape.B, shape.F, entries, size),
+        ("decode", "forward"): lambda: traffic.decode(*codes) + traffic.by_latent(shape.B, shape.F, entries),
+        ("decode", "backward"): lambda: traffic.decode_backward_values(*codes, size)
+        + traffic.decode_backward_weight(*codes, size),
+        ("to_dense", "forward"): lambda: traffic.to_dense(shape.B, shape.F, entries, size),
+    }.get((case, mode), lambda: None)()
+
+
+def rows(shapes, dtype):
+    from sae_kernels import _compile
+
+    for shape in shapes:
+        topk = 0.0
+        for name in CASES:
+            found = report.run_cell((report.CASES[name], shape, dtype), "sm_90")
+            for mode in ("forward", "backward"):
+                floor = floor_bytes(name, mode, shape, dtype.itemsize)
+                if floor is None:
+                    continue
+                parts = [predict(launch, shape, _compile) for at, launch in found.launches if at == mode]
+                parts += [stock(*kernel) for kernel in found.torch_kernels[mode]]
+                total = sum(part["microseconds"] for part in parts)
+                topk = total if name == "topk" else topk
+                yield row(name, mode, shape, dtype, total, 1e6 * floor.bytes / COPY, parts)
+        gemm = traffic.linear(shape.B, shape.d, shape.F, dtype.itemsize)
+        least = 1e6 * max(gemm.flops / GEMM, gemm.bytes / COPY)
+        # the tensor cores' fp32 sums are written, biased in place and rounded: 14 bytes beside the product
+        total = least + 1e6 * (14 * shape.B * shape.F / COPY + 3 * GAP)
+        yield row("encoder GEMM and topk", "forward", shape, dtype, total + topk, least,
+                  [{"kernel": "GEMM, bias, rounding", "microseconds": round(total, 2), "bound": "stock"},
+                   {"kernel": "topk", "microseconds": round(topk, 2), "bound": "see topk"}])  # fmt: skip
+
+
+def row(name, mode, shape, dtype, microseconds, floor, parts):
+    longest = max(parts, key=lambda part: part["microseconds"])
+    return {"prediction": True, "gpu": "H200", "op": name, "mode": mode, "shape": shape.name,
+            "dtype": report.DTYPE_NAMES[dtype], "predicted_microseconds": round(microseconds, 1),
+            "floor_microseconds": round(floor, 1), "longest": longest["kernel"].strip("_"), "bound": longest["bound"],
+            "launches": len(parts), "parts": parts}  # fmt: skip
+
+
+COLUMNS = ("op", "mode", "shape", "dtype", "predicted_microseconds", "floor_microseconds", "launches", "longest",
+           "bound")  # fmt: skip
+
+
+def markdown(found):
+    head = [
+        "# Predicted times on an H200: predictions, not measurements",
+        "",
+        "From bytes, instructions and occupancy of the binaries compiled for sm_90, by the model at the top of "
+        "`benchmarks/predict.py`; no GPU took part. Floor: the unavoidable bytes of `kernels/traffic.py` over the copy "
+        "bandwidth (4.3 TB/s), or the flops over the GEMM rate. Longest: the launch that takes most of the time, and "
+        "what it waits for. A measured time within a factor of 1.5 confirms a row; what differs more refutes the model "
+        "or shows a defect, and is to be explained.",
+        "",
+        "| " + " | ".join(c.replace("_microseconds", ", µs") for c in COLUMNS) + " | predicted / floor |",
+        "|" + "---|" * (len(COLUMNS) + 1),
+    ]
+    for r in found:
+        ratio = r["predicted_microseconds"] / r["floor_microseconds"]
+        head.append("| " + " | ".join(str(r[c]) for c in COLUMNS) + f" | {ratio:.2f} |")
+    return "\n".join(head) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).parent / "results" / "kernel-report"
+    parser.add_argument("--out", type=Path, default=default, help="folder for prediction.md and prediction.jsonl")
+    options = parser.parse_args()
+    found = list(rows((report.S1, report.S2, report.S3), report.BF16))
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = markdown(found)
+    replace_file(options.out / "prediction.md", lambda path: path.write_text(text, encoding="utf-8"))
+    lines = "".join(json.dumps(r) + "\n" for r in found)
+    replace_file(options.out / "prediction.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

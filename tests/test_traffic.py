@@ -1,0 +1,164 @@
+"""The bytes that kernels load and store, counted in the interpreter, against the unavoidable ones of traffic.py."""
+import pytest
+import torch
+
+from sae_engine import SparseCodes
+from sae_engine import functional as f
+from sae_engine.testing import force_dense, make_pre
+from sae_kernels import _tuning, traffic
+from sae_kernels.ops import ops
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
+
+FP32, BF16 = torch.float32, torch.bfloat16
+ONCE = 1.10  # an input that is streamed once and whose candidates are read again
+GATHER = 1.15
+
+
+@pytest.fixture
+def metering():
+    from sae_kernels._meter import metering  # imports triton, which must not happen before conftest.py has spoken
+
+    return metering
+
+
+# --- the meter itself ----------------------------------------------------------------------------------------------
+
+
+def test_meter_counts_what_a_copy_moves(metering):
+    indices, offsets = torch.tensor([4, 9, 9, 0], dtype=torch.int32), torch.tensor([0, 2, 2, 4])
+    dense = torch.randn(3, 50)
+    with metering() as meter:
+        ops.gather(dense, indices, offsets, "triton")
+    assert meter.of(dense) == (16, 0, 16, 0)
+    assert meter.of(indices) == (16, 0, 16, 0)
+    assert meter.of(offsets) == (3 * 2 * 8, 0, 4 * 8, 0)  # each row loads its two ends, which neighbours share
+    assert [launch.kernel for launch in meter.launches] == ["_gather_kernel"]
+    assert meter.launches[0].grid == (3,) and meter.launches[0].stored == {"out_ptr": 16}
+    assert meter.total.moved == 16 + 16 + 48 + 16
+
+
+def test_meter_counts_repeats_and_leaves_what_is_masked_off(metering):
+    values, indices = torch.randn(3), torch.tensor([1, 1, 1], dtype=torch.int32)
+    offsets, weight = torch.tensor([0, 1, 2, 3]), torch.randn(8, 5)
+    with metering() as meter:
+        ops.decode(values, indices, offsets, weight, None, FP32, None, None, None, "triton")
+    counts = meter.of(weight)
+    assert (counts.loaded, counts.loaded_once) == (3 * 5 * 4, 5 * 4)
+
+
+def test_meter_sees_nothing_outside(metering):
+    pre = torch.randn(2, 64)
+    with metering() as meter:
+        pass
+    f.topk(pre, 3, backend="triton")
+    assert meter.launches == [] and meter.total.moved == 0
+
+
+# --- selections ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(("num_latents", "k"), [(8192, 32), (8192, 8), (4096, 1), (16384, 48)])
+def test_topk_reads_the_pre_activations_once(num_latents, k, dtype, metering):
+    pre = make_pre("normal", (2, num_latents), dtype)
+    floor = traffic.topk(2, num_latents, k, dtype.itemsize).bytes
+    with metering() as meter:
+        codes = f.topk(pre, k, backend="triton")
+    read, written = meter.of(pre), meter.of(codes.values, codes.indices)
+    assert read.loaded_once == pre.nbytes and written.stored == written.stored_once == 2 * k * (dtype.itemsize + 4)
+    assert read.loaded + written.moved <= ONCE * floor
+    # beside it: group maxima and chosen groups, written and read back inside a program, 4 bytes each
+    groups = _tuning.row_groups(num_latents, k)
+    scratch = meter.total.moved - read.moved - written.moved
+    assert scratch <= 2 * 2 * 4 * (groups.number + 2 * k * groups.size)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(("num_latents", "k"), [(8192, 32), (8192, 8), (16384, 16)])
+def test_batch_topk_reads_the_pre_activations_once(num_latents, k, dtype, metering):
+    rows = 4
+    pre = make_pre("normal", (rows, num_latents), dtype)
+    floor = traffic.batch_topk(rows, num_latents, rows * k, dtype.itemsize).bytes
+    with metering() as meter:
+        codes = f.batch_topk(pre, k, backend="triton")
+    read, written = meter.of(pre), meter.of(codes.values, codes.indices)
+    assert read.loaded_once == pre.nbytes and written.stored == written.stored_once
+    assert read.loaded + written.moved <= ONCE * floor
+
+
+@pytest.mark.parametrize("bandwidth", [None, 0.1])
+def test_threshold_reads_the_pre_activations_twice(bandwidth, metering):
+    pre, theta = make_pre("normal", (2, 8192), BF16), torch.full((8192,), 2.0)
+    with metering() as meter:
+        codes = f.threshold(pre, theta, bandwidth=bandwidth, backend="triton")
+    assert meter.of(pre).loaded == 2 * pre.nbytes  # to count, then to write
+    assert meter.of(codes.values, codes.indices).stored == codes.values.numel() * 6
+
+
+# --- codes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sparse(monkeypatch):
+    """Codes of 4 rows with 32 entries each, which are gathered however dense they are, and their sizes."""
+    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(float("inf")))
+    monkeypatch.setenv("SAE_BACKEND", "triton")
+    return f.topk(make_pre("normal", (4, 96), BF16), 32)
+
+
+WIDTH = 256
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_decode_gathers_each_entry_once(dtype, sparse, metering):
+    weight, bias = torch.randn(96, WIDTH).to(dtype), torch.randn(WIDTH).to(dtype)
+    distinct = sparse.indices.unique().numel()
+    with metering() as meter:
+        out = f.decode(sparse, weight, bias)
+    floor = traffic.decode(4, 96, WIDTH, 128, 2, dtype.itemsize, distinct=distinct).bytes
+    once, repeats = meter.total, traffic.decode_gathered_bytes(WIDTH, 128 - distinct, dtype.itemsize)
+    assert once.loaded_once + once.stored_once <= GATHER * floor
+    assert once.moved <= GATHER * (floor + repeats)
+    assert meter.of(out).stored == out.nbytes
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_value_gradients_gather_each_entry_once(dtype, sparse, metering):
+    weight, grad = torch.randn(96, WIDTH).to(dtype), torch.randn(4, WIDTH).to(dtype)
+    distinct = sparse.indices.unique().numel()
+    with metering() as meter:
+        ops.decode_backward_values(grad, sparse.values, sparse.indices, sparse.offsets, weight, "triton")
+    size = dtype.itemsize
+    floor = traffic.decode_backward_values(4, 96, WIDTH, 128, 2, size, size, distinct=distinct).bytes
+    repeats = traffic.decode_gathered_bytes(WIDTH, 128 - distinct, dtype.itemsize)
+    assert meter.total.loaded_once + meter.total.stored_once <= GATHER * floor
+    assert meter.total.moved <= GATHER * (floor + repeats)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("skewed", [False, True], ids=["even", "skewed"])
+def test_weight_gradients_gather_each_entry_once(skewed, dtype, sparse, metering, monkeypatch):
+    rows, entries, latents = 4, 128, 96
+    if skewed:  # one latent takes every entry: its sum is split, and the parts are written and read
+        monkeypatch.setattr(_tuning, "SPLIT_LATENT", 32)
+        sparse = SparseCodes(sparse.values, torch.full_like(sparse.indices, 7), sparse.offsets, (rows,), latents)
+    grad, turned = torch.randn(rows, WIDTH).to(dtype), sparse.by_latent
+    with metering() as meter:
+        ops.decode_backward_weight(grad, sparse.values, *turned, dtype, "triton")
+    # the codes arrive turned around: offsets per latent; row, position and value per entry
+    codes = (latents + 1) * 8 + entries * (4 + 8 + 2)
+    once = codes + (rows + latents) * WIDTH * dtype.itemsize
+    parts = 2 * 4 * WIDTH * 4 if skewed else 0
+    repeats = traffic.decode_gathered_bytes(WIDTH, entries - rows, dtype.itemsize)
+    assert meter.total.moved <= GATHER * (once + repeats + parts)
+    chunks = (latents + 1) * 8  # counted per latent, by stock operators
+    assert meter.total.loaded_once + meter.total.stored_once <= GATHER * (once + parts + chunks)
+
+
+def test_to_dense_writes_each_entry_once(metering):
+    codes = f.topk(make_pre("normal", (3, 200)), 5, backend="triton")
+    with metering() as meter:
+        dense = ops.to_dense(codes.values, codes.indices, codes.offsets, 200, "triton")
+    assert meter.of(dense).stored == 15 * 4  # beside the zeros, which a stock operator writes
+    assert meter.total.loaded == 15 * 8 + 3 * 16
