@@ -23,7 +23,7 @@ from . import _checks as check
 from ._backend import resolve_backend
 from .codes import SparseCodes, cat
 
-__all__ = ["batch_topk", "decode", "encode", "norm_match", "threshold", "topk"]
+__all__ = ["batch_topk", "decode", "encode", "feature_budgets", "feature_topm", "norm_match", "threshold", "topk"]
 
 
 def topk(
@@ -126,6 +126,60 @@ def largest(pre: Tensor, total: int, *, backend: str = "auto") -> SparseCodes:
     """The ``total`` entries (all, where there are fewer) of ``pre`` (*batch_shape, F) with the largest relu(pre)."""
     matrix = check.matrix(check.pre_activations(pre))
     return _largest(pre, matrix, None, min(total, pre.numel()), _backend_for(backend, pre))
+
+
+def feature_topm(
+    pre: Tensor, m: int | Tensor, *, total: int | None = None, backend: str = "auto"
+) -> SparseCodes:
+    """The m_j tokens of each latent j with the largest relu(pre): feature choice.
+
+    Args:
+        pre: ``(*batch_shape, F)`` pre-activations. Differentiable; entries kept at 0 pass no gradient.
+        m: tokens per latent, an int or ``(F,)`` integers, ``0 <= m <= tokens``.
+        total: the sum of a tensor ``m``, where it is known: the host then reads nothing. On a CPU and under
+            ``SAE_CHECK=1`` it is compared with the sum.
+
+    Returns:
+        Codes with exactly ``total`` entries, ascending in (row, latent). Ties within a latent go to the lowest row.
+
+    Source: Ayonrinde 2024, arXiv:2411.02124 (feature choice). No code of the author's is public: that ReLU comes
+    before the ranking, and how ties are broken, are ours.
+    """
+    check.pre_activations(pre)
+    matrix = check.matrix(pre)
+    m, total = check.budgets(m, total, matrix)
+    backend = _backend_for(backend, pre)
+    values, indices, offsets = ops.feature_topm(matrix, m, total, backend)
+    return SparseCodes(values, indices, offsets, tuple(pre.shape[:-1]), pre.shape[-1])
+
+
+def feature_budgets(
+    density: Tensor, total: int, tokens: int, *, exponent: float = 1.0, shift: float = 0.0
+) -> Tensor:
+    """Budgets m (F,) int32 for :func:`feature_topm` that fall with the rank of a latent and sum up to ``total``.
+
+    ``m_j ~ 1 / (rank_j + shift)^exponent``, rank 1 for the largest ``density``, ties to the lower latent. No budget
+    passes ``tokens``: what would goes to the other ranks in proportion. Where ``total >= F`` every latent gets one
+    token at least; where it is less, the last ranks get none. Rounded by largest remainder.
+
+    Args:
+        density: ``(F,)``, how often each latent fires. Only its order counts.
+        total: the budget of the batch, ``0 <= total <= tokens * F``.
+        exponent: 1 is Zipf's law, 0 shares the budget out evenly.
+
+    Source: Zipf and uniform budgets are Ayonrinde's (2024, arXiv:2411.02124); the formula, the bounds and the rounding
+    are ours, since no code of the author's is public.
+    """
+    check.floating("density", density, dims=1)
+    for name, value in (("total", total), ("tokens", tokens)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if tokens < 0 or not 0 <= total <= tokens * density.shape[0]:
+        raise ValueError(
+            f"total must satisfy 0 <= total <= {tokens * density.shape[0]} (tokens * latents), got {total}"
+        )
+    check.budget_law(exponent, shift)
+    return ops.feature_budgets(density.detach(), total, tokens, float(exponent), float(shift))
 
 
 def norm_match(

@@ -26,7 +26,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sae_kernels import backward, batch_topk, decode, dense, latent_pass, norm_match, row_topk, threshold
+from sae_kernels import backward, batch_topk, decode, dense, feature_topm, latent_pass, norm_match, row_topk, threshold
 from sae_kernels._terms import GATED, IDENTITY, Term, lists_of
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {
@@ -105,6 +105,11 @@ def selection_cases(name, rows, num_latents, k, dtype):
     yield f"batch_topk {name}", functools.partial(batch_topk.launch, pre, None, rows * k)
     yield f"batch_topk {name} mask", functools.partial(batch_topk.launch, pre, mask, rows * k)
     yield f"batch_topk {name} quarter kept", functools.partial(batch_topk.launch, pre, None, pre.numel() // 4)
+    budgets = meta(num_latents, dtype=torch.int32)
+    yield f"feature_topm {name}", functools.partial(feature_topm.launch, pre, budgets, rows * k)
+    yield f"feature_topm {name} quarter kept", functools.partial(feature_topm.launch, pre, budgets, pre.numel() // 4)
+    at = meta(num_latents, rows, dtype=dtype).t()
+    yield f"feature_topm {name} transposed", functools.partial(feature_topm.launch, at, budgets, rows * k)
     yield f"norm_match {name}", functools.partial(norm_match.launch, pre, target, None, rows * k)
     yield f"norm_match {name} weighted", functools.partial(norm_match.launch, pre, target, latent, rows * k)
     scalar = meta(1, dtype=FP32).expand(num_latents)
@@ -193,6 +198,7 @@ def full_cases():
 HELD = re.compile(
     r"topk S3 bf16 k=64 (plain|mask)|topk S2 bf16 k=(512|2048) plain|topk S1 fp32 k=32 (score|magnitude)"
     r"|topk F=12289 d=577 fp16 k=37 plain|batch_topk S1 bf16|norm_match S1 bf16 weighted|norm_match S2 fp32"
+    r"|feature_topm S1 (bf16|fp32 quarter kept)"
     r"|threshold S1 bf16( scalar| window)|(decode|values|weight) S3 bf16 bf16 weight|decode S1 bf16 fp32 weight no bias"
     r"|(to_dense|gather|by_latent) S1 bf16 bf16 weight"
 )
@@ -206,8 +212,8 @@ def held_cases():
 # --- compilation ---------------------------------------------------------------------------------------------------
 
 # Kernels that stream contiguous rows of their first argument, and over how many passes; 16-byte loads are due there.
-STREAMS = {"_group_max_kernel": 1, "_row_topk_kernel": 1, "_row_cut_kernel": 1, "_norm_cut_kernel": 4,
-           "_count_kernel": 1}  # fmt: skip
+STREAMS = {"_group_max_kernel": 1, "_column_group_max_kernel": 1, "_row_topk_kernel": 1, "_row_cut_kernel": 1,
+           "_norm_cut_kernel": 4, "_count_kernel": 1}  # fmt: skip
 
 
 def nvidia_resources(compiled):
