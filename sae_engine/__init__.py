@@ -3,6 +3,18 @@ from . import functional, losses, training
 from .activations import AbsTopK, Activation, AuxTopK, BatchTopK, JumpReLU, MutualChoice, ReLU, TopAFA, TopK
 from .autoencoder import EncodeInfo, SparseAutoencoder, SparseDecoder
 from .codes import ByLatent, SparseCodes, cat
+from .rules import (
+    FeatureChoice,
+    Gated,
+    GradientTopK,
+    LogJumpReLU,
+    MatryoshkaBatchTopK,
+    SampledTopK,
+    StatisticalTopK,
+    inference_form,
+    init_as_top_afa,
+    init_sparse,
+)
 
 __version__ = "0.1.0"
 
@@ -13,16 +25,26 @@ __all__ = [
     "BatchTopK",
     "ByLatent",
     "EncodeInfo",
+    "FeatureChoice",
+    "Gated",
+    "GradientTopK",
     "JumpReLU",
+    "LogJumpReLU",
+    "MatryoshkaBatchTopK",
     "MutualChoice",
     "ReLU",
+    "SampledTopK",
     "SparseAutoencoder",
     "SparseCodes",
     "SparseDecoder",
+    "StatisticalTopK",
     "TopAFA",
     "TopK",
     "cat",
     "functional",
+    "inference_form",
+    "init_as_top_afa",
+    "init_sparse",
     "losses",
     "training",
 ]

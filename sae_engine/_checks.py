@@ -123,6 +123,31 @@ def not_negative(name: str, t: Tensor | None) -> None:
         raise ValueError(f"{name} must not be negative, got a minimum of {t.min().item()}")
 
 
+def count(name: str, value) -> int:
+    """An int >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def widths(values, num_latents: int | None = None) -> tuple[int, ...]:
+    """Ascending widths of prefixes of the latents, the last all of them where their number is known."""
+    try:
+        chosen = tuple(values)
+    except TypeError:
+        raise TypeError(f"widths must be a sequence of ints, got {type(values).__name__}") from None
+    for width in chosen:
+        if isinstance(width, bool) or not isinstance(width, int):
+            raise TypeError(f"widths must hold ints, got {width!r} of type {type(width).__name__}")
+    ascending = all(a < b for a, b in zip((0, *chosen), chosen, strict=False))
+    if not chosen or not ascending or num_latents not in (None, chosen[-1]):
+        last = "" if num_latents is None else f" and end with {num_latents} (the number of latents)"
+        raise ValueError(f"widths must ascend from at least 1{last}, got {chosen}")
+    return chosen
+
+
 def flag(name: str, value) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -11,6 +11,7 @@ and devices are checked before anything is launched: TypeError or ValueError, na
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,10 @@ from . import _checks as check
 from ._backend import resolve_backend
 from .codes import SparseCodes, cat
 
-__all__ = ["batch_topk", "decode", "encode", "feature_budgets", "feature_topm", "norm_match", "threshold", "topk"]
+__all__ = [
+    "batch_topk", "decode", "decode_prefixes", "encode", "feature_budgets", "feature_topm", "norm_match", "threshold",
+    "topk",
+]
 
 
 def topk(
@@ -299,14 +303,52 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
     if b_dec is not None:
         check.floating("b_dec", b_dec, dims=1)
         check.shaped("b_dec", b_dec, W_dec.shape[1:], W_dec, why="d_out")
-    kind = codes.device.type
-    dtype = torch.promote_types(codes.values.dtype, W_dec.dtype)
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = _decoded_dtype(codes, W_dec)
     backend = _backend_for(backend, codes.values, W_dec)
     turned = _turned(codes, W_dec)
     out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *turned, backend)
     return out.view(*codes.batch_shape, W_dec.shape[1])
+
+
+def _decoded_dtype(codes: SparseCodes, W_dec: Tensor) -> torch.dtype:
+    """The autocast dtype if active, else what values and W_dec promote to."""
+    kind = codes.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.promote_types(codes.values.dtype, W_dec.dtype)
+
+
+def decode_prefixes(
+    codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, widths: Sequence[int], backend: str = "auto"
+) -> Tensor:
+    """Reconstructions from nested prefixes of the latents, in one pass over the codes.
+
+    ``out[..., i, :] = sum over entries with index < widths[i] of value * W_dec[index] (+ b_dec)``
+
+    Indices ascend within a row, so the latents between two widths are a run of the row's entries. The runs are decoded
+    as rows of their own, each decoder row read once, and summed up from prefix to prefix.
+
+    Args:
+        codes: over ``(*batch_shape, F)``; ``values`` differentiable.
+        W_dec, b_dec: as in :func:`decode`.
+        widths: ascending, the last F.
+
+    Returns:
+        ``(*batch_shape, len(widths), d_out)`` in the dtype of :func:`decode`; sums in fp32 or wider, rounded once.
+
+    Source: Bussmann et al. 2025, arXiv:2503.17547 (Matryoshka); the pass is ours.
+    """
+    if not isinstance(codes, SparseCodes):
+        raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
+    widths = check.widths(widths, codes.num_latents)
+    check.floating("W_dec", W_dec, dims=2)
+    dtype = _decoded_dtype(codes, W_dec)
+    wide = torch.promote_types(dtype, torch.float32)
+    runs = codes.split_latents(widths)
+    with torch.autocast(codes.device.type, enabled=False):
+        parts = decode(runs.replace(values=runs.values.to(wide)), W_dec, backend=backend)
+        out = parts.cumsum(-2)
+        return (out if b_dec is None else out + b_dec.to(wide)).to(dtype)
 
 
 def encode(
@@ -421,7 +463,9 @@ def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
 
 
 def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
-    """Moves ``threshold`` (), in place, towards ``smallest`` (): all the way while it is unset (-1), then by ``rate``.
+    """Moves ``threshold``, in place, towards ``smallest``: all the way while it is unset (-1), then by ``rate``.
+
+    Element by element, for any shape that both share: a threshold per latent, a running density.
 
     Does nothing where ``smallest`` is not finite, nor in the second run of a checkpointed forward.
     """

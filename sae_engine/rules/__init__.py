@@ -1,0 +1,23 @@
+"""Selection rules beyond the common ones: each a score, a scope and a criterion over the operations of `functional`."""
+from .feature_choice import FeatureChoice
+from .gated import Gated
+from .gradient import GradientTopK
+from .inference import inference_form
+from .initial import init_as_top_afa, init_sparse
+from .jumprelu import LogJumpReLU
+from .matryoshka import MatryoshkaBatchTopK
+from .sampled import SampledTopK
+from .statistical import StatisticalTopK
+
+__all__ = [
+    "FeatureChoice",
+    "Gated",
+    "GradientTopK",
+    "LogJumpReLU",
+    "MatryoshkaBatchTopK",
+    "SampledTopK",
+    "StatisticalTopK",
+    "inference_form",
+    "init_as_top_afa",
+    "init_sparse",
+]
