@@ -167,6 +167,40 @@ def test_gradients_equal_dense_autograd_in_fp64(name):
         torch.testing.assert_close(got[key], parameter.grad, msg=key)  # 1e-7: fp64 sums in another order, fp32 r_mag
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_training_step_is_what_autograd_and_adam_make(name):
+    """eps = 1 keeps Adam's steps proportional to gradients, whose zeros may otherwise be of either sign."""
+    x, gradient = torch.randn(12, 8, dtype=torch.float64), torch.randn(12, 8, dtype=torch.float64)
+    ours, plain = (se.SparseAutoencoder(8, F, MAKERS[name](), dtype=torch.float64) for _ in range(2))
+    plain.load_state_dict(ours.state_dict())
+    extra = {"gradient": gradient} if ours.activation.context_keys else {}
+    step = se.training.TrainStep(ours, lr=0.1, eps=1.0, normalize_decoder=False)
+    adam = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], lr=0.1, eps=1.0)
+    for _ in range(3):
+        report = step(x, **extra)
+        loss = se.losses.mse(plain(x, **extra), x)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        torch.testing.assert_close(report["loss"], loss.detach())
+    for (key, a), (_, b) in zip(ours.state_dict().items(), plain.state_dict().items(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)
+
+
+@pytest.mark.parametrize("name", ["FeatureChoice", "SampledTopK", "StatisticalTopK", "Matryoshka", "Gated"])
+def test_batches_in_chunks_keep_the_same_codes_or_are_refused(name):
+    x = torch.randn(12, 8)
+    whole, parts = (se.SparseAutoencoder(8, F, MAKERS[name]()) for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+    reports = [se.training.TrainStep(sae, lr=1e-3, memory_budget=b)(x) for sae, b in ((whole, 1 << 20),)]
+    small = se.training.TrainStep(parts, lr=1e-3, memory_budget=5 * F * 4)  # five tokens at a time
+    if name in ("Matryoshka", "Gated"):
+        torch.testing.assert_close(small(x)["loss"], reports[0]["loss"])
+    else:
+        with pytest.raises(RuntimeError, match="memory_budget"):
+            small(x)
+
+
 def test_statistical_topk_gradcheck():
     """The gradient flows through mean and standard deviation; away from the kink it is exact."""
     rule, pre = se.StatisticalTopK(3), torch.randn(4, F, dtype=torch.float64, requires_grad=True)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..activations import TopK
+from ..activations import TopK, kept_values
 from ..codes import SparseCodes
 
 
@@ -21,6 +21,7 @@ class GradientTopK(TopK):
     """
 
     context_keys = frozenset({"attribution"})
+    entry_values = kept_values
 
     def __init__(self, k: int, *, beta: float = 1.0) -> None:
         super().__init__(k)
@@ -33,9 +34,6 @@ class GradientTopK(TopK):
         wide = torch.promote_types(pre.dtype, torch.float32)
         score = pre.detach().to(wide) * (1 + self.beta * attribution.detach().to(wide).abs())
         return functional.topk(pre, self.k, score=score, backend=backend)
-
-    def entry_values(self, pre: Tensor, codes: SparseCodes, *, attribution: Tensor) -> Tensor:
-        return torch.where(codes.values == 0, 0.0, pre)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, beta={self.beta}"

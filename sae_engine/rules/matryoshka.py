@@ -24,6 +24,7 @@ class MatryoshkaBatchTopK(BatchTopK):
     """
 
     entry_values = kept_values
+    candidates = BatchTopK.candidates
 
     def __init__(self, k: float, widths: Sequence[int], **options) -> None:
         super().__init__(k, **options)
