@@ -79,7 +79,7 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
     return Groups(size, number, max(stream_block(num_latents, 1024 * warps), size), warps)
 
 
-def column_groups(rows: int, num_latents: int, total: int, stride: int = 1) -> Groups | None:
+def groups_of_rows(rows: int, num_latents: int, total: int, stride: int = 1) -> Groups | None:
     """Groups of rows for ``total`` entries shared out over columns ``stride`` apart; None: too many to pay."""
     size = _balanced_size(rows, max(total / num_latents, 1))
     # 8 columns a thread: one 16-byte load of 16-bit numbers a row; 4 where columns are scattered, an address each

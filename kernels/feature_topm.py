@@ -194,7 +194,7 @@ def launch(pre, m, total):
     if total and rows:
         offsets = _summed(m.clamp(0, rows), total)
         shift = _tuning.key_shift(pre.dtype)
-        groups = _tuning.column_groups(rows, num_latents, total, pre.stride(1))
+        groups = _tuning.groups_of_rows(rows, num_latents, total, pre.stride(1))
         candidates = (None,) * 4 if groups is None else _candidates(pre, offsets.diff(), total, shift, groups)
         size = 1 if groups is None else groups.size
         block = _tuning.candidate_block(rows if groups is None else size * total // num_latents)

@@ -399,6 +399,11 @@ _library.impl("feature_budgets", budgets.budgets, "CompositeExplicitAutograd")
 def _(density, total, rows, exponent, shift):
     return torch.empty_like(density, dtype=torch.int32)
 
+
+_library.define("zipf_shortfall(Tensor density, float k, float exponent, float shift) -> Tensor")
+_library.impl("zipf_shortfall", budgets.zipf_shortfall, "CompositeExplicitAutograd")
+torch.library.register_fake("sae_engine::zipf_shortfall", lambda density, *_: torch.empty_like(density), lib=_library)
+
 # --- encode_entries: pre-activations at the codes, whose gradient never becomes a matrix -----------------------------
 
 _library.define(

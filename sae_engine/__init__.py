@@ -4,11 +4,13 @@ from .activations import AbsTopK, Activation, AuxTopK, BatchTopK, JumpReLU, Mutu
 from .autoencoder import EncodeInfo, SparseAutoencoder, SparseDecoder
 from .codes import ByLatent, SparseCodes, cat
 from .rules import (
+    AuxZipfTopK,
     FeatureChoice,
     Gated,
     GradientTopK,
     LogJumpReLU,
     MatryoshkaBatchTopK,
+    RunningDensity,
     SampledTopK,
     StatisticalTopK,
     inference_form,
@@ -22,6 +24,7 @@ __all__ = [
     "AbsTopK",
     "Activation",
     "AuxTopK",
+    "AuxZipfTopK",
     "BatchTopK",
     "ByLatent",
     "EncodeInfo",
@@ -33,6 +36,7 @@ __all__ = [
     "MatryoshkaBatchTopK",
     "MutualChoice",
     "ReLU",
+    "RunningDensity",
     "SampledTopK",
     "SparseAutoencoder",
     "SparseCodes",

@@ -26,7 +26,7 @@ from .codes import SparseCodes, cat
 
 __all__ = [
     "batch_topk", "decode", "decode_prefixes", "encode", "feature_budgets", "feature_topm", "norm_match", "threshold",
-    "topk",
+    "topk", "zipf_shortfall",
 ]
 
 
@@ -184,6 +184,28 @@ def feature_budgets(
         )
     check.budget_law(exponent, shift)
     return ops.feature_budgets(density.detach(), total, tokens, float(exponent), float(shift))
+
+
+def zipf_shortfall(density: Tensor, k: float, *, exponent: float = 1.0, shift: float = 0.0) -> Tensor:
+    """How far each latent's density falls short of its share under Zipf's law, as a part of that share.
+
+    ``max(1 - density_j / share_j, 0)``, where the shares fall as ``1 / (rank_j + shift)^exponent``, none exceeds 1 and
+    their sum is ``k``: 1 for a latent that never fires, 0 for one that fires often enough. An unset density (-1) lacks
+    nothing.
+
+    Args:
+        density: ``(F,)``, the share of tokens on which each latent fires.
+        k: latents per token, int or float.
+
+    Returns:
+        ``(F,)`` in the dtype of ``density``.
+
+    Ours, after the idea of aux_zipf_loss: Ayonrinde 2024, arXiv:2411.02124.
+    """
+    check.floating("density", density, dims=1)
+    k = check.number_k(k, density.shape[0])
+    check.budget_law(exponent, shift)
+    return ops.zipf_shortfall(density.detach(), float(k), float(exponent), float(shift))
 
 
 def norm_match(

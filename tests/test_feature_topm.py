@@ -63,7 +63,7 @@ def test_a_budget_of_many_tiles(backend):
     """One latent takes nearly all rows, the others few: its candidates pass by tile after tile."""
     for budget in ([650, 1, 0, 3, 2], [150, 0, 0, 0, 1]):
         m = torch.tensor(budget)
-        grouped = _tuning.column_groups(700, 5, int(m.sum())) is not None
+        grouped = _tuning.groups_of_rows(700, 5, int(m.sum())) is not None
         assert grouped == (budget[0] == 150)
         for kind in ("ties", "normal"):
             args = make_pre(kind, (700, 5), torch.bfloat16), m, int(m.sum())
@@ -71,14 +71,14 @@ def test_a_budget_of_many_tiles(backend):
 
 
 def test_group_maxima_are_used_and_not_used():
-    assert _tuning.column_groups(300, 3, 6) is not None and _tuning.column_groups(300, 3, 600) is None
+    assert _tuning.groups_of_rows(300, 3, 6) is not None and _tuning.column_groups(300, 3, 600) is None
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "special"])
 def test_more_groups_than_one_tile_ranks(kind, monkeypatch):
     monkeypatch.setattr(_tuning, "candidate_tile", lambda groups: _tuning.CandidateTile(4, 2, 1))
     pre, m = make_pre(kind, (150, 5)), torch.tensor([3, 0, 30, 1, 2])
-    assert _tuning.column_groups(150, 5, 36).number > 8
+    assert _tuning.groups_of_rows(150, 5, 36).number > 8
     assert_same(ops.feature_topm(pre, m, 36, "triton"), ops.feature_topm(pre, m, 36, "reference"))
 
 

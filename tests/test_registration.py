@@ -48,7 +48,7 @@ def test_every_operator_is_sampled():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("sae_engine::")
     }
-    assert registered == {name for name, _ in samples()} | {"feature_budgets", "move_threshold"}
+    assert registered == {name for name, _ in samples()} | {"feature_budgets", "move_threshold", "zipf_shortfall"}
 
 
 def test_opcheck_of_the_operators_that_have_no_back_end():
@@ -56,6 +56,7 @@ def test_opcheck_of_the_operators_that_have_no_back_end():
         args = (torch.tensor(threshold, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64), 0.1)
         torch.library.opcheck(ops.move_threshold.default, args)
     torch.library.opcheck(ops.feature_budgets.default, (torch.rand(40), 90, 5, 1.0, 0.5))
+    torch.library.opcheck(ops.zipf_shortfall.default, (torch.rand(40), 2.5, 1.0, 0.5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,6 @@
 """Selection rules beyond the common ones: each a score, a scope and a criterion over the operations of `functional`."""
+from .aux_zipf import AuxZipfTopK
+from .density import RunningDensity
 from .feature_choice import FeatureChoice
 from .gated import Gated
 from .gradient import GradientTopK
@@ -10,11 +12,13 @@ from .sampled import SampledTopK
 from .statistical import StatisticalTopK
 
 __all__ = [
+    "AuxZipfTopK",
     "FeatureChoice",
     "Gated",
     "GradientTopK",
     "LogJumpReLU",
     "MatryoshkaBatchTopK",
+    "RunningDensity",
     "SampledTopK",
     "StatisticalTopK",
     "inference_form",

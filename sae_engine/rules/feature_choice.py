@@ -8,6 +8,7 @@ from .. import _checks as check
 from .. import functional
 from ..activations import BatchTopK, _above, _apply_but, kept_values
 from ..codes import SparseCodes
+from .density import fired_share
 
 BUDGETS = ("zipf", "uniform")
 INFERENCE = ("latent", "global")
@@ -115,9 +116,7 @@ class FeatureChoice(BatchTopK):
             smallest = torch.full_like(self.latent_threshold, torch.inf)
             smallest.scatter_reduce_(0, latents, torch.where(values > 0, values, torch.inf), "amin")
             functional.move_threshold(self.latent_threshold, smallest, self.threshold_lr)
-            # sums of ones: exact in any order
-            fired = torch.zeros_like(self.density).scatter_add_(0, latents, (values != 0).to(self.density.dtype))
-            functional.move_threshold(self.density, fired / codes.rows, self.density_lr)
+            functional.move_threshold(self.density, fired_share(codes), self.density_lr)
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:  # no checkpoint's second run
             self._counted += 1
 

@@ -1,8 +1,6 @@
 """Statistical top-k: about k entries of each row, from its mean and standard deviation."""
 from __future__ import annotations
 
-from statistics import NormalDist
-
 import torch
 from torch import Tensor
 
@@ -44,12 +42,8 @@ class StatisticalTopK(Activation):
         mean = wide.mean(-1, keepdim=True)
         variance = (wide - mean).square().mean(-1, keepdim=True)
         std = variance.clamp(min=torch.finfo(wide.dtype).tiny).sqrt()  # the root's slope at 0 is infinite
-        return (wide - (mean + std * _quantile(1 - self.k / pre.shape[-1]))).to(pre.dtype)
+        share = torch.full((), 1 - self.k / pre.shape[-1], dtype=torch.float64, device=pre.device)
+        return (wide - (mean + std * torch.special.ndtri(share).to(wide.dtype))).to(pre.dtype)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"
-
-
-@torch.compiler.assume_constant_result
-def _quantile(share: float) -> float:
-    return NormalDist().inv_cdf(share)
