@@ -43,10 +43,10 @@ class Activation(nn.Module):
     ``entry_values(pre, codes, **context)``; the encoder's gradient is then sparse (:func:`functional.encode`). A
     subclass that changes what ``_select`` stores has to say so anew.
 
-    ``scope`` names what competes: entries of a ``"row"`` (or no others), of the whole ``"batch"``, or of a ``"latent"``,
-    whose whole column is needed. For a batch that is worked through in chunks of rows, a rule of scope "batch" says in
-    ``candidates(pre, tokens)`` which entries of a chunk may be kept of a batch of ``tokens``, and in ``total(tokens)``
-    how many are: those with the largest values, ties to the lowest flat index.
+    ``scope`` names what competes: entries of a ``"row"`` (or no others), of the whole ``"batch"``, or of a
+    ``"latent"``, whose whole column is needed. For a batch that is worked through in chunks of rows, a rule of scope
+    "batch" says in ``candidates(pre, tokens)`` which entries of a chunk may be kept of a batch of ``tokens``, and in
+    ``total(tokens)`` how many are: those with the largest values, ties to the lowest flat index.
     ``encoder_bias`` is False for rules under which an autoencoder's ``b_enc`` stays 0.
     """
 
