@@ -150,6 +150,16 @@ def _pre(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inp
     return Inputs(pre=_normal(case.B, case.F, dtype=dtype, generator=generator), k=case.k, case=case)
 
 
+def _feature_topm_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """Budgets that fall as 1 / rank and sum up to k entries a token: feature choice's, its latents in random order."""
+    inputs = _pre(case, dtype, device, seed)
+    inputs.total = _total(inputs)
+    popularity = torch.rand(case.F, device=device, generator=_generator(device, seed + 1))
+    inputs.m = functional.feature_budgets(popularity, inputs.total, case.B)
+    inputs.most = int(inputs.m.max())
+    return inputs
+
+
 def _norm_match_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     """Targets near the norm of each row's k strongest entries, so that about k entries a row are kept."""
     inputs = _pre(case, dtype, device, seed)
@@ -227,6 +237,13 @@ def _batch_topk_dense(pre: Tensor, total: int) -> Tensor:
     flat = pre.relu().flatten()
     values, positions = flat.topk(total, sorted=False)
     return torch.zeros_like(flat).scatter_(0, positions, values).view_as(pre)
+
+
+def _feature_topm(pre: Tensor, m: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns' top-k for the largest budget, of which each keeps its own."""
+    values, rows = pre.relu().topk(most, dim=0)
+    kept = torch.arange(most, device=pre.device)[:, None] < m
+    return values[kept], rows[kept], kept.nonzero()[:, 1]
 
 
 def _norm_match_dense(pre: Tensor, target: Tensor, weight_norm: Tensor) -> Tensor:
@@ -402,6 +419,10 @@ def _expected_batch_topk(i: Inputs) -> Tensor:
     return reference.to_dense(values, indices, offsets, i.case.F)
 
 
+def _expected_feature_topm(i: Inputs) -> Tensor:
+    return reference.to_dense(*reference.feature_topm(i.pre, i.m, i.total), i.case.F)
+
+
 def _expected_decode(i: Inputs, dtype: torch.dtype) -> Tensor:
     c = i.codes
     values, weight, bias = (t.to(dtype) for t in (c.values, i.weight, i.bias))
@@ -499,6 +520,18 @@ OPS: tuple[Op, ...] = (
         ),
         lambda i: traffic.batch_topk(i.case.B, i.case.F, _total(i), i.pre.element_size()),
         _check_selection("batch_topk", _expected_batch_topk, batch=True),
+    ),
+    Op(
+        "feature_topm", "forward", "feature choice", "BFk", ("test_feature_topm.py",), _feature_topm_inputs,
+        (
+            Provider("ours", lambda i: lambda: functional.feature_topm(i.pre, i.m, total=i.total)),
+            Provider(
+                "column torch.topk", lambda i: lambda: _feature_topm(i.pre, i.m, i.most), baseline=True,
+                note="not sorted by token",
+            ),
+        ),
+        lambda i: traffic.feature_topm(i.case.B, i.case.F, i.total, i.pre.element_size()),
+        _check_selection("feature_topm", _expected_feature_topm, batch=True),
     ),
     Op(
         "norm_match", "forward", "norm match (top-AFA)", "BFk", ("test_norm_match.py",), _norm_match_inputs,

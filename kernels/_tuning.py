@@ -91,6 +91,38 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
     return Groups(size, number, max(stream_block(num_latents, 32 * latents * warps), size), warps)
 
 
+def groups_of_rows(rows: int, num_latents: int, total: int, stride: int = 1) -> Groups | None:
+    """Groups of rows for ``total`` entries shared out over columns ``stride`` apart; None: too many to pay."""
+    size = _balanced_size(rows, max(total / num_latents, 1))
+    # 8 columns a thread: one 16-byte load of 16-bit numbers a row; 4 where columns are scattered, an address each
+    widest = 1024 if stride == 1 else 512
+    block = stream_block(num_latents, widest)
+    return None if size == 1 else Groups(size, -(-rows // size), block, max(4 * block // widest, 1))
+
+
+class CandidateTile(NamedTuple):
+    """Tile of the pass that ranks each column's groups."""
+
+    groups: int
+    columns: int
+    warps: int
+
+
+def candidate_tile(groups: int) -> CandidateTile:
+    """32 columns are a 128-byte line of maxima; the groups go by in tiles of 16 lanes a thread."""
+    return CandidateTile(max(min(next_power_of_2(groups), 128), 2), 32, 8)
+
+
+def candidate_block(lanes: int) -> int:
+    """Tile of one column's candidates: what the mean column has, so that most keep theirs in registers."""
+    return max(min(next_power_of_2(lanes), 1024), 64)
+
+
+def candidate_warps(block: int) -> int:
+    """4 lanes a thread: the loads are scattered, one sector each, and one warp needs no barrier."""
+    return min(max(block // 128, 1), 4)
+
+
 def stream_block(num_latents: int, most: int = 4096) -> int:
     """Tile of a streaming pass: 16 bytes a thread and several loads in flight, no wider than the row needs."""
     return max(min(next_power_of_2(num_latents), most), 16)

@@ -10,7 +10,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import _terms, _tuning
+from . import _terms, _tuning, budgets
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -161,6 +161,16 @@ def _compressed_grad(ctx, grad):
 
 
 _differentiable("batch_topk", _compressed_context, lambda ctx, grad, *_: (_compressed_grad(ctx, grad), *(None,) * 3))
+
+# --- feature_topm: m[j] entries of each latent j -------------------------------------------------------------------
+
+
+@_define("feature_topm(Tensor pre, Tensor m, SymInt total) -> (Tensor, Tensor, Tensor)", "feature_topm.launch")
+def _(pre, m, total, backend):
+    return _rows(pre, total)
+
+
+_differentiable("feature_topm", _compressed_context, lambda ctx, grad, *_: (_compressed_grad(ctx, grad), *(None,) * 3))
 
 # --- norm_match: the prefix of each row whose norm is nearest to a target ------------------------------------------
 
@@ -378,6 +388,21 @@ def _move_threshold(threshold, smallest, rate):
 
 _library.impl("move_threshold", _move_threshold, "CompositeExplicitAutograd")
 torch.library.register_fake("sae_engine::move_threshold", lambda threshold, smallest, rate: None, lib=_library)
+
+# --- feature_budgets: tokens per latent of feature choice ------------------------------------------------------------
+
+_library.define("feature_budgets(Tensor density, SymInt total, SymInt rows, float exponent, float shift) -> Tensor")
+_library.impl("feature_budgets", budgets.budgets, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sae_engine::feature_budgets", lib=_library)
+def _(density, total, rows, exponent, shift):
+    return torch.empty_like(density, dtype=torch.int32)
+
+
+_library.define("zipf_shortfall(Tensor density, float k, float exponent, float shift) -> Tensor")
+_library.impl("zipf_shortfall", budgets.zipf_shortfall, "CompositeExplicitAutograd")
+torch.library.register_fake("sae_engine::zipf_shortfall", lambda density, *_: torch.empty_like(density), lib=_library)
 
 # --- encode_entries: pre-activations at the codes, whose gradient never becomes a matrix -----------------------------
 

@@ -55,6 +55,13 @@ def batch_topk(pre: Tensor, mask: Tensor | None, total: int):
     return compress(torch.where(mask, relu(pre), 0.0), kept.view(pre.shape))
 
 
+def feature_topm(pre: Tensor, m: Tensor, total: int):
+    """The m[j] rows of each latent j with the largest relu(pre); ``total`` is the sum of m."""
+    order = ordered_keys(relu(pre)).sort(dim=0, descending=True, stable=True).indices
+    place = torch.arange(pre.shape[0], device=pre.device)[:, None].expand_as(order)
+    return compress(relu(pre), torch.empty_like(order).scatter_(0, order, place) < m)
+
+
 def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, capacity: int | None):
     """The prefix of each row, ranked by relu(pre) * weight_norm, whose norm lies nearest to ``target_norm``."""
     wide = torch.float64 if pre.dtype == torch.float64 else torch.float32

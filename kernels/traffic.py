@@ -47,6 +47,11 @@ def batch_topk(rows: int, latents: int, entries: int, itemsize: int) -> Traffic:
     return Traffic(rows * latents * itemsize + _codes(entries, rows, itemsize), 0)
 
 
+def feature_topm(rows: int, latents: int, entries: int, itemsize: int) -> Traffic:
+    """``entries`` shared out over the latents by budgets (int32), as compressed rows."""
+    return Traffic(rows * latents * itemsize + latents * INDEX + _codes(entries, rows, itemsize), 0)
+
+
 def norm_match(rows: int, latents: int, entries: int, itemsize: int, *, weight_norm: bool = True) -> Traffic:
     """The prefix of each row nearest in norm to its target. Flops: score, square, sum of every element."""
     read = rows * latents * itemsize + rows * WIDE + (latents * WIDE if weight_norm else 0)

@@ -68,6 +68,43 @@ def number_k(k, num_latents: int | None = None, name: str = "k") -> float:
     return k
 
 
+def budgets(m, total, pre: Tensor) -> tuple[Tensor, int]:
+    """Tokens per latent of ``pre`` (rows, F) as (F,) int32, and their sum."""
+    rows, num_latents = pre.shape
+    if isinstance(m, bool) or not isinstance(m, int | Tensor):
+        raise TypeError(f"m must be an int or a tensor of integers, got {m!r} of type {type(m).__name__}")
+    if total is not None and (isinstance(total, bool) or not isinstance(total, int)):
+        raise TypeError(f"total must be an int or None, got {total!r} of type {type(total).__name__}")
+    if isinstance(m, int):
+        if not 0 <= m <= rows:
+            raise ValueError(f"m must satisfy 0 <= m <= {rows} (the number of tokens), got {m}")
+        if total not in (None, m * num_latents):
+            raise ValueError(f"total must be the sum of m, {m * num_latents}, got {total}")
+        return torch.full((num_latents,), m, dtype=torch.int32, device=pre.device), m * num_latents
+    if m.is_floating_point() or m.is_complex() or m.dtype == torch.bool:
+        raise TypeError(f"m must be a tensor of integers, got {m.dtype}")
+    shaped("m", m, (num_latents,), pre, why="one per latent")
+    if total is not None and not 0 <= total <= rows * num_latents:
+        raise ValueError(f"total must satisfy 0 <= total <= {rows * num_latents} (tokens * latents), got {total}")
+    if total is None or deep() or (m.device.type == "cpu" and not torch.compiler.is_compiling()):
+        if bool(((m < 0) | (m > rows)).any()):
+            raise ValueError(f"m must lie in 0..{rows} (the number of tokens), got {m.min().item()}..{m.max().item()}")
+        summed = int(m.sum())
+        if total not in (None, summed):
+            raise ValueError(f"total must be the sum of m, {summed}, got {total}")
+        total = summed
+    return m.int(), total
+
+
+def budget_law(exponent, shift) -> None:
+    """Finite and not negative: weights that fall with the rank."""
+    for name, value in (("exponent", exponent), ("shift", shift)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
 def mask_for(mask, pre: Tensor) -> Tensor | None:
     """A boolean (F,) or pre.shape mask, as (F,) or (rows, F)."""
     if mask is None:
@@ -84,6 +121,31 @@ def not_negative(name: str, t: Tensor | None) -> None:
     """Under SAE_CHECK=1: no element is below 0."""
     if deep() and t is not None and bool((t < 0).any()):
         raise ValueError(f"{name} must not be negative, got a minimum of {t.min().item()}")
+
+
+def count(name: str, value) -> int:
+    """An int >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def widths(values, num_latents: int | None = None) -> tuple[int, ...]:
+    """Ascending widths of prefixes of the latents, the last all of them where their number is known."""
+    try:
+        chosen = tuple(values)
+    except TypeError:
+        raise TypeError(f"widths must be a sequence of ints, got {type(values).__name__}") from None
+    for width in chosen:
+        if isinstance(width, bool) or not isinstance(width, int):
+            raise TypeError(f"widths must hold ints, got {width!r} of type {type(width).__name__}")
+    ascending = all(a < b for a, b in zip((0, *chosen), chosen, strict=False))
+    if not chosen or not ascending or num_latents not in (None, chosen[-1]):
+        last = "" if num_latents is None else f" and end with {num_latents} (the number of latents)"
+        raise ValueError(f"widths must ascend from at least 1{last}, got {chosen}")
+    return chosen
 
 
 def flag(name: str, value) -> bool:

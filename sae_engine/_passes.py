@@ -11,13 +11,13 @@ from sae_kernels import _tuning
 from sae_kernels._terms import GATED, GIVEN, Term, lists_of
 from sae_kernels.densified import rows_of
 from sae_kernels.ops import ops
-from sae_kernels.reference import without_parallel_part
+from sae_kernels.reference import ordered_keys, relu, without_parallel_part
 
 from .codes import ByLatent, SparseCodes
 
 __all__ = [
-    "GATED", "GIVEN", "Term", "at_rows", "decode", "densified", "entries_of", "fired", "is_dense", "largest",
-    "latent_adam", "latent_gradients", "sum_by_latent", "sum_by_row", "term_of", "value_gradients",
+    "GATED", "GIVEN", "Term", "at_rows", "decode", "densified", "entries_of", "fired", "first_of_latents", "is_dense",
+    "largest", "latent_adam", "latent_gradients", "sum_by_latent", "sum_by_row", "term_of", "value_gradients",
     "without_parallel_part",
 ]
 
@@ -51,6 +51,18 @@ def entries_of(matrix: Tensor, codes: SparseCodes, backend: str) -> Tensor:
 def largest(matrix: Tensor, total: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """values, indices and offsets of the ``total`` entries of ``matrix`` with the largest relu."""
     return ops.batch_topk(matrix, None, total, backend)
+
+
+def first_of_latents(values: Tensor, latents: Tensor, budgets: Tensor) -> Tensor:
+    """Ascending positions of each latent f's ``budgets[f]`` entries with the largest relu(value), ties to the first.
+
+    Reads the device for their number.
+    """
+    order = ordered_keys(relu(values)).argsort(descending=True, stable=True)
+    order = order[latents[order].argsort(stable=True)]
+    latent = latents[order]
+    rank = torch.arange(latent.shape[0], device=latent.device) - torch.searchsorted(latent, latent)
+    return order[rank < budgets[latent]].sort().values
 
 
 def decode(codes: SparseCodes, values: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:

@@ -8,7 +8,7 @@ A rule that needs more than the pre-activations names it in ``context_keys``; an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -43,17 +43,20 @@ class Activation(nn.Module):
     ``entry_values(pre, codes, **context)``; the encoder's gradient is then sparse (:func:`functional.encode`). A
     subclass that changes what ``_select`` stores has to say so anew.
 
-    ``scope`` names what competes: entries of a ``"row"`` (or no others), or of the whole ``"batch"``. For a batch that
-    is worked through in chunks of rows, a rule of the latter kind says in ``candidates(pre, tokens)`` which entries of
-    a chunk may be kept of a batch of ``tokens``, and in ``total(tokens)`` how many are: those with the largest values,
-    ties to the lowest flat index.
+    ``scope`` names what competes: entries of a ``"row"`` (or no others), of the whole ``"batch"`` or of a ``"latent"``.
+    For a batch that is worked through in chunks of rows, a rule of the latter kinds says in ``candidates(pre, tokens)``
+    which entries of a chunk may be kept of a batch of ``tokens``, and in ``total(tokens)`` or
+    ``latent_budgets(tokens)`` (F,) how many are: those with the largest values, ties to the lowest flat index.
+    ``encoder_bias`` is False for rules under which an autoencoder's ``b_enc`` stays 0.
     """
 
     context_keys: ClassVar[frozenset[str]] = frozenset()
-    scope: ClassVar[str] = "row"
+    scope: str = "row"
+    encoder_bias: ClassVar[bool] = True
     entry_values: Callable[..., Tensor] | None = None
     candidates: Callable[..., SparseCodes] | None = None
     total: Callable[[int], int]
+    latent_budgets: Callable[[int], Tensor]
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -158,18 +161,23 @@ class TopAFA(Activation):
     """As many entries of each token as bring the code's norm nearest to the input's. Lee et al. 2025, arXiv:2503.24277.
 
     Context: ``target_norm`` (*batch_shape,), the norm of the centred input; ``weight_norm`` (F,), the norms of the
-    decoder rows. ``capacity`` as in :func:`functional.norm_match`.
+    decoder rows. ``capacity`` as in :func:`functional.norm_match`. ``target_scale`` multiplies the target: below 1 it
+    keeps fewer entries. The authors have no such factor; it is ours, as is :func:`init_sparse`, which starts sparse.
     """
 
     context_keys = frozenset({"target_norm", "weight_norm"})
+    encoder_bias = False
     entry_values = kept_values
 
-    def __init__(self, *, capacity: int | None = None) -> None:
+    def __init__(self, *, capacity: int | None = None, target_scale: float = 1.0) -> None:
         super().__init__()
         self.capacity = check.capacity_of(capacity)
+        self.target_scale = check.positive("target_scale", target_scale)
 
     def _select(self, pre: Tensor, backend: str, *, target_norm: Tensor, weight_norm: Tensor) -> SparseCodes:
         capacity = _captured_size(pre) if self.capacity is None else self.capacity
+        if self.target_scale != 1:
+            target_norm = target_norm * self.target_scale
         return functional.norm_match(pre, target_norm, weight_norm=weight_norm, capacity=capacity, backend=backend)
 
 
@@ -184,26 +192,48 @@ class BatchTopK(Activation):
 
     Args:
         k: average entries per token, int or float.
-        threshold_lr: weight of the newest batch in the running mean (SAELens: 0.01).
+        threshold_lr: weight of the newest batch in the running mean.
+        threshold_start: training forwards that teach the threshold nothing.
+        initial_threshold: where the mean starts; None: at the first batch's value, and unset until then.
         group: a ``torch.distributed`` process group to select over; see :func:`functional.batch_topk`. Shared by
             copies, left out of pickles.
+
+    SAELens' convention is ``threshold_lr=0.01, initial_threshold=0.0``; dictionary_learning's is ``threshold_lr=0.001,
+    threshold_start=1001`` (it learns once its step, counted from 0, exceeds 1000). Ours is SAELens' rate from an unset
+    threshold. In all of them a batch that keeps nothing positive moves nothing.
 
     Bussmann et al. 2024, arXiv:2412.06410.
     """
 
     threshold: Tensor
+    forwards: Tensor
     scope = "batch"
     entry_values = kept_values
+    _exact: tuple[str, ...] = ("threshold",)  # buffers that no cast of the module touches
 
-    def __init__(self, k: float, *, threshold_lr: float = 0.01, group=None) -> None:
+    def __init__(
+        self, k: float, *, threshold_lr: float = 0.01, threshold_start: int = 0, initial_threshold: float | None = None,
+        group=None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.k = check.number_k(k)
         if check.positive("threshold_lr", threshold_lr) > 1:
             raise ValueError(f"threshold_lr must satisfy 0 < threshold_lr <= 1, got {threshold_lr}")
         self.threshold_lr = threshold_lr
+        self.threshold_start = check.count("threshold_start", threshold_start)
+        if initial_threshold is not None and initial_threshold != 0:
+            check.positive("initial_threshold", initial_threshold)
+        self.initial_threshold = initial_threshold
         self.group = group
-        self.register_buffer("threshold", torch.tensor(-1.0, dtype=torch.float64))
+        first = -1.0 if initial_threshold is None else float(initial_threshold)
+        self.register_buffer("threshold", torch.tensor(first, dtype=torch.float64))
+        if threshold_start:
+            self._count_forwards()
         self._seen: tuple[int, int] | None = None  # the threshold last read: eval waits for the device once
+
+    def _count_forwards(self) -> None:
+        self.register_buffer("forwards", torch.tensor(0.0, dtype=torch.float64))
+        self._exact = (*self._exact, "forwards")
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         if self.training:
@@ -236,6 +266,9 @@ class BatchTopK(Activation):
             smallest = smallest.min() if smallest.shape[0] else self.threshold.new_full((), torch.inf)
             if self.group is not None:
                 torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self.group)
+            if "forwards" in self._exact:
+                functional.move_threshold(self.forwards, self.forwards + 1, 1.0)
+                smallest = torch.where(self.forwards > self.threshold_start, smallest, torch.inf)
             functional.move_threshold(self.threshold, smallest, self.threshold_lr)
 
     def _require_threshold(self) -> None:
@@ -264,7 +297,7 @@ class BatchTopK(Activation):
         return copied
 
     def _apply(self, fn, recurse: bool = True):
-        return _apply_but_threshold(self, super()._apply, fn, recurse)
+        return _apply_but(self._exact, self, super()._apply, fn, recurse)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, threshold_lr={self.threshold_lr}"
@@ -328,7 +361,7 @@ class JumpReLU(Activation):
         return _above(pre, self._theta())
 
     def _apply(self, fn, recurse: bool = True):
-        return _apply_but_threshold(self, super()._apply, fn, recurse)
+        return _apply_but(("threshold",), self, super()._apply, fn, recurse)
 
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, bandwidth={self.bandwidth}"
@@ -346,14 +379,14 @@ def _captured_size(pre: Tensor) -> int | None:
     return pre.numel() if pre.is_cuda and torch.cuda.is_current_stream_capturing() else None
 
 
-def _apply_but_threshold(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
-    """``Module._apply`` that moves ``threshold`` between devices and leaves its dtype alone."""
-    threshold = module.get_buffer("threshold") if "threshold" in module._buffers else module.get_parameter("threshold")
-    exact = threshold.detach().clone()
+def _apply_but(names: Sequence[str], module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
+    """``Module._apply`` that moves the named buffers and parameters between devices and leaves their dtypes alone."""
+    exact = {name: getattr(module, name).detach().clone() for name in names}
     apply(fn, recurse)
-    moved = module.get_buffer("threshold") if "threshold" in module._buffers else module.get_parameter("threshold")
-    if moved.dtype != exact.dtype:
-        moved.data = exact.to(moved.device)
-        if moved.grad is not None:
-            moved.grad.data = moved.grad.to(exact.dtype)
+    for name, tensor in exact.items():
+        moved = getattr(module, name)
+        if moved.dtype != tensor.dtype:
+            moved.data = tensor.to(moved.device)
+            if moved.grad is not None:
+                moved.grad.data = moved.grad.to(tensor.dtype)
     return module

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional
-from .activations import Activation, TopAFA
+from .activations import Activation
 from .codes import SparseCodes
 
 __all__ = ["EncodeInfo", "SparseAutoencoder", "SparseDecoder"]
@@ -79,7 +79,7 @@ class SparseAutoencoder(nn.Module):
         contiguous_parameters: lay ``W_enc`` out row-major. By default it is latent-contiguous, stride (1, d_in),
             which the kernels prefer; FSDP2 needs contiguous parameters.
 
-    With :class:`TopAFA` there is no encoder bias: ``b_enc`` is 0 and not trained.
+    With :class:`TopAFA` and :class:`Gated` there is no encoder bias: ``b_enc`` is 0 and not trained.
     """
 
     activation: Activation
@@ -128,7 +128,7 @@ class SparseAutoencoder(nn.Module):
         W_enc = W_dec.clone() if self.d_out == d_in else unit_rows(d_sae, d_in, **options) * decoder_init_norm
         self.W_enc = nn.Parameter(W_enc.T.contiguous() if contiguous_parameters else W_enc.T)
         self.W_dec = nn.Parameter(W_dec)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, **options), requires_grad=not isinstance(activation, TopAFA))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, **options), requires_grad=activation.encoder_bias)
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, **options))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in, **options)) if skip else None)
 
@@ -143,7 +143,9 @@ class SparseAutoencoder(nn.Module):
 
         ``select``: other rules than :attr:`activation`, one or a sequence; a sequence gives a tuple of codes from one
         matrix product and one backward pass: ``encode(x, select=[sae.activation, AuxTopK(256)], dead_mask=dead)``.
-        ``context``: what a rule needs and the autoencoder does not know.
+        ``context``: what a rule needs and the autoencoder does not know. ``gradient`` (*batch_shape, d_out), the
+        gradient of the language model's loss at the reconstructed activations, becomes :class:`GradientTopK`'s
+        ``attribution``.
         """
         rules = self.activation if select is None else select
         codes, info, pre = self._encode(x, rules, backend, return_pre, **context)
@@ -181,15 +183,20 @@ class SparseAutoencoder(nn.Module):
             out = out + functional.linear(info.skipped, self.W_skip.T)
         return out
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction (*batch_shape, d_out). In training, rules with a threshold learn from this call."""
-        codes, info, _ = self._encode(x, self.activation, "auto", False)
+    def forward(self, x: Tensor, **context: Tensor) -> Tensor:
+        """The reconstruction (*batch_shape, d_out). In training, rules with a threshold learn from this call.
+
+        ``context`` as in :meth:`encode`.
+        """
+        codes, info, _ = self._encode(x, self.activation, "auto", False, **context)
         codes.assert_fits()
         self.activation.update(codes)
         return self.decode(codes, info)
 
     def _encode(self, x: Tensor, select, backend: str, return_pre: bool, **context) -> tuple[Any, EncodeInfo, Any]:
         x, info = self._normalized(x)
+        if "gradient" in context:
+            context["attribution"] = self._attribution(context.pop("gradient"), x, info)
         scale = self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else None
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
         encoded = functional.encode(
@@ -198,9 +205,20 @@ class SparseAutoencoder(nn.Module):
         )  # fmt: skip
         return (encoded[0], info, encoded[1]) if return_pre else (encoded, info, None)
 
+    @torch.no_grad()
+    def _attribution(self, gradient: Tensor, x: Tensor, info: EncodeInfo) -> Tensor:
+        """(*batch_shape, d_sae): what the loss changes by per unit of each code, by way of the reconstruction."""
+        check.floating("gradient", gradient)
+        check.shaped("gradient", gradient, (*x.shape[:-1], self.d_out), x, why="that of the reconstruction")
+        if info.std is not None:
+            gradient = gradient * info.std
+        with torch.autocast(x.device.type, enabled=False):
+            out = functional.linear(gradient, self.W_dec.T)
+            return out / self.W_dec.norm(dim=1).clamp(min=1e-30) if self.rescale_acts_by_decoder_norm else out
+
     @property
     def _encoder_bias(self) -> Tensor | None:
-        return None if isinstance(self.activation, TopAFA) else self.b_enc
+        return self.b_enc if self.activation.encoder_bias else None
 
     def _normalized(self, x: Tensor) -> tuple[Tensor, EncodeInfo]:
         """What the encoder sees of ``x``, and what decoding needs to know of it."""

@@ -208,6 +208,20 @@ class SparseCodes:
             )
         return replace(self, values=values)
 
+    def split_latents(self, widths: Sequence[int]) -> SparseCodes:
+        """The same entries as rows of shape (*batch_shape, len(widths)): run i holds latents widths[i-1]..widths[i]-1.
+
+        ``widths`` ascend and end with F. No entry moves and its index stays what it is: only offsets are new.
+        """
+        number = len(widths)
+        bounds = torch.tensor(list(widths), dtype=torch.int32, device=self.device)
+        run = torch.searchsorted(bounds, self.indices, right=True)
+        entry = torch.arange(self.values.shape[0], device=self.device)
+        row = torch.searchsorted(self.offsets[1:].contiguous(), entry, right=True)
+        key = row * number + run.clamp(max=number - 1)  # ascends; entries of unused capacity lie past the last row
+        offsets = torch.searchsorted(key, torch.arange(self.rows * number + 1, device=self.device))
+        return replace(self, offsets=offsets, batch_shape=(*self.batch_shape, number), k=None, _turned=[])
+
     def detach(self) -> SparseCodes:
         """The same codes, cut off from autograd."""
         return replace(self, values=self.values.detach())

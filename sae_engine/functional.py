@@ -11,6 +11,7 @@ and devices are checked before anything is launched: TypeError or ValueError, na
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,10 @@ from . import _checks as check
 from ._backend import resolve_backend
 from .codes import SparseCodes, cat
 
-__all__ = ["batch_topk", "decode", "encode", "norm_match", "threshold", "topk"]
+__all__ = [
+    "batch_topk", "decode", "decode_prefixes", "encode", "feature_budgets", "feature_topm", "norm_match", "threshold",
+    "topk", "zipf_shortfall",
+]
 
 
 def topk(
@@ -126,6 +130,82 @@ def largest(pre: Tensor, total: int, *, backend: str = "auto") -> SparseCodes:
     """The ``total`` entries (all, where there are fewer) of ``pre`` (*batch_shape, F) with the largest relu(pre)."""
     matrix = check.matrix(check.pre_activations(pre))
     return _largest(pre, matrix, None, min(total, pre.numel()), _backend_for(backend, pre))
+
+
+def feature_topm(
+    pre: Tensor, m: int | Tensor, *, total: int | None = None, backend: str = "auto"
+) -> SparseCodes:
+    """The m_j tokens of each latent j with the largest relu(pre): feature choice.
+
+    Args:
+        pre: ``(*batch_shape, F)`` pre-activations. Differentiable; entries kept at 0 pass no gradient.
+        m: tokens per latent, an int or ``(F,)`` integers, ``0 <= m <= tokens``.
+        total: the sum of a tensor ``m``, where it is known: the host then reads nothing. On a CPU and under
+            ``SAE_CHECK=1`` it is compared with the sum.
+
+    Returns:
+        Codes with exactly ``total`` entries, ascending in (row, latent). Ties within a latent go to the lowest row.
+
+    Source: Ayonrinde 2024, arXiv:2411.02124 (feature choice). No code of the author's is public: that ReLU comes
+    before the ranking, and how ties are broken, are ours.
+    """
+    check.pre_activations(pre)
+    matrix = check.matrix(pre)
+    m, total = check.budgets(m, total, matrix)
+    backend = _backend_for(backend, pre)
+    values, indices, offsets = ops.feature_topm(matrix, m, total, backend)
+    return SparseCodes(values, indices, offsets, tuple(pre.shape[:-1]), pre.shape[-1])
+
+
+def feature_budgets(
+    density: Tensor, total: int, tokens: int, *, exponent: float = 1.0, shift: float = 0.0
+) -> Tensor:
+    """Budgets m (F,) int32 for :func:`feature_topm` that fall with the rank of a latent and sum up to ``total``.
+
+    ``m_j ~ 1 / (rank_j + shift)^exponent``, rank 1 for the largest ``density``, ties to the lower latent. No budget
+    passes ``tokens``: what would goes to the other ranks in proportion. Where ``total >= F`` every latent gets one
+    token at least; where it is less, the last ranks get none. Rounded by largest remainder.
+
+    Args:
+        density: ``(F,)``, how often each latent fires. Only its order counts.
+        total: the budget of the batch, ``0 <= total <= tokens * F``.
+        exponent: 1 is Zipf's law, 0 shares the budget out evenly.
+
+    Source: Zipf and uniform budgets are Ayonrinde's (2024, arXiv:2411.02124); the formula, the bounds and the rounding
+    are ours, since no code of the author's is public.
+    """
+    check.floating("density", density, dims=1)
+    for name, value in (("total", total), ("tokens", tokens)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if tokens < 0 or not 0 <= total <= tokens * density.shape[0]:
+        raise ValueError(
+            f"total must satisfy 0 <= total <= {tokens * density.shape[0]} (tokens * latents), got {total}"
+        )
+    check.budget_law(exponent, shift)
+    return ops.feature_budgets(density.detach(), total, tokens, float(exponent), float(shift))
+
+
+def zipf_shortfall(density: Tensor, k: float, *, exponent: float = 1.0, shift: float = 0.0) -> Tensor:
+    """How far each latent's density falls short of its share under Zipf's law, as a part of that share.
+
+    ``max(1 - density_j / share_j, 0)``, where the shares fall as ``1 / (rank_j + shift)^exponent``, none exceeds 1 and
+    their sum is ``k``: 1 for a latent that never fires, 0 for one that fires often enough. An unset density (-1) lacks
+    nothing.
+
+    Args:
+        density: ``(F,)``, the share of tokens on which each latent fires.
+        k: latents per token, int or float.
+
+    Returns:
+        ``(F,)`` in the dtype of ``density``.
+
+    Ours, after the idea of aux_zipf_loss: Ayonrinde 2024, arXiv:2411.02124.
+    """
+    check.floating("density", density, dims=1)
+    k = check.number_k(k, density.shape[0])
+    check.budget_law(exponent, shift)
+    return ops.zipf_shortfall(density.detach(), float(k), float(exponent), float(shift))
 
 
 def norm_match(
@@ -245,14 +325,52 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
     if b_dec is not None:
         check.floating("b_dec", b_dec, dims=1)
         check.shaped("b_dec", b_dec, W_dec.shape[1:], W_dec, why="d_out")
-    kind = codes.device.type
-    dtype = torch.promote_types(codes.values.dtype, W_dec.dtype)
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = _decoded_dtype(codes, W_dec)
     backend = _backend_for(backend, codes.values, W_dec)
     turned = _turned(codes, W_dec)
     out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *turned, backend)
     return out.view(*codes.batch_shape, W_dec.shape[1])
+
+
+def _decoded_dtype(codes: SparseCodes, W_dec: Tensor) -> torch.dtype:
+    """The autocast dtype if active, else what values and W_dec promote to."""
+    kind = codes.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.promote_types(codes.values.dtype, W_dec.dtype)
+
+
+def decode_prefixes(
+    codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, widths: Sequence[int], backend: str = "auto"
+) -> Tensor:
+    """Reconstructions from nested prefixes of the latents, in one pass over the codes.
+
+    ``out[..., i, :] = sum over entries with index < widths[i] of value * W_dec[index] (+ b_dec)``
+
+    Indices ascend within a row, so the latents between two widths are a run of the row's entries. The runs are decoded
+    as rows of their own, each decoder row read once, and summed up from prefix to prefix.
+
+    Args:
+        codes: over ``(*batch_shape, F)``; ``values`` differentiable.
+        W_dec, b_dec: as in :func:`decode`.
+        widths: ascending, the last F.
+
+    Returns:
+        ``(*batch_shape, len(widths), d_out)`` in the dtype of :func:`decode`; sums in fp32 or wider, rounded once.
+
+    Source: Bussmann et al. 2025, arXiv:2503.17547 (Matryoshka); the pass is ours.
+    """
+    if not isinstance(codes, SparseCodes):
+        raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
+    widths = check.widths(widths, codes.num_latents)
+    check.floating("W_dec", W_dec, dims=2)
+    dtype = _decoded_dtype(codes, W_dec)
+    wide = torch.promote_types(dtype, torch.float32)
+    runs = codes.split_latents(widths)
+    with torch.autocast(codes.device.type, enabled=False):
+        parts = decode(runs.replace(values=runs.values.to(wide)), W_dec, backend=backend)
+        out = parts.cumsum(-2)
+        return (out if b_dec is None else out + b_dec.to(wide)).to(dtype)
 
 
 def encode(
@@ -367,7 +485,9 @@ def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
 
 
 def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
-    """Moves ``threshold`` (), in place, towards ``smallest`` (): all the way while it is unset (-1), then by ``rate``.
+    """Moves ``threshold``, in place, towards ``smallest``: all the way while it is unset (-1), then by ``rate``.
+
+    Element by element, for any shape that both share: a threshold per latent, a running density.
 
     Does nothing where ``smallest`` is not finite, nor in the second run of a checkpointed forward.
     """

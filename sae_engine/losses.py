@@ -5,6 +5,11 @@ from torch import Tensor
 from . import _checks as check
 from . import functional
 from .codes import SparseCodes
+from .rules.losses import aux_zipf, gated, matryoshka, step_l0, tanh_l0, target_l0
+
+__all__ = [
+    "aux_zipf", "auxk", "fvu", "gated", "matryoshka", "mse", "norm_match", "step_l0", "tanh_l0", "target_l0",
+]
 
 
 def mse(x_hat: Tensor, x: Tensor) -> Tensor:

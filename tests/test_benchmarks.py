@@ -122,6 +122,7 @@ def test_traffic_by_hand():
     assert traffic.batch_topk(2, 10, 6, 2) == (40 + 12 + 24 + 24, 0)
     # targets 2 x 4, weight norms 10 x 4, `required` 8; scale, square, add of 20 elements
     assert traffic.norm_match(2, 10, 6, 2) == (40 + 8 + 40 + 60 + 8, 60)
+    assert traffic.feature_topm(2, 10, 6, 2) == (40 + 40 + 12 + 24 + 24, 0)
     assert traffic.threshold(2, 10, 6, 2) == (40 + 40 + 60 + 8, 0)
     # codes 6 x (4 + 4) + 24; 5 distinct rows and the bias of 7 fp32; 2 x 7 fp32 out; 6 x 7 multiply-adds and the bias
     assert traffic.decode(2, 10, 7, 6, 4, 4, distinct=5) == (72 + 6 * 28 + 56, 84 + 14)

@@ -25,6 +25,7 @@ def samples():
     yield "topk", (pre().T.contiguous().T.detach().requires_grad_(), None, None, 5, True, False)
     yield "batch_topk", (pre(), None, 11)
     yield "batch_topk", (pre(), mask, 11)
+    yield "feature_topm", (pre(), torch.arange(40) % 3, 39)
     yield "norm_match", (pre(), torch.rand(3) * 4, None, None)
     yield "norm_match", (pre(), torch.rand(3) * 4, torch.rand(40), 30)
     yield "threshold", (pre(), theta, None, None)
@@ -59,17 +60,19 @@ def test_every_operator_is_sampled():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("sae_engine::")
     }
-    assert registered == {name for name, _ in samples()} | {"move_threshold"}
+    assert registered == {name for name, _ in samples()} | {"feature_budgets", "move_threshold", "zipf_shortfall"}
 
 
-def test_opcheck_of_the_operator_that_has_no_back_end():
+def test_opcheck_of_the_operators_that_have_no_back_end():
     for threshold in (-1.0, 0.5):
         args = (torch.tensor(threshold, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64), 0.1)
         torch.library.opcheck(ops.move_threshold.default, args)
+    torch.library.opcheck(ops.feature_budgets.default, (torch.rand(40), 90, 5, 1.0, 0.5))
+    torch.library.opcheck(ops.zipf_shortfall.default, (torch.rand(40), 2.5, 1.0, 0.5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("number", range(21), ids=lambda n: f"{n}-{list(samples())[n][0]}")
+@pytest.mark.parametrize("number", range(22), ids=lambda n: f"{n}-{list(samples())[n][0]}")
 def test_opcheck(number, backend):
     name, args = list(samples())[number]
     torch.library.opcheck(getattr(ops, name).default, (*args, backend))
@@ -78,7 +81,9 @@ def test_opcheck(number, backend):
 FUNCTIONS = {
     "topk": lambda p: f.topk(p, 4), "topk_masked": lambda p: f.topk(p, 4, mask=torch.arange(p.shape[-1]) % 2 == 0),
     "topk_sorted": lambda p: f.topk(p, 4, sorted=True), "abs_topk": lambda p: f.topk(p, 4, magnitude=True),
-    "batch_topk": lambda p: f.batch_topk(p, 2.5), "norm_match": lambda p: f.norm_match(p, p.norm(dim=-1) * 0.5),
+    "batch_topk": lambda p: f.batch_topk(p, 2.5),
+    "feature_topm": lambda p: f.feature_topm(p, torch.arange(p.shape[-1]) % 3, total=p.shape[-1]),
+    "norm_match": lambda p: f.norm_match(p, p.norm(dim=-1) * 0.5),
     "norm_match_capacity": lambda p: f.norm_match(p, p.norm(dim=-1) * 0.5, capacity=90),
     "threshold": lambda p: f.threshold(p, 0.5), "threshold_window": lambda p: f.threshold(p, 0.5, bandwidth=0.2),
 }  # fmt: skip
@@ -187,7 +192,7 @@ def test_a_device_that_is_not_the_current_one():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["topk", "batch_topk", "norm_match_capacity"])
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "feature_topm", "norm_match_capacity"])
 def test_cuda_graph(name):
     pre, weight = torch.randn(64, 4096, device="cuda"), torch.randn(4096, 64, device="cuda")
 

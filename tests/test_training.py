@@ -462,13 +462,18 @@ def test_compute_dtype():
 
 @pytest.mark.parametrize("aux", ["none", "all"])
 @pytest.mark.parametrize("kind", ["normal", "ties"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, "FeatureChoice", "FeatureChoice, uniform", "FeatureChoice, mutual first"])
 def test_chunked_equals_unchunked(rule, kind, aux):
     """Small integers and halves: products are exact, so that pre-activations do not depend on the chunk's size."""
     objectives = AUX[aux] if rule in ("TopK", "AbsTopK", "BatchTopK") or aux == "none" else (AuxK(5), AFA())
+    rules = {
+        **RULES, "FeatureChoice": lambda: se.FeatureChoice(F, 3.5),
+        "FeatureChoice, uniform": lambda: se.FeatureChoice(F, 3.5, budgets="uniform"),
+        "FeatureChoice, mutual first": lambda: se.FeatureChoice(F, 3.5, mutual_steps=1),
+    }  # fmt: skip
     results = []
     for rows in (B, 1, 4):
-        sae = make(RULES[rule](), dtype=torch.float32)
+        sae = make(rules[rule](), dtype=torch.float32)
         with torch.no_grad():
             for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
                 p.copy_(torch.randint(-1 if kind == "ties" else -40, 2 if kind == "ties" else 41, p.shape) / 2)

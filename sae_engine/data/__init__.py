@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .activations import SITES, read_activations, stream_activations
+    from .gradients import read_gradients
     from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
     from .store import ActivationStore, collect_activations
     from .text import HELD_OUT_MODULES, evaluation_text, iter_text_files, stdlib_texts
@@ -23,6 +24,7 @@ __all__ = [
     "iter_text_files",
     "load_language_model",
     "read_activations",
+    "read_gradients",
     "stdlib_texts",
     "stream_activations",
     "weights_sha256",
@@ -30,6 +32,7 @@ __all__ = [
 
 _MODULES = {
     "activations": {"SITES", "read_activations", "stream_activations"},
+    "gradients": {"read_gradients"},
     "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
     "store": {"ActivationStore", "collect_activations"},
     "text": {"HELD_OUT_MODULES", "evaluation_text", "iter_text_files", "stdlib_texts"},

@@ -1,6 +1,6 @@
 """One whole training step, sparse from end to end: see :class:`TrainStep`."""
 from .dead import DeadLatents
-from .objectives import AFA, AuxK, MultiTopK
+from .objectives import AFA, AuxK, AuxZipf, MultiTopK
 from .step import TrainStep
 
-__all__ = ["AFA", "AuxK", "DeadLatents", "MultiTopK", "TrainStep"]
+__all__ = ["AFA", "AuxK", "AuxZipf", "DeadLatents", "MultiTopK", "TrainStep"]

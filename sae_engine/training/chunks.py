@@ -58,12 +58,13 @@ class PreActivations:
 class Parts:
     """What one rule keeps of a batch of ``rows`` tokens, chunk by chunk.
 
-    A rule of scope "row" keeps of each chunk what it keeps of the batch. One of scope "batch" names candidates
-    (``Activation.candidates``); of those seen so far the first under (value descending, flat index ascending) stay.
+    A rule of scope "row" keeps of each chunk what it keeps of the batch. Others name candidates
+    (``Activation.candidates``); of those seen so far the first under (value descending, flat index ascending) stay, of
+    the whole batch or of each latent.
     """
 
-    def __init__(self, rule: Activation, rows: int, backend: str) -> None:
-        self.rule, self.rows, self.backend = rule, rows, backend
+    def __init__(self, rule: Activation, rows: int, num_latents: int, backend: str) -> None:
+        self.rule, self.rows, self.num_latents, self.backend = rule, rows, num_latents, backend
         self.wants_entries = rule.entry_values is not None and not has_gate(rule)
         self.codes: list[SparseCodes] = []
         self.entries: list[Tensor] = []
@@ -93,10 +94,12 @@ class Parts:
         if self.running is not None:
             values, flat = torch.cat([self.running[0], values]), torch.cat([self.running[1], flat])
             entries = _both(self.running[2], entries)
-        total = min(self.rule.total(self.rows), values.shape[0])
-        values, kept, _ = _passes.largest(values[None], total, self.backend)
-        kept = kept.long()
-        self.running = values, flat[kept], None if entries is None else entries[kept]
+        if self.rule.scope == "latent":
+            kept = _passes.first_of_latents(values, flat % self.num_latents, self.rule.latent_budgets(self.rows))
+        else:
+            total = min(self.rule.total(self.rows), values.shape[0])
+            kept = _passes.largest(values[None], total, self.backend)[1].long()
+        self.running = values[kept], flat[kept], None if entries is None else entries[kept]
 
     def _needs_whole(self, pre: Tensor) -> RuntimeError:
         needed = self.rows * pre.shape[1] * pre.element_size()
@@ -105,10 +108,10 @@ class Parts:
             f"raise memory_budget to that, or use smaller batches"
         )
 
-    def merged(self, num_latents: int) -> tuple[SparseCodes, Tensor | None]:
+    def merged(self) -> tuple[SparseCodes, Tensor | None]:
         """The codes of the batch, and the pre-activations at them where the rule's values have their own derivative."""
         if self.running is not None:
-            values, flat, entries = self.running
+            (values, flat, entries), num_latents = self.running, self.num_latents
             bounds = torch.arange(self.rows + 1, device=flat.device) * num_latents
             offsets = torch.searchsorted(flat, bounds)
             return SparseCodes(values, (flat % num_latents).int(), offsets, (self.rows,), num_latents), entries

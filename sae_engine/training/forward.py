@@ -65,7 +65,7 @@ class Forward:
         contexts = [{name: given[name] for name in rule.context_keys & given.keys()} for rule in rules]
         for name in context.keys() - frozenset().union(*(rule.context_keys for rule in rules)):
             raise TypeError(f"no rule of this step takes {name}")
-        parts = [Parts(rule, self.tokens, self.backend) for rule in rules]
+        parts = [Parts(rule, self.tokens, self.sae.d_sae, self.backend) for rule in rules]
         pre = None
         for start in range(0, self.tokens, chunk_rows):
             chunk = slice(start, min(start + chunk_rows, self.tokens))
@@ -74,7 +74,7 @@ class Forward:
             for whole, part in zip(contexts, parts, strict=True):
                 part.add(pre, start, {name: t[chunk] if name in PER_TOKEN else t for name, t in whole.items()})
         for rule, whole, part in zip(rules, contexts, parts, strict=True):
-            codes, entries = part.merged(self.sae.d_sae)
+            codes, entries = part.merged()
             values = codes.values
             if self.norms is not None:
                 values = (values / self.norms_at(codes)).to(values.dtype)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .. import _passes
+from .. import _passes, functional
 from ..activations import Activation, AuxTopK
 from ..autoencoder import SparseAutoencoder
+from ..rules import AuxZipfTopK, RunningDensity
 from .forward import Forward
 
 
@@ -107,6 +108,10 @@ class AuxK(Objective):
         """Entries of each token where enough latents are dead."""
         return min(max(sae.d_in // 2, 1) if self.k is None else self.k, sae.d_sae)
 
+    def number_of_dead(self, forward: Forward, number: int) -> Tensor:
+        """() on the device."""
+        return forward.dead.sum()
+
     def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
         return AuxTopK(min(self.wanted(sae), dead_at_most), relu=self.relu) if dead_at_most else None
 
@@ -114,7 +119,7 @@ class AuxK(Objective):
         left = forward.target - forward.reconstruct(0)
         if forward.info.std is not None:
             left = left / forward.info.std
-        dead = forward.dead.sum()
+        dead = self.number_of_dead(forward, number)
         weight = self.coefficient * (dead > 0).to(left.dtype)
         if self.scale_by_dead:
             weight = weight * (dead / self.wanted(forward.sae)).clamp(max=1)
@@ -124,6 +129,54 @@ class AuxK(Objective):
         error = forward.decode(number).sub_(left)
         loss = weight * error.square().sum() / forward.tokens
         return loss, Pull(number, decoded=error.mul_(2 / forward.tokens * weight))
+
+
+@dataclass(frozen=True)
+class AuxZipf(AuxK):
+    """AuxK for dead and under-used latents: each reconstructs the residual as far as it falls short of Zipf's law.
+
+    The k entries of each token that rank first by ``shortfall * pre``, with values ``shortfall * relu(pre)``
+    (:class:`AuxZipfTopK`), where :class:`AuxK` has 1 for dead latents and 0 for others; it is the same where only those
+    fall short. ``scale_by_dead`` takes the sum of the shortfalls for the number of dead latents.
+
+    Args:
+        density: running densities, from which the shortfall of each step follows; updated by it, saved by the caller.
+            None: those of :class:`FeatureChoice`.
+        latents: per token, that the shares sum up to; default the rule's own k.
+        exponent, shift: of Zipf's law: ``1 / (rank + shift)^exponent``.
+
+    After the abstract of Ayonrinde 2024, arXiv:2411.02124, which names aux_zipf_loss; the formula is ours.
+    """
+
+    density: RunningDensity | None = None
+    latents: float | None = None
+    exponent: float = 1.0
+    shift: float = 0.0
+    name = "aux_zipf"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.budget_law(self.exponent, self.shift)
+        if self.latents is not None:
+            check.number_k(self.latents, name="latents")
+        if self.density is not None and not isinstance(self.density, RunningDensity):
+            raise TypeError(f"density must be a RunningDensity or None, got {self.density!r}")
+
+    def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
+        density = getattr(sae.activation if self.density is None else self.density, "density", None)
+        latents = getattr(sae.activation, "k", None) if self.latents is None else self.latents
+        if density is None or latents is None:
+            missing = "density" if density is None else "latents"
+            raise TypeError(f"AuxZipf needs {missing}, which {type(sae.activation).__name__} does not have")
+        short = functional.zipf_shortfall(density, latents, exponent=self.exponent, shift=self.shift)
+        return AuxZipfTopK(self.wanted(sae), relu=self.relu, shortfall=short)
+
+    def number_of_dead(self, forward: Forward, number: int) -> Tensor:
+        if self.density is not None:
+            self.density.update(forward.kept[0].codes)  # for the next step
+        rule = forward.kept[number].rule
+        assert isinstance(rule, AuxZipfTopK) and rule.shortfall is not None
+        return rule.shortfall.sum().to(forward.wide)
 
 
 @dataclass(frozen=True)

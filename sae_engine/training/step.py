@@ -124,7 +124,7 @@ class TrainStep:
         Args:
             x: ``(*batch_shape, d_in)``.
             target: ``(*batch_shape, d_out)``, what to reconstruct; default ``x``.
-            context: what the rule needs and the autoencoder does not know.
+            context: what the rule needs and the autoencoder does not know, as in :meth:`SparseAutoencoder.encode`.
 
         Returns:
             Scalars on the device, none of them waited for: ``loss``, and its summands by name (``mse``, ``auxk``, …);
@@ -181,6 +181,9 @@ class TrainStep:
         sae, weights = self.sae, self._copies.current()
         wide = torch.promote_types(self.compute_dtype, torch.float32)
         seen, info = sae._normalized(x)
+        if "gradient" in context:
+            gradient = check.matrix(check.floating("gradient", context.pop("gradient")))
+            context["attribution"] = sae._attribution(gradient, seen, info)
         forward = Forward(
             sae=sae, weights=weights, norms=sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None,
             x=seen, target=target.to(wide), info=info, dead=self.dead.mask, buffer=self._pre_activations,

@@ -1,0 +1,39 @@
+"""How often latents fire."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .. import functional
+from ..codes import SparseCodes
+
+
+def fired_share(codes: SparseCodes) -> Tensor:
+    """(F,) float64: the share of rows in which each latent's value is not 0. Sums of ones, exact in any order."""
+    fired = (codes.values.detach() != 0).double()
+    counts = fired.new_zeros(codes.num_latents).scatter_add_(0, codes.indices.long(), fired)
+    return counts / codes.rows
+
+
+class RunningDensity(nn.Module):
+    """The share of tokens on which each latent fires, as a running mean over batches.
+
+    ``density`` (d_sae,) float64 is -1 while unset; the first :meth:`update` sets it, later ones move it by ``rate``.
+    """
+
+    density: Tensor
+
+    def __init__(self, d_sae: int, *, rate: float = 0.01, device=None) -> None:
+        super().__init__()
+        if check.positive("rate", rate) > 1:
+            raise ValueError(f"rate must satisfy 0 < rate <= 1, got {rate}")
+        self.rate = rate
+        d_sae = check.integer_k(d_sae, name="d_sae")
+        self.register_buffer("density", torch.full((d_sae,), -1.0, dtype=torch.float64, device=device))
+
+    @torch.no_grad()
+    def update(self, codes: SparseCodes) -> None:
+        """With what a batch kept; an empty one changes nothing."""
+        if codes.rows:
+            functional.move_threshold(self.density, fired_share(codes), self.rate)

@@ -1,0 +1,151 @@
+"""Feature Choice: every latent chooses its tokens."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional
+from ..activations import BatchTopK, _above, _apply_but, kept_values
+from ..codes import SparseCodes
+from .density import fired_share
+
+BUDGETS = ("zipf", "uniform")
+INFERENCE = ("latent", "global")
+
+
+class FeatureChoice(BatchTopK):
+    """Each latent keeps its m_j strongest tokens of the batch, ``int(k * tokens)`` in all; thresholds afterwards.
+
+    In ``.train()`` the budgets m_j follow the rank of each latent's running density
+    (:func:`functional.feature_budgets`); equal densities rank by index, so that a run which starts here and not with
+    Mutual Choice starts from that order. For the first ``mutual_steps`` training forwards the rule is Mutual Choice,
+    from which the densities then come. A forward under ``torch.compile`` cannot count them: there,
+    :meth:`end_mutual_choice` ends the phase.
+
+    Each training forward under grad moves ``threshold`` () towards the smallest positive value kept at all, each
+    latent's ``latent_threshold`` (d_sae,) towards the smallest that it kept, and ``density`` (d_sae,) towards the share
+    of tokens on which it fired. ``.eval()`` keeps what exceeds the thresholds. All are saved with the module, in
+    float64, -1 while unset; a latent that never fired takes the global threshold.
+
+    Args:
+        d_sae: number of latents.
+        k: average entries per token, int or float.
+        budgets: ``"zipf"``, shares that fall as ``1 / (rank + shift)^exponent``, or ``"uniform"``.
+        exponent, shift: of Zipf's law.
+        mutual_steps: training forwards under the batch's common budget before latents choose.
+        inference: ``"latent"``: a threshold per latent in eval; ``"global"``: one for all.
+        density_lr, threshold_lr: weight of the newest batch in the running means.
+
+    Ayonrinde 2024, arXiv:2411.02124. No code of the author's is public: the formula of the budgets, their rounding,
+    the running densities and the thresholds are ours.
+    """
+
+    latent_threshold: Tensor
+    density: Tensor
+    entry_values = kept_values
+
+    def __init__(
+        self, d_sae: int, k: float, *, budgets: str = "zipf", exponent: float = 1.0, shift: float = 0.0,
+        mutual_steps: int = 0, inference: str = "latent", density_lr: float = 0.01, threshold_lr: float = 0.01,
+        device=None,
+    ) -> None:  # fmt: skip
+        super().__init__(k, threshold_lr=threshold_lr)
+        self.d_sae = check.integer_k(d_sae, name="d_sae")
+        check.number_k(k, d_sae)
+        check.budget_law(exponent, shift)
+        for name, value, known in (("budgets", budgets, BUDGETS), ("inference", inference, INFERENCE)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if check.positive("density_lr", density_lr) > 1:
+            raise ValueError(f"density_lr must satisfy 0 < density_lr <= 1, got {density_lr}")
+        self.budgets, self.exponent, self.shift, self.inference = budgets, exponent, shift, inference
+        self.mutual_steps = check.count("mutual_steps", mutual_steps)
+        self.density_lr = density_lr
+        for name in ("latent_threshold", "density"):
+            self.register_buffer(name, torch.full((d_sae,), -1.0, dtype=torch.float64, device=device))
+        self.threshold = self.threshold.to(device)
+        self._exact = ("threshold", "latent_threshold", "density")
+        self._count_forwards()
+        self.forwards = self.forwards.to(device)
+        self._counted = 0  # the host's copy of `forwards`
+
+    @property
+    def phase(self) -> str:
+        """``"mutual"`` or ``"feature"``: which choice the next training forward makes."""
+        return "mutual" if self._counted < self.mutual_steps else "feature"
+
+    def end_mutual_choice(self) -> None:
+        """From the next training forward on, latents choose."""
+        self._counted = max(self._counted, self.mutual_steps)
+        self.forwards.fill_(self._counted)
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        self._check_width(pre)
+        if self.training and self.phase == "mutual":
+            return functional.batch_topk(pre, self.k, backend=backend)
+        if self.training:
+            tokens = pre.shape[:-1].numel()
+            return functional.feature_topm(pre, self.latent_budgets(tokens), total=self.total(tokens), backend=backend)
+        self._require_threshold()
+        return functional.threshold(pre, self.inference_threshold(), backend=backend)
+
+    @property
+    def scope(self) -> str:
+        """What competes in the next training forward."""
+        return "batch" if self.phase == "mutual" else "latent"
+
+    def latent_budgets(self, tokens: int) -> Tensor:
+        """(d_sae,) int32: tokens that each latent keeps of a training batch."""
+        exponent = 0.0 if self.budgets == "uniform" else self.exponent
+        total = self.total(tokens)
+        return functional.feature_budgets(self.density, total, tokens, exponent=exponent, shift=self.shift)
+
+    def candidates(self, pre: Tensor, tokens: int, *, backend: str = "auto") -> SparseCodes:
+        """As :meth:`BatchTopK.candidates`; where latents choose, the host reads how many there are."""
+        if self.phase == "mutual":
+            return super().candidates(pre, tokens, backend=backend)
+        most = self.latent_budgets(tokens).clamp(max=pre.shape[:-1].numel())
+        return functional.feature_topm(pre, most, backend=backend)
+
+    def _dense(self, pre: Tensor) -> Tensor:
+        if self.training:
+            return super()._dense(pre)
+        self._check_width(pre)
+        self._require_threshold()
+        return _above(pre, self.inference_threshold())
+
+    def inference_threshold(self) -> Tensor:
+        """What ``.eval()`` compares with: () or (d_sae,) float64."""
+        if self.inference == "global":
+            return self.threshold
+        return torch.where(self.latent_threshold < 0, self.threshold, self.latent_threshold)
+
+    def update(self, codes: SparseCodes) -> None:
+        if not (self.training and torch.is_grad_enabled() and codes.rows):
+            return
+        super().update(codes)
+        with torch.no_grad():
+            values, latents = codes.values.detach().double(), codes.indices.long()
+            smallest = torch.full_like(self.latent_threshold, torch.inf)
+            smallest.scatter_reduce_(0, latents, torch.where(values > 0, values, torch.inf), "amin")
+            functional.move_threshold(self.latent_threshold, smallest, self.threshold_lr)
+            functional.move_threshold(self.density, fired_share(codes), self.density_lr)
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:  # no checkpoint's second run
+            self._counted += 1
+
+    def _check_width(self, pre: Tensor) -> None:
+        check.pre_activations(pre)
+        if pre.shape[-1] != self.d_sae:
+            raise ValueError(f"pre must have d_sae = {self.d_sae} latents, got shape {tuple(pre.shape)}")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        if f"{prefix}forwards" in state_dict:
+            self._counted = int(state_dict[f"{prefix}forwards"])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn, recurse: bool = True):
+        return _apply_but(self._exact, self, super()._apply, fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"d_sae={self.d_sae}, k={self.k}, budgets={self.budgets!r}, mutual_steps={self.mutual_steps}"

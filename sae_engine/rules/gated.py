@@ -1,0 +1,88 @@
+"""Gated: one set of directions decides what fires, rescaled ones say how strongly."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .. import functional
+from ..activations import Activation, _apply_but, _captured_size
+from ..codes import SparseCodes
+
+
+class Gated(Activation):
+    """Keeps ``relu(exp(r_mag) * pre + b_mag)`` where ``pre + b_gate > 0``.
+
+    ``pre`` is ``(x - b_dec) @ W_enc``: an autoencoder's ``b_enc`` stays 0, ``b_gate``, ``b_mag`` and ``r_mag`` (d_sae,)
+    take its place, named as SAELens does. Comparisons and sums are made in fp32 or wider. NaN is kept.
+
+    The gate itself gets no gradient from the reconstruction. :attr:`gate` is the rule ``relu(pre + b_gate)`` that
+    :func:`losses.gated` trains it with, out of the same matrix product:
+    ``codes, gate = sae.encode(x, select=[sae.activation, sae.activation.gate])``.
+
+    Rajamanoharan et al. 2024, arXiv:2404.16014.
+    """
+
+    b_gate: Tensor
+    b_mag: Tensor
+    r_mag: Tensor
+    encoder_bias = False
+
+    def __init__(self, d_sae: int, *, device=None) -> None:
+        super().__init__()
+        self.d_sae = check.integer_k(d_sae, name="d_sae")
+        for name in ("b_gate", "b_mag", "r_mag"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(d_sae, dtype=torch.float32, device=device)))
+
+    @property
+    def gate(self) -> GateOf:
+        """The rule whose codes are ``relu(pre + b_gate)``; its parameter is this module's."""
+        return GateOf(self)
+
+    def _dense(self, pre: Tensor) -> Tensor:
+        self._check_width(pre)
+        wide = pre.to(torch.promote_types(pre.dtype, torch.float32))
+        kept = (wide > -self.b_gate.detach()) | wide.isnan()
+        return torch.where(kept, (wide * self.r_mag.exp() + self.b_mag).relu(), 0.0).to(pre.dtype)
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        codes = self._open(pre, backend)
+        return codes.replace(values=self.entry_values(codes.values, codes))
+
+    def _open(self, pre: Tensor, backend: str) -> SparseCodes:
+        """The pre-activations of open gates; ``pre > -b_gate`` says the same as ``pre + b_gate > 0``."""
+        self._check_width(pre)
+        return functional.threshold(pre, -self.b_gate.detach(), capacity=_captured_size(pre), backend=backend)
+
+    def _check_width(self, pre: Tensor) -> None:
+        check.pre_activations(pre)
+        if pre.shape[-1] != self.d_sae:
+            raise ValueError(f"pre must have d_sae = {self.d_sae} latents, got shape {tuple(pre.shape)}")
+
+    def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
+        scale, shift = (functional.at_latents(p, codes) for p in (self.r_mag.exp(), self.b_mag))
+        return (pre.to(torch.promote_types(pre.dtype, scale.dtype)) * scale + shift).relu().to(pre.dtype)
+
+    def _apply(self, fn, recurse: bool = True):
+        return _apply_but(("b_gate", "b_mag", "r_mag"), self, super()._apply, fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"d_sae={self.d_sae}"
+
+
+class GateOf(Activation):
+    """``relu(pre + b_gate)`` of a :class:`Gated` rule."""
+
+    encoder_bias = False
+
+    def __init__(self, gated: Gated) -> None:
+        super().__init__()
+        self._gated = (gated,)  # in a tuple: its parameters are not this module's to count
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        codes = self._gated[0]._open(pre, backend)
+        return codes.replace(values=self.entry_values(codes.values, codes))
+
+    def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
+        shift = functional.at_latents(self._gated[0].b_gate, codes)
+        return (pre.to(torch.promote_types(pre.dtype, shift.dtype)) + shift).to(pre.dtype)

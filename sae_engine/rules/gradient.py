@@ -1,0 +1,39 @@
+"""Gradient TopK: latents are ranked by what they matter to the language model's loss."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional
+from ..activations import TopK, kept_values
+from ..codes import SparseCodes
+
+
+class GradientTopK(TopK):
+    """k entries of each token that rank first by ``pre * (1 + beta * |attribution|)``, then ReLU; values stay ``pre``.
+
+    Context: ``attribution`` (*batch_shape, F), what the loss changes by per unit of each latent, ``g @ W_dec.T`` with g
+    the gradient of the language model's loss with respect to the input. ``SparseAutoencoder`` computes it:
+    ``sae(x, gradient=g)``, with g from :func:`sae_engine.data.read_gradients`. A constant for autograd.
+
+    Olmo et al. 2024, arXiv:2411.10397 (g-SAE). The form of the score is ours.
+    """
+
+    context_keys = frozenset({"attribution"})
+    entry_values = kept_values
+
+    def __init__(self, k: int, *, beta: float = 1.0) -> None:
+        super().__init__(k)
+        self.beta = check.positive("beta", beta)
+
+    def _select(self, pre: Tensor, backend: str, *, attribution: Tensor) -> SparseCodes:
+        check.pre_activations(pre)
+        check.floating("attribution", attribution)
+        check.shaped("attribution", attribution, pre.shape, pre, why="that of pre")
+        wide = torch.promote_types(pre.dtype, torch.float32)
+        score = pre.detach().to(wide) * (1 + self.beta * attribution.detach().to(wide).abs())
+        return functional.topk(pre, self.k, score=score, backend=backend)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, beta={self.beta}"

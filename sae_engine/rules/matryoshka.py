@@ -1,0 +1,40 @@
+"""Matryoshka: one selection, reconstructions from nested prefixes of the latents."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import _checks as check
+from ..activations import BatchTopK, kept_values
+from ..codes import SparseCodes
+
+
+class MatryoshkaBatchTopK(BatchTopK):
+    """:class:`BatchTopK` over all latents, to be trained with :func:`losses.matryoshka` over nested prefixes of them.
+
+    Selection, threshold and eval are BatchTopK's; ``widths`` say which prefixes also have to reconstruct the input.
+
+    Args:
+        k: average entries per token, int or float.
+        widths: latents of each prefix, ascending; the last is the number of latents.
+        options: of :class:`BatchTopK`.
+
+    Bussmann et al. 2025, arXiv:2503.17547.
+    """
+
+    entry_values = kept_values
+    candidates = BatchTopK.candidates
+
+    def __init__(self, k: float, widths: Sequence[int], **options) -> None:
+        super().__init__(k, **options)
+        self.widths = check.widths(widths)
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        check.pre_activations(pre)
+        if self.widths[-1] != pre.shape[-1]:
+            raise ValueError(f"widths must end with the number of latents {pre.shape[-1]}, got {self.widths}")
+        return super()._select(pre, backend)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, widths={self.widths}"

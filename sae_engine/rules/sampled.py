@@ -1,0 +1,77 @@
+"""Sampled TopK: a batch rule among the latents that the batch uses most."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional
+from ..activations import BatchTopK, kept_values
+from ..codes import SparseCodes
+
+SCORES = ("l2", "entropy")
+CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary
+
+
+class SampledTopK(BatchTopK):
+    """``int(k * tokens)`` entries of the batch among its ``ceil(k * pool)`` best latents; a threshold afterwards.
+
+    A latent's score over the batch is the L2 norm of its activations relu(pre), or the entropy of their distribution
+    over the tokens (0 where it does not fire), in fp32; ties go to the lowest latent. ``pool >= F / k`` is BatchTopK;
+    ``pool = 1`` keeps every positive of k latents that serve the whole batch. ``.eval()`` has no batch to pool over: it
+    keeps ``pre > threshold`` among all latents, as :class:`BatchTopK` does.
+
+    Args:
+        k: average entries per token, int or float.
+        pool: latents in the pool, in units of k; at least 1.
+        score: ``"l2"`` or ``"entropy"``.
+        options: of :class:`BatchTopK`; ``group`` is not among them.
+
+    Oozeer et al. 2025, arXiv:2508.21324 (Sampled-SAE), from its abstract: that high entropy ranks first, the rounding
+    of the pool and the rule in eval are ours.
+    """
+
+    scope = "latent"
+    entry_values = kept_values
+
+    def __init__(self, k: float, *, pool: float = 4.0, score: str = "l2", **options) -> None:
+        if "group" in options:
+            raise TypeError("SampledTopK takes no group: each process pools its own latents")
+        super().__init__(k, **options)
+        if check.positive("pool", pool) < 1:
+            raise ValueError(f"pool must be at least 1, got {pool}")
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {SCORES}, got {score!r}")
+        self.pool, self.score = pool, score
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        if not self.training:
+            return super()._select(pre, backend)
+        check.pre_activations(pre)
+        check.number_k(self.k, pre.shape[-1])
+        size = math.ceil(self.k * self.pool)
+        if size >= pre.shape[-1]:
+            return functional.batch_topk(pre, self.k, backend=backend)
+        score = column_score(check.matrix(pre.detach()), self.score)
+        best = functional.topk(score[None], size, relu=False, backend=backend).indices.long()
+        mask = torch.zeros(pre.shape[-1], dtype=torch.bool, device=pre.device).index_fill(0, best, True)
+        return functional.batch_topk(pre, self.k, mask=mask, backend=backend)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, pool={self.pool}, score={self.score!r}"
+
+
+def column_score(pre: Tensor, kind: str) -> Tensor:
+    """(F,) of each latent's relu(pre) over the rows of (rows, F): its norm, or the entropy of its distribution."""
+    wide = torch.promote_types(pre.dtype, torch.float32)
+    sums = [pre.new_zeros(pre.shape[1], dtype=wide) for _ in range(2)]
+    for chunk in pre.split(max(CHUNK_ELEMENTS // pre.shape[1], 1)):
+        kept = chunk.to(wide).relu()
+        sums[0] += kept.square().sum(0) if kind == "l2" else kept.sum(0)
+        if kind == "entropy":  # H = log(sum a) - sum(a log a) / sum(a)
+            sums[1] += torch.special.xlogy(kept, kept).sum(0)
+    if kind == "l2":
+        return sums[0].sqrt()
+    return torch.where(sums[0] == 0, 0.0, sums[0].log() - sums[1] / sums[0])

@@ -1,0 +1,49 @@
+"""Statistical top-k: about k entries of each row, from its mean and standard deviation."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional
+from ..activations import Activation, _captured_size
+from ..codes import SparseCodes
+
+
+class StatisticalTopK(Activation):
+    """``relu(pre - theta)`` with ``theta = mean + std * Q(1 - k / F)`` of each row, Q the normal quantile.
+
+    As many entries as exceed theta are kept, about k where a row is normal; values are shrunk by theta. Linear time, no
+    ranking. The gradient flows through mean and standard deviation (population), so it is dense. A row that holds NaN
+    or an infinity is NaN throughout. Serves MLP activations as well.
+
+    Args:
+        k: entries aimed at, int or float, ``0 < k < F``.
+
+    You et al. 2025, arXiv:2506.06644 (Spark Transformer).
+    """
+
+    def __init__(self, k: float) -> None:
+        super().__init__()
+        self.k = check.number_k(k)
+
+    def _dense(self, pre: Tensor) -> Tensor:
+        return self._shifted(pre).relu()
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        return functional.threshold(self._shifted(pre), 0.0, capacity=_captured_size(pre), backend=backend)
+
+    def _shifted(self, pre: Tensor) -> Tensor:
+        """pre - theta, computed in fp32 or wider, in the dtype of pre."""
+        check.pre_activations(pre)
+        if not self.k < pre.shape[-1]:
+            raise ValueError(f"k must satisfy 0 < k < {pre.shape[-1]} (the number of latents), got {self.k}")
+        wide = pre.to(torch.promote_types(pre.dtype, torch.float32))
+        mean = wide.mean(-1, keepdim=True)
+        variance = (wide - mean).square().mean(-1, keepdim=True)
+        std = variance.clamp(min=torch.finfo(wide.dtype).tiny).sqrt()  # the root's slope at 0 is infinite
+        share = torch.full((), 1 - self.k / pre.shape[-1], dtype=torch.float64, device=pre.device)
+        return (wide - (mean + std * torch.special.ndtri(share).to(wide.dtype))).to(pre.dtype)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
