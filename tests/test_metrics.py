@@ -641,3 +641,97 @@ def test_evaluation_restores_the_mode_and_refuses(lm):
             evaluate(arguments.pop("sae"), arguments.pop("lm"), arguments.pop("texts"), **arguments)
     with pytest.raises(ValueError, match="rise"):
         ppl_sparsity(good, lm, evaluation_text(), layer=2, rise=0)
+
+
+# --- beside SAELens' own evaluation --------------------------------------------------------------------------------
+
+
+@pytest.mark.interop
+@pytest.mark.no_poison  # SAELens makes its modules with torch.empty
+@pytest.mark.parametrize("rule", ["relu", "topk", "jumprelu"])
+@pytest.mark.parametrize("first_too", [True, False])
+@pytest.mark.filterwarnings("default")
+def test_saelens_measures_the_same(lm, tmp_path, rule, first_too):
+    """The same autoencoder, model and contexts: every number that both report, under the names that each gives it."""
+    evals = pytest.importorskip("sae_lens.evals", reason="the comparison needs sae-lens")
+    from sae_lens import SAE
+    from sae_lens.load_model import HookedProxyLM
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    torch.manual_seed(4)
+    activation = {"relu": se.ReLU(), "topk": se.TopK(8), "jumprelu": se.JumpReLU(512, threshold=0.5)}[rule]
+    ours = se.SparseAutoencoder(256, 512, activation)
+    with torch.no_grad():
+        ours.b_dec.normal_()
+        ours.b_enc.normal_(std=0.1)
+    ours.save_pretrained(tmp_path)
+    theirs = SAE.load_from_disk(tmp_path)
+    hook = theirs.cfg.metadata.hook_name = "transformer.h.1"  # what leaves block 1
+
+    text = evaluation_text()[0]  # one document, so that the beginning of the context is the only special token
+    every = next(context_batches(lm, [text], 128, 6))
+
+    class Store:
+        context_size, store_batch_size_prompts, given = 128, 3, 0
+
+        def reset_input_dataset(self):
+            self.given = 0
+
+        def get_batch_tokens(self, count):
+            self.given += count
+            return every[self.given - count : self.given]
+
+    config = evals.get_eval_everything_config(
+        batch_size_prompts=3, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2
+    )
+    model = HookedProxyLM(lm.model, lm.tokenizer, hook_names=[hook])
+    special = [] if first_too else [lm.tokenizer.bos_token_id]
+    expected, per_latent = evals.run_evals(
+        theirs, Store(), model, ActivationScaler(), config, exclude_special_tokens=special
+    )
+    found = evaluate(
+        ours, lm, [text], layer=1, site="resid_post", context_length=128, batch_size=3, drop_first=not first_too,
+        max_tokens=6 * (127 + first_too),
+    )  # fmt: skip
+    quality, shrinkage = expected["reconstruction_quality"], expected["shrinkage"]
+    performance, behaviour = expected["model_performance_preservation"], expected["model_behavior_preservation"]
+    reconstruction, language = found["reconstruction"], found["language"]
+    pairs = {
+        "mse": (reconstruction["squared_error"], quality["mse"]),
+        "explained_variance": (reconstruction["explained_variance"], quality["explained_variance"]),
+        "cossim": (reconstruction["cosine"], quality["cossim"]),
+        "l2_ratio": (reconstruction["l2_ratio"], shrinkage["l2_ratio"]),
+        "l0": (found["sparsity"]["l0"], expected["sparsity"]["l0"]),
+        "ce_loss_without_sae": (language["ce_clean"], performance["ce_loss_without_sae"]),
+        "ce_loss_with_sae": (language["ce_spliced"], performance["ce_loss_with_sae"]),
+        "kl_div_with_sae": (language["kl_spliced"], behaviour["kl_div_with_sae"]),
+    }
+    if first_too:  # otherwise theirs ablates the first position too, ours leaves it
+        pairs |= {
+            "ce_loss_with_ablation": (language["ce_ablated"], performance["ce_loss_with_ablation"]),
+            "ce_loss_score": (language["loss_recovered"], performance["ce_loss_score"]),
+            "kl_div_with_ablation": (language["kl_ablated"], behaviour["kl_div_with_ablation"]),
+        }
+    for name, (mine, other) in pairs.items():
+        # Theirs: fp32 means of fp32 terms, through fp32 GEMMs of another order. 2^-13 is 1e3 fp32 roundings.
+        assert mine == pytest.approx(other, rel=2**-13), name
+    densities = torch.tensor(per_latent["feature_density"])
+    assert found["sparsity"]["dead"] == int((densities == 0).sum())
+    assert found["sparsity"]["dense"] == int((densities > 0.1).sum())
+
+
+@pytest.mark.interop
+@pytest.mark.no_poison
+@pytest.mark.filterwarnings("default")
+def test_explained_variances_are_those_of_saelens():
+    """In a single batch, about that batch's mean."""
+    evals = pytest.importorskip("sae_lens.evals", reason="the comparison needs sae-lens")
+    x, x_hat = torch.randn(2, 40, 8).unbind()
+    metric = Reconstruction(centre=x.mean(0))
+    metric.update(x_hat, x)
+    calculator = evals.ExplainedVarianceCalculator()
+    calculator.add_batch(x_hat, x)
+    found = metric.compute()
+    assert found["explained_variance"] == pytest.approx(calculator.compute(), rel=2**-20)
+    legacy = 1 - (x - x_hat).square().sum(1) / (x - x.mean(0)).square().sum(1)
+    assert found["explained_variance_per_token"] == pytest.approx(legacy.mean().item(), rel=2**-20)
