@@ -21,6 +21,7 @@ from sae_engine.metrics import (
     loss_recovered,
     ppl_sparsity,
 )
+from sae_engine.metrics.evaluation import Normalisation
 
 # Sums of n fp64 terms in another order differ by at most n roundings; here n < 2^17 and ratios divide two such sums.
 FP64_SUMS = 2**18 * torch.finfo(torch.float64).eps
@@ -547,14 +548,27 @@ def test_identity_gives_the_clean_loss_and_no_code_the_ablated_one(lm, drop_firs
     assert language["loss_recovered"] == 0.0
 
 
-def test_the_clean_loss_is_the_models_own(lm, ids):
-    """Against transformers' loss on the same contexts, predictions from the first position included."""
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_clean_loss_is_the_models_own(lm, ids, first):
     text = lm.tokenizer.decode(ids[0, 1:])
-    found = evaluate(identity(256), lm, [text], layer=1, context_length=128, drop_first=False, max_tokens=128)
     whole = next(context_batches(lm, [text], 128, 1))
-    expected = lm.model(whole, labels=whole).loss.item()
-    assert found["language"]["predicted"] == 127
+    expected = torch.nn.functional.cross_entropy(lm.model(whole).logits[0, first:-1], whole[0, first + 1 :]).item()
+    found = evaluate(
+        identity(256), lm, [text], layer=1, context_length=128, drop_first=bool(first), max_tokens=128 - first
+    )
+    assert found["language"]["predicted"] == 127 - first
     assert found["language"]["ce_clean"] == pytest.approx(expected, rel=2**-20)  # 127 fp32 terms, another order
+
+
+def test_normalising_is_undone():
+    """By the values themselves: a model with layer norms does not notice a token's mean."""
+    x = 3 * torch.randn(20, 64, dtype=torch.float64) + 5
+    norm = Normalisation("token")
+    z, info = norm.into(x)
+    torch.testing.assert_close(z.mean(1), torch.zeros(20, dtype=torch.float64), rtol=0, atol=1e-14)  # 64 roundings
+    torch.testing.assert_close(z.std(1) * (x.std(1) + 1e-5), x.std(1))
+    torch.testing.assert_close(norm.back(z, info), x)
+    assert norm.back(*Normalisation("none").into(x)) is x
 
 
 def test_normalised_space_is_measured_there_and_undone_for_the_model(lm):
