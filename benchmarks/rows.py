@@ -27,6 +27,7 @@ Row = dict[str, Any]
 MEASURED = frozenset({
     "ms_p50", "ms_p20", "ms_p80", "samples", "bytes", "flops", "peak_mem_bytes", "other_load", "utc",
     "mse", "mse_train", "fvu", "l0", "dead_fraction", "tokens_per_second", "seconds",
+    "dense_fraction", "loss_recovered", "ce_clean", "ce_spliced", "ce_ablated", "strength",
 })  # fmt: skip
 PROVENANCE = frozenset({"commit", "dirty", "torch", "triton", "python", "driver", "cuda"})
 

@@ -1,0 +1,156 @@
+"""The selection rules that ``rules.py`` compares, as data: how each is built, trained, and brought to an L0.
+
+A rule that sets its number of entries itself is built for it. One that does not is *steered*: after each step a number
+of its own (a penalty's weight, a target's scale, a count that it only aims at) moves by a share of how far, in
+logarithms, the batch's L0 lay from the wanted one. Steering is ours; papers sweep the number instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+import sae_engine as se
+
+THRESHOLD_RATE = 0.05  # of running thresholds: these runs are too short for the usual 0.01 to catch up
+STEERING_RATE = 0.1
+AFA_COEFF = 1 / 32
+
+Build = Callable[[int, int], se.Activation]  # k, d_sae
+Loss = Callable[[se.SparseAutoencoder, Tensor, float], tuple[Tensor, se.SparseCodes]]  # sae, x, strength
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One rule of the comparison.
+
+    ``loss`` returns what is minimised (squared error summed over d, per token, and the rule's own terms) and the codes;
+    its ``strength`` is exp(level), where steering moves level from ``start``. ``steer`` puts the strength into the
+    autoencoder where it is no weight of the loss. ``prepare`` changes initial values, given :func:`cut`.
+    """
+
+    name: str
+    build: Build
+    method: str
+    loss: Loss
+    steered: bool = False
+    start: float = 1.0
+    steer: Callable[[se.SparseAutoencoder, float], None] | None = None
+    prepare: Callable[[se.SparseAutoencoder, float], None] | None = None  # with the cut below
+    scaled: bool = True  # whether scale_encoder applies
+
+
+def cut(k: int, d_sae: int) -> float:
+    """What k of d_sae standard normal numbers exceed: such are the pre-activations of unit rows and normalised tokens
+    at the start, so rules with a threshold or a bias start near their L0 instead of at half of all latents."""
+    return NormalDist().inv_cdf(1 - k / d_sae)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says of its rule, so that the report can say where it did not hold here."""
+
+    rule: str
+    metric: str
+    better_than: str
+    source: str
+
+
+class Level:
+    """The steered number of one run, as a logarithm."""
+
+    def __init__(self, recipe: Recipe, k: int) -> None:
+        self.recipe, self.k, self.value = recipe, k, math.log(recipe.start)
+
+    @property
+    def strength(self) -> float:
+        return math.exp(self.value)
+
+    def move(self, codes: se.SparseCodes) -> None:
+        """More strength where more entries than wanted were kept. Reads the device."""
+        if self.recipe.steered:
+            l0 = (codes.values != 0).sum().item() / codes.rows
+            self.value += STEERING_RATE * (math.log(max(l0, 0.5)) - math.log(self.k))
+
+
+# --- losses --------------------------------------------------------------------------------------------------------
+
+
+def plain(sae: se.SparseAutoencoder, x: Tensor, strength: float) -> tuple[Tensor, se.SparseCodes]:
+    codes = sae.encode(x)
+    sae.activation.update(codes)
+    return se.losses.mse(sae.decode(codes), x), codes
+
+
+def l1(sae: se.SparseAutoencoder, x: Tensor, strength: float) -> tuple[Tensor, se.SparseCodes]:
+    error, codes = plain(sae, x, strength)
+    return error + strength * codes.values.sum() / codes.rows, codes  # decoder rows have unit norm
+
+
+def top_afa(sae: se.SparseAutoencoder, x: Tensor, strength: float) -> tuple[Tensor, se.SparseCodes]:
+    """The authors weigh the norm term against the error per element; here errors are summed over d."""
+    error, codes = plain(sae, x, strength)
+    return error + x.shape[-1] * AFA_COEFF * se.losses.norm_match(codes, x), codes
+
+
+def biased(sae: se.SparseAutoencoder, start: float) -> None:
+    sae.b_enc.fill_(-start)
+
+
+@torch.no_grad()
+def scale_encoder(sae: se.SparseAutoencoder, x: Tensor) -> None:
+    """Scales what the encoder gives by the one factor that lowers the error on ``x`` most.
+
+    A sum of k unit rows that overlap is too long, the more so the larger k; without this, short runs would compare how
+    well each rule's shrinking of values happens to make up for it.
+    """
+    x_hat = sae.decode(sae.encode(x)) - sae.b_dec
+    factor = (x_hat * (x - sae.b_dec)).sum() / x_hat.square().sum()
+    for parameter in (sae.W_enc, sae.b_enc, *sae.activation.parameters()):
+        parameter.mul_(factor)
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe("TopK", lambda k, F: se.TopK(k), "", plain),
+    Recipe("BatchTopK", lambda k, F: se.BatchTopK(k, threshold_lr=THRESHOLD_RATE),
+           "also mutual choice; held-out tokens by the running threshold", plain),
+    Recipe("AbsTopK", lambda k, F: se.AbsTopK(k), "", plain),
+    Recipe("ReLU", lambda k, F: se.ReLU(), "L1 penalty, its weight steered; b_enc starts where L0 latents fire", l1,
+           steered=True, prepare=biased),
+)  # fmt: skip
+
+CLAIMS = (
+    Claim("BatchTopK", "fvu", "TopK", "Bussmann et al. 2024, arXiv:2412.06410"),
+    Claim("AbsTopK", "fvu", "TopK", "Zhu et al. 2025, arXiv:2510.00404"),
+    Claim("TopK", "fvu", "ReLU", "Gao et al. 2024, arXiv:2406.04093"),
+)
+
+# Squared error per element at k, GPT-2 small resid_pre, F = 12288, 82 M tokens of OpenWebText, per-token normalised:
+# the logs of the authors of top-AFA (Lee et al. 2025, arXiv:2503.24277).
+PUBLISHED: dict[tuple[str, int], dict[int, float]] = {
+    ("TopK", 6): {32: 0.0649, 64: 0.0513, 128: 0.0392, 256: 0.0264},
+    ("BatchTopK", 6): {32: 0.0628, 64: 0.0495, 128: 0.0369, 256: 0.0237},
+    ("TopK", 7): {32: 0.0743, 64: 0.0587, 128: 0.0448, 256: 0.0293},
+    ("BatchTopK", 7): {32: 0.0726, 64: 0.0572, 128: 0.0427, 256: 0.0270},
+    ("TopK", 8): {32: 0.0824, 64: 0.0653, 128: 0.0498, 256: 0.0322},
+    ("BatchTopK", 8): {32: 0.0807, 64: 0.0636, 128: 0.0480, 256: 0.0301},
+}
+# top-AFA at layer 8: afa_coeff -> (L0, squared error per element).
+PUBLISHED_TOP_AFA = {
+    1 / 128: (1579, 0.00335), 1 / 64: (1973, 0.000184), 1 / 32: (2104, 0.000208), 1 / 16: (2419, 0.000171),
+}  # fmt: skip
+PUBLISHED_BUDGET = "F = 12288, 82 M tokens of OpenWebText, per-token normalised space (Lee et al. 2025, authors' logs)"
+
+
+def find(name: str) -> Recipe:
+    for recipe in RECIPES:
+        if recipe.name == name:
+            return recipe
+    raise ValueError(f"no rule is called {name!r}; there are {', '.join(r.name for r in RECIPES)}")
