@@ -21,8 +21,8 @@ THRESHOLD_RATE = 0.05  # of running thresholds: these runs are too short for the
 STEERING_RATE = 0.1
 AFA_COEFF = 1 / 32
 
-Build = Callable[[int, int], se.Activation]  # k, d_sae
-Loss = Callable[[se.SparseAutoencoder, Tensor, float], tuple[Tensor, se.SparseCodes]]  # sae, x, strength
+Build = Callable[[int, int, int], se.Activation]  # k, d_sae, steps of the training
+Loss = Callable[..., tuple[Tensor, se.SparseCodes]]  # sae, x, strength, **context
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Recipe:
 
     ``loss`` returns what is minimised (squared error summed over d, per token, and the rule's own terms) and the codes;
     its ``strength`` is exp(level), where steering moves level from ``start``. ``steer`` puts the strength into the
-    autoencoder where it is no weight of the loss. ``prepare`` changes initial values, given :func:`cut`.
+    autoencoder where it is no weight of the loss. ``prepare`` changes initial values.
     """
 
     name: str
@@ -40,9 +40,11 @@ class Recipe:
     loss: Loss
     steered: bool = False
     start: float = 1.0
-    steer: Callable[[se.SparseAutoencoder, float], None] | None = None
-    prepare: Callable[[se.SparseAutoencoder, float], None] | None = None  # with the cut below
+    steer: Callable[[se.SparseAutoencoder, float, int], None] | None = None  # sae, strength, k
+    prepare: Callable[[se.SparseAutoencoder, int], None] | None = None  # sae, k
     scaled: bool = True  # whether scale_encoder applies
+    gradients: bool = False  # whether the rule needs the language model's, as the context `gradient`
+    inference: Callable[[se.SparseAutoencoder], se.Activation] | None = None  # another rule on held-out tokens
 
 
 def cut(k: int, d_sae: int) -> float:
@@ -81,35 +83,35 @@ class Level:
 # --- losses --------------------------------------------------------------------------------------------------------
 
 
-def plain(sae: se.SparseAutoencoder, x: Tensor, strength: float) -> tuple[Tensor, se.SparseCodes]:
-    codes = sae.encode(x)
+def plain(sae: se.SparseAutoencoder, x: Tensor, strength: float, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
+    codes = sae.encode(x, **context)
     sae.activation.update(codes)
     return se.losses.mse(sae.decode(codes), x), codes
 
 
-def l1(sae: se.SparseAutoencoder, x: Tensor, strength: float) -> tuple[Tensor, se.SparseCodes]:
-    error, codes = plain(sae, x, strength)
+def l1(sae: se.SparseAutoencoder, x: Tensor, strength: float, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
+    error, codes = plain(sae, x, strength, **context)
     return error + strength * codes.values.sum() / codes.rows, codes  # decoder rows have unit norm
 
 
-def top_afa(sae: se.SparseAutoencoder, x: Tensor, strength: float) -> tuple[Tensor, se.SparseCodes]:
+def top_afa(sae: se.SparseAutoencoder, x: Tensor, strength: float, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
     """The authors weigh the norm term against the error per element; here errors are summed over d."""
-    error, codes = plain(sae, x, strength)
+    error, codes = plain(sae, x, strength, **context)
     return error + x.shape[-1] * AFA_COEFF * se.losses.norm_match(codes, x), codes
 
 
-def biased(sae: se.SparseAutoencoder, start: float) -> None:
-    sae.b_enc.fill_(-start)
+def biased(sae: se.SparseAutoencoder, k: int) -> None:
+    sae.b_enc.fill_(-cut(k, sae.d_sae))
 
 
 @torch.no_grad()
-def scale_encoder(sae: se.SparseAutoencoder, x: Tensor) -> None:
+def scale_encoder(sae: se.SparseAutoencoder, x: Tensor, **context: Tensor) -> None:
     """Scales what the encoder gives by the one factor that lowers the error on ``x`` most.
 
     A sum of k unit rows that overlap is too long, the more so the larger k; without this, short runs would compare how
     well each rule's shrinking of values happens to make up for it.
     """
-    x_hat = sae.decode(sae.encode(x)) - sae.b_dec
+    x_hat = sae.decode(sae.encode(x, **context)) - sae.b_dec
     factor = (x_hat * (x - sae.b_dec)).sum() / x_hat.square().sum()
     for parameter in (sae.W_enc, sae.b_enc, *sae.activation.parameters()):
         parameter.mul_(factor)
@@ -118,12 +120,12 @@ def scale_encoder(sae: se.SparseAutoencoder, x: Tensor) -> None:
 # --- rules ---------------------------------------------------------------------------------------------------------
 
 RECIPES: tuple[Recipe, ...] = (
-    Recipe("TopK", lambda k, F: se.TopK(k), "", plain),
-    Recipe("BatchTopK", lambda k, F: se.BatchTopK(k, threshold_lr=THRESHOLD_RATE),
+    Recipe("TopK", lambda k, F, steps: se.TopK(k), "", plain),
+    Recipe("BatchTopK", lambda k, F, steps: se.BatchTopK(k, threshold_lr=THRESHOLD_RATE),
            "also mutual choice; held-out tokens by the running threshold", plain),
-    Recipe("AbsTopK", lambda k, F: se.AbsTopK(k), "", plain),
-    Recipe("ReLU", lambda k, F: se.ReLU(), "L1 penalty, its weight steered; b_enc starts where L0 latents fire", l1,
-           steered=True, prepare=biased),
+    Recipe("AbsTopK", lambda k, F, steps: se.AbsTopK(k), "", plain),
+    Recipe("ReLU", lambda k, F, steps: se.ReLU(), "L1 penalty, its weight steered; b_enc starts where L0 latents fire",
+           l1, steered=True, prepare=biased),
 )  # fmt: skip
 
 CLAIMS = (

@@ -14,25 +14,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import reconstruction
 import torch
 from progress import ProgressBar
-from recipes import RECIPES, Level, Recipe, cut, find, scale_encoder
-from reconstruction import BETAS, WARM_STEPS, Activations
+from recipes import RECIPES, Level, Recipe, find, scale_encoder
+from reconstruction import BETAS, WARM_STEPS
 from rows import ROOT, Row, cell, device_slug, environment, load, now_utc, store
 from timing import OtherLoad
 from torch import Tensor
 
 import sae_engine as se
-from sae_engine.data import LanguageModel, evaluation_text, load_language_model, run_with_replacement
+from sae_engine.data import ActivationStore, LanguageModel, evaluation_text, load_language_model, run_with_replacement
 from sae_engine.data.activations import context_batches
 from sae_engine.metrics import NextTokenLoss, Reconstruction, Sparsity, loss_recovered
 
@@ -79,23 +81,25 @@ class Trained:
 
 
 def train(
-    recipe: Recipe, k: int, seed: int, data: Activations, setting: Setting, device: torch.device, bar: ProgressBar
+    recipe: Recipe, k: int, seed: int, data: Data, setting: Setting, device: torch.device, bar: ProgressBar
 ) -> Trained:
     """One pass over the training tokens, in the order that ``seed`` gives."""
     torch.manual_seed(seed)
-    sae = se.SparseAutoencoder(len(data.mean), setting.d_sae, recipe.build(k, setting.d_sae), device=device)
+    rule = recipe.build(k, setting.d_sae, setting.steps)
+    sae = se.SparseAutoencoder(len(data.mean), setting.d_sae, rule, device=device)
     with torch.no_grad():
         sae.b_dec.copy_(data.mean)
-    prepare(recipe, sae, k, next(reconstruction.batches(data.train, setting, seed, device)))
+    x, context = next(batches(recipe, data, setting, seed, device))
+    prepare(recipe, sae, k, x, **context)
     level = Level(recipe, k)
     trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=setting.learning_rate, betas=BETAS)
     started = time.perf_counter()
-    for step, x in enumerate(reconstruction.batches(data.train, setting, seed, device)):
+    for step, (x, context) in enumerate(batches(recipe, data, setting, seed, device)):
         if step == WARM_STEPS:
             _wait(device)
             started = time.perf_counter()
-        training_step(recipe, sae, optimizer, level, x)
+        training_step(recipe, sae, optimizer, level, x, **context)
         bar.update()
     _wait(device)
     seconds = time.perf_counter() - started
@@ -104,21 +108,22 @@ def train(
 
 
 @torch.no_grad()
-def prepare(recipe: Recipe, sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
+def prepare(recipe: Recipe, sae: se.SparseAutoencoder, k: int, x: Tensor, **context: Tensor) -> None:
     """Initial values that depend on the rule and, for their scale, on one batch."""
     if recipe.prepare is not None:
-        recipe.prepare(sae, cut(k, sae.d_sae))
+        recipe.prepare(sae, k)
     if recipe.scaled:
-        scale_encoder(sae, x)
+        scale_encoder(sae, x, **context)
 
 
 def training_step(
-    recipe: Recipe, sae: se.SparseAutoencoder, optimizer: torch.optim.Optimizer, level: Level, x: Tensor
-) -> se.SparseCodes:
+    recipe: Recipe, sae: se.SparseAutoencoder, optimizer: torch.optim.Optimizer, level: Level, x: Tensor,
+    **context: Tensor,
+) -> se.SparseCodes:  # fmt: skip
     """One step on unit-norm decoder rows; returns the codes before it."""
     if recipe.steer is not None:
-        recipe.steer(sae, level.strength)
-    loss, codes = recipe.loss(sae, x, level.strength)
+        recipe.steer(sae, level.strength, level.k)
+    loss, codes = recipe.loss(sae, x, level.strength, **context)
     optimizer.zero_grad()
     loss.backward()
     W_dec = sae.W_dec
@@ -130,6 +135,66 @@ def training_step(
         W_dec.div_(W_dec.norm(dim=1, keepdim=True))
     level.move(codes)
     return codes
+
+
+def batches(
+    recipe: Recipe, data: Data, setting: Setting, seed: int, device: torch.device
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Normalised batches of one pass, and what else the rule needs; the same seed gives every rule the same."""
+    options: dict[str, Any] = {"seed": seed, "device": device, "dtype": torch.float32, "drop_last": True}
+    found = (reconstruction.normalised(x) for x in data.train.batches(setting.batch_tokens, **options))
+    if not recipe.gradients:
+        yield from ((x, {}) for x in found)
+        return
+    gradients = data.gradients.batches(setting.batch_tokens, **options)
+    yield from ((x, {"gradient": g}) for x, g in zip(found, gradients, strict=True))
+
+
+class Gradients(ActivationStore):
+    """The language model's gradients at the rows of a store, in memory: the same seed shuffles both alike."""
+
+    def __init__(self, store: ActivationStore, rows: Tensor) -> None:
+        super().__init__(store.path)
+        if len(rows) != len(self):
+            raise ValueError(f"rows must be the {len(self)} of the store, got {len(rows)}")
+        sizes = [shard["tokens"] for shard in self.manifest["shards"]]
+        self._rows = rows.to(self.dtype).split(sizes)
+
+    def _load(self, index: int) -> Tensor:
+        return self._rows[index]
+
+
+def read_all_gradients(lm: LanguageModel, store: ActivationStore, layer: int, site: str) -> Tensor:
+    """(rows, d) of the store: the gradient of the summed next-token loss in the normalised space of the rows."""
+    from sae_engine.data import read_gradients
+
+    device, found, count = next(lm.model.parameters()).device, [], 0
+    documents = reconstruction.training_documents()
+    for ids in context_batches(lm, documents, store.manifest["context_length"], store.manifest["batch_size"]):
+        activations, gradients = (
+            t[:, 1:].flatten(0, 1) for t in read_gradients(lm.model, ids.to(device), layer=layer, site=site)
+        )
+        scale = activations.std(-1, keepdim=True) + reconstruction.NORMALISE_EPS
+        found.append((gradients * scale).to("cpu", torch.float16))
+        count += len(gradients)
+        if count >= len(store):
+            break
+    return torch.cat(found)[: len(store)]
+
+
+class Data:
+    """Training and held-out rows of one place in a language model, and the model itself."""
+
+    def __init__(self, lm: LanguageModel, layer: int, site: str, setting: Setting, cache: Path | None, progress: bool):
+        activations = reconstruction.collect(lm, layer, site, setting, cache=cache, progress=progress)
+        self.train, self.held_out = activations.train, activations.held_out
+        self.mean, self.about = activations.mean, activations.about
+        self._of = (lm, layer, site)
+
+    @functools.cached_property
+    def gradients(self) -> Gradients:
+        lm, layer, site = self._of
+        return Gradients(self.train, read_all_gradients(lm, self.train, layer, site))
 
 
 def _wait(device: torch.device) -> None:
@@ -182,9 +247,12 @@ class SplicedModel:
 
 @torch.no_grad()
 def evaluate(
-    sae: se.SparseAutoencoder, data: Activations, spliced: SplicedModel, setting: Setting, device: torch.device
-) -> Row:
+    recipe: Recipe, sae: se.SparseAutoencoder, data: Data, spliced: SplicedModel, setting: Setting,
+    device: torch.device,
+) -> Row:  # fmt: skip
     """Held-out tokens in the form that inference has: thresholds instead of batch rules."""
+    if recipe.inference is not None:
+        sae.activation = recipe.inference(sae)
     sae.eval()
     quality, sparsity = Reconstruction(space=reconstruction.SPACE), Sparsity(setting.d_sae)
     for rows in data.held_out.batches(setting.batch_tokens, shuffle=False, device=device, dtype=torch.float32):
@@ -208,7 +276,7 @@ def _short(x: float) -> float:
 
 
 def identity(
-    recipe: Recipe, k: int, seed: int, data: Activations, spliced: SplicedModel, setting: Setting, device: torch.device
+    recipe: Recipe, k: int, seed: int, data: Data, spliced: SplicedModel, setting: Setting, device: torch.device
 ) -> Row:
     """Everything in a row that is no measurement."""
     method = METHOD.format(learning_rate=setting.learning_rate, betas=BETAS)
@@ -227,7 +295,7 @@ def measure(
     """Yields one row per run, seed by seed, so that an interrupted job has every rule; leaves out what is ``done``."""
     lm = load_language_model(model, device=device)
     layer = round(lm.num_layers * 2 / 3) if layer is None else layer
-    data = reconstruction.collect(lm, layer, site, setting, cache=cache, progress=progress)
+    data = Data(lm, layer, site, setting, cache, progress)
     spliced = SplicedModel(lm, layer, site, setting.loss_tokens)
     there = {cell(row) for row in done}
     runs = []
@@ -243,7 +311,8 @@ def measure(
             others = OtherLoad()
             trained = train(recipe, k, seed, data, setting, device, bar)
             yield {
-                **row, "other_load": others.cores(), **evaluate(trained.sae, data, spliced, setting, device),
+                **row, "other_load": others.cores(),
+                **evaluate(recipe, trained.sae, data, spliced, setting, device),
                 "strength": _short(trained.strength) if recipe.steered else None,
                 "tokens_per_second": _short(trained.tokens_per_second), "seconds": _short(trained.seconds),
                 "utc": now_utc(),

@@ -68,7 +68,7 @@ def test_every_rule_learns_and_reaches_the_l0_that_it_promises(recipe):
         return reconstruction.normalised(weights @ directions + 0.01 * torch.randn(128, 16, generator=rng))
 
     torch.manual_seed(0)
-    sae = se.SparseAutoencoder(16, 64, recipe.build(6, 64))
+    sae = se.SparseAutoencoder(16, 64, recipe.build(6, 64, 150))
     rules.prepare(recipe, sae, 6, batch())
     level = recipes.Level(recipe, 6)
     optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=3e-3)
@@ -115,6 +115,21 @@ def test_the_spliced_model_agrees_with_the_metrics():
     whole = evaluate(sae, lm, evaluation_text(), layer=2, normalise="token", max_tokens=spliced.tokens)["language"]
     for name, value in found.items():
         assert value == pytest.approx(whole[name], rel=1e-5)  # rounded to 6 digits
+
+
+def test_gradients_are_shuffled_as_their_rows_are(tmp_path):
+    from sae_engine.data import collect_activations, evaluation_text, load_language_model
+
+    store = collect_activations(
+        load_language_model(), evaluation_text(), tmp_path, layer=1, max_tokens=700, shard_tokens=200, progress=False
+    )
+    gradients = rules.Gradients(store, 2 * store.tensor())
+    for seed in (0, 1):
+        pairs = list(zip(store.batches(64, seed=seed), gradients.batches(64, seed=seed), strict=True))
+        assert len(pairs) == 11
+        assert all(torch.equal(2 * x, g) for x, g in pairs)
+    with pytest.raises(ValueError, match="rows"):
+        rules.Gradients(store, store.tensor()[:-1])
 
 
 def test_main_job_resumes_and_reports(tiny, capsys):
