@@ -20,18 +20,19 @@ import sae_engine as se
 THRESHOLD_RATE = 0.05  # of running thresholds: these runs are too short for the usual 0.01 to catch up
 STEERING_RATE = 0.1
 AFA_COEFF = 1 / 32
+BANDWIDTH = 0.1  # of JumpReLU's estimator, beside thresholds of about 1
 
 Build = Callable[[int, int, int], se.Activation]  # k, d_sae, steps of the training
-Loss = Callable[..., tuple[Tensor, se.SparseCodes]]  # sae, x, strength, **context
+Loss = Callable[..., tuple[Tensor, se.SparseCodes]]  # sae, x, level, **context
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One rule of the comparison.
 
-    ``loss`` returns what is minimised (squared error summed over d, per token, and the rule's own terms) and the codes;
-    its ``strength`` is exp(level), where steering moves level from ``start``. ``steer`` puts the strength into the
-    autoencoder where it is no weight of the loss. ``prepare`` changes initial values.
+    ``loss`` returns what is minimised (squared error summed over d, per token, and the rule's own terms) and the codes.
+    The level's strength begins at ``start``, and steering moves it; ``steer`` puts it into the autoencoder where it is
+    no weight of the loss. ``prepare`` changes initial values.
     """
 
     name: str
@@ -83,21 +84,60 @@ class Level:
 # --- losses --------------------------------------------------------------------------------------------------------
 
 
-def plain(sae: se.SparseAutoencoder, x: Tensor, strength: float, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
+def plain(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
     codes = sae.encode(x, **context)
     sae.activation.update(codes)
     return se.losses.mse(sae.decode(codes), x), codes
 
 
-def l1(sae: se.SparseAutoencoder, x: Tensor, strength: float, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
-    error, codes = plain(sae, x, strength, **context)
-    return error + strength * codes.values.sum() / codes.rows, codes  # decoder rows have unit norm
+def l1(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
+    error, codes = plain(sae, x, level, **context)
+    return error + level.strength * codes.values.sum() / codes.rows, codes  # decoder rows have unit norm
 
 
-def top_afa(sae: se.SparseAutoencoder, x: Tensor, strength: float, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
+def top_afa(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
     """The authors weigh the norm term against the error per element; here errors are summed over d."""
-    error, codes = plain(sae, x, strength, **context)
+    error, codes = plain(sae, x, level, **context)
     return error + x.shape[-1] * AFA_COEFF * se.losses.norm_match(codes, x), codes
+
+
+def matryoshka(
+    sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
+) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
+    codes = sae.encode(x)
+    sae.activation.update(codes)
+    widths = sae.activation.widths
+    return se.losses.matryoshka(codes, x, sae.W_dec, sae.b_dec, widths=widths, reduction="mean"), codes
+
+
+def target_l0(
+    sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
+) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
+    error, codes = plain(sae, x, level)
+    return error + x.shape[-1] * se.losses.target_l0(codes, sae.activation, level.k), codes
+
+
+def gated(
+    sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
+) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
+    codes, gate = sae.encode(x, select=[sae.activation, sae.activation.gate])
+    error = se.losses.mse(sae.decode(codes), x)
+    return error + se.losses.gated(gate, x, sae.W_dec, sae.b_dec, l1=level.strength), codes
+
+
+# --- how rules start, and are steered ------------------------------------------------------------------------------
+
+
+def aim(sae: se.SparseAutoencoder, strength: float, k: int) -> None:
+    sae.activation.k = min(max(k / strength, 0.1), sae.d_sae / 4)
+
+
+def scale_target(sae: se.SparseAutoencoder, strength: float, k: int) -> None:
+    sae.activation.target_scale = 1 / strength
+
+
+def closed(sae: se.SparseAutoencoder, k: int) -> None:
+    sae.activation.b_gate.fill_(-cut(k, sae.d_sae))
 
 
 def biased(sae: se.SparseAutoencoder, k: int) -> None:
@@ -123,14 +163,44 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("TopK", lambda k, F, steps: se.TopK(k), "", plain),
     Recipe("BatchTopK", lambda k, F, steps: se.BatchTopK(k, threshold_lr=THRESHOLD_RATE),
            "also mutual choice; held-out tokens by the running threshold", plain),
+    Recipe("FeatureChoice", lambda k, F, steps: se.FeatureChoice(
+               F, k, mutual_steps=steps // 2, threshold_lr=THRESHOLD_RATE, density_lr=THRESHOLD_RATE),
+           "mutual choice in the first half, then Zipf budgets; held-out tokens by thresholds per latent", plain),
+    Recipe("MatryoshkaBatchTopK", lambda k, F, steps: se.MatryoshkaBatchTopK(
+               k, (F // 16, F // 4, F), threshold_lr=THRESHOLD_RATE),
+           "mean of the errors of d_sae / 16, d_sae / 4 and all latents; held-out tokens by the running threshold",
+           matryoshka),
+    Recipe("SampledTopK", lambda k, F, steps: se.SampledTopK(k, pool=4.0, threshold_lr=THRESHOLD_RATE),
+           "pool of 4 k latents by L2 norm; held-out tokens by the running threshold", plain),
+    Recipe("GradientTopK", lambda k, F, steps: se.GradientTopK(k),
+           "beta 1, gradient of the summed next-token loss; held-out tokens by plain TopK, without a gradient",
+           plain, gradients=True, inference=lambda sae: se.TopK(sae.activation.k)),
     Recipe("AbsTopK", lambda k, F, steps: se.AbsTopK(k), "", plain),
+    Recipe("StatisticalTopK", lambda k, F, steps: se.StatisticalTopK(k), "the count aimed at is steered", plain,
+           steered=True, steer=aim),
+    Recipe("top-AFA", lambda k, F, steps: se.TopAFA(),
+           f"encoder scaled to start at the L0 (init_sparse), target_scale steered, afa_coeff {AFA_COEFF}", top_afa,
+           steered=True, steer=scale_target, prepare=lambda sae, k: se.init_sparse(sae, k), scaled=False),
+    Recipe("JumpReLU", lambda k, F, steps: se.JumpReLU(F, threshold=cut(k, F), bandwidth=BANDWIDTH),
+           f"d (L0 / target - 1)^2 added; bandwidth {BANDWIDTH}; thresholds start where L0 latents fire", target_l0),
+    Recipe("Gated", lambda k, F, steps: se.Gated(F),
+           "L1 penalty of the gate, its weight steered; b_gate starts where L0 latents fire", gated, steered=True,
+           prepare=closed),
     Recipe("ReLU", lambda k, F, steps: se.ReLU(), "L1 penalty, its weight steered; b_enc starts where L0 latents fire",
            l1, steered=True, prepare=biased),
 )  # fmt: skip
 
 CLAIMS = (
     Claim("BatchTopK", "fvu", "TopK", "Bussmann et al. 2024, arXiv:2412.06410"),
+    Claim("FeatureChoice", "fvu", "TopK", "Ayonrinde 2024, arXiv:2411.02124"),
+    Claim("FeatureChoice", "dead_fraction", "TopK", "Ayonrinde 2024, arXiv:2411.02124"),
+    Claim("GradientTopK", "loss_recovered", "TopK", "Olmo et al. 2024, arXiv:2411.10397"),
     Claim("AbsTopK", "fvu", "TopK", "Zhu et al. 2025, arXiv:2510.00404"),
+    Claim("top-AFA", "fvu", "TopK", "Lee et al. 2025, arXiv:2503.24277"),
+    Claim("top-AFA", "fvu", "BatchTopK", "Lee et al. 2025, arXiv:2503.24277"),
+    Claim("JumpReLU", "fvu", "TopK", "Rajamanoharan et al. 2024, arXiv:2407.14435"),
+    Claim("JumpReLU", "fvu", "Gated", "Rajamanoharan et al. 2024, arXiv:2407.14435"),
+    Claim("Gated", "fvu", "ReLU", "Rajamanoharan et al. 2024, arXiv:2404.16014"),
     Claim("TopK", "fvu", "ReLU", "Gao et al. 2024, arXiv:2406.04093"),
 )
 

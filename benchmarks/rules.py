@@ -123,7 +123,7 @@ def training_step(
     """One step on unit-norm decoder rows; returns the codes before it."""
     if recipe.steer is not None:
         recipe.steer(sae, level.strength, level.k)
-    loss, codes = recipe.loss(sae, x, level.strength, **context)
+    loss, codes = recipe.loss(sae, x, level, **context)
     optimizer.zero_grad()
     loss.backward()
     W_dec = sae.W_dec

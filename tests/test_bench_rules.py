@@ -67,15 +67,19 @@ def test_every_rule_learns_and_reaches_the_l0_that_it_promises(recipe):
         weights = torch.rand(128, 40, generator=rng) * (torch.rand(128, 40, generator=rng) < 0.1)
         return reconstruction.normalised(weights @ directions + 0.01 * torch.randn(128, 16, generator=rng))
 
+    def context(x):
+        return {"gradient": torch.randn(x.shape, generator=rng)} if recipe.gradients else {}
+
     torch.manual_seed(0)
     sae = se.SparseAutoencoder(16, 64, recipe.build(6, 64, 150))
-    rules.prepare(recipe, sae, 6, batch())
+    x = batch()
+    rules.prepare(recipe, sae, 6, x, **context(x))
     level = recipes.Level(recipe, 6)
     optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=3e-3)
     errors, l0s = [], []
     for _ in range(150):
         x = batch()
-        codes = rules.training_step(recipe, sae, optimizer, level, x)
+        codes = rules.training_step(recipe, sae, optimizer, level, x, **context(x))
         errors.append((sae.decode(codes) - x).square().mean().item())
         l0s.append((codes.values != 0).sum().item() / 128)
     assert sum(errors[-10:]) < 0.9 * sum(errors[:10])
