@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ import sae_engine as se
 THRESHOLD_RATE = 0.05  # of running thresholds: these runs are too short for the usual 0.01 to catch up
 STEERING_RATE = 0.1
 AFA_COEFF = 1 / 32
+THRESHOLDS = "held-out tokens by the learned thresholds, scaled to the L0 on training tokens"
 BANDWIDTH = 0.1  # of JumpReLU's estimator, beside thresholds of about 1
 
 Build = Callable[[int, int, int], se.Activation]  # k, d_sae, steps of the training
@@ -42,10 +44,11 @@ class Recipe:
     steered: bool = False
     start: float = 1.0
     steer: Callable[[se.SparseAutoencoder, float, int], None] | None = None  # sae, strength, k
-    prepare: Callable[[se.SparseAutoencoder, int], None] | None = None  # sae, k
+    prepare: Callable[[se.SparseAutoencoder, int, Tensor], float | None] | None = None  # sae, k, x; may give a start
     scaled: bool = True  # whether scale_encoder applies
     gradients: bool = False  # whether the rule needs the language model's, as the context `gradient`
     inference: Callable[[se.SparseAutoencoder], se.Activation] | None = None  # another rule on held-out tokens
+    calibrated: bool = False  # whether calibrate applies after training
 
 
 def cut(k: int, d_sae: int) -> float:
@@ -67,8 +70,8 @@ class Claim:
 class Level:
     """The steered number of one run, as a logarithm."""
 
-    def __init__(self, recipe: Recipe, k: int) -> None:
-        self.recipe, self.k, self.value = recipe, k, math.log(recipe.start)
+    def __init__(self, recipe: Recipe, k: int, start: float | None = None) -> None:
+        self.recipe, self.k, self.value = recipe, k, math.log(recipe.start if start is None else start)
 
     @property
     def strength(self) -> float:
@@ -96,9 +99,11 @@ def l1(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) ->
 
 
 def top_afa(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
-    """The authors weigh the norm term against the error per element; here errors are summed over d."""
+    """The authors weigh the norm term against the error per element; here errors are summed over d. Its target is the
+    rule's own, scaled and centred: the authors' ||x|| would pull values away from where the rule cuts, without end."""
     error, codes = plain(sae, x, level, **context)
-    return error + x.shape[-1] * AFA_COEFF * se.losses.norm_match(codes, x), codes
+    target = sae.activation.target_scale * (x - sae.b_dec.detach())
+    return error + x.shape[-1] * AFA_COEFF * se.losses.norm_match(codes, target), codes
 
 
 def matryoshka(
@@ -136,16 +141,24 @@ def scale_target(sae: se.SparseAutoencoder, strength: float, k: int) -> None:
     sae.activation.target_scale = 1 / strength
 
 
-def closed(sae: se.SparseAutoencoder, k: int) -> None:
+def sparse_target(sae: se.SparseAutoencoder, k: int, x: Tensor) -> float:
+    """The encoder as TopK would have it, and the strength at which the target is the norm of what TopK keeps."""
+    top = se.TopK(k)
+    scale_encoder(sae, x, select=top)
+    kept = sae.encode(x, select=top).values.view(len(x), k).norm(dim=1)
+    return ((x - sae.b_dec).norm(dim=1) / kept).mean().item()
+
+
+def closed(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
     sae.activation.b_gate.fill_(-cut(k, sae.d_sae))
 
 
-def biased(sae: se.SparseAutoencoder, k: int) -> None:
+def biased(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
     sae.b_enc.fill_(-cut(k, sae.d_sae))
 
 
 @torch.no_grad()
-def scale_encoder(sae: se.SparseAutoencoder, x: Tensor, **context: Tensor) -> None:
+def scale_encoder(sae: se.SparseAutoencoder, x: Tensor, **context: Any) -> None:
     """Scales what the encoder gives by the one factor that lowers the error on ``x`` most.
 
     A sum of k unit rows that overlap is too long, the more so the larger k; without this, short runs would compare how
@@ -157,21 +170,40 @@ def scale_encoder(sae: se.SparseAutoencoder, x: Tensor, **context: Tensor) -> No
         parameter.mul_(factor)
 
 
+@torch.no_grad()
+def calibrate(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
+    """Scales the thresholds that the rule has learned by the factor at which ``x`` keeps k entries a token.
+
+    Running means lag behind weights that still move fast, and a rule with a pool has none afterwards.
+    """
+    sae.eval()
+    rule = sae.activation
+    learned = rule.inference_threshold() if isinstance(rule, se.FeatureChoice) else rule.threshold
+    _, pre = sae.encode(x, return_pre=True)
+    ratios = pre.double() / learned.clamp(min=torch.finfo(torch.float32).tiny)
+    # the largest that is not kept: kept entries lie above
+    factor = se.functional.batch_topk(ratios, k + 1 / len(x)).values.min()
+    for name, buffer in rule.named_buffers():
+        if "threshold" in name:
+            buffer.copy_(torch.where(buffer > 0, buffer * factor, buffer))
+
+
 # --- rules ---------------------------------------------------------------------------------------------------------
 
 RECIPES: tuple[Recipe, ...] = (
     Recipe("TopK", lambda k, F, steps: se.TopK(k), "", plain),
     Recipe("BatchTopK", lambda k, F, steps: se.BatchTopK(k, threshold_lr=THRESHOLD_RATE),
-           "also mutual choice; held-out tokens by the running threshold", plain),
+           f"also mutual choice; {THRESHOLDS}", plain, calibrated=True),
     Recipe("FeatureChoice", lambda k, F, steps: se.FeatureChoice(
                F, k, mutual_steps=steps // 2, threshold_lr=THRESHOLD_RATE, density_lr=THRESHOLD_RATE),
-           "mutual choice in the first half, then Zipf budgets; held-out tokens by thresholds per latent", plain),
+           f"mutual choice in the first half, then Zipf budgets, thresholds per latent; {THRESHOLDS}", plain,
+           calibrated=True),
     Recipe("MatryoshkaBatchTopK", lambda k, F, steps: se.MatryoshkaBatchTopK(
                k, (F // 16, F // 4, F), threshold_lr=THRESHOLD_RATE),
-           "mean of the errors of d_sae / 16, d_sae / 4 and all latents; held-out tokens by the running threshold",
-           matryoshka),
+           f"mean of the errors of d_sae / 16, d_sae / 4 and all latents; {THRESHOLDS}", matryoshka, calibrated=True),
     Recipe("SampledTopK", lambda k, F, steps: se.SampledTopK(k, pool=4.0, threshold_lr=THRESHOLD_RATE),
-           "pool of 4 k latents by L2 norm; held-out tokens by the running threshold", plain),
+           f"pool of 4 k latents by L2 norm in training, all latents afterwards; {THRESHOLDS}", plain,
+           calibrated=True),
     Recipe("GradientTopK", lambda k, F, steps: se.GradientTopK(k),
            "beta 1, gradient of the summed next-token loss; held-out tokens by plain TopK, without a gradient",
            plain, gradients=True, inference=lambda sae: se.TopK(sae.activation.k)),
@@ -179,8 +211,8 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("StatisticalTopK", lambda k, F, steps: se.StatisticalTopK(k), "the count aimed at is steered", plain,
            steered=True, steer=aim),
     Recipe("top-AFA", lambda k, F, steps: se.TopAFA(),
-           f"encoder scaled to start at the L0 (init_sparse), target_scale steered, afa_coeff {AFA_COEFF}", top_afa,
-           steered=True, steer=scale_target, prepare=lambda sae, k: se.init_sparse(sae, k), scaled=False),
+           f"target_scale, in rule and loss, starts at what TopK keeps, is steered; afa_coeff {AFA_COEFF}", top_afa,
+           steered=True, steer=scale_target, prepare=sparse_target, scaled=False),
     Recipe("JumpReLU", lambda k, F, steps: se.JumpReLU(F, threshold=cut(k, F), bandwidth=BANDWIDTH),
            f"d (L0 / target - 1)^2 added; bandwidth {BANDWIDTH}; thresholds start where L0 latents fire", target_l0),
     Recipe("Gated", lambda k, F, steps: se.Gated(F),

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import reconstruction
 import torch
 from progress import ProgressBar
-from recipes import RECIPES, Level, Recipe, find, scale_encoder
+from recipes import RECIPES, Level, Recipe, calibrate, find, scale_encoder
 from reconstruction import BETAS, WARM_STEPS
 from rows import ROOT, Row, cell, device_slug, environment, load, now_utc, store
 from timing import OtherLoad
@@ -42,6 +42,8 @@ METHOD = (
     "Adam {learning_rate:g}, betas {betas}; unit-norm decoder rows, tied initial weights, the encoder scaled to the "
     "least error on the first batch, b_dec from the mean; no auxiliary loss"
 )
+
+CALIBRATION_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ def train(
     with torch.no_grad():
         sae.b_dec.copy_(data.mean)
     x, context = next(batches(recipe, data, setting, seed, device))
-    prepare(recipe, sae, k, x, **context)
-    level = Level(recipe, k)
+    level = prepare(recipe, sae, k, x, **context)
     trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=setting.learning_rate, betas=BETAS)
     started = time.perf_counter()
@@ -103,17 +104,20 @@ def train(
         bar.update()
     _wait(device)
     seconds = time.perf_counter() - started
+    if recipe.calibrated:
+        rows = next(data.train.batches(CALIBRATION_TOKENS, seed=seed, device=device, dtype=torch.float32))
+        calibrate(sae, k, reconstruction.normalised(rows))
     timed = (setting.steps - WARM_STEPS) * setting.batch_tokens
     return Trained(sae, level.strength, timed / seconds, seconds)
 
 
 @torch.no_grad()
-def prepare(recipe: Recipe, sae: se.SparseAutoencoder, k: int, x: Tensor, **context: Tensor) -> None:
-    """Initial values that depend on the rule and, for their scale, on one batch."""
-    if recipe.prepare is not None:
-        recipe.prepare(sae, k)
+def prepare(recipe: Recipe, sae: se.SparseAutoencoder, k: int, x: Tensor, **context: Tensor) -> Level:
+    """Initial values that depend on the rule and, for their scale, on one batch; where steering starts."""
+    start = None if recipe.prepare is None else recipe.prepare(sae, k, x)
     if recipe.scaled:
         scale_encoder(sae, x, **context)
+    return Level(recipe, k, start)
 
 
 def training_step(
