@@ -647,6 +647,7 @@ def test_evaluation_restores_the_mode_and_refuses(lm):
         ({"max_tokens": 0}, ValueError, "max_tokens"),
         ({"sae": se.SparseAutoencoder(128, 64, se.ReLU())}, ValueError, "d_in = d_out = 256"),
         ({"sae": torch.nn.Linear(256, 256)}, TypeError, "SparseAutoencoder"),
+        ({"sae": se.SparseAutoencoder(256, 64, se.GradientTopK(4))}, TypeError, "attribution"),
         ({"texts": []}, RuntimeError, "no token"),
         ({"texts": "one string"}, TypeError, "texts"),
     ]:

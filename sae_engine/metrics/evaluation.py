@@ -91,7 +91,8 @@ def evaluate(
         KL divergences).
 
     Raises:
-        TypeError, ValueError: an argument is not as above; names it.
+        TypeError, ValueError: an argument is not as above; names it. TypeError also where the rule needs what an
+            autoencoder does not know (``GradientTopK``: evaluate it with ``TopK`` as its activation).
         RuntimeError: the rule has no threshold yet (names ``threshold``), or the texts hold no token.
     """
     splice = _Splice(sae, lm, layer, site, normalise, drop_first)
