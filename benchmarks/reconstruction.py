@@ -137,8 +137,7 @@ def collect(
     lm: LanguageModel, layer: int, site: str, setting: Setting, *, cache: Path | None = None, progress: bool = True
 ) -> Activations:
     """Activations of the standard library's text to train on and of the fixed evaluation text to test on; cached."""
-    documents = list(stdlib_texts())
-    random.Random(0).shuffle(documents)
+    documents = training_documents()
     python = platform.python_version()
     text = f"standard library of Python {python} without the held-out modules, documents in random order (seed 0)"
     folder = (cache or CACHE) / f"{lm.sha256[:12]}-layer{layer}-{site}"
@@ -161,6 +160,13 @@ def collect(
     }  # fmt: skip
     first = next(train.batches(min(MEAN_TOKENS, len(train)), shuffle=False, dtype=torch.float32))
     return Activations(train, held_out, normalised(first).mean(0), about)
+
+
+def training_documents() -> list[str]:
+    """The standard library's text without the held-out modules, in an order that is random and always the same."""
+    documents = list(stdlib_texts())
+    random.Random(0).shuffle(documents)
+    return documents
 
 
 def normalised(x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def markdown(rows: Iterable[Row], figures: Sequence[Path], skipped: Sequence[str
     """The whole report. ``figures`` lie beside it; ``skipped`` are lines about what has no numbers."""
     rows = latest(rows)
     operations = [row for row in rows if row["kind"] == "operation"]
-    parts = ["# Benchmarks", _machine(rows)]
+    parts = ["# Benchmarks", machine(rows)]
     if operations:
         parts += ["## Operations", _legend(rows), *_pictures(figures, "operations"), *_pictures(figures, "sweep")]
         groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
@@ -68,7 +68,7 @@ def markdown(rows: Iterable[Row], figures: Sequence[Path], skipped: Sequence[str
     if trained:
         parts += ["## Reconstruction", *_pictures(figures, "reconstruction")]
         for found in trained.values():
-            parts += [_setting_text(found), _reconstruction_table(found), _agreement(found)]
+            parts += [setting_text(found), _reconstruction_table(found), _agreement(found)]
     if skipped:
         parts += ["## Without numbers", "\n".join(f"- {line}" for line in skipped)]
     return "\n\n".join(parts) + "\n"
@@ -78,7 +78,7 @@ def _pictures(figures: Sequence[Path], prefix: str) -> list[str]:
     return [f"![{path.stem}]({path.name})" for path in figures if path.name.startswith(prefix)]
 
 
-def _machine(rows: Sequence[Row]) -> str:
+def machine(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         commit = "not committed" if row["commit"] is None else row["commit"][:12]
@@ -151,7 +151,7 @@ def _by_setting(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
     return groups
 
 
-def _setting_text(found: Sequence[Row]) -> str:
+def setting_text(found: Sequence[Row]) -> str:
     first = found[0]
     seeds = ", ".join(map(str, sorted({row["seed"] for row in found})))
     methods = dict.fromkeys((row["rule"], row["method"]) for row in found)

@@ -28,6 +28,7 @@ MEASURED = frozenset({
     "ms_p50", "ms_p20", "ms_p80", "samples", "bytes", "flops", "peak_mem_bytes", "other_load", "utc",
     "mse", "mse_train", "fvu", "l0", "dead_fraction", "tokens_per_second", "seconds",
     "errors", "share_of_first",
+    "dense_fraction", "loss_recovered", "ce_clean", "ce_spliced", "ce_ablated", "strength",
 })  # fmt: skip
 PROVENANCE = frozenset({"commit", "dirty", "torch", "triton", "python", "driver", "cuda"})
 VERSIONS = PROVENANCE | {"packages"}  # of other libraries, where a row has to do with them

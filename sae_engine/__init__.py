@@ -1,5 +1,5 @@
 """sae-engine: exact, fast sparse activations for sparse autoencoders."""
-from . import functional, losses, training
+from . import functional, losses, metrics, training
 from .activations import AbsTopK, Activation, AuxTopK, BatchTopK, JumpReLU, MutualChoice, ReLU, TopAFA, TopK
 from .autoencoder import EncodeInfo, SparseAutoencoder, SparseDecoder
 from .codes import ByLatent, SparseCodes, cat
@@ -50,5 +50,6 @@ __all__ = [
     "init_as_top_afa",
     "init_sparse",
     "losses",
+    "metrics",
     "training",
 ]

@@ -1,5 +1,5 @@
-"""The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``), and what
-the kernels cost (``kernels``).
+"""The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``), how good an
+autoencoder is (``eval``), what the kernels cost (``kernels``).
 
 A subcommand is one ``_add_<name>(commands)`` that declares its arguments and one ``_<name>(args) -> int`` that
 runs; it imports what it needs itself, so that ``--help`` is instant.
@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+SITES = ("resid_pre", "mlp_out", "resid_post")  # sae_engine.data.SITES, which --help need not import
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -26,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 1 after an error (one line on stderr), 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="sae-engine", description="Fast sparse autoencoders on real activations.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_collect, _add_kernels):
+    for add in (_add_info, _add_collect, _add_eval, _add_kernels):
         add(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="sae-engine: %(levelname)s: %(message)s")
@@ -128,36 +131,20 @@ def _add_collect(commands: Any) -> None:
         "manifest. Ctrl-C leaves whole shards; the same command again carries on.",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
-    parser.add_argument("--model", default=None, metavar="NAME", help="hub name or local folder; the embedded model")
-    parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
+    _add_model_and_text(parser, text="stdlib")
     parser.add_argument("--no-fallback", action="store_true", help="fail when the hub does not answer")
-    parser.add_argument("--layer", type=int, default=None, help="block; two thirds of the way up (GPT-2: 8)")
-    parser.add_argument("--site", choices=("resid_pre", "mlp_out", "resid_post"), default="resid_pre")
-    parser.add_argument("--tokens", type=int, default=None, metavar="N", help="rows to collect; all of the text")
-    parser.add_argument(
-        "--text", nargs="+", default=["stdlib"], metavar="PATH",
-        help="text files or folders, or the word 'stdlib' (this Python's standard library, the default) or "
-        "'evaluation' (the fixed evaluation text)",
-    )  # fmt: skip
-    parser.add_argument("--suffixes", nargs="+", default=[".txt", ".md", ".py", ".rst"], help="read from folders")
-    parser.add_argument("--context-length", type=int, default=None, metavar="N", help="at most 256 by default")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="contexts per forward pass")
-    parser.add_argument("--keep-first", action="store_true", help="keep each context's first position")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the shards")
     parser.add_argument("--shard-tokens", type=int, default=65536, metavar="N", help="rows per shard")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 …; a GPU if there is one")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_collect)
 
 
 def _collect(args: argparse.Namespace) -> int:
     import torch
 
-    from sae_engine.data import collect_activations, load_language_model
+    from sae_engine.data import collect_activations
 
     texts, text_source = _texts(args.text, args.suffixes)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    lm = load_language_model(args.model, revision=args.revision, device=device, fallback=not args.no_fallback)
+    lm = _load_model(args, fallback=not args.no_fallback)
     layer = lm.num_layers * 2 // 3 if args.layer is None else args.layer
     try:
         store = collect_activations(
@@ -165,7 +152,7 @@ def _collect(args: argparse.Namespace) -> int:
             texts,
             args.out,
             layer=layer,
-            site=args.site,
+            site=args.site or SITES[0],
             context_length=args.context_length,
             batch_size=args.batch_size,
             drop_first=not args.keep_first,
@@ -183,6 +170,118 @@ def _collect(args: argparse.Namespace) -> int:
         print(f"sae-engine: the text had {len(store)} tokens, fewer than --tokens {args.tokens}", file=sys.stderr)
     print(f"{args.out}: {store!r}")
     return 0
+
+
+# -------------------------------------------------------------------------------------------------- eval
+
+
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="how good an autoencoder is: reconstruction, sparsity, loss recovered",
+        description="Measure autoencoders (folders in SAELens' layout) on the activations of a language model and in "
+        "their place, print a table, and write JSON, Markdown and pictures. Layer and site are, unless given, those "
+        "that the configuration names, as SAELens writes them.",
+    )
+    parser.add_argument("sae", metavar="SAE", nargs="+", type=Path, help="folder with cfg.json and weights")
+    _add_model_and_text(parser, text="evaluation")
+    parser.add_argument(
+        "--normalise", choices=("none", "token"), default="none",
+        help="what the autoencoder was trained on: the model's activations, or each token normalised by its mean and "
+        "standard deviation",
+    )  # fmt: skip
+    parser.add_argument("--ppl", type=float, default=None, metavar="P", help="also PPL-P%% sparsity (some passes more)")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for eval.json, eval.md and PNGs")
+    parser.add_argument("--no-figures", action="store_true", help="no PNGs; matplotlib is then not needed")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from sae_engine import SparseAutoencoder
+    from sae_engine.metrics import evaluate, ppl_sparsity, report
+
+    if args.out is not None and not args.no_figures and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the pictures need the package matplotlib: pip install matplotlib, or give --no-figures")
+    names = _names(args.sae)
+    saes = {name: SparseAutoencoder.from_pretrained(path) for name, path in zip(names, args.sae, strict=True)}
+    places = {place for path in args.sae if (place := _place(path)) is not None}
+    if len(places) > 1 and (args.layer is None or args.site is None):
+        raise ValueError(f"SAE: the folders name different places, {sorted(places)}: give --layer and --site")
+    lm = _load_model(args, fallback=False)
+    site, layer = places.pop() if len(places) == 1 else (SITES[0], lm.num_layers * 2 // 3)
+    layer, site = layer if args.layer is None else args.layer, site if args.site is None else args.site
+    options: dict[str, Any] = {
+        "layer": layer, "site": site, "normalise": args.normalise, "context_length": args.context_length,
+        "batch_size": args.batch_size, "drop_first": not args.keep_first, "max_tokens": args.tokens,
+    }  # fmt: skip
+    results = {}
+    for name, sae in saes.items():
+        sae.to(next(lm.model.parameters()).device)
+        texts, source = _texts(args.text, args.suffixes)
+        result = evaluate(sae, lm, texts, progress=not args.quiet, **options)
+        result["setting"]["text"] = source
+        if args.ppl is not None:
+            texts, _ = _texts(args.text, args.suffixes)
+            result["ppl_sparsity"] = ppl_sparsity(sae, lm, texts, rise=args.ppl / 100, **options)
+        results[name] = result
+    measured = next(iter(results.values()))["reconstruction"]["tokens"]
+    if args.tokens is not None and measured < args.tokens:
+        print(f"sae-engine: the text had {measured} tokens, fewer than --tokens {args.tokens}", file=sys.stderr)
+    print(f"{report.setting_text(results)}\n\n{report.table(results)}")
+    if args.out is not None:
+        print(*report.write(results, args.out, figures=not args.no_figures), sep="\n")
+    return 0
+
+
+def _place(folder: Path) -> tuple[str, int] | None:
+    """Site and layer that an autoencoder was trained on, where its configuration says so in SAELens' words."""
+    metadata = json.loads((folder / "cfg.json").read_text()).get("metadata")
+    name = metadata.get("hook_name") if isinstance(metadata, dict) else None
+    found = re.fullmatch(rf"blocks\.(\d+)\.hook_({'|'.join(SITES)})", str(name))
+    return (found[2], int(found[1])) if found else None
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """What the columns are called: the folders' names, or their paths where two are called alike."""
+    short = [path.resolve().name for path in paths]
+    if len(set(short)) == len(short):
+        return short
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"SAE: the same folder was given twice: {', '.join(map(str, paths))}")
+    return [str(path) for path in paths]
+
+
+# ------------------------------------------------------------------------------- what two commands share
+
+
+def _add_model_and_text(parser: argparse.ArgumentParser, *, text: str) -> None:
+    """What says which activations: the model, the place in it, and the text. ``text`` is the default word."""
+    parser.add_argument("--model", default=None, metavar="NAME", help="hub name or local folder; the embedded model")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
+    parser.add_argument("--layer", type=int, default=None, help="block; two thirds of the way up (GPT-2: 8)")
+    parser.add_argument("--site", choices=SITES, default=None, help="resid_pre")
+    parser.add_argument("--tokens", type=int, default=None, metavar="N", help="all of the text")
+    parser.add_argument(
+        "--text", nargs="+", default=[text], metavar="PATH",
+        help="text files or folders, or the word 'stdlib' (this Python's standard library) or "
+        f"'evaluation' (the fixed evaluation text); {text}",
+    )  # fmt: skip
+    parser.add_argument("--suffixes", nargs="+", default=[".txt", ".md", ".py", ".rst"], help="read from folders")
+    parser.add_argument("--context-length", type=int, default=None, metavar="N", help="at most 256 by default")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="contexts per forward pass")
+    parser.add_argument("--keep-first", action="store_true", help="keep each context's first position")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 …; a GPU if there is one")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _load_model(args: argparse.Namespace, *, fallback: bool) -> Any:
+    """The language model that the arguments name."""
+    import torch
+
+    from sae_engine.data import load_language_model
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_language_model(args.model, revision=args.revision, device=device, fallback=fallback)
 
 
 def _texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:

@@ -118,6 +118,120 @@ def test_interrupt_is_status_130(monkeypatch, text_file, tmp_path, capsys):
     assert "run the same command again" in capsys.readouterr().err
 
 
+# -------------------------------------------------------------------------------------------------- eval
+
+
+@pytest.fixture
+def sae_folder(tmp_path):
+    """A function that saves a small autoencoder, on a place that its configuration may name."""
+    import torch
+
+    import sae_engine as se
+
+    def make(name="small", hook_name=None, width=256):
+        torch.manual_seed(len(name))
+        folder = tmp_path / name
+        se.SparseAutoencoder(width, 64, se.TopK(4)).save_pretrained(folder)
+        if hook_name is not None:
+            cfg = json.loads((folder / "cfg.json").read_text())
+            cfg["metadata"]["hook_name"] = hook_name
+            (folder / "cfg.json").write_text(json.dumps(cfg))
+        return str(folder)
+
+    return make
+
+
+QUICK = ["--tokens", "200", "--context-length", "64", "--device", "cpu", "--quiet"]
+
+
+def test_eval_prints_a_table_and_writes_all_of_it(sae_folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+    out = tmp_path / "out"
+    folders = [sae_folder("one"), sae_folder("other")]
+    assert cli.main(["eval", *folders, "--normalise", "token", "--ppl", "5", "--out", str(out), *QUICK]) == 0
+    shown, err = capsys.readouterr()
+    assert err == ""
+    for word in (" one |", " other |", "FVU", "loss recovered", "epsilon-LBO", "CETT", "layer 2, resid_pre",
+                 "per-token normalised", "evaluation text, 200 tokens", weights_sha256(EMBEDDED_FOLDER)):  # fmt: skip
+        assert word in shown
+    names = ["density.png", "eval.json", "eval.md", "frontier.png", "zf.png"]
+    assert sorted(path.name for path in out.iterdir()) == names  # and no temporary file
+    for name in names:
+        assert (out / name).read_bytes().startswith(b"\x89PNG") == name.endswith(".png")
+    results = json.loads((out / "eval.json").read_text())
+    assert list(results) == ["one", "other"]
+    assert results["one"]["sparsity"]["l0"] == 4.0
+    assert len(results["one"]["norms"]["zf_points"]) == 200
+    text = (out / "eval.md").read_text()
+    assert "| loss recovered" in text and "![zf](zf.png)" in text
+    assert results["one"]["language"] != results["other"]["language"]
+    assert f"{results['other']['language']['loss_recovered']:.4f}" in text
+
+
+def test_eval_without_pictures(sae_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out, folder = tmp_path / "out", sae_folder()
+    assert cli.main(["eval", folder, "--out", str(out), *QUICK]) == 1
+    assert "--no-figures" in capsys.readouterr().err
+    assert not out.exists()
+    assert cli.main(["eval", folder, "--out", str(out), "--no-figures", *QUICK]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.md"]
+
+
+def test_eval_takes_the_place_that_the_configuration_names(sae_folder, capsys):
+    folder = sae_folder("named", "blocks.3.hook_mlp_out")
+    assert cli.main(["eval", folder, *QUICK]) == 0
+    assert "layer 3, mlp_out" in capsys.readouterr().out
+    assert cli.main(["eval", folder, "--layer", "1", *QUICK]) == 0
+    assert "layer 1, mlp_out" in capsys.readouterr().out
+    other = sae_folder("other", "blocks.1.hook_resid_pre")
+    assert cli.main(["eval", folder, other, *QUICK]) == 1
+    assert "different places" in capsys.readouterr().err
+
+
+def test_eval_errors_are_one_line_and_write_nothing(sae_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    folder = sae_folder()
+    for arguments, message in [
+        ([str(tmp_path / "nowhere")], "there is none at"),
+        ([sae_folder("wide", width=128)], "d_in = d_out = 256"),
+        ([folder, "--layer", "8"], "layer must be in 0..3, got 8"),
+        ([folder, "--model", "nobody/none"], "hub did not answer for 'nobody/none'"),
+        ([folder, "--ppl", "-1"], "rise must be positive"),
+        ([folder, folder], "given twice"),
+        ([folder, "--text", str(tmp_path / "nowhere.txt")], "nowhere.txt"),
+    ]:
+        assert cli.main(["eval", *arguments, "--out", str(out), "--no-figures", *QUICK]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("sae-engine: error: ")
+        assert message in err
+        assert err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_eval_says_when_the_text_is_too_short(sae_folder, text_file, capsys):
+    arguments = ["eval", sae_folder(), "--text", text_file, *QUICK, "--tokens", "999999"]
+    assert cli.main(arguments) == 0
+    assert "fewer than --tokens 999999" in capsys.readouterr().err
+
+
+def test_what_is_no_number_is_null_in_json_and_nan_in_the_table(sae_folder, tmp_path, capsys):
+    import torch
+
+    import sae_engine as se
+
+    folder = tmp_path / "broken"
+    sae = se.SparseAutoencoder(256, 64, se.TopK(4))
+    with torch.no_grad():
+        sae.b_dec.fill_(float("nan"))
+    sae.save_pretrained(folder)
+    out = tmp_path / "out"
+    assert cli.main(["eval", str(folder), "--out", str(out), "--no-figures", *QUICK]) == 0
+    assert "nan" in capsys.readouterr().out
+    result = json.loads((out / "eval.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert result["broken"]["reconstruction"]["fvu"] is None
+
+
 def test_fallback_is_said_once_on_standard_error(text_file, tmp_path):
     command = [sys.executable, "-m", "sae_engine.cli", "collect", str(tmp_path / "out"), "--model", "nobody/none",
                "--text", text_file, "--tokens", "50", "--quiet", "--device", "cpu"]  # fmt: skip

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .activations import SITES, read_activations, stream_activations
+    from .activations import SITES, read_activations, run_with_replacement, stream_activations
     from .gradients import read_gradients
     from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
     from .store import ActivationStore, collect_activations
@@ -25,13 +25,14 @@ __all__ = [
     "load_language_model",
     "read_activations",
     "read_gradients",
+    "run_with_replacement",
     "stdlib_texts",
     "stream_activations",
     "weights_sha256",
 ]
 
 _MODULES = {
-    "activations": {"SITES", "read_activations", "stream_activations"},
+    "activations": {"SITES", "read_activations", "run_with_replacement", "stream_activations"},
     "gradients": {"read_gradients"},
     "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
     "store": {"ActivationStore", "collect_activations"},

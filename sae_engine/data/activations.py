@@ -9,7 +9,8 @@ Sites, for block ``layer`` of ``num_layers``:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -47,40 +48,64 @@ def read_activations(model: nn.Module, input_ids: Tensor, *, layer: int, site: s
             are not found.
         RuntimeError: the forward pass never reached the site.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
-        raise TypeError(f"input_ids must be a tensor of integers, got {getattr(input_ids, 'dtype', type(input_ids))}")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be (B, T), got shape {tuple(input_ids.shape)}")
+    _check_ids(input_ids)
     target = _hook_target(model, layer, site)
     found: list[Tensor] = []
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
+    def read(hidden: Tensor) -> Tensor:
+        found.append(hidden)
         raise _Reached
 
-    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-        raise _Reached
-
-    if site == "resid_pre":
-        handle = target.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = target.register_forward_hook(after)
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with torch.inference_mode():
-            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-        for module in training:
-            module.training = True
+    with _evaluating(model), _hooked(target, site, read), torch.inference_mode(), suppress(_Reached):
+        _forward(model, input_ids)
     if not found:
-        raise RuntimeError(f"the forward pass of {type(model).__name__} never reached layer {layer}, site {site!r}")
+        raise _never_reached(model, layer, site)
     # The copy, made outside inference mode, is an ordinary tensor: autograd may save it, an SAE may train on it.
     return found[0].clone().reshape(*input_ids.shape, -1)  # OPT's MLP sees its tokens flattened
+
+
+def run_with_replacement(
+    model: nn.Module,
+    input_ids: Tensor,
+    replace: Callable[[Tensor], Tensor],
+    *,
+    layer: int,
+    site: str = "resid_pre",
+) -> Tensor:
+    """Logits of the model with the site's activations replaced on the way: ``replace`` maps (B, T, d_model) to itself.
+
+    What ``replace`` returns is cast to the model's dtype, so that returning its argument changes no bit.
+
+    Args:
+        model, input_ids, layer, site: as :func:`read_activations` has them.
+        replace: called once, outside autograd; it must not write to its argument.
+
+    Returns:
+        ``(B, T, vocabulary)``, in the model's dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`read_activations`; ValueError also where ``replace`` returns
+            another shape.
+    """
+    _check_ids(input_ids)
+    target = _hook_target(model, layer, site)
+    reached = False
+
+    def write(hidden: Tensor) -> Tensor:
+        nonlocal reached
+        reached = True
+        before = hidden.reshape(*input_ids.shape, -1)  # OPT's MLP sees its tokens flattened
+        after = replace(before)
+        if not isinstance(after, Tensor) or after.shape != before.shape:
+            got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+            raise ValueError(f"replace must return a tensor of shape {tuple(before.shape)}, got {got}")
+        return after.to(hidden).reshape(hidden.shape)
+
+    with _evaluating(model), _hooked(target, site, write), torch.no_grad():
+        logits = _forward(model, input_ids).logits
+    if not reached:
+        raise _never_reached(model, layer, site)
+    return logits
 
 
 def stream_activations(
@@ -240,6 +265,55 @@ def _tokenize(lm: LanguageModel, document: str) -> list[int]:
     # verbose=False: the warning about documents longer than the model's context does not apply to a stream.
     ids = lm.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if document else []
     return [*ids, lm.tokenizer.eos_token_id] if ids else []
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+        raise TypeError(f"input_ids must be a tensor of integers, got {getattr(input_ids, 'dtype', type(input_ids))}")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be (B, T), got shape {tuple(input_ids.shape)}")
+
+
+def _forward(model: nn.Module, input_ids: Tensor) -> Any:
+    return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+
+
+def _never_reached(model: nn.Module, layer: int, site: str) -> RuntimeError:
+    return RuntimeError(f"the forward pass of {type(model).__name__} never reached layer {layer}, site {site!r}")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _hooked(target: nn.Module, site: str, use: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """What stands at ``site`` of the hooked module goes through ``use``, which returns what takes its place."""
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (use(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": use(kwargs["hidden_states"])}
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        return (use(output[0]), *output[1:]) if isinstance(output, tuple) else use(output)
+
+    if site == "resid_pre":
+        handle = target.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = target.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _hook_target(model: nn.Module, layer: int, site: str) -> nn.Module:

@@ -1,0 +1,260 @@
+"""The selection rules that ``rules.py`` compares, as data: how each is built, trained, and brought to an L0.
+
+A rule that sets its number of entries itself is built for it. One that does not is *steered*: after each step a number
+of its own (a penalty's weight, a target's scale, a count that it only aims at) moves by a share of how far, in
+logarithms, the batch's L0 lay from the wanted one. Steering is ours; papers sweep the number instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sae_engine as se
+
+THRESHOLD_RATE = 0.05  # of running thresholds: these runs are too short for the usual 0.01 to catch up
+STEERING_RATE = 0.1
+AFA_COEFF = 1 / 32
+THRESHOLDS = "held-out tokens by the learned thresholds, scaled to the L0 on training tokens"
+BANDWIDTH = 0.1  # of JumpReLU's estimator, beside thresholds of about 1
+
+Build = Callable[[int, int, int], se.Activation]  # k, d_sae, steps of the training
+Loss = Callable[..., tuple[Tensor, se.SparseCodes]]  # sae, x, level, **context
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One rule of the comparison.
+
+    ``loss`` returns what is minimised (squared error summed over d, per token, and the rule's own terms) and the codes.
+    The level's strength begins at ``start``, and steering moves it; ``steer`` puts it into the autoencoder where it is
+    no weight of the loss. ``prepare`` changes initial values.
+    """
+
+    name: str
+    build: Build
+    method: str
+    loss: Loss
+    steered: bool = False
+    start: float = 1.0
+    steer: Callable[[se.SparseAutoencoder, float, int], None] | None = None  # sae, strength, k
+    prepare: Callable[[se.SparseAutoencoder, int, Tensor], float | None] | None = None  # sae, k, x; may give a start
+    scaled: bool = True  # whether scale_encoder applies
+    gradients: bool = False  # whether the rule needs the language model's, as the context `gradient`
+    inference: Callable[[se.SparseAutoencoder], se.Activation] | None = None  # another rule on held-out tokens
+    calibrated: bool = False  # whether calibrate applies after training
+
+
+def cut(k: int, d_sae: int) -> float:
+    """What k of d_sae standard normal numbers exceed: such are the pre-activations of unit rows and normalised tokens
+    at the start, so rules with a threshold or a bias start near their L0 instead of at half of all latents."""
+    return NormalDist().inv_cdf(1 - k / d_sae)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says of its rule, so that the report can say where it did not hold here."""
+
+    rule: str
+    metric: str
+    better_than: str
+    source: str
+
+
+class Level:
+    """The steered number of one run, as a logarithm."""
+
+    def __init__(self, recipe: Recipe, k: int, start: float | None = None) -> None:
+        self.recipe, self.k, self.value = recipe, k, math.log(recipe.start if start is None else start)
+
+    @property
+    def strength(self) -> float:
+        return math.exp(self.value)
+
+    def move(self, codes: se.SparseCodes) -> None:
+        """More strength where more entries than wanted were kept. Reads the device."""
+        if self.recipe.steered:
+            l0 = (codes.values != 0).sum().item() / codes.rows
+            self.value += STEERING_RATE * (math.log(max(l0, 0.5)) - math.log(self.k))
+
+
+# --- losses --------------------------------------------------------------------------------------------------------
+
+
+def plain(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
+    codes = sae.encode(x, **context)
+    sae.activation.update(codes)
+    return se.losses.mse(sae.decode(codes), x), codes
+
+
+def l1(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
+    error, codes = plain(sae, x, level, **context)
+    return error + level.strength * codes.values.sum() / codes.rows, codes  # decoder rows have unit norm
+
+
+def top_afa(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
+    """The authors weigh the norm term against the error per element; here errors are summed over d. Its target is the
+    rule's own, scaled and centred: the authors' ||x|| would pull values away from where the rule cuts, without end."""
+    error, codes = plain(sae, x, level, **context)
+    target = sae.activation.target_scale * (x - sae.b_dec.detach())
+    return error + x.shape[-1] * AFA_COEFF * se.losses.norm_match(codes, target), codes
+
+
+def matryoshka(
+    sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
+) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
+    codes = sae.encode(x)
+    sae.activation.update(codes)
+    widths = sae.activation.widths
+    return se.losses.matryoshka(codes, x, sae.W_dec, sae.b_dec, widths=widths, reduction="mean"), codes
+
+
+def target_l0(
+    sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
+) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
+    error, codes = plain(sae, x, level)
+    return error + x.shape[-1] * se.losses.target_l0(codes, sae.activation, level.k), codes
+
+
+def gated(
+    sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
+) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
+    codes, gate = sae.encode(x, select=[sae.activation, sae.activation.gate])
+    error = se.losses.mse(sae.decode(codes), x)
+    return error + se.losses.gated(gate, x, sae.W_dec, sae.b_dec, l1=level.strength), codes
+
+
+# --- how rules start, and are steered ------------------------------------------------------------------------------
+
+
+def aim(sae: se.SparseAutoencoder, strength: float, k: int) -> None:
+    sae.activation.k = min(max(k / strength, 0.1), sae.d_sae / 4)
+
+
+def scale_target(sae: se.SparseAutoencoder, strength: float, k: int) -> None:
+    sae.activation.target_scale = 1 / strength
+
+
+def sparse_target(sae: se.SparseAutoencoder, k: int, x: Tensor) -> float:
+    """The encoder as TopK would have it, and the strength at which the target is the norm of what TopK keeps."""
+    top = se.TopK(k)
+    scale_encoder(sae, x, select=top)
+    kept = sae.encode(x, select=top).values.view(len(x), k).norm(dim=1)
+    return ((x - sae.b_dec).norm(dim=1) / kept).mean().item()
+
+
+def closed(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
+    sae.activation.b_gate.fill_(-cut(k, sae.d_sae))
+
+
+def biased(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
+    sae.b_enc.fill_(-cut(k, sae.d_sae))
+
+
+@torch.no_grad()
+def scale_encoder(sae: se.SparseAutoencoder, x: Tensor, **context: Any) -> None:
+    """Scales what the encoder gives by the one factor that lowers the error on ``x`` most.
+
+    A sum of k unit rows that overlap is too long, the more so the larger k; without this, short runs would compare how
+    well each rule's shrinking of values happens to make up for it.
+    """
+    x_hat = sae.decode(sae.encode(x, **context)) - sae.b_dec
+    factor = (x_hat * (x - sae.b_dec)).sum() / x_hat.square().sum()
+    for parameter in (sae.W_enc, sae.b_enc, *sae.activation.parameters()):
+        parameter.mul_(factor)
+
+
+@torch.no_grad()
+def calibrate(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
+    """Scales the thresholds that the rule has learned by the factor at which ``x`` keeps k entries a token.
+
+    Running means lag behind weights that still move fast, and a rule with a pool has none afterwards.
+    """
+    sae.eval()
+    rule = sae.activation
+    learned = rule.inference_threshold() if isinstance(rule, se.FeatureChoice) else rule.threshold
+    _, pre = sae.encode(x, return_pre=True)
+    ratios = pre.double() / learned.clamp(min=torch.finfo(torch.float32).tiny)
+    # the largest that is not kept: kept entries lie above
+    factor = se.functional.batch_topk(ratios, k + 1 / len(x)).values.min()
+    for name, buffer in rule.named_buffers():
+        if "threshold" in name:
+            buffer.copy_(torch.where(buffer > 0, buffer * factor, buffer))
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe("TopK", lambda k, F, steps: se.TopK(k), "", plain),
+    Recipe("BatchTopK", lambda k, F, steps: se.BatchTopK(k, threshold_lr=THRESHOLD_RATE),
+           f"also mutual choice; {THRESHOLDS}", plain, calibrated=True),
+    Recipe("FeatureChoice", lambda k, F, steps: se.FeatureChoice(
+               F, k, mutual_steps=steps // 2, threshold_lr=THRESHOLD_RATE, density_lr=THRESHOLD_RATE),
+           f"mutual choice in the first half, then Zipf budgets, thresholds per latent; {THRESHOLDS}", plain,
+           calibrated=True),
+    Recipe("MatryoshkaBatchTopK", lambda k, F, steps: se.MatryoshkaBatchTopK(
+               k, (F // 16, F // 4, F), threshold_lr=THRESHOLD_RATE),
+           f"mean of the errors of d_sae / 16, d_sae / 4 and all latents; {THRESHOLDS}", matryoshka, calibrated=True),
+    Recipe("SampledTopK", lambda k, F, steps: se.SampledTopK(k, pool=4.0, threshold_lr=THRESHOLD_RATE),
+           f"pool of 4 k latents by L2 norm in training, all latents afterwards; {THRESHOLDS}", plain,
+           calibrated=True),
+    Recipe("GradientTopK", lambda k, F, steps: se.GradientTopK(k),
+           "beta 1, gradient of the summed next-token loss; held-out tokens by plain TopK, without a gradient",
+           plain, gradients=True, inference=lambda sae: se.TopK(sae.activation.k)),
+    Recipe("AbsTopK", lambda k, F, steps: se.AbsTopK(k), "", plain),
+    Recipe("StatisticalTopK", lambda k, F, steps: se.StatisticalTopK(k), "the count aimed at is steered", plain,
+           steered=True, steer=aim),
+    Recipe("top-AFA", lambda k, F, steps: se.TopAFA(),
+           f"target_scale, in rule and loss, starts at what TopK keeps, is steered; afa_coeff {AFA_COEFF}", top_afa,
+           steered=True, steer=scale_target, prepare=sparse_target, scaled=False),
+    Recipe("JumpReLU", lambda k, F, steps: se.JumpReLU(F, threshold=cut(k, F), bandwidth=BANDWIDTH),
+           f"d (L0 / target - 1)^2 added; bandwidth {BANDWIDTH}; thresholds start where L0 latents fire", target_l0),
+    Recipe("Gated", lambda k, F, steps: se.Gated(F),
+           "L1 penalty of the gate, its weight steered; b_gate starts where L0 latents fire", gated, steered=True,
+           prepare=closed),
+    Recipe("ReLU", lambda k, F, steps: se.ReLU(), "L1 penalty, its weight steered; b_enc starts where L0 latents fire",
+           l1, steered=True, prepare=biased),
+)  # fmt: skip
+
+CLAIMS = (
+    Claim("BatchTopK", "fvu", "TopK", "Bussmann et al. 2024, arXiv:2412.06410"),
+    Claim("FeatureChoice", "fvu", "TopK", "Ayonrinde 2024, arXiv:2411.02124"),
+    Claim("FeatureChoice", "dead_fraction", "TopK", "Ayonrinde 2024, arXiv:2411.02124"),
+    Claim("GradientTopK", "loss_recovered", "TopK", "Olmo et al. 2024, arXiv:2411.10397"),
+    Claim("AbsTopK", "fvu", "TopK", "Zhu et al. 2025, arXiv:2510.00404"),
+    Claim("top-AFA", "fvu", "TopK", "Lee et al. 2025, arXiv:2503.24277"),
+    Claim("top-AFA", "fvu", "BatchTopK", "Lee et al. 2025, arXiv:2503.24277"),
+    Claim("JumpReLU", "fvu", "TopK", "Rajamanoharan et al. 2024, arXiv:2407.14435"),
+    Claim("JumpReLU", "fvu", "Gated", "Rajamanoharan et al. 2024, arXiv:2407.14435"),
+    Claim("Gated", "fvu", "ReLU", "Rajamanoharan et al. 2024, arXiv:2404.16014"),
+    Claim("TopK", "fvu", "ReLU", "Gao et al. 2024, arXiv:2406.04093"),
+)
+
+# Squared error per element at k, GPT-2 small resid_pre, F = 12288, 82 M tokens of OpenWebText, per-token normalised:
+# the logs of the authors of top-AFA (Lee et al. 2025, arXiv:2503.24277).
+PUBLISHED: dict[tuple[str, int], dict[int, float]] = {
+    ("TopK", 6): {32: 0.0649, 64: 0.0513, 128: 0.0392, 256: 0.0264},
+    ("BatchTopK", 6): {32: 0.0628, 64: 0.0495, 128: 0.0369, 256: 0.0237},
+    ("TopK", 7): {32: 0.0743, 64: 0.0587, 128: 0.0448, 256: 0.0293},
+    ("BatchTopK", 7): {32: 0.0726, 64: 0.0572, 128: 0.0427, 256: 0.0270},
+    ("TopK", 8): {32: 0.0824, 64: 0.0653, 128: 0.0498, 256: 0.0322},
+    ("BatchTopK", 8): {32: 0.0807, 64: 0.0636, 128: 0.0480, 256: 0.0301},
+}
+# top-AFA at layer 8: afa_coeff -> (L0, squared error per element).
+PUBLISHED_TOP_AFA = {
+    1 / 128: (1579, 0.00335), 1 / 64: (1973, 0.000184), 1 / 32: (2104, 0.000208), 1 / 16: (2419, 0.000171),
+}  # fmt: skip
+PUBLISHED_BUDGET = "F = 12288, 82 M tokens of OpenWebText, per-token normalised space (Lee et al. 2025, authors' logs)"
+
+
+def find(name: str) -> Recipe:
+    for recipe in RECIPES:
+        if recipe.name == name:
+            return recipe
+    raise ValueError(f"no rule is called {name!r}; there are {', '.join(r.name for r in RECIPES)}")

@@ -1,0 +1,377 @@
+"""Every selection rule at the same L0: on the same activations, with the same budget, over several seeds.
+
+    python benchmarks/rules.py                                          # the embedded model, under half an hour
+    python benchmarks/rules.py --quick                                  # a smoke run, apart from the real results
+    python benchmarks/rules.py --model openai-community/gpt2 --layer 8  # beside the published numbers
+    python benchmarks/rules.py --rules TopK BatchTopK --l0 32 64
+
+A row is stored as soon as it is measured: interrupted, the same command carries on, and a cell that has a row is not
+measured again (``--again`` does). The report, ``rules.md`` and its picture, is made from the rows alone.
+``benchmarks/README.md`` has the method; ``recipes.py`` has the rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import reconstruction
+import torch
+from progress import ProgressBar
+from recipes import RECIPES, Level, Recipe, calibrate, find, scale_encoder
+from reconstruction import BETAS, WARM_STEPS
+from rows import ROOT, Row, cell, device_slug, environment, load, now_utc, store
+from timing import OtherLoad
+from torch import Tensor
+
+import sae_engine as se
+from sae_engine.data import ActivationStore, LanguageModel, evaluation_text, load_language_model, run_with_replacement
+from sae_engine.data.activations import context_batches
+from sae_engine.metrics import NextTokenLoss, Reconstruction, Sparsity, loss_recovered
+
+METHOD = (
+    "Adam {learning_rate:g}, betas {betas}; unit-norm decoder rows, tied initial weights, the encoder scaled to the "
+    "least error on the first batch, b_dec from the mean; no auxiliary loss"
+)
+
+CALIBRATION_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of one table share."""
+
+    d_sae: int
+    batch_tokens: int
+    train_tokens: int
+    eval_tokens: int | None  # None: all of the evaluation text
+    loss_tokens: int  # of the evaluation text, for the spliced model
+    l0s: tuple[int, ...]
+    seeds: tuple[int, ...]
+    learning_rate: float
+
+    @property
+    def steps(self) -> int:
+        return self.train_tokens // self.batch_tokens
+
+
+QUICK = Setting(512, 256, 256 * 30, 2048, 512, (16,), (0,), 1e-3)
+DEFAULT = Setting(2048, 512, 512 * 200, 16384, 4096, (16, 32, 64, 128), (0, 1, 2), 1e-3)
+FULL = Setting(12288, 4096, 4096 * 600, None, 65536, (16, 32, 64, 128), (0, 1, 2), 3e-4)
+
+
+# --- one run -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An autoencoder after training, and what training took."""
+
+    sae: se.SparseAutoencoder
+    strength: float
+    tokens_per_second: float
+    seconds: float
+
+
+def train(
+    recipe: Recipe, k: int, seed: int, data: Data, setting: Setting, device: torch.device, bar: ProgressBar
+) -> Trained:
+    """One pass over the training tokens, in the order that ``seed`` gives."""
+    torch.manual_seed(seed)
+    rule = recipe.build(k, setting.d_sae, setting.steps)
+    sae = se.SparseAutoencoder(len(data.mean), setting.d_sae, rule, device=device)
+    with torch.no_grad():
+        sae.b_dec.copy_(data.mean)
+    x, context = next(batches(recipe, data, setting, seed, device))
+    level = prepare(recipe, sae, k, x, **context)
+    trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=setting.learning_rate, betas=BETAS)
+    started = time.perf_counter()
+    for step, (x, context) in enumerate(batches(recipe, data, setting, seed, device)):
+        if step == WARM_STEPS:
+            _wait(device)
+            started = time.perf_counter()
+        training_step(recipe, sae, optimizer, level, x, **context)
+        bar.update()
+    _wait(device)
+    seconds = time.perf_counter() - started
+    if recipe.calibrated:
+        rows = next(data.train.batches(CALIBRATION_TOKENS, seed=seed, device=device, dtype=torch.float32))
+        calibrate(sae, k, reconstruction.normalised(rows))
+    timed = (setting.steps - WARM_STEPS) * setting.batch_tokens
+    return Trained(sae, level.strength, timed / seconds, seconds)
+
+
+@torch.no_grad()
+def prepare(recipe: Recipe, sae: se.SparseAutoencoder, k: int, x: Tensor, **context: Tensor) -> Level:
+    """Initial values that depend on the rule and, for their scale, on one batch; where steering starts."""
+    start = None if recipe.prepare is None else recipe.prepare(sae, k, x)
+    if recipe.scaled:
+        scale_encoder(sae, x, **context)
+    return Level(recipe, k, start)
+
+
+def training_step(
+    recipe: Recipe, sae: se.SparseAutoencoder, optimizer: torch.optim.Optimizer, level: Level, x: Tensor,
+    **context: Tensor,
+) -> se.SparseCodes:  # fmt: skip
+    """One step on unit-norm decoder rows; returns the codes before it."""
+    if recipe.steer is not None:
+        recipe.steer(sae, level.strength, level.k)
+    loss, codes = recipe.loss(sae, x, level, **context)
+    optimizer.zero_grad()
+    loss.backward()
+    W_dec = sae.W_dec
+    if W_dec.grad is None:
+        raise RuntimeError(f"the loss of {recipe.name} does not reach W_dec")
+    with torch.no_grad():
+        W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
+        optimizer.step()
+        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+    level.move(codes)
+    return codes
+
+
+def batches(
+    recipe: Recipe, data: Data, setting: Setting, seed: int, device: torch.device
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Normalised batches of one pass, and what else the rule needs; the same seed gives every rule the same."""
+    options: dict[str, Any] = {"seed": seed, "device": device, "dtype": torch.float32, "drop_last": True}
+    found = (reconstruction.normalised(x) for x in data.train.batches(setting.batch_tokens, **options))
+    if not recipe.gradients:
+        yield from ((x, {}) for x in found)
+        return
+    gradients = data.gradients.batches(setting.batch_tokens, **options)
+    yield from ((x, {"gradient": g}) for x, g in zip(found, gradients, strict=True))
+
+
+class Gradients(ActivationStore):
+    """The language model's gradients at the rows of a store, in memory: the same seed shuffles both alike."""
+
+    def __init__(self, store: ActivationStore, rows: Tensor) -> None:
+        super().__init__(store.path)
+        if len(rows) != len(self):
+            raise ValueError(f"rows must be the {len(self)} of the store, got {len(rows)}")
+        sizes = [shard["tokens"] for shard in self.manifest["shards"]]
+        self._rows = rows.to(self.dtype).split(sizes)
+
+    def _load(self, index: int) -> Tensor:
+        return self._rows[index]
+
+
+def read_all_gradients(lm: LanguageModel, store: ActivationStore, layer: int, site: str) -> Tensor:
+    """(rows, d) of the store: the gradient of the summed next-token loss in the normalised space of the rows."""
+    from sae_engine.data import read_gradients
+
+    device, found, count = next(lm.model.parameters()).device, [], 0
+    documents = reconstruction.training_documents()
+    for ids in context_batches(lm, documents, store.manifest["context_length"], store.manifest["batch_size"]):
+        activations, gradients = (
+            t[:, 1:].flatten(0, 1) for t in read_gradients(lm.model, ids.to(device), layer=layer, site=site)
+        )
+        scale = activations.std(-1, keepdim=True) + reconstruction.NORMALISE_EPS
+        found.append((gradients * scale).to("cpu", torch.float16))
+        count += len(gradients)
+        if count >= len(store):
+            break
+    return torch.cat(found)[: len(store)]
+
+
+class Data:
+    """Training and held-out rows of one place in a language model, and the model itself."""
+
+    def __init__(self, lm: LanguageModel, layer: int, site: str, setting: Setting, cache: Path | None, progress: bool):
+        activations = reconstruction.collect(lm, layer, site, setting, cache=cache, progress=progress)
+        self.train, self.held_out = activations.train, activations.held_out
+        self.mean, self.about = activations.mean, activations.about
+        self._of = (lm, layer, site)
+
+    @functools.cached_property
+    def gradients(self) -> Gradients:
+        lm, layer, site = self._of
+        return Gradients(self.train, read_all_gradients(lm, self.train, layer, site))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class SplicedModel:
+    """The language model on fixed contexts: clean and with zeros once, with a reconstruction for each autoencoder."""
+
+    def __init__(self, lm: LanguageModel, layer: int, site: str, tokens: int) -> None:
+        self.lm, self.place = lm, {"layer": layer, "site": site}
+        device = next(lm.model.parameters()).device
+        length = min(lm.max_length, 256)
+        contexts = -(-tokens // (length - 1))  # the first position of each is left as it is, and not measured
+        ids = torch.cat([
+            batch for batch in context_batches(lm, evaluation_text(), length, 8) if batch.shape[1] == length
+        ])[:contexts].to(device)  # fmt: skip
+        self.batches = ids.split(8)
+        self.clean, self.ablated = self._run(lambda x: x), self._run(torch.zeros_like)
+
+    @property
+    def tokens(self) -> int:
+        return sum(ids[:, 1:].numel() for ids in self.batches)
+
+    def _run(self, replace) -> float:
+        loss = NextTokenLoss()
+        for ids in self.batches:
+
+            def after_first(hidden: Tensor) -> Tensor:
+                rows = replace(hidden[:, 1:].flatten(0, 1)).view_as(hidden[:, 1:])
+                return torch.cat([hidden[:, :1], rows], 1)
+
+            logits = run_with_replacement(self.lm.model, ids, after_first, **self.place)
+            loss.update(logits[:, 1:], ids[:, 1:])
+        return loss.compute()["ce"]
+
+    def measure(self, sae: se.SparseAutoencoder) -> Row:
+        """Cross-entropies, and the share of the damage of zeros that the reconstruction repairs."""
+
+        def reconstruct(x: Tensor) -> Tensor:
+            mean, scale = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + reconstruction.NORMALISE_EPS
+            return sae((x - mean) / scale) * scale + mean
+
+        spliced = self._run(reconstruct)
+        recovered = loss_recovered(self.clean, spliced, self.ablated)
+        found = {"ce_clean": self.clean, "ce_spliced": spliced, "ce_ablated": self.ablated, "loss_recovered": recovered}
+        return {name: _short(value) for name, value in found.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    recipe: Recipe, sae: se.SparseAutoencoder, data: Data, spliced: SplicedModel, setting: Setting,
+    device: torch.device,
+) -> Row:  # fmt: skip
+    """Held-out tokens in the form that inference has: thresholds instead of batch rules."""
+    if recipe.inference is not None:
+        sae.activation = recipe.inference(sae)
+    sae.eval()
+    quality, sparsity = Reconstruction(space=reconstruction.SPACE), Sparsity(setting.d_sae)
+    for rows in data.held_out.batches(setting.batch_tokens, shuffle=False, device=device, dtype=torch.float32):
+        x = reconstruction.normalised(rows)
+        codes = sae.encode(x)
+        quality.update(sae.decode(codes), x)
+        sparsity.update(codes)
+    error, counts = quality.compute(), sparsity.compute()
+    found = {
+        "mse": error["mse"], "fvu": error["fvu"], "l0": counts["l0"], "dead_fraction": counts["dead_fraction"],
+        "dense_fraction": counts["dense_fraction"],
+    }  # fmt: skip
+    return {name: _short(value) for name, value in found.items()} | spliced.measure(sae)
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.6g}")
+
+
+# --- all runs ------------------------------------------------------------------------------------------------------
+
+
+def identity(
+    recipe: Recipe, k: int, seed: int, data: Data, spliced: SplicedModel, setting: Setting, device: torch.device
+) -> Row:
+    """Everything in a row that is no measurement."""
+    method = METHOD.format(learning_rate=setting.learning_rate, betas=BETAS)
+    return {
+        "kind": "rule", "rule": recipe.name, "k": k, "seed": seed, **data.about, "d_sae": setting.d_sae,
+        "batch_tokens": setting.batch_tokens, "steps": setting.steps, "loss_tokens": spliced.tokens,
+        "method": method, "recipe": recipe.method, **environment(device),
+    }  # fmt: skip
+
+
+def measure(
+    device: torch.device, setting: Setting, recipes: Sequence[Recipe], *, done: Sequence[Row] = (),
+    model: str | None = None, layer: int | None = None, site: str = "resid_pre", cache: Path | None = None,
+    progress: bool = True,
+) -> Iterator[Row]:  # fmt: skip
+    """Yields one row per run, seed by seed, so that an interrupted job has every rule; leaves out what is ``done``."""
+    lm = load_language_model(model, device=device)
+    layer = round(lm.num_layers * 2 / 3) if layer is None else layer
+    data = Data(lm, layer, site, setting, cache, progress)
+    spliced = SplicedModel(lm, layer, site, setting.loss_tokens)
+    there = {cell(row) for row in done}
+    runs = []
+    for seed in setting.seeds:
+        for k in setting.l0s:
+            for recipe in recipes:
+                row = identity(recipe, k, seed, data, spliced, setting, device)
+                if cell(row) not in there:
+                    runs.append((recipe, k, seed, row))
+    with ProgressBar(total=len(runs) * setting.steps, desc="training", unit="step", disable=not progress) as bar:
+        for recipe, k, seed, row in runs:
+            bar.set_postfix_str(f"{recipe.name} L0={k} seed {seed}")
+            others = OtherLoad()
+            trained = train(recipe, k, seed, data, setting, device, bar)
+            yield {
+                **row, "other_load": others.cores(),
+                **evaluate(recipe, trained.sae, data, spliced, setting, device),
+                "strength": _short(trained.strength) if recipe.steered else None,
+                "tokens_per_second": _short(trained.tokens_per_second), "seconds": _short(trained.seconds),
+                "utc": now_utc(),
+            }  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare selection rules at the same L0.")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="a smoke run of a minute or two; kept apart")
+    extent.add_argument("--full", action="store_true", help="d_sae 12288, 2.5 M tokens: for a GPU")
+    parser.add_argument("--rules", nargs="+", metavar="RULE", help=f"of {', '.join(r.name for r in RECIPES)}")
+    parser.add_argument("--l0", nargs="+", type=int, metavar="N", help="entries per token to compare at")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N")
+    parser.add_argument("--model", help="hub name or folder (default: the embedded model)")
+    parser.add_argument("--layer", type=int, help="default: two thirds of the depth")
+    parser.add_argument("--site", default="resid_pre", choices=("resid_pre", "mlp_out", "resid_post"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
+    parser.add_argument("--again", action="store_true", help="measure cells that have rows already")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing: the report from stored rows")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    import rules_report
+
+    options = parse(arguments)
+    device = torch.device(options.device)
+    setting = QUICK if options.quick else FULL if options.full else DEFAULT
+    setting = dataclasses.replace(
+        setting, l0s=tuple(options.l0 or setting.l0s), seeds=tuple(options.seeds or setting.seeds)
+    )
+    try:
+        recipes = [find(name) for name in options.rules] if options.rules else list(RECIPES)
+        if not all(0 < k < setting.d_sae for k in setting.l0s):
+            raise ValueError(f"--l0 must lie between 1 and {setting.d_sae - 1}, got {setting.l0s}")
+    except ValueError as error:
+        sys.exit(str(error))
+    folder = options.out / (device_slug(device) + ("-quick" if options.quick else ""))
+    file = folder / "rules.jsonl"
+    if not options.report_only:
+        done = [] if options.again else load(file)
+        place = {"model": options.model, "layer": options.layer, "site": options.site}
+        try:
+            for row in measure(device, setting, recipes, done=done, **place):
+                store(file, [row])
+        except KeyboardInterrupt:
+            print("\ninterrupted; the rows so far are kept, the same command carries on", file=sys.stderr)
+            sys.exit(130)
+    rows = load(file)
+    if not rows:
+        sys.exit(f"{file} holds no rows: nothing has been measured")
+    print(rules_report.write(rows, folder))
+
+
+if __name__ == "__main__":
+    main()

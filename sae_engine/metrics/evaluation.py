@@ -1,0 +1,358 @@
+"""Everything at once: an autoencoder on the activations of a language model, and in their place."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional
+from ..autoencoder import LAYER_NORM_EPS, EncodeInfo, SparseAutoencoder
+from ..codes import SparseCodes
+from .decoder import decoder_similarity
+from .language import NextTokenLoss, loss_recovered
+from .norms import EpsilonLBO, TailTruncation
+from .reconstruction import Reconstruction
+from .sparsity import Sparsity
+
+if TYPE_CHECKING:
+    from ..data import LanguageModel
+
+NORMALISATIONS = {
+    "none": "raw",
+    "token": f"per-token normalised: (x - mean) / (std_unbiased + {LAYER_NORM_EPS:g})",
+}
+TAIL_QUANTILES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+
+
+class Normalisation:
+    """Between the model's activations and the space in which an autoencoder was trained."""
+
+    def __init__(self, kind: str) -> None:
+        if kind not in NORMALISATIONS:
+            raise ValueError(f"normalise must be one of {tuple(NORMALISATIONS)}, got {kind!r}")
+        self.kind, self.space = kind, NORMALISATIONS[kind]
+
+    def into(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x (tokens, d) in the autoencoder's space, and what :meth:`back` needs."""
+        if self.kind == "none":
+            return x, None
+        mean, scale = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + LAYER_NORM_EPS
+        return (x - mean) / scale, (mean, scale)
+
+    def back(self, x_hat: Tensor, info: tuple[Tensor, Tensor] | None) -> Tensor:
+        return x_hat if info is None else x_hat * info[1] + info[0]
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    texts: Iterable[str],
+    *,
+    layer: int,
+    site: str = "resid_pre",
+    normalise: str = "none",
+    context_length: int | None = None,
+    batch_size: int = 8,
+    drop_first: bool = True,
+    max_tokens: int | None = None,
+    centre: Tensor | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """All metrics of an autoencoder on texts: three forward passes of the language model and one of the autoencoder.
+
+    Texts are packed as :func:`sae_engine.data.stream_activations` packs them. The reconstruction, or zeros, take the
+    activations' place at ``layer`` and ``site`` at all positions that are measured, and later layers go on from there.
+
+    Args:
+        sae: in eval mode during the call, afterwards as before; d_in = d_out = the model's d_model.
+        lm: from :func:`sae_engine.data.load_language_model`, on the device of ``sae``.
+        texts, layer, site, context_length, batch_size: as :func:`sae_engine.data.stream_activations`.
+        normalise: what the autoencoder's input is: ``"none"``, the model's activations; ``"token"``, each token
+            minus its mean over its standard deviation (unbiased) + 1e-5. Errors are measured in that space, and the
+            reconstruction is brought back before it takes its place. (An autoencoder with
+            ``normalize_activations="layer_norm"`` does this itself, and is measured in raw space.)
+        drop_first: leave each context's first position as it is in all runs, and out of all metrics.
+        max_tokens: stop after exactly so many measured tokens; None is all.
+        centre: (d,), as :class:`Reconstruction` has it.
+        progress: show a bar on standard error.
+
+    Returns:
+        Plain numbers, strings and lists by section: ``setting``, ``reconstruction``, ``sparsity``, ``decoder``,
+        ``norms`` (:class:`EpsilonLBO`, with F and f as the rule sees them and z in the space that the encoder sees),
+        ``tail`` (CETT at quantiles of the first batch's contributions), ``language`` (cross-entropies, loss recovered,
+        KL divergences).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; names it. TypeError also where the rule needs what an
+            autoencoder does not know (``GradientTopK``: evaluate it with ``TopK`` as its activation).
+        RuntimeError: the rule has no threshold yet (names ``threshold``), or the texts hold no token.
+    """
+    splice = _Splice(sae, lm, layer, site, normalise, drop_first)
+    batches = splice.batches(texts, context_length, batch_size, max_tokens)
+    measures = _Measures(sae, splice.normalisation, centre)
+    runs: dict[str, tuple[NextTokenLoss, Callable[[Tensor], Tensor]]] = {
+        "spliced": (NextTokenLoss(), measures.update), "ablated": (NextTokenLoss(), torch.zeros_like)
+    }  # fmt: skip
+    clean_loss = NextTokenLoss()
+    with _in_eval_mode(sae), splice.progress_bar(progress, max_tokens) as bar:
+        for ids in batches:
+            clean = splice.logits(ids, lambda x: x)
+            clean_loss.update(clean, splice.measured(ids))
+            for loss, replace in runs.values():
+                loss.update(splice.logits(ids, replace), splice.measured(ids), clean=clean)
+            bar.update(splice.measured(ids).numel())
+    clean_run, spliced, ablated = clean_loss.compute(), *(loss.compute() for loss, _ in runs.values())
+    language = {
+        "ce_clean": clean_run["ce"], "ce_spliced": spliced["ce"], "ce_ablated": ablated["ce"],
+        "loss_recovered": loss_recovered(clean_run["ce"], spliced["ce"], ablated["ce"]),
+        "kl_spliced": spliced["kl"], "kl_ablated": ablated["kl"], "predicted": clean_run["predicted"],
+    }  # fmt: skip
+    setting = {
+        "model": lm.name, "revision": lm.revision, "sha256": lm.sha256, "d": lm.d_model, "layer": layer, "site": site,
+        "context_length": splice.context_length, "first_positions": "dropped" if drop_first else "kept",
+        "activation": repr(sae.activation), "d_sae": sae.d_sae,
+    }  # fmt: skip
+    return {"setting": setting, **measures.compute(), "language": language}
+
+
+@torch.no_grad()
+def ppl_sparsity(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    texts: Iterable[str],
+    *,
+    layer: int,
+    rise: float = 0.01,
+    site: str = "resid_pre",
+    normalise: str = "none",
+    context_length: int | None = None,
+    batch_size: int = 8,
+    drop_first: bool = True,
+    max_tokens: int | None = None,
+    steps: int = 10,
+) -> dict[str, Any]:
+    """PPL-p% sparsity: how many latents may be left out before the spliced model's perplexity rises by p %.
+
+    Contributions whose norm (``value * ||W_dec row||``) lies below one threshold are dropped. The threshold is bisected
+    on a logarithmic scale, ``steps`` times, between the smallest and the largest contribution of the first batch, for
+    the largest at which perplexity exceeds that of the whole codes by at most ``rise``; each step is a pass over the
+    texts, whose token ids are held in memory.
+
+    Args:
+        rise: p as a fraction: 0.01 is PPL-1 %.
+        the others: as :func:`evaluate`.
+
+    Returns:
+        ``rise``, ``threshold`` (0 where even the smallest is too much), ``ce`` with it, ``ce_whole``, and, as
+        :class:`TailTruncation` has them, ``cett``, ``l0``, ``l0_kept`` and ``off``.
+
+    Source: Luo et al. 2024, arXiv:2411.02335 (Sparsing Law), for the MLPs of a whole model, with one CETT for all
+    layers; for the single layer of an autoencoder, bisecting the CETT is bisecting its threshold.
+    """
+    check.positive("rise", rise)
+    check.integer_k(steps, name="steps")
+    splice = _Splice(sae, lm, layer, site, normalise, drop_first)
+    ids = list(splice.batches(texts, context_length, batch_size, max_tokens))
+    with _in_eval_mode(sae):
+        low, high = splice.contribution_range(ids)
+        whole = splice.truncated(ids, sys.float_info.min)  # drops nothing
+        best = {**whole, "threshold": 0.0}
+        allowed = whole["ce"] + math.log1p(rise)
+        low, high = math.log(low), math.log(high)
+        for _ in range(steps):
+            middle = (low + high) / 2
+            found = splice.truncated(ids, math.exp(middle))
+            low, high, best = (middle, high, found) if found["ce"] <= allowed else (low, middle, best)
+    return {"rise": rise, "ce_whole": whole["ce"], **best}
+
+
+@contextmanager
+def _in_eval_mode(sae: SparseAutoencoder) -> Iterator[None]:
+    training = [module for module in sae.modules() if module.training]
+    sae.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Splice:
+    """A language model with something in the place of one site's activations."""
+
+    def __init__(
+        self, sae: SparseAutoencoder, lm: LanguageModel, layer: int, site: str, normalise: str, drop_first: bool
+    ) -> None:
+        self.normalisation = Normalisation(normalise)
+        _check_fit(sae, lm)
+        self.sae, self.lm, self.layer, self.site, self.first = sae, lm, layer, site, int(drop_first)
+
+    def batches(
+        self, texts: Iterable[str], context_length: int | None, batch_size: int, max_tokens: int | None
+    ) -> Iterator[Tensor]:
+        """Token ids on the device; arguments are checked now, texts are read when asked for."""
+        from ..data.activations import check_stream, context_batches
+
+        self.context_length = check_stream(
+            self.lm, texts, self.layer, self.site, context_length, batch_size, bool(self.first), max_tokens
+        )
+        found = context_batches(self.lm, texts, self.context_length, batch_size)
+        return (ids.to(self.sae.W_dec.device) for ids in _limited(found, self.first, max_tokens))
+
+    @staticmethod
+    def progress_bar(show: bool, total: int | None) -> Any:
+        from ..data.activations import progress_bar
+
+        return progress_bar(show, total)
+
+    def measured(self, ids: Tensor) -> Tensor:
+        return ids[:, self.first :]
+
+    def logits(self, ids: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits of the measured positions, with ``replace`` of the measured rows (tokens, d) in their place."""
+        from ..data.activations import run_with_replacement
+
+        def on_site(hidden: Tensor) -> Tensor:
+            rows = hidden[:, self.first :]
+            wide = rows.to(torch.promote_types(hidden.dtype, torch.float32))
+            new = replace(wide.flatten(0, 1)).view_as(rows)
+            return torch.cat([hidden[:, : self.first], new.to(hidden.dtype)], 1)
+
+        return self.measured(run_with_replacement(self.lm.model, ids, on_site, layer=self.layer, site=self.site))
+
+    def contribution_range(self, batches: list[Tensor]) -> tuple[float, float]:
+        """Norms of the smallest and the largest contribution in the first batch that has any."""
+        norms, _ = _contributing_rows(self.sae)
+        for ids in batches:
+            found: list[Tensor] = []
+
+            def look(x: Tensor, found=found) -> Tensor:
+                codes, _ = _encode(self.sae, self.normalisation.into(x)[0])
+                found.append((codes.values * functional.at_latents(norms, codes)).abs())
+                return x
+
+            self.logits(ids, look)
+            positive = found[0][found[0] > 0].double()
+            if len(positive):
+                return positive.min().item(), positive.max().item()
+        raise RuntimeError("nothing was measured: no latent fires on these texts")
+
+    def truncated(self, batches: list[Tensor], threshold: float) -> dict[str, Any]:
+        """The spliced run in which contributions below ``threshold`` are left out."""
+        norms, rows = _contributing_rows(self.sae)
+        loss, tail = NextTokenLoss(), TailTruncation(rows, [threshold])
+
+        def reconstruct(x: Tensor) -> Tensor:
+            z, info = self.normalisation.into(x)
+            codes, encoded = _encode(self.sae, z)
+            tail.update(codes)
+            dropped = (codes.values * functional.at_latents(norms, codes)).abs() < threshold
+            codes = codes.replace(values=torch.where(dropped, 0.0, codes.values))
+            return self.normalisation.back(self.sae.decode(codes, encoded), info)
+
+        for ids in batches:
+            loss.update(self.logits(ids, reconstruct), self.measured(ids))
+        found = tail.compute()
+        return {
+            "threshold": threshold, "ce": loss.compute()["ce"], "cett": found["cett"][0], "l0": found["l0"],
+            "l0_kept": found["l0_kept"][0], "off": found["off"][0],
+        }  # fmt: skip
+
+
+def _encode(sae: SparseAutoencoder, z: Tensor) -> tuple[SparseCodes, EncodeInfo]:
+    encoded: Any = sae.encode(z, return_info=True)
+    return encoded
+
+
+def _contributing_rows(sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
+    """Norms (F,) and rows (F, d) that the values of the codes multiply."""
+    rows = sae.W_dec.detach()
+    norms = rows.to(torch.promote_types(rows.dtype, torch.float32)).norm(dim=1)
+    if sae.rescale_acts_by_decoder_norm:  # the codes hold the norms
+        rows = rows / torch.where(norms == 0, 1.0, norms).to(rows.dtype)[:, None]
+        norms = torch.ones_like(norms)
+    return norms, rows
+
+
+def _check_fit(sae: SparseAutoencoder, lm: LanguageModel) -> None:
+    if not isinstance(sae, SparseAutoencoder):
+        raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+    if (sae.d_in, sae.d_out) != (lm.d_model, lm.d_model):
+        raise ValueError(
+            f"sae must have d_in = d_out = {lm.d_model}, the width of {lm.name!r}, got {sae.d_in} and {sae.d_out}"
+        )
+    device = next(lm.model.parameters()).device
+    if sae.W_dec.device != device:
+        raise ValueError(f"sae must be on the device of the language model, {device}, got {sae.W_dec.device}")
+
+
+def _limited(batches: Iterator[Tensor], first: int, max_tokens: int | None) -> Iterator[Tensor]:
+    """Batches of contexts that hold exactly ``max_tokens`` positions after the first ``first`` of each context."""
+    left = max_tokens
+    for ids in batches:
+        run = ids.shape[1] - first
+        if left is None or ids.shape[0] * run <= left:
+            yield ids
+            left = None if left is None else left - ids.shape[0] * run
+        else:
+            whole, rest = divmod(left, run)
+            if whole:
+                yield ids[:whole]
+            if rest:
+                yield ids[whole : whole + 1, : first + rest]
+            return
+        if left == 0:
+            return
+
+
+class _Measures:
+    """The metrics that need the autoencoder alone."""
+
+    def __init__(self, sae: SparseAutoencoder, norm: Normalisation, centre: Tensor | None) -> None:
+        self.sae, self.norm = sae, norm
+        self.norms, self.rows = _contributing_rows(sae)
+        self.reconstruction = Reconstruction(space=norm.space, centre=centre)
+        self.sparsity = Sparsity(sae.d_sae)
+        self.epsilon = EpsilonLBO(self.norms, sae.b_dec.detach())
+        self.tail: TailTruncation | None = None
+
+    def update(self, x: Tensor) -> Tensor:
+        """Measures (tokens, d) of the model's activations; returns their reconstruction."""
+        z, info = self.norm.into(x)
+        codes, encoded = _encode(self.sae, z)
+        z_hat = self.sae.decode(codes, encoded)
+        self.reconstruction.update(z_hat, z)
+        self.sparsity.update(codes)
+        scale = None if info is None else info[1]
+        if encoded.mean is not None and encoded.std is not None:  # the encoder's own layer norm
+            scale = encoded.std + LAYER_NORM_EPS
+            z = (z - encoded.mean) / scale
+        self.epsilon.update(codes, z, scale=None if scale is None else scale[:, 0])
+        self._update_tail(codes)
+        return self.norm.back(z_hat, info)
+
+    def _update_tail(self, codes: SparseCodes) -> None:
+        if self.tail is None:
+            contributions = (codes.values * functional.at_latents(self.norms, codes)).abs()
+            contributions = contributions[contributions > 0].double()
+            if not len(contributions):
+                return
+            ranks = [int(q * (len(contributions) - 1)) for q in TAIL_QUANTILES]
+            self.tail = TailTruncation(self.rows, contributions.sort().values[ranks].unique().tolist())
+        self.tail.update(codes)
+
+    def compute(self) -> dict[str, Any]:
+        return {
+            "reconstruction": self.reconstruction.compute(), "sparsity": self.sparsity.compute(),
+            "decoder": decoder_similarity(self.sae.W_dec), "norms": self.epsilon.compute(),
+            "tail": None if self.tail is None else self.tail.compute(),
+        }  # fmt: skip
+

@@ -1,0 +1,247 @@
+"""The comparison of rules at toy sizes: matched L0, rows that resume, claims that are judged, a report from rows."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sae_engine as se
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import recipes
+import reconstruction
+import rows
+import rules
+import rules_report
+
+CPU = torch.device("cpu")
+TINY = rules.Setting(
+    d_sae=64, batch_tokens=64, train_tokens=64 * 8, eval_tokens=128, loss_tokens=300, l0s=(4, 8), seeds=(0,),
+    learning_rate=1e-3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The main job at a toy size, with its folder."""
+    monkeypatch.setattr(reconstruction, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(rules, "QUICK", TINY)
+    out = tmp_path / "results"
+    arguments = ["--quick", "--device", "cpu", "--out", str(out)]
+
+    def run(*more):
+        rules.main([*arguments, *more])
+        (folder,) = out.iterdir()
+        return folder
+
+    return run
+
+
+def row(**changes):
+    made = {
+        "kind": "rule", "rule": "TopK", "k": 32, "seed": 0, "model": "embedded model", "revision": None,
+        "sha256": "0" * 64, "d": 768, "layer": 8, "site": "resid_pre", "space": "s", "first_positions": "dropped",
+        "text": "t", "train_tokens": 100, "eval_tokens": 10, "d_sae": 64, "batch_tokens": 10, "steps": 10,
+        "loss_tokens": 10, "method": "m", "recipe": "r", "device": "cpu", "driver": None, "cuda": None, "torch": "2",
+        "triton": None, "python": "3", "commit": "a" * 40, "dirty": False, "mse": 0.1, "fvu": 0.2, "l0": 32.0,
+        "dead_fraction": 0.0, "dense_fraction": 0.0, "loss_recovered": 0.9, "ce_clean": 1.0, "ce_spliced": 1.1, "ce_ablated": 2.0,
+        "strength": None, "tokens_per_second": 1e4, "seconds": 1.0, "other_load": 0.0, "utc": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    made["l0"] = float(changes.get("k", made["k"]))
+    return {**made, **changes}
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(r, id=r.name) for r in recipes.RECIPES])
+def test_every_rule_learns_and_reaches_the_l0_that_it_promises(recipe):
+    """On sums of a few of 40 directions in 16 dimensions."""
+    rng = torch.Generator().manual_seed(0)
+    directions = torch.randn(40, 16, generator=rng)
+
+    def batch():
+        weights = torch.rand(128, 40, generator=rng) * (torch.rand(128, 40, generator=rng) < 0.1)
+        return reconstruction.normalised(weights @ directions + 0.01 * torch.randn(128, 16, generator=rng))
+
+    def context(x):
+        return {"gradient": torch.randn(x.shape, generator=rng)} if recipe.gradients else {}
+
+    torch.manual_seed(0)
+    sae = se.SparseAutoencoder(16, 64, recipe.build(6, 64, 150))
+    x = batch()
+    level = rules.prepare(recipe, sae, 6, x, **context(x))
+    start = level.value
+    optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=3e-3)
+    errors, l0s = [], []
+    for _ in range(150):
+        x = batch()
+        codes = rules.training_step(recipe, sae, optimizer, level, x, **context(x))
+        errors.append((sae.decode(codes) - x).square().mean().item())
+        l0s.append((codes.values != 0).sum().item() / 128)
+    assert sum(errors[-10:]) < 0.9 * sum(errors[:10])
+    assert sum(l0s[-30:]) / 30 == pytest.approx(6, rel=0.15)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+    assert (level.value != start) == recipe.steered
+    if recipe.calibrated:
+        recipes.calibrate(sae, 6, x := batch())
+        # within one entry a token where pre-activations tie at the cut in fp32
+        assert sae.encode(x).l0.double().mean().item() == pytest.approx(6, abs=1 / 128)
+
+
+def test_scaling_the_encoder_finds_the_least_error():
+    sae = se.SparseAutoencoder(16, 64, se.TopK(20))
+    x = torch.randn(200, 16)
+    recipes.scale_encoder(sae, x)
+    error = (sae(x) - x).square().sum()
+    for factor in (0.98, 1.02):
+        other = se.SparseAutoencoder(16, 64, se.TopK(20))
+        other.load_state_dict(sae.state_dict())
+        with torch.no_grad():
+            other.W_enc.mul_(factor)
+        assert (other(x) - x).square().sum() > error
+
+
+def test_the_cut_lets_so_many_through():
+    drawn = torch.randn(4000, 64)
+    assert (drawn > recipes.cut(6, 64)).sum(1).double().mean().item() == pytest.approx(6, abs=0.15)  # 4 std errors
+
+
+def test_the_spliced_model_agrees_with_the_metrics():
+    """On the same contexts, with the same autoencoder, `metrics.evaluate` finds the same losses."""
+    from sae_engine.data import evaluation_text, load_language_model
+    from sae_engine.metrics import evaluate
+
+    lm = load_language_model()
+    spliced = rules.SplicedModel(lm, 2, "resid_pre", 600)
+    assert spliced.tokens == 3 * 255
+    sae = se.SparseAutoencoder(256, 64, se.TopK(8)).eval()
+    found = spliced.measure(sae)
+    whole = evaluate(sae, lm, evaluation_text(), layer=2, normalise="token", max_tokens=spliced.tokens)["language"]
+    for name, value in found.items():
+        assert value == pytest.approx(whole[name], rel=1e-5)  # rounded to 6 digits
+
+
+def test_gradients_are_shuffled_as_their_rows_are(tmp_path):
+    from sae_engine.data import collect_activations, evaluation_text, load_language_model
+
+    store = collect_activations(
+        load_language_model(), evaluation_text(), tmp_path, layer=1, max_tokens=700, shard_tokens=200, progress=False
+    )
+    gradients = rules.Gradients(store, 2 * store.tensor())
+    for seed in (0, 1):
+        pairs = list(zip(store.batches(64, seed=seed), gradients.batches(64, seed=seed), strict=True))
+        assert len(pairs) == 11
+        assert all(torch.equal(2 * x, g) for x, g in pairs)
+    with pytest.raises(ValueError, match="rows"):
+        rules.Gradients(store, store.tensor()[:-1])
+
+
+def test_main_job_resumes_and_reports(tiny, capsys):
+    folder = tiny("--rules", "TopK", "--l0", "4")
+    first = rows.load(folder / "rules.jsonl")
+    assert [(r["rule"], r["k"], r["seed"]) for r in first] == [("TopK", 4, 0)]
+    assert first[0]["l0"] == 4.0 and 0 < first[0]["fvu"] < 5 and first[0]["loss_tokens"] == 510
+    tiny("--rules", "TopK", "ReLU")
+    second = rows.load(folder / "rules.jsonl")
+    assert [(r["rule"], r["k"]) for r in second] == [("TopK", 4), ("ReLU", 4), ("TopK", 8), ("ReLU", 8)]
+    assert second[0] == first[0]  # not measured again
+    tiny("--rules", "TopK", "--l0", "4", "--again")
+    again = rows.load(folder / "rules.jsonl")
+    assert len(again) == 4
+    measured = next(r for r in again if (r["rule"], r["k"]) == ("TopK", 4))
+    assert measured["fvu"] == first[0]["fvu"]  # the same seed, the same bits
+    shown = capsys.readouterr().out
+    assert "### L0 = 4" in shown and "loss recovered" in shown
+    text = (folder / "rules.md").read_text()
+    assert "GPT-2 architecture" in text and "Beside the published" not in text
+    assert sorted(path.suffix for path in folder.iterdir()) in ([".jsonl", ".md", ".png"], [".jsonl", ".md"])
+
+
+def test_an_interrupted_job_keeps_its_rows(tiny, monkeypatch, capsys):
+    evaluate, calls = rules.evaluate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(rules, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        tiny("--rules", "TopK")
+    assert stopped.value.code == 130
+    assert "carries on" in capsys.readouterr().err
+    folder = tiny("--rules", "TopK")
+    assert len(rows.load(folder / "rules.jsonl")) == 2
+    assert len(calls) == 3
+
+
+def test_claims_are_judged_by_the_spread_of_seeds():
+    claim = recipes.Claim("BatchTopK", "fvu", "TopK", "source")
+
+    def judged(mine, other, **changes):
+        made = [row(rule="BatchTopK", seed=i, fvu=f, **changes) for i, f in enumerate(mine)]
+        made += [row(seed=i, fvu=f) for i, f in enumerate(other)]
+        summary = rules_report.summarised(made)
+        return rules_report.verdict(claim, summary["BatchTopK", 32], summary["TopK", 32])
+
+    assert judged([0.10, 0.11], [0.20, 0.21]) == "**held**"
+    assert judged([0.20, 0.21], [0.10, 0.11]) == "**worse than claimed**"
+    assert judged([0.10, 0.14], [0.11, 0.14]) == "no difference beyond the seeds'"
+    assert judged([0.10], [0.20], l0=20.0) == "not at equal L0"
+    assert judged([0.10], [0.20, 0.21]) == "one seed, not judged"
+    better = dataclasses.replace(claim, metric="loss_recovered")
+    recovered = {"BatchTopK": 0.95, "TopK": 0.9}
+    made = [row(rule=rule, seed=i, loss_recovered=r) for rule, r in recovered.items() for i in (0, 1)]
+    summary = rules_report.summarised(made)
+    assert rules_report.verdict(better, summary["BatchTopK", 32], summary["TopK", 32]) == "**held**"
+
+
+def test_every_claim_names_rules_that_are_there():
+    for claim in recipes.CLAIMS:
+        assert recipes.find(claim.rule) and recipes.find(claim.better_than)
+        assert claim.metric in rules_report.METRIC_NAMES
+    with pytest.raises(ValueError, match="TopK"):
+        recipes.find("nothing")
+
+
+def test_published_numbers_stand_beside_gpt2_only(tmp_path):
+    made = [row(mse=0.0824), row(k=64, mse=0.1306), row(rule="BatchTopK", mse=0.0807)]
+    assert rules_report.published(made) == ""
+    gpt2 = [{**r, "model": "openai-community/gpt2"} for r in made]
+    text = rules_report.published(gpt2)
+    assert "1.00×" in text and "2.00×" in text and "0.0653" in text and "1/128" in text
+    assert "layers 6, 7, 8" in rules_report.published([{**r, "layer": 5} for r in gpt2])
+    shown = rules_report.write(gpt2, tmp_path)
+    assert "published" in shown and "arXiv:2412.06410" in (tmp_path / "rules.md").read_text()
+    assert "*20.0*" in rules_report.write([row(l0=20.0)], tmp_path)  # far from the wanted 32: marked
+
+
+def test_level_moves_towards_the_wanted_l0():
+    steered = next(r for r in recipes.RECIPES if r.steered)
+    level = recipes.Level(steered, 2)
+    codes = se.SparseCodes.from_dense(torch.ones(3, 8))
+    level.move(codes)
+    assert level.value == pytest.approx(math.log(steered.start) + recipes.STEERING_RATE * math.log(8 / 2))
+    level.move(se.SparseCodes.from_dense(torch.zeros(3, 8)))  # nothing kept: still a number
+    assert math.isfinite(level.strength)
+
+
+def test_bad_arguments_are_explained():
+    with pytest.raises(SystemExit, match="no rule is called"):
+        rules.main(["--rules", "Nothing"])
+    with pytest.raises(SystemExit, match="--l0"):
+        rules.main(["--quick", "--l0", "4096"])
+
+
+def test_the_script_starts_with_a_safe_path():
+    done = subprocess.run(
+        [sys.executable, rules.__file__, "--help"], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--again" in done.stdout
