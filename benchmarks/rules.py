@@ -287,7 +287,7 @@ def identity(
     return {
         "kind": "rule", "rule": recipe.name, "k": k, "seed": seed, **data.about, "d_sae": setting.d_sae,
         "batch_tokens": setting.batch_tokens, "steps": setting.steps, "loss_tokens": spliced.tokens,
-        "method": "; ".join(filter(None, [method, recipe.method])), **environment(device),
+        "method": method, "recipe": recipe.method, **environment(device),
     }  # fmt: skip
 
 

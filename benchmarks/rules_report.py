@@ -35,7 +35,8 @@ def write(rows: Sequence[Row], folder: Path) -> str:
             name = f"rules-{found[0]['sha256'][:8]}-{number}.png"
             write_atomically(folder / name, picture(found))
             parts.append(f"![rules]({name})")
-        parts += [_legend(found), text, "### What the papers say, and what happened here", claims(found)]
+        parts += [_recipes(found), _legend(found), text]
+        parts += ["### What the papers say, and what happened here", claims(found)]
     write_atomically(folder / "rules.md", "\n\n".join(parts) + "\n")
     return "\n\n".join([*shown, str(folder / "rules.md")])
 
@@ -67,6 +68,11 @@ def summarised(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
 
 def is_matched(summary: Row) -> bool:
     return abs(summary["l0"] / summary["k"] - 1) <= MATCHED
+
+
+def _recipes(rows: Sequence[Row]) -> str:
+    own = {row["rule"]: row["recipe"] for row in rows if row["recipe"]}
+    return "\n".join(f"- {rule}: {text}" for rule, text in own.items())
 
 
 def _legend(rows: Sequence[Row]) -> str:
@@ -122,6 +128,8 @@ def verdict(claim: Claim, mine: Row, other: Row) -> str:
     """Whether the claim held: a difference counts where it exceeds what seeds differ by."""
     if not (is_matched(mine) and is_matched(other)):
         return "not at equal L0"
+    if min(mine["seeds"], other["seeds"]) < 2:
+        return "one seed, not judged"
     gain = other[claim.metric] - mine[claim.metric]
     gain = -gain if claim.metric in HIGHER_IS_BETTER else gain
     spread = max(m[f"{claim.metric}_high"] - m[f"{claim.metric}_low"] for m in (mine, other))
@@ -166,7 +174,7 @@ def picture(rows: Sequence[Row]) -> bytes:
     summary = summarised(rows)
     names = list(dict.fromkeys(row["rule"] for row in rows))
     with plt.rc_context(plot.STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(10.0, 4.4))
+        figure, panels = plt.subplots(1, 2, figsize=(10.0, 4.4), layout="constrained")
         colours = plt.get_cmap("tab20").colors
         for panel, metric in zip(panels, ("fvu", "loss_recovered"), strict=True):
             for number, name in enumerate(names):

@@ -48,10 +48,11 @@ def row(**changes):
         "kind": "rule", "rule": "TopK", "k": 32, "seed": 0, "model": "embedded model", "revision": None,
         "sha256": "0" * 64, "d": 768, "layer": 8, "site": "resid_pre", "space": "s", "first_positions": "dropped",
         "text": "t", "train_tokens": 100, "eval_tokens": 10, "d_sae": 64, "batch_tokens": 10, "steps": 10,
-        "loss_tokens": 10, "method": "m", "device": "cpu", "driver": None, "cuda": None, "torch": "2", "triton": None,
-        "python": "3", "commit": "a" * 40, "dirty": False, "mse": 0.1, "fvu": 0.2, "l0": 32.0, "dead_fraction": 0.0,
-        "dense_fraction": 0.0, "loss_recovered": 0.9, "ce_clean": 1.0, "ce_spliced": 1.1, "ce_ablated": 2.0,
-        "strength": None, "tokens_per_second": 1e4, "seconds": 1.0, "other_load": 0.0, "utc": "2026-01-01T00:00:00Z",
+        "loss_tokens": 10, "method": "m", "recipe": "r", "device": "cpu", "driver": None, "cuda": None, "torch": "2",
+        "triton": None, "python": "3", "commit": "a" * 40, "dirty": False, "mse": 0.1, "fvu": 0.2, "l0": 32.0,
+        "dead_fraction": 0.0, "dense_fraction": 0.0, "loss_recovered": 0.9, "ce_clean": 1.0, "ce_spliced": 1.1,
+        "ce_ablated": 2.0, "strength": None, "tokens_per_second": 1e4, "seconds": 1.0, "other_load": 0.0,
+        "utc": "2026-01-01T00:00:00Z",
     }  # fmt: skip
     made["l0"] = float(changes.get("k", made["k"]))
     return {**made, **changes}
@@ -193,8 +194,11 @@ def test_claims_are_judged_by_the_spread_of_seeds():
     assert judged([0.20, 0.21], [0.10, 0.11]) == "**worse than claimed**"
     assert judged([0.10, 0.14], [0.11, 0.14]) == "no difference beyond the seeds'"
     assert judged([0.10], [0.20], l0=20.0) == "not at equal L0"
+    assert judged([0.10], [0.20, 0.21]) == "one seed, not judged"
     better = dataclasses.replace(claim, metric="loss_recovered")
-    summary = rules_report.summarised([row(rule="BatchTopK", loss_recovered=0.95), row(loss_recovered=0.9)])
+    recovered = {"BatchTopK": 0.95, "TopK": 0.9}
+    made = [row(rule=rule, seed=i, loss_recovered=r) for rule, r in recovered.items() for i in (0, 1)]
+    summary = rules_report.summarised(made)
     assert rules_report.verdict(better, summary["BatchTopK", 32], summary["TopK", 32]) == "**held**"
 
 
