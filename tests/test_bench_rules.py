@@ -50,8 +50,9 @@ def row(**changes):
         "text": "t", "train_tokens": 100, "eval_tokens": 10, "d_sae": 64, "batch_tokens": 10, "steps": 10,
         "loss_tokens": 10, "method": "m", "recipe": "r", "device": "cpu", "driver": None, "cuda": None, "torch": "2",
         "triton": None, "python": "3", "commit": "a" * 40, "dirty": False, "mse": 0.1, "fvu": 0.2, "l0": 32.0,
-        "dead_fraction": 0.0, "dense_fraction": 0.0, "loss_recovered": 0.9, "ce_clean": 1.0, "ce_spliced": 1.1, "ce_ablated": 2.0,
-        "strength": None, "tokens_per_second": 1e4, "seconds": 1.0, "other_load": 0.0, "utc": "2026-01-01T00:00:00Z",
+        "dead_fraction": 0.0, "dense_fraction": 0.0, "loss_recovered": 0.9, "ce_clean": 1.0, "ce_spliced": 1.1,
+        "ce_ablated": 2.0, "strength": None, "tokens_per_second": 1e4, "seconds": 1.0, "other_load": 0.0,
+        "utc": "2026-01-01T00:00:00Z",
     }  # fmt: skip
     made["l0"] = float(changes.get("k", made["k"]))
     return {**made, **changes}
