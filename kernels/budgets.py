@@ -27,11 +27,7 @@ def by_rank(total: int, rows: int, num_latents: int, exponent: float, shift: flo
     exact = shares(total, 1 if total >= num_latents else 0, rows, num_latents, exponent, shift)
     counts = exact.floor()
     left = total - int(counts.sum())
-    by_remainder = (exact - counts).argsort(descending=True, stable=True)
-    while left:
-        room = by_remainder[counts[by_remainder] < rows][:left]
-        counts[room] += 1
-        left -= room.numel()
+    counts[(exact - counts).argsort(descending=True, stable=True)[:left]] += 1  # a share that was cut leaves none
     return counts.int()
 
 

@@ -53,12 +53,12 @@ def test_loss_and_gradients_against_dense_autograd_in_fp64():
     sae = se.SparseAutoencoder(8, F, se.TopK(3), dtype=torch.float64)
     x, residual = (torch.randn(2, 5, 8, dtype=torch.float64) for _ in range(2))
     weight = (torch.rand(F, dtype=torch.float64) - 0.4).clamp(min=0)
-    codes = sae.encode(x, select=se.AuxZipfTopK(4), shortfall=weight)
+    codes = sae.encode(x, select=se.AuxZipfTopK(12), shortfall=weight)  # more than are positive
     loss = losses.aux_zipf(codes, sae.W_dec, residual)
     loss.backward()
     leaves = {n: p.detach().clone().requires_grad_() for n, p in sae.named_parameters()}
     pre = (x.view(10, 8) - leaves["b_dec"]) @ leaves["W_enc"] + leaves["b_enc"]
-    dense = by_definition(pre, weight, 4)
+    dense = by_definition(pre, weight, 12)
     assert_same(codes.to_dense().detach().view(10, F) != 0, dense.detach() != 0)
     expected = (dense @ leaves["W_dec"] - residual.view(10, 8)).square().sum(1).mean()
     torch.testing.assert_close(loss, expected)

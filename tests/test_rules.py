@@ -332,6 +332,17 @@ def test_thresholds_survive_saving_bit_for_bit(name, tmp_path):
     assert float(exported.encode(x).l0.sum()) > 0
 
 
+def test_inference_form_rounds_no_threshold_onto_what_exceeds_it():
+    low = torch.tensor(0.1)
+    high = low.nextafter(torch.tensor(1.0))
+    sae = se.SparseAutoencoder(8, F, se.BatchTopK(3))
+    sae.activation.threshold.fill_((float(low) + float(high)) / 2 + 1e-12)  # rounds up to `high`
+    assert sae.activation.threshold.float() == high
+    pre = torch.stack([low, high]).expand(F, 2).T
+    assert_same(se.inference_form(sae).activation(pre), sae.eval().activation(pre))
+    assert bool((sae.activation(pre) > 0).any())
+
+
 def test_inference_form_needs_a_learned_threshold_and_shares_parameters():
     sae = se.SparseAutoencoder(8, F, se.BatchTopK(3))
     with pytest.raises(RuntimeError, match="threshold"):
