@@ -92,8 +92,12 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
 
 
 def groups_of_rows(rows: int, num_latents: int, total: int, stride: int = 1) -> Groups | None:
-    """Groups of rows for ``total`` entries shared out over columns ``stride`` apart; None: too many to pay."""
-    size = _balanced_size(rows, max(total / num_latents, 1))
+    """Groups of rows for ``total`` entries shared out over columns ``stride`` apart; None: too many to pay.
+
+    A column has ``total / num_latents`` entries of ``rows``: at k entries a row this is k of ``num_latents``, whatever
+    the number of rows, and one binary serves all batches.
+    """
+    size = min(_balanced_size(num_latents, total / rows), 256)  # more rows in one program leave too few programs
     # 8 columns a thread: one 16-byte load of 16-bit numbers a row; 4 where columns are scattered, an address each
     widest = 1024 if stride == 1 else 512
     block = stream_block(num_latents, widest)
@@ -108,19 +112,18 @@ class CandidateTile(NamedTuple):
     warps: int
 
 
-def candidate_tile(groups: int) -> CandidateTile:
-    """32 columns are a 128-byte line of maxima; the groups go by in tiles of 16 lanes a thread."""
-    return CandidateTile(max(min(next_power_of_2(groups), 128), 2), 32, 8)
+# 32 columns are a 128-byte line of maxima; the groups go by in tiles of 16 lanes a thread
+CANDIDATE_TILE = CandidateTile(128, 32, 8)
 
 
-def candidate_block(lanes: int) -> int:
-    """Tile of one column's candidates: what the mean column has, so that most keep theirs in registers."""
-    return max(min(next_power_of_2(lanes), 1024), 64)
+def candidate_block(grouped: bool) -> int:
+    """Tile of one column's candidates: a common number of them, so that most stay in registers; or of its rows."""
+    return 128 if grouped else 1024
 
 
 def candidate_warps(block: int) -> int:
-    """4 lanes a thread: the loads are scattered, one sector each, and one warp needs no barrier."""
-    return min(max(block // 128, 1), 4)
+    """4 lanes a thread at first: the loads are scattered, one sector each, and one warp needs no barrier."""
+    return min(block // 128, 4)
 
 
 def stream_block(num_latents: int, most: int = 4096) -> int:

@@ -14,7 +14,7 @@ from . import _tuning
 from ._device import ABSENT, keep_first, middle, ordered_key, relu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _column_group_max_kernel(
     pre_ptr, maxima_ptr,  # [B, F] in, [NG, F] out, int32
     B, F, stride_pb, stride_pf,
@@ -36,7 +36,7 @@ def _column_group_max_kernel(
     tl.store(maxima_ptr + group * F + cols, ordered_key(relu(largest)) >> SHIFT, mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NG"])
 def _candidates_kernel(
     maxima_ptr,          # [NG, F] in, int32
     offsets_ptr,         # [F + 1] in, int64: how many groups each column looks at, summed
@@ -100,7 +100,7 @@ def _column_keys(
     return tl.where(present, key, ABSENT >> SHIFT), rows, value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _feature_topm_kernel(
     pre_ptr,                          # [B, F] in
     offsets_ptr,                      # [F + 1] in, int64: budgets, summed
@@ -177,7 +177,7 @@ def _candidates(pre, budgets, total, shift, groups):
     )
     offsets = _summed(budgets.clamp(max=groups.number), total)
     chosen, low, high = (torch.empty(n, dtype=torch.int32, device=pre.device) for n in (total, *2 * (num_latents,)))
-    tile = _tuning.candidate_tile(groups.number)
+    tile = _tuning.CANDIDATE_TILE
     _candidates_kernel[(triton.cdiv(num_latents, tile.columns),)](
         maxima, offsets, chosen, low, high, NG=groups.number, F=num_latents,
         BLOCK_G=tile.groups, BLOCK_F=tile.columns, **_tuning.options(tile.warps),
@@ -197,7 +197,7 @@ def launch(pre, m, total):
         groups = _tuning.groups_of_rows(rows, num_latents, total, pre.stride(1))
         candidates = (None,) * 4 if groups is None else _candidates(pre, offsets.diff(), total, shift, groups)
         size = 1 if groups is None else groups.size
-        block = _tuning.candidate_block(rows if groups is None else size * total // num_latents)
+        block = _tuning.candidate_block(groups is not None)
         _feature_topm_kernel[(num_latents,)](
             pre, offsets, *candidates, owners, latents, values,
             B=rows, stride_pb=pre.stride(0), stride_pf=pre.stride(1), HAS_GROUPS=groups is not None, SHIFT=shift,

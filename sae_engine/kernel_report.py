@@ -93,10 +93,13 @@ def _batch_topk(shape: Shape, dtype: torch.dtype, *, mask: bool = False, share: 
     return functools.partial(functional.batch_topk, _meta(shape.B, shape.F, dtype=dtype, learned=True), k, mask=allowed)
 
 
-def _feature_topm(shape: Shape, dtype: torch.dtype, *, share: float | None = None):
-    total = shape.B * shape.k if share is None else int(share * shape.B * shape.F)
-    pre, budgets = _meta(shape.B, shape.F, dtype=dtype, learned=True), _meta(shape.F, dtype=torch.int64)
-    return functools.partial(functional.feature_topm, pre, budgets, total=total)
+def _feature_topm(shape: Shape, dtype: torch.dtype, *, share: float | None = None, transposed: bool = False):
+    size = (shape.F, shape.B) if transposed else (shape.B, shape.F)
+    pre = _meta(*size, dtype=dtype, learned=True)
+    total = int(shape.B * (shape.k if share is None else share * shape.F))
+    return functools.partial(
+        functional.feature_topm, pre.t() if transposed else pre, _meta(shape.F, dtype=torch.int32), total=total
+    )
 
 
 def _norm_match(shape: Shape, dtype: torch.dtype, *, weighted: bool):
@@ -188,6 +191,7 @@ CASES = {
         Case("batch_topk quarter kept", functools.partial(_batch_topk, share=0.25), gradient=False),
         Case("feature_topm", _feature_topm),
         Case("feature_topm quarter kept", functools.partial(_feature_topm, share=0.25), gradient=False),
+        Case("feature_topm transposed", functools.partial(_feature_topm, transposed=True), gradient=False),
         Case("norm_match", functools.partial(_norm_match, weighted=True)),
         Case("norm_match unweighted", functools.partial(_norm_match, weighted=False), gradient=False),
         Case("threshold", _threshold),
@@ -221,9 +225,10 @@ def quick_cells(target: str) -> list[Cell]:
     chosen = [("topk", S1, BF16), ("batch_topk", S1, BF16), ("norm_match", S1, BF16), ("threshold window", S1, BF16),
               ("decode", S1, BF16), ("topk k=512", S2, BF16), ("topk k=2048", S2, BF16), ("topk mask", S3, BF16),
               ("topk", PRIMES, FP16), ("batch_topk", PRIMES, BF16), ("norm_match unweighted", S2, FP32),
-              ("feature_topm", S1, BF16), ("latent_adam two terms", S1, BF16), ("latent_adam", S3, BF16)]  # fmt: skip
+              ("latent_adam two terms", S1, BF16), ("latent_adam", S3, BF16), ("feature_topm", S1, FP32)]  # fmt: skip
     if target in ("sm_90", "gfx942"):  # one of each make looks closer
         chosen += [("encode", S1, BF16), ("threshold scalar", S1, BF16), ("topk score", S1, FP32), ("topk", S3, BF16),
+                   ("feature_topm", S1, BF16), ("feature_topm quarter kept", PRIMES, FP16),
                    ("decode", S3, BF16), ("decode fp32 weight", S1, BF16), ("latent_adam", S1, FP32),
                    ("latent_adam row-major", S3, BF16), ("latent_gradients", S1, BF16),
                    ("latent_adam", WIDE, BF16)]  # fmt: skip
@@ -353,14 +358,12 @@ def instructions_per_element(launch: Any, binary: Any) -> float | None:
 def compiled_anew(cells: list[Cell], target: str, batches: tuple[int, ...] = (1, 17, 1000, 4097)) -> list[Row]:
     """Binaries that a cell's case compiles at other numbers of tokens and not at its own: none is the promise.
 
-    Three kinds of cells are left out: a transposed matrix, whose stride is the number of tokens; feature choice, which
-    searches columns, along the tokens; and on AMD matrices of 2 GiB or more, since Triton addresses smaller ones with
-    32 bits there and so keeps two binaries for either side.
+    Two kinds of cells are left out: a transposed matrix, whose stride is the number of tokens, and on AMD matrices of
+    2 GiB or more, since Triton addresses smaller ones with 32 bits there and so keeps two binaries for either side.
     """
     anew: list[Row] = []
     for case, shape, dtype in cells:
-        along_tokens = "transposed" in case.name or case.name.startswith("feature_topm")
-        if along_tokens or (target == "gfx942" and shape.B * shape.F * dtype.itemsize >= 2**31):
+        if "transposed" in case.name or (target == "gfx942" and shape.B * shape.F * dtype.itemsize >= 2**31):
             continue
         known = {launch.binary for _, launch in run_cell((case, shape, dtype), target).launches}
         for batch in batches:
