@@ -19,6 +19,8 @@ DENSE_SHARE = {
 # Overrules the shares where the number of stored entries does not tell how dense codes are (unused capacity).
 DENSE_CHOICE: ContextVar[bool | None] = ContextVar("dense_choice", default=None)
 
+CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary of the torch back end
+
 MAX_TILE = 8192  # lanes of one tile that stays in registers, at 16 warps
 
 

@@ -8,6 +8,7 @@ from torch.optim.adam import adam
 
 from . import _tuning, densified
 from ._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
+from ._tuning import CHUNK_ELEMENTS
 from .densified import rows_of, to_dense
 
 __all__ = [
@@ -15,7 +16,6 @@ __all__ = [
     "latent_adam", "latent_gradients", "norm_match", "threshold", "to_dense", "topk",
 ]
 
-CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary
 BATCH_GROUP = 32  # latents of a group: the k * G candidates and the F / G maxima cost about the same
 
 

@@ -16,12 +16,14 @@ from sae_kernels.reference import ordered_keys, relu, without_parallel_part
 from .codes import ByLatent, SparseCodes
 
 __all__ = [
-    "GATED", "GIVEN", "Term", "at_rows", "decode", "densified", "entries_of", "fired", "first_of_latents", "is_dense",
-    "largest", "latent_adam", "latent_gradients", "sum_by_latent", "sum_by_row", "term_of", "value_gradients",
+    "CHUNK_ELEMENTS", "GATED", "GIVEN", "Term", "at_rows", "decode", "densified", "entries_of", "fired",
+    "first_of_latents", "is_dense", "largest", "latent_adam", "latent_gradients", "latents_in_cache", "sum_by_latent",
+    "sum_by_row", "term_of", "value_gradients",
     "without_parallel_part",
 ]
 
 NOT_TURNED = (None, None, None)
+CHUNK_ELEMENTS, latents_in_cache = _tuning.CHUNK_ELEMENTS, _tuning.latents_in_cache  # sizes of temporaries on a CPU
 
 
 @contextmanager

@@ -517,10 +517,13 @@ def linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], W_enc.shape[1])
 
 
+WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of an fp32 temporary of a 16-bit product
+
+
 def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The tensor cores' fp32 sums, biased and rounded once; row chunks bound the fp32 temporary to 256 MiB."""
     out = x.new_empty(x.shape[0], weight.shape[1])
-    step = max((1 << 26) // max(weight.shape[1], 1), 128)
+    step = max(WIDE_ELEMENTS["cuda"] // max(weight.shape[1], 1), 128)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         accumulated = torch.mm(x[rows], weight, out_dtype=torch.float32)
@@ -533,7 +536,7 @@ def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
     wide = x.float()
     bias = x.new_zeros(()).expand(weight.shape[1]) if bias is None else bias
-    step = max((1 << 22) // max(x.shape[0], x.shape[1], 1), 128)
+    step = max(WIDE_ELEMENTS["cpu"] // max(x.shape[0], x.shape[1], 1), 128)
     for start in range(0, weight.shape[1], step):
         latents = slice(start, start + step)
         out[:, latents] = (wide @ weight[:, latents].float()).add_(bias[latents].float())

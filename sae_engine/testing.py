@@ -1,6 +1,9 @@
 """What tests and benchmarks share: inputs that are hard to select from, and error budgets that are derived."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,31 @@ def force_dense(share: float) -> dict[str, dict[str, float]]:
     """A ``_tuning.DENSE_SHARE`` under which operations on codes always gather (inf) or always densify (0)."""
     operations = ("decode", "decode_backward_values", "decode_backward_weight")
     return {device: dict.fromkeys(operations, share) for device in ("cpu", "cuda")}
+
+
+class Allocated(NamedTuple):
+    """Bytes of memory beyond what there was before a call."""
+
+    peak: int  # at the worst moment
+    kept: int  # afterwards
+
+
+def allocated_by(call: Callable[[], object]) -> Allocated:
+    """What ``call()`` allocates on the CPU, its result dropped: exact, from the record of torch's allocator.
+
+    Temporaries inside operators count; what libraries such as MKL take from the system themselves does not, nor what
+    Python objects take.
+    """
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    assert profile.kineto_results is not None
+    cpu = torch.autograd.DeviceType.CPU
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]" and e.device_type() == cpu]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return Allocated(peak, now)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,76 @@
+"""How much memory a training step needs, as a formula; ``tests/test_memory.py`` holds the steps to it."""
+from __future__ import annotations
+
+import torch
+
+from .. import _checks as check
+from .. import _passes, functional
+from .chunks import rows_within
+from .update import PIECES
+
+
+def peak_bytes(
+    tokens: int, d_in: int, d_sae: int, k: int, *, memory_budget: int, d_out: int | None = None, k_aux: int = 0,
+    dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None, row_major: bool = False,
+    stored: bool = False, device_type: str = "cpu",
+) -> int:  # fmt: skip
+    """Upper bound of what a :class:`TrainStep` with TopK needs beyond parameters, moments, batch and stored gradients.
+
+    In elements, with B tokens, F latents, C rows of pre-activations that fit ``memory_budget``, N = B (k + k_aux)
+    entries and one or (with ``k_aux``) two outputs:
+
+    ============================  ==========================================================================
+    pre-activations               C F in the compute dtype: one buffer
+    copies                        F (d_in + d_out) in the compute dtype, where that is not the parameters'
+    dead counters                 F int64
+    encoding                      C centred rows, N entries twice, and tiles of bounded size for top-k
+    backward pass                 B (d_in + outputs * d_out) in fp32, 12 words an entry, 8 words a latent
+    a chunk of latents            on a CPU: 1.5 times its gradients, twice with two outputs; 2 more ``row_major``
+    stored gradients' temporary   2 / 16 of the decoder's gradient
+    ============================  ==========================================================================
+
+    Encoding and backward pass do not overlap: the larger counts. On a CPU, which multiplies no mixed dtypes, 16-bit
+    products and sums also take an fp32 copy of one weight at a time. Rows whose k-th entry ties with others are looked
+    at whole, a tile at a time; that is not counted.
+
+    Args:
+        memory_budget: of the step.
+        k_aux: entries a token of an auxiliary selection.
+        row_major: ``contiguous_parameters=True``.
+        stored: whether gradients are stored (``grad_clip``, ``reduce``, ``accumulate``).
+    """
+    sizes = {"tokens": tokens, "d_in": d_in, "d_sae": d_sae, "k": k, "memory_budget": memory_budget}
+    for name, size in sizes.items():
+        check.integer_k(size, name=name)
+    d_out = d_in if d_out is None else d_out
+    compute = dtype if compute_dtype is None else compute_dtype
+    narrow = compute in (torch.bfloat16, torch.float16)
+    wide = torch.promote_types(compute, torch.float32).itemsize
+    outputs = 2 if k_aux else 1
+    rows = min(rows_within(memory_budget, d_sae, compute), tokens)
+    entries = tokens * (k + k_aux)
+
+    resident = rows * d_sae * compute.itemsize + 8 * d_sae
+    if compute != dtype:
+        resident += d_sae * (d_in + d_out) * compute.itemsize
+
+    encoding = 2 * rows * d_in * wide + 2 * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
+    tile = min(rows * d_sae, _passes.CHUNK_ELEMENTS // 4)  # of top-k by groups: maxima, and what it looks among
+    encoding += int(tile * min(1 / 8 + 16 * k / d_sae, 1) * compute.itemsize)
+    if k_aux:  # columns of dead latents
+        encoding += min(rows * d_sae, _passes.CHUNK_ELEMENTS) * compute.itemsize
+    if narrow:  # fp32 sums on their way to 16 bit
+        most = functional.WIDE_ELEMENTS["cpu" if device_type == "cpu" else "cuda"]
+        encoding += 4 * (min(rows * d_sae, most) + (min(d_sae * d_in, most) if device_type == "cpu" else 0))
+
+    backward = tokens * (d_in + outputs * d_out) * wide + 12 * wide * entries + 8 * wide * d_sae
+    width = d_in + d_out
+    if device_type == "cpu":
+        chunk = min(d_sae, _passes.latents_in_cache(width)) * width * wide
+        backward += int(chunk * (max(1.5, outputs) + (2 if row_major else 0))) if not stored else 0
+        if narrow:
+            backward += d_sae * max(d_in, d_out) * wide
+    if stored:
+        backward += 2 * -(-d_sae // PIECES) * d_out * wide + (outputs - 1) * d_sae * width * wide
+        backward += d_sae * d_in * wide if row_major else 0
+    return resident + max(encoding, backward)

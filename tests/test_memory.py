@@ -1,0 +1,136 @@
+"""Memory of a training step: measured by the allocator's record, against ``peak_bytes``.
+
+The bound is the issue's: beyond parameters, moments and stored gradients, one buffer of pre-activations and one copy of
+each weight in the compute dtype; all else is of the order of entries, batch, latents, or constant.
+"""
+
+import pytest
+import torch
+
+import sae_engine as se
+from sae_engine.testing import allocated_by
+from sae_engine.training import AuxK, TrainStep, peak_bytes
+
+MIB = 1 << 20
+WHOLE = 1 << 40  # a budget that everything fits
+K = 32
+
+
+def needed(tokens, width, latents, budget, *, row_major=False, k_aux=0, **options):
+    """Measured bytes of two steps and what they keep, less moments and stored gradients; and the formula's."""
+    sae = se.SparseAutoencoder(width, latents, se.TopK(K), contiguous_parameters=row_major)
+    x = torch.randn(tokens, width)
+    steps = []
+
+    def run():
+        step = TrainStep(sae, lr=1e-3, memory_budget=budget, aux=AuxK(k_aux) if k_aux else (), **options)
+        for _ in range(2):  # the second with all state in place
+            if k_aux:
+                step.dead.since_fired[::3] = step.dead.dead_after
+                step.dead.tokens = step.dead.dead_after
+            step(x)
+        steps.append(step)
+
+    measured = allocated_by(run).peak
+    state = steps[0].optimizer.state.values()
+    apart = sum(t.numel() * t.element_size() for tensors in state for t in tensors.values())
+    stored = "grad_clip" in options
+    apart += sum(p.numel() * p.element_size() for p in sae.parameters()) if stored else 0
+    formula = peak_bytes(
+        tokens, width, latents, K, memory_budget=budget, k_aux=k_aux, row_major=row_major, stored=stored,
+        compute_dtype=options.get("compute_dtype"),
+    )  # fmt: skip
+    return measured - apart, formula
+
+
+CASES = [
+    pytest.param(512, 64, 1 << 14, WHOLE, {}, id="F14"),
+    pytest.param(512, 64, 1 << 14, 4 * MIB, {}, id="F14-chunks"),
+    pytest.param(512, 64, 1 << 15, WHOLE, {}, id="F15"),
+    pytest.param(512, 64, 1 << 15, 4 * MIB, {}, id="F15-chunks"),
+    pytest.param(512, 64, 1 << 16, WHOLE, {}, id="F16"),
+    pytest.param(512, 64, 1 << 16, 8 * MIB, {}, id="F16-chunks"),
+    pytest.param(512, 128, 1 << 15, 8 * MIB, {}, id="wide"),
+    pytest.param(512, 64, 1 << 15, 8 * MIB, {"row_major": True}, id="row-major"),
+    pytest.param(512, 64, 1 << 15, 8 * MIB, {"k_aux": 32}, id="AuxK"),
+    pytest.param(512, 64, 1 << 15, 8 * MIB, {"compute_dtype": torch.bfloat16}, id="bf16"),
+    pytest.param(512, 64, 1 << 15, 8 * MIB, {"grad_clip": 1.0}, id="stored"),
+    pytest.param(512, 64, 1 << 15, 8 * MIB, {"grad_clip": 1.0, "row_major": True}, id="stored-row-major"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "width", "latents", "budget", "options"), CASES)
+def test_peak_memory_is_within_the_formula(tokens, width, latents, budget, options):
+    measured, formula = needed(tokens, width, latents, budget, **options)
+    assert measured <= formula
+    assert measured > 0.75 * formula  # a bound that says something
+
+
+def test_chunks_bound_the_pre_activations():
+    """Eight times the budget's worth of tokens needs no more of them: no B x F, whatever B."""
+    few, _ = needed(128, 64, 1 << 15, 8 * MIB)
+    many, _ = needed(1024, 64, 1 << 15, 8 * MIB)
+    per_entry = 4 * 12 * 896 * K + 4 * 2 * 896 * 64  # 12 words an entry, x and the gradient at the output
+    assert many - few < per_entry < 896 * (1 << 15) * 4 / 8
+
+
+def test_nothing_stays_but_the_step_itself():
+    """What a step leaves behind is its state: no cycle keeps a batch's tensors until Python looks for cycles."""
+    sae = se.SparseAutoencoder(16, 512, se.TopK(4))
+    step = TrainStep(sae, lr=1e-3, aux=AuxK(8))
+    step.dead.since_fired[::3] = step.dead.tokens = step.dead.dead_after
+    x = torch.randn(64, 16)
+    step(x)
+    assert allocated_by(lambda: step(x)).kept < 64  # scalars of the report and of the learning rate
+
+
+def test_the_largest_published_size():
+    """F = 2^20, d = 768, B = 4096: 16 GiB of pre-activations whole, 2 GiB of them in chunks, and little else."""
+    sizes = dict(tokens=4096, d_in=768, d_sae=1 << 20, k=32)
+    buffer, GIB = 2 << 30, 1 << 30
+    in_chunks = peak_bytes(**sizes, memory_budget=buffer)
+    assert buffer < in_chunks < buffer + GIB / 8
+    copies = 2 * 768 * (1 << 20) * 2  # bf16
+    narrow = peak_bytes(**sizes, memory_budget=buffer, compute_dtype=torch.bfloat16, device_type="cuda")
+    assert buffer + copies < narrow < buffer + copies + GIB / 2
+    assert peak_bytes(**sizes, memory_budget=WHOLE) > 16 * GIB
+
+
+def test_allocations_are_measured_exactly():
+    def call():
+        first = torch.zeros(1000, dtype=torch.float64)  # 8,000
+        second = first + first  # 16,000 together
+        del first
+        return second.float()  # 12,000 together
+
+    found = allocated_by(call)
+    assert found == (16_000, 0)
+    held = []
+    assert allocated_by(lambda: held.append(torch.zeros(250))) == (1_000, 1_000)
+    numbers = torch.randn(1000)
+    assert allocated_by(lambda: numbers.logsumexp(0)).peak >= 4_000  # inside operators too: the result is 4 bytes
+
+
+def test_bad_sizes_are_named():
+    with pytest.raises(ValueError, match="memory_budget"):
+        peak_bytes(8, 4, 16, 2, memory_budget=0)
+
+
+@pytest.mark.gpu
+def test_the_largest_published_size_on_a_gpu():
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    budget = 2 << 30
+    sae = se.SparseAutoencoder(768, 1 << 20, se.TopK(K), device="cuda")
+    step = TrainStep(sae, lr=1e-3, memory_budget=budget, compute_dtype=torch.bfloat16)
+    before = torch.cuda.memory_allocated()  # parameters and moments
+    torch.cuda.reset_peak_memory_stats()
+    x = torch.randn(4096, 768, device="cuda")
+    for _ in range(2):
+        step(x)
+    measured = torch.cuda.max_memory_allocated() - before - x.numel() * x.element_size()
+    formula = peak_bytes(
+        4096, 768, 1 << 20, K, memory_budget=budget, compute_dtype=torch.bfloat16, device_type="cuda"
+    )
+    assert measured <= formula
