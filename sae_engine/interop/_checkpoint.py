@@ -52,7 +52,9 @@ class Checkpoint:
         same_width = self.tensors["W_enc"].shape[0] == self.tensors["W_dec"].shape[1]
         if self.card is None or self.card.residual != CENTRED or self.normalize_activations != "none" or not same_width:
             return self
-        return replace(self, normalize_activations="center", card=replace(self.card, normalization="center"))
+        before = self.card.normalization
+        said = "center" if before == "none" else f"{before}; each token minus its mean, added back after decoding"
+        return replace(self, normalize_activations="center", card=replace(self.card, normalization=said))
 
 
 def take(
@@ -243,7 +245,11 @@ def single_file(path: str | PathLike, suffix: str, default: str) -> Path:
 
 
 def torch_writer(contents: dict[str, Any]) -> Callable[[Path], object]:
-    return lambda name: torch.save(contents, name)
+    def write(name: Path) -> None:
+        with name.open("wb") as stream:  # given a name, torch calls the records inside after it
+            torch.save(contents, stream)
+
+    return write
 
 
 def text_writer(content: str) -> Callable[[Path], object]:

@@ -32,8 +32,7 @@ class WeightFile:
         if self.kind == "safetensors":
             return frozenset(_safetensors(self.path, names_only=True))
         if self.kind == "npz":
-            with zipfile.ZipFile(self.path) as archive:
-                return frozenset(name.removesuffix(".npy") for name in archive.namelist())
+            return frozenset(entry.filename.removesuffix(".npy") for entry in _entries(self.path))
         return frozenset(self.read())
 
     def read(self) -> dict[str, Any]:
@@ -106,11 +105,7 @@ def _kind(file: Path) -> str | None:
     if head[5:8] == b"\0\0\0" and head[8:] == b"{":
         return "safetensors"
     if head[:4] == b"PK\x03\x04":
-        try:
-            with zipfile.ZipFile(file) as archive:
-                names = archive.namelist()
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{file} is not a whole zip archive: {error}") from error
+        names = [entry.filename for entry in _entries(file)]
         if any(name.rpartition("/")[2] == "data.pkl" for name in names):
             return "torch"
         return "npz" if names and all(name.endswith(".npy") for name in names) else None
@@ -120,6 +115,14 @@ def _kind(file: Path) -> str | None:
             "load and save it once with torch"
         )
     return "json" if head.lstrip()[:1] == b"{" else None
+
+
+def _entries(file: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise ValueError(f"{file} is not a whole zip archive: {error}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -154,8 +157,7 @@ def _safetensors(file: Path, *, names_only: bool = False) -> dict[str, Any]:
 
 def _torch(file: Path) -> dict[str, Any]:
     """A dictionary saved by torch. Tensors are mapped from the file, so that none can exceed it."""
-    with zipfile.ZipFile(file) as archive:
-        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    packed = [entry.filename for entry in _entries(file) if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise ValueError(f"{file} holds compressed records ({packed[0]}), which torch never writes")
     try:
