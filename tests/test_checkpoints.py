@@ -449,7 +449,7 @@ class TestCard:
 
     def test_prints(self):
         text = str(self.CARD)
-        words = ("sparsify (SparseCoder), a/b@123/layers.3", "gpt2", "blocks.3", "added back", "minus their mean", "One")
+        words = ("sparsify (SparseCoder), a/b@123/layers.3", "gpt2", "blocks.3", "added back", "over d", "One note")
         assert all(word in text for word in words)
         assert len(text.splitlines()) == 6
 
