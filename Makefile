@@ -6,6 +6,7 @@
 
 BASE_PYTHON ?= python3
 VENV ?= .venv
+INTEROP_VENV ?= .venv-interop
 JOBS ?= 2
 OUT ?= benchmarks/results
 
@@ -21,13 +22,14 @@ READY := given-environment
 endif
 
 PIP_INSTALL = $(PY) -m pip install -c constraints.txt
+INTEROP_PIP = $(INTEROP_VENV)/bin/python -m pip install -c constraints.txt
 # Tests run in $(JOBS) processes, one torch thread each, where pytest-xdist is installed.
 WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist loadfile")
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench test check lint types dist-check gpu clean given-environment
+.PHONY: help bench test test-interop check lint types dist-check gpu clean given-environment
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -38,6 +40,9 @@ bench: $(READY) ## the main job: kernels and reconstruction, ending in a report 
 test: $(READY) ## the whole test suite (PYTEST_ARGS=…, JOBS=2)
 	$(PY) -m pytest $(WORKERS) -m 'not serial' $(PYTEST_ARGS)
 	$(PY) -m pytest -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: PYTEST_ARGS selected none of these
+
+test-interop: $(INTEROP_VENV)/.installed ## against SAELens, sparsify and dictionary_learning, in an environment of their own
+	$(INTEROP_VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS)
 
 check: lint types test ## what continuous integration runs
 
@@ -53,7 +58,7 @@ dist-check: $(READY) ## sdist, wheel from the sdist, a fresh environment, a firs
 gpu: ## on a GPU machine, no network needed: GPU tests, compute-sanitizer, benchmarks; all logs in OUT
 	OUT='$(OUT)' PYTHON='$(or $(PYTHON),python3)' bash benchmarks/gpu.sh
 
-clean: ## remove build products and caches; .venv stays
+clean: ## remove build products and caches; .venv and .venv-interop stay
 	rm -rf build dist .links *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find benchmarks kernels sae_engine tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -70,6 +75,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch
 	$(PIP_INSTALL) --no-build-isolation -e '.[bench,test,dev]'
 	@mv $(VENV)/.installing $@
+
+$(INTEROP_VENV)/.installed: pyproject.toml constraints.txt tests/interop-requirements.txt tests/interop-requirements-no-deps.txt
+	@[ ! -e $(INTEROP_VENV)/.installing ] || rm -rf $(INTEROP_VENV)
+	@$(BASE_PYTHON) -c '$(old)' || $(call stop,$(BASE_PYTHON) is missing or older than Python 3.10: make BASE_PYTHON=python3.12)
+	@mkdir -p $(INTEROP_VENV) && touch $(INTEROP_VENV)/.installing && rm -f $@
+	$(BASE_PYTHON) -m venv $(INTEROP_VENV) || $(call stop,$(BASE_PYTHON) -m venv failed; on Debian: apt install python3-venv)
+	$(INTEROP_PIP) setuptools
+	$(INTEROP_PIP) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch
+	$(INTEROP_PIP) --no-build-isolation -e . pytest -r tests/interop-requirements.txt
+	$(INTEROP_PIP) --no-deps -r tests/interop-requirements-no-deps.txt
+	@mv $(INTEROP_VENV)/.installing $@
 
 # The interpreter that PYTHON names must have torch. This tree is made importable there; its packages stay as they are.
 given-environment:

@@ -317,6 +317,16 @@ class TestDefinitions:
         torch.testing.assert_close(sae(x), (acts @ V + b_dec) * std + mean)
         assert ("not used" in str(sae.card)) == (kind in ("topk", "batchtopk", "topafa"))
 
+    def test_signed_sparsify_is_by_magnitude(self, tmp_path):
+        """A field of its older versions."""
+        sae = write("sparsify", tmp_path)
+        cfg = json.loads((tmp_path / "cfg.json").read_text())
+        del cfg["sae_engine"]
+        (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "signed": True}))
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path)
+        assert type(loaded.activation) is se.AbsTopK and loaded.activation.k == 4
+        assert_same(loaded.W_enc.detach(), sae.W_enc.detach())
+
     def test_gemma_scope(self, tmp_path):
         rng = np.random.default_rng(3)
         arrays = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,)}
@@ -393,6 +403,13 @@ class TestConventions:
         assert said == {"raw": {"center_writing_weights": False}, "unknown": None,
                         "mean-centred": {"center_writing_weights": True}}[residual]  # fmt: skip
 
+    def test_a_transcoder_is_not_centred(self, tmp_path):
+        """Its output is no residual stream of the same mean."""
+        sae = build("ReLU", d_out=7)
+        sae.save_pretrained(tmp_path)
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path, residual="mean-centred")
+        assert loaded.normalize_activations == "none" and loaded.card.residual == "mean-centred"
+
     def test_batchtopk_repositories_centre_gpt2(self, tmp_path):
         write("batchtopk", tmp_path)
         cfg = json.loads((tmp_path / "config.json").read_text())
@@ -432,6 +449,7 @@ class TestConventions:
         sae = build(rule, rescale_acts_by_decoder_norm=rule == "BatchTopK").double().eval()
         inferring = formats.to_inference(sae).eval()
         is_batch = isinstance(sae.activation, se.BatchTopK)
+        assert not (is_batch and inferring.rescale_acts_by_decoder_norm)
         assert type(inferring.activation) is (se.JumpReLU if is_batch else type(sae.activation))
         x = torch.randn(200, D, dtype=torch.float64)
         torch.testing.assert_close(inferring.encode(x).to_dense(), sae.encode(x).to_dense())

@@ -193,7 +193,7 @@ def _npz(file: Path) -> dict[str, Tensor]:
                     raise ValueError(f"it has {size} bytes and unpacks to more than {total}")
                 with archive.open(entry) as stream:
                     shape, dtype, header = _npy_header(stream)
-                if dtype.hasobject or prod(shape) * dtype.itemsize + header != entry.file_size:
+                if prod(shape) * dtype.itemsize + header != entry.file_size:
                     raise ValueError(f"{entry.filename} declares shape {shape} of {dtype}, which is not what it holds")
         with np.load(file, allow_pickle=False) as arrays:
             for name in arrays.files:
