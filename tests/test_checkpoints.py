@@ -233,6 +233,12 @@ class TestDetection:
             formats.detect(tmp_path)
         assert formats.detect(tmp_path / "second.npz") == "gemma_scope"
 
+    def test_a_second_format_beside_a_configuration(self, tmp_path):
+        write("saelens", tmp_path)
+        write("gemma_scope", tmp_path)
+        with pytest.raises(ValueError, match=r"may have any of the formats \['saelens', 'gemma_scope'\]: name one"):
+            formats.detect(tmp_path)
+
     def test_several_formats_have_to_be_named(self, tmp_path):
         write("gemma_scope", tmp_path)
         write("openai", tmp_path)
@@ -362,6 +368,17 @@ class TestDefinitions:
         save_file(load_file(file) | {"scaling_factor": torch.full((F,), 2.0)}, file)
         with pytest.raises(ValueError, match="scaling_factor is not 1"):
             se.SparseAutoencoder.from_pretrained(tmp_path)
+
+
+    def test_saelens_log_threshold(self, tmp_path):
+        """Of its JumpReLU in training, before version 6."""
+        sae = write("saelens", tmp_path, rule="JumpReLU")
+        file = tmp_path / "sae_weights.safetensors"
+        tensors = load_file(file)
+        tensors["log_threshold"] = tensors.pop("threshold").double().log()
+        save_file(tensors, file)
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path)
+        assert_same(loaded.activation.threshold.detach(), sae.activation.threshold.detach())
 
 
 class TestConventions:

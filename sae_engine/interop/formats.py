@@ -138,17 +138,15 @@ def _choose(source: Source, format: str) -> tuple[ModuleType, Files]:
             halves.insert(0, (module, fitting, config))
         elif own:
             halves.append((module, own, None))
-    configured = [found for found in whole if found[2] is not None]
-    chosen = configured or whole
-    if len(chosen) > 1:
-        raise ValueError(f"{source.place} may have any of the formats {[m.NAME for m, _, _ in chosen]}: name one")
-    if not chosen and source.damaged:
+    if len(whole) > 1:
+        raise ValueError(f"{source.place} may have any of the formats {[m.NAME for m, _, _ in whole]}: name one")
+    if not whole and source.damaged:
         raise next(iter(source.damaged.values()))
-    if not chosen and not halves:
+    if not whole and not halves:
         held = sorted(w.path.name for w in source.weights) or "no weights"
         wanted = f"of a known format ({', '.join(FORMATS)})" if format == "auto" else f"of the format {format!r}"
         raise ValueError(f"{source.place} holds no checkpoint {wanted}: it has {held}")
-    module, weights, config = (chosen or halves)[0]
+    module, weights, config = (whole or halves)[0]
     if config is None and module.CONFIG_REQUIRED:
         file = source.folder / module.CONFIG
         if file.exists():
