@@ -29,7 +29,8 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-peers bench-step test check lint types kernel-report dist-check gpu clean given-environment
+.PHONY: help bench bench-peers bench-step test test-interop check lint types kernel-report dist-check gpu clean \
+  given-environment
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -46,6 +47,9 @@ bench-step: $(READY) ## where a training step's time goes, part by part (BENCH_A
 test: $(READY) ## the whole test suite (PYTEST_ARGS=…, JOBS=2)
 	$(PY) -m pytest $(WORKERS) -m 'not serial' $(PYTEST_ARGS)
 	$(PY) -m pytest -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: PYTEST_ARGS selected none of these
+
+test-interop: $(PEERS_VENV)/.installed ## against SAELens, sparsify and dictionary_learning, in an environment of their own
+	$(PEERS_VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS)
 
 check: lint types test ## what continuous integration runs
 
@@ -64,7 +68,7 @@ dist-check: $(READY) ## sdist, wheel from the sdist, a fresh environment, a firs
 gpu: ## on a GPU machine, no network needed: GPU tests, compute-sanitizer, benchmarks; all logs in OUT
 	OUT='$(OUT)' PYTHON='$(or $(PYTHON),python3)' bash benchmarks/gpu.sh
 
-clean: ## remove build products and caches; .venv stays
+clean: ## remove build products and caches; .venv and .venv-peers stay
 	rm -rf build dist .links *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 	find benchmarks kernels sae_engine tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -82,9 +86,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-build-isolation -e '.[bench,test,dev]'
 	@mv $(VENV)/.installing $@
 
-# dictionary-learning depends on nnsight, which depends on torchvision and so on another torch: these without theirs.
+# The libraries that we plug into and compare with.
 $(PEERS_VENV)/.installed: PEERS_PIP = $(PEERS_VENV)/bin/python -m pip install -c constraints.txt
-$(PEERS_VENV)/.installed: pyproject.toml constraints.txt benchmarks/peers-requirements.txt
+$(PEERS_VENV)/.installed: pyproject.toml constraints.txt peers-requirements.txt peers-requirements-no-deps.txt
 	@[ ! -e $(PEERS_VENV)/.installing ] || rm -rf $(PEERS_VENV)
 	@$(BASE_PYTHON) -c '$(old)' || $(call stop,$(BASE_PYTHON) is missing or older than Python 3.10: make BASE_PYTHON=python3.12)
 	@mkdir -p $(PEERS_VENV) && touch $(PEERS_VENV)/.installing && rm -f $@
@@ -92,8 +96,8 @@ $(PEERS_VENV)/.installed: pyproject.toml constraints.txt benchmarks/peers-requir
 	$(PEERS_PIP) setuptools
 	$(PEERS_PIP) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch
 	$(PEERS_PIP) --no-build-isolation -e '.[bench,test]'
-	$(PEERS_PIP) -r benchmarks/peers-requirements.txt
-	$(PEERS_PIP) --no-deps dictionary-learning==0.1.0 nnsight==0.8.1 greenlet==3.5.6
+	$(PEERS_PIP) -r peers-requirements.txt
+	$(PEERS_PIP) --no-deps -r peers-requirements-no-deps.txt
 	@mv $(PEERS_VENV)/.installing $@
 
 # The interpreter that PYTHON names must have torch. This tree is made importable there; its packages stay as they are.

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,12 @@ from . import functional
 from .activations import Activation
 from .codes import SparseCodes
 
+if TYPE_CHECKING:
+    from .interop.card import SourceCard
+
 __all__ = ["EncodeInfo", "SparseAutoencoder", "SparseDecoder"]
 
-NORMALIZATIONS = ("none", "layer_norm")
+NORMALIZATIONS = ("none", "layer_norm", "center")
 LAYER_NORM_EPS = 1e-5
 
 
@@ -54,7 +57,7 @@ class SparseDecoder(nn.Module):
 class EncodeInfo(NamedTuple):
     """What decoding needs to know of the input; None where it does not."""
 
-    mean: Tensor | None = None  # (*batch_shape, 1), layer norm
+    mean: Tensor | None = None  # (*batch_shape, 1), layer norm and centring
     std: Tensor | None = None  # (*batch_shape, 1), layer norm
     skipped: Tensor | None = None  # (*batch_shape, d_in), the input of the skip connection
 
@@ -73,17 +76,24 @@ class SparseAutoencoder(nn.Module):
         skip: add a linear map ``W_skip`` (d_out, d_in) of the input to the output; starts at zero.
         apply_b_dec_to_input: subtract ``b_dec`` before encoding.
         normalize_activations: ``"none"``, or ``"layer_norm"``: each token minus its mean, over its standard deviation
-            (unbiased) + 1e-5; after decoding times the standard deviation, plus the mean, as SAELens and OpenAI do.
+            (unbiased) + 1e-5; after decoding times the standard deviation, plus the mean, as SAELens and OpenAI do;
+            or ``"center"``: each token minus its mean, which is added after decoding. An autoencoder of a mean-centred
+            residual stream (TransformerLens) so takes a raw one (Hugging Face) as well.
         rescale_acts_by_decoder_norm: the rule sees, and codes hold, ``pre * ||W_dec row||``; ``decode`` divides.
         decoder_init_norm: norm of the decoder rows at the start. ``W_enc`` starts as ``W_dec.T``, biases as 0.
         contiguous_parameters: lay ``W_enc`` out row-major. By default it is latent-contiguous, stride (1, d_in),
             which the kernels prefer; FSDP2 needs contiguous parameters.
 
     With :class:`TopAFA` and :class:`Gated` there is no encoder bias: ``b_enc`` is 0 and not trained.
+
+    Attributes:
+        card: where it was loaded from and what its input has to be, a :class:`~sae_engine.interop.card.SourceCard`;
+            None for one made here. It is saved along.
     """
 
     activation: Activation
     W_skip: Tensor | None
+    card: SourceCard | None
 
     def __init__(
         self,
@@ -109,8 +119,10 @@ class SparseAutoencoder(nn.Module):
             raise TypeError(f"activation must be an sae_engine activation such as TopK(32), got {activation!r}")
         if normalize_activations not in NORMALIZATIONS:
             raise ValueError(f"normalize_activations must be one of {NORMALIZATIONS}, got {normalize_activations!r}")
-        if normalize_activations == "layer_norm" and self.d_out != d_in:
-            raise ValueError(f"normalize_activations='layer_norm' needs d_out = d_in, got d_out={d_out}, d_in={d_in}")
+        if normalize_activations != "none" and self.d_out != d_in:
+            raise ValueError(
+                f"normalize_activations={normalize_activations!r} needs d_out = d_in, got d_out={d_out}, d_in={d_in}"
+            )
         if dtype is not None and dtype not in check.FLOATS:
             raise TypeError(f"dtype must be one of {check.FLOATS}, got {dtype}")
         check.positive("decoder_init_norm", decoder_init_norm)
@@ -118,6 +130,7 @@ class SparseAutoencoder(nn.Module):
         k = getattr(activation, "k", None)
         if k is not None and k > d_sae:
             raise ValueError(f"activation keeps k={k} of d_sae={d_sae} latents: k must not exceed d_sae")
+        self.card = None
         self.activation = activation
         self.apply_b_dec_to_input = check.flag("apply_b_dec_to_input", apply_b_dec_to_input) and self.d_out == d_in
         self.normalize_activations = normalize_activations
@@ -162,6 +175,8 @@ class SparseAutoencoder(nn.Module):
         needed: dict[str, tuple[Tensor | None, ...]] = {}
         if self.normalize_activations == "layer_norm":
             needed["normalize_activations"] = (info.mean, info.std)
+        if self.normalize_activations == "center":
+            needed["normalize_activations"] = (info.mean,)
         if self.W_skip is not None:
             needed["skip"] = (info.skipped,)
         for cause, parts in needed.items():
@@ -177,8 +192,10 @@ class SparseAutoencoder(nn.Module):
             values = codes.values / functional.at_latents(norms, codes)
             codes = codes.replace(values=values.to(codes.values.dtype))
         out = functional.decode(codes, self.W_dec, self.b_dec, backend=backend)
-        if info.std is not None and info.mean is not None:
-            out = out * info.std + info.mean
+        if info.std is not None:
+            out = out * info.std
+        if info.mean is not None:
+            out = out + info.mean
         if self.W_skip is not None and info.skipped is not None:
             out = out + functional.linear(info.skipped, self.W_skip.T)
         return out
@@ -231,6 +248,9 @@ class SparseAutoencoder(nn.Module):
             mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
             info = info._replace(mean=mean, std=std)
             x = (x - mean) / (std + LAYER_NORM_EPS)
+        elif self.normalize_activations == "center":
+            mean = x.mean(-1, keepdim=True)
+            info, x = info._replace(mean=mean), x - mean
         return x, info
 
     def _context(self, x: Tensor, select) -> dict[str, Tensor]:
@@ -246,23 +266,52 @@ class SparseAutoencoder(nn.Module):
             context["weight_norm"] = torch.ones_like(norms) if self.rescale_acts_by_decoder_norm else norms
         return context
 
-    def save_pretrained(self, path: str | PathLike) -> None:
-        """Writes ``cfg.json`` and ``sae_weights.safetensors`` in SAELens' layout; replaces them whole or not at all."""
-        from .interop import saelens
+    def save_pretrained(self, path: str | PathLike, format: str = "saelens") -> None:
+        """Writes a checkpoint, whole or not at all; files that are there are replaced.
 
-        saelens.save(self, path)
+        Args:
+            path: a folder; of formats of one file (``"openai"``, ``"gemma_scope"``) also that file's name.
+            format: ``"saelens"``, which holds everything, or another of :data:`sae_engine.interop.formats.FORMATS`.
+                Decoder norms, and ``b_dec`` on the input, are folded into the encoder where a format knows neither.
+
+        Raises:
+            ValueError: ``format`` is unknown or cannot hold this autoencoder; says what would be lost.
+            TypeError: the activation is not one of this library's.
+        """
+        from .interop import formats
+
+        formats.save(self, path, format=format)
 
     @classmethod
-    def from_pretrained(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = None):
-        """An autoencoder from a folder in SAELens' layout, ours or theirs.
+    def from_pretrained(
+        cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | None = None,
+        activation_scale: float | None = None, residual: str | None = None,
+    ):  # fmt: skip
+        """An autoencoder from a checkpoint of SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope or BatchTopK.
+
+        What its input has to be stands in :attr:`card`: ``print(sae.card)``.
+
+        Args:
+            path: a folder, a file of weights, or ``owner/repository[/folder][/file]`` of the Hugging Face hub.
+            format: ``"auto"`` decides by what the files hold; or a key of :data:`sae_engine.interop.formats.FORMATS`.
+            device: where the parameters go; the default device.
+            dtype: of the parameters; that of the file. Thresholds keep theirs.
+            activation_scale: what multiplied the activations in training, for SAELens' ``expected_average_only_in``,
+                whose files do not say it: sqrt(d_in) over their mean norm. It is folded into the weights.
+            residual: ``"mean-centred"`` or ``"raw"``, what it was trained on, where the card would be wrong.
+                One trained on mean-centred activations is loaded with ``normalize_activations="center"``.
 
         Raises:
             FileNotFoundError: the folder or a file in it is missing.
-            ValueError: a file is damaged, or describes something this class cannot be; says what is wrong.
+            ConnectionError: the hub does not answer.
+            ValueError: a file is damaged, hostile, of no known format, or describes something this class cannot be;
+                says what is wrong. Pickles are opened as tensors alone (``weights_only=True``).
         """
-        from .interop import saelens
+        from .interop import formats
 
-        return saelens.load(cls, path, device=device, dtype=dtype)
+        return formats.load(
+            cls, path, format=format, device=device, dtype=dtype, activation_scale=activation_scale, residual=residual
+        )
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}"

@@ -1,5 +1,5 @@
 """The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``), how good an
-autoencoder is (``eval``), what the kernels cost (``kernels``).
+autoencoder is (``eval``), a checkpoint in another format (``convert``), what the kernels cost (``kernels``).
 
 A subcommand is one ``_add_<name>(commands)`` that declares its arguments and one ``_<name>(args) -> int`` that
 runs; it imports what it needs itself, so that ``--help`` is instant.
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 1 after an error (one line on stderr), 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="sae-engine", description="Fast sparse autoencoders on real activations.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_collect, _add_eval, _add_kernels):
+    for add in (_add_info, _add_collect, _add_eval, _add_convert, _add_kernels):
         add(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="sae-engine: %(levelname)s: %(message)s")
@@ -293,6 +293,48 @@ def _texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:
     if words == ["evaluation"]:
         return evaluation_text(), "evaluation text"
     return iter_text_files(words, suffixes), "files: " + " ".join(words)
+
+
+# ----------------------------------------------------------------------------------------------- convert
+
+
+def _add_convert(commands: Any) -> None:
+    from sae_engine.interop.formats import FORMATS, RESIDUALS
+
+    parser = commands.add_parser(
+        "convert",
+        help="an autoencoder's checkpoint from one library's format to another's",
+        description="Read a checkpoint of SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope or BatchTopK and "
+        "write it in another of these formats, whole or not at all. What the format cannot hold is refused.",
+    )
+    parser.add_argument("source", metavar="SRC", help="folder, file of weights, or hub owner/repository[/folder]")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder; of formats of one file also that file")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--from", dest="origin", default="auto", choices=("auto", *FORMATS), help="what SRC is")
+    parser.add_argument("--force", action="store_true", help="write where something is already")
+    parser.add_argument("--inference", action="store_true", help="BatchTopK as a JumpReLU with its learned threshold")
+    parser.add_argument("--activation-scale", type=float, metavar="S", help="for SAELens' expected_average_only_in")
+    parser.add_argument("--residual", choices=RESIDUALS, default=None, help="what SRC was trained on")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from sae_engine.interop import formats
+
+    written = formats.convert(
+        args.source,
+        args.target,
+        to=args.format,
+        format=args.origin,
+        force=args.force,
+        inference=args.inference,
+        activation_scale=args.activation_scale,
+        residual=args.residual,
+    )
+    d_in, d_sae = written.tensors["W_enc"].shape
+    print(f"{args.target}: {args.format}, {written.activation.__name__}, d_in {d_in}, d_sae {d_sae}")
+    print(written.card)
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------- kernels

@@ -16,7 +16,8 @@ ACTIVATIONS = {
 }  # fmt: skip
 VARIANTS = {
     "plain": {}, "rescaled": {"rescale_acts_by_decoder_norm": True, "decoder_init_norm": 0.3},
-    "layer_norm": {"normalize_activations": "layer_norm"}, "no_b_dec": {"apply_b_dec_to_input": False},
+    "layer_norm": {"normalize_activations": "layer_norm"}, "center": {"normalize_activations": "center"},
+    "no_b_dec": {"apply_b_dec_to_input": False},
     "skip": {"skip": True}, "transcoder": {"d_out": 7, "skip": True},
 }  # fmt: skip
 
@@ -38,6 +39,9 @@ def densely(sae, x):
     if sae.normalize_activations == "layer_norm":
         mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
         inner = (x - mean) / (std + 1e-5)
+    elif sae.normalize_activations == "center":
+        mean = x.mean(-1, keepdim=True)
+        inner = x - mean
     if sae.apply_b_dec_to_input:
         inner = inner - sae.b_dec
     pre = inner @ sae.W_enc + sae.b_enc
@@ -251,8 +255,9 @@ def test_info_is_asked_for():
     for wrong in (se.EncodeInfo(), info._replace(std=info.std[:1])):
         with pytest.raises(ValueError, match="info"):
             sae.decode(codes, wrong)
-    with pytest.raises(ValueError, match="info"):
-        build(skip=True).decode(codes)
+    for options in ({"skip": True}, {"normalize_activations": "center"}):
+        with pytest.raises(ValueError, match="info"):
+            build(**options).decode(codes)
     with pytest.raises(TypeError, match="codes"):
         build().decode(codes.to_dense())
     with pytest.raises(ValueError, match="codes"):

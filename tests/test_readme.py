@@ -34,6 +34,17 @@ def test_the_drop_in_lines():
     assert names["self"].activation(names["pre"]).shape == names["pre"].shape
 
 
+def test_the_lines_on_checkpoints(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "hub" / "blocks.8.hook_resid_pre"
+    se.SparseAutoencoder(16, 64, se.ReLU()).save_pretrained(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    names = {"se": se}
+    exec(BLOCKS[2], names)
+    assert "mean-centred" in capsys.readouterr().out
+    assert se.SparseAutoencoder.from_pretrained("mine").card == names["sae"].card
+
+
 def test_every_module_of_the_table_exists():
     for name in re.findall(r"^\| `(\w+)\([^|]*\|", README, re.MULTILINE):
         assert hasattr(se, name) or hasattr(se.functional, name), name

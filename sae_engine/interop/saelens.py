@@ -1,212 +1,229 @@
 """SAELens' checkpoint layout: ``cfg.json`` beside ``sae_weights.safetensors``.
 
 Keys: W_enc (d_in, d_sae), W_dec (d_sae, d_out), b_enc, b_dec; ``threshold`` (d_sae,) of JumpReLU; ``topk_threshold``,
-a float64 scalar, of BatchTopK in training form. What SAELens has no field for stands under ``metadata.sae_engine``.
+a float64 scalar, of BatchTopK in training form; gated: b_gate, b_mag, r_mag. What SAELens has no field for stands under
+``metadata.sae_engine``. Configurations of versions before 6 are read too.
 """
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from .. import _checks as check
 from .. import activations as act
-from .._checks import FLOATS
-from .._files import replace_files
+from . import _folding as folding
+from ._checkpoint import Checkpoint, Files, own_section, recorded, take, text, text_writer, write_files
+from .card import CENTRED, RAW, SourceCard, residual_of
 
+NAME, KIND = "saelens", "safetensors"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-ARCHITECTURES: dict[type, str] = {
+CONFIG_REQUIRED = True
+LAYOUT = "6.54.12"  # the version of SAELens whose layout this is: without one it assumes that of version 5
+# Architecture → rule. Matryoshka differs from BatchTopK in its training loss alone.
+ARCHITECTURES: dict[str, type[act.Activation]] = {
+    "standard": act.ReLU, "topk": act.TopK, "abstopk": act.AbsTopK, "batchtopk": act.BatchTopK,
+    "matryoshka_batchtopk": act.BatchTopK, "jumprelu": act.JumpReLU, "gated": act.JumpReLU, "topafa": act.TopAFA,
+    "transcoder": act.ReLU, "skip_transcoder": act.ReLU, "jumprelu_transcoder": act.JumpReLU,
+}  # fmt: skip
+WRITTEN: dict[type[act.Activation], str] = {
     act.TopK: "topk", act.AbsTopK: "abstopk", act.BatchTopK: "batchtopk", act.MutualChoice: "batchtopk",
     act.JumpReLU: "jumprelu", act.ReLU: "standard", act.TopAFA: "topafa",
 }  # fmt: skip
-OPTIONS = ("k", "threshold_lr", "bandwidth", "capacity")  # of the activations, as their constructors name them
-COUNTING = ("topk", "abstopk", "batchtopk")
-LAYOUT = "6.54.12"  # the version of SAELens whose layout this is: without one it assumes that of version 5
-THRESHOLD_KEYS = {"batchtopk": "topk_threshold", "jumprelu": "threshold"}
+COUNTING = ("topk", "abstopk", "batchtopk")  # SAELens rescales by decoder norms where it counts entries, nowhere else
+_RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}  # before version 6
+_BIASES = {"b_enc": ("b_enc", "F"), "b_dec": ("b_dec", "o")}
+_OPTIONS = {"threshold_lr": "topk_threshold_lr", "bandwidth": "jumprelu_bandwidth"}  # ours → of their training classes
 
 
-def save(sae, path: str | PathLike) -> None:
+def owns_weights(names: frozenset[str]) -> bool:
+    return {"W_enc", "W_dec"} <= names
+
+
+def owns_config(config: dict[str, Any]) -> bool:
+    return "d_in" in config and ("d_sae" in config or "architecture" in config)
+
+
+def load(files: Files, *, activation_scale: float | None = None) -> Checkpoint:
+    """The checkpoint; ``expected_average_only_in`` is folded into the weights, which needs its scale."""
+    assert files.config is not None and files.config_file is not None
+    cfg = _current(files.config, files.config_file)
+    architecture, file = cfg["architecture"], files.weights.path
+    kind = ARCHITECTURES[architecture]
+    held = dict(files.weights.read())
+    _drop_scaling_factor(held, file)
+    layout = {"W_enc": ("W_enc", "dF"), "W_dec": ("W_dec", "Fo"), **_BIASES}
+    if "W_skip" in held:
+        layout["W_skip"] = ("W_skip", "od")
+    if kind is act.TopAFA and "b_enc" not in held:
+        del layout["b_enc"]
+    if architecture == "gated":
+        del layout["b_enc"]
+        layout |= {name: (name, "F") for name in ("b_gate", "b_mag", "r_mag")}
+    elif kind is act.JumpReLU:
+        if "log_threshold" in held:  # of training files before version 6
+            held["threshold"] = held.pop("log_threshold").double().exp().float()
+        layout["threshold"] = ("threshold", "F")
+    elif kind is act.BatchTopK:
+        layout["topk_threshold"] = ("threshold", "")
+    tensors = take(file, held, layout, {"d": cfg["d_in"], "F": cfg["d_sae"]})
+    if architecture == "gated":
+        tensors = folding.gated_as_jumprelu(tensors)
+    elif "b_enc" not in tensors:
+        tensors["b_enc"] = torch.zeros(cfg["d_sae"], dtype=tensors["W_enc"].dtype)
+    metadata = cfg["metadata"]
+    c = Checkpoint(
+        activation=kind,
+        options=_options(cfg, kind, files.config_file),
+        tensors=tensors,
+        card=_card(cfg, architecture, metadata),
+        apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True),
+        normalize_activations=cfg["normalize_activations"],
+        rescale_acts_by_decoder_norm=cfg.get("rescale_acts_by_decoder_norm", False),
+    )
+    c = _scaled(c, activation_scale, files.config_file)
+    return recorded(c, metadata.get("sae_engine"))
+
+
+def save(c: Checkpoint, path: str | PathLike) -> None:
     """Writes both files under temporary names, then renames them.
 
     SAELens rescales by decoder norms only where it counts entries: for other rules the norms are folded into the
-    encoder and the decoder's rows are written with norm 1, which computes the same.
+    encoder and the decoder's rows are written with norm 1, which computes the same. Mean-centring stands in the
+    metadata: SAELens, whose activations are then centred already, sees ``normalize_activations`` "none".
     """
     from safetensors.torch import save_file
 
-    kind = type(sae.activation)
-    if kind not in ARCHITECTURES:
-        known = [t.__name__ for t in ARCHITECTURES]
-        raise TypeError(f"activation {kind.__name__} has no checkpoint form; known: {known}")
-    architecture = ARCHITECTURES[kind]
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: p.detach() for n, p in sae.named_parameters() if not n.startswith("activation.")}
-    rescaled = sae.rescale_acts_by_decoder_norm
-    if rescaled and architecture not in COUNTING:
-        tensors, rescaled = _folded(tensors), False
-    tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
-    if architecture in THRESHOLD_KEYS:
-        tensors[THRESHOLD_KEYS[architecture]] = sae.activation.threshold.detach().cpu().contiguous()
-    text = json.dumps(_config(sae, architecture, rescaled), indent=2)
-    replace_files({
-        folder / WEIGHTS: lambda name: save_file(tensors, name, metadata={"format": "pt"}),
-        folder / CONFIG: lambda name: name.write_text(text, encoding="utf-8"),
+    architecture = _written_as(c)
+    if architecture not in COUNTING:
+        c = folding.fold_decoder_norms(c)
+    tensors = dict(c.tensors)
+    if architecture == "batchtopk":
+        tensors["topk_threshold"] = tensors.pop("threshold")
+    content = json.dumps(_config(c, architecture), indent=2)
+    write_files(Path(path), {
+        WEIGHTS: lambda name: save_file(tensors, name, metadata={"format": "pt"}),
+        CONFIG: text_writer(content),
     })  # fmt: skip
 
 
-def _folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same autoencoder with decoder rows of norm 1."""
-    wide = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in tensors.items()}
-    norms = wide["W_dec"].norm(dim=1)
-    wide["W_dec"] = wide["W_dec"] / torch.where(norms == 0, 1.0, norms)[:, None]
-    wide["W_enc"], wide["b_enc"] = wide["W_enc"] * norms, wide["b_enc"] * norms
-    return {n: t.to(tensors[n].dtype) for n, t in wide.items()}
+def _written_as(c: Checkpoint) -> str:
+    """The architecture's name. SAELens' transcoders are ReLU or JumpReLU and never subtract ``b_dec``."""
+    name = WRITTEN[c.activation]
+    narrow = c.tensors["W_enc"].shape[0] == c.tensors["W_dec"].shape[1]
+    if c.apply_b_dec_to_input or name not in ("standard", "jumprelu"):
+        return name
+    if "W_skip" in c.tensors:
+        return "skip_transcoder" if name == "standard" else name
+    return name if narrow else {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[name]
 
 
-@torch.inference_mode(False)  # parameters made in that mode could never be trained
-def load(cls, path: str | PathLike, *, device=None, dtype: torch.dtype | None = None):
-    """An autoencoder of class ``cls`` from ``path``."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"path must be a folder with {CONFIG} and {WEIGHTS}; there is none at {str(folder)!r}")
-    cfg = _read_config(folder / CONFIG)
-    tensors = _read_weights(folder / WEIGHTS)
-    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
-    _check_weights(folder / WEIGHTS, cfg, tensors)
-    activation = _activation(cfg, tensors, folder)
-    stored = torch.promote_types(tensors["W_enc"].dtype, tensors["W_dec"].dtype)
-    try:
-        sae = cls(
-            d_in, d_sae, activation,
-            d_out=cfg.get("d_out"), skip="W_skip" in tensors,
-            apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True),
-            normalize_activations=cfg.get("normalize_activations", "none"),
-            rescale_acts_by_decoder_norm=cfg.get("rescale_acts_by_decoder_norm", False),
-            dtype=stored, device="meta",
-        )  # fmt: skip
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} describes an autoencoder that cannot be built: {error}") from error
-    expected = {n: tuple(p.shape) for n, p in sae.named_parameters() if not n.startswith("activation.")}
-    if "b_enc" not in tensors and cfg["architecture"] == "topafa":
-        tensors["b_enc"] = torch.zeros(d_sae, dtype=stored)
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise ValueError(f"{folder / WEIGHTS} lacks {name}; it holds {sorted(tensors)}")
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{folder / WEIGHTS}: {name} must have shape {shape} by {CONFIG}, got {tuple(tensors[name].shape)}"
-            )
-    unknown = tensors.keys() - expected.keys() - {THRESHOLD_KEYS.get(cfg["architecture"])}
-    if unknown:
-        raise ValueError(f"{folder / WEIGHTS} holds tensors that no {cfg['architecture']} SAE has: {sorted(unknown)}")
-    sae.to_empty(device=device or torch.get_default_device())
-    with torch.no_grad():
-        for name in expected:
-            getattr(sae, name).copy_(tensors[name])
-        if cfg["architecture"] in THRESHOLD_KEYS:
-            threshold = tensors[THRESHOLD_KEYS[cfg["architecture"]]]
-            target = sae.activation.threshold
-            if threshold.shape != target.shape:
-                raise ValueError(
-                    f"{folder / WEIGHTS}: threshold must have shape {tuple(target.shape)}, got {tuple(threshold.shape)}"
-                )
-            target.copy_(threshold)
-    return sae if dtype is None else sae.to(dtype)
-
-
-def _check_weights(file: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """What must hold before anything of the configuration's size is made."""
-    for name, dim in (("W_enc", 1), ("W_dec", 0)):
-        if name not in tensors:
-            raise ValueError(f"{file} lacks {name}; it holds {sorted(tensors)}")
-        if tensors[name].dim() != 2 or tensors[name].shape[dim] != cfg["d_sae"]:
-            raise ValueError(
-                f"{file}: {name} must have shape (d_in, d_sae) or (d_sae, d_out) with d_sae = {cfg['d_sae']!r} "
-                f"by {CONFIG}, got {tuple(tensors[name].shape)}"
-            )
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{file}: {name} must be of a floating-point dtype, got {tensor.dtype}")
-        if "threshold" in name and bool((tensor < 0).any()) and name != "topk_threshold":
-            raise ValueError(f"{file}: {name} must not be negative")
-
-
-def _config(sae, architecture: str, rescaled: bool) -> dict[str, Any]:
-    activation = sae.activation
-    options = {name: getattr(activation, name) for name in OPTIONS if hasattr(activation, name)}
-    own = {"activation": type(activation).__name__, "options": options}
-    cfg = {
+def _config(c: Checkpoint, architecture: str) -> dict[str, Any]:
+    W_dec = c.tensors["W_dec"]
+    metadata: dict[str, Any] = {"sae_lens_version": LAYOUT}
+    if c.card is not None:
+        known = {"model_name": c.card.model_name, "hook_name": c.card.hook_name}
+        metadata |= {name: value for name, value in known.items() if value is not None}
+        if c.card.residual in (RAW, CENTRED):
+            metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": c.card.residual == CENTRED}
+    cfg: dict[str, Any] = {
         "architecture": architecture,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "d_in": c.tensors["W_enc"].shape[0],
+        "d_sae": W_dec.shape[0],
+        "dtype": str(W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
-        "normalize_activations": sae.normalize_activations,
+        "apply_b_dec_to_input": c.apply_b_dec_to_input,
+        "normalize_activations": "none" if c.normalize_activations == "center" else c.normalize_activations,
         "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": rescaled,
-        "metadata": {"sae_lens_version": LAYOUT, "sae_engine": own},
+        "rescale_acts_by_decoder_norm": c.rescale_acts_by_decoder_norm,
+        "metadata": {**metadata, "sae_engine": own_section(c)},
     }
-    if sae.d_out != sae.d_in:
-        cfg["d_out"] = sae.d_out
-    if hasattr(activation, "k"):
-        cfg["k"] = activation.k
-    return cfg
+    if "transcoder" in architecture or W_dec.shape[1] != cfg["d_in"]:
+        cfg["d_out"] = W_dec.shape[1]
+    if "k" in c.options:
+        cfg["k"] = c.options["k"]
+    return cfg | {theirs: c.options[ours] for ours, theirs in _OPTIONS.items() if ours in c.options}
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
-    try:
-        cfg = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(cfg, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(cfg).__name__}")
-    for key in ("architecture", "d_in", "d_sae"):
+def _current(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The configuration in the form of version 6, with what older ones leave unsaid."""
+    cfg = {_RENAMED.get(name, name): value for name, value in config.items()}
+    for key in ("d_in", "d_sae"):
         if key not in cfg:
-            raise ValueError(f"{file} lacks {key!r}: not a SAELens (version 6 or newer) configuration")
+            raise ValueError(f"{file} lacks {key!r}: not a SAELens configuration")
+    metadata = cfg.get("metadata")
+    if "architecture" not in cfg or "metadata" not in cfg:
+        metadata = {name: cfg.get(name) for name in ("model_name", "hook_name", "model_from_pretrained_kwargs")}
+        function, kwargs = cfg.get("activation_fn", "relu"), cfg.get("activation_fn_kwargs") or {}
+        cfg.setdefault("architecture", "standard")
+        if function == "topk" and isinstance(kwargs, dict) and "k" in kwargs:
+            cfg.update(architecture="topk", k=kwargs["k"])
+        elif function not in ("relu", "topk"):
+            raise ValueError(f"{file}: activation function {function!r} is not supported; supported: relu, topk")
+        if "hook_z" in str(cfg.get("hook_name")):
+            cfg.setdefault("reshape_activations", "hook_z")
+    cfg["metadata"] = metadata if isinstance(metadata, dict) else {}
+    normalize = cfg.get("normalize_activations") or "none"
+    cfg["normalize_activations"] = "expected_average_only_in" if normalize is True else normalize
     if cfg.get("reshape_activations", "none") != "none":
         raise ValueError(f"{file}: reshape_activations {cfg['reshape_activations']!r} is not supported")
-    if cfg["architecture"] not in ARCHITECTURES.values():
-        known = sorted(set(ARCHITECTURES.values()))
+    if not isinstance(cfg["architecture"], str) or cfg["architecture"] not in ARCHITECTURES:
+        known = sorted(ARCHITECTURES)
         raise ValueError(f"{file}: architecture {cfg['architecture']!r} is not supported; supported: {known}")
     return cfg
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+def _drop_scaling_factor(held: dict[str, Any], file: Path) -> None:
+    """Some versions wrote a factor per latent that is 1 unless the SAE was fine-tuned."""
+    factor = held.pop("scaling_factor", None)
+    if factor is not None and not bool((factor == 1).all()):
+        raise ValueError(f"{file}: scaling_factor is not 1: fine-tuned factors are not supported")
 
 
-def _activation(cfg: dict, tensors: dict[str, Tensor], folder: Path) -> act.Activation:
-    """The rule that the configuration names, by our name where one is recorded."""
-    metadata = cfg.get("metadata")
-    ours = metadata.get("sae_engine") if isinstance(metadata, dict) else None
-    ours = ours if isinstance(ours, dict) else {}
-    recorded = ours.get("options")
-    architecture, options = cfg["architecture"], dict(recorded) if isinstance(recorded, dict) else {}
-    names = {kind.__name__: kind for kind, name in ARCHITECTURES.items() if name == architecture}
-    kind = names.get(str(ours.get("activation")), next(iter(names.values())))
-    if architecture in ("topk", "abstopk", "batchtopk"):
+def _options(cfg: dict[str, Any], kind: type[act.Activation], file: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if kind in (act.TopK, act.AbsTopK, act.BatchTopK):
         if "k" not in cfg:
-            raise ValueError(f"{folder / CONFIG} lacks 'k', which a {architecture} SAE needs")
+            raise ValueError(f"{file} lacks 'k', which a {cfg['architecture']} SAE needs")
         options["k"] = cfg["k"]
-    if architecture in THRESHOLD_KEYS and THRESHOLD_KEYS[architecture] not in tensors:
-        raise ValueError(f"{folder / WEIGHTS} lacks {THRESHOLD_KEYS[architecture]}, which a {architecture} SAE needs")
-    if architecture == "jumprelu":
-        options.update(d_sae=cfg["d_sae"], device="meta")
-    try:
-        return kind(**options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} describes an activation that cannot be built: {error}") from error
+    if kind is act.BatchTopK and "topk_threshold_lr" in cfg:
+        options["threshold_lr"] = cfg["topk_threshold_lr"]
+    if kind is act.JumpReLU and "jumprelu_bandwidth" in cfg:
+        options["bandwidth"] = cfg["jumprelu_bandwidth"]
+    return options
+
+
+def _card(cfg: dict[str, Any], architecture: str, metadata: dict[str, Any]) -> SourceCard:
+    kwargs = metadata.get("model_from_pretrained_kwargs")
+    centred = kwargs.get("center_writing_weights") if isinstance(kwargs, dict) else None
+    model, hook = text(metadata.get("model_name")), text(metadata.get("hook_name"))
+    notes = {
+        "gated": ("Read as the JumpReLU that a gated SAE is at inference.",),
+        "matryoshka_batchtopk": (f"Nested widths in training: {cfg.get('matryoshka_widths')}.",),
+    }
+    return SourceCard(
+        NAME, architecture, model_name=model, hook_name=hook, normalization=str(cfg["normalize_activations"]),
+        residual=residual_of(model, hook, centred if isinstance(centred, bool) else None),
+        notes=notes.get(architecture, ()),
+    )  # fmt: skip
+
+
+def _scaled(c: Checkpoint, scale: float | None, file: Path) -> Checkpoint:
+    if c.normalize_activations != "expected_average_only_in":
+        if scale is not None:
+            raise ValueError(f"activation_scale must be None: {file} says nothing of scaled activations; got {scale!r}")
+        return c
+    if scale is None:
+        raise ValueError(
+            f"{file}: the SAE was trained on scaled activations (normalize_activations 'expected_average_only_in'), "
+            "and not by how much: pass activation_scale = sqrt(d_in) / (mean norm of the activations)"
+        )
+    check.positive("activation_scale", scale)
+    assert c.card is not None
+    said = f"expected_average_only_in: {scale!r} times the activations, folded into the weights; takes them as they are"
+    c = replace(c, normalize_activations="none", card=replace(c.card, normalization=said))
+    return folding.fold_input_scale(c, scale)

@@ -107,8 +107,10 @@ class Forward:
         """(B, d_out) the autoencoder's output for those codes, b_dec, layer norm and skip included; computed once."""
         if number not in self._outputs:
             out = self.decode(number).add_(self.sae.b_dec)
-            if self.info.std is not None and self.info.mean is not None:
-                out = out * self.info.std + self.info.mean
+            if self.info.std is not None:
+                out = out * self.info.std
+            if self.info.mean is not None:
+                out = out + self.info.mean
             if self.sae.W_skip is not None and self.info.skipped is not None:
                 out = out + self.info.skipped.to(self.wide) @ self.sae.W_skip.T.to(self.wide)
             self._outputs[number] = out

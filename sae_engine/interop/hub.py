@@ -1,0 +1,67 @@
+"""Checkpoints of the Hugging Face hub."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# A repository, then a folder or a file in it. No part begins with a dot, so none leads out of it.
+_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)((?:/[\w=+-][\w.=+-]*)*)")
+_WEIGHTS = (".safetensors", ".pt", ".npz")
+TIMEOUT_SECONDS = 10
+# Trained on mean-centred activations, by the account of SAELens' list of releases; their files do not say so.
+CENTRED = frozenset({
+    "jbloom/GPT2-Small-SAEs-Reformatted", "jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8",
+    "tommmcgrath/gpt2-small-mlp-out-saes",
+})  # fmt: skip
+
+
+def is_name(name: str) -> bool:
+    """Whether ``name`` can be ``owner/repository[/folder][/file]``."""
+    return _NAME.fullmatch(name) is not None
+
+
+def fetch(name: str) -> tuple[Path, str, str]:
+    """Downloads what ``owner/repository[/folder][/file]`` names, or takes it from the hub's cache.
+
+    Returns:
+        where it lies, the repository, and the name with the commit.
+
+    Raises:
+        FileNotFoundError: the hub has no such repository, or nothing of that name in it.
+        ConnectionError: the hub does not answer and its cache has none of it.
+    """
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+    except ModuleNotFoundError as error:
+        raise ImportError(f"path={name!r} needs the package huggingface_hub, which transformers brings") from error
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"path must be a folder, a file or owner/repository[/folder], got {name!r}")
+    repository, inside = match[1], match[2].strip("/")
+    is_file = inside.endswith(_WEIGHTS)
+    folder = inside.rpartition("/")[0] if is_file else inside
+    prefix = f"{folder}/" if folder else ""
+    wanted = [inside, f"{prefix}*.json"] if is_file else [f"{prefix}*{suffix}" for suffix in (".json", *_WEIGHTS)]
+    try:
+        snapshot = Path(
+            hub.snapshot_download(
+                repository,
+                allow_patterns=wanted,
+                ignore_patterns=[f"{prefix}*/*"],  # a repository holds hundreds of them, a folder each
+                etag_timeout=TIMEOUT_SECONDS,
+            )
+        )
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise FileNotFoundError(f"path={name!r} is neither here nor on the hub: {_first_line(error)}") from error
+    except Exception as error:  # each version of the hub's client has its own network errors
+        reason = _first_line(error)
+        raise ConnectionError(f"path={name!r} is not here, and the hub did not give it: {reason}") from error
+    place = snapshot / inside
+    if not place.exists():
+        raise FileNotFoundError(f"path={name!r}: the repository {repository!r} holds no {inside!r}")
+    return place, repository, f"{repository}@{snapshot.name}" + (f"/{inside}" if inside else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
