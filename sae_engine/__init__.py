@@ -1,8 +1,13 @@
 """sae-engine: exact, fast sparse activations for sparse autoencoders."""
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from . import functional, losses, training
 from .activations import AbsTopK, Activation, AuxTopK, BatchTopK, JumpReLU, MutualChoice, ReLU, TopAFA, TopK
 from .autoencoder import EncodeInfo, SparseAutoencoder, SparseDecoder
 from .codes import ByLatent, SparseCodes, cat
+
+if _TYPE_CHECKING:
+    from .interop.accelerate import CannotAccelerate, accelerate, accelerated, restore
 
 __version__ = "0.1.0"
 
@@ -12,6 +17,7 @@ __all__ = [
     "AuxTopK",
     "BatchTopK",
     "ByLatent",
+    "CannotAccelerate",
     "EncodeInfo",
     "JumpReLU",
     "MutualChoice",
@@ -21,8 +27,19 @@ __all__ = [
     "SparseDecoder",
     "TopAFA",
     "TopK",
+    "accelerate",
+    "accelerated",
     "cat",
     "functional",
     "losses",
+    "restore",
     "training",
 ]
+
+
+def __getattr__(name: str):
+    if name in ("CannotAccelerate", "accelerate", "accelerated", "restore"):  # other libraries are not everyone's
+        from .interop import accelerate
+
+        return getattr(accelerate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
