@@ -24,7 +24,7 @@ from .. import functional
 from ..codes import SparseCodes
 from . import _accelerated as core
 
-Theirs: Any = Any if TYPE_CHECKING else object  # dictionary_learning's class, which comes last in every class below
+Theirs: Any = Any if TYPE_CHECKING else dictionary.Dictionary  # with their root, ``__class__`` can be assigned
 
 FEW_TOKENS = 64  # a matrix product reads the decoder once for all of them; turning it around costs more than that
 

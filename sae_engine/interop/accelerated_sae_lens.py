@@ -28,7 +28,7 @@ from .. import functional
 from ..codes import SparseCodes
 from . import _accelerated as core
 
-Theirs: Any = Any if TYPE_CHECKING else object  # SAELens' class, which comes last in every class below
+Theirs: Any = Any if TYPE_CHECKING else nn.Module  # with the root of their classes, ``__class__`` can be assigned
 
 NORMALIZED = ("constant_norm_rescale", "layer_norm")  # SAELens has no AuxK for these, and says so itself
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import sparsify.sparse_coder as theirs
 import torch
 from sparsify.fused_encoder import EncoderOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional
 from ..codes import SparseCodes
 from . import _accelerated as core
 
-Theirs: Any = Any if TYPE_CHECKING else object  # sparsify's class, which comes last in every class below
+Theirs: Any = Any if TYPE_CHECKING else nn.Module  # with the root of their class, ``__class__`` can be assigned
 
 
 class _SparseCoder(Theirs):
