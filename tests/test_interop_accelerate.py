@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import os
 import pickle
 import warnings
@@ -37,18 +38,18 @@ FEW_DEAD = (torch.arange(F) > 4) & (torch.arange(F) < 8)  # fewer than d_in // 2
 
 
 def sae_lens(name, bias=0.0, **options):
-    return lambda: shifted(getattr(saes, name)(getattr(saes, f"{name}Config")(**SIZE, **options)), bias)
+    return lambda: with_parameters(getattr(saes, name)(getattr(saes, f"{name}Config")(**SIZE, **options)), bias)
 
 
-def shifted(module, bias=0.0):
-    """Every parameter moved off its initial value; the encoder's bias, where given, so far that few latents fire."""
+def with_parameters(module, bias=0.0):
+    """Every parameter random, the same on every call; the encoder's bias, where given, so low that few latents fire."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name == "threshold":
                 p.fill_(0.4)
                 continue
-            p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
             if name in ("b_enc", "encoder.bias"):
                 p.add_(bias)
     return module
@@ -64,7 +65,7 @@ def threshold_at(value, make):
 
 
 JUMP = {"jumprelu_bandwidth": 0.5, "target_l0": 5.0}
-SPARSE, DENSE = -3.0, 0.0  # encoder biases at which rules that follow the data make codes, and do not
+SPARSE, DENSE = -2.5, 0.0  # encoder biases at which rules that follow the data make codes, and do not
 
 INFERENCE = {
     "topk": sae_lens("TopKSAE", k=5),
@@ -97,17 +98,17 @@ TRAINING = {
     "standard dense": sae_lens("StandardTrainingSAE", DENSE),
 }  # fmt: skip
 DICTIONARIES = {
-    "AutoEncoderTopK": lambda: shifted(AutoEncoderTopK(D, F, 5)),
-    "BatchTopKSAE": threshold_at(0.9, lambda: shifted(BatchTopKSAE(D, F, 5), -0.5)),
-    "BatchTopKSAE unset": lambda: shifted(BatchTopKSAE(D, F, 5)),
-    "Matryoshka": threshold_at(0.9, lambda: shifted(MatryoshkaBatchTopKSAE(D, F, 5, [20, 80, 100]), -0.5)),
-    "JumpRelu": lambda: shifted(JumpReluAutoEncoder(D, F), SPARSE),
-    "JumpRelu dense": lambda: shifted(JumpReluAutoEncoder(D, F), DENSE),
+    "AutoEncoderTopK": lambda: with_parameters(AutoEncoderTopK(D, F, 5)),
+    "BatchTopKSAE": threshold_at(0.9, lambda: with_parameters(BatchTopKSAE(D, F, 5), -0.5)),
+    "BatchTopKSAE unset": lambda: with_parameters(BatchTopKSAE(D, F, 5)),
+    "Matryoshka": threshold_at(0.9, lambda: with_parameters(MatryoshkaBatchTopKSAE(D, F, 5, [20, 80, 100]), -0.5)),
+    "JumpRelu": lambda: with_parameters(JumpReluAutoEncoder(D, F), SPARSE),
+    "JumpRelu dense": lambda: with_parameters(JumpReluAutoEncoder(D, F), DENSE),
 }
 
 
 def coder(**options):
-    return lambda: shifted(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=F, k=5, **options)))
+    return lambda: with_parameters(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=F, k=5, **options)))
 
 
 CODERS = {
@@ -189,7 +190,7 @@ def cases():
 
 def run(module, call, x, weight_seed=2):
     """Results of a call, and the gradients of a loss that all of its differentiable results enter."""
-    x = x.to(next(module.parameters()).dtype).requires_grad_()
+    x = x.detach().clone().to(next(module.parameters()).dtype).requires_grad_()
     results = call(module, x)
     generator = torch.Generator().manual_seed(weight_seed)
     total = 0
@@ -211,19 +212,20 @@ def assert_as_good(ours, theirs, truth, eps):
             assert torch.equal(ours[name], theirs[name]), name
             continue
         error, theirs_error = ((t[name].double() - expected).abs().max() for t in (ours, theirs))
-        assert error <= 2 * (theirs_error + eps * expected.abs().max()), f"{name}: {error} against {theirs_error}"
+        # A mean over B * D numbers, where luck may spare theirs every error: log2(B * D) roundings of a pairwise sum.
+        roundings = math.log2(B * D) if expected.dim() == 0 else 1
+        budget = 2 * (theirs_error + roundings * eps * expected.abs().max())
+        assert error <= budget, f"{name}: {error} against {theirs_error}"
 
 
 @pytest.mark.parametrize(("make", "call"), list(cases()))
 @pytest.mark.parametrize("shape", [(B,), (4, B // 4)], ids=["2-D", "3-D"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_results_and_gradients_are_the_plain_ones(make, call, shape, training):
-    plain, fast, truth = make().train(training), make().train(training), make().double().train(training)
+    plain, fast, truth = make().train(training), make().train(training), make().to(torch.float64).train(training)
     x = torch.randn(*shape, D)
     if len(shape) == 2:
         skip_what_the_library_cannot(plain, call, x)
-    if hasattr(truth, "dtype") and not isinstance(truth, sparsify.SparseCoder):
-        assert truth.dtype == torch.float64
     strides = {n: p.stride() for n, p in fast.named_parameters()}
     assert se.accelerate(fast) is fast and isinstance(fast, type(plain)) and type(fast) is not type(plain)
     (ours, our_gradients), (theirs, their_gradients), (expected, gradients) = (
@@ -475,7 +477,7 @@ def test_saved_by_the_accelerated_loaded_by_the_plain(tmp_path):
     sae_train(None)(batch, x)
     batch.save_inference_model(tmp_path / "inference")
     loaded = saes.SAE.load_from_disk(tmp_path / "inference")
-    assert type(loaded) is saes.JumpReLUSAE and loaded.threshold[0] == batch.topk_threshold > 0
+    assert type(loaded) is saes.JumpReLUSAE and loaded.threshold[0] == batch.topk_threshold.float() > 0
     ae = se.accelerate(DICTIONARIES["AutoEncoderTopK"]())
     torch.save(ae.state_dict(), tmp_path / "ae.pt")
     loaded = AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt")

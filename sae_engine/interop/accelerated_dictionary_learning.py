@@ -43,6 +43,12 @@ class _Dictionary(Theirs):
     def _center(self) -> Tensor | None:
         return self.b_dec
 
+    def _pre(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
+        """Pre-activations without gradient, in the dtype of a product and a sum: autocast leaves the bias alone."""
+        with torch.no_grad():
+            wide = torch.promote_types(functional._linear_dtype(x, W_enc), b_enc.dtype)
+            return functional.linear(x if b_dec is None else x - b_dec, W_enc, b_enc, result_dtype=wide)
+
     def _watches(self) -> bool:
         """Whether somebody listens to the linear layers, which only dictionary_learning's own code calls."""
         return any(core.listened(layer) for layer in self.children())
@@ -51,8 +57,7 @@ class _Dictionary(Theirs):
         """Codes, and the pre-activations without gradient."""
         W_enc, b_enc = self._encoder()
         b_dec = self._center()
-        with torch.no_grad():
-            pre = functional.linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
+        pre = self._pre(x, W_enc, b_enc, b_dec)
         return functional.encode(x, W_enc, b_enc, b_dec=b_dec, select=rule, pre=pre), pre
 
     def _relu(self, x: Tensor, pre: Tensor) -> Tensor:
@@ -86,6 +91,10 @@ class _Linear(_Dictionary):
     def _decoder(self) -> Tensor:
         return self.decoder.weight.T.contiguous()
 
+    def _pre(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
+        with torch.no_grad():  # autocast gives a linear layer's result its own dtype
+            return functional.linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
+
 
 class _Thresholded(_Dictionary):
     """Inference by a threshold: codes where few latents are active, dictionary_learning's dense formula otherwise."""
@@ -94,8 +103,7 @@ class _Thresholded(_Dictionary):
         """Codes above the threshold and those of other rules, or None where they would not pay; pre-activations."""
         W_enc, b_enc = self._encoder()
         b_dec = self._center()
-        with torch.no_grad():
-            pre = functional.linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
+        pre = self._pre(x, W_enc, b_enc, b_dec)
         theta = self.threshold.detach().clamp(min=0)  # a ReLU comes first
         if core.too_dense(pre, theta):
             return None, pre
