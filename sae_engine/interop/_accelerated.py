@@ -134,7 +134,8 @@ class _Attached(torch.autograd.Function):
             if needs_x or needs_center:
                 grad_x = (flat @ W_enc.to(ctx.dtype).T).view(x.shape)
                 if needs_center:
-                    grad_center = -grad_x.reshape(-1, x.shape[-1]).sum(0, dtype=torch.float32).to(b_dec.dtype)
+                    wide = torch.promote_types(ctx.dtype, torch.float32)
+                    grad_center = -grad_x.reshape(-1, x.shape[-1]).sum(0, dtype=wide).to(b_dec.dtype)
                 grad_x = grad_x.to(x.dtype) if needs_x else None
         return None, grad_x, grad_W, grad_b, grad_center, grad_scale, None, None
 
