@@ -123,11 +123,11 @@ def measure(name: str, size: tuple[int, ...], device: torch.device, seconds: flo
     timings = time_interleaved([[step] for step in steps.values()], device, budget_seconds=seconds)
     load = others.cores()
     shape = dict(zip(("B", "D", "F", "K"), size, strict=True))
+    version = f"{package} {metadata.version(package)}"
     return [
-        {"op": "training_step", "library": f"{package} {metadata.version(package)}", "model": name, "provider": provider,
-         "shape": shape, "dtype": "float32", "seed": 0, "method": method(device), **environment(device),
-         **timing.fields(), "peak_mem_bytes": peak_memory_bytes(steps[provider], device), "other_load": load,
-         "utc": now_utc()}
+        {"op": "training_step", "library": version, "model": name, "provider": provider, "shape": shape,
+         "dtype": "float32", "seed": 0, "method": method(device), **environment(device), **timing.fields(),
+         "peak_mem_bytes": peak_memory_bytes(steps[provider], device), "other_load": load, "utc": now_utc()}
         for provider, timing in zip(steps, timings, strict=True)
     ]  # fmt: skip
 

@@ -282,8 +282,8 @@ def encode(
             pre-activations.
         b_dec: ``(d_in,)``, subtracted from ``x``, or None. Differentiable.
         scale: ``(F,)``, multiplies the pre-activations before selection (decoder norms), or None. Differentiable.
-        pre: ``(x - b_dec) @ W_enc + b_enc``, ``(*batch_shape, F)``, where it is known already: it is then taken as it
-            is, in its own dtype, and nothing is multiplied. Constant for autograd: gradients go by way of the others.
+        pre: what is selected from, ``(*batch_shape, F)`` and multiplied by ``scale``, where it is known already: it is
+            then taken as it is, in its own dtype. Constant for autograd: gradients go by way of the others.
         return_pre: also return the pre-activations ``(*batch_shape, F)`` that were selected from. Differentiable, by
             way of the matrix that the codes spare, unless ``pre`` was given.
         context: handed to each activation that names it in its ``context_keys``.
@@ -305,11 +305,14 @@ def encode(
         check.floating("pre", pre)
         check.shaped("pre", pre, (*x.shape[:-1], W_enc.shape[1]), x, why="one per token and latent")
     dtype = _linear_dtype(x, W_enc)
-    result_dtype = dtype if pre is None else pre.dtype
+    given, result_dtype = pre is not None, dtype if pre is None else pre.dtype
     turners = [getattr(rule, "entry_values", None) for rule in rules]
     with torch.set_grad_enabled(torch.is_grad_enabled() and (return_pre or None in turners)):
-        unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc) if pre is None else pre.detach()
-        pre = unscaled if scale is None else (unscaled * scale).to(result_dtype)
+        if pre is not None:
+            unscaled = pre = pre.detach()
+        else:
+            unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
+            pre = unscaled if scale is None else (unscaled * scale).to(dtype)
     codes = [
         rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
         for rule, turner, mine in zip(rules, turners, contexts, strict=True)
@@ -318,6 +321,9 @@ def encode(
     if sparse:
         matrix, backend = check.matrix(unscaled.detach()), _backend_for(backend, x, W_enc)
         entries = [ops.gather(matrix, codes[n].indices, codes[n].offsets, backend) for n in sparse]
+        if given and scale is not None:
+            scales = [scale.detach()[codes[n].indices.long()] for n in sparse]
+            entries = [torch.where(s == 0, 0.0, e / s).to(e.dtype) for e, s in zip(entries, scales, strict=True)]
         entries = _as_encoded(entries, [codes[n] for n in sparse], x, W_enc, b_enc, b_dec, dtype, backend)
         for n, pre_entries in zip(sparse, entries, strict=True):
             if scale is not None:

@@ -322,7 +322,7 @@ def test_hooks_of_a_training_step():
     for sae in (se.accelerate(TRAINING["batchtopk"]()), TRAINING["batchtopk"]()):
         names = []
         for name, point in sae.hook_dict.items():
-            point.add_hook(lambda t, hook, name=name: names.append((name, t.detach().clone())))
+            point.add_hook(lambda t, hook, name=name, names=names: names.append((name, t.detach().clone())))
         results.append((sae_train(DEAD)(sae, x)["loss"], names))
     (loss, ours), (expected, theirs) = results
     torch.testing.assert_close(loss, expected)
@@ -439,8 +439,7 @@ def test_in_place_and_undone(make):
     se.restore(module)
     assert type(module) is type(plain) and repr(module) == text and module.__dict__.keys() == before.keys()
     with torch.no_grad():
-        ours, theirs = module(x), plain(x)
-    assert all(torch.equal(a, b) for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (ours, theirs)), strict=True))
+        assert all(map(torch.equal, *(o if isinstance(o, tuple) else (o,) for o in (module(x), plain(x)))))
 
 
 @pytest.mark.parametrize("make", list(EVERY.values()), ids=list(EVERY))
@@ -461,9 +460,7 @@ def test_copies_and_pickles(make):
         expected = module(x)
         for copied in copies:
             assert type(copied) is type(module) and copied is not module
-            out = copied(x)
-            pairs = zip(*(o if isinstance(o, tuple) else (o,) for o in (out, expected)), strict=True)
-            assert all(torch.equal(a, b) for a, b in pairs)
+            assert all(map(torch.equal, *(o if isinstance(o, tuple) else (o,) for o in (copied(x), expected))))
 
 
 def test_saved_by_the_accelerated_loaded_by_the_plain(tmp_path):
@@ -512,13 +509,14 @@ def test_weights_written_past_autograd_are_seen(make):
 
 
 def test_all_objects_made_inside():
-    plain_inits = {c: c.__dict__.get("__init__") for c in (saes.TopKTrainingSAE, saes.StandardTrainingSAE, AutoEncoderTopK)}
+    classes = saes.TopKTrainingSAE, saes.StandardTrainingSAE, AutoEncoderTopK
+    inits = [c.__dict__.get("__init__") for c in classes]
     with se.accelerated():
         made = {name: make() for name, make in EVERY.items()}
         from_dict = saes.TrainingSAE.from_dict({**SIZE, "k": 3, "architecture": "topk"})
     for module in (*made.values(), from_dict):
         assert "accelerated by sae_engine" in repr(module)
-    assert {c: c.__dict__.get("__init__") for c in plain_inits} == plain_inits
+    assert [c.__dict__.get("__init__") for c in classes] == inits
     assert "accelerated" not in repr(EVERY["sae_lens topk"]()) + repr(CODERS["coder"]())
 
 
@@ -597,7 +595,10 @@ def test_an_activation_replaced_later_is_an_error():
 # ------------------------------------------------------------------------------------------ compiled
 
 
-@pytest.mark.parametrize("make", [INFERENCE["topk"], TRAINING["topk"], DICTIONARIES["AutoEncoderTopK"], CODERS["coder"]])
+COMPILED = INFERENCE["topk"], TRAINING["topk"], DICTIONARIES["AutoEncoderTopK"], CODERS["coder"]
+
+
+@pytest.mark.parametrize("make", COMPILED)
 def test_compiled(make, compile_backend):
     torch._dynamo.reset()
     module, x = se.accelerate(make()), torch.randn(B, D)

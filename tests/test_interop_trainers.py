@@ -166,8 +166,8 @@ def test_training_runner(tmp_path):
             HookedTransformerConfig(
                 n_layers=1, d_model=D, n_ctx=16, d_head=8, n_heads=2, d_vocab=50, act_fn="gelu", d_mlp=32, device="cpu",
                 seed=0,
-            )  # fmt: skip
-        )
+            )
+        )  # fmt: skip
         tokens = torch.randint(50, (200, 16), generator=torch.Generator().manual_seed(1))
         dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
         cfg = LanguageModelSAERunnerConfig(

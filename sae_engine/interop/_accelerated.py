@@ -79,7 +79,7 @@ class AboveRule:
 
     context_keys: frozenset[str] = frozenset()
 
-    def __init__(self, theta: Tensor | float) -> None:
+    def __init__(self, theta: Any) -> None:
         self.theta = theta.detach() if isinstance(theta, Tensor) else theta
 
     def select(self, pre: Tensor, *, backend: str = "auto") -> SparseCodes:
@@ -97,8 +97,8 @@ def too_dense(pre: Tensor, theta: Tensor | float) -> bool:
 class _Attached(torch.autograd.Function):
     """Values that are known already, as the function of the encoder's input and parameters that they are.
 
-    ``pre = (x - b_dec) @ W_enc + b_enc``, times ``scale``, behind a ReLU with ``relu``. The backward pass is the dense one,
-    and runs only where a gradient arrives; with ``through=False`` it passes nothing.
+    ``pre = (x - b_dec) @ W_enc + b_enc``, times ``scale``, behind a ReLU with ``relu``. The backward pass is the dense
+    one, and runs only where a gradient arrives; with ``through=False`` it passes nothing.
     """
 
     @staticmethod

@@ -36,7 +36,7 @@ def accelerate(obj: T, *, exact: bool = False) -> T:
     pre-activations tie, the lower latent wins.
 
     ===================  ==========================================================================================
-    sae_lens             ``SAE`` and ``TrainingSAE`` of topk, abstopk, batchtopk, matryoshka_batchtopk, jumprelu, standard
+    sae_lens             topk, abstopk, jumprelu and standard; batchtopk and matryoshka_batchtopk, which only train
     dictionary_learning  ``AutoEncoderTopK``, ``BatchTopKSAE``, ``MatryoshkaBatchTopKSAE``, ``JumpReluAutoEncoder``
     sparsify             ``SparseCoder`` with ``activation="topk"``
     ===================  ==========================================================================================
@@ -163,7 +163,7 @@ def _accelerate_library(name: str, exact: bool) -> None:
         cls.__init__ = _accelerating(cls, restore_to, exact)
 
 
-def _accelerating(cls: type, original: Any, exact: bool) -> Any:
+def _accelerating(cls: Any, original: Any, exact: bool) -> Any:
     @functools.wraps(original or super(cls, cls).__init__)
     def __init__(self, *args, **kwargs) -> None:
         (original or super(cls, cls).__init__)(self, *args, **kwargs)

@@ -248,10 +248,10 @@ def check(dictionary_: Any, plain: type) -> None:
     """Raises CannotAccelerate where our methods would not do what those of the object do."""
     ours = CLASSES[plain]
     linear = issubclass(ours, _Linear)
-    names = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec") if linear else ("W_enc", "b_enc", "W_dec", "b_dec")
+    weights = ("encoder.weight", "encoder.bias", "decoder.weight") if linear else ("W_enc", "b_enc", "W_dec")
     for name, layer in dictionary_.named_children():
         if type(layer) is not nn.Linear:
             raise core.refuse(dictionary_, f"its {name} is a {type(layer).__name__}, not an nn.Linear")
     if linear and (dictionary_.encoder.bias is None or dictionary_.decoder.bias is not None):
         raise core.refuse(dictionary_, "its encoder must have a bias, and its decoder none")
-    core.check_module(dictionary_, ours, names)
+    core.check_module(dictionary_, ours, (*weights, "b_dec"))

@@ -1,11 +1,11 @@
 """sparsify's ``SparseCoder`` on sae_engine's operations. Written for eai-sparsify 1.3.
 
-Encode, decode and forward follow sparsify's own. Inputs may have any leading dimensions and live on any device, whatever
-decoder sparsify chose when it was imported. What stays dense: the encoder's matrix product, and ``pre_acts``, which
-``encode`` returns; ``forward`` reads them only for AuxK and multi-top-k, and keeps them only with gradients.
+Encode, decode and forward follow sparsify's own. Inputs may have any leading dimensions and live on any device,
+whatever decoder sparsify chose when it was imported. What stays dense: the encoder's matrix product, and ``pre_acts``,
+which ``encode`` returns; ``forward`` makes none of them visible, and selects from them for AuxK and multi-top-k.
 
-sparsify's encoder has two gradients wrong: it passes none to ``pre_acts``, so that AuxK and multi-top-k train the decoder
-alone, and it passes one through entries that its ReLU has set to 0. By default both are as in sparsify;
+sparsify's encoder has two gradients wrong: it passes none to ``pre_acts``, so that AuxK and multi-top-k train the
+decoder alone, and it passes one through entries that its ReLU has set to 0. By default both are as in sparsify;
 ``accelerate(coder, exact=True)`` corrects both. ``print(coder)`` says which is in force.
 """
 from __future__ import annotations
@@ -120,7 +120,7 @@ EXACT = core.table(ExactSparseCoder)
 
 def check_activation(coder: Any) -> None:
     if coder.cfg.activation != "topk":
-        raise core.refuse(coder, f"its cfg.activation is {coder.cfg.activation!r}, and only 'topk' has an operation here")
+        raise core.refuse(coder, f"its cfg.activation is {coder.cfg.activation!r}, and only 'topk' has an operation")
 
 
 def check(coder: Any, plain: type) -> None:
