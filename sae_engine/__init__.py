@@ -1,4 +1,6 @@
 """sae-engine: exact, fast sparse activations for sparse autoencoders."""
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from . import functional, losses, metrics, training
 from .activations import AbsTopK, Activation, AuxTopK, BatchTopK, JumpReLU, MutualChoice, ReLU, TopAFA, TopK
 from .autoencoder import EncodeInfo, SparseAutoencoder, SparseDecoder
@@ -18,6 +20,9 @@ from .rules import (
     init_sparse,
 )
 
+if _TYPE_CHECKING:
+    from .interop.accelerate import CannotAccelerate, accelerate, accelerated, restore
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -27,6 +32,7 @@ __all__ = [
     "AuxZipfTopK",
     "BatchTopK",
     "ByLatent",
+    "CannotAccelerate",
     "EncodeInfo",
     "FeatureChoice",
     "Gated",
@@ -44,6 +50,8 @@ __all__ = [
     "StatisticalTopK",
     "TopAFA",
     "TopK",
+    "accelerate",
+    "accelerated",
     "cat",
     "functional",
     "inference_form",
@@ -51,5 +59,14 @@ __all__ = [
     "init_sparse",
     "losses",
     "metrics",
+    "restore",
     "training",
 ]
+
+
+def __getattr__(name: str):
+    if name in ("CannotAccelerate", "accelerate", "accelerated", "restore"):  # other libraries are not everyone's
+        from .interop import accelerate
+
+        return getattr(accelerate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

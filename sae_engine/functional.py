@@ -381,6 +381,7 @@ def encode(
     select: Any,
     b_dec: Tensor | None = None,
     scale: Tensor | None = None,
+    pre: Tensor | None = None,
     return_pre: bool = False,
     backend: str = "auto",
     **context: Tensor,
@@ -399,8 +400,10 @@ def encode(
             pre-activations.
         b_dec: ``(d_in,)``, subtracted from ``x``, or None. Differentiable.
         scale: ``(F,)``, multiplies the pre-activations before selection (decoder norms), or None. Differentiable.
+        pre: what is selected from, ``(*batch_shape, F)`` and multiplied by ``scale``, where it is known already: it is
+            then taken as it is, in its own dtype. Constant for autograd: gradients go by way of the others.
         return_pre: also return the pre-activations ``(*batch_shape, F)`` that were selected from. Differentiable, by
-            way of the matrix that the codes spare.
+            way of the matrix that the codes spare, unless ``pre`` was given.
         context: handed to each activation that names it in its ``context_keys``.
 
     Returns:
@@ -416,11 +419,18 @@ def encode(
     if scale is not None:
         check.floating("scale", scale, dims=1)
         check.shaped("scale", scale, W_enc.shape[1:], x, why="one per latent")
+    if pre is not None:
+        check.floating("pre", pre)
+        check.shaped("pre", pre, (*x.shape[:-1], W_enc.shape[1]), x, why="one per token and latent")
     dtype = _linear_dtype(x, W_enc)
+    given, result_dtype = pre is not None, dtype if pre is None else pre.dtype
     turners = [getattr(rule, "entry_values", None) for rule in rules]
     with torch.set_grad_enabled(torch.is_grad_enabled() and (return_pre or None in turners)):
-        unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
-        pre = unscaled if scale is None else (unscaled * scale).to(dtype)
+        if pre is not None:
+            unscaled = pre = pre.detach()
+        else:
+            unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
+            pre = unscaled if scale is None else (unscaled * scale).to(dtype)
     codes = [
         rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
         for rule, turner, mine in zip(rules, turners, contexts, strict=True)
@@ -429,10 +439,13 @@ def encode(
     if sparse:
         matrix, backend = check.matrix(unscaled.detach()), _backend_for(backend, x, W_enc)
         entries = [ops.gather(matrix, codes[n].indices, codes[n].offsets, backend) for n in sparse]
+        if given and scale is not None:
+            scales = [scale.detach()[codes[n].indices.long()] for n in sparse]
+            entries = [torch.where(s == 0, 0.0, e / s).to(e.dtype) for e, s in zip(entries, scales, strict=True)]
         entries = _as_encoded(entries, [codes[n] for n in sparse], x, W_enc, b_enc, b_dec, dtype, backend)
         for n, pre_entries in zip(sparse, entries, strict=True):
             if scale is not None:
-                pre_entries = (pre_entries * at_latents(scale, codes[n])).to(dtype)
+                pre_entries = (pre_entries * at_latents(scale, codes[n])).to(result_dtype)
             codes[n] = codes[n].replace(values=rules[n].entry_values(pre_entries, codes[n], **contexts[n]))
     result = tuple(codes) if isinstance(select, list | tuple) else codes[0]
     return (result, pre) if return_pre else result
@@ -501,28 +514,35 @@ def _turned(codes: SparseCodes, *learned: Tensor | None) -> tuple[Tensor | None,
     return None, None, None
 
 
-def linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> Tensor:
-    """``x @ W_enc + b_enc``; 16-bit results (autocast, or 16-bit inputs) are rounded once, after the bias."""
+def linear(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, *, result_dtype: torch.dtype | None = None
+) -> Tensor:
+    """``x @ W_enc + b_enc``; 16-bit results (autocast, or 16-bit inputs) are rounded once, after the bias.
+
+    ``result_dtype`` wider than 16 bits leaves the fp32 sums of 16-bit operands unrounded.
+    """
     _check_linear(x, W_enc, b_enc)
     dtype = _linear_dtype(x, W_enc)
+    result_dtype = dtype if result_dtype is None else result_dtype
     with torch.autocast(x.device.type, enabled=False):
         flat = check.matrix(x).to(dtype)
         if dtype in (torch.float32, torch.float64):
             out = flat @ W_enc.to(dtype) if b_enc is None else torch.addmm(b_enc.to(dtype), flat, W_enc.to(dtype))
         elif not torch.is_grad_enabled():
-            out = (_linear_16bit if x.is_cuda else _linear_16bit_cpu)(flat, W_enc.to(dtype), b_enc)
+            multiply = _linear_16bit if x.is_cuda else _linear_16bit_cpu
+            out = multiply(flat, W_enc.to(dtype), b_enc, result_dtype)
         else:  # products of 16-bit numbers are exact in fp32: an fp32 GEMM of the rounded operands accumulates in fp32
             out = flat.float() @ W_enc.to(dtype).float()
-            out = (out if b_enc is None else out + b_enc.float()).to(dtype)
-    return out.view(*x.shape[:-1], W_enc.shape[1])
+            out = out if b_enc is None else out + b_enc.float()
+    return out.to(result_dtype).view(*x.shape[:-1], W_enc.shape[1])
 
 
 WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of an fp32 temporary of a 16-bit product
 
 
-def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The tensor cores' fp32 sums, biased and rounded once; row chunks bound the fp32 temporary to 256 MiB."""
-    out = x.new_empty(x.shape[0], weight.shape[1])
+    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
     step = max(WIDE_ELEMENTS["cuda"] // max(weight.shape[1], 1), 128)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
@@ -531,9 +551,9 @@ def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The fp32 product of the rounded operands, biased and rounded once; fp32 copies are of some latents at a time."""
-    out = x.new_empty(x.shape[0], weight.shape[1])
+    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
     wide = x.float()
     bias = x.new_zeros(()).expand(weight.shape[1]) if bias is None else bias
     step = max(WIDE_ELEMENTS["cpu"] // max(x.shape[0], x.shape[1], 1), 128)
