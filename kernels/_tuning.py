@@ -38,7 +38,7 @@ def digit_block(width: int, has_groups: bool) -> int:
 
 
 def digit_warps(lanes: int) -> int:
-    """8 lanes a thread: a histogram's registers, and 10 % fewer instructions an element than with 16. Of survivors 4."""
+    """8 lanes a thread, 4 of survivors: a histogram takes registers, and 10 % fewer instructions than with 16."""
     return min(max(lanes // 256, 2), 16)
 
 
