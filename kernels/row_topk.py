@@ -63,6 +63,9 @@ def _row_topk_kernel(
     # k groups reach `cut`, hence so do k entries; with fewer groups than k nothing is known
     cut = kth_largest(key, tl.where(NG < K, lowest, cut), top, K)
     keep, position = keep_first(key, cut, K - tl.sum((key > cut).to(tl.int32), axis=0))
+    tl.debug_barrier()  # the columns are read again: kept through the search, their registers spill
+    cols = tl.load(scratch_ptr + NG + slot // G, mask=keep, other=0) + slot % G
+    at = cols.to(tl.int64) if WIDE else cols
     value = tl.load(pre_ptr + at * stride_pf, mask=keep, other=0.0)
     if RELU:
         value = relu(value.to(tl.float32)).to(value.dtype)
