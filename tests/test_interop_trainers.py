@@ -1,10 +1,12 @@
 """The trainers of SAELens, dictionary_learning and sparsify, unchanged, on accelerated objects: `make test-interop`."""
 
+import json
 import os
 import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 
+ROOT = Path(__file__).resolve().parent.parent
 B, D, F, STEPS = 64, 16, 160, 50
 EPS = torch.finfo(torch.float32).eps
 
@@ -262,3 +265,28 @@ def test_dict_class():
         )  # fmt: skip
         assert "accelerated" in repr(trainer.ae) and isinstance(trainer.ae, cls)
         assert trainer.update(0, next(batches(False))) > 0
+
+
+def script(path, *arguments):
+    """A script's output, run from elsewhere in the environment of this process."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / path), *arguments], cwd=Path(sys.executable).anchor,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sae_lens", "dictionary_learning", "sparsify"])
+def test_examples(name):
+    lines = script(f"examples/{name}_training.py", "2").splitlines()
+    assert sum(line.startswith("2 steps in") for line in lines) == 2 and lines[-1].endswith("as fast")
+
+
+@pytest.mark.slow
+def test_benchmark(tmp_path):
+    out = script("benchmarks/interop.py", "--size", "64", "16", "128", "4", "--seconds", "0", "--out", str(tmp_path))
+    (rows,) = tmp_path.glob("*/interop.jsonl")
+    providers = [json.loads(line)["provider"] for line in rows.read_text().splitlines()]
+    assert providers == ["plain", "accelerated"] * 6 and out.count("×") == 6
