@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -265,6 +266,20 @@ def test_dict_class():
         )  # fmt: skip
         assert "accelerated" in repr(trainer.ae) and isinstance(trainer.ae, cls)
         assert trainer.update(0, next(batches(False))) > 0
+
+
+def test_the_lines_of_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "se.accelerate(" in b]
+    sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(d_in=D, d_sae=F, k=5))
+    names = {"se": se, "sae": sae, "TopKTrainer": TopKTrainer, "steps": 2000, "d_in": D, "d_sae": F, "k": 5}
+    try:
+        exec(block, names)
+        assert "accelerated" in repr(names["trainer"].ae) and type(names["sae"]) is saes.TopKTrainingSAE
+        assert "accelerated" in repr(saes.TopKSAE(saes.TopKSAEConfig(d_in=D, d_sae=F, k=5)))
+    finally:
+        se.restore("sae_lens")
+    assert "accelerated" not in repr(saes.TopKSAE(saes.TopKSAEConfig(d_in=D, d_sae=F, k=5)))
 
 
 def script(path, *arguments):
