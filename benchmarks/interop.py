@@ -39,14 +39,15 @@ def batches(size: tuple[int, ...], device: torch.device) -> Iterator[torch.Tenso
         yield from made
 
 
-def sae_lens(architecture: str, k: float):
-    def make(size: tuple[int, ...], device: torch.device) -> Step:
+def sae_lens(architecture: str, k: float, **when_accelerated):
+    def make(size: tuple[int, ...], device: torch.device, accelerated: bool) -> Step:
         from sae_lens import saes
         from sae_lens.config import LoggingConfig, SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
         B, d, F, _ = size
-        config = getattr(saes, f"{architecture}Config")(d_in=d, d_sae=F, k=k * size[3], device=str(device))
+        options = when_accelerated if accelerated else {}
+        config = getattr(saes, f"{architecture}Config")(d_in=d, d_sae=F, k=k * size[3], device=str(device), **options)
         cfg = SAETrainerConfig(
             total_training_samples=10**9, train_batch_size_samples=B, device=str(device), lr_end=3e-4,
             logger=LoggingConfig(log_to_wandb=False),
@@ -59,7 +60,7 @@ def sae_lens(architecture: str, k: float):
 
 
 def dictionary_learning(name: str):
-    def make(size: tuple[int, ...], device: torch.device) -> Step:
+    def make(size: tuple[int, ...], device: torch.device, accelerated: bool) -> Step:
         from dictionary_learning import trainers
 
         _, d, F, k = size
@@ -73,7 +74,7 @@ def dictionary_learning(name: str):
     return make
 
 
-def sparsify(size: tuple[int, ...], device: torch.device) -> Step:
+def sparsify(size: tuple[int, ...], device: torch.device, accelerated: bool) -> Step:
     from sparsify import SparseCoder, SparseCoderConfig
 
     _, d, F, k = size
@@ -99,6 +100,10 @@ def sparsify(size: tuple[int, ...], device: torch.device) -> Step:
 # name -> library, its package, what makes its training step
 STEPS = {
     "SAELens TopK": ("sae_lens", "sae-lens", sae_lens("TopKTrainingSAE", 1)),
+    # SAELens' own option; without us it does not run on a CPU, so plain is dense here too.
+    "SAELens TopK, use_sparse_activations": (
+        "sae_lens", "sae-lens", sae_lens("TopKTrainingSAE", 1, use_sparse_activations=True),
+    ),
     "SAELens BatchTopK": ("sae_lens", "sae-lens", sae_lens("BatchTopKTrainingSAE", 1.0)),
     "dictionary_learning TopK": ("dictionary_learning", "dictionary-learning", dictionary_learning("TopKTrainer")),
     "dictionary_learning BatchTopK": (
@@ -115,7 +120,7 @@ def measure(name: str, size: tuple[int, ...], device: torch.device, seconds: flo
     for provider in ("plain", "accelerated"):
         torch.manual_seed(0)
         with se.accelerated(library) if provider == "accelerated" else nullcontext():
-            steps[provider] = make(size, device)
+            steps[provider] = make(size, device, provider == "accelerated")
     losses = {provider: float(step()) for provider, step in steps.items()}  # the first step warms up, and must agree
     if abs(losses["accelerated"] - losses["plain"]) > 1e-4 * abs(losses["plain"]):
         sys.exit(f"{name}: losses differ after one step: {losses}")
@@ -150,12 +155,12 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             rows = measure(name, size, device, options.seconds)
         except ImportError as error:
-            print(f"{name:<30} skipped: {error}")
+            print(f"{name:<38} skipped: {error}")
             continue
         store(options.out / device_slug(device) / "interop.jsonl", rows)
         plain, fast = rows
         ratio = plain["ms_p50"] / fast["ms_p50"]
-        print(f"{name:<30} {plain['ms_p50']:9.1f} ms → {fast['ms_p50']:9.1f} ms  {ratio:5.2f}×  "
+        print(f"{name:<38} {plain['ms_p50']:9.1f} ms → {fast['ms_p50']:9.1f} ms  {ratio:5.2f}×  "
               f"(other processes kept {fast['other_load']} cores busy)")  # fmt: skip
 
 

@@ -143,6 +143,32 @@ def test_pre_is_returned_differentiable():
         torch.testing.assert_close(ours, dense)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_known_pre_activations_are_taken_as_they_are(scaled, monkeypatch):
+    """Nothing is multiplied, and the gradients are those of the product; a latent of scale 0 keeps nothing."""
+    outcomes = []
+    for known in (True, False):
+        torch.manual_seed(0)
+        t = make()
+        scale = t["scale"] if scaled else None
+        pre = (t["x"] - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
+        if scaled:
+            with torch.no_grad():
+                scale[3] = 0
+            pre = pre * scale
+        options = {"b_dec": t["b_dec"], "scale": scale, "select": [se.TopK(5), se.BatchTopK(2)]}
+        with monkeypatch.context() as patch:
+            if known:
+                patch.setattr(f, "linear", None)
+                options["pre"] = pre.detach()
+            codes = f.encode(t["x"], t["W_enc"], t["b_enc"], **options)
+        (codes[0].values.sum() + codes[1].values.square().sum()).backward()
+        grads = [t[n].grad for n in t if scaled or n != "scale"]
+        outcomes.append([*(c.indices for c in codes), *(c.values.detach() for c in codes), *grads])
+    for ours, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_under_autocast():
     t = make(torch.float32)
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
@@ -161,6 +187,8 @@ def test_arguments_are_checked():
         ({"select": None}, TypeError, "select"),
         ({"select": se.TopK(3), "b_dec": torch.ones(D + 1)}, ValueError, "b_dec"),
         ({"select": se.TopK(3), "scale": torch.ones(D)}, ValueError, "scale"),
+        ({"select": se.TopK(3), "pre": torch.ones(B, D)}, ValueError, "pre"),
+        ({"select": se.TopK(3), "pre": torch.ones(B, F, dtype=torch.int32)}, TypeError, "pre"),
         ({"select": se.TopK(3), "target_norm": torch.ones(B)}, TypeError, "target_norm"),
     ):
         with pytest.raises(error, match=name):

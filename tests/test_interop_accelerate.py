@@ -64,6 +64,12 @@ def threshold_at(value, make):
     return with_threshold
 
 
+def below_zero(module):
+    """Thresholds that let negative pre-activations by, for the ReLU to stop."""
+    with_parameters(module, SPARSE).threshold.data.fill_(-0.5)
+    return module
+
+
 JUMP = {"jumprelu_bandwidth": 0.5, "target_l0": 5.0}
 SPARSE, DENSE = -2.5, 0.0  # encoder biases at which rules that follow the data make codes, and do not
 
@@ -103,6 +109,7 @@ DICTIONARIES = {
     "BatchTopKSAE unset": lambda: with_parameters(BatchTopKSAE(D, F, 5)),
     "Matryoshka": threshold_at(0.9, lambda: with_parameters(MatryoshkaBatchTopKSAE(D, F, 5, [20, 80, 100]), -0.5)),
     "JumpRelu": lambda: with_parameters(JumpReluAutoEncoder(D, F), SPARSE),
+    "JumpRelu below 0": lambda: below_zero(JumpReluAutoEncoder(D, F)),
     "JumpRelu dense": lambda: with_parameters(JumpReluAutoEncoder(D, F), DENSE),
 }
 
@@ -412,6 +419,32 @@ def test_exact_gradients_reach_the_encoder(options):
         loss = (decoded(torch.where(DEAD, pre, -torch.inf), D // 2) - error).pow(2).sum() / total
     loss.backward()
     torch.testing.assert_close(grads[True], plain.encoder.weight.grad)
+
+
+def test_gradients_through_zeros_of_the_relu():
+    """Rows with fewer than k positive pre-activations: sparsify passes gradients to the entries that fill them up."""
+    x = torch.randn(B, D)
+    gradients = {}
+    for kind in ("plain", "default", "exact"):
+        module = with_parameters(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=F, k=5)), SPARSE)
+        module = module if kind == "plain" else se.accelerate(module, exact=kind == "exact")
+        out = module(x=x)
+        assert (out.latent_acts == 0).any() and (out.latent_acts > 0).any()
+        kept = torch.zeros(F, dtype=torch.bool)
+        kept[out.latent_indices[out.latent_acts > 0]] = True
+        out.fvu.backward()
+        gradients[kind] = module.encoder.bias.grad
+        assert bool((gradients[kind][~kept] != 0).any()) is (kind != "exact")
+    torch.testing.assert_close(gradients["exact"][kept], dense_bias_gradient(x)[kept])
+
+
+def dense_bias_gradient(x):
+    module = with_parameters(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=F, k=5)), SPARSE)
+    pre = torch.relu((x - module.b_dec) @ module.encoder.weight.T + module.encoder.bias)
+    values, indices = pre.topk(5)
+    out = torch.zeros_like(pre).scatter(1, indices, values) @ module.W_dec + module.b_dec
+    ((x - out).square().sum() / (x - x.mean(0)).square().sum()).backward()
+    return module.encoder.bias.grad
 
 
 # ------------------------------------------------------------------------------------------ in place, and undone

@@ -1,10 +1,13 @@
 """The trainers of SAELens, dictionary_learning and sparsify, unchanged, on accelerated objects: `make test-interop`."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 
+ROOT = Path(__file__).resolve().parent.parent
 B, D, F, STEPS = 64, 16, 160, 50
 EPS = torch.finfo(torch.float32).eps
 
@@ -205,7 +209,7 @@ def test_fused_adam_steps_as_plain_adam():
 
 
 RANK = """
-import os, sys, warnings
+import copy, os, sys, warnings
 warnings.simplefilter("ignore")
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -226,10 +230,7 @@ else:
     module = AutoEncoderTopK(16, 160, 5)
 x = torch.randn(256, 16)
 grads = []
-for kind in ("plain", "accelerated"):
-    if kind == "accelerated":
-        se.accelerate(module)
-    module.zero_grad()
+for module in (module, se.accelerate(copy.deepcopy(module))):  # the hooks of one may outlive it, on its own parameters
     parallel = DistributedDataParallel(module)
     out = parallel(x.chunk(size)[rank])
     out = out.sae_out if name == "sparsify" else out
@@ -248,7 +249,11 @@ os._exit(0)
 def test_distributed_data_parallel(name, size, tmp_path):
     commands = [[sys.executable, "-c", RANK, str(rank), str(size), str(tmp_path), name] for rank in range(size)]
     ranks = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * size, outputs
     assert all((tmp_path / f"{rank}.ok").exists() for rank in range(size))
 
@@ -262,3 +267,42 @@ def test_dict_class():
         )  # fmt: skip
         assert "accelerated" in repr(trainer.ae) and isinstance(trainer.ae, cls)
         assert trainer.update(0, next(batches(False))) > 0
+
+
+def test_the_lines_of_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "se.accelerate(" in b]
+    sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(d_in=D, d_sae=F, k=5))
+    names = {"se": se, "sae": sae, "TopKTrainer": TopKTrainer, "steps": 2000, "d_in": D, "d_sae": F, "k": 5}
+    try:
+        exec(block, names)
+        assert "accelerated" in repr(names["trainer"].ae) and type(names["sae"]) is saes.TopKTrainingSAE
+        assert "accelerated" in repr(saes.TopKSAE(saes.TopKSAEConfig(d_in=D, d_sae=F, k=5)))
+    finally:
+        se.restore("sae_lens")
+    assert "accelerated" not in repr(saes.TopKSAE(saes.TopKSAEConfig(d_in=D, d_sae=F, k=5)))
+
+
+def script(path, *arguments):
+    """A script's output, run from elsewhere in the environment of this process."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / path), *arguments], cwd=Path(sys.executable).anchor,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sae_lens", "dictionary_learning", "sparsify"])
+def test_examples(name):
+    lines = script(f"examples/{name}_training.py", "2").splitlines()
+    assert sum(line.startswith("2 steps in") for line in lines) == 2 and lines[-1].endswith("as fast")
+
+
+@pytest.mark.slow
+def test_benchmark(tmp_path):
+    out = script("benchmarks/interop.py", "--size", "64", "16", "128", "4", "--seconds", "0", "--out", str(tmp_path))
+    (rows,) = tmp_path.glob("*/interop.jsonl")
+    providers = [json.loads(line)["provider"] for line in rows.read_text().splitlines()]
+    assert providers == ["plain", "accelerated"] * 6 and out.count("×") == 6
