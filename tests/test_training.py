@@ -1,13 +1,16 @@
 """training.TrainStep: its gradients against dense autograd in fp64, its updates against torch.optim.Adam."""
 import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import sae_engine as se
-from sae_engine.testing import assert_same
+from sae_engine.testing import assert_same, force_dense
 from sae_engine.training import AFA, AuxK, MultiTopK, TrainStep
+from sae_kernels import _tuning
 
 B, D, F = 14, 6, 40
 F64 = torch.float64
@@ -543,3 +546,105 @@ def test_inputs_are_checked():
         TrainStep(make(se.ReLU()), lr=1e-3, aux=MultiTopK())(x)
     with pytest.raises(RuntimeError, match="TrainStep"):
         step.optimizer.step()
+
+
+# --- several processes, density, and what only a GPU can show --------------------------------------------------------
+
+RANK = """
+import os, sys
+import torch, torch.distributed as dist
+import sae_engine as se
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+
+def mean(tensors):
+    for t in tensors:
+        dist.all_reduce(t)
+        t /= 2
+
+saved = torch.load(f"{folder}/start.pt", weights_only=True)
+sae = se.SparseAutoencoder(6, 40, se.TopK(4), dtype=torch.float64)
+sae.load_state_dict(saved["sae"])
+step = se.training.TrainStep(sae, lr=1e-2, reduce=mean, dead_after=10**9)
+for x in saved["batches"]:
+    step(x[rank::2])
+torch.save({"sae": sae.state_dict(), "since_fired": step.dead.since_fired}, f"{folder}/{rank}.pt")
+dist.barrier()  # a rank that leaves early takes its connections with it
+os._exit(0)  # gloo's threads now and then abort an orderly exit
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    sae = make(se.TopK(4))
+    batches = torch.randn(5, B, D, dtype=F64)
+    start = {name: t.cpu() for name, t in sae.state_dict().items()}
+    torch.save({"sae": start, "batches": batches.cpu()}, tmp_path / "start.pt")
+    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path)] for rank in range(2)]
+    ranks = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    step = TrainStep(sae, lr=1e-2, dead_after=10**9)
+    for x in batches:
+        step(x)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, p in sae.state_dict().items():
+        assert torch.equal(first["sae"][name], second["sae"][name]), name
+        torch.testing.assert_close(first["sae"][name], p.cpu(), rtol=1e-5, atol=1e-6)
+    for saved in (first, second):  # counted in tokens of one process
+        assert torch.equal(saved["since_fired"], step.dead.since_fired.cpu() // 2)
+
+
+def test_the_density_of_codes_with_a_capacity_is_read_now_and_then(monkeypatch):
+    """Room for every entry looks dense; how many there are says whether it is."""
+    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(0.9))
+    sae = make(se.TopAFA(capacity=B * F), dtype=torch.float32)
+    step = TrainStep(sae, lr=1e-3, density_interval=2)
+    decided = []
+    for _ in range(4):
+        monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(0.9 if len(decided) < 2 else 0.0))
+        step(torch.randn(B, D))
+        decided.append(step._dense_now)
+    assert decided == [False, False, True, True]
+    restored = TrainStep(sae, lr=1e-3, density_interval=2)
+    restored.load_state_dict(step.state_dict())
+    assert restored._dense_now is True
+    free = make(se.TopAFA(), dtype=torch.float32)
+    assert TrainStep(free, lr=1e-3)._density(free.encode(torch.randn(B, D)).detach()) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", [lambda: se.TopK(4), lambda: se.BatchTopK(3.5), lambda: se.TopAFA(capacity=B * F)],
+                         ids=["TopK", "BatchTopK", "TopAFA"])  # fmt: skip
+def test_nothing_waits_for_the_device(rule):
+    sae = make(rule(), dtype=torch.float32)
+    step = TrainStep(sae, lr=1e-3, aux=[AuxK(5)], compute_dtype=torch.bfloat16)
+    x = torch.randn(B, D)
+    step(x)  # compiles, reads the free memory and, with a capacity, the density
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_step_in_a_cuda_graph():
+    saes = [make(se.TopK(4), dtype=torch.float32) for _ in range(2)]
+    eager, graphed = (TrainStep(sae, lr=1e-2, aux=[AuxK(5)]) for sae in saes)
+    batches = torch.randn(6, B, D)
+    for x in batches[:2]:  # compiles, and makes what lives on
+        eager(x)
+        graphed(x)
+    static, graph = batches[2].clone(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        report = graphed(static)
+    for x in batches[2:]:
+        static.copy_(x)
+        graph.replay()
+        expected = eager(x)
+        torch.testing.assert_close(report["loss"], expected["loss"])
+    assert_parameters_close(*saes)
