@@ -45,6 +45,13 @@ def test_the_lines_on_checkpoints(tmp_path, monkeypatch, capsys):
     assert se.SparseAutoencoder.from_pretrained("mine").card == names["sae"].card
 
 
+def test_the_lines_on_a_training_step():
+    (lines,) = [block for block in BLOCKS if "TrainStep" in block]
+    names = {"se": se, "sae": se.SparseAutoencoder(16, 64, se.TopK(4)), "batches": torch.randn(3, 8, 16)}
+    exec(lines, names)
+    assert {"loss", "fvu", "l0", "dead", "grad_norm"} <= names["report"].keys()
+
+
 def test_every_module_of_the_table_exists():
     for name in re.findall(r"^\| `(\w+)\([^|]*\|", README, re.MULTILINE):
         assert hasattr(se, name) or hasattr(se.functional, name), name
