@@ -67,7 +67,7 @@ class _Thresholded(Theirs):
 
     def _sparse_losses(self, step_input, codes, rule, hidden_pre) -> dict[str, Tensor] | None:
         """SAELens' auxiliary losses from the codes; None where only its own dense code has them."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define _sparse_losses")
 
 
 class StandardSAE(_Thresholded, Inference, standard_sae.StandardSAE):

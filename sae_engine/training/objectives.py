@@ -39,7 +39,7 @@ class Objective:
         return sae.activation
 
     def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define __call__")
 
 
 def squared_error(forward: Forward, number: int, weight: float) -> tuple[Tensor, Tensor]:
