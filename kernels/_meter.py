@@ -101,6 +101,15 @@ class Meter:
         of_launch[name] = of_launch.get(name, 0) + addresses.size * size
 
 
+def _leaves(name: str, device: Any, host: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The arguments within an argument that is a tuple."""
+    if not isinstance(device, tuple):
+        yield name, device, host
+        return
+    for place, pair in enumerate(zip(device, host, strict=True)):
+        yield from _leaves(f"{name}[{place}]", *pair)
+
+
 @contextlib.contextmanager
 def metering() -> Iterator[Meter]:
     """Counts what the interpreted kernels launched inside move."""
@@ -126,7 +135,7 @@ def metering() -> Iterator[Meter]:
         args, named = to_host(self, args_dev, kwargs)
         names = [*self.arg_names[: len(args_dev)], *kwargs]
         arguments = zip(names, [*args_dev, *kwargs.values()], [*args, *named.values()], strict=True)
-        meter._enter(self.fn.__name__, tuple(self.grid), list(arguments))
+        meter._enter(self.fn.__name__, tuple(self.grid), [leaf for one in arguments for leaf in _leaves(*one)])
         return args, named
 
     with (

@@ -6,6 +6,7 @@ from sae_engine import SparseCodes
 from sae_engine import functional as f
 from sae_engine.testing import force_dense, make_pre
 from sae_kernels import _tuning, traffic
+from sae_kernels._terms import GATED, Term, lists_of
 from sae_kernels.ops import ops
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
@@ -154,6 +155,28 @@ def test_weight_gradients_gather_each_entry_once(skewed, dtype, sparse, metering
     assert meter.total.moved <= GATHER * (once + repeats + parts)
     chunks = (latents + 1) * 8  # counted per latent, by stock operators
     assert meter.total.loaded_once + meter.total.stored_once <= GATHER * (once + parts + chunks)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_the_latent_pass_moves_each_parameter_once(dtype, sparse, metering):
+    """Gradient, moments and weights of a step: bf16 products with copies, or fp32 without."""
+    rows, entries, latents = 4, 128, 96
+    grad, x = torch.randn(rows, WIDTH).to(dtype), torch.randn(rows, WIDTH).to(dtype)
+    state = [[torch.rand(latents, WIDTH), torch.rand(latents, WIDTH), torch.rand(latents)] for _ in range(3)]
+    copies = [] if dtype == FP32 else [p.to(dtype) for p in state[0][:2]]
+    turned = sparse.by_latent
+    term = Term(grad, sparse.values, sparse.values[:0], sparse.indices, sparse.offsets, *turned, GATED)
+    options = torch.tensor(1.0), torch.tensor(1e-3), 0.9, 0.999, 1e-8, 0.0, True, None
+    with metering() as meter:
+        ops.latent_adam(*state, copies, x, None, *lists_of([term]), *options, "triton")
+    # the kernel reads the decoder's copy of every latent; a row of gradient and one of input come for each entry
+    floor = traffic.latent_adam(
+        rows, latents, WIDTH, WIDTH, [entries], dtype.itemsize, copies=bool(copies), distinct=latents
+    ).bytes
+    repeats = 2 * traffic.decode_gathered_bytes(WIDTH, entries - rows, dtype.itemsize)
+    center = -(-latents // _tuning.PASS_GROUP) * (WIDTH + 1) * 4
+    assert meter.total.moved <= GATHER * (floor + repeats + center)
+    assert meter.total.loaded_once + meter.total.stored_once <= GATHER * (floor + center)
 
 
 def test_to_dense_writes_each_entry_once(metering):

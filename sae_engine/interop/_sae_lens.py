@@ -20,7 +20,7 @@ class SparseSAE(Theirs):
     _activation: Any  # what activation_fn must be for _rule to mean the same; None: it is not used
 
     def _rule(self, tokens: int) -> Any:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define _rule")
 
     def _scale(self) -> Tensor | None:
         """Decoder norms (F,) where pre-activations are multiplied by them."""
