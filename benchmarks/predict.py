@@ -29,10 +29,9 @@ PROCESSORS, CLOCK, LATENCY = 132, 1.98e9, 700e-9
 GAP = 2.5e-6  # seconds from one dependent launch to the next inside a queue
 SORT = 8 * GAP  # a radix sort is several launches
 SURVIVORS = 1.3  # entries that reach the groups' cut, over those kept, of normal pre-activations
-NORM_PASSES = 12  # streams of a row in norm matching: maximum, energy, candidates, and bisection over normal rows
 SECTOR = 32  # bytes that a gather of a few moves
 
-CASES = ("topk", "batch_topk", "norm_match", "threshold", "decode", "to_dense")
+CASES = ("topk", "batch_topk", "norm_match", "threshold", "decode", "decode error", "to_dense")
 
 
 def moved(launch, shape):
@@ -60,24 +59,25 @@ def moved(launch, shape):
             whole = size("score_ptr")
             written = entries * (4 + a["pre_ptr"].element_size())
             return whole * (a["score_ptr"].shape[1] == shape.F) + written, whole + written
-        case "_norm_cut_kernel":
-            return size("pre_ptr"), NORM_PASSES * size("pre_ptr")
+        case "_norm_cut_kernel":  # one pass and the sample, where few are kept; two passes where half are
+            return size("pre_ptr"), size("pre_ptr") * (1 + a["SAMPLE"] / shape.F)
         case "_count_kernel":
             return size("pre_ptr"), size("pre_ptr")
-        case "_write_kernel":
+        case "_write_kernel" | "_norm_write_kernel":
             written = size("values_ptr") + size("indices_ptr")
             return size("pre_ptr") + written, size("pre_ptr") + written
         case "_decode_kernel":
             row = width * a["weight_ptr"].element_size()
-            return distinct * row + size("out_ptr"), entries * row + size("out_ptr")
+            tiles = size("out_ptr") + (size("target_ptr") if a["HAS_TARGET"] else 0)
+            return distinct * row + tiles, entries * row + tiles
         case "_values_kernel":
             row = width * a["weight_ptr"].element_size()
             return distinct * row + size("grad_ptr"), entries * row * (1 + 1 / a["BLOCK_N"])
         case "_weight_kernel":
             gathered = entries * width * a["grad_ptr"].element_size()
             return size("grad_ptr") + size("out_ptr"), gathered + size("out_ptr")
-        case "_chunk_kernel":
-            return 0, 0  # uniform latents: none is split
+        case "_chunk_kernel" | "_piece_kernel":
+            return 0, 0  # uniform latents and rows: none is split
         case "_scatter_kernel" | "_gather_kernel":
             return entries * SECTOR, entries * SECTOR
         case "_entry_rows_kernel":
@@ -126,6 +126,7 @@ def floor_bytes(case, mode, shape, size):
         ("norm_match", "forward"): lambda: traffic.norm_match(shape.B, shape.F, entries, size),
         ("threshold", "forward"): lambda: traffic.threshold(shape.B, shape.F, entries, size),
         ("decode", "forward"): lambda: traffic.decode(*codes) + traffic.by_latent(shape.B, shape.F, entries),
+        ("decode error", "forward"): lambda: traffic.decode_error(*codes),
         ("decode", "backward"): lambda: traffic.decode_backward_values(*codes, size)
         + traffic.decode_backward_weight(*codes, size),
         ("to_dense", "forward"): lambda: traffic.to_dense(shape.B, shape.F, entries, size),

@@ -143,6 +143,33 @@ def compact_tile(num_latents: int, has_groups: bool) -> tuple[int, int]:
     return block, num_warps((4 if has_groups else 2) * block)
 
 
+class NormTile(NamedTuple):
+    """Tiles of norm matching's cut."""
+
+    block: int  # columns of a streaming tile; a lane has 8 of them, and sets aside by itself what may be the cut
+    slots: int  # of a lane for that
+    sample: int  # columns that say where the cut may be; 0: the row is small enough to be set aside whole
+    warps: int
+
+
+def norm_tile(num_latents: int, weighted: bool) -> NormTile:
+    """2 lanes a thread of a warp of 32: two 16-byte loads in flight, 32 entries a thread in the last search.
+
+    A sample of F / 32 leaves F / sqrt(sample) entries or so, a quarter of the slots, so that hardly a lane overflows;
+    searching it costs some 6 instructions for each of the row's F. Longer rows need twice the slots.
+    """
+    block = max(min(next_power_of_2(num_latents) // 2, 4096 if num_latents > 65536 else 2048), 256)
+    sample = 0 if num_latents <= 2 * block else max(min(next_power_of_2(num_latents) // 32, 4096), 1024)
+    # rows that are not aligned load column by column; beside weights they spill with two lanes a thread
+    return NormTile(block, 16, sample, max(block // (256 if weighted and num_latents % 16 else 512), 1))
+
+
+def norm_write_tile(num_latents: int) -> tuple[int, int]:
+    """8 lanes a thread of 4 warps, one 16-byte load of 16-bit values; with 16 the positions take 140 registers."""
+    block = stream_block(num_latents, 1024)
+    return block, max(block // 256, 1)
+
+
 def shares_of_row(rows: int) -> int:
     """Programs for one row in passes whose rows can be divided: a few per processor, however few the rows."""
     return -(-1024 // rows)
@@ -223,9 +250,19 @@ def stored_latents(width: int) -> int:
 
 
 ENTRIES_IN_FLIGHT = 4  # independent row loads of the decoder's inner loop; more buys registers, not latency
+# Entries of a row that the decoder has summed by a program of their own: a row of thousands takes a few times as long
+# as one of 32, not a hundred times, and rows of common lengths are never cut.
+SPLIT_ROW = 256
 SPLIT_LATENT = 128  # entries of one latent that its gradient has summed by a program of their own
 VALUES_BLOCK = 8  # entries that share one load of their row's gradient: with 4 it is a fifth of what is loaded
-NORM_CANDIDATES = 1024  # entries at which norm matching leaves the stream and finishes in registers
+
+
+def parts_of_row(entries: int, rows: int) -> int:
+    """Programs for the value gradients of one row: a step each for common rows; a row of thousands has several.
+
+    They share nothing: every VALUES_BLOCK entries load the row's gradient anew as it is.
+    """
+    return max(min(next_power_of_2(-(-entries // max(rows, 1))) // VALUES_BLOCK, 32), 8)
 
 
 def is_wide(*extents: int) -> bool:

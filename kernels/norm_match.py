@@ -1,26 +1,207 @@
 """Norm matching (top-AFA): each row keeps the prefix whose norm lies nearest to a target; no sort.
 
 Math      rank by r = relu(pre) * weight_norm; keep the prefix that minimises |sqrt(sum r^2) - target|
-Grid      (B,); one program owns one row
-Traffic   streams the row once for its maximum, once for its energy, then once per bisection step until
-          NORM_CANDIDATES entries are left, which finish in registers (the row stays in cache)
-Numerics  r rounded once to fp32; energies by trees in fp32, summed across tiles in fp64; same bits on every run
-Source    Lee et al. 2025, arXiv:2503.24277 (nearest prefix, compared in norm space)
+Grid      (B,); one program owns one row, first to find its cut, then to write what it keeps
+Traffic   a sample of the row says between which two r the energy will cross the target; one pass checks it exactly and
+          sets aside what lies between; a second pass where the sample could not tell (targets near the row's norm).
+          Then one pass to write N*(s + 4)
+Numerics  r rounded once to fp32; energies of 8 entries in fp32, summed in fp64, always in the same order: same bits on
+          every run. The sample decides how many passes there are, never the result
+Source    Lee et al. 2025, arXiv:2503.24277 (nearest prefix, compared in norm space); narrowing by a sample as in
+          Floyd & Rivest 1975, "Expected time bounds for selection"
 """
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
-from ._compact import allocate, compact
-from ._device import INF_KEY, load_key, middle
+from ._compact import allocate
+from ._device import INF_KEY, middle, relu
+
+NEIGHBOURS = tl.constexpr(8)  # columns of one lane: 16-byte loads of 16-bit values
+GUIDED_PASSES = tl.constexpr(4)  # that a sample narrows down; then bisection, which always ends
+SAMPLE_ROUNDS = tl.constexpr(8)  # the sample's resolution: its range over 256, finer than its standard error
+SPARSE = tl.constexpr(16)  # tiles that keep less than one entry in so many write column by column
+# Standard errors on either side: with 2, one row in twenty takes another pass; with 1, where 2 do not fit, one in 3.
+MOST_ERRORS, LEAST_ERRORS = tl.constexpr(2.0), tl.constexpr(1.0)
+UNSEEN = tl.constexpr(3.0)  # times a sampled entry's share of the row: what may lie above where the sample has nothing
+DEPTH = tl.constexpr(16 << 23)  # octaves below the target
 
 
 @triton.jit
-def _energy(key, scale, wanted):
-    """fp64 sum of (r * scale)^2 over the wanted lanes; `key` is the bit pattern of a non-negative r."""
-    r = tl.where(wanted, key, 0).to(tl.float32, bitcast=True) * scale
-    return tl.sum(r * r, axis=0).to(tl.float64)
+def _scores(pre_ptr, weight_ptr, cols, F, stride_pf, stride_wf, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr):
+    """A tile of pre, and of r, which the caller compares with positive numbers: what is negative needs no ReLU."""
+    at = cols.to(tl.int64) if WIDE else cols
+    value = tl.load(pre_ptr + at * stride_pf, mask=cols < F, other=0.0)
+    r = value.to(tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + cols * stride_wf, mask=cols < F, other=0.0)
+        r = tl.maximum(r, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight
+    return value, r
+
+
+@triton.jit
+def _from_bits(key):
+    return key.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _columns(tile):
+    """The columns of a tile (LANES, 8), each (LANES,), in order; a thread holds whole lanes, so nothing moves."""
+    even, odd = tl.split(tl.reshape(tile, (tile.shape[0], 4, 2)))
+    c04, c26 = tl.split(tl.reshape(even, (tile.shape[0], 2, 2)))
+    c15, c37 = tl.split(tl.reshape(odd, (tile.shape[0], 2, 2)))
+    c0, c4 = tl.split(c04)
+    c1, c5 = tl.split(c15)
+    c2, c6 = tl.split(c26)
+    c3, c7 = tl.split(c37)
+    return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@triton.jit
+def _scaled(r, scale):
+    """r * scale, cut at 2^60, which reaches any target: neither it nor its square overflows."""
+    return tl.minimum(r, 2.0**60 / tl.maximum(scale, 2.0**-67)) * scale
+
+
+@triton.jit
+def _set_aside(scratch_ptr, tile, lo, hi, place, end):
+    """Writes each lane's r in [lo, hi] to its next places, while it has some; returns the places after them."""
+    columns = _columns(tile)
+    for column in tl.static_range(NEIGHBOURS):
+        r = columns[column]
+        inside = (r >= lo) & (r <= hi)
+        tl.store(scratch_ptr + place, r, mask=inside & (place < end))
+        place = tl.where(inside, place + r.shape[0], place)
+    return place
+
+
+@triton.jit
+def _measure(
+    pre_ptr, weight_ptr, scratch_ptr, F, stride_pf, stride_wf, scale, lo, hi, limit,
+    HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
+):
+    """One pass over a row: its largest r; count and energy of the r above hi and in [lo, hi], which are set aside.
+
+    NaN is above everything. A lane has `limit` places; `number` is how many it would have needed.
+    """
+    lo = _from_bits(lo)
+    hi = _from_bits(hi)
+    lane = tl.arange(0, LANES)
+    place = lane
+    top = tl.zeros((LANES,), tl.float32)
+    above = tl.zeros((LANES,), tl.int32)
+    energy_above = tl.zeros((LANES,), tl.float64)
+    energy_inside = tl.zeros((LANES,), tl.float64)
+    for tile in range(0, tl.cdiv(F, LANES * NEIGHBOURS)):
+        cols = (tile * LANES + lane[:, None]) * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, :]
+        r = _scores(pre_ptr, weight_ptr, cols, F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]  # [LANES, NEIGHBOURS]
+        beyond = (r <= hi) == 0
+        scaled = _scaled(r, scale)
+        upper = tl.where(beyond, scaled, 0.0)
+        inside = tl.where((r >= lo) & (r <= hi), scaled, 0.0)
+        above += tl.sum(beyond.to(tl.int32), axis=1)
+        energy_above += tl.sum(upper * upper, axis=1).to(tl.float64)
+        energy_inside += tl.sum(inside * inside, axis=1).to(tl.float64)
+        for column in tl.static_range(NEIGHBOURS):
+            top = tl.maximum(top, _columns(r)[column], propagate_nan=tl.PropagateNan.ALL)
+        place = _set_aside(scratch_ptr, r, lo, hi, place, limit * LANES)
+    top = tl.where(top != top, INF_KEY + 1, top.to(tl.int32, bitcast=True))
+    return (tl.max(top, axis=0), tl.sum(above, axis=0), place // LANES,
+            tl.sum(energy_above, axis=0), tl.sum(energy_inside, axis=0))
+
+
+@triton.jit
+def _sum(tile):
+    return tl.sum(tl.sum(tile, axis=1), axis=0)
+
+
+@triton.jit
+def _sampled_bound(r, energy, squares, first, last, wanted, share, errors, scale):
+    """The range within [first, last] in which the sample's energy from a key on, so many standard errors off, crosses.
+
+    `share`: which part of the energy in question is wanted, where that is known; 0 where it is an estimate as well.
+    """
+    lo = first
+    hi = last
+    for _ in range(0, SAMPLE_ROUNDS):
+        mid = middle(lo, hi)
+        at = _from_bits(mid)
+        part = tl.where(r >= at, energy, 0.0)
+        above = _sum(part * part)
+        variance = (1 - share) * (1 - share) * above + share * share * (squares - above)
+        unseen = tl.where(errors > 0, UNSEEN * _scaled(at, scale) * _scaled(at, scale), 0.0)
+        bound = _sum(part) + errors * tl.sqrt(tl.maximum(variance, 0.0)) + unseen
+        lo = tl.where(bound >= wanted, mid, lo)
+        hi = tl.where(bound >= wanted, hi, tl.maximum(mid - 1, lo))
+    return lo, hi
+
+
+@triton.jit
+def _guess(
+    pre_ptr, weight_ptr, F, stride_pf, stride_wf, scale, lo, hi, magnitude, missing, known, energy_between,
+    HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, SAMPLE: tl.constexpr, PLACES: tl.constexpr,
+):
+    """Keys [a, b] within [lo, hi] between which the row's energy should cross, and whether what lies there will fit.
+
+    `missing`: the energy still wanted of the keys up to hi; `energy_between`: theirs from lo on, where `known`.
+    """
+    chunk = tl.arange(0, SAMPLE // NEIGHBOURS) * (F // SAMPLE * NEIGHBOURS)
+    cols = chunk[:, None] + tl.arange(0, NEIGHBOURS)[None, :]
+    r = _scores(pre_ptr, weight_ptr, cols, F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]
+    inside = (r >= _from_bits(lo)) & (r <= _from_bits(hi))
+    energy = tl.where(inside, tl.minimum(_scaled(r, scale), 4.0), 0.0)  # the target's is 2 at most
+    energy *= energy
+    squares = _sum(energy * energy)
+    share = tl.where(known, (missing / tl.where(known, energy_between, 1.0)).to(tl.float32), 0.0)
+    wanted = tl.where(known, share * _sum(energy), missing.to(tl.float32) * (SAMPLE / F))
+    # far below target / sqrt(F) entries add nothing: the range searched is some octaves, not all that fp32 has
+    first = tl.minimum(tl.maximum(magnitude - DEPTH, lo), hi)
+    last = tl.max(tl.max(tl.where(inside, r, 0.0), axis=1), axis=0).to(tl.int32, bitcast=True)
+    last = tl.maximum(last, first)
+    errors = share * 0 + MOST_ERRORS
+    fits = errors < 0
+    a = lo
+    b = hi
+    while (fits == 0) & (errors >= LEAST_ERRORS):
+        a = _sampled_bound(r, energy, squares, first, last, wanted, share, -errors, scale)[0]
+        b = _sampled_bound(r, energy, squares, first, last, wanted, share, errors, scale)[1]
+        a = tl.where(a == first, lo, a)
+        b = tl.where(b == last, hi, tl.maximum(a, b))
+        between = _sum(((r >= _from_bits(a)) & (r <= _from_bits(b))).to(tl.int32)).to(tl.float32) * (F / SAMPLE)
+        fits = between <= PLACES // 2  # lanes fill unevenly
+        errors *= 0.5
+    a = tl.where(fits | known, a, lo)  # where they do not, the whole row's energy will narrow the next guess down
+    return a, b, fits
+
+
+@triton.jit
+def _sums_from(r, least, scale):
+    """Energy and count of the r (SLOTS, LANES) from the one whose bits are `least` on."""
+    wanted = r >= _from_bits(least)
+    scaled = tl.where(wanted, _scaled(r, scale), 0.0)
+    energy = tl.sum(tl.sum(scaled * scaled, axis=0), axis=0)
+    return energy.to(tl.float64), tl.sum(tl.sum(wanted.to(tl.int32), axis=0), axis=0)
+
+
+@triton.jit
+def _column_of(
+    pre_ptr, weight_ptr, key, number, F, stride_pf, stride_wf,
+    HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """The column of a row's entry of that number (from 1) among those whose r has these bits; -1 for number 0."""
+    column = tl.full((), -1, tl.int32)
+    tile = tl.full((), 0, tl.int32)
+    while number > 0:
+        cols = tile * BLOCK + tl.arange(0, BLOCK)
+        r = _scores(pre_ptr, weight_ptr, cols, F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]
+        tied = (r == _from_bits(key)).to(tl.int32)
+        found = tl.sum(tied, axis=0)
+        if found >= number:
+            column = tl.min(tl.where((tied == 1) & (tl.cumsum(tied, axis=0) == number), cols, F), axis=0)
+        number -= found
+        tile += 1
+    return column
 
 
 @triton.jit
@@ -28,124 +209,204 @@ def _norm_cut_kernel(
     pre_ptr,      # [B, F] in
     weight_ptr,   # [F] in, fp32, or unused
     target_ptr,   # [B] in, fp32
-    scratch_ptr,  # [B, CANDIDATES] scratch, int32
-    cut_ptr, quota_ptr, count_ptr,  # [B] out each, int32
+    scratch_ptr,  # [B, SLOTS * BLOCK / 8] scratch, fp32
+    cut_ptr, last_ptr, count_ptr,  # [B] out each, int32: keep r above cut, and equal to it up to a column; their number
     F, stride_pb, stride_pf, stride_wf,
-    HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, SAMPLE: tl.constexpr,
 ):
-    """One row: bisect for the key at which the energy crosses the target, then take the nearer side."""
+    """One row: narrow down the key at which the energy crosses the target, then take the nearer side."""
     row = tl.program_id(0).to(tl.int64)
+    LANES: tl.constexpr = BLOCK // NEIGHBOURS
     pre_ptr += row * stride_pb
-    scratch_ptr += row * CANDIDATES
-    tiles = tl.cdiv(F, BLOCK)
+    scratch_ptr += row * (SLOTS * LANES)
+    target = tl.load(target_ptr + row)
+    ordinary = (target > 0) & (target < float("inf"))
+    # A power of two near 1 / target.
+    magnitude = tl.where(ordinary, target, 1.0).to(tl.int32, bitcast=True)
+    scale = (tl.maximum(254 - (magnitude >> 23), 1) << 23).to(tl.float32, bitcast=True)
+    norm = tl.where(ordinary, target, 1.0).to(tl.float64) * scale.to(tl.float64)
+    wanted = norm * norm
 
-    top = tl.full((), 0, tl.int32)
-    positives = tl.full((), 0, tl.int32)
-    for tile in range(0, tiles):
-        cols = tile * BLOCK + tl.arange(0, BLOCK)
-        at = cols.to(tl.int64) if WIDE else cols
-        key = load_key(pre_ptr, pre_ptr, weight_ptr, at, cols < F, stride_pf, 0, stride_wf,
-                       False, True, False, HAS_WEIGHT, 0)
-        top = tl.maximum(top, tl.max(key, axis=0))
-        positives += tl.sum((key > 0).to(tl.int32), axis=0)
-
-    # A power of two near 1 / max(r) keeps r^2 finite without rounding anything.
-    scale = (tl.maximum(254 - (top >> 23), 1) << 23).to(tl.float32, bitcast=True)
-    target = tl.load(target_ptr + row).to(tl.float64) * scale.to(tl.float64)
-    total = tl.full((), 0.0, tl.float64)
-    if top < INF_KEY:
-        for tile in range(0, tiles):
-            cols = tile * BLOCK + tl.arange(0, BLOCK)
-            at = cols.to(tl.int64) if WIDE else cols
-            key = load_key(pre_ptr, pre_ptr, weight_ptr, at, cols < F, stride_pf, 0, stride_wf,
-                           False, True, False, HAS_WEIGHT, 0)
-            total += _energy(key, scale, key > 0)
-    infinite_match = (top == INF_KEY) & (target == float("inf"))
-    keep_all = infinite_match | ((top < INF_KEY) & (target >= tl.sqrt(total)))
-
-    # Invariant: energy(key >= lo) reaches the target, energy(key > hi) does not. A row whose first entry is not
-    # finite, or a target that is not a positive number, keeps that one entry: lo = hi = top.
-    search = (target > 0) & (top < INF_KEY) & (keep_all == 0)
-    lo = tl.where(search, 1, top)
-    hi = top
-    count_lo = positives
-    energy_hi = tl.full((), 0.0, tl.float64)
+    # Invariant: energy(key >= lo) reaches the target, unless it lies at or above the row's; energy(key > hi) does not.
+    lo = tl.full((), 1, tl.int32)
+    hi = tl.full((), INF_KEY - 1, tl.int32)
+    count_lo = tl.full((), 0, tl.int32)
     count_hi = tl.full((), 0, tl.int32)
-    while (lo < hi) & (count_lo - count_hi > CANDIDATES):
-        mid = middle(lo, hi)
-        energy = tl.full((), 0.0, tl.float64)
-        count = tl.full((), 0, tl.int32)
-        for tile in range(0, tiles):
-            cols = tile * BLOCK + tl.arange(0, BLOCK)
-            at = cols.to(tl.int64) if WIDE else cols
-            key = load_key(pre_ptr, pre_ptr, weight_ptr, at, cols < F, stride_pf, 0, stride_wf,
-                           False, True, False, HAS_WEIGHT, 0)
-            energy += _energy(key, scale, key >= mid)
-            count += tl.sum((key >= mid).to(tl.int32), axis=0)
-        reached = energy >= target * target
-        lo = tl.where(reached, mid, lo)
-        count_lo = tl.where(reached, count, count_lo)
-        hi = tl.where(reached, hi, mid - 1)
-        energy_hi = tl.where(reached, energy_hi, energy)
-        count_hi = tl.where(reached, count_hi, count)
+    energy_lo = tl.full((), 0.0, tl.float64)
+    energy_hi = tl.full((), 0.0, tl.float64)
+    known = energy_lo > 0  # whether energy_lo and count_lo are those of key >= lo
+    keep_all = known
+    searching = lo > 0
+    top = tl.full((), 0, tl.int32)
+    number = tl.zeros((LANES,), tl.int32)
+    a = lo
+    b = tl.where(ordinary, hi, 0)  # with other targets the pass counts what is positive
+    limit = tl.full((), SLOTS, tl.int32)
+    both = count_lo
+    if SAMPLE > 0:
+        passes = tl.full((), 0, tl.int32)
+    while searching:
+        if SAMPLE > 0:
+            if ordinary:
+                if passes < GUIDED_PASSES:
+                    a, b, fits = _guess(
+                        pre_ptr, weight_ptr, F, stride_pf, stride_wf, scale, lo, hi, magnitude, wanted - energy_hi,
+                        known, energy_lo - energy_hi, HAS_WEIGHT, WIDE, SAMPLE, SLOTS * LANES)
+                    limit = tl.where(fits, SLOTS, 0)
+                else:
+                    a = middle(lo, hi)
+                    b = hi
+                    limit = tl.full((), SLOTS, tl.int32)
+            passes += 1
+        top, above, number, energy_above, energy_inside = _measure(
+            pre_ptr, weight_ptr, scratch_ptr, F, stride_pf, stride_wf, scale, a, b, limit, HAS_WEIGHT, WIDE, LANES)
+        both = above + tl.sum(number, axis=0)
+        energy = energy_above + energy_inside
+        whole = (a == 1) & (norm >= tl.sqrt(energy))
+        special = (top >= INF_KEY) | (ordinary == 0)
+        keep_all = tl.where(special, (target == float("inf")) & (top <= INF_KEY), whole)
+        beyond = energy_above >= wanted
+        reached = energy >= wanted
+        lo = tl.where(beyond, b + 1, tl.where(reached, a, lo))
+        energy_lo = tl.where(beyond, energy_above, tl.where(reached, energy, energy_lo))
+        count_lo = tl.where(beyond, above, tl.where(reached, both, count_lo))
+        energy_hi = tl.where(beyond, energy_hi, tl.where(reached, energy_above, energy))
+        count_hi = tl.where(beyond, count_hi, tl.where(reached, above, both))
+        hi = tl.where(beyond, hi, tl.where(reached, b, a - 1))
+        known = known | reached
+        aside = reached & (beyond == 0) & (tl.max(number, axis=0) <= limit)
+        ends = special | whole | aside | (known & (lo >= hi))
+        searching = ends == 0
 
-    tied = tl.maximum(count_lo - count_hi, 1)
-    if lo < hi:
-        written = tl.full((), 0, tl.int32)
-        for tile in range(0, tiles):
-            cols = tile * BLOCK + tl.arange(0, BLOCK)
-            at = cols.to(tl.int64) if WIDE else cols
-            key = load_key(pre_ptr, pre_ptr, weight_ptr, at, cols < F, stride_pf, 0, stride_wf,
-                           False, True, False, HAS_WEIGHT, 0)
-            inside = ((key >= lo) & (key <= hi)).to(tl.int32)
-            tl.store(scratch_ptr + written + tl.cumsum(inside, axis=0) - 1, key, mask=inside == 1)
-            written += tl.sum(inside, axis=0)
-        tl.debug_barrier()  # the candidates are read back by other lanes
-        lane = tl.arange(0, CANDIDATES)
-        key = tl.load(scratch_ptr + lane, mask=lane < written, other=0)
-        while lo < hi:
-            mid = middle(lo, hi)
-            reached = energy_hi + _energy(key, scale, key >= mid) >= target * target
+    # A row whose first entry is not finite, or a target that is not a positive number, keeps that one entry.
+    search = ordinary & (top > 0) & (top < INF_KEY) & (keep_all == 0)
+    tied = count_lo - count_hi
+    if search & (lo < hi):
+        tl.debug_barrier()  # the keys set aside are read back by other lanes
+        slot = tl.arange(0, SLOTS)[:, None]
+        at = slot * LANES + tl.arange(0, LANES)[None, :]
+        r = tl.load(scratch_ptr + at, mask=slot < number[None, :], other=0.0)
+        energy_b = energy_hi
+        count_b = count_hi
+        while (lo >> SHIFT < hi >> SHIFT) & (count_lo - count_hi > 1):
+            mid = middle(lo >> SHIFT, hi >> SHIFT) << SHIFT
+            energy, count = _sums_from(r, mid, scale)
+            reached = energy_b + energy >= wanted
             lo = tl.where(reached, mid, lo)
+            count_lo = tl.where(reached, count_b + count, count_lo)
             hi = tl.where(reached, hi, mid - 1)
-        energy_hi += _energy(key, scale, key > lo)
-        count_hi += tl.sum((key > lo).to(tl.int32), axis=0)
-        tied = tl.sum((key == lo).to(tl.int32), axis=0)
+            count_hi = tl.where(reached, count_hi, count_b + count)
+        # the largest key up to hi; none is there where rounding alone made the difference: then the next above
+        key = r.to(tl.int32, bitcast=True)
+        below = tl.max(tl.max(tl.where(key <= hi, key, 0), axis=0), axis=0)
+        next_above = tl.min(tl.min(tl.where(key > hi, key, INF_KEY), axis=0), axis=0)
+        lo = tl.where(below >= lo, below, next_above)
+        energy, count = _sums_from(r, lo + 1, scale)
+        energy_hi = energy_b + energy
+        count_hi = count_b + count
+        tied = tl.sum(tl.sum((key == lo).to(tl.int32), axis=0), axis=0)
 
     # Of the entries tied at the crossing, the number that ends nearest in norm; the first minimum, and at least one.
-    unit = _energy(tl.full((1,), 0, tl.int32) + lo, scale, tl.full((1,), 1, tl.int1))
-    unit = tl.where(search, unit, 1.0)
-    target = tl.where(search, target, 1.0)
-    before = tl.floor((target * target - energy_hi) / unit)
-    before = tl.minimum(tl.maximum(before, 0.0), tied.to(tl.float64) - 1.0)
-    below = tl.abs(tl.sqrt(energy_hi + before * unit) - target)
-    beyond = tl.abs(tl.sqrt(energy_hi + (before + 1.0) * unit) - target)
+    r = _scaled(_from_bits(tl.where(search, lo, 0)), scale)
+    unit = tl.where(search, (r * r).to(tl.float64), 1.0)
+    energy_hi = tl.where(search, energy_hi, 0.0)  # it may be infinite
+    before = tl.floor((wanted - energy_hi) / unit)
+    before = tl.minimum(tl.maximum(before, 0.0), tl.maximum(tied, 1).to(tl.float64) - 1.0)
+    below = tl.abs(tl.sqrt(energy_hi + before * unit) - norm)
+    beyond = tl.abs(tl.sqrt(energy_hi + (before + 1.0) * unit) - norm)
     quota = before.to(tl.int32) + (beyond < below).to(tl.int32)
-    quota = tl.where(count_hi + quota == 0, 1, quota)
-    quota = tl.where(search, quota, 1)
-    count = tl.where(keep_all, positives, tl.minimum(count_hi + quota, positives))
-    tl.store(cut_ptr + row, tl.where(keep_all | (positives == 0), 0, lo))
-    tl.store(quota_ptr + row, tl.where(keep_all | (positives == 0), 0, quota))
-    tl.store(count_ptr + row, count)
+    quota = tl.maximum(quota, (count_hi == 0).to(tl.int32))
+    tl.store(cut_ptr + row, tl.where(search, lo, tl.where(keep_all, 1, tl.minimum(top, INF_KEY + 1))))
+    last = tl.full((), -1, tl.int32) + F
+    if search & (quota < tied):
+        last = _column_of(pre_ptr, weight_ptr, lo, quota, F, stride_pf, stride_wf, HAS_WEIGHT, WIDE, BLOCK // 4)
+    tl.store(last_ptr + row, last)
+    count = tl.where(search, count_hi + quota, (top > 0).to(tl.int32))
+    tl.store(count_ptr + row, tl.where(keep_all, both, count))
+
+
+@triton.jit
+def _write_columns(values_ptr, indices_ptr, value, keep, first, position, room):
+    """A tile (LANES, 8) column by column: nothing is exchanged among lanes, but neighbours are stored apart."""
+    values = _columns(value)
+    keeps = _columns(keep)
+    for column in tl.static_range(NEIGHBOURS):
+        kept = (keeps[column] == 1) & (position < room)
+        tl.store(indices_ptr + position, first + column, mask=kept)
+        tl.store(values_ptr + position, _relu_of(values[column]), mask=kept)
+        position += keeps[column]
+
+
+@triton.jit
+def _relu_of(value):
+    return relu(value.to(tl.float32)).to(value.dtype)
+
+
+@triton.jit
+def _norm_write_kernel(
+    pre_ptr,      # [B, F] in
+    weight_ptr,   # [F] in, fp32, or unused
+    cut_ptr, last_ptr, offsets_ptr,  # [B] in, int32, [B] in, int32, [B + 1] in, int64
+    values_ptr, indices_ptr,          # [N] out, [N] out, int32
+    F, stride_pb, stride_pf, stride_wf,
+    HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One row, tile by tile in column order, until it has written its share."""
+    row = tl.program_id(0).to(tl.int64)
+    pre_ptr += row * stride_pb
+    key = tl.load(cut_ptr + row)
+    cut = _from_bits(key)
+    below = _from_bits(tl.maximum(key - 1, 0))
+    last = tl.load(last_ptr + row)
+    start = tl.load(offsets_ptr + row)
+    room = (tl.load(offsets_ptr + row + 1) - start).to(tl.int32)
+    values_ptr += start
+    indices_ptr += start
+    written = tl.full((), 0, tl.int32)
+    tile = tl.full((), 0, tl.int32)
+    lane = tl.arange(0, BLOCK // NEIGHBOURS)
+    while (tile * BLOCK < F) & (written < room):
+        cols = tile * BLOCK + lane[:, None] * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, :]  # [LANES, NEIGHBOURS]
+        value, r = _scores(pre_ptr, weight_ptr, cols, F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)
+        keep = ((r <= tl.where(cols <= last, below, cut)) == 0).to(tl.int32)
+        number = tl.sum(keep, axis=1)
+        ends = written + tl.cumsum(number, axis=0)
+        total = tl.sum(number, axis=0)
+        if total * SPARSE < BLOCK:
+            if total > 0:
+                _write_columns(values_ptr, indices_ptr, value, keep, tile * BLOCK + lane * NEIGHBOURS,
+                               ends - number, room)
+        else:
+            # kept by a number that says so, as masks cost more to hand from lane to lane
+            position = tl.where(keep == 1, (ends - number)[:, None] + tl.cumsum(keep, axis=1) - 1, room)
+            tl.store(indices_ptr + position, cols, mask=position < room)
+            tl.store(values_ptr + position, _relu_of(value), mask=position < room)
+        written += total
+        tile += 1
 
 
 def launch(pre, target_norm, weight_norm, capacity):
     """values (N,), indices (N,), offsets (B + 1,), required (); see ``reference.norm_match``."""
     rows, num_latents = pre.shape
-    cut, quota, count = (torch.empty(rows, dtype=torch.int32, device=pre.device) for _ in range(3))
-    wide = _tuning.is_wide(num_latents * pre.stride(1))
+    cut, last, count = (torch.empty(rows, dtype=torch.int32, device=pre.device) for _ in range(3))
+    common = dict(
+        F=num_latents, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
+        stride_wf=0 if weight_norm is None else weight_norm.stride(0), HAS_WEIGHT=weight_norm is not None,
+        WIDE=_tuning.is_wide(num_latents * pre.stride(1)),
+    )
     if rows:
-        block = _tuning.stream_block(num_latents)
-        candidates = min(_tuning.NORM_CANDIDATES, block)
+        tile = _tuning.norm_tile(num_latents, weight_norm is not None)
+        scratch = torch.empty(rows, tile.slots * tile.block // 8, dtype=torch.float32, device=pre.device)
         _norm_cut_kernel[(rows,)](
-            pre, weight_norm, target_norm, torch.empty(rows, candidates, dtype=torch.int32, device=pre.device),
-            cut, quota, count,
-            F=num_latents, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
-            stride_wf=0 if weight_norm is None else weight_norm.stride(0),
-            HAS_WEIGHT=weight_norm is not None, WIDE=wide, BLOCK=block, CANDIDATES=candidates,
-            **_tuning.options(_tuning.num_warps(block)),
+            pre, weight_norm, target_norm, scratch, cut, last, count, **common,
+            SHIFT=0 if weight_norm is not None else _tuning.key_shift(pre.dtype),
+            BLOCK=tile.block, SLOTS=tile.slots, SAMPLE=tile.sample, **_tuning.options(tile.warps),
         )
     values, indices, offsets, required = allocate(pre, count, capacity)
-    compact(pre, pre, None, weight_norm, cut, quota, offsets, values, indices,
-            magnitude=False, rank_relu=True, value_relu=True, shift=0)
+    if rows and values.numel():
+        block, warps = _tuning.norm_write_tile(num_latents)
+        _norm_write_kernel[(rows,)](
+            pre, weight_norm, cut, last, offsets, values, indices, **common, BLOCK=block, **_tuning.options(warps)
+        )
     return values, indices, offsets, required

@@ -34,11 +34,9 @@ DTYPE_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 # Streaming passes: kernels that read contiguous rows of their first argument, which 16-byte loads are due to serve.
 STREAMS = {"_group_max_kernel", "_column_group_max_kernel", "_row_topk_kernel", "_row_cut_kernel", "_norm_cut_kernel",
-           "_count_kernel"}  # fmt: skip
-# How often a kernel holds its streaming loop; where it is not one.
-STREAMING_LOOPS = {"_norm_cut_kernel": 4}
+           "_norm_write_kernel", "_count_kernel"}  # fmt: skip
 # What a kernel's main loop loads for each element, where that is not its first argument and vectors along it.
-MAIN_OPERANDS = {"_decode_kernel": ("weight_ptr",), "_values_kernel": ("weight_ptr",),
+MAIN_OPERANDS = {"_decode_kernel": ("weight_ptr",), "_piece_kernel": ("weight_ptr",), "_values_kernel": ("weight_ptr",),
                  "_scatter_kernel": ("indices_ptr", "values_ptr"), "_gather_kernel": ("indices_ptr", "dense_ptr"),
                  "_entry_rows_kernel": ("indices_ptr",)}  # fmt: skip
 ALONG_THE_ROW = ("mask_ptr", "weight_ptr", "floor_ptr", "theta_ptr")
@@ -132,6 +130,14 @@ def _decode(shape: Shape, dtype: torch.dtype, *, weight_dtype: torch.dtype | Non
     return lambda: functional.decode(_codes(shape, dtype), weight, b_dec)
 
 
+def _decode_error(shape: Shape, dtype: torch.dtype):
+    """What a training step asks for: products in ``dtype``, bias and target in fp32."""
+    weight, b_dec = _meta(shape.F, shape.d, dtype=dtype), _meta(shape.d, dtype=FP32)
+    target = _meta(shape.B, shape.d, dtype=FP32)
+    codes = _codes(shape, dtype).detach()
+    return lambda: _passes.decode_error(codes, codes.values, weight, b_dec, target, "triton")
+
+
 def _encode(shape: Shape, dtype: torch.dtype):
     x = _meta(shape.B, shape.d, dtype=dtype, learned=True)
     weight = _meta(shape.F, shape.d, dtype=dtype, learned=True).t()
@@ -200,6 +206,7 @@ CASES = {
         Case("decode", _decode),
         Case("decode fp32 weight", functools.partial(_decode, weight_dtype=FP32)),
         Case("decode no bias", functools.partial(_decode, bias=False), gradient=False),
+        Case("decode error", _decode_error, gradient=False),
         Case("encode", _encode),
         Case("to_dense", _to_dense),
         Case("latent_adam", _latent_adam, gradient=False),
@@ -217,21 +224,22 @@ def full_cells() -> list[Cell]:
     """Every case at S1, S2 and S3 in bf16 and fp32, and at the other shapes in fp16."""
     sizes = [(shape, dtype) for shape in (S1, S2, S3) for dtype in (BF16, FP32)] + [(shape, FP16) for shape in OTHERS]
     cells = [(case, shape, dtype) for shape, dtype in sizes for case in CASES.values()]
-    return cells + [(case, WIDE, BF16) for case in CASES.values() if case.name.startswith("latent")]
+    return cells + [(case, WIDE, BF16) for case in CASES.values() if case.name.startswith(("latent", "decode"))]
 
 
 def quick_cells(target: str) -> list[Cell]:
     """A case or two for each kernel and for what has spilled before: what a test suite has time for."""
     chosen = [("topk", S1, BF16), ("batch_topk", S1, BF16), ("norm_match", S1, BF16), ("threshold window", S1, BF16),
-              ("decode", S1, BF16), ("topk k=512", S2, BF16), ("topk k=2048", S2, BF16), ("topk mask", S3, BF16),
-              ("topk", PRIMES, FP16), ("batch_topk", PRIMES, BF16), ("norm_match unweighted", S2, FP32),
-              ("latent_adam two terms", S1, BF16), ("latent_adam", S3, BF16), ("feature_topm", S1, FP32)]  # fmt: skip
+              ("decode", S1, BF16), ("decode error", S1, BF16), ("topk k=512", S2, BF16), ("topk k=2048", S2, BF16),
+              ("topk mask", S3, BF16), ("topk", PRIMES, FP16), ("batch_topk", PRIMES, BF16),
+              ("norm_match unweighted", S2, FP32), ("latent_adam two terms", S1, BF16), ("latent_adam", S3, BF16),
+              ("feature_topm", S1, FP32)]  # fmt: skip
     if target in ("sm_90", "gfx942"):  # one of each make looks closer
         chosen += [("encode", S1, BF16), ("threshold scalar", S1, BF16), ("topk score", S1, FP32), ("topk", S3, BF16),
                    ("feature_topm", S1, BF16), ("feature_topm quarter kept", PRIMES, FP16),
                    ("decode", S3, BF16), ("decode fp32 weight", S1, BF16), ("latent_adam", S1, FP32),
                    ("latent_adam row-major", S3, BF16), ("latent_gradients", S1, BF16),
-                   ("latent_adam", WIDE, BF16)]  # fmt: skip
+                   ("latent_adam", WIDE, BF16), ("decode", WIDE, BF16), ("norm_match", S2, BF16)]  # fmt: skip
     return [(CASES[name], shape, dtype) for name, shape, dtype in chosen]
 
 
@@ -342,8 +350,7 @@ def wide_loads_due(launch: Any, warp_size: int) -> int:
     first = next(iter(launch.arguments.values()))
     if launch.kernel not in STREAMS or launch.arguments["F"] % 16 or first.stride(-1) != 1:
         return 0
-    tile = STREAMING_LOOPS.get(launch.kernel, 1) * launch.arguments["BLOCK"] * first.element_size()
-    return tile // (16 * warp_size * launch.compiled.metadata.num_warps)
+    return launch.arguments["BLOCK"] * first.element_size() // (16 * warp_size * launch.compiled.metadata.num_warps)
 
 
 def instructions_per_element(launch: Any, binary: Any) -> float | None:

@@ -63,6 +63,58 @@ def test_many_tied_entries_and_huge_or_tiny_numbers(backend):
         assert codes.indices.tolist() == list(range(1601))  # 40.01^2 = 1600.8, nearest norm is sqrt(1601)
 
 
+def assert_nearest(pre, target, weight, codes):
+    """Equal to the reference, but where the two prefixes are equally near to the target, to 1e-6."""
+    want = f.norm_match(pre, target, weight_norm=weight, backend="reference")
+    score = pre.float().relu().double() * (1.0 if weight is None else weight)
+    for number, (ours, theirs) in enumerate(zip(rows_of(codes), rows_of(want), strict=True)):
+        if ours != theirs:
+            off = [abs(float(score[number, k].square().sum().sqrt() - target[number].double())) for k in (ours, theirs)]
+            assert abs(off[0] - off[1]) < 1e-6 * float(target[number]), (number, len(ours), len(theirs), off)
+    row = torch.arange(len(pre)).repeat_interleave(codes.offsets.diff())
+    assert_same(codes.values, pre.relu()[row, codes.indices.long()])
+
+
+LONG = 6000  # columns: more than are set aside whole, so that a sample guesses
+KINDS_OF_ROW = {
+    "normal": lambda: torch.randn(4, LONG),
+    "heavy tails": lambda: torch.randn(4, LONG).exp().square(),
+    "sorted": lambda: torch.randn(4, LONG).sort(dim=1).values,  # the sample is anything but random
+    "few large first": lambda: torch.cat([torch.rand(4, 40) * 100, torch.rand(4, LONG - 40)], 1),
+    "all in one place": lambda: torch.cat([torch.zeros(4, LONG - 7), torch.rand(4, 7)], 1),  # none in the sample
+    "equal": lambda: torch.full((4, LONG), 0.3),
+    "two numbers": lambda: torch.where(torch.rand(4, LONG) < 0.9, 0.25, 2.0),
+    "wide range": lambda: (torch.randn(4, LONG) * 20).exp2(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ROW)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_long_rows_whatever_the_sample_says(kind, weighted):
+    pre = KINDS_OF_ROW[kind]().bfloat16()
+    weight = torch.rand(LONG) + 0.5 if weighted else None
+    norm = (pre.double().relu() * (1.0 if weight is None else weight)).norm(dim=1).float()
+    for shares in ((0.02, 0.3, 0.6, 0.8), (0.95, 0.999, 0.99999, 1.0001)):
+        target = norm * torch.tensor(shares)
+        assert_nearest(pre, target, weight, f.norm_match(pre, target, weight_norm=weight, backend="triton"))
+
+
+def test_targets_far_below_and_above_the_row():
+    pre = torch.randn(6, LONG).abs() * torch.tensor([1e-30, 1e30, 1.0, 1.0, 1e30, 1e-30])[:, None]
+    args = pre, torch.tensor([1e30, 1e-30, 1e-38, 3e38, 1e28, 1e-29]), None, None
+    assert_nearest(*args[:3], f.norm_match(*args[:2], backend="triton"))
+
+
+def test_long_rows_that_are_not_finite():
+    pre = torch.randn(6, LONG)
+    pre[0, 5000], pre[1, 4000], pre[2, 17] = torch.inf, torch.nan, torch.inf
+    pre[2, 3000] = -torch.nan
+    target = torch.tensor([5.0, 5.0, torch.inf, torch.inf, 0.0, torch.nan])
+    pre[3, 9] = torch.inf
+    args = pre, target, None, None
+    assert_same(ops.norm_match(*args, "triton"), ops.norm_match(*args, "reference"))
+
+
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_special_targets(backend):
     pre = torch.tensor([[3.0, -1.0, 4.0, 0.0]])
