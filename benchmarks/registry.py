@@ -7,6 +7,7 @@ people also write (dense results, compiled code, other libraries); their notes s
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -441,6 +442,28 @@ def _expected_weight_gradient(i: Inputs, dtype: torch.dtype) -> Tensor:
     return reference.decode_backward_weight(i.grad.to(dtype), c.values.to(dtype), *turned, dtype)
 
 
+def _our_error(i: Inputs) -> Callable[[], Output]:
+    c, backend = i.codes, _backend(i.weight)
+    return lambda: ops.decode_error(c.values, c.indices, c.offsets, i.weight, i.bias, i.grad, i.weight.dtype, backend)
+
+
+def _bag_error(i: Inputs) -> Output:
+    residual = _bags(i.values, i.columns, i.weight) + i.bias - i.grad
+    return residual, residual.float().square().sum(1)
+
+
+def _check_error(i: Inputs, provider: Provider, output: Output) -> None:
+    for number, part in enumerate(output):
+        check = _check_sum("decode_error", functools.partial(_expected_error, number=number))
+        check(i, provider, part.to(i.weight.dtype))
+
+
+def _expected_error(i: Inputs, dtype: torch.dtype, number: int) -> Tensor:
+    c = i.codes
+    values, weight, bias, target = (t.to(dtype) for t in (c.values, i.weight, i.bias, i.grad))
+    return reference.decode_error(values, c.indices, c.offsets, weight, bias, target, dtype)[number]
+
+
 def _check_autoencoder(i: Inputs, provider: Provider, output: Output) -> None:
     """Row by row in norm. GEMMs round differently, so entries within a rounding of the cut may be swapped; decoder rows
     have unit norm, so each swap moves the result by at most twice the cut."""
@@ -591,6 +614,17 @@ OPS: tuple[Op, ...] = (
         ),
         _codes_traffic(traffic.decode, distinct="distinct"),
         _check_sum("decode", _expected_decode),
+    ),
+    Op(
+        "decode_error", "forward", "decode, residual and squared error", "BdFki", ("test_decode.py",), _codes_inputs,
+        (
+            Provider("ours", _our_error),
+            Provider("embedding_bag, subtract, square", lambda i: _bound(_bag_error, i), baseline=True),
+        ),
+        lambda i: traffic.decode_error(
+            i.case.B, i.case.F, i.case.d, i.codes.values.numel(), *[i.weight.element_size()] * 4, distinct=i.distinct
+        ),
+        _check_error,
     ),
     Op(
         "decode", "backward_values", "decode, gradient of values", "BdFki", ("test_decode.py",), _codes_inputs,

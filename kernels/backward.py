@@ -1,7 +1,7 @@
 """Gradients of the sparse decode: of the values row by row, of the weight latent by latent.
 
 Math      grad_values[n] = <grad[row], weight[index]>; grad_weight[f] = sum over f's entries of value * grad[row]
-Grid      values: (B,); weight: (F, cdiv(D, BLOCK_D)), after (N / SPLIT, cdiv(D, BLOCK_D)) for latents of many
+Grid      values: (B, parts); weight: (F, cdiv(D, BLOCK_D)), after (N / SPLIT, cdiv(D, BLOCK_D)) for latents of many
 Traffic   values: N*D*s_w + B*D*s_g; weight: N*D*s_g + F*D*s_w written
 Numerics  fp32 accumulation in fixed order, no atomics: bitwise reproducible
 Source    -
@@ -16,11 +16,11 @@ from . import _tuning
 @triton.jit
 def _values_kernel(
     grad_ptr, indices_ptr, offsets_ptr, weight_ptr, out_ptr,  # [B, D], [N] int32, [B + 1] int64, [F, D] in; [N] out
-    D, stride_gb, stride_wf, stride_wd, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D, stride_gb, stride_wf, stride_wd, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """One row: its gradient against the weight rows of its entries, BLOCK_N at a time."""
+    """One of a row's parts: its gradient against the weight rows of every so many BLOCK_N entries."""
     row = tl.program_id(0).to(tl.int64)
-    start = tl.load(offsets_ptr + row)
+    start = tl.load(offsets_ptr + row) + tl.program_id(1) * BLOCK_N
     end = tl.load(offsets_ptr + row + 1)
     while start < end:
         entry = start + tl.arange(0, BLOCK_N)
@@ -34,7 +34,7 @@ def _values_kernel(
             weight = tl.load(weight_ptr + at, mask=both, other=0.0).to(tl.float32)
             acc += weight * grad[None, :]
         tl.store(out_ptr + entry, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=entry < end)
-        start += BLOCK_N
+        start += PARTS * BLOCK_N
 
 
 @triton.jit
@@ -109,10 +109,11 @@ def launch_values(grad, values, indices, offsets, weight):
     out = torch.zeros_like(values)
     if rows and out.numel():
         block = min(_tuning.decode_block(width), 512)
-        _values_kernel[(rows,)](
+        parts = _tuning.parts_of_row(out.numel(), rows)
+        _values_kernel[(rows, parts)](
             grad, indices, offsets, weight, out,
             D=width, stride_gb=grad.stride(0), stride_wf=weight.stride(0), stride_wd=weight.stride(1),
-            BLOCK_N=_tuning.VALUES_BLOCK, BLOCK_D=block, **_tuning.options(4),
+            PARTS=parts, BLOCK_N=_tuning.VALUES_BLOCK, BLOCK_D=block, **_tuning.options(4),
         )
     return out
 

@@ -1,11 +1,13 @@
-"""Sparse decode: the weighted sum of each row's active decoder vectors.
+"""Sparse decode: the weighted sum of each row's active decoder vectors; or how far it is from a target.
 
-Math      out[b] = sum over row b's entries of value * weight[index] (+ bias)
-Grid      (B, cdiv(D, BLOCK_D)); one program owns one tile of one row, so no atomics
-Traffic   reads N*(s_v + 4) and N*D*s_w (rows reused through L2 only), writes B*D*s_o
-Numerics  fp32 accumulation, IN_FLIGHT entries at a time in entry order; bitwise reproducible
+Math      out[b] = sum over row b's entries of value * weight[index] (+ bias); residual = out - target, squares = |.|^2
+Grid      (B, cdiv(D, BLOCK_D)); one program owns one tile of one row, so no atomics; rows of many entries are summed
+          in pieces before, by (N / SPLIT, cdiv(D, BLOCK_D))
+Traffic   reads N*(s_v + 4) and N*D*s_w (rows reused through L2 only), writes B*D*s_o; the target is read once
+Numerics  fp32 accumulation, IN_FLIGHT entries at a time in entry order, pieces in order; bitwise reproducible
 Source    Gao et al. 2024, arXiv:2406.04093 (sparse decoder)
 """
+import torch
 import triton
 import triton.language as tl
 
@@ -13,46 +15,120 @@ from . import _tuning
 
 
 @triton.jit
+def _sum_of(values_ptr, indices_ptr, weight_ptr, entries, present, column, mask_d, stride_wf):
+    """The sum over a few entries; their weight rows are one tile, so that all are loaded before any is used."""
+    value = tl.load(values_ptr + entries, mask=present, other=0.0).to(tl.float32)
+    latent = tl.load(indices_ptr + entries, mask=present, other=0).to(tl.int64)
+    at = latent[:, None] * stride_wf + column[None, :]  # [IN_FLIGHT, BLOCK_D]
+    weight = tl.load(weight_ptr + at, mask=present[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+    return tl.sum(value[:, None] * weight, axis=0)
+
+
+@triton.jit
+def _add_entries(
+    acc, values_ptr, indices_ptr, weight_ptr, entry, end, column, mask_d, stride_wf, IN_FLIGHT: tl.constexpr
+):
+    """acc plus the entries [entry, end), IN_FLIGHT at a time."""
+    while entry < end:
+        entries = entry + tl.arange(0, IN_FLIGHT)
+        acc += _sum_of(values_ptr, indices_ptr, weight_ptr, entries, entries < end, column, mask_d, stride_wf)
+        entry += IN_FLIGHT
+    return acc
+
+
+@triton.jit
+def _piece_kernel(
+    values_ptr, indices_ptr, offsets_ptr, weight_ptr,  # [N] in, [N] in int32, [B + 1] in int64, [F, D] in
+    partial_ptr,  # [N / SPLIT, D] out, fp32
+    B, D, stride_wf, stride_wd, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
+):
+    """One tile of SPLIT entries from a multiple of SPLIT on, where all belong to one row, found by bisection."""
+    piece = tl.program_id(0).to(tl.int64)
+    first = piece * SPLIT
+    end = first + SPLIT
+    lo = tl.full((), 0, tl.int32)  # offsets[lo] <= first < offsets[hi], or hi is B
+    hi = lo + B
+    while hi - lo > 1:
+        mid = (lo + hi) // 2
+        before = tl.load(offsets_ptr + mid) <= first
+        lo = tl.where(before, mid, lo)
+        hi = tl.where(before, hi, mid)
+    if end <= tl.load(offsets_ptr + hi):
+        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        column = offs_d.to(tl.int64) * stride_wd
+        acc = tl.zeros((BLOCK_D,), tl.float32)
+        for step in range(0, SPLIT, IN_FLIGHT):
+            entries = first + step + tl.arange(0, IN_FLIGHT)
+            acc += _sum_of(values_ptr, indices_ptr, weight_ptr, entries, entries >= 0, column, mask_d, stride_wf)
+        tl.store(partial_ptr + piece * D + offs_d, acc, mask=mask_d)
+
+
+@triton.jit
 def _decode_kernel(
     values_ptr, indices_ptr, offsets_ptr,  # [N] in, [N] in int32, [B + 1] in int64
-    weight_ptr, bias_ptr, out_ptr,         # [F, D] in, [D] in or unused, [B, D] out
-    D, stride_wf, stride_wd, stride_bd, stride_ob,
-    HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    weight_ptr, bias_ptr, target_ptr,      # [F, D] in, [D] in or unused, [B, D] in or unused
+    partial_ptr, out_ptr, squares_ptr,     # [N / SPLIT, D] in, fp32, [B, D] out, [B, tiles] out, fp32, or unused
+    D, stride_wf, stride_wd, stride_bd, stride_tb, stride_td, stride_ob,
+    HAS_BIAS: tl.constexpr, HAS_TARGET: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):
-    """One tile of one row: IN_FLIGHT weight rows are one tile, so that all are loaded before any is used."""
+    """One tile of one row: the sum over its entries, and over the pieces that lie inside it."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
+    column = offs_d.to(tl.int64) * stride_wd
     entry = tl.load(offsets_ptr + row)
     end = tl.load(offsets_ptr + row + 1)
-    column = offs_d.to(tl.int64) * stride_wd
     acc = tl.zeros((BLOCK_D,), tl.float32)
     while entry < end:
-        entries = entry + tl.arange(0, IN_FLIGHT)
-        present = entries < end
-        value = tl.load(values_ptr + entries, mask=present, other=0.0).to(tl.float32)
-        latent = tl.load(indices_ptr + entries, mask=present, other=0).to(tl.int64)
-        at = latent[:, None] * stride_wf + column[None, :]  # [IN_FLIGHT, BLOCK_D]
-        weight = tl.load(weight_ptr + at, mask=present[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-        acc += tl.sum(value[:, None] * weight, axis=0)
-        entry += IN_FLIGHT
+        border = (entry // SPLIT + 1) * SPLIT
+        if (border - entry == SPLIT) & (border <= end):
+            acc += tl.load(partial_ptr + entry // SPLIT * D + offs_d, mask=mask_d, other=0.0)
+        else:
+            acc = _add_entries(acc, values_ptr, indices_ptr, weight_ptr, entry, tl.minimum(border, end), column,
+                               mask_d, stride_wf, IN_FLIGHT)
+        entry = border
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_d * stride_bd, mask=mask_d, other=0.0).to(tl.float32)
+    if HAS_TARGET:
+        at = row * stride_tb + offs_d.to(tl.int64) * stride_td
+        acc -= tl.load(target_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
+        square = tl.sum(tl.where(mask_d, acc * acc, 0.0), axis=0)
+        tl.store(squares_ptr + row * tl.num_programs(1) + tl.program_id(1), square)
     tl.store(out_ptr + row * stride_ob + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
+
+
+def _launch(values, indices, offsets, weight, bias, target, dtype):
+    """out (B, D), and squares (B, tiles) where there is a target."""
+    rows, width = offsets.numel() - 1, weight.shape[1]
+    out = weight.new_empty(rows, width, dtype=dtype)
+    split, block = _tuning.SPLIT_ROW, _tuning.decode_block(width)
+    tiles = triton.cdiv(width, block)
+    squares = None if target is None else torch.empty(rows, tiles, dtype=torch.float32, device=weight.device)
+    if out.numel() == 0:
+        return out, squares
+    pieces = values.numel() // split
+    partial = torch.empty(pieces, width, dtype=torch.float32, device=weight.device)
+    common = dict(D=width, stride_wf=weight.stride(0), stride_wd=weight.stride(1), SPLIT=split, BLOCK_D=block,
+                  IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT, **_tuning.options(_tuning.decode_warps(block)))
+    if pieces:
+        _piece_kernel[(pieces, tiles)](values, indices, offsets, weight, partial, B=rows, **common)
+    _decode_kernel[(rows, tiles)](
+        values, indices, offsets, weight, bias, target, partial, out, squares,
+        stride_bd=0 if bias is None else bias.stride(0), stride_tb=0 if target is None else target.stride(0),
+        stride_td=0 if target is None else target.stride(1), stride_ob=out.stride(0),
+        HAS_BIAS=bias is not None, HAS_TARGET=target is not None, **common,
+    )
+    return out, squares
 
 
 def launch(values, indices, offsets, weight, bias, dtype, *_by_latent):
     """out (B, D) in ``dtype``; see ``reference.decode``. The codes turned around serve the backward only."""
-    rows, width = offsets.numel() - 1, weight.shape[1]
-    out = weight.new_empty(rows, width, dtype=dtype)
-    if out.numel() == 0:
-        return out
-    block = _tuning.decode_block(width)
-    _decode_kernel[(rows, triton.cdiv(width, block))](
-        values, indices, offsets, weight, bias, out,
-        D=width, stride_wf=weight.stride(0), stride_wd=weight.stride(1),
-        stride_bd=0 if bias is None else bias.stride(0), stride_ob=out.stride(0),
-        HAS_BIAS=bias is not None, BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT,
-        **_tuning.options(_tuning.decode_warps(block)),
-    )
-    return out
+    return _launch(values, indices, offsets, weight, bias, None, dtype)[0]
+
+
+def launch_error(values, indices, offsets, weight, bias, target, dtype):
+    """residual (B, D) in ``dtype``, squares (B,); see ``reference.decode_error``."""
+    residual, squares = _launch(values, indices, offsets, weight, bias, target, dtype)
+    return residual, squares.view(-1) if squares.shape[1] == 1 else squares.sum(1)

@@ -38,6 +38,17 @@ def decode(values, indices, offsets, weight, bias, dtype, *_by_latent):
     return (out + bias.to(wide)).to(dtype)
 
 
+def error_of(out, bias, target, dtype):
+    """residual (B, D) in ``dtype``, squares (B,) of ``out`` (B, D), which is used up: ``reference.decode_error``."""
+    residual = (out if bias is None else out.add_(bias)).sub_(target)
+    return residual.to(dtype), torch.linalg.vecdot(residual, residual)
+
+
+def decode_error(values, indices, offsets, weight, bias, target, dtype):
+    wide = torch.promote_types(torch.promote_types(values.dtype, weight.dtype), torch.float32)
+    return error_of(decode(values, indices, offsets, weight, None, wide), bias, target, dtype)
+
+
 def decode_backward_values(grad, values, indices, offsets, weight):
     """(N,); see ``reference.decode_backward_values``."""
     rows = rows_of(offsets, values.numel())

@@ -29,8 +29,9 @@ def _implementation(name: str, launcher: str, backend: str):
 
 def _is_dense(name: str, args: tuple) -> bool:
     """Whether an operation on codes does better as a GEMM: decided by shapes alone, hence alike on every run."""
-    if name == "decode":
+    if name in ("decode", "decode_error"):
         values, _, offsets, weight = args[:4]
+        name = "decode"
         rows, columns = offsets.numel() - 1, weight.shape[0]
     elif name == "decode_backward_values":
         grad, values, _, _, weight = args[:5]
@@ -44,7 +45,9 @@ def _is_dense(name: str, args: tuple) -> bool:
 
 
 # Their kernels take the arrays of a code's entries without strides.
-_ON_ENTRIES = {"decode", "decode_backward_values", "decode_backward_weight", "to_dense", "gather", "by_latent"}
+_ON_ENTRIES = {
+    "decode", "decode_error", "decode_backward_values", "decode_backward_weight", "to_dense", "gather", "by_latent",
+}  # fmt: skip
 
 
 def _run(name: str, launcher: str, *args):
@@ -268,7 +271,12 @@ def _decode_context(ctx, inputs, output):
 
 def _decode_backward(ctx, grad):
     values, indices, offsets, weight, *by_latent = ctx.saved_tensors
-    grad = grad.contiguous()
+    grads = _gradients(ctx, grad.contiguous(), values, indices, offsets, weight, by_latent)
+    return *grads, *(None,) * 5
+
+
+def _gradients(ctx, grad, values, indices, offsets, weight, by_latent):
+    """Of values, indices, offsets, weight and bias, from that of the decoder's output."""
     grad_values = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_values = ops.decode_backward_values(grad, values, indices, offsets, weight, ctx.backend)
@@ -279,10 +287,39 @@ def _decode_backward(ctx, grad):
     if ctx.needs_input_grad[4]:
         wide = torch.promote_types(grad.dtype, torch.float32)
         grad_bias = grad.sum(0, dtype=wide).to(ctx.bias_dtype)
-    return grad_values, None, None, grad_weight, grad_bias, *(None,) * 5
+    return grad_values, None, None, grad_weight, grad_bias
 
 
 _differentiable("decode", _decode_context, _decode_backward)
+
+
+@_define(
+    "decode_error(Tensor values, Tensor indices, Tensor offsets, Tensor weight, Tensor? bias, Tensor target,"
+    " ScalarType dtype) -> (Tensor, Tensor)",
+    "decode.launch_error",
+)
+def _(values, indices, offsets, weight, bias, target, dtype, backend):
+    wide = torch.promote_types(torch.promote_types(values.dtype, weight.dtype), torch.float32)
+    rows = offsets.shape[0] - 1
+    return weight.new_empty((rows, weight.shape[1]), dtype=dtype), weight.new_empty(rows, dtype=wide)
+
+
+def _decode_error_context(ctx, inputs, output):
+    values, indices, offsets, weight, bias, target, _, ctx.backend = inputs
+    ctx.bias_dtype, ctx.target_dtype = None if bias is None else bias.dtype, target.dtype
+    ctx.save_for_backward(values, indices, offsets, weight, None, None, None, output[0])
+
+
+def _decode_error_backward(ctx, grad, grad_squares):
+    """The gradient at the residual, of both outputs together, goes on as decode's."""
+    *saved, residual = ctx.saved_tensors
+    grad = grad + (2 * grad_squares[:, None] * residual).to(grad.dtype)
+    values, indices, offsets, weight = saved[:4]
+    grads = _gradients(ctx, grad.contiguous(), values, indices, offsets, weight, (None,) * 3)
+    return *grads, -grad.to(ctx.target_dtype) if ctx.needs_input_grad[5] else None, None, None
+
+
+_differentiable("decode_error", _decode_error_context, _decode_error_backward)
 _once_differentiable("decode_backward_values")
 _once_differentiable("decode_backward_weight")
 

@@ -150,6 +150,16 @@ def decode(
     return (out if bias is None else out + bias.to(wide)).to(dtype)
 
 
+def decode_error(
+    values: Tensor, indices: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(B, D): ``decode`` minus ``target``, in ``dtype``; and its squared norm (B,) before that rounding."""
+    wide = accumulation_dtype(values, weight)
+    residual = decode(values, indices, offsets, weight, bias, wide) - target.to(wide)
+    return residual.to(dtype), residual.square().sum(1)
+
+
 def decode_backward_values(grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """(N,): each entry's inner product of its row of ``grad`` (B, D) and its row of ``weight`` (F, D)."""
     wide = accumulation_dtype(grad, weight)

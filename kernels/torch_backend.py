@@ -12,8 +12,8 @@ from ._tuning import CHUNK_ELEMENTS
 from .densified import rows_of, to_dense
 
 __all__ = [
-    "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "feature_topm", "gather",
-    "latent_adam", "latent_gradients", "norm_match", "threshold", "to_dense", "topk",
+    "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "decode_error",
+    "feature_topm", "gather", "latent_adam", "latent_gradients", "norm_match", "threshold", "to_dense", "topk",
 ]
 
 BATCH_GROUP = 32  # latents of a group: the k * G candidates and the F / G maxima cost about the same
@@ -334,6 +334,11 @@ def decode(values, indices, offsets, weight, bias, dtype, *_by_latent):
     if bias is not None:
         out = out + bias.to(wide)
     return out.to(dtype)
+
+
+def decode_error(values, indices, offsets, weight, bias, target, dtype):
+    out = decode(values, indices, offsets, weight, None, _wide(values, weight))
+    return densified.error_of(out, bias, target, dtype)
 
 
 def decode_backward_values(grad, values, indices, offsets, weight):

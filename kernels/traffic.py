@@ -75,6 +75,16 @@ def decode(
     return Traffic(read + rows * width * out_itemsize, 2 * entries * width + bias * rows * width)
 
 
+def decode_error(
+    rows: int, latents: int, width: int, entries: int, value_itemsize: int, weight_itemsize: int,
+    target_itemsize: int = WIDE, out_itemsize: int = WIDE, *, distinct: int | None = None, bias: bool = True,
+) -> Traffic:
+    """The same, less a target: reads that once, and writes the residual and each row's squared norm."""
+    decoded = decode(rows, latents, width, entries, value_itemsize, weight_itemsize, out_itemsize,
+                     distinct=distinct, bias=bias)
+    return decoded + Traffic(rows * width * target_itemsize + rows * WIDE, 3 * rows * width)
+
+
 def decode_gathered_bytes(width: int, entries: int, weight_itemsize: int) -> int:
     """Bytes of decoder rows that the gather asks for, repeats included: what caches, not memory, must deliver."""
     return entries * width * weight_itemsize

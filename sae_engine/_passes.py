@@ -16,7 +16,7 @@ from sae_kernels.reference import ordered_keys, relu, without_parallel_part
 from .codes import ByLatent, SparseCodes
 
 __all__ = [
-    "CHUNK_ELEMENTS", "GATED", "GIVEN", "Term", "at_rows", "decode", "densified", "entries_of", "fired",
+    "CHUNK_ELEMENTS", "GATED", "GIVEN", "Term", "at_rows", "decode", "decode_error", "densified", "entries_of", "fired",
     "first_of_latents", "is_dense", "largest", "latent_adam", "latent_gradients", "latents_in_cache", "sum_by_latent",
     "sum_by_row", "term_of", "value_gradients",
     "without_parallel_part",
@@ -70,6 +70,13 @@ def first_of_latents(values: Tensor, latents: Tensor, budgets: Tensor) -> Tensor
 def decode(codes: SparseCodes, values: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """(rows, d_out) in ``dtype``: the sum of weight rows, ``values`` (N,) standing in for those of the codes."""
     return ops.decode(values, codes.indices, codes.offsets, weight, None, dtype, *NOT_TURNED, backend)
+
+
+def decode_error(
+    codes: SparseCodes, values: Tensor, weight: Tensor, bias: Tensor, target: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(rows, d_out) the same plus ``bias`` minus ``target``, in the target's dtype; its squared norm (rows,)."""
+    return ops.decode_error(values, codes.indices, codes.offsets, weight, bias, target, target.dtype, backend)
 
 
 def value_gradients(grad: Tensor, codes: SparseCodes, values: Tensor, weight: Tensor, backend: str) -> Tensor:

@@ -127,6 +127,8 @@ def test_traffic_by_hand():
     # codes 6 x (4 + 4) + 24; 5 distinct rows and the bias of 7 fp32; 2 x 7 fp32 out; 6 x 7 multiply-adds and the bias
     assert traffic.decode(2, 10, 7, 6, 4, 4, distinct=5) == (72 + 6 * 28 + 56, 84 + 14)
     assert traffic.decode(2, 10, 7, 6, 4, 4, bias=False) == (72 + 6 * 28 + 56, 84)
+    # a target of 2 x 7 bf16 less, the residual in fp32, its two squared norms; subtract, square, add of 14 elements
+    assert traffic.decode_error(2, 10, 7, 6, 4, 4, 2, distinct=5) == (72 + 6 * 28 + 56 + 28 + 8, 98 + 42)
     assert traffic.decode_gathered_bytes(7, 6, 4) == 6 * 28
     assert traffic.decode_backward_values(2, 10, 7, 6, 4, 4, 4, distinct=5) == (56 + 5 * 28 + 24 + 24 + 24, 84)
     assert traffic.decode_backward_weight(2, 10, 7, 6, 4, 4, 4) == (56 + 72 + 280, 84)

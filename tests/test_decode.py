@@ -6,6 +6,7 @@ from sae_engine import SparseCodes
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, assert_within_budget, force_dense
 from sae_kernels import _tuning
+from sae_kernels.ops import ops
 
 FAST = ("torch", "triton")
 PATHS = ("torch", "triton", "dense")
@@ -227,3 +228,87 @@ def test_arguments_are_checked():
         f.decode(codes, weight.long())
     with pytest.raises(ValueError, match="W_dec must be on c"):
         f.decode(codes, weight.to("meta"))
+
+
+# --- decode_error: the residual and its squared norm, in one launch ------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: f"{p[0]}-{p[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c[0])
+def test_error_and_gradients_within_budget(case, dtypes, path):
+    """Two tiles of columns at D = 1100; a target that is transposed in memory; with and without a bias."""
+    for has_bias in (True, False):
+        codes, weight, bias, grad = make(*case[1:], dtypes, ragged=True)
+        target = torch.randn(grad.shape[::-1]).T
+        grad_squares = torch.randn(grad.shape[0])
+        results = []
+        for run in ("truth", "honest", path):
+            cast = (lambda t: t.double()) if run == "truth" else (lambda t: t.clone())
+            values, w, b, t = (cast(t).requires_grad_() for t in (codes.values, weight, bias, target))
+            backend = "reference" if run in ("truth", "honest") else {"dense": "torch"}.get(path, path)
+            args = (values, codes.indices, codes.offsets, w, b if has_bias else None, t, t.dtype, backend)
+            residual, squares = ops.decode_error(*args)
+            torch.autograd.backward([residual, squares], [cast(grad), cast(grad_squares)])
+            results.append((residual.detach(), squares.detach(), values.grad, w.grad, t.grad))
+        for truth, honest, ours in zip(*results, strict=True):
+            assert_within_budget(ours, truth.double(), honest)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_squares_are_those_of_the_residual_before_it_is_rounded(backend):
+    codes, weight, bias, _ = make(3, 4, 30, 40)
+    target = torch.randn(3, 40)
+    args = codes.values, codes.indices, codes.offsets, weight, bias, target
+    rounded, squares = ops.decode_error(*args, torch.float16, backend)
+    exact, same = ops.decode_error(*args, torch.float32, backend)
+    assert torch.equal(rounded, exact.half()) and torch.equal(squares, same)
+    torch.testing.assert_close(exact, f.decode(codes, weight, bias) - target)
+    torch.testing.assert_close(squares, exact.square().sum(1))
+
+
+# --- rows of uneven length -----------------------------------------------------------------------------------------
+
+
+def uneven(num_latents, lengths, dtype=torch.float32):
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    indices = torch.cat([torch.randperm(num_latents)[:n].sort().values for n in lengths]).int()
+    return SparseCodes(torch.randn(int(offsets[-1])).to(dtype), indices, offsets, (len(lengths),), num_latents)
+
+
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+@pytest.mark.parametrize("width", [20, 1100])
+def test_rows_of_none_to_hundreds_of_entries(path, width):
+    """Rows that hold several pieces, exactly one, none, and one across a border; the last piece ends with the codes."""
+    split = _tuning.SPLIT_ROW
+    codes = uneven(4 * split, [0, split, 3, 3 * split + 5, split - 8, 7, 0, 2 * split - 7, 1])
+    assert (codes.values.numel() % split, int(codes.offsets[1]) % split) == (1, 0)
+    weight, grad = torch.randn(4 * split, width), torch.randn(9, width)
+    runs = []
+    for run in ("truth", "honest", path, path):
+        cast = (lambda t: t.double()) if run == "truth" else (lambda t: t.clone())
+        values, w = cast(codes.values).requires_grad_(), cast(weight).requires_grad_()
+        out = f.decode(codes.replace(values=values), w, backend=path if run == path else "reference")
+        out.backward(cast(grad))
+        runs.append((out.detach(), values.grad, w.grad))
+    for truth, honest, ours, again in zip(*runs, strict=True):
+        assert_within_budget(ours, truth, honest)
+        assert torch.equal(ours, again)
+
+
+def test_long_rows_are_summed_in_pieces(monkeypatch):
+    """A row's own program adds up pieces; what it gathers itself is what lies outside of them."""
+    if torch.cuda.is_available():
+        pytest.skip("counts in Triton's interpreter")
+    from sae_kernels._meter import metering
+
+    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(float("inf")))
+    split = _tuning.SPLIT_ROW
+    codes = uneven(3 * split, [5, 3 * split])
+    weight = torch.randn(3 * split, 16)
+    with metering() as meter:
+        f.decode(codes, weight, backend="triton")
+    pieces, rows = meter.launches
+    assert (pieces.kernel, rows.kernel) == ("_piece_kernel", "_decode_kernel")
+    assert pieces.loaded["weight_ptr"] == 2 * split * 16 * 4 and rows.loaded["weight_ptr"] == (split + 5) * 16 * 4
+    assert _tuning.parts_of_row(codes.values.numel(), 2) >= 8

@@ -32,6 +32,8 @@ def samples():
     yield "threshold", (pre(), theta.clone().requires_grad_(), 0.2, 30)
     yield "decode", (*triple, weight, torch.randn(6, requires_grad=True), torch.float32, *codes.by_latent)
     yield "decode", (*triple, weight, None, torch.bfloat16, None, None, None)
+    error = *triple, weight, torch.randn(6, requires_grad=True), torch.randn(3, 6, requires_grad=True), torch.float32
+    yield "decode_error", error
     yield "decode_backward_values", (grad, codes.values, codes.indices, codes.offsets, weight.detach())
     yield "decode_backward_weight", (grad, codes.values, *codes.by_latent, torch.float32)
     yield "to_dense", (*triple, 40)
@@ -72,7 +74,7 @@ def test_opcheck_of_the_operators_that_have_no_back_end():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("number", range(22), ids=lambda n: f"{n}-{list(samples())[n][0]}")
+@pytest.mark.parametrize("number", range(23), ids=lambda n: f"{n}-{list(samples())[n][0]}")
 def test_opcheck(number, backend):
     name, args = list(samples())[number]
     torch.library.opcheck(getattr(ops, name).default, (*args, backend))

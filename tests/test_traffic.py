@@ -97,6 +97,35 @@ def test_threshold_reads_the_pre_activations_twice(bandwidth, metering):
     assert meter.of(codes.values, codes.indices).stored == codes.values.numel() * 6
 
 
+@pytest.mark.parametrize(
+    ("num_latents", "dtype"), [(12288, BF16), (32768, BF16), (32768, FP32), (131072, BF16)], ids=str
+)
+@pytest.mark.parametrize(("share", "passes"), [(0.2, 1), (0.999, 2)], ids=["sparse", "half kept"])
+def test_norm_match_reads_the_pre_activations_once_or_twice_to_cut_and_once_to_write(
+    share, passes, num_latents, dtype, metering
+):
+    """The sample can tell where sparse rows end; where half of all latents are kept, it takes the row's energy.
+
+    Some rows take another pass. A cache that holds a row reads it from memory once a launch.
+    """
+    rows = 4
+    pre, weight = make_pre("normal", (rows, num_latents), dtype), torch.rand(num_latents) + 0.5
+    target = share * (pre.float().relu() * weight).norm(dim=1)
+    with metering() as meter:
+        codes = f.norm_match(pre, target, weight_norm=weight, backend="triton")
+    entries = codes.values.numel()
+    assert share < 0.9 or 0.38 < entries / pre.numel() < 0.44
+    cut, write = meter.launches
+    assert cut.loaded["pre_ptr"] <= (passes + 0.75) * pre.nbytes and write.loaded["pre_ptr"] <= pre.nbytes
+    aside = cut.stored.get("scratch_ptr", 0) + cut.loaded.get("scratch_ptr", 0)
+    assert aside <= 0.35 * pre.nbytes
+    assert meter.of(codes.values, codes.indices).stored == entries * (dtype.itemsize + 4)
+    floor = traffic.norm_match(rows, num_latents, entries, dtype.itemsize, weight_norm=False).bytes
+    moved = cut.loaded["pre_ptr"] + write.loaded["pre_ptr"] + aside + entries * (dtype.itemsize + 4)
+    assert moved <= 2.5 * floor
+    assert meter.of(pre).loaded_once == pre.nbytes
+
+
 # --- codes ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +151,20 @@ def test_decode_gathers_each_entry_once(dtype, sparse, metering):
     assert once.loaded_once + once.stored_once <= GATHER * floor
     assert once.moved <= GATHER * (floor + repeats)
     assert meter.of(out).stored == out.nbytes
+
+
+def test_decode_error_reads_the_target_once_and_writes_the_residual_once(sparse, metering):
+    weight, bias, target = torch.randn(96, WIDTH).to(BF16), torch.randn(WIDTH), torch.randn(4, WIDTH)
+    distinct = sparse.indices.unique().numel()
+    codes = sparse.values, sparse.indices, sparse.offsets
+    with metering() as meter:
+        residual, squares = ops.decode_error(*codes, weight, bias, target, FP32, "triton")
+    floor = traffic.decode_error(4, 96, WIDTH, 128, 2, 2, distinct=distinct).bytes + 2 * WIDTH  # the bias is in fp32
+    repeats = traffic.decode_gathered_bytes(WIDTH, 128 - distinct, 2)
+    assert meter.total.loaded_once + meter.total.stored_once <= GATHER * floor
+    assert meter.total.moved <= GATHER * (floor + repeats) + 3 * bias.nbytes  # a row each reads the bias
+    assert meter.of(target).loaded == target.nbytes and meter.of(residual).stored == residual.nbytes
+    assert meter.of(squares).stored == squares.nbytes
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

@@ -48,7 +48,7 @@ class Forward:
     buffer: PreActivations
     backend: str
     kept: list[Kept] = field(default_factory=list)
-    _outputs: dict[int, Tensor] = field(default_factory=dict)
+    _residuals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -103,15 +103,27 @@ class Forward:
         kept = self.kept[number]
         return _passes.decode(kept.codes, kept.values, self.weights.decoder, self.wide, self.backend)
 
-    def reconstruct(self, number: int) -> Tensor:
-        """(B, d_out) the autoencoder's output for those codes, b_dec, layer norm and skip included; computed once."""
-        if number not in self._outputs:
-            out = self.decode(number).add_(self.sae.b_dec)
-            if self.info.std is not None:
-                out = out * self.info.std
-            if self.info.mean is not None:
-                out = out + self.info.mean
-            if self.sae.W_skip is not None and self.info.skipped is not None:
-                out = out + self.info.skipped.to(self.wide) @ self.sae.W_skip.T.to(self.wide)
-            self._outputs[number] = out
-        return self._outputs[number]
+    def residual(self, number: int) -> tuple[Tensor, Tensor]:
+        """(B, d_out) the autoencoder's output for those codes minus the target; its squared norm (B,). Once."""
+        if number not in self._residuals:
+            kept, info = self.kept[number], self.info
+            skips = self.sae.W_skip is not None and info.skipped is not None
+            if info.std is None and info.mean is None and not skips:
+                self._residuals[number] = _passes.decode_error(
+                    kept.codes, kept.values, self.weights.decoder, self.sae.b_dec, self.target, self.backend
+                )
+            else:
+                residual = self._output(number).sub_(self.target)
+                self._residuals[number] = residual, torch.linalg.vecdot(residual, residual)
+        return self._residuals[number]
+
+    def _output(self, number: int) -> Tensor:
+        """(B, d_out) b_dec, layer norm and skip included."""
+        out = self.decode(number).add_(self.sae.b_dec)
+        if self.info.std is not None:
+            out = out * self.info.std
+        if self.info.mean is not None:
+            out = out + self.info.mean
+        if self.sae.W_skip is not None and self.info.skipped is not None:
+            out = out + self.info.skipped.to(self.wide) @ self.sae.W_skip.T.to(self.wide)
+        return out

@@ -44,8 +44,8 @@ class Objective:
 
 def squared_error(forward: Forward, number: int, weight: float) -> tuple[Tensor, Tensor]:
     """``weight`` times the squared error summed over d, mean over tokens; and its gradient (B, d_out)."""
-    residual = forward.reconstruct(number) - forward.target
-    return weight * residual.square().sum() / forward.tokens, residual.mul_(2 * weight / forward.tokens)
+    residual, squares = forward.residual(number)
+    return weight * squares.sum() / forward.tokens, residual * (2 * weight / forward.tokens)
 
 
 class Reconstruction(Objective):
@@ -116,7 +116,7 @@ class AuxK(Objective):
         return AuxTopK(min(self.wanted(sae), dead_at_most), relu=self.relu) if dead_at_most else None
 
     def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
-        left = forward.target - forward.reconstruct(0)
+        left = -forward.residual(0)[0]
         if forward.info.std is not None:
             left = left / forward.info.std
         dead = self.number_of_dead(forward, number)
