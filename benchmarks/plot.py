@@ -14,7 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from derived import Cell, cells, fmt_ms, fmt_ratio, means, shape_text, speed_up
+from derived import Cell, cells, fmt_ms, fmt_ratio, means, shape_text, share_of_roof, speed_up
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -39,12 +39,18 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
         for cell in cells(rows):
             if cell.baseline:
                 by_group[cell.group, cell.dtype].append(cell)
+        quoted: dict[str, list[Cell]] = defaultdict(list)
         for (group, dtype), found in by_group.items():
             if group.startswith("sweep-"):
                 figures[f"{group}-{dtype}"] = sweep(found, group.removeprefix("sweep-"))
             elif not group.endswith(("-zipf", "-wide")):
                 extra = by_group.get((f"{group}-wide", dtype), [])  # skewed codes stand in the tables
                 figures[f"operations-{group}-{dtype}"] = speed_ups(_ordered(found + extra))
+                quoted[dtype] += found
+        for dtype, found in quoted.items():
+            shares = [(cell, *share) for cell in found if cell.ours and (share := share_of_roof(cell.ours, rows))]
+            if shares:
+                figures[f"roofline-{dtype}"] = roofline(shares)
         trained: dict[tuple, list[Row]] = defaultdict(list)
         for row in rows:
             if row["kind"] == "reconstruction":
@@ -76,7 +82,8 @@ def speed_ups(found: Sequence[Cell]) -> Figure:
     y = 0.0
     for cell in found:
         headings.append((y, _heading(cell)))
-        for row in sorted(cell.rows, key=lambda row: (not row["provider"].startswith("ours"), not row["baseline"])):
+        shown = (row for row in cell.rows if not row.get("yardstick"))
+        for row in sorted(shown, key=lambda row: (not row["provider"].startswith("ours"), not row["baseline"])):
             y += 1.0
             lines.append((y, row, cell))
         y += 1.6
@@ -115,6 +122,39 @@ def speed_ups(found: Sequence[Cell]) -> Figure:
     figure.text(0.01, 1.0, title, fontsize=11, fontweight="bold", va="bottom")
     figure.text(0.01, 0.995, f"{device}; median time of one call", fontsize=8, color=BASELINE_COLOUR, va="top")
     figure.tight_layout(rect=(0, 0, 1, 0.99 - 0.15 / figure.get_figheight()))
+    return figure
+
+
+ROOFS = {"copy": ("copy bandwidth", "o"), "gemm": ("GEMM rate", "s"), "gather": ("L2 gather rate", "D")}
+
+
+def roofline(shares: Sequence[tuple[Cell, str, float]]) -> Figure:
+    """How near our operations come to the measured roof that binds each: its bytes, flops or gathered rows per second
+    over the same card's rate; a line an operation, a point a size, the larger the more entries the matrix has."""
+    op_ids = list(dict.fromkeys(cell.op_id for cell, _, _ in shares))
+    sizes = sorted({cell.shape["B"] * cell.shape["F"] for cell, _, _ in shares})
+    figure, axes = plt.subplots(figsize=(7.0, 0.32 * len(op_ids) + 1.5))
+    for n, (cell, bound, share) in enumerate(shares):
+        line = op_ids.index(cell.op_id)
+        area = 26 + 22 * sizes.index(cell.shape["B"] * cell.shape["F"])
+        first = bound not in (b for _, b, _ in shares[:n])
+        axes.scatter(100 * share, line, s=area, marker=ROOFS[bound][1], color=OURS_COLOUR, alpha=0.75, linewidth=0,
+                     label=f"of the {ROOFS[bound][0]}" if first else None)  # fmt: skip
+        axes.annotate(cell.case, (100 * share, line), xytext=(0, 6), textcoords="offset points", ha="center",
+                      fontsize=6.5, color=BASELINE_COLOUR)  # fmt: skip
+    axes.axvline(100, color=INK, linewidth=0.8)
+    axes.set_xlim(0, max(110.0, *(105 * share for _, _, share in shares)))
+    axes.set_ylim(len(op_ids) - 0.4, -0.7)
+    axes.set_yticks(range(len(op_ids)), op_ids, fontsize=8)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} %"))
+    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.set_xlabel("of the roof measured on the same machine; more than 100 %: data stayed in a cache")
+    first_row = shares[0][0].rows[0]
+    axes.set_title(f"Share of the roof, {first_row['device']}, {shares[0][0].dtype}", pad=22)
+    axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), borderpad=0)
+    figure.tight_layout()
     return figure
 
 
