@@ -159,7 +159,7 @@ def check_encode(i: Inputs, provider: Provider, output: Output) -> None:
 
 def check_gemm(i: Inputs, provider: Provider, output: Output) -> None:
     truth = i.x.double() @ i.weight.double()
-    size = truth.abs() + i.x.double().norm(dim=1, keepdim=True) / i.case.d**0.5  # of sums by the way; weights have norm 1
+    size = truth.abs() + i.x.double().norm(dim=1, keepdim=True) / i.case.d**0.5  # of partial sums
     error = ((output.double() - truth).abs() / size).max().item()
     allowed = 4 * torch.finfo(output.dtype).eps + 2 * i.case.d**0.5 * torch.finfo(torch.float32).eps
     require(error <= allowed, "encode", provider, f"error {error:.3g}, allowed {allowed:.3g}")

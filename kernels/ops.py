@@ -10,7 +10,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import _terms, _tuning, budgets
+from . import _autotune, _terms, _tuning, budgets
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -62,6 +62,9 @@ def _run(name: str, launcher: str, *args):
     if backend != "triton":
         return run(*inputs)
     with torch.cuda.device_of(first):  # Triton launches on the current device, which need not be the tensors'
+        if _autotune.is_on():
+            mutates = getattr(ops, name).default._schema.is_mutable
+            return _autotune.run(launcher, run, inputs, mutates=mutates)
         return run(*inputs)
 
 
