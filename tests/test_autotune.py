@@ -296,14 +296,14 @@ def test_a_configuration_that_does_not_fit_is_passed_over(table):
 @pytest.mark.parametrize("name", ["topk", "batch_topk", "threshold", "norm_match"])
 def test_a_smaller_batch_never_searches_again(table, name):
     select = SELECTIONS[name]
-    select(torch.randn(8, F), "triton")
+    select(torch.randn(8, 130), "triton")
     before, stored = table.calls, entries(table.path)
     assert before
     for rows in (8, 7, 5, 1):
-        pre = torch.randn(rows, F)
+        pre = torch.randn(rows, 130)
         assert_same(select(pre, "triton").indices, select(pre, "reference").indices)
     assert table.calls == before and entries(table.path) == stored
-    select(torch.randn(9, F), "triton")
+    select(torch.randn(9, 130), "triton")
     assert table.calls > before
 
 
@@ -441,13 +441,13 @@ def test_the_command_fills_a_table_for_all_operations(table, monkeypatch):
 
     monkeypatch.delenv("SAE_AUTOTUNE")
     said = []
-    shape = _tune.Shape.parse("8,12,520,5")
+    shape = _tune.Shape.parse("8,12,90,3")
     path, found = _tune.tune([shape], ["fp32"], torch.device("cpu"), table.path, said.append)
     assert path == table.path and found == entries(path)
     assert {entry["operation"].partition(".")[0] for entry in found} >= {
         "row_topk", "batch_topk", "feature_topm", "norm_match", "threshold", "decode", "latent_pass"
     }  # fmt: skip
-    assert all("B=8 d=12 F=520 k=5, fp32" in line for line in said) and len(said) == 9
+    assert all("B=8 d=12 F=90 k=3, fp32" in line for line in said) and len(said) == 9
     before = table.calls
     _tune.tune([shape], ["fp32"], torch.device("cpu"), table.path, said.append)
     assert table.calls == before
