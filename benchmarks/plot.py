@@ -130,22 +130,27 @@ ROOFS = {"copy": ("copy bandwidth", "o"), "gemm": ("GEMM rate", "s"), "gather": 
 
 def roofline(shares: Sequence[tuple[Cell, str, float]]) -> Figure:
     """How near our operations come to the measured roof that binds each: its bytes, flops or gathered rows per second
-    over the same card's rate; a line an operation, a point a size, the larger the more entries the matrix has."""
-    op_ids = list(dict.fromkeys(cell.op_id for cell, _, _ in shares))
-    sizes = sorted({cell.shape["B"] * cell.shape["F"] for cell, _, _ in shares})
-    figure, axes = plt.subplots(figsize=(7.0, 0.32 * len(op_ids) + 1.5))
-    for n, (cell, bound, share) in enumerate(shares):
-        line = op_ids.index(cell.op_id)
-        area = 26 + 22 * sizes.index(cell.shape["B"] * cell.shape["F"])
-        first = bound not in (b for _, b, _ in shares[:n])
-        axes.scatter(100 * share, line, s=area, marker=ROOFS[bound][1], color=OURS_COLOUR, alpha=0.75, linewidth=0,
-                     label=f"of the {ROOFS[bound][0]}" if first else None)  # fmt: skip
-        axes.annotate(cell.case, (100 * share, line), xytext=(0, 6), textcoords="offset points", ha="center",
-                      fontsize=6.5, color=BASELINE_COLOUR)  # fmt: skip
+    over the same card's rate; a point a size."""
+    by_op: dict[str, list[tuple[Cell, str, float]]] = defaultdict(list)
+    for found in shares:
+        by_op[found[0].op_id].append(found)
+    figure, axes = plt.subplots(figsize=(7.0, 0.16 * (len(shares) + len(by_op)) + 1.2))
+    ticks, y, named = [], 0.0, set()
+    for found in by_op.values():
+        ticks.append(y + (len(found) - 1) / 2)
+        for cell, bound, share in found:
+            text, marker = ROOFS[bound]
+            axes.scatter(100 * share, y, s=26, marker=marker, color=OURS_COLOUR, linewidth=0,
+                         label=None if bound in named else f"of the {text}")  # fmt: skip
+            axes.annotate(cell.case, (100 * share, y), xytext=(6, 0), textcoords="offset points", va="center",
+                          fontsize=7, color=BASELINE_COLOUR)  # fmt: skip
+            named.add(bound)
+            y += 1.0
+        y += 1.0
     axes.axvline(100, color=INK, linewidth=0.8)
-    axes.set_xlim(0, max(110.0, *(105 * share for _, _, share in shares)))
-    axes.set_ylim(len(op_ids) - 0.4, -0.7)
-    axes.set_yticks(range(len(op_ids)), op_ids, fontsize=8)
+    axes.set_xlim(0, max(112.0, *(112 * share for _, _, share in shares)))
+    axes.set_ylim(y - 1.2, -0.9)
+    axes.set_yticks(ticks, list(by_op), fontsize=8)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} %"))
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
