@@ -47,7 +47,7 @@ def moved(launch, shape):
         case "_row_topk_kernel":
             once = size("score_ptr") + size("values_ptr") + size("indices_ptr")
             candidates = rows * a["KP"] * a["G"] * a["score_ptr"].element_size()
-            return once, once + 2 * size("scratch_ptr") + candidates
+            return once, once + 2 * (size("maxima_ptr") + size("chosen_ptr")) + candidates
         case "_survivors_kernel":
             gathered = entries * a["G"] * a["score_ptr"].element_size()
             return gathered, gathered + SURVIVORS * entries * 4
