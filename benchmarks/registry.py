@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sae_engine as se
-from sae_engine import SparseCodes, functional
+from sae_engine import SparseCodes, _passes, functional
 from sae_kernels import reference, traffic
 from sae_kernels.ops import ops
 from sae_kernels.traffic import Traffic
@@ -216,6 +216,17 @@ def _autoencoder_inputs(case: Case, dtype: torch.dtype, device: torch.device, se
     return Inputs(sae=sae.requires_grad_(False), x=x, k=case.k, case=case)
 
 
+def _encode_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """Weights contiguous along a latent, as an autoencoder stores them."""
+    generator = _generator(device, seed)
+    weight = _normal(case.F, case.d, dtype=FP32, generator=generator)
+    return Inputs(
+        x=_normal(case.B, case.d, dtype=dtype, generator=generator), k=case.k, case=case,
+        weight=(weight / weight.norm(dim=1, keepdim=True)).to(dtype).T,
+        bias=_normal(case.F, dtype=dtype, generator=generator) / 8,
+    )
+
+
 # --- what stock PyTorch users write --------------------------------------------------------------------------------
 
 
@@ -227,6 +238,18 @@ def _topk_relu(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _topk_dense(pre: Tensor, k: int) -> Tensor:
     values, indices = pre.topk(k, sorted=False)
     return torch.zeros_like(pre).scatter_(-1, indices, values.relu())
+
+
+def _encode_stock(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _topk_relu(torch.addmm(bias, x, weight), k)
+
+
+def _encode_ours(i: Inputs, fused: bool | None) -> Callable[[], Output]:
+    def run() -> tuple[SparseCodes, Tensor]:
+        with _passes.encoder_choice(fused):
+            return functional.encode(i.x, i.weight, i.bias, select=se.TopK(i.k), return_pre=True)
+
+    return run
 
 
 def _batch_topk(pre: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -460,6 +483,27 @@ def _check_autoencoder(i: Inputs, provider: Provider, output: Output) -> None:
     _require(bool((error <= allowed).all()), "autoencoder", provider, what)
 
 
+def _check_encode(i: Inputs, provider: Provider, output: Output) -> None:
+    """The product by error; of ours also the selection from it, entry by entry; of others the kept values by error."""
+    truth = i.x.double() @ i.weight.double() + i.bias.double()
+    honest = reference.linear(i.x, i.weight, i.bias)
+    if isinstance(output, Tensor):
+        got = output
+    elif provider.name.startswith("ours"):
+        codes, got = output
+        values, indices = reference.topk(got, None, None, i.k, False, True)
+        same = torch.equal(codes.indices, indices) and torch.equal(codes.values, values)
+        _require(same, "encode", provider, "other entries than those of its pre-activations")
+    else:  # the k-th largest of two vectors differ by no more than the vectors do
+        truth, honest = (t.topk(i.k).values.relu() for t in (truth, honest))
+        got = output[0].sort(dim=1, descending=True).values
+    error, yardstick = ((t.double() - truth).abs().max().item() for t in (got, honest))
+    roundings = 1 if provider.name.startswith("ours") else 2  # stock products may round before the bias
+    allowed = 2 * (yardstick + roundings * torch.finfo(got.dtype).eps * truth.abs().max().item())
+    _require(got.shape == truth.shape, "encode", provider, f"shape {tuple(got.shape)}")
+    _require(error <= allowed, "encode", provider, f"error {error:.3g}, allowed {allowed:.3g}")
+
+
 def _check_flat(check: Callable) -> Callable:
     """Gradients of values come as (B, k) from stock operators and as (N,) from ours."""
     return lambda i, provider, output: check(i, provider, output.flatten())
@@ -509,6 +553,30 @@ OPS: tuple[Op, ...] = (
         ),
         lambda i: traffic.topk(i.case.B, i.case.F, i.k, i.pre.element_size()),
         _check_selection("topk", _expected_topk, batch=False),
+    ),
+    Op(
+        "encode", "forward", "encoder and row top-k", "BdFk", ("test_encode.py", "test_encode_maxima.py"),
+        _encode_inputs,
+        (
+            Provider("ours", lambda i: _encode_ours(i, None)),
+            Provider(
+                "ours, fused", lambda i: _encode_ours(i, True), gpu_only=True, note="group maxima from the product"
+            ),
+            Provider(
+                "ours, stock product", lambda i: _encode_ours(i, False), note="group maxima by a pass of their own"
+            ),
+            Provider(
+                "addmm + torch.topk", lambda i: lambda: _encode_stock(i.x, i.weight, i.bias, i.k), baseline=True
+            ),
+            Provider(
+                "torch.compile", lambda i: _bound(_compiled(_encode_stock), i.x, i.weight, i.bias, i.k), compiled=True
+            ),
+            Provider(
+                "addmm", lambda i: lambda: torch.addmm(i.bias, i.x, i.weight), note="the product alone, no selection"
+            ),
+        ),
+        lambda i: traffic.encode_topk(i.case.B, i.case.d, i.case.F, i.k, i.x.element_size()),
+        _check_encode,
     ),
     Op(
         "batch_topk", "forward", "batch top-k (mutual choice)", "BFk", ("test_batch_topk.py",), _pre,
