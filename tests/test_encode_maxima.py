@@ -1,4 +1,8 @@
 """The encoder's product that takes group maxima along: the same codes as the stock product and a selection give."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -138,8 +142,9 @@ def test_topk_is_that_of_the_pre_activations(rows, num_latents, k, dtype, fused)
 )
 def test_batch_topk_is_that_of_the_pre_activations(rows, num_latents, total, dtype, fused):
     x, weight, bias = make(rows, 11, num_latents, dtype)
-    pre, *kept = ops.encode_batch_topk(x, weight, bias, total, "triton")
-    assert_same(kept, reference.batch_topk(pre, None, total))
+    for shift in (0, 20):  # with 20 all but a few are negative, and zeros are kept
+        pre, *kept = ops.encode_batch_topk(x, weight, bias - shift, total, "triton")
+        assert_same(kept, reference.batch_topk(pre, None, total))
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
@@ -308,6 +313,40 @@ def test_the_selection_reads_the_pre_activations_only_where_groups_won(dtype, fu
     maxima = rows * groups.number * 4
     assert meter.launches[0].kernel == "_encode_kernel"
     assert meter.launches[0].stored["maxima_ptr"] == maxima and meter.launches[1].loaded["maxima_ptr"] == maxima
+
+
+COMPILE = r"""
+import re
+from sae_engine import kernel_report as report
+from sae_kernels import _compile
+HARDWARE = {  # what multiplies, and how tiles come
+    "sm_80": ("ttg.nvidia_mma", r"cp\.async\.cg[^;]*0x10"),
+    "sm_90": ("ttng.warp_group_dot", r"cp\.async\.bulk\.tensor\.2d"),
+    "sm_100": ("ttng.tc_gen5_mma", r"cp\.async\.bulk\.tensor\.2d"),
+    "gfx942": ("ttg.amd_mfma", r"(global|buffer)_load_dwordx4"),
+}
+for target, (unit, copies) in HARDWARE.items():
+    for shape in (report.S1, report.S2, report.S3):
+        launches = report.run_cell((report.CASES["encode fused"], shape, report.BF16), target).launches
+        launch = next(launch for _, launch in launches if launch.kernel == "_encode_kernel")
+        asm, tile = launch.compiled.asm, "{BLOCK_B}x{BLOCK_F}x".format(**launch.arguments)
+        assert _compile.read_binary(launch.compiled, target, disassemble=False).spills == 0, (target, shape)
+        assert unit in asm["ttgir"], (target, unit)
+        assert re.search(copies, asm.get("ptx", asm.get("amdgcn"))), (target, copies)
+        assert target == "gfx942" or "max.NaN." in asm["ptx"], target
+        # sums are reduced where they lie; on sm_80, rounded, they move to be stored by 16 bytes
+        moved = [line for line in asm["ttgir"].splitlines() if "convert_layout" in line and "<" + tile in line]
+        assert len(moved) == (target == "sm_80"), (target, moved)
+"""
+
+
+@pytest.mark.slow
+def test_tensor_cores_wide_copies_and_no_spill(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
