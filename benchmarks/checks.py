@@ -137,24 +137,34 @@ def check_autoencoder(i: Inputs, provider: Provider, output: Output) -> None:
 
 
 def check_encode(i: Inputs, provider: Provider, output: Output) -> None:
-    """GEMMs round differently: an entry within two roundings of the cut may be in or out, any other may not.
+    """Ours: the product by error, the selection from it entry by entry. Others say only what they keep: GEMMs round
+    differently, so an entry within two roundings of the cut may be in or out, any other may not.
 
     A rounding is that of a pre-activation to the tested dtype, which stock GEMMs may also do to a few partial sums,
     and the fp32 sum's.
     """
     x, weight = i.x.double(), i.weight.double()
-    pre = (x @ weight + i.bias.double()).relu()
-    kept = as_dense(output, i.x.new_zeros(pre.shape)).double()
-    roundings = 1 if provider.name.startswith("ours") else 4
-    size = pre.abs() + x.norm(dim=1, keepdim=True) * weight.norm(dim=0) / i.case.d**0.5
-    slack = roundings * torch.finfo(i.x.dtype).eps * size
+    truth = x @ weight + i.bias.double()
+    if provider.name.startswith("ours"):
+        codes, pre = output
+        values, indices = reference.topk(pre, None, None, i.k, False, True)
+        same = torch.equal(codes.indices, indices) and torch.equal(codes.values, values)
+        require(same, "encode", provider, "other entries than those of its pre-activations")
+        error, honest = ((t.double() - truth).abs().max() for t in (pre, reference.linear(i.x, i.weight, i.bias)))
+        allowed = 2 * (honest + torch.finfo(pre.dtype).eps * truth.abs().max())
+        require(bool(error <= allowed), "encode", provider, f"error {error:.3g}, allowed {allowed:.3g}")
+        return
+    truth = truth.relu()
+    kept = as_dense(output, i.x.new_zeros(truth.shape)).double()
+    size = truth + x.norm(dim=1, keepdim=True) * weight.norm(dim=0) / i.case.d**0.5
+    slack = 4 * torch.finfo(i.x.dtype).eps * size
     slack += 2 * i.case.d**0.5 * torch.finfo(torch.float32).eps * x.norm(dim=1, keepdim=True)
-    cut = pre.topk(i.k).values[:, -1:]
+    cut = truth.topk(i.k).values[:, -1:]
     chosen = kept != 0
     require(bool((chosen.sum(1) <= i.k).all()), "encode", provider, "more than k entries in a row")
-    require(bool((chosen | (pre <= cut + 2 * slack)).all()), "encode", provider, "an entry is missing")
-    require(bool((~chosen | (pre >= cut - 2 * slack)).all()), "encode", provider, "an entry too many")
-    require(bool(((kept - pre).abs() <= slack)[chosen].all()), "encode", provider, "other values")
+    require(bool((chosen | (truth <= cut + 2 * slack)).all()), "encode", provider, "an entry is missing")
+    require(bool((~chosen | (truth >= cut - 2 * slack)).all()), "encode", provider, "an entry too many")
+    require(bool(((kept - truth).abs() <= slack)[chosen].all()), "encode", provider, "other values")
 
 
 def check_gemm(i: Inputs, provider: Provider, output: Output) -> None:

@@ -10,6 +10,8 @@ from inputs import Inputs, total
 from stock import Output
 from torch import Tensor
 
+import sae_engine as se
+from sae_engine import SparseCodes, _passes, functional
 from sae_kernels.ops import ops
 
 
@@ -29,6 +31,17 @@ def weight_gradient(i: Inputs) -> Callable[[], Output]:
     def run() -> Tensor:
         turned = ops.by_latent(c.indices, c.offsets, c.num_latents, backend)
         return ops.decode_backward_weight(i.grad, c.values, *turned, i.weight.dtype, backend)
+
+    return run
+
+
+def encoded(i: Inputs, fused: bool | None) -> Callable[[], Output]:
+    """Codes and pre-activations; ``fused`` overrules who takes the group maxima."""
+    select = se.TopK(i.k)
+
+    def run() -> tuple[SparseCodes, Tensor]:
+        with _passes.encoder_choice(fused):
+            return functional.encode(i.x, i.weight, i.bias, select=select, return_pre=True)
 
     return run
 

@@ -44,7 +44,7 @@ from inputs import (
     total,
 )
 from others import flashinfer_topk, saelens_topk, sparsify_decode, sparsify_encode
-from ours import group_maxima, value_gradient, weight_gradient
+from ours import encoded, group_maxima, value_gradient, weight_gradient
 from sizes import Case
 from stock import (
     Output,
@@ -68,7 +68,6 @@ from stock import (
 )
 from torch import Tensor
 
-import sae_engine as se
 from sae_engine import SparseCodes, functional
 from sae_kernels import traffic
 from sae_kernels.traffic import Traffic
@@ -150,17 +149,6 @@ def codes_traffic(function: Callable[..., Traffic], **options: str) -> Callable[
         return function(i.case.B, i.case.F, i.case.d, i.codes.values.numel(), *itemsizes, **named)
 
     return of
-
-
-def _encode_traffic(rows: int, latents: int, width: int, k: int, itemsize: int) -> Traffic:
-    """Input and weights once, the codes once: the pre-activations need not leave the chip."""
-    flops = traffic.linear(rows, width, latents, itemsize).flops
-    return Traffic((rows * width + (width + 1) * latents) * itemsize + rows * k * (itemsize + traffic.INDEX), flops)
-
-
-def _encode(i: Inputs) -> Callable[[], Output]:
-    select = se.TopK(i.k)
-    return lambda: functional.encode(i.x, i.weight, i.bias, select=select)
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -254,9 +242,14 @@ OPS: tuple[Op, ...] = (
         check_selection("threshold", lambda i: above_dense(i.pre, i.theta), batch=False),
     ),
     Op(
-        "encode", "forward", "encoder + row top-k", "BdFk", ("test_encode.py", "test_row_topk.py"), encoder_inputs,
+        "encode", "forward", "encoder + row top-k", "BdFk", ("test_encode.py", "test_encode_maxima.py"),
+        encoder_inputs,
         (
-            Provider("ours", _encode),
+            Provider("ours", lambda i: encoded(i, None)),
+            Provider(
+                "ours, fused", lambda i: encoded(i, True), gpu_only=True, note="group maxima from the product"
+            ),
+            Provider("ours, stock product", lambda i: encoded(i, False), note="group maxima by a pass of their own"),
             Provider(
                 "addmm + torch.topk", lambda i: lambda: dense_encode(i.x, i.weight, i.bias, i.k), baseline=True
             ),
@@ -269,7 +262,7 @@ OPS: tuple[Op, ...] = (
                 note="no bias, no selection",
             ),
         ),
-        lambda i: _encode_traffic(i.case.B, i.case.F, i.case.d, i.k, i.x.element_size()),
+        lambda i: traffic.encode_topk(i.case.B, i.case.d, i.case.F, i.k, i.x.element_size()),
         check_encode,
     ),
     Op(

@@ -239,7 +239,12 @@ def entries(path: Path) -> list[dict[str, Any]]:
 
 
 def run(operation: str, function: Callable[..., Any], args: tuple, *, mutates: bool) -> Any:
-    """``function(*args)`` with the table's configurations, after a search for those that it lacks if asked for."""
+    """``function(*args)`` with the table's configurations, after a search for those that it lacks if asked for.
+
+    A call inside another's belongs to that one.
+    """
+    if _session.get() is not None:
+        return function(*args)
     tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     dtype = next((str(t.dtype) for t in tensors if t.is_floating_point()), "").removeprefix("torch.")
     table = _table(os.environ.get("SAE_AUTOTUNE_TABLE", ""))

@@ -23,6 +23,7 @@ DENSE_SHARE = {
 DENSE_CHOICE: ContextVar[bool | None] = ContextVar("dense_choice", default=None)
 
 CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary of the torch back end
+WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of an fp32 temporary of its 16-bit product
 
 MAX_TILE = 8192  # lanes of one tile that stays in registers, at 16 warps
 
@@ -241,6 +242,95 @@ def latents_in_cache(width: int) -> int:
     Adam rounds what is left over in another way.
     """
     return max((3 << 19) // width // 32, 1) * 32
+
+
+class EncoderTile(NamedTuple):
+    """Tile of the encoder's product, [rows, width] @ [width, latents]."""
+
+    rows: int
+    latents: int
+    width: int
+    warps: int
+    stages: int
+
+
+ENCODER_GROUP = 16  # rows of tiles that go together: 16 x 8 tiles of 128 x 256, one a processor, touch least memory
+
+
+def dot_precision(dtype: torch.dtype, backend: str) -> str:
+    """How fp32 is multiplied: as torch.backends says, in full unless TF32 is allowed. 16-bit products are exact."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype == torch.float32 and backend == "cuda" else "ieee"
+
+
+def has_tma(backend: str, arch: int | str) -> bool:
+    return backend == "cuda" and int(arch) >= 90
+
+
+def _encoder_tiles_around(tile: EncoderTile, *_: object) -> list[EncoderTile]:
+    """Every tile holds whole groups; more stages hide more latency and take more shared memory."""
+    return [
+        EncoderTile(rows, latents, width, warps, stages)
+        for rows in _around(tile.rows, 16, 128)
+        for latents in _around(tile.latents, MAX_ENCODER_GROUP, 256)
+        for width in _around(tile.width, 16, 64)
+        for warps in (4, 8)
+        for stages in (tile.stages, tile.stages + 1)
+        if rows * latents <= max(tile.rows * tile.latents, 64 * 64)
+    ]
+
+
+@searched(_encoder_tiles_around, key=lambda dtype, precision, aligned, backend, arch: (precision, aligned))
+def encoder_tile(dtype: torch.dtype, precision: str, aligned: bool, backend: str, arch: int | str) -> EncoderTile:
+    """From registers and shared memory of the binaries; none has run.
+
+    ``aligned``: rows that 16-byte loads are due to serve. Others load number by number, and larger tiles would spill.
+    """
+    if backend == "interpreter":
+        return EncoderTile(32, 64, 16, 4, 1)  # so that small matrices have several
+    if dtype == torch.float32 and precision == "ieee":
+        return EncoderTile(64, 64, 16, 8, 2)  # without tensor cores operands take the registers: 54 to 128
+    if not aligned:
+        return EncoderTile(64, 64, 32, 8, 2)  # 60 to 116 registers
+    if backend != "cuda":
+        return EncoderTile(128, 256, 64, 8, 2)  # 182 registers, two waves a SIMD; 48 KiB shared
+    if dtype == torch.float32:
+        return EncoderTile(128, 128, 32, 8, 3)  # 90 to 176 registers
+    if int(arch) < 90:
+        return EncoderTile(128, 128, 32, 8, 4)  # 128 registers, two programs a processor
+    if int(arch) < 100:
+        return EncoderTile(128, 256, 64, 8, 4)  # 166 registers: one program, whose shared memory nobody else asks for
+    return EncoderTile(128, 128, 64, 8, 3)  # sums lie in tensor memory; 128 registers, two programs a processor
+
+
+class FusedRange(NamedTuple):
+    """Where the product that takes group maxima along beats the stock product and a pass for the maxima."""
+
+    rows: int  # at least: fewer leave most of a tile empty
+    width: int  # at most: the product's share grows with the width, and the stock one is the faster product
+
+
+# By architecture ("sm_90", "gfx942") and kind of product ("16-bit", "tf32", "ieee"). Filled from measurements, `encode`
+# of benchmarks/run.py; no GPU has been measured yet, so the stock product serves everywhere.
+FUSED_ENCODER: dict[str, dict[str, FusedRange]] = {}
+
+# Overrules the table, for tests and for the benchmark that fills it.
+ENCODER_CHOICE: ContextVar[bool | None] = ContextVar("encoder_choice", default=None)
+
+
+MAX_ENCODER_GROUP = 64  # latents of a group: every tile holds whole groups
+
+
+def fuses_encoder(rows: int, width: int, group: int | None, dtype: torch.dtype, arch: str) -> bool:
+    """Whether the encoder's product takes the maxima of ``group`` latents along: by shapes, dtype and architecture."""
+    if group is None or group > MAX_ENCODER_GROUP:
+        return False
+    choice = ENCODER_CHOICE.get()
+    if choice is not None:
+        return choice
+    kind = dot_precision(dtype, "cuda") if dtype == torch.float32 else "16-bit"
+    found = FUSED_ENCODER.get(arch, {}).get(kind)
+    return found is not None and rows >= found.rows and width <= found.width
 
 
 PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps

@@ -62,7 +62,8 @@ def test_every_provider_agrees_with_the_reference(op, dtype, indices, traced):
             registry.check_provider(op, provider, inputs)
     absent = {provider.name for provider in op.providers} - {provider.name for provider in here}
     assert absent <= {
-        "ours, capacity", "SAELens TopK", "FlashInfer top_k", "sparsify", "torch.compile", "group maxima alone"
+        "ours, capacity", "ours, fused", "SAELens TopK", "FlashInfer top_k", "sparsify", "torch.compile",
+        "group maxima alone",
     }  # fmt: skip
 
 
@@ -121,6 +122,9 @@ def test_gpu_sizes_are_the_published_ones():
 def test_traffic_by_hand():
     # 2 rows of 10 bf16, 3 kept of each: 40 read; 6 values of 2 and 6 indices of 4 written
     assert traffic.topk(2, 10, 3, 2) == (40 + 12 + 24, 0)
+    # x 2 x 7, weight 7 x 10 and bias 10 read, the matrix and then 6 values and indices written
+    assert traffic.encode_topk(2, 7, 10, 3, 2) == (2 * (14 + 70 + 10 + 20) + 12 + 24, 2 * 2 * 7 * 10 + 20)
+    assert traffic.encode_topk(2, 7, 10, 3, 2, bias=False) == (2 * (14 + 70 + 20) + 12 + 24, 2 * 2 * 7 * 10)
     # the same with offsets: 3 of 8
     assert traffic.batch_topk(2, 10, 6, 2) == (40 + 12 + 24 + 24, 0)
     # targets 2 x 4, weight norms 10 x 4, `required` 8; scale, square, add of 20 elements
