@@ -25,6 +25,8 @@ DENSE_CHOICE: ContextVar[bool | None] = ContextVar("dense_choice", default=None)
 CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary of the torch back end
 WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of an fp32 temporary of its 16-bit product
 
+SCORES_IN_CACHE = 1 << 20  # scores of a chunk of rows that a CPU passes over several times: 4 MB in fp32
+
 MAX_TILE = 8192  # lanes of one tile that stays in registers, at 16 warps
 
 
@@ -242,6 +244,9 @@ def latents_in_cache(width: int) -> int:
     Adam rounds what is left over in another way.
     """
     return max((3 << 19) // width // 32, 1) * 32
+
+
+TRANSPOSED_IN_CACHE = 3 << 16  # numbers of a gradient that a CPU transposes at a time: 768 kB in fp32
 
 
 class EncoderTile(NamedTuple):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_kernels.cpu_gemm import by_onednn
 from sae_kernels.ops import ops, uniform_offsets
 
 from . import _checks as check
@@ -576,7 +577,14 @@ def linear(
     result_dtype = dtype if result_dtype is None else result_dtype
     with torch.autocast(x.device.type, enabled=False):
         flat, weight = check.matrix(x).to(dtype), W_enc.to(dtype)
-        if dtype in (torch.float32, torch.float64) or not torch.is_grad_enabled():
+        if dtype in (torch.float32, torch.float64):
+            bias = None if b_enc is None else b_enc.to(dtype)
+            decided_when_run = torch.compiler.is_compiling() and flat.is_cpu
+            if decided_when_run or by_onednn(flat, weight):
+                out = ops.linear(flat, weight, bias)
+            else:
+                out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        elif not torch.is_grad_enabled():
             out = torch_backend.linear(flat, weight, b_enc, result_dtype)
         else:  # products of 16-bit numbers are exact in fp32: an fp32 GEMM of the rounded operands accumulates in fp32
             out = flat.float() @ weight.float()
