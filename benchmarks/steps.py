@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
 
+import stock
 import torch
 from inputs import normal, seeded
 from registry import Provider
@@ -199,7 +200,7 @@ def dense(*, compiled: bool = False) -> Callable[[Setup], Callable[[], Tensor]]:
     def build(s: Setup) -> Callable[[], Tensor]:
         sae, batches = DenseAutoencoder(s), s.batches()
         optimizer = torch.optim.Adam(sae.parameters(), lr=s.learning_rate, fused=True)
-        error = compiled(dense_error) if compiled else dense_error
+        error = stock.compiled(dense_error) if compiled else dense_error
 
         def run() -> Tensor:
             with s.autocast():

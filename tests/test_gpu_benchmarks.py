@@ -353,3 +353,14 @@ def test_training_steps_are_measured_in_the_time_that_is_left(tmp_path, monkeypa
     assert len(rows.load(tmp_path / "step.jsonl")) == 2
     assert [r.rpartition(": ")[2] for r in run.measure_steps(tmp_path, CPU, "quick", 0.0, [])] == ["out of time"] * 3
     assert "red" in run.measure_steps(tmp_path, CPU, "quick", math.inf, ["decode is red"])[0]
+
+
+def test_the_compiled_step_is_right(monkeypatch):
+    """Traced; generating code takes half a minute."""
+    import steps
+    import stock
+
+    monkeypatch.setattr(stock, "compiled", lambda f: torch.compile(f, dynamic=False, backend="eager"))
+    (contestant,) = [c for c in steps.CONTESTANTS if c.compiled]
+    setup = steps.make_setup(dataclasses.replace(steps.TINY, B=24, F=128, k=4), CPU)
+    steps.check(contestant, contestant.build(setup), setup, steps.true_error(setup))
