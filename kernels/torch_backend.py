@@ -8,15 +8,47 @@ from torch.optim.adam import adam
 
 from . import _tuning, densified, torch_norm_match
 from ._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
-from ._tuning import CHUNK_ELEMENTS
+from ._tuning import CHUNK_ELEMENTS, WIDE_ELEMENTS
 from .densified import rows_of, to_dense
+from .ops import ops
 
 __all__ = [
     "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "feature_topm", "gather",
-    "latent_adam", "latent_gradients", "norm_match", "threshold", "to_dense", "topk",
+    "latent_adam", "latent_gradients", "linear", "norm_match", "threshold", "to_dense", "topk",
 ]
 
 BATCH_GROUP = 32  # latents of a group: the k * G candidates and the F / G maxima cost about the same
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """(B, F) in ``dtype``, by default that of ``x`` and ``weight``; 16-bit results are rounded once, after the bias."""
+    dtype = x.dtype if dtype is None else dtype
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return ops.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
+    return (_linear_16bit if x.is_cuda else _linear_16bit_cpu)(x, weight, bias, dtype)
+
+
+def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The tensor cores' fp32 sums, biased and rounded once; row chunks bound the fp32 temporary to 256 MiB."""
+    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
+    step = max(WIDE_ELEMENTS["cuda"] // max(weight.shape[1], 1), 128)
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, start + step)
+        accumulated = torch.mm(x[rows], weight, out_dtype=torch.float32)
+        out[rows] = accumulated if bias is None else accumulated.add_(bias.float())
+    return out
+
+
+def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The fp32 product of the rounded operands, biased and rounded once; fp32 copies are of some latents at a time."""
+    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
+    wide = x.float()
+    bias = x.new_zeros(()).expand(weight.shape[1]) if bias is None else bias
+    step = max(WIDE_ELEMENTS["cpu"] // max(x.shape[0], x.shape[1], 1), 128)
+    for start in range(0, weight.shape[1], step):
+        latents = slice(start, start + step)
+        out[:, latents] = ops.linear(wide, weight[:, latents].float(), None).add_(bias[latents].float())
+    return out
 
 
 def _relu(x: Tensor) -> Tensor:
