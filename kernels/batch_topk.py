@@ -184,18 +184,19 @@ def _first(score, mask, total, shift, groups=EVERY_LATENT):
     return cut, quota.int(), offsets
 
 
-def _survivors(pre, mask, total, shift, grouping):
+def _survivors(pre, mask, total, shift, grouping, maxima):
     """The entries that may be among the first ``total``: those of the ``total`` groups whose maxima rank first that
     reach the last of these maxima. Each group holds one, so at least ``total``; of continuous data hardly more."""
     rows, num_latents = pre.shape
     mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
     wide = _tuning.is_wide(*(num_latents * s for s in (pre.stride(1), mask_strides[1])))
-    maxima = torch.empty(rows, grouping.number, dtype=torch.int32, device=pre.device)
-    _group_max_kernel[rows, triton.cdiv(num_latents, grouping.block)](
-        pre, mask, maxima, F=num_latents, NG=grouping.number, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
-        stride_mb=mask_strides[0], stride_mf=mask_strides[1], HAS_MASK=mask is not None, SHIFT=shift,
-        WIDE=wide, G=grouping.size, BLOCK=grouping.block, **_tuning.options(grouping.warps),
-    )
+    if maxima is None:
+        maxima = torch.empty(rows, grouping.number, dtype=torch.int32, device=pre.device)
+        _group_max_kernel[rows, triton.cdiv(num_latents, grouping.block)](
+            pre, mask, maxima, F=num_latents, NG=grouping.number, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
+            stride_mb=mask_strides[0], stride_mf=mask_strides[1], HAS_MASK=mask is not None, SHIFT=shift,
+            WIDE=wide, G=grouping.size, BLOCK=grouping.block, **_tuning.options(grouping.warps),
+        )
     cut, quota, offsets = _first(maxima, None, total, shift)
     chosen, keys = (maxima.new_empty(total) for _ in range(2))
     compact(maxima, maxima, None, None, cut, quota, offsets, keys, chosen,
@@ -211,15 +212,18 @@ def _survivors(pre, mask, total, shift, grouping):
     return Candidates(survivors, starts, ends)
 
 
-def launch(pre, mask, total):
-    """values (total,), indices (total,), offsets (B + 1,); see ``reference.batch_topk``."""
+def launch(pre, mask, total, maxima=None):
+    """values (total,), indices (total,), offsets (B + 1,); see ``reference.batch_topk``.
+
+    ``maxima`` (B, NG) int32: the largest keys of relu(pre) in the groups of ``_tuning.batch_groups``, where known.
+    """
     rows, num_latents = pre.shape
     values, indices = pre.new_empty(total), pre.new_empty(total, dtype=torch.int32)
     if total == 0:
         return values, indices, torch.zeros(rows + 1, dtype=torch.int64, device=pre.device)
     shift = _tuning.key_shift(pre.dtype)
     grouping = _tuning.batch_groups(rows, num_latents, total)
-    entries = EVERY_LATENT if grouping is None else _survivors(pre, mask, total, shift, grouping)
+    entries = EVERY_LATENT if grouping is None else _survivors(pre, mask, total, shift, grouping, maxima)
     cut, quota, offsets = _first(pre, mask, total, shift, entries)
     compact(pre, pre, mask, None, cut, quota, offsets, values, indices,
             magnitude=False, rank_relu=True, value_relu=True, shift=shift, groups=entries)

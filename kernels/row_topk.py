@@ -2,7 +2,8 @@
 
 Math      a row's top-k lies inside its k groups of G latents that rank first under (group maximum, group index)
 Grid      (B,); one program owns one row
-Traffic   reads B*F*s once, then k*G candidates and F/G maxima a row; writes B*k*(s + 4)
+Traffic   reads B*F*s once, then k*G candidates and F/G maxima a row; writes B*k*(s + 4). Maxima that were taken
+          before spare the stream
 Numerics  exact, ties to the lowest index, NaN above +Inf; no floating-point arithmetic on the values
 Source    Gao et al. 2024, arXiv:2406.04093 (TopK); group maxima: see kernels/README.md
 """
@@ -20,42 +21,45 @@ def _row_topk_kernel(
     score_ptr,      # [B, F] in: what ranks
     pre_ptr,        # [B, F] in: what is kept
     mask_ptr,       # [F] or [B, F] in, bool, or unused
-    scratch_ptr,    # [B, NG + KP] scratch, int32: group maxima, then the chosen groups
+    maxima_ptr,     # [B, NG] int32: group maxima, in where HAS_MAXIMA, else scratch
+    chosen_ptr,     # [B, KP] scratch, int32: the first columns of the chosen groups
     values_ptr,     # [B, K] out
     indices_ptr,    # [B, K] out, int32, ascending
     F, NG, K, stride_sb, stride_sf, stride_pb, stride_pf, stride_mb, stride_mf,
-    MAGNITUDE: tl.constexpr, RELU: tl.constexpr, HAS_MASK: tl.constexpr, SHIFT: tl.constexpr,
+    MAGNITUDE: tl.constexpr, RELU: tl.constexpr, HAS_MASK: tl.constexpr, HAS_MAXIMA: tl.constexpr, SHIFT: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, NGP: tl.constexpr, KP: tl.constexpr,
 ):
-    """One row: stream it once for its group maxima, choose k groups, choose k of their entries."""
+    """One row: stream it for its group maxima unless they are given, choose k groups, choose k of their entries."""
     row = tl.program_id(0).to(tl.int64)
     score_ptr += row * stride_sb
     pre_ptr += row * stride_pb
     if HAS_MASK:
         mask_ptr += row * stride_mb
-    scratch_ptr += row * (NG + KP)
+    maxima_ptr += row * NG
+    chosen_ptr += row * KP
     lowest = ABSENT >> SHIFT
 
-    for tile in range(0, tl.cdiv(F, BLOCK)):
-        cols = tile * BLOCK + tl.arange(0, BLOCK)
-        at = cols.to(tl.int64) if WIDE else cols
-        maxima = load_group_maxima(score_ptr, mask_ptr, at, cols < F, stride_sf, stride_mf,
-                                   MAGNITUDE, False, HAS_MASK, SHIFT, G)
-        groups = tile * (BLOCK // G) + tl.arange(0, BLOCK // G)
-        tl.store(scratch_ptr + groups, maxima, mask=groups < NG)
-    tl.debug_barrier()  # the maxima are read back by other lanes
+    if not HAS_MAXIMA:
+        for tile in range(0, tl.cdiv(F, BLOCK)):
+            cols = tile * BLOCK + tl.arange(0, BLOCK)
+            at = cols.to(tl.int64) if WIDE else cols
+            maxima = load_group_maxima(score_ptr, mask_ptr, at, cols < F, stride_sf, stride_mf,
+                                       MAGNITUDE, False, HAS_MASK, SHIFT, G)
+            groups = tile * (BLOCK // G) + tl.arange(0, BLOCK // G)
+            tl.store(maxima_ptr + groups, maxima, mask=groups < NG)
+        tl.debug_barrier()  # the maxima are read back by other lanes
 
     groups = tl.arange(0, NGP)  # [NGP]
-    key = tl.load(scratch_ptr + groups, mask=groups < NG, other=lowest)
+    key = tl.load(maxima_ptr + groups, mask=groups < NG, other=lowest)
     k_groups = tl.minimum(K, NG)
     top = tl.max(key, axis=0)
     cut = kth_largest(key, lowest + top * 0, top, k_groups)
     keep, position = keep_first(key, cut, k_groups - tl.sum((key > cut).to(tl.int32), axis=0))
-    tl.store(scratch_ptr + NG + position, groups * G, mask=keep)
+    tl.store(chosen_ptr + position, groups * G, mask=keep)
     tl.debug_barrier()
 
     slot = tl.arange(0, KP * G)  # [KP * G], candidates in ascending column order
-    cols = tl.load(scratch_ptr + NG + slot // G, mask=slot // G < k_groups, other=0) + slot % G
+    cols = tl.load(chosen_ptr + slot // G, mask=slot // G < k_groups, other=0) + slot % G
     present = (slot // G < k_groups) & (cols < F)
     at = cols.to(tl.int64) if WIDE else cols
     key = load_key(score_ptr, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
@@ -64,7 +68,7 @@ def _row_topk_kernel(
     cut = kth_largest(key, tl.where(NG < K, lowest, cut), top, K)
     keep, position = keep_first(key, cut, K - tl.sum((key > cut).to(tl.int32), axis=0))
     tl.debug_barrier()  # the columns are read again: kept through the search, their registers spill
-    cols = tl.load(scratch_ptr + NG + slot // G, mask=keep, other=0) + slot % G
+    cols = tl.load(chosen_ptr + slot // G, mask=keep, other=0) + slot % G
     at = cols.to(tl.int64) if WIDE else cols
     value = tl.load(pre_ptr + at * stride_pf, mask=keep, other=0.0)
     if RELU:
@@ -109,8 +113,11 @@ def _row_cut_kernel(
     tl.store(quota_ptr + row, K - above)
 
 
-def launch(pre, score, mask, k, magnitude, relu):
-    """values (B*k,), indices (B*k,) of each row's top-k; see ``reference.topk``."""
+def launch(pre, score, mask, k, magnitude, relu, maxima=None):
+    """values (B*k,), indices (B*k,) of each row's top-k; see ``reference.topk``.
+
+    ``maxima`` (B, NG) int32: the largest key of each group of ``_tuning.row_groups``, where they are known already.
+    """
     rows, num_latents = pre.shape
     values = pre.new_empty(rows * k)
     indices = pre.new_empty(rows * k, dtype=torch.int32)
@@ -137,11 +144,14 @@ def launch(pre, score, mask, k, magnitude, relu):
                 magnitude=magnitude, rank_relu=False, value_relu=relu, shift=shift)
         return values, indices
     k_padded, groups_padded = _tuning.next_power_of_2(k), _tuning.next_power_of_2(groups.number)
-    scratch = torch.empty(rows, groups.number + k_padded, dtype=torch.int32, device=pre.device)
+    has_maxima = maxima is not None
+    if not has_maxima:
+        maxima = torch.empty(rows, groups.number, dtype=torch.int32, device=pre.device)
+    chosen = torch.empty(rows, k_padded, dtype=torch.int32, device=pre.device)
     _row_topk_kernel[(rows,)](
-        score, pre, mask, scratch, values, indices,
+        score, pre, mask, maxima, chosen, values, indices,
         F=num_latents, NG=groups.number, K=k, stride_pb=pre.stride(0), stride_pf=pre.stride(1), **flags, RELU=relu,
-        BLOCK=groups.block, G=groups.size, NGP=groups_padded, KP=k_padded,
+        HAS_MAXIMA=has_maxima, BLOCK=groups.block, G=groups.size, NGP=groups_padded, KP=k_padded,
         **_tuning.options(groups.warps if mask is None else min(2 * groups.warps, 16)),  # a mask costs registers
     )
     return values, indices
