@@ -140,6 +140,12 @@ def test_long_rows_whatever_the_sample_says(kind, weighted):
         assert_nearest(pre, target, weight, f.norm_match(pre, target, weight_norm=weight, backend="triton"))
 
 
+def test_a_row_that_fills_every_place():
+    pre = torch.rand(2, 4096) + 0.1  # the longest row that is set aside whole
+    target = pre.norm(dim=1) * torch.tensor([0.3, 0.9999])
+    assert_nearest(pre, target, None, f.norm_match(pre, target, backend="triton"))
+
+
 def test_targets_far_below_and_above_the_row():
     pre = torch.randn(6, LONG).abs() * torch.tensor([1e-30, 1e30, 1.0, 1.0, 1e30, 1e-30])[:, None]
     args = pre, torch.tensor([1e30, 1e-30, 1e-38, 3e38, 1e28, 1e-29]), None, None
