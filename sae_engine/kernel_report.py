@@ -355,8 +355,9 @@ def report(cells: list[Cell], target: str, *, disassemble: bool = True) -> list[
 def wide_loads_due(launch: Any, warp_size: int) -> int:
     """16-byte loads a thread that a streaming pass needs for one tile, 0 for rows that cannot have them."""
     first = next(iter(launch.arguments.values()))
-    streams = launch.kernel in STREAMS and not launch.arguments.get("HAS_MAXIMA")  # given maxima spare the stream
-    if not streams or launch.arguments["F"] % 16 or first.stride(-1) != 1:
+    if launch.kernel not in STREAMS or launch.arguments["F"] % 16 or first.stride(-1) != 1:
+        return 0
+    if launch.arguments.get("HAS_MAXIMA"):  # streamed by another kernel
         return 0
     tile = STREAMING_LOOPS.get(launch.kernel, 1) * launch.arguments["BLOCK"] * first.element_size()
     return tile // (16 * warp_size * launch.compiled.metadata.num_warps)
