@@ -1,12 +1,15 @@
 """Launch configurations: a deterministic function of shapes and dtype, each with its reason.
 
-Nothing here reads the device or the clock, so two processes never choose differently.
+Nothing here reads the device or the clock, so two processes never choose differently. What :func:`searched` decorates
+can be searched for instead, by those who ask for it: see ``_autotune.py``.
 """
 import math
 from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+
+from ._autotune import searched
 
 # Share of stored entries above which an operation on codes densifies and uses a GEMM instead: where
 # benchmarks/crossover.py saw the GEMM overtake. CUDA: not measured yet, from counting bytes and flops.
@@ -41,11 +44,18 @@ def num_warps(lanes: int) -> int:
     return min(max(lanes // 512, min(lanes // 64, 4), 1), 16)
 
 
+def _around(number: int, least: int, most: int) -> list[int]:
+    """Half of it, itself and twice, within bounds."""
+    return [n for n in (number // 2, number, 2 * number) if least <= n <= most]
+
+
+@searched(lambda block, width, has_groups: _around(block, 128, 4096))
 def digit_block(width: int, has_groups: bool) -> int:
     """Lanes of one step of a digit pass: of a row's survivors there are hardly more than k."""
     return stream_block(width, 256 if has_groups else 2048)
 
 
+@searched(lambda warps, lanes: _around(warps, 1, 16))
 def digit_warps(lanes: int) -> int:
     """8 lanes a thread, 4 of survivors: a histogram takes registers, and 10 % fewer instructions than with 16."""
     return min(max(lanes // 256, 2), 16)
@@ -73,6 +83,20 @@ def _balanced_size(num_latents: float, k: float) -> int:
     return size
 
 
+def _groups_around(found: Groups, extent: int, most: int, largest_block: int) -> list[Groups]:
+    """Other sizes of a group, tiles and warps; a tile holds whole groups."""
+    return [
+        Groups(size, -(-extent // size), block, warps)
+        for size in _around(found.size, 2, most)
+        for block in _around(found.block, max(size, 16), largest_block)
+        for warps in _around(found.warps, 1, 16)
+    ]
+
+
+@searched(
+    lambda found, rows, num_latents, total: _groups_around(found, num_latents, found.block, MAX_TILE),
+    key=lambda rows, num_latents, total: (num_latents, round(math.log2(total / rows))),
+)
 def batch_groups(rows: int, num_latents: int, total: int) -> Groups | None:
     """Groups for ``total`` entries of a whole matrix, each inside one row and one tile; None: too many to pay."""
     block = stream_block(num_latents)
@@ -80,6 +104,16 @@ def batch_groups(rows: int, num_latents: int, total: int) -> Groups | None:
     return None if size == 1 else Groups(size, -(-num_latents // size), block, num_warps(block))
 
 
+def _row_groups_around(found: Groups, num_latents: int, k: int) -> list[Groups]:
+    """Those whose stages fit one tile, and none whose second stage is wider than the widest that has been compiled."""
+    widest = max(next_power_of_2(found.number), next_power_of_2(k) * found.size)
+    return [
+        groups for groups in _groups_around(found, num_latents, MAX_TILE, MAX_TILE)
+        if max(next_power_of_2(groups.number), next_power_of_2(k) * groups.size) <= min(2 * widest, MAX_TILE)
+    ]  # fmt: skip
+
+
+@searched(_row_groups_around)
 def row_groups(num_latents: int, k: int) -> Groups | None:
     """Groups for k entries of a row; None when a stage would not fit one tile."""
     size = _balanced_size(num_latents, k)
@@ -96,6 +130,10 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
     return Groups(size, number, max(stream_block(num_latents, 32 * latents * warps), size), warps)
 
 
+@searched(
+    lambda found, rows, num_latents, total, stride=1: _groups_around(found, rows, 256, 1024),
+    key=lambda rows, num_latents, total, stride=1: (num_latents, round(math.log2(total / rows)), stride == 1),
+)
 def groups_of_rows(rows: int, num_latents: int, total: int, stride: int = 1) -> Groups | None:
     """Groups of rows for ``total`` entries shared out over columns ``stride`` apart; None: too many to pay.
 
@@ -121,11 +159,13 @@ class CandidateTile(NamedTuple):
 CANDIDATE_TILE = CandidateTile(128, 32, 8)
 
 
+@searched(lambda block, grouped: _around(block, 64, 2048))
 def candidate_block(grouped: bool) -> int:
     """Tile of one column's candidates: a common number of them, so that most stay in registers; or of its rows."""
     return 128 if grouped else 1024
 
 
+@searched(lambda warps, block: _around(warps, 1, 16))
 def candidate_warps(block: int) -> int:
     """4 lanes a thread at first: the loads are scattered, one sector each, and one warp needs no barrier."""
     return min(block // 128, 4)
@@ -136,6 +176,18 @@ def stream_block(num_latents: int, most: int = 4096) -> int:
     return max(min(next_power_of_2(num_latents), most), 16)
 
 
+def _tiles_around(tile: tuple[int, int], *_: object) -> list[tuple[int, int]]:
+    return [(block, warps) for block in _around(tile[0], 16, 4096) for warps in _around(tile[1], 1, 16)]
+
+
+@searched(_tiles_around)
+def threshold_tile(num_latents: int) -> tuple[int, int]:
+    """Lanes and warps of counting and writing: the scan's places take registers, so half of a usual tile."""
+    block = stream_block(num_latents, 2048)
+    return block, num_warps(block)
+
+
+@searched(_tiles_around)
 def compact_tile(num_latents: int, has_groups: bool) -> tuple[int, int]:
     """Lanes and warps of a compaction: the positions of a scan and the addresses they become take the registers.
 
@@ -159,11 +211,13 @@ def is_dense(operation: str, entries: int, rows: int, columns: int, device_type:
     return entries > DENSE_SHARE.get(device_type, DENSE_SHARE["cuda"])[operation] * rows * columns
 
 
+@searched(lambda block, width: _around(block, 16, 2048))
 def decode_block(width: int) -> int:
     """Columns of a decoder tile: one tile up to 1024, so that a row's indices are read once for common widths."""
     return max(min(next_power_of_2(width), 1024), 16)
 
 
+@searched(lambda warps, block: _around(warps, 1, 8))
 def decode_warps(block: int) -> int:
     """8 columns a thread, one 16-byte load of 16-bit weights: 2 to 4 warps at common widths."""
     return min(max(block // 256, 1), 4)
@@ -218,6 +272,20 @@ def has_tma(backend: str, arch: int | str) -> bool:
     return backend == "cuda" and int(arch) >= 90
 
 
+def _encoder_tiles_around(tile: EncoderTile, *_: object) -> list[EncoderTile]:
+    """Every tile holds whole groups; more stages hide more latency and take more shared memory."""
+    return [
+        EncoderTile(rows, latents, width, warps, stages)
+        for rows in _around(tile.rows, 16, 128)
+        for latents in _around(tile.latents, MAX_ENCODER_GROUP, 256)
+        for width in _around(tile.width, 16, 64)
+        for warps in (4, 8)
+        for stages in (tile.stages, tile.stages + 1)
+        if rows * latents <= max(tile.rows * tile.latents, 64 * 64)
+    ]
+
+
+@searched(_encoder_tiles_around, key=lambda dtype, precision, aligned, backend, arch: (precision, aligned))
 def encoder_tile(dtype: torch.dtype, precision: str, aligned: bool, backend: str, arch: int | str) -> EncoderTile:
     """From registers and shared memory of the binaries; none has run.
 
@@ -277,11 +345,13 @@ SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program 
 SLOPES_TILE = 4, 256  # entries and columns of the inner products that precede the pass of wider rows
 
 
+@searched(lambda warps, block: _around(warps, 1, 16))
 def pass_warps(block: int) -> int:
     """8 columns a thread, one 16-byte load of 16-bit rows, up to 16 warps, past which registers run out."""
     return min(max(block // 256, 1), 16)
 
 
+@searched(lambda entries, block: _around(entries, 1, 4))
 def pass_entries(block: int) -> int:
     """Rows in flight, of gradient and input each: 2 leave the 128 registers with which 16 warps share a processor.
 

@@ -10,7 +10,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import _terms, _tuning, budgets, cpu_gemm
+from . import _autotune, _terms, _tuning, budgets, cpu_gemm
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -47,6 +47,9 @@ def _is_dense(name: str, args: tuple) -> bool:
 _ON_ENTRIES = {"decode", "decode_backward_values", "decode_backward_weight", "to_dense", "gather", "by_latent"}
 
 
+_IN_PLACE = {"latent_adam"}  # what a search must try on copies
+
+
 def _run(name: str, launcher: str, *args):
     first = args[0][0] if isinstance(args[0], list) else args[0]
     kind = first.device.type
@@ -62,6 +65,8 @@ def _run(name: str, launcher: str, *args):
     if backend != "triton":
         return run(*inputs)
     with torch.cuda.device_of(first):  # Triton launches on the current device, which need not be the tensors'
+        if _autotune.is_on():
+            return _autotune.run(launcher, run, inputs, mutates=name in _IN_PLACE)
         return run(*inputs)
 
 
@@ -202,16 +207,25 @@ def _encode_batch_topk(x, weight, bias, total, backend):
     return pre, *_run("batch_topk", "batch_topk.launch", pre, None, total, *known, backend)
 
 
+def _alike(name: str, run, *args):
+    """Product and selection are one operation to a search, and their groups the same under any table."""
+    if args[-1] == "triton" and _autotune.is_on():
+        return _autotune.run(name, run, args, mutates=False)
+    return run(*args)
+
+
 _library.define(
     "encode_topk(Tensor x, Tensor weight, Tensor? bias, SymInt k, bool magnitude, bool relu, str backend)"
     " -> (Tensor, Tensor, Tensor)"
 )
-_library.impl("encode_topk", _encode_topk, "CompositeExplicitAutograd")
+_library.impl("encode_topk", functools.partial(_alike, "encode.topk", _encode_topk), "CompositeExplicitAutograd")
 _library.define(
     "encode_batch_topk(Tensor x, Tensor weight, Tensor? bias, SymInt total, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_library.impl("encode_batch_topk", _encode_batch_topk, "CompositeExplicitAutograd")
+_library.impl(
+    "encode_batch_topk", functools.partial(_alike, "encode.batch_topk", _encode_batch_topk), "CompositeExplicitAutograd"
+)
 
 
 @torch.library.register_fake("sae_engine::encode_topk", lib=_library)
