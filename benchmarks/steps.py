@@ -111,7 +111,8 @@ def encoder_gemm(s: Setup) -> Callable[[], None]:
     weight, bias, batches = s.W_dec.T.to(s.dtype), s.b_enc.to(s.dtype), itertools.cycle([x.to(s.dtype) for x in s.x])
 
     def run() -> None:
-        torch.addmm(bias, next(batches), weight)
+        with torch.no_grad():  # the fastest there is
+            se.functional.linear(next(batches), weight, bias)
 
     return run
 

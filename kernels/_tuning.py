@@ -21,6 +21,8 @@ DENSE_CHOICE: ContextVar[bool | None] = ContextVar("dense_choice", default=None)
 
 CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary of the torch back end
 
+SCORES_IN_CACHE = 1 << 20  # scores of a chunk of rows that a CPU passes over several times: 4 MB in fp32
+
 MAX_TILE = 8192  # lanes of one tile that stays in registers, at 16 warps
 MIN_TILE = 512  # lanes below which a program of its own gains nothing
 
@@ -263,6 +265,8 @@ def latents_in_cache(width: int) -> int:
     """
     return max((3 << 19) // width // 32, 1) * 32
 
+
+TRANSPOSED_IN_CACHE = 3 << 16  # numbers of a gradient that a CPU transposes at a time: 768 kB in fp32
 
 PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps
 PASS_REGISTERS = 128  # of a thread, so that 16 warps share a processor; left to itself the compiler spills for 20

@@ -10,7 +10,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import _terms, _tuning, budgets
+from . import _terms, _tuning, budgets, cpu_gemm
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -404,6 +404,33 @@ _library.define("zipf_shortfall(Tensor density, float k, float exponent, float s
 _library.impl("zipf_shortfall", budgets.zipf_shortfall, "CompositeExplicitAutograd")
 torch.library.register_fake("sae_engine::zipf_shortfall", lambda density, *_: torch.empty_like(density), lib=_library)
 
+# --- linear: the encoder's product on a CPU -------------------------------------------------------------------------
+
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.impl("linear", cpu_gemm.linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sae_engine::linear", lib=_library)
+def _(x, weight, bias):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _linear_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _linear_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    return (
+        ops.linear(grad, weight.T, None) if needs_x else None,
+        ops.linear(x.T, grad, None) if needs_weight else None,
+        grad.sum(0) if needs_bias else None,
+    )
+
+
+_differentiable("linear", _linear_context, _linear_backward)
+
 # --- encode_entries: pre-activations at the codes, whose gradient never becomes a matrix -----------------------------
 
 _library.define(
@@ -428,6 +455,41 @@ def _(x, weight, bias, center, entries, *_):
     return torch.empty_like(entries)
 
 
+_library.define(
+    "encoder_gradient(Tensor x, Tensor grad, Tensor latent_offsets, Tensor latent_rows, Tensor latent_positions,"
+    " ScalarType dtype, str backend) -> Tensor"
+)
+
+
+def _encoder_gradient(x, grad, latent_offsets, latent_rows, latent_positions, dtype, backend):
+    """``decode_backward_weight``, row-major as (D, F). On a CPU some latents at a time, transposed in the cache."""
+    turned, num_latents = (latent_offsets, latent_rows, latent_positions), latent_offsets.shape[0] - 1
+    step = max(_tuning.TRANSPOSED_IN_CACHE // max(x.shape[1], 1), 1)
+    in_chunks = x.is_cpu and backend == "torch" and num_latents > step
+    if not in_chunks or _is_dense("decode_backward_weight", (x, grad, *turned)):
+        return ops.decode_backward_weight(x, grad, *turned, dtype, backend).T.contiguous()
+    out = x.new_empty((x.shape[1], num_latents), dtype=dtype)
+    sparse = _tuning.DENSE_CHOICE.set(False)  # of the whole; some latents alone may be denser
+    for start in range(0, num_latents, step):
+        bounds = latent_offsets[start : start + step + 1]
+        entries = slice(int(bounds[0]), int(bounds[-1]))
+        turned = bounds - entries.start, latent_rows[entries], latent_positions[entries]
+        out[:, start : start + step] = ops.decode_backward_weight(x, grad, *turned, dtype, backend).T
+    _tuning.DENSE_CHOICE.reset(sparse)
+    return out
+
+
+_library.impl("encoder_gradient", _encoder_gradient, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sae_engine::encoder_gradient", lib=_library)
+def _(x, grad, latent_offsets, latent_rows, latent_positions, dtype, backend):
+    return x.new_empty((x.shape[1], latent_offsets.shape[0] - 1), dtype=dtype)
+
+
+_once_differentiable("encoder_gradient")
+
+
 def _encode_entries_context(ctx, inputs, output):
     x, weight, bias, center, _, indices, offsets, *by_latent, ctx.backend = inputs
     ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, center)]
@@ -446,7 +508,10 @@ def _encode_entries_backward(ctx, grad):
         columns = weight.T.to(x.dtype)  # the operand that the forward pass multiplied with
         grad_x = ops.decode(grad, indices, offsets, columns, None, x.dtype, None, None, None, ctx.backend)
     if needs_weight:
-        grad_weight = ops.decode_backward_weight(x, grad, *by_latent, weight.dtype, ctx.backend).T
+        if weight.stride(0) > weight.stride(1) == 1:  # autograd would copy another layout, at the expense of memory
+            grad_weight = ops.encoder_gradient(x, grad, *by_latent, weight.dtype, ctx.backend)
+        else:
+            grad_weight = ops.decode_backward_weight(x, grad, *by_latent, weight.dtype, ctx.backend).T
     if needs_bias or needs_center:
         grad_bias = _sum_by_latent(grad, by_latent, x.shape[0], wide, ctx.backend)
         if needs_center:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
-from . import _tuning, densified
+from . import _tuning, densified, torch_norm_match
 from ._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
 from ._tuning import CHUNK_ELEMENTS
 from .densified import rows_of, to_dense
@@ -260,23 +260,33 @@ def _nearest_prefix(ranked: Tensor, target: Tensor) -> Tensor:
     return torch.where(target >= norms[:, -1:], ranked.shape[1], count)
 
 
+def _kept_of_sorted(score: Tensor, target: Tensor) -> Tensor:
+    """Mask of what each row keeps, by one sort of its scores; any scores."""
+    ranked = score.sort(dim=1, descending=True).values
+    count = _nearest_prefix(ranked, target)
+    cut = ranked.gather(1, count - 1)
+    above, tied = _above_and_tied(score, cut)
+    quota = count - above.sum(1, keepdim=True)
+    if bool((tied.sum(1, keepdim=True) > quota).any()):
+        tied &= tied.cumsum(1, dtype=torch.int32) <= quota
+    return (above | tied) & ~(score <= 0)
+
+
 def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, capacity: int | None):
-    """One sort of the scores (values only matter) finds each row's cut; what it keeps is read off in place."""
     kept = []
     wide = torch.float64 if pre.dtype == torch.float64 else torch.float32
-    for start in _row_chunks(pre):
-        rows = slice(start, start + _chunk_rows(pre))
-        score = pre[rows].contiguous().to(wide).relu()
+    step = max(_tuning.SCORES_IN_CACHE // max(pre.shape[1], 1), 1)
+    for start in range(0, pre.shape[0], step):
+        rows = slice(start, start + step)
+        score, target = pre[rows].contiguous().to(wide).relu(), target_norm[rows]
         if weight_norm is not None:
             score = score * weight_norm.to(wide)
-        ranked = score.sort(dim=1, descending=True).values
-        count = _nearest_prefix(ranked, target_norm[rows])
-        cut = ranked.gather(1, count - 1)
-        above, tied = _above_and_tied(score, cut)
-        quota = count - above.sum(1, keepdim=True)
-        if bool((tied.sum(1, keepdim=True) > quota).any()):
-            tied &= tied.cumsum(1, dtype=torch.int32) <= quota
-        keep = (above | tied) & ~(score <= 0)
+        if wide == torch.float64:
+            keep = _kept_of_sorted(score, target)
+        else:
+            keep, found = torch_norm_match.kept(score, target)
+            if not bool(found.all()):
+                keep[~found] = _kept_of_sorted(score[~found], target[~found])
         kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
     values, *rest = _compress(pre, kept, capacity)
     return values.relu_(), *rest  # an infinite weight makes NaN, which ranks first, of an entry that is not positive

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_kernels.cpu_gemm import by_onednn
 from sae_kernels.ops import ops, uniform_offsets
 
 from . import _checks as check
@@ -527,7 +528,12 @@ def linear(
     with torch.autocast(x.device.type, enabled=False):
         flat = check.matrix(x).to(dtype)
         if dtype in (torch.float32, torch.float64):
-            out = flat @ W_enc.to(dtype) if b_enc is None else torch.addmm(b_enc.to(dtype), flat, W_enc.to(dtype))
+            weight, bias = W_enc.to(dtype), None if b_enc is None else b_enc.to(dtype)
+            decided_when_run = torch.compiler.is_compiling() and flat.is_cpu
+            if decided_when_run or by_onednn(flat, weight):
+                out = ops.linear(flat, weight, bias)
+            else:
+                out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         elif not torch.is_grad_enabled():
             multiply = _linear_16bit if x.is_cuda else _linear_16bit_cpu
             out = multiply(flat, W_enc.to(dtype), b_enc, result_dtype)
@@ -559,7 +565,7 @@ def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: tor
     step = max(WIDE_ELEMENTS["cpu"] // max(x.shape[0], x.shape[1], 1), 128)
     for start in range(0, weight.shape[1], step):
         latents = slice(start, start + step)
-        out[:, latents] = (wide @ weight[:, latents].float()).add_(bias[latents].float())
+        out[:, latents] = ops.linear(wide, weight[:, latents].float(), None).add_(bias[latents].float())
     return out
 
 

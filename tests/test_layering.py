@@ -17,7 +17,10 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ENGINE = sorted((ROOT / "sae_engine").rglob("*.py"))
 
 # The files of kernels/ that a machine without Triton imports; all others hold device code.
-TORCH_ONLY = {"budgets", "ops", "reference", "torch_backend", "densified", "traffic", "_tuning", "_terms"}
+TORCH_ONLY = {
+    "budgets", "cpu_gemm", "ops", "reference", "torch_backend", "torch_norm_match", "densified", "traffic", "_tuning",
+    "_terms",
+}  # fmt: skip
 # Tools that look at the launches beneath the public functions. The command line alone imports them.
 TOOLS = {"sae_engine.kernel_report"}
 # functional and what it stands on. These know the package below, and none of the modules above.

@@ -1,4 +1,5 @@
 """functional.norm_match and its kernel: the prefix whose norm is nearest to the target (top-AFA)."""
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from sae_engine import functional as f
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
+from sae_kernels import torch_norm_match
 from sae_kernels.ops import ops
 
 FAST = ("torch", "triton")
@@ -53,6 +55,45 @@ def test_equals_reference_on_hard_rows(shape, dtype, backend):
             for by in (None, weight):
                 args = (pre, target, by, None)
                 assert_same(ops.norm_match(*args, backend), ops.norm_match(*args, "reference"))
+
+
+ROWS = {
+    "normal": lambda: torch.randn(40, 700),
+    "long tails": lambda: (3 * torch.randn(40, 700)).exp() * torch.randn(40, 700).sign(),
+    "few positive": lambda: torch.randn(40, 700) - 2.5,
+    "tied": lambda: torch.randint(-3, 6, (40, 700)).float(),
+    "one value": lambda: torch.ones(40, 700),
+    "none positive": lambda: -torch.rand(40, 700),
+}
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 6])
+@pytest.mark.parametrize("kind", ROWS)
+def test_stock_search_equals_reference_however_wide_the_bracket(kind, rounds, monkeypatch):
+    monkeypatch.setattr(torch_norm_match, "ROUNDS", rounds)
+    monkeypatch.setattr(torch_norm_match, "SHARE", 1)  # no row is sorted instead
+    pre, weight = ROWS[kind](), torch.rand(700) + 0.5
+    for scale in (1.0, 2.0**90, 2.0**-90):
+        for share in (1e-3, 0.05, 0.3, 0.8, 0.999, 1.0, 1.1):
+            target = (pre.relu() * weight).double().norm(dim=1).mul(share * scale).float().clamp(min=1e-30)
+            match = partial(f.norm_match, pre * scale, target, weight_norm=weight)
+            got, want = match(backend="torch"), match(backend="reference")
+            norms = [(c.to_dense().double() * weight).norm(dim=1) for c in (got, want)]
+            distances = [(norm - target).abs() for norm in norms]
+            is_near_tie = (distances[0] - distances[1]).abs() < 1e-6 * target
+            same = (got.to_dense() == want.to_dense()).all(1)
+            assert (same | is_near_tie).all()
+            if 1e-3 < share < 0.9:  # elsewhere near-ties are common: entries that hardly count, targets that are met
+                assert same.all()
+
+
+def test_stock_search_finds_ordinary_rows_without_sorting_them():
+    score, target = torch.randn(8, 4096).relu(), torch.tensor([1e-9, 0.5, 5.0, 20.0, 40.0, 44.0, 1e9, torch.inf])
+    assert torch_norm_match.kept(score, target)[1].all()
+    for odd in (torch.nan, torch.inf):
+        score[3, 7] = odd
+        found = torch_norm_match.kept(score, target)[1]
+        assert not found[3] and found.sum() == 7
 
 
 @pytest.mark.parametrize("backend", FAST)

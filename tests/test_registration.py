@@ -37,6 +37,7 @@ def samples():
     yield "to_dense", (*triple, 40)
     yield "gather", (torch.randn(3, 40, requires_grad=True), codes.indices, codes.offsets)
     yield "by_latent", (codes.indices, codes.offsets, 40)
+    yield "encoder_gradient", (grad, codes.values, *codes.by_latent, torch.float32)
     yield "at_latents", (torch.randn(40, requires_grad=True), codes.indices, codes.offsets, *codes.by_latent)
     encoder = torch.randn(3, 6), torch.randn(6, 40, requires_grad=True), torch.randn(40, requires_grad=True)
     center = torch.randn(6, requires_grad=True)
@@ -60,7 +61,8 @@ def test_every_operator_is_sampled():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("sae_engine::")
     }
-    assert registered == {name for name, _ in samples()} | {"feature_budgets", "move_threshold", "zipf_shortfall"}
+    without_back_end = {"feature_budgets", "linear", "move_threshold", "zipf_shortfall"}
+    assert registered == {name for name, _ in samples()} | without_back_end
 
 
 def test_opcheck_of_the_operators_that_have_no_back_end():
@@ -68,11 +70,14 @@ def test_opcheck_of_the_operators_that_have_no_back_end():
         args = (torch.tensor(threshold, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64), 0.1)
         torch.library.opcheck(ops.move_threshold.default, args)
     torch.library.opcheck(ops.feature_budgets.default, (torch.rand(40), 90, 5, 1.0, 0.5))
+    linear = torch.randn(3, 6), torch.randn(6, 40), torch.randn(40)
+    torch.library.opcheck(ops.linear.default, [t.requires_grad_() for t in linear])
+    torch.library.opcheck(ops.linear.default, (linear[0].detach(), linear[1], None))
     torch.library.opcheck(ops.zipf_shortfall.default, (torch.rand(40), 2.5, 1.0, 0.5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("number", range(22), ids=lambda n: f"{n}-{list(samples())[n][0]}")
+@pytest.mark.parametrize("number", range(23), ids=lambda n: f"{n}-{list(samples())[n][0]}")
 def test_opcheck(number, backend):
     name, args = list(samples())[number]
     torch.library.opcheck(getattr(ops, name).default, (*args, backend))

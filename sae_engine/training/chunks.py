@@ -35,9 +35,9 @@ def rows_within(budget_bytes: int, d_sae: int, dtype: torch.dtype) -> int:
 
 
 class PreActivations:
-    """The encoder's product. On a CPU it is written to memory that serves every step: fresh memory costs a fifth more.
+    """The encoder's product. MKL writes it to memory that serves every step: fresh memory costs a fifth more.
 
-    (On a GPU, PyTorch's allocator keeps memory at hand.)
+    (oneDNN allocates its result itself; on a GPU, PyTorch's allocator keeps memory at hand.)
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class PreActivations:
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight + bias`` (rows, F), overwritten by the next call."""
-        if not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
+        if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or functional.by_onednn(x, weight):
             return functional.linear(x, weight, bias)
         size = x.shape[0] * weight.shape[1]
         if self._memory is None or self._memory.dtype != x.dtype or self._memory.numel() < size:

@@ -50,7 +50,7 @@ def peak_bytes(
     rows = min(rows_within(memory_budget, d_sae, compute), tokens)
     entries = tokens * (k + k_aux)
 
-    resident = rows * d_sae * compute.itemsize + 8 * d_sae
+    resident, pre = 8 * d_sae, rows * d_sae * compute.itemsize
     if compute != dtype:
         resident += d_sae * (d_in + d_out) * compute.itemsize
 
@@ -73,4 +73,7 @@ def peak_bytes(
     if stored:
         backward += 2 * -(-d_sae // PIECES) * d_out * wide + (outputs - 1) * d_sae * width * wide
         backward += d_sae * d_in * wide if row_major else 0
-    return resident + max(encoding, backward)
+    some = torch.empty(2, 1, dtype=compute)
+    if device_type == "cpu" and functional.by_onednn(some, some.T):  # allocates its result: no buffer stays
+        return resident + max(pre + encoding, backward)
+    return resident + pre + max(encoding, backward)

@@ -1,0 +1,36 @@
+"""fp32 matrix products on a CPU, by the faster of the two libraries that PyTorch carries. Torch only.
+
+PyTorch multiplies fp32 matrices by MKL, which keeps its best code for Intel's processors. oneDNN chooses by what the
+processor can do: on others it takes half the time (benchmarks/gemm.py measures both). Same operands, same fp32
+accumulation, another order of summation.
+"""
+import functools
+import platform
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _mkl_is_slow() -> bool:
+    """Whether this is an x86 processor, but not one of Intel's, and oneDNN is there. The same all process long."""
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    name = "Intel" if tell is None else tell().get("cpu_name", "Intel")  # an older PyTorch does not tell
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    is_other = "Intel" not in name and platform.machine() in ("x86_64", "AMD64")
+    return has_both and is_other and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is to multiply these. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off."""
+    plain = all(t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided for t in (x, weight))
+    is_vector = x.shape[0] == 1 and weight.stride(1) == 1  # times a row-major matrix: there MKL is not slow
+    return plain and not is_vector and _mkl_is_slow() and bool(torch.backends.mkldnn.enabled)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight + bias``: (B, D), (D, F), (F,) of one dtype, any strides, to (B, F). No gradient: ``ops.linear``."""
+    if x.numel() == 0 or weight.numel() == 0 or not by_onednn(x, weight):
+        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+    bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its stride
+    return torch.ops.mkldnn._linear_pointwise(x, weight.T, bias, "none", [], "")

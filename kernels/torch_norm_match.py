@@ -1,0 +1,94 @@
+"""Norm matching in stock PyTorch: a few passes over cached rows bracket each row's cut, and what is left is sorted."""
+import torch
+from torch import Tensor
+
+ROUNDS = 6  # passes that narrow the bracket; of half-normal rows they leave a hundredth of the entries, seldom more
+SHARE = 8  # rows of which more than an eighth is left (many tie) are sorted whole
+MARGIN = 1e-5  # of an energy: its fp32 sum is nearer to the truth than that
+RUN = 64  # squares that are summed in fp32 before fp64 takes over
+
+
+def kept(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask (rows, F) of what each row of ``score`` (fp32, none below 0) keeps, and whether that was found (rows,).
+
+    Not found: rows whose largest score is not finite or whose target is not positive, and rows with too many ties.
+    """
+    top = score.amax(1)
+    finite = top.isfinite()
+    exponent = torch.where(finite, top, 1.0).frexp().exponent.clamp(min=-126)
+    scale = torch.ldexp(torch.ones_like(top), -exponent)  # a power of two: squares stay finite, nothing is rounded
+    scaled, target = score * scale[:, None], target.double() * scale
+    squares = scaled.square()
+    total = _energy(squares).sqrt()
+    everything = finite & (target >= total)
+    found = finite & (target > 0) & ~everything
+    lo, hi = _bracket(scaled, squares, torch.where(found, target, 0.0).float().square())
+
+    beyond = scaled >= hi[:, None]
+    inside = (scaled >= lo[:, None]) & ~beyond & found[:, None]
+    lengths = inside.sum(1)
+    found &= lengths * SHARE <= score.shape[1]
+    inside &= found[:, None]
+    length, cut = _nearest(_ranked(scaled, inside), _energy(squares * beyond), target)
+    count = beyond.sum(1) + length
+    cut = torch.where(length == 0, hi, cut)
+    keep = scaled >= cut[:, None]
+    for row in (found & (keep.sum(1) > count)).nonzero()[:, 0].tolist():  # ties at the cut go to the lowest index
+        tied = (scaled[row] == cut[row]).nonzero()[:, 0]
+        keep[row, tied[tied.numel() - int(keep[row].sum() - count[row]) :]] = False
+    keep[everything] = score[everything] > 0
+    return keep, found | everything
+
+
+def _energy(squares: Tensor) -> Tensor:
+    """(rows,) fp64 sums."""
+    width = squares.shape[1] // RUN * RUN
+    runs = squares[:, :width].unflatten(1, (-1, RUN)).sum(2)
+    return torch.cat([runs, squares[:, width:]], 1).sum(1, dtype=torch.float64)
+
+
+def _bracket(scaled: Tensor, squares: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """lo, hi (rows,): from lo up the entries' energy surely reaches ``wanted``, from hi up it surely does not.
+
+    By false position; an end that stays put twice counts half (the Illinois rule), so that both of them close in.
+    """
+    top = scaled.amax(1)
+    lo, hi = torch.zeros_like(top), torch.full_like(top, torch.inf)
+    excess, lack = squares.sum(1) - wanted, wanted.clone()  # of energy at lo and hi
+    for number in range(ROUNDS):
+        most = torch.minimum(hi, top)
+        if number == 1:
+            middle = (torch.maximum(lo, most / 64) * most).sqrt()  # in orders of magnitude: some rows have long tails
+        elif number == 2:
+            middle = (lo + most) / 2
+        else:
+            middle = most - (most - lo) * (lack / (excess + lack)).clamp(0.01, 0.99)
+        energy = (squares * (scaled >= middle[:, None])).sum(1)
+        reaches, fails = energy >= wanted * (1 + MARGIN), energy <= wanted * (1 - MARGIN)
+        lo, hi = torch.where(reaches, middle, lo), torch.where(fails, middle, hi)
+        excess = torch.where(reaches, energy - wanted, excess / 2)
+        lack = torch.where(fails, wanted - energy, lack / 2)
+    return lo, hi
+
+
+def _ranked(scaled: Tensor, inside: Tensor) -> Tensor:
+    """(rows, n) each row's entries under the mask in descending order, then zeros."""
+    row, column = inside.nonzero().unbind(1)
+    lengths = inside.sum(1)
+    place = torch.arange(row.shape[0], device=row.device) - (lengths.cumsum(0) - lengths)[row]
+    ranked = scaled.new_zeros(scaled.shape[0], max(int(lengths.max()), 1))
+    ranked[row, place] = scaled[row, column]
+    return ranked.sort(1, descending=True).values
+
+
+def _nearest(ranked: Tensor, energy_before: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """How many entries of ``ranked``, after those of ``energy_before``, end nearest to ``target``; the last of them."""
+    norms = (energy_before[:, None] + ranked.double().square().cumsum(1)).sqrt_()
+    norms = torch.cat([energy_before.sqrt()[:, None], norms], 1)
+    crossing = torch.searchsorted(norms, target[:, None]).clamp(1, ranked.shape[1])
+    distance = lambda at: (norms.gather(1, at) - target[:, None]).abs()  # noqa: E731
+    is_before = distance(crossing - 1) <= distance(crossing)
+    is_before &= (crossing > 1) | (energy_before > 0)[:, None]  # one entry at least
+    nearest = norms.gather(1, crossing - is_before.long())
+    length = torch.searchsorted(norms, nearest).clamp(max=ranked.shape[1])  # the first of a plateau; NaN has none
+    return length[:, 0], ranked.gather(1, (length - 1).clamp(min=0))[:, 0]
