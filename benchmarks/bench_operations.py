@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pytest
 import torch
-from registry import OPS, SMALL, Op, Provider, check_inputs, check_provider
+from registry import OPS, Op, Provider, check_inputs, check_provider
+from sizes import SMALL
 
 CPU = torch.device("cpu")
 CASES = [

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from progress import ProgressBar
 from reconstruction import SPACE, normalised
-from registry import Case
 from rows import ROOT, Row, device_slug, environment, now_utc, store
+from sizes import Case
 from steps import Setup, dense, make_setup, train_step
 from torch import Tensor
 

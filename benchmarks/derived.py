@@ -10,6 +10,17 @@ from statistics import mean
 
 from rows import Row
 
+from sae_kernels import traffic
+
+GROUP_MAXIMA, GEMM_ALONE = "group maxima alone", "GEMM alone"  # yardsticks: parts that targets are stated in
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# What an operation waits for, where that is not the stream of its inputs and outputs.
+BOUND_BY = {"encode": "gemm", "autoencoder": "gemm", "decode": "gather", "decode-backward_values": "gather",
+            "decode-backward_weight": "gather"}  # fmt: skip
+
+def is_ours(row: Row) -> bool:
+    return row["provider"].startswith("ours")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -24,11 +35,24 @@ class Cell:
 
     @property
     def ours(self) -> Row | None:
-        return next((row for row in self.rows if row["provider"] == "ours"), None)
+        return self.of("ours")
+
+    @property
+    def others(self) -> list[Row]:
+        """What is neither ours nor the baseline: other ways of stock PyTorch, its compiler, other libraries."""
+        return [row for row in self.rows if not (is_ours(row) or row["baseline"] or row.get("yardstick"))]
+
+    def of(self, *providers: str) -> Row | None:
+        """The row of the first of ``providers`` that was measured."""
+        return next((row for name in providers for row in self.rows if row["provider"] == name), None)
 
     @property
     def baseline(self) -> Row | None:
         return next((row for row in self.rows if row["baseline"]), None)
+
+
+def op_id(row: Row) -> str:
+    return row["op"] if row["mode"] == "forward" else f"{row['op']}-{row['mode']}"
 
 
 def cells(rows: Iterable[Row]) -> list[Cell]:
@@ -37,10 +61,9 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
     for row in rows:
         if row["kind"] != "operation":
             continue
-        op_id = row["op"] if row["mode"] == "forward" else f"{row['op']}-{row['mode']}"
-        place = (op_id, row["case"], json.dumps(row["shape"], sort_keys=True), row["dtype"], row["device"])
+        place = (op_id(row), row["case"], json.dumps(row["shape"], sort_keys=True), row["dtype"], row["device"])
         if place not in found:
-            found[place] = Cell(op_id, row["case"], row["group"], row["shape"], row["dtype"], [])
+            found[place] = Cell(op_id(row), row["case"], row["group"], row["shape"], row["dtype"], [])
         found[place].rows.append(row)
     return list(found.values())
 
@@ -61,12 +84,29 @@ def rate_tflops(row: Row) -> float:
 
 
 def roof_of(rows: Iterable[Row], device: str, op: str, dtype: str | None = None) -> Row | None:
-    """The measured roof ("copy" or "gemm") of a device."""
+    """The measured roof ("copy", "memset", "gemm" or "gather") of a device."""
     for row in rows:
         matches = row["kind"] == "roof" and row["op"] == op and row["device"] == device
         if matches and (dtype is None or row["dtype"] == dtype):
             return row
     return None
+
+
+def gathered_gbps(row: Row) -> float:
+    """Rows of the decoder (or of the gradient) that an operation on codes asks for, repeats included, over time."""
+    shape = row["shape"]
+    moved = traffic.decode_gathered_bytes(shape["d"], shape["B"] * shape["k"], ITEMSIZE[row["dtype"]])
+    return moved / row["ms_p50"] / 1e6
+
+
+def share_of_roof(row: Row, rows: Iterable[Row]) -> tuple[str, float] | None:
+    """What binds the operation ("copy", "gemm" or "gather"), and the share of that roof's measured rate."""
+    bound = BOUND_BY.get(op_id(row), "copy")
+    roof = roof_of(rows, row["device"], bound, row["dtype"] if bound == "gemm" else None)
+    if roof is None:
+        return None
+    rate = {"copy": bandwidth_gbps, "gemm": rate_tflops, "gather": gathered_gbps}[bound](row)
+    return bound, rate / (rate_tflops(roof) if bound == "gemm" else bandwidth_gbps(roof))
 
 
 def means(rows: Iterable[Row]) -> list[Row]:

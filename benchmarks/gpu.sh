@@ -4,7 +4,8 @@
 # A part that fails or runs out of time does not stop the next; the exit status says whether all of them passed.
 # Everything shown is also in $OUT/gpu.txt. Limits in seconds: T_INSTALL, T_TESTS, T_MEMCHECK, T_RACECHECK, and T_BENCH,
 # which by default is what T_TOTAL (580) leaves. PYTHON names the interpreter (its torch is used as it is), GPU_JOBS the
-# number of test processes, BENCH_ARGS what benchmarks/run.py gets beside --out (--only kernels: ten minutes hold no more).
+# number of test processes, BENCH_ARGS what benchmarks/run.py gets beside --out and --seconds (`--only kernels --steps`:
+# ten minutes hold no more). The benchmarks take over the verdicts of the tests and write their report in any case.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,11 +19,12 @@ export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 verdicts=()
 failed=0
+status=0
 trap 'echo "interrupted" | tee -a "$log"; exit 130' INT TERM
 
 # part NAME SECONDS COMMAND...
 part() {
-  local name=$1 seconds=$2 status started=$SECONDS
+  local name=$1 seconds=$2 started=$SECONDS
   shift 2
   printf '\n== %s (at most %s s): %s\n' "$name" "$seconds" "${*%%$'\n'*}" | tee -a "$log"
   timeout --signal=INT --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$log"
@@ -64,11 +66,14 @@ part install "${T_INSTALL:-40}" "$python" -m pip install --quiet --no-deps --no-
 part versions 30 "$python" -c "$versions"
 workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "${GPU_JOBS:-4}" --dist loadfile); fi
-part tests "${T_TESTS:-220}" "$python" -m pytest "${workers[@]}" -p no:cacheprovider -m 'not slow and not serial'
+part tests "${T_TESTS:-220}" "$python" -m pytest "${workers[@]}" -p no:cacheprovider -m 'not slow and not serial' \
+  --junitxml="$out/gpu-tests.xml"
+if [ "$status" -le 1 ]; then part verdicts 30 "$python" benchmarks/verify.py "$out/gpu-tests.xml"; fi  # all have run
 sanitizer memcheck "${T_MEMCHECK:-75}"
 sanitizer racecheck "${T_RACECHECK:-75}"
+bench=${T_BENCH:-$((${T_TOTAL:-580} - SECONDS))}
 # shellcheck disable=SC2086  # BENCH_ARGS is a list of arguments
-part benchmarks "${T_BENCH:-$((${T_TOTAL:-580} - SECONDS))}" "$python" benchmarks/run.py --out "$out" ${BENCH_ARGS:---only kernels}
+part benchmarks "$bench" "$python" benchmarks/run.py --out "$out" --seconds $((bench - 25)) ${BENCH_ARGS:---only kernels --steps}
 
 {
   printf '\n== summary\n'

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import gc
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from progress import ProgressBar
-from registry import OPS, Case, Op, Provider, cases, check_inputs, check_provider, input_bytes
+from registry import OPS, Op, Provider, check_inputs, check_provider, input_bytes
+from roofs import roof
 from rows import Row, environment, now_utc
+from sizes import Case, cases
 from timing import OtherLoad, copies_past_cache, method, peak_memory_bytes, time_interleaved
 
 SEED = 0
@@ -37,6 +40,7 @@ def measure(
     skipped: list[Skipped],
     *,
     progress: bool = True,
+    until: float = math.inf,
 ) -> Iterator[list[Row]]:
     """Rows as they come: first the machine's own rates, then all operations at the first size, the second, ...
 
@@ -44,6 +48,7 @@ def measure(
         extent: "quick", "default" or "full".
         verdicts: from :func:`verify.verify`; what is red is skipped.
         skipped: is filled with what was not measured, each reason once.
+        until: of ``time.perf_counter()``; no cell is begun after it.
     """
     seconds = BUDGET_SECONDS[extent] / (5 if device.type == "cuda" else 1)
     due: list[tuple[int, Op, Case, torch.dtype]] = []
@@ -54,11 +59,17 @@ def measure(
         else:
             skipped.append(Skipped(op.id, "all", red, wrong=True))
     due.sort(key=lambda cell: cell[0])
+    absent = {p.package: p for op in OPS for p in op.providers if p.package and not p.is_installed()}
+    skipped += [Skipped("other libraries", package, "not installed") for package in absent]
     with ProgressBar(total=len(due) + 1, desc="operations", disable=not progress, unit="cell") as bar:
         bar.set_postfix_str("copy bandwidth, GEMM rate")
         yield roof(device, seconds)
         bar.update()
-        for _, op, case, dtype in due:
+        for number, (_, op, case, dtype) in enumerate(due):
+            if time.perf_counter() > until:
+                left = f"{len(due) - number} of {len(due)} cells, from {op.id} at {case.name}, {_dtype_name(dtype)} on"
+                skipped.append(Skipped("operations", left, "out of time"))
+                break
             bar.set_postfix_str(f"{op.id} {case.name} {_dtype_name(dtype)}")
             yield measure_cell(op, case, dtype, device, seconds, skipped)
             bar.update()
@@ -85,6 +96,8 @@ def measure_cell(
         for provider in op.providers:
             if provider.compiled and not _worth_compiling(case, dtype, device):
                 continue
+            if not provider.is_installed():
+                continue  # said once, for all operations
             missing = provider.missing(device)
             if missing is not None:
                 skip(provider, missing)
@@ -117,6 +130,7 @@ def measure_cell(
     rows = [
         {
             **about, "provider": provider.name, "baseline": provider.baseline, "note": provider.note,
+            **({"yardstick": True} if provider.yardstick else {}),
             **environment(device), **timing.fields(),
             "bytes": cost.bytes, "flops": cost.flops, "peak_mem_bytes": peaks[provider], "other_load": other_load,
             "utc": now_utc(),
@@ -136,41 +150,6 @@ def _worth_compiling(case: Case, dtype: torch.dtype, device: torch.device) -> bo
 
 def _is_ours(provider: Provider) -> bool:
     return provider.name.startswith("ours")
-
-
-def roof(device: torch.device, budget_seconds: float) -> list[Row]:
-    """What this machine can do: the rate of a large copy, and of a square GEMM in fp32 and bf16."""
-    on_gpu = device.type == "cuda"
-    elements = (1 << 30) if on_gpu else (1 << 26)
-    side = 8192 if on_gpu else 2048
-    rows = []
-    with torch.no_grad():
-        source = torch.zeros(elements, dtype=torch.float32, device=device)
-        target = torch.empty_like(source)
-        moved = 2 * source.numel() * source.element_size()
-        copy = functools.partial(target.copy_, source)
-        rows.append(_roof_row(device, budget_seconds, "copy", "float32", {"elements": elements}, moved, 0, copy))
-        del source, target, copy
-        for dtype in (torch.float32, torch.bfloat16):
-            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-            moved = 3 * side * side * a.element_size()
-            rows.append(_roof_row(device, budget_seconds, "gemm", _dtype_name(dtype), {"side": side}, moved,
-                                  2 * side**3, functools.partial(torch.matmul, a, b)))  # fmt: skip
-    return rows
-
-
-def _roof_row(
-    device: torch.device, budget_seconds: float, op: str, dtype: str, shape: dict[str, int], moved: int, flops: int,
-    call: Callable[[], object],
-) -> Row:  # fmt: skip
-    others = OtherLoad()
-    (timing,) = time_interleaved([[call]], device, budget_seconds=budget_seconds)
-    return {
-        "kind": "roof", "op": op, "mode": "forward", "case": "roof", "group": "roof", "shape": shape, "dtype": dtype,
-        "provider": "torch", "baseline": True, "note": "", "seed": SEED, "method": method(device),
-        **environment(device), **timing.fields(), "bytes": moved, "flops": flops, "peak_mem_bytes": None,
-        "other_load": others.cores(), "utc": now_utc(),
-    }  # fmt: skip
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

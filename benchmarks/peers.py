@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from progress import ProgressBar
-from registry import Case
 from rows import ROOT, Row, device_name, device_slug, environment, now_utc, store
 from run import chosen_device, is_missing, write_report
+from sizes import Case
 from steps import CONTESTANTS, SEED, Contestant, cases, check, make_setup, peer_versions, true_error
 from timing import OtherLoad, method, peak_memory_bytes, time_interleaved
 
@@ -82,6 +82,13 @@ def measure(
     return rows
 
 
+def prepare(device: torch.device) -> None:
+    """Before another library is imported: what they need, and what they warn about."""
+    if device.type == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its Triton decoder takes no CPU tensors; read at its import
+    warnings.filterwarnings("ignore", module=r"(sae_lens|sparsify|dictionary_learning|nnsight|transformer_lens)\b")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time whole training steps, ours and those of other libraries.")
     extent = parser.add_mutually_exclusive_group()
@@ -98,8 +105,7 @@ def run(options: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     device = chosen_device(options.device)
-    if device.type == "cpu":
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its Triton decoder takes no CPU tensors; read at its import
+    prepare(device)
     extent = "quick" if options.quick else "full" if options.full else "default"
     folder = options.out / (device_slug(device) + ("-quick" if options.quick else ""))
     print(f"{device_name(device)}, torch {torch.__version__}, {peer_versions()}; results in {folder}", flush=True)
@@ -113,7 +119,6 @@ def run(options: argparse.Namespace) -> None:
     if red:
         sys.exit("nothing is timed: " + "; ".join(red.values()))
     skipped: list[str] = []
-    warnings.filterwarnings("ignore", module=r"(sae_lens|sparsify|dictionary_learning|nnsight|transformer_lens)\b")
     for case, dtype in cases(device, extent):
         store(folder / "peers.jsonl", measure(case, dtype, device, extent, skipped))
     write_report(folder, skipped)

@@ -14,7 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from derived import Cell, cells, fmt_ms, fmt_ratio, means, shape_text, speed_up
+from derived import Cell, cells, fmt_ms, fmt_ratio, means, shape_text, share_of_roof, speed_up
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -39,12 +39,18 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
         for cell in cells(rows):
             if cell.baseline:
                 by_group[cell.group, cell.dtype].append(cell)
+        quoted: dict[str, list[Cell]] = defaultdict(list)
         for (group, dtype), found in by_group.items():
             if group.startswith("sweep-"):
                 figures[f"{group}-{dtype}"] = sweep(found, group.removeprefix("sweep-"))
             elif not group.endswith(("-zipf", "-wide")):
                 extra = by_group.get((f"{group}-wide", dtype), [])  # skewed codes stand in the tables
                 figures[f"operations-{group}-{dtype}"] = speed_ups(_ordered(found + extra))
+                quoted[dtype] += found
+        for dtype, found in quoted.items():
+            shares = [(cell, *share) for cell in found if cell.ours and (share := share_of_roof(cell.ours, rows))]
+            if shares:
+                figures[f"roofline-{dtype}"] = roofline(shares)
         trained: dict[tuple, list[Row]] = defaultdict(list)
         for row in rows:
             if row["kind"] == "reconstruction":
@@ -76,7 +82,8 @@ def speed_ups(found: Sequence[Cell]) -> Figure:
     y = 0.0
     for cell in found:
         headings.append((y, _heading(cell)))
-        for row in sorted(cell.rows, key=lambda row: (not row["provider"].startswith("ours"), not row["baseline"])):
+        shown = (row for row in cell.rows if not row.get("yardstick"))
+        for row in sorted(shown, key=lambda row: (not row["provider"].startswith("ours"), not row["baseline"])):
             y += 1.0
             lines.append((y, row, cell))
         y += 1.6
@@ -115,6 +122,44 @@ def speed_ups(found: Sequence[Cell]) -> Figure:
     figure.text(0.01, 1.0, title, fontsize=11, fontweight="bold", va="bottom")
     figure.text(0.01, 0.995, f"{device}; median time of one call", fontsize=8, color=BASELINE_COLOUR, va="top")
     figure.tight_layout(rect=(0, 0, 1, 0.99 - 0.15 / figure.get_figheight()))
+    return figure
+
+
+ROOFS = {"copy": ("copy bandwidth", "o"), "gemm": ("GEMM rate", "s"), "gather": ("L2 gather rate", "D")}
+
+
+def roofline(shares: Sequence[tuple[Cell, str, float]]) -> Figure:
+    """How near our operations come to the measured roof that binds each: its bytes, flops or gathered rows per second
+    over the same card's rate; a point a size."""
+    by_op: dict[str, list[tuple[Cell, str, float]]] = defaultdict(list)
+    for found in shares:
+        by_op[found[0].op_id].append(found)
+    figure, axes = plt.subplots(figsize=(7.0, 0.16 * (len(shares) + len(by_op)) + 1.2))
+    ticks, y, named = [], 0.0, set()
+    for found in by_op.values():
+        ticks.append(y + (len(found) - 1) / 2)
+        for cell, bound, share in found:
+            text, marker = ROOFS[bound]
+            axes.scatter(100 * share, y, s=26, marker=marker, color=OURS_COLOUR, linewidth=0,
+                         label=None if bound in named else f"of the {text}")  # fmt: skip
+            axes.annotate(cell.case, (100 * share, y), xytext=(6, 0), textcoords="offset points", va="center",
+                          fontsize=7, color=BASELINE_COLOUR)  # fmt: skip
+            named.add(bound)
+            y += 1.0
+        y += 1.0
+    axes.axvline(100, color=INK, linewidth=0.8)
+    axes.set_xlim(0, max(112.0, *(112 * share for _, _, share in shares)))
+    axes.set_ylim(y - 1.2, -0.9)
+    axes.set_yticks(ticks, list(by_op), fontsize=8)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} %"))
+    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.set_xlabel("of the roof measured on the same machine; more than 100 %: data stayed in a cache")
+    first_row = shares[0][0].rows[0]
+    axes.set_title(f"Share of the roof, {first_row['device']}, {shares[0][0].dtype}", pad=22)
+    axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), borderpad=0)
+    figure.tight_layout()
     return figure
 
 

@@ -8,53 +8,70 @@ from pathlib import Path
 from statistics import mean
 
 from derived import (
+    BOUND_BY,
     Cell,
     bandwidth_gbps,
     cells,
     fmt_ms,
     fmt_ratio,
     fmt_spread,
+    gathered_gbps,
+    is_ours,
     knob_text,
     means,
+    op_id,
     rate_tflops,
     roof_of,
     shape_text,
+    share_of_roof,
     speed_up,
     table,
 )
 from rows import Row, latest
 from step_report import sections
+from verdicts import prediction_table, predictions, target_table
 
 NOT_MEASURED = "not measured"
 BUSY_CORES = 0.15  # other processes' load above which a report says so
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """What the terminal shows: ours against the baseline of each operation, then the errors."""
+    """What the terminal shows: ours beside its roof, the baseline and everything else; verdicts; then the errors."""
     rows = latest(rows)
     lines = []
     for cell in cells(rows):
         if cell.ours and cell.baseline:
             size = cell.case if cell.case.endswith(cell.dtype) else f"{cell.case}, {cell.dtype}"
+            ours = cell.ours["ms_p50"]
+            share = share_of_roof(cell.ours, rows)
+            beside = (f"{fmt_ratio(row['ms_p50'] / ours)} {row['provider']}" for row in cell.others)
             lines.append([
-                cell.op_id, size, fmt_ms(cell.ours["ms_p50"]), fmt_ms(cell.baseline["ms_p50"]),
-                fmt_ratio(speed_up(cell.ours, cell)), cell.baseline["provider"],
+                cell.op_id, size, fmt_ms(ours), f"{100 * share[1]:.0f} % {share[0]}" if share else "",
+                fmt_ratio(speed_up(cell.ours, cell)), f"{cell.baseline['provider']}, {fmt_ms(cell.baseline['ms_p50'])}",
+                ", ".join(beside),
             ])  # fmt: skip
     parts = []
     if lines:
-        header = ("operation", "size", "ours", "baseline", "speed-up", "baseline is")
+        header = ("operation", "size", "ours", "of roof", "speed-up", "over the baseline", "over others")
         parts.append(table(header, lines, left=2))
+    parts += [target_table(rows, device) for device in _gpus(rows)]
     parts += [_reconstruction_table(found) for found in _by_setting(rows).values()]
     return "\n\n".join(parts)
 
 
-def markdown(rows: Iterable[Row], figures: Sequence[Path], skipped: Sequence[str] = ()) -> str:
-    """The whole report. ``figures`` lie beside it; ``skipped`` are lines about what has no numbers."""
+def markdown(
+    rows: Iterable[Row], figures: Sequence[Path], skipped: Sequence[str] = (), predicted: Iterable[dict] = ()
+) -> str:
+    """The whole report. ``figures`` lie beside it; ``skipped`` are lines about what has no numbers; ``predicted`` are
+    rows of ``predict.py``."""
     rows = latest(rows)
     operations = [row for row in rows if row["kind"] == "operation"]
     parts = ["# Benchmarks", machine(rows)]
     if operations:
-        parts += ["## Operations", _legend(rows), *_pictures(figures, "operations"), *_pictures(figures, "sweep")]
+        for device in _gpus(operations):
+            parts += [f"## Targets, {device}", TARGETS_TEXT, target_table(rows, device)]
+        parts += ["## Operations", _legend(rows)]
+        parts += [picture for prefix in ("roofline", "operations", "sweep") for picture in _pictures(figures, prefix)]
         groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
         for cell in cells(rows):
             groups[cell.case, cell.dtype].append(cell)
@@ -63,6 +80,9 @@ def markdown(rows: Iterable[Row], figures: Sequence[Path], skipped: Sequence[str
             parts += [f"### {case}, {dtype}: {shape_text(widest)}", _operations_table(found, rows)]
         if not any(row["cuda"] for row in operations):
             parts.append(f"On a GPU (S1, S2, S3 in bf16 and fp32; sweeps over F and k): {NOT_MEASURED}.")
+    compared = predictions(rows, predicted)
+    if compared:
+        parts += ["## Predictions", PREDICTIONS_TEXT, prediction_table(compared)]
     parts += sections(rows, figures)
     trained = _by_setting(rows)
     if trained:
@@ -72,6 +92,21 @@ def markdown(rows: Iterable[Row], figures: Sequence[Path], skipped: Sequence[str
     if skipped:
         parts += ["## Without numbers", "\n".join(f"- {line}" for line in skipped)]
     return "\n\n".join(parts) + "\n"
+
+
+TARGETS_TEXT = (
+    "Against the roofs and yardsticks of the same card and run: one read of the matrix at the copy bandwidth, one pass "
+    "of group maxima, the bare cuBLAS product, gathers of random rows out of the L2 cache. Where a row is missing, the "
+    "target is not measured."
+)
+PREDICTIONS_TEXT = (
+    "Predicted by `benchmarks/predict.py` from binaries compiled without a GPU, before anything was measured. "
+    "Confirmed: within a factor of 1.5, either way. What is refuted is to be explained: the model or the kernel."
+)
+
+
+def _gpus(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(row["device"] for row in rows if row["kind"] == "operation" and row["cuda"]))
 
 
 def _pictures(figures: Sequence[Path], prefix: str) -> list[str]:
@@ -109,32 +144,40 @@ def _legend(rows: Sequence[Row]) -> str:
         copy = roof_of(rows, device, "copy")
         if copy:
             rates = [f"copy {bandwidth_gbps(copy):.1f} GB/s"]
-            for dtype in ("float32", "bfloat16"):
+            memset, gather = roof_of(rows, device, "memset"), roof_of(rows, device, "gather")
+            rates += [f"memset {bandwidth_gbps(memset):.1f} GB/s"] if memset else []
+            for dtype in ("float32", "bfloat16", "float16"):
                 gemm = roof_of(rows, device, "gemm", dtype)
                 rates += [f"{dtype} GEMM {rate_tflops(gemm):.3g} TFLOP/s"] if gemm else []
+            rates += [f"rows gathered from L2 {bandwidth_gbps(gather):.1f} GB/s"] if gather else []
             text.append(f"Measured roof of {device}: {', '.join(rates)}.")
     return "\n\n".join(text)
 
 
 def _operations_table(found: Sequence[Cell], rows: Sequence[Row]) -> str:
     on_gpu = any(row["peak_mem_bytes"] is not None for cell in found for row in cell.rows)
+    gathers = {row["device"]: gather for row in rows if (gather := roof_of(rows, row["device"], "gather"))}
     header = ["operation", "provider", "ms", "speed-up", "GB/s", "% of copy", "% of GEMM"]
-    header += ["peak MB"] if on_gpu else []
+    header += [*(["% of gather"] if gathers else []), *(["peak MB"] if on_gpu else [])]
     lines = []
     for cell in found:
         for row in cell.rows:
             copy = roof_of(rows, row["device"], "copy")
             gemm = roof_of(rows, row["device"], "gemm", row["dtype"])
-            provider = f"**{row['provider']}**" if row["provider"].startswith("ours") else row["provider"]
-            remarks = [*(["baseline"] if row["baseline"] else []), *([row["note"]] if row["note"] else [])]
+            provider = f"**{row['provider']}**" if is_ours(row) else row["provider"]
+            kind = ["baseline"] if row["baseline"] else ["yardstick"] if row.get("yardstick") else []
+            remarks = [*kind, *([row["note"]] if row["note"] else [])]
             provider += f" ({', '.join(remarks)})" if remarks else ""
             first = row is cell.rows[0]
             line = [
-                cell.op_id if first else "", provider, fmt_spread(row), fmt_ratio(speed_up(row, cell)),
-                f"{bandwidth_gbps(row):.3g}",
+                cell.op_id if first else "", provider, fmt_spread(row),
+                "" if row.get("yardstick") else fmt_ratio(speed_up(row, cell)), f"{bandwidth_gbps(row):.3g}",
                 f"{100 * bandwidth_gbps(row) / bandwidth_gbps(copy):.0f}" if copy else "",
                 f"{100 * rate_tflops(row) / rate_tflops(gemm):.0f}" if gemm and row["flops"] else "",
             ]  # fmt: skip
+            if gathers:
+                gather = gathers.get(row["device"]) if BOUND_BY.get(op_id(row)) == "gather" else None
+                line.append(f"{100 * gathered_gbps(row) / bandwidth_gbps(gather):.0f}" if gather else "")
             if on_gpu:
                 line.append("" if row["peak_mem_bytes"] is None else f"{row['peak_mem_bytes'] / 1e6:.0f}")
             lines.append(line)

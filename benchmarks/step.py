@@ -19,10 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from registry import MAIN, S1, Case, _backend, _topk_dense
+from ours import backend_of
 from rows import ROOT, Row, device_name, device_slug, environment, now_utc, store
 from run import chosen_device, write_report
+from sizes import MAIN, S1, Case
 from steps import LEARNING_RATE, SEED, TINY, DenseAutoencoder, Setup, dense, make_setup, step_with_unit_rows, train_step
+from stock import topk_dense
 from timing import OtherLoad, method, time_interleaved
 
 from sae_engine import SparseCodes, _passes, functional
@@ -34,13 +36,13 @@ TURNING, VALUES, WEIGHTS = "turning the codes", "value gradients", "weight gradi
 PARTS = (GEMM, SELECTION, DECODE, TURNING, VALUES, WEIGHTS)
 WHOLE = "whole step"
 OURS, DENSE = "ours", "dense PyTorch"
-BUDGET_SECONDS = {"quick": 0.2, "default": 30.0}
+BUDGET_SECONDS = {"quick": 0.2, "default": 30.0, "full": 30.0}
 Calls = dict[str, Callable[[], object]]
 
 
 def our_parts(s: Setup) -> tuple[Calls, SparseCodes]:
     """What TrainStep does with one objective, unit-norm rows and Adam, in parts; and the codes."""
-    sae, x, backend = s.autoencoder(), s.x[0], _backend(s.x[0])
+    sae, x, backend = s.autoencoder(), s.x[0], backend_of(s.x[0])
     encoder, decoder = sae.W_enc.detach().to(s.dtype), sae.W_dec.detach().to(s.dtype)
     b_enc, b_dec = sae.b_enc.detach(), sae.b_dec.detach()
     buffer = PreActivations()
@@ -100,7 +102,7 @@ def dense_parts(s: Setup) -> Calls:
 
     pre = torch.addmm(b_enc, centred, W_enc)
     values, columns = pre.topk(k, sorted=False)
-    kept = _topk_dense(pre, k)
+    kept = topk_dense(pre, k)
     grad = decode().to(s.dtype)
     slopes = at_pre()
 
@@ -112,9 +114,16 @@ def dense_parts(s: Setup) -> Calls:
         step_with_unit_rows(optimizer, sae.W_dec)
 
     return {
-        GEMM: lambda: torch.addmm(b_enc, (x - b_dec).to(s.dtype), W_enc), SELECTION: lambda: _topk_dense(pre, k),
+        GEMM: lambda: torch.addmm(b_enc, (x - b_dec).to(s.dtype), W_enc), SELECTION: lambda: topk_dense(pre, k),
         DECODE: decode, VALUES: at_pre, WEIGHTS: update, WHOLE: dense()(s),
     }  # fmt: skip
+
+
+def cases(device: torch.device, extent: str) -> list[tuple[Case, torch.dtype]]:
+    """Even firing, and skewed."""
+    case = TINY if extent == "quick" else S1 if device.type == "cuda" else MAIN
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return [(case, dtype), (replace(case, indices="zipf", name=f"{case.name}, skewed"), dtype)]
 
 
 def measure(case: Case, dtype: torch.dtype, device: torch.device, extent: str) -> list[Row]:
@@ -159,11 +168,9 @@ def main(arguments: list[str] | None = None) -> None:
     device = chosen_device(options.device)
     folder = options.out / (device_slug(device) + ("-quick" if options.quick else ""))
     print(f"{device_name(device)}, torch {torch.__version__}; results in {folder}", flush=True)
-    case = TINY if options.quick else S1 if device.type == "cuda" else MAIN
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for indices in ("uniform", "zipf"):
-        chosen = replace(case, indices=indices, name=case.name + (", skewed" if indices == "zipf" else ""))
-        store(folder / "step.jsonl", measure(chosen, dtype, device, "quick" if options.quick else "default"))
+    extent = "quick" if options.quick else "default"
+    for case, dtype in cases(device, extent):
+        store(folder / "step.jsonl", measure(case, dtype, device, extent))
     write_report(folder, [])
 
 

@@ -15,8 +15,12 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
 
+import stock
 import torch
-from registry import MAIN, S1, S2, S3, SMALL, Case, Provider, _compiled, _generator, _normal, _topk_dense
+from inputs import normal, seeded
+from registry import Provider
+from sizes import MAIN, S1, S2, S3, SMALL, Case
+from stock import topk_dense
 from torch import Tensor, nn
 
 import sae_engine as se
@@ -66,10 +70,10 @@ class Setup:
 
 def make_setup(case: Case, device: torch.device, dtype: torch.dtype = torch.float32, *, seed: int = SEED) -> Setup:
     """Normal inputs and random unit rows, so that pre-activations are nearly normal; biases skew them if asked to."""
-    generator = _generator(device, seed)
-    W_dec = _normal(case.F, case.d, dtype=torch.float32, generator=generator)
+    generator = seeded(device, seed)
+    W_dec = normal(case.F, case.d, dtype=torch.float32, generator=generator)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
-    x = [_normal(case.B, case.d, dtype=torch.float32, generator=generator) for _ in range(BATCHES)]
+    x = [normal(case.B, case.d, dtype=torch.float32, generator=generator) for _ in range(BATCHES)]
     b_enc = torch.zeros(case.F, device=device)
     if case.indices == "zipf":
         b_enc = skewed_biases(case.F, case.k).to(device)[torch.randperm(case.F, device=device, generator=generator)]
@@ -178,7 +182,7 @@ def step_with_unit_rows(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None
 
 
 def dense_error(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
-    kept = _topk_dense(torch.addmm(b_enc, x - b_dec, W_enc), k)
+    kept = topk_dense(torch.addmm(b_enc, x - b_dec, W_enc), k)
     return (torch.addmm(b_dec, kept, W_dec) - x).square().sum(1).mean()
 
 
@@ -196,7 +200,7 @@ def dense(*, compiled: bool = False) -> Callable[[Setup], Callable[[], Tensor]]:
     def build(s: Setup) -> Callable[[], Tensor]:
         sae, batches = DenseAutoencoder(s), s.batches()
         optimizer = torch.optim.Adam(sae.parameters(), lr=s.learning_rate, fused=True)
-        error = _compiled(dense_error) if compiled else dense_error
+        error = stock.compiled(dense_error) if compiled else dense_error
 
         def run() -> Tensor:
             with s.autocast():

@@ -5,6 +5,7 @@ All variants of one cell are timed in turn, round by round, so that a machine th
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import statistics
@@ -63,13 +64,13 @@ def time_interleaved(
     for calls in variants:  # builds, first-use costs, and on a GPU the compilation of kernels
         for call in calls:
             call()
-    once = _events if device.type == "cuda" else _clock
-    _synchronize(device)
+    once = [functools.partial(_events, cycles=spin_cycles(_submission_ms(calls[0], device))) if device.type == "cuda"
+            else _clock for calls in variants]  # fmt: skip
     samples: list[list[float]] = [[] for _ in variants]
     started = time.perf_counter()
     for round_ in range(most_rounds):
-        for calls, taken in zip(variants, samples, strict=True):
-            taken.append(once(calls[round_ % len(calls)], device))
+        for calls, timed, taken in zip(variants, once, samples, strict=True):
+            taken.append(timed(calls[round_ % len(calls)], device))
         if round_ + 1 >= least_rounds and time.perf_counter() - started > budget_seconds:
             break
     return [summarize(taken) for taken in samples]
@@ -130,10 +131,25 @@ def _clock(call: Call, device: torch.device) -> float:
     return elapsed * 1e3
 
 
-def _events(call: Call, device: torch.device) -> float:
+def _submission_ms(call: Call, device: torch.device) -> float:
+    """What the host takes to submit a call; of one that waits for the device, the whole call."""
+    _synchronize(device)
+    started = time.perf_counter()
+    call()
+    taken = time.perf_counter() - started
+    _synchronize(device)
+    return taken * 1e3
+
+
+def spin_cycles(submission_ms: float) -> int:
+    """Clock cycles for which a queue has to be busy until a call is submitted: twice that long at 2 GHz, 1 to 20 ms."""
+    return int(2_000_000 * min(max(2 * submission_ms, 1.0), 20.0))
+
+
+def _events(call: Call, device: torch.device, *, cycles: int) -> float:
     """The queue is kept busy while the host submits, so that submission is not what is measured."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(2_000_000)  # clock cycles: about 1 ms
+    torch.cuda._sleep(cycles)
     start.record()
     call()
     end.record()

@@ -1,12 +1,15 @@
 """Launch configurations: a deterministic function of shapes and dtype, each with its reason.
 
-Nothing here reads the device or the clock, so two processes never choose differently.
+Nothing here reads the device or the clock, so two processes never choose differently. What :func:`searched` decorates
+can be searched for instead, by those who ask for it: see ``_autotune.py``.
 """
 import math
 from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+
+from ._autotune import searched
 
 # Share of stored entries above which an operation on codes densifies and uses a GEMM instead: where
 # benchmarks/crossover.py saw the GEMM overtake. CUDA: not measured yet, from counting bytes and flops.
@@ -20,6 +23,7 @@ DENSE_SHARE = {
 DENSE_CHOICE: ContextVar[bool | None] = ContextVar("dense_choice", default=None)
 
 CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary of the torch back end
+WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of an fp32 temporary of its 16-bit product
 
 SCORES_IN_CACHE = 1 << 20  # scores of a chunk of rows that a CPU passes over several times: 4 MB in fp32
 
@@ -39,6 +43,11 @@ def key_shift(dtype: torch.dtype) -> int:
 def num_warps(lanes: int) -> int:
     """16 lanes a thread: with 32, selection takes 200 registers and spills on some architectures. No idle threads."""
     return min(max(lanes // 512, min(lanes // 64, 4), 1), 16)
+
+
+def _around(number: int, least: int, most: int) -> list[int]:
+    """Half of it, itself and twice, within bounds."""
+    return [n for n in (number // 2, number, 2 * number) if least <= n <= most]
 
 
 class Tile(NamedTuple):
@@ -85,6 +94,20 @@ def _balanced_size(num_latents: float, k: float) -> int:
     return size
 
 
+def _groups_around(found: Groups, extent: int, most: int, largest_block: int) -> list[Groups]:
+    """Other sizes of a group, tiles and warps; a tile holds whole groups."""
+    return [
+        Groups(size, -(-extent // size), block, warps)
+        for size in _around(found.size, 2, most)
+        for block in _around(found.block, max(size, 16), largest_block)
+        for warps in _around(found.warps, 1, 16)
+    ]
+
+
+@searched(
+    lambda found, rows, num_latents, total: _groups_around(found, num_latents, found.block, MAX_TILE),
+    key=lambda rows, num_latents, total: (num_latents, round(math.log2(total / rows))),
+)
 def batch_groups(rows: int, num_latents: int, total: int) -> Groups | None:
     """Groups for ``total`` entries of a whole matrix, each inside one row and one tile; None: too many to pay."""
     block = stream_block(num_latents)
@@ -155,6 +178,16 @@ def survivor_tiles(number: int) -> tuple[int, int, int]:
     return stream_block(number, 512), 512, 2
 
 
+def _row_groups_around(found: Groups, num_latents: int, k: int) -> list[Groups]:
+    """Those whose stages fit one tile, and none whose second stage is wider than the widest that has been compiled."""
+    widest = max(next_power_of_2(found.number), next_power_of_2(k) * found.size)
+    return [
+        groups for groups in _groups_around(found, num_latents, MAX_TILE, MAX_TILE)
+        if max(next_power_of_2(groups.number), next_power_of_2(k) * groups.size) <= min(2 * widest, MAX_TILE)
+    ]  # fmt: skip
+
+
+@searched(_row_groups_around)
 def row_groups(num_latents: int, k: int) -> Groups | None:
     """Groups for k entries of a row; None when a stage would not fit one tile."""
     size = _balanced_size(num_latents, k)
@@ -171,6 +204,10 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
     return Groups(size, number, max(stream_block(num_latents, 32 * latents * warps), size), warps)
 
 
+@searched(
+    lambda found, rows, num_latents, total, stride=1: _groups_around(found, rows, 256, 1024),
+    key=lambda rows, num_latents, total, stride=1: (num_latents, round(math.log2(total / rows)), stride == 1),
+)
 def groups_of_rows(rows: int, num_latents: int, total: int, stride: int = 1) -> Groups | None:
     """Groups of rows for ``total`` entries shared out over columns ``stride`` apart; None: too many to pay.
 
@@ -196,11 +233,13 @@ class CandidateTile(NamedTuple):
 CANDIDATE_TILE = CandidateTile(128, 32, 8)
 
 
+@searched(lambda block, grouped: _around(block, 64, 2048))
 def candidate_block(grouped: bool) -> int:
     """Tile of one column's candidates: a common number of them, so that most stay in registers; or of its rows."""
     return 128 if grouped else 1024
 
 
+@searched(lambda warps, block: _around(warps, 1, 16))
 def candidate_warps(block: int) -> int:
     """4 lanes a thread at first: the loads are scattered, one sector each, and one warp needs no barrier."""
     return min(block // 128, 4)
@@ -211,13 +250,25 @@ def stream_block(num_latents: int, most: int = 4096) -> int:
     return max(min(next_power_of_2(num_latents), most), 16)
 
 
-def compact_tile(num_latents: int) -> Tile:
-    """Tile of the compaction of whole rows: the positions of a scan and the addresses they become take the registers.
+def _tiles_around(tile: tuple[int, int], *_: object) -> list[tuple[int, int]]:
+    return [(block, warps) for block in _around(tile[0], 16, 4096) for warps in _around(tile[1], 1, 16)]
+
+
+@searched(_tiles_around)
+def threshold_tile(num_latents: int) -> tuple[int, int]:
+    """Lanes and warps of counting and writing: the scan's places take registers, so half of a usual tile."""
+    block = stream_block(num_latents, 2048)
+    return block, num_warps(block)
+
+
+@searched(_tiles_around)
+def compact_tile(num_latents: int) -> tuple[int, int]:
+    """Lanes and warps of the compaction of whole rows: positions of a scan and addresses take the registers.
 
     8 lanes a thread, a 16-byte load of 16-bit values.
     """
     block = stream_block(num_latents, 2048)
-    return Tile(block, num_warps(2 * block))
+    return block, num_warps(2 * block)
 
 
 def shares_of_row(rows: int) -> int:
@@ -233,11 +284,13 @@ def is_dense(operation: str, entries: int, rows: int, columns: int, device_type:
     return entries > DENSE_SHARE.get(device_type, DENSE_SHARE["cuda"])[operation] * rows * columns
 
 
+@searched(lambda block, width: _around(block, 16, 2048))
 def decode_block(width: int) -> int:
     """Columns of a decoder tile: one tile up to 1024, so that a row's indices are read once for common widths."""
     return max(min(next_power_of_2(width), 1024), 16)
 
 
+@searched(lambda warps, block: _around(warps, 1, 8))
 def decode_warps(block: int) -> int:
     """8 columns a thread, one 16-byte load of 16-bit weights: 2 to 4 warps at common widths."""
     return min(max(block // 256, 1), 4)
@@ -268,6 +321,96 @@ def latents_in_cache(width: int) -> int:
 
 TRANSPOSED_IN_CACHE = 3 << 16  # numbers of a gradient that a CPU transposes at a time: 768 kB in fp32
 
+
+class EncoderTile(NamedTuple):
+    """Tile of the encoder's product, [rows, width] @ [width, latents]."""
+
+    rows: int
+    latents: int
+    width: int
+    warps: int
+    stages: int
+
+
+ENCODER_GROUP = 16  # rows of tiles that go together: 16 x 8 tiles of 128 x 256, one a processor, touch least memory
+
+
+def dot_precision(dtype: torch.dtype, backend: str) -> str:
+    """How fp32 is multiplied: as torch.backends says, in full unless TF32 is allowed. 16-bit products are exact."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype == torch.float32 and backend == "cuda" else "ieee"
+
+
+def has_tma(backend: str, arch: int | str) -> bool:
+    return backend == "cuda" and int(arch) >= 90
+
+
+def _encoder_tiles_around(tile: EncoderTile, *_: object) -> list[EncoderTile]:
+    """Every tile holds whole groups; more stages hide more latency and take more shared memory."""
+    return [
+        EncoderTile(rows, latents, width, warps, stages)
+        for rows in _around(tile.rows, 16, 128)
+        for latents in _around(tile.latents, MAX_ENCODER_GROUP, 256)
+        for width in _around(tile.width, 16, 64)
+        for warps in (4, 8)
+        for stages in (tile.stages, tile.stages + 1)
+        if rows * latents <= max(tile.rows * tile.latents, 64 * 64)
+    ]
+
+
+@searched(_encoder_tiles_around, key=lambda dtype, precision, aligned, backend, arch: (precision, aligned))
+def encoder_tile(dtype: torch.dtype, precision: str, aligned: bool, backend: str, arch: int | str) -> EncoderTile:
+    """From registers and shared memory of the binaries; none has run.
+
+    ``aligned``: rows that 16-byte loads are due to serve. Others load number by number, and larger tiles would spill.
+    """
+    if backend == "interpreter":
+        return EncoderTile(32, 64, 16, 4, 1)  # so that small matrices have several
+    if dtype == torch.float32 and precision == "ieee":
+        return EncoderTile(64, 64, 16, 8, 2)  # without tensor cores operands take the registers: 54 to 128
+    if not aligned:
+        return EncoderTile(64, 64, 32, 8, 2)  # 60 to 116 registers
+    if backend != "cuda":
+        return EncoderTile(128, 256, 64, 8, 2)  # 182 registers, two waves a SIMD; 48 KiB shared
+    if dtype == torch.float32:
+        return EncoderTile(128, 128, 32, 8, 3)  # 90 to 176 registers
+    if int(arch) < 90:
+        return EncoderTile(128, 128, 32, 8, 4)  # 128 registers, two programs a processor
+    if int(arch) < 100:
+        return EncoderTile(128, 256, 64, 8, 4)  # 166 registers: one program, whose shared memory nobody else asks for
+    return EncoderTile(128, 128, 64, 8, 3)  # sums lie in tensor memory; 128 registers, two programs a processor
+
+
+class FusedRange(NamedTuple):
+    """Where the product that takes group maxima along beats the stock product and a pass for the maxima."""
+
+    rows: int  # at least: fewer leave most of a tile empty
+    width: int  # at most: the product's share grows with the width, and the stock one is the faster product
+
+
+# By architecture ("sm_90", "gfx942") and kind of product ("16-bit", "tf32", "ieee"). Filled from measurements, `encode`
+# of benchmarks/run.py; no GPU has been measured yet, so the stock product serves everywhere.
+FUSED_ENCODER: dict[str, dict[str, FusedRange]] = {}
+
+# Overrules the table, for tests and for the benchmark that fills it.
+ENCODER_CHOICE: ContextVar[bool | None] = ContextVar("encoder_choice", default=None)
+
+
+MAX_ENCODER_GROUP = 64  # latents of a group: every tile holds whole groups
+
+
+def fuses_encoder(rows: int, width: int, group: int | None, dtype: torch.dtype, arch: str) -> bool:
+    """Whether the encoder's product takes the maxima of ``group`` latents along: by shapes, dtype and architecture."""
+    if group is None or group > MAX_ENCODER_GROUP:
+        return False
+    choice = ENCODER_CHOICE.get()
+    if choice is not None:
+        return choice
+    kind = dot_precision(dtype, "cuda") if dtype == torch.float32 else "16-bit"
+    found = FUSED_ENCODER.get(arch, {}).get(kind)
+    return found is not None and rows >= found.rows and width <= found.width
+
+
 PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps
 PASS_REGISTERS = 128  # of a thread, so that 16 warps share a processor; left to itself the compiler spills for 20
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
@@ -275,11 +418,13 @@ SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program 
 SLOPES_TILE = 4, 256  # entries and columns of the inner products that precede the pass of wider rows
 
 
+@searched(lambda warps, block: _around(warps, 1, 16))
 def pass_warps(block: int) -> int:
     """8 columns a thread, one 16-byte load of 16-bit rows, up to 16 warps, past which registers run out."""
     return min(max(block // 256, 1), 16)
 
 
+@searched(lambda entries, block: _around(entries, 1, 4))
 def pass_entries(block: int) -> int:
     """Rows in flight, of gradient and input each: 2 leave the 128 registers with which 16 warps share a processor.
 

@@ -10,7 +10,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import _terms, _tuning, budgets, cpu_gemm
+from . import _autotune, _terms, _tuning, budgets, cpu_gemm
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -47,6 +47,9 @@ def _is_dense(name: str, args: tuple) -> bool:
 _ON_ENTRIES = {"decode", "decode_backward_values", "decode_backward_weight", "to_dense", "gather", "by_latent"}
 
 
+_IN_PLACE = {"latent_adam"}  # what a search must try on copies
+
+
 def _run(name: str, launcher: str, *args):
     first = args[0][0] if isinstance(args[0], list) else args[0]
     kind = first.device.type
@@ -62,6 +65,8 @@ def _run(name: str, launcher: str, *args):
     if backend != "triton":
         return run(*inputs)
     with torch.cuda.device_of(first):  # Triton launches on the current device, which need not be the tensors'
+        if _autotune.is_on():
+            return _autotune.run(launcher, run, inputs, mutates=name in _IN_PLACE)
         return run(*inputs)
 
 
@@ -77,13 +82,17 @@ def _differentiable(name: str, setup_context, backward) -> None:
     torch.library.register_autograd(f"sae_engine::{name}", backward, setup_context=setup_context, lib=_library)
 
 
-def _once_differentiable(name: str) -> None:
-    """Marks a gradient as final: differentiating it again raises, where it would otherwise return zeros."""
+def _not_differentiable(name: str, why: str) -> None:
+    """Differentiating the operation raises, where it would otherwise return zeros."""
 
     def backward(ctx, *grads):
-        raise RuntimeError(f"sae_engine::{name} is itself a gradient and cannot be differentiated again")
+        raise RuntimeError(f"sae_engine::{name} {why}")
 
     _differentiable(name, lambda ctx, inputs, output: None, backward)
+
+
+def _once_differentiable(name: str) -> None:
+    _not_differentiable(name, "is itself a gradient and cannot be differentiated again")
 
 
 def _sizes(count: int | None):
@@ -161,6 +170,79 @@ def _compressed_grad(ctx, grad):
 
 
 _differentiable("batch_topk", _compressed_context, lambda ctx, grad, *_: (_compressed_grad(ctx, grad), *(None,) * 3))
+
+# --- encode_topk, encode_batch_topk: the encoder's product and a selection from it -----------------------------------
+
+
+def _architecture(device: torch.device) -> str:
+    """What ``_tuning.FUSED_ENCODER`` is keyed by: sm_90, gfx942; elsewhere the kind of device."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, groups, magnitude: bool, rank_relu: bool, backend: str):
+    """x @ weight + bias; the maxima of its groups of latents, where the kernel that takes them along is the choice."""
+    size = None if groups is None else groups.size
+    rows, width = x.shape
+    if backend == "triton" and _tuning.fuses_encoder(rows, width, size, x.dtype, _architecture(x.device)):
+        return _run("encode", "encode.launch", x, weight, bias, size, magnitude, rank_relu, backend)
+    return _run("linear", "", x, weight, bias, "torch" if backend == "triton" else backend), None
+
+
+def _encode_topk(x, weight, bias, k, magnitude, relu, backend):
+    groups = _tuning.row_groups(weight.shape[1], k)
+    pre, maxima = _product(x, weight, bias, groups, magnitude, False, backend)
+    known = () if maxima is None else (maxima,)
+    return pre, *_run("topk", "row_topk.launch", pre, None, None, k, magnitude, relu, *known, backend)
+
+
+def _encode_batch_topk(x, weight, bias, total, backend):
+    rows = x.shape[0]
+    groups = _tuning.batch_groups(rows, weight.shape[1], total) if total else None
+    pre, maxima = _product(x, weight, bias, groups, False, True, backend)
+    known = () if maxima is None else (maxima,)
+    return pre, *_run("batch_topk", "batch_topk.launch", pre, None, total, *known, backend)
+
+
+def _alike(name: str, run, *args):
+    """Product and selection are one operation to a search, and their groups the same under any table."""
+    if args[-1] == "triton" and _autotune.is_on():
+        return _autotune.run(name, run, args, mutates=False)
+    return run(*args)
+
+
+_library.define(
+    "encode_topk(Tensor x, Tensor weight, Tensor? bias, SymInt k, bool magnitude, bool relu, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("encode_topk", functools.partial(_alike, "encode.topk", _encode_topk), "CompositeExplicitAutograd")
+_library.define(
+    "encode_batch_topk(Tensor x, Tensor weight, Tensor? bias, SymInt total, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.impl(
+    "encode_batch_topk", functools.partial(_alike, "encode.batch_topk", _encode_batch_topk), "CompositeExplicitAutograd"
+)
+
+
+@torch.library.register_fake("sae_engine::encode_topk", lib=_library)
+def _(x, weight, bias, k, magnitude, relu, backend):
+    """Pre-activations (B, F), and ``topk``'s values and indices; x (B, D) and weight (D, F) have one dtype."""
+    values, indices, _ = _rows(x, x.shape[0] * k)
+    return x.new_empty((x.shape[0], weight.shape[1])), values, indices
+
+
+@torch.library.register_fake("sae_engine::encode_batch_topk", lib=_library)
+def _(x, weight, bias, total, backend):
+    """Pre-activations (B, F), and ``batch_topk``'s values, indices and offsets."""
+    return x.new_empty((x.shape[0], weight.shape[1])), *_rows(x, total)
+
+
+for _name in ("encode_topk", "encode_batch_topk"):
+    _not_differentiable(_name, "leaves the gradient of what it keeps to encode_entries")
 
 # --- feature_topm: m[j] entries of each latent j -------------------------------------------------------------------
 

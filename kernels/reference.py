@@ -38,6 +38,13 @@ def first_k(keys: Tensor, k: int) -> Tensor:
     return keys.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (B, D) @ weight (D, F) + bias (F,), rounded once."""
+    wide = accumulation_dtype(x)
+    out = x.to(wide) @ weight.to(wide)
+    return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+
+
 def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitude: bool, apply_relu: bool):
     """The k entries of each row that rank first. Returns values (B*k,), indices (B*k,)."""
     mask = eligible(mask, pre)

@@ -79,10 +79,10 @@ def launch(pre, theta, bandwidth, capacity):
     rows, num_latents = pre.shape
     floor = None if bandwidth is None else theta - bandwidth / 2
     lower = theta if floor is None else floor
-    block = min(_tuning.stream_block(num_latents), 2048)
+    block, warps = _tuning.threshold_tile(num_latents)
     matrix = dict(
         F=num_latents, stride_pb=pre.stride(0), stride_pf=pre.stride(1), STRIDE_FF=lower.stride(0),
-        WIDE=_tuning.is_wide(num_latents * pre.stride(1)), BLOCK=block, **_tuning.options(_tuning.num_warps(block)),
+        WIDE=_tuning.is_wide(num_latents * pre.stride(1)), BLOCK=block, **_tuning.options(warps),
     )
     count = torch.empty(rows, dtype=torch.int32, device=pre.device)
     if rows:

@@ -8,15 +8,47 @@ from torch.optim.adam import adam
 
 from . import _tuning, densified, torch_norm_match
 from ._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
-from ._tuning import CHUNK_ELEMENTS
+from ._tuning import CHUNK_ELEMENTS, WIDE_ELEMENTS
 from .densified import rows_of, to_dense
+from .ops import ops
 
 __all__ = [
     "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "feature_topm", "gather",
-    "latent_adam", "latent_gradients", "norm_match", "threshold", "to_dense", "topk",
+    "latent_adam", "latent_gradients", "linear", "norm_match", "threshold", "to_dense", "topk",
 ]
 
 BATCH_GROUP = 32  # latents of a group: the k * G candidates and the F / G maxima cost about the same
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """(B, F) in ``dtype``, by default that of ``x`` and ``weight``; 16-bit results are rounded once, after the bias."""
+    dtype = x.dtype if dtype is None else dtype
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return ops.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
+    return (_linear_16bit if x.is_cuda else _linear_16bit_cpu)(x, weight, bias, dtype)
+
+
+def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The tensor cores' fp32 sums, biased and rounded once; row chunks bound the fp32 temporary to 256 MiB."""
+    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
+    step = max(WIDE_ELEMENTS["cuda"] // max(weight.shape[1], 1), 128)
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, start + step)
+        accumulated = torch.mm(x[rows], weight, out_dtype=torch.float32)
+        out[rows] = accumulated if bias is None else accumulated.add_(bias.float())
+    return out
+
+
+def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The fp32 product of the rounded operands, biased and rounded once; fp32 copies are of some latents at a time."""
+    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
+    wide = x.float()
+    bias = x.new_zeros(()).expand(weight.shape[1]) if bias is None else bias
+    step = max(WIDE_ELEMENTS["cpu"] // max(x.shape[0], x.shape[1], 1), 128)
+    for start in range(0, weight.shape[1], step):
+        latents = slice(start, start + step)
+        out[:, latents] = ops.linear(wide, weight[:, latents].float(), None).add_(bias[latents].float())
+    return out
 
 
 def _relu(x: Tensor) -> Tensor:
@@ -29,6 +61,11 @@ def _chunk_rows(x: Tensor) -> int:
 
 def _row_chunks(x: Tensor) -> range:
     return range(0, x.shape[0], _chunk_rows(x))
+
+
+def _rows_in_cache(x: Tensor) -> list[slice]:
+    step = max(_tuning.SCORES_IN_CACHE // max(x.shape[1], 1), 1)
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 
 def _above_and_tied(x: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,9 +312,7 @@ def _kept_of_sorted(score: Tensor, target: Tensor) -> Tensor:
 def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, capacity: int | None):
     kept = []
     wide = torch.float64 if pre.dtype == torch.float64 else torch.float32
-    step = max(_tuning.SCORES_IN_CACHE // max(pre.shape[1], 1), 1)
-    for start in range(0, pre.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in _rows_in_cache(pre):
         score, target = pre[rows].contiguous().to(wide).relu(), target_norm[rows]
         if weight_norm is not None:
             score = score * weight_norm.to(wide)
@@ -287,7 +322,7 @@ def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, cap
             keep, found = torch_norm_match.kept(score, target)
             if not bool(found.all()):
                 keep[~found] = _kept_of_sorted(score[~found], target[~found])
-        kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
+        kept.append(keep.flatten().nonzero()[:, 0] + rows.start * pre.shape[1])
     values, *rest = _compress(pre, kept, capacity)
     return values.relu_(), *rest  # an infinite weight makes NaN, which ranks first, of an entry that is not positive
 
@@ -296,9 +331,9 @@ def threshold(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity: int
     kept = []
     lower = theta if bandwidth is None else theta - bandwidth / 2
     lower = torch.where(lower.isnan(), torch.inf, lower)  # nothing exceeds NaN
-    for start in _row_chunks(pre):
-        keep = ~(pre[start : start + _chunk_rows(pre)] <= lower)  # NaN is kept
-        kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
+    for rows in _rows_in_cache(pre):
+        keep = ~(pre[rows] <= lower)  # NaN is kept
+        kept.append(keep.flatten().nonzero()[:, 0] + rows.start * pre.shape[1])
     values, indices, offsets, required = _compress(pre, kept, capacity)
     if bandwidth is not None:
         values = torch.where(values <= theta[indices.long()], 0.0, values)

@@ -42,6 +42,11 @@ def topk(rows: int, latents: int, k: int, itemsize: int) -> Traffic:
     return Traffic(rows * latents * itemsize + rows * k * (itemsize + INDEX), 0)
 
 
+def encode_topk(rows: int, width: int, latents: int, k: int, itemsize: int, *, bias: bool = True) -> Traffic:
+    """The encoder GEMM and k entries of each row: the matrix between them is written and, at best, not read again."""
+    return linear(rows, width, latents, itemsize, bias=bias) + Traffic(rows * k * (itemsize + INDEX), 0)
+
+
 def batch_topk(rows: int, latents: int, entries: int, itemsize: int) -> Traffic:
     """``entries`` of the whole matrix as compressed rows."""
     return Traffic(rows * latents * itemsize + _codes(entries, rows, itemsize), 0)

@@ -1,5 +1,4 @@
 """Which implementation runs: asked for explicitly it runs or raises, and never falls back."""
-import functools
 import importlib.util
 import os
 
@@ -9,13 +8,19 @@ from torch import Tensor
 from sae_kernels.ops import BACKENDS
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton can be imported here; nothing is imported to find out."""
+def _finds_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
     except ValueError:  # a blocked module
         return False
+
+
+_HAS_TRITON = _finds_triton()  # once: torch.compile looks through a cache, and not into the import system
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported here; nothing is imported to find out."""
+    return _HAS_TRITON
 
 
 def interprets_triton() -> bool:

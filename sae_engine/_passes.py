@@ -16,14 +16,24 @@ from sae_kernels.reference import ordered_keys, relu, without_parallel_part
 from .codes import ByLatent, SparseCodes
 
 __all__ = [
-    "CHUNK_ELEMENTS", "GATED", "GIVEN", "Term", "at_rows", "decode", "densified", "entries_of", "fired",
-    "first_of_latents", "is_dense", "largest", "latent_adam", "latent_gradients", "latents_in_cache", "sum_by_latent",
-    "sum_by_row", "term_of", "value_gradients",
-    "without_parallel_part",
+    "CHUNK_ELEMENTS", "GATED", "GIVEN", "WIDE_ELEMENTS", "Term", "at_rows", "decode", "densified", "encoder_choice",
+    "entries_of", "fired", "first_of_latents", "is_dense", "largest", "latent_adam", "latent_gradients",
+    "latents_in_cache", "sum_by_latent", "sum_by_row", "term_of", "value_gradients", "without_parallel_part",
 ]
 
 NOT_TURNED = (None, None, None)
 CHUNK_ELEMENTS, latents_in_cache = _tuning.CHUNK_ELEMENTS, _tuning.latents_in_cache  # sizes of temporaries on a CPU
+WIDE_ELEMENTS = _tuning.WIDE_ELEMENTS
+
+
+@contextmanager
+def encoder_choice(fused: bool | None) -> Iterator[None]:
+    """Inside, the encoder's product takes group maxima along (True), or not, or as ``_tuning`` says (None)."""
+    token = _tuning.ENCODER_CHOICE.set(fused)
+    try:
+        yield
+    finally:
+        _tuning.ENCODER_CHOICE.reset(token)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``), how good an
-autoencoder is (``eval``), a checkpoint in another format (``convert``), what the kernels cost (``kernels``).
+autoencoder is (``eval``), a checkpoint in another format (``convert``), what the kernels cost (``kernels``), which
+of their configurations are fastest here (``tune``).
 
 A subcommand is one ``_add_<name>(commands)`` that declares its arguments and one ``_<name>(args) -> int`` that
 runs; it imports what it needs itself, so that ``--help`` is instant.
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 1 after an error (one line on stderr), 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="sae-engine", description="Fast sparse autoencoders on real activations.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_collect, _add_eval, _add_convert, _add_kernels):
+    for add in (_add_info, _add_collect, _add_eval, _add_convert, _add_kernels, _add_tune):
         add(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="sae-engine: %(levelname)s: %(message)s")
@@ -89,7 +90,8 @@ def collect_info() -> dict[str, dict[str, Any]]:
         "versions": versions,
         "devices": devices,
         "backends": {"reference": always, "torch": always, "triton": _triton_status()},
-        "environment": {"SAE_BACKEND": os.environ.get("SAE_BACKEND", "auto")},
+        "environment": {"SAE_BACKEND": os.environ.get("SAE_BACKEND", "auto"),
+                        **{name: os.environ.get(name) for name in ("SAE_AUTOTUNE", "SAE_AUTOTUNE_TABLE")}},
         "embedded_model": {"sha256": weights_sha256(EMBEDDED_FOLDER), "folder": str(EMBEDDED_FOLDER)},
     }
 
@@ -377,6 +379,47 @@ def _kernels(args: argparse.Namespace) -> int:
     for defect in whole["defects"]:
         print(f"sae-engine: {defect}", file=sys.stderr)
     return 1 if whole["defects"] else 0
+
+
+# -------------------------------------------------------------------------------------------------- tune
+
+
+def _add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="the fastest launch configurations on this GPU, searched for given shapes, to a table",
+        description="Search the launch configurations of every operation of a training step on the GPU that is here. "
+        "The table applies where SAE_AUTOTUNE_TABLE names it, or SAE_AUTOTUNE=1 is set; results do not depend on it, "
+        "but for the rounding of sums.",
+    )
+    parser.add_argument(
+        "shapes", nargs="*", default=["4096,768,32768,32"], metavar="B,d,F,k",
+        help="tokens, width, latents, entries a token; 4096,768,32768,32",
+    )  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=["bf16"], help="bf16")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="SAE_AUTOTUNE_TABLE, or one in the user's cache")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 …")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+
+    from sae_engine import _tune
+
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("a search compares times on a GPU, and torch sees none here")
+    table = args.table or (Path(os.environ["SAE_AUTOTUNE_TABLE"]) if os.environ.get("SAE_AUTOTUNE_TABLE") else None)
+    shapes = [_tune.Shape.parse(text) for text in args.shapes]
+    path, entries = _tune.tune(shapes, args.dtype, device, table, functools.partial(print, file=sys.stderr))
+    for entry in entries:
+        arguments = ", ".join(map(str, entry["arguments"]))
+        gain = f"{entry['default_ms'] / entry['ms']:.2f}x" if entry["ms"] else ""
+        print(f"{entry['operation']:<24} {entry['dtype']:<9} batch ≤ {entry['batch']:<8} "
+              f"{entry['choice']}({arguments}): {entry['configuration']}  {entry['ms']:.4g} ms {gain}")  # fmt: skip
+    print(path)
+    return 0
 
 
 if __name__ == "__main__":

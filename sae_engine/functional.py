@@ -426,16 +426,21 @@ def encode(
     dtype = _linear_dtype(x, W_enc)
     given, result_dtype = pre is not None, dtype if pre is None else pre.dtype
     turners = [getattr(rule, "entry_values", None) for rule in rules]
+    first: SparseCodes | None = None
     with torch.set_grad_enabled(torch.is_grad_enabled() and (return_pre or None in turners)):
         if pre is not None:
             unscaled = pre = pre.detach()
+        elif scale is None and (found := encode_and_select(rules[0], x, W_enc, b_enc, b_dec, contexts[0], backend)):
+            pre, first = found
+            unscaled = pre
         else:
             unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
             pre = unscaled if scale is None else (unscaled * scale).to(dtype)
     codes = [
-        rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
+        first if rule is rules[0] and first is not None
+        else rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
         for rule, turner, mine in zip(rules, turners, contexts, strict=True)
-    ]
+    ]  # fmt: skip
     sparse = [number for number, turner in enumerate(turners) if turner is not None]
     if sparse:
         matrix, backend = check.matrix(unscaled.detach()), _backend_for(backend, x, W_enc)
@@ -450,6 +455,49 @@ def encode(
             codes[n] = codes[n].replace(values=rules[n].entry_values(pre_entries, codes[n], **contexts[n]))
     result = tuple(codes) if isinstance(select, list | tuple) else codes[0]
     return (result, pre) if return_pre else result
+
+
+def encode_and_select(
+    rule: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, context: dict, backend: str
+) -> tuple[Tensor, SparseCodes] | None:
+    """Pre-activations and what ``rule`` keeps of them, from one operator; None where there is none for it.
+
+    Its gradient ends here: it serves where the codes get theirs elsewhere. On a CPU it would gain nothing.
+    """
+    along = getattr(rule, "encode_select", None)
+    if along is None or context or torch.is_grad_enabled() or _backend_for(backend, x, W_enc) != "triton":
+        return None
+    dtype = _linear_dtype(x, W_enc)
+    x = x if b_dec is None else x - b_dec
+    with torch.autocast(x.device.type, enabled=False):
+        return along(x.to(dtype), W_enc.to(dtype), b_enc, backend)
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, *, magnitude: bool = False, backend: str = "auto"
+) -> tuple[Tensor, SparseCodes]:
+    """``linear`` and ``topk`` of it; x and W_enc have one dtype. Not differentiable: :func:`encode` is."""
+    num_latents = W_enc.shape[1]
+    k, matrix = check.integer_k(k, num_latents), check.matrix(x)
+    pre, values, indices = ops.encode_topk(
+        matrix, W_enc, b_enc, k, magnitude, not magnitude, _backend_for(backend, matrix)
+    )
+    offsets = uniform_offsets(matrix.shape[0], k, x.device)
+    codes = SparseCodes(values, indices, offsets, tuple(x.shape[:-1]), num_latents, k)
+    return pre.view(*x.shape[:-1], num_latents), codes
+
+
+def encode_batch_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float, *, backend: str = "auto"
+) -> tuple[Tensor, SparseCodes]:
+    """``linear`` and ``batch_topk`` of it; x and W_enc have one dtype. Not differentiable: :func:`encode` is."""
+    num_latents = W_enc.shape[1]
+    k, matrix = check.number_k(k, num_latents), check.matrix(x)
+    pre, values, indices, offsets = ops.encode_batch_topk(
+        matrix, W_enc, b_enc, int(k * matrix.shape[0]), _backend_for(backend, matrix)
+    )
+    codes = SparseCodes(values, indices, offsets, tuple(x.shape[:-1]), num_latents)
+    return pre.view(*x.shape[:-1], num_latents), codes
 
 
 def _contexts(rules: tuple, context: dict[str, Any]) -> list[dict[str, Any]]:
@@ -522,51 +570,26 @@ def linear(
 
     ``result_dtype`` wider than 16 bits leaves the fp32 sums of 16-bit operands unrounded.
     """
+    from sae_kernels import torch_backend
+
     _check_linear(x, W_enc, b_enc)
     dtype = _linear_dtype(x, W_enc)
     result_dtype = dtype if result_dtype is None else result_dtype
     with torch.autocast(x.device.type, enabled=False):
-        flat = check.matrix(x).to(dtype)
+        flat, weight = check.matrix(x).to(dtype), W_enc.to(dtype)
         if dtype in (torch.float32, torch.float64):
-            weight, bias = W_enc.to(dtype), None if b_enc is None else b_enc.to(dtype)
+            bias = None if b_enc is None else b_enc.to(dtype)
             decided_when_run = torch.compiler.is_compiling() and flat.is_cpu
             if decided_when_run or by_onednn(flat, weight):
                 out = ops.linear(flat, weight, bias)
             else:
                 out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         elif not torch.is_grad_enabled():
-            multiply = _linear_16bit if x.is_cuda else _linear_16bit_cpu
-            out = multiply(flat, W_enc.to(dtype), b_enc, result_dtype)
+            out = torch_backend.linear(flat, weight, b_enc, result_dtype)
         else:  # products of 16-bit numbers are exact in fp32: an fp32 GEMM of the rounded operands accumulates in fp32
-            out = flat.float() @ W_enc.to(dtype).float()
+            out = flat.float() @ weight.float()
             out = out if b_enc is None else out + b_enc.float()
     return out.to(result_dtype).view(*x.shape[:-1], W_enc.shape[1])
-
-
-WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of an fp32 temporary of a 16-bit product
-
-
-def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The tensor cores' fp32 sums, biased and rounded once; row chunks bound the fp32 temporary to 256 MiB."""
-    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
-    step = max(WIDE_ELEMENTS["cuda"] // max(weight.shape[1], 1), 128)
-    for start in range(0, x.shape[0], step):
-        rows = slice(start, start + step)
-        accumulated = torch.mm(x[rows], weight, out_dtype=torch.float32)
-        out[rows] = accumulated if bias is None else accumulated.add_(bias.float())
-    return out
-
-
-def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The fp32 product of the rounded operands, biased and rounded once; fp32 copies are of some latents at a time."""
-    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
-    wide = x.float()
-    bias = x.new_zeros(()).expand(weight.shape[1]) if bias is None else bias
-    step = max(WIDE_ELEMENTS["cpu"] // max(x.shape[0], x.shape[1], 1), 128)
-    for start in range(0, weight.shape[1], step):
-        latents = slice(start, start + step)
-        out[:, latents] = ops.linear(wide, weight[:, latents].float(), None).add_(bias[latents].float())
-    return out
 
 
 def _check_linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:

@@ -60,7 +60,7 @@ def peak_bytes(
     if k_aux:  # columns of dead latents
         encoding += min(rows * d_sae, _passes.CHUNK_ELEMENTS) * compute.itemsize
     if narrow:  # fp32 sums on their way to 16 bit
-        most = functional.WIDE_ELEMENTS["cpu" if device_type == "cpu" else "cuda"]
+        most = _passes.WIDE_ELEMENTS["cpu" if device_type == "cpu" else "cuda"]
         encoding += 4 * (min(rows * d_sae, most) + (min(d_sae * d_in, most) if device_type == "cpu" else 0))
 
     backward = tokens * (d_in + outputs * d_out) * wide + 12 * wide * entries + 8 * wide * d_sae

@@ -1,0 +1,56 @@
+"""Our operations where a public function does more than what is timed, and our yardsticks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from inputs import Inputs, total
+from stock import Output
+from torch import Tensor
+
+import sae_engine as se
+from sae_engine import SparseCodes, _passes, functional
+from sae_kernels.ops import ops
+
+
+def backend_of(tensor: Tensor) -> str:
+    return os.environ.get("SAE_BACKEND") or ("triton" if tensor.is_cuda else "torch")
+
+
+def value_gradient(i: Inputs) -> Callable[[], Output]:
+    c, backend = i.codes, backend_of(i.grad)
+    return lambda: ops.decode_backward_values(i.grad, c.values, c.indices, c.offsets, i.weight, backend)
+
+
+def weight_gradient(i: Inputs) -> Callable[[], Output]:
+    """Turning the codes is part of it: ``embedding_bag``'s backward sorts too."""
+    c, backend = i.codes, backend_of(i.grad)
+
+    def run() -> Tensor:
+        turned = ops.by_latent(c.indices, c.offsets, c.num_latents, backend)
+        return ops.decode_backward_weight(i.grad, c.values, *turned, i.weight.dtype, backend)
+
+    return run
+
+
+def encoded(i: Inputs, fused: bool | None) -> Callable[[], Output]:
+    """Codes and pre-activations; ``fused`` overrules who takes the group maxima."""
+    select = se.TopK(i.k)
+
+    def run() -> tuple[SparseCodes, Tensor]:
+        with _passes.encoder_choice(fused):
+            return functional.encode(i.x, i.weight, i.bias, select=select, return_pre=True)
+
+    return run
+
+
+def group_maxima(i: Inputs) -> Callable[[], Output]:
+    """The first pass of batch top-k by itself: one read of the matrix, from which everything else follows."""
+    from sae_kernels import _groups, _tuning  # device code
+
+    grouping, shift = _tuning.batch_groups(*i.pre.shape, total(i)), _tuning.key_shift(i.pre.dtype)
+    if grouping is None:
+        raise RuntimeError(f"batch_topk takes no group maxima at {tuple(i.pre.shape)}, k = {i.k}")
+    i.group_size = grouping.size
+    return lambda: _groups.group_maxima(i.pre, None, grouping, magnitude=False, relu=True, shift=shift, numbered=True)
