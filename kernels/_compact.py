@@ -24,8 +24,8 @@ class Shares(NamedTuple):
     """What a whole matrix keeps, from which each row finds its quota and its place: the first ``total`` entries."""
 
     equal: torch.Tensor  # (B,) int32: entries of a row that tie with the cut
-    above: torch.Tensor  # (B,) int32: entries of a row above it
-    sums: torch.Tensor  # (2, ceil(B / SHARE_ROWS)) int64: both, summed over SHARE_ROWS rows, above first
+    above: torch.Tensor | None  # (B,) int32: entries of a row above it
+    sums: torch.Tensor | None  # (2, ceil(B / SHARE_ROWS)) int64: both, summed over SHARE_ROWS rows, above first
     total: int
 
 
@@ -157,7 +157,7 @@ def compact(
         return
     mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
     weight_stride = 0 if weight is None else weight.stride(0)
-    shares = quota if isinstance(quota, Shares) else Shares(quota, None, None, 0)
+    shares = quota if isinstance(quota, Shares) else Shares(quota, None, None, 0)  # the rest is unused
     block, warps = tile or _tuning.compact_tile(num_latents)
     wide = _tuning.is_wide(*(num_latents * s for s in (score.stride(1), pre.stride(1), mask_strides[1])))
     _compact_kernel[(rows,)](
