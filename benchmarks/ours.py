@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import torch
 from inputs import Inputs, total
 from stock import Output
 from torch import Tensor
@@ -48,24 +47,12 @@ def encoded(i: Inputs, fused: bool | None) -> Callable[[], Output]:
 
 def group_maxima(i: Inputs) -> Callable[[], Output]:
     """The first pass of batch top-k by itself: one read of the matrix, from which everything else follows."""
-    import triton
+    from sae_kernels import _groups, _tuning  # device code: needs Triton
 
-    from sae_kernels import _tuning, batch_topk  # device code
-
-    rows, num_latents = i.pre.shape
-    grouping, shift = _tuning.batch_groups(*i.pre.shape, total(i)), _tuning.key_shift(i.pre.dtype)
-    if grouping is None:
+    groups, shift = _tuning.batch_groups(*i.pre.shape, total(i)), _tuning.key_shift(i.pre.dtype)
+    if groups is None:
         raise RuntimeError(f"batch_topk takes no group maxima at {tuple(i.pre.shape)}, k = {i.k}")
-    i.group_size = grouping.size
-    launch = batch_topk._group_max_kernel[rows, triton.cdiv(num_latents, grouping.block)]
-
-    def run() -> Tensor:
-        maxima = i.pre.new_empty(rows, grouping.number, dtype=torch.int32)
-        launch(
-            i.pre, None, maxima, F=num_latents, NG=grouping.number, stride_pb=i.pre.stride(0), stride_pf=1, stride_mb=0,
-            stride_mf=0, HAS_MASK=False, SHIFT=shift, WIDE=False, G=grouping.size, BLOCK=grouping.block,
-            **_tuning.options(grouping.warps),
-        )  # fmt: skip
-        return maxima
-
-    return run
+    i.group_size = groups.size
+    return lambda: _groups.group_maxima(
+        i.pre, None, groups, magnitude=False, relu=True, shift=shift, numbered=True
+    )

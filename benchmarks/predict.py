@@ -28,7 +28,8 @@ COPY, L2, GEMM = 4.3e12, 5.5e12, 790e12  # bytes, bytes, flops per second
 PROCESSORS, CLOCK, LATENCY = 132, 1.98e9, 700e-9
 GAP = 2.5e-6  # seconds from one dependent launch to the next inside a queue
 SORT = 8 * GAP  # a radix sort is several launches
-SURVIVORS = 1.3  # entries that reach the groups' cut, over those kept, of normal pre-activations
+REACHING, SURVIVORS = 1.15, 1.17  # groups and entries that reach the bound, over those kept, of normal bf16 entries
+FOUND = 256 * 8  # bytes of a histogram in which a program finds a digit
 NORM_PASSES = 12  # streams of a row in norm matching: maximum, energy, candidates, and bisection over normal rows
 SECTOR = 32  # bytes that a gather of a few moves
 
@@ -48,7 +49,9 @@ def moved(launch, shape):
             tiles = rows * (a["BLOCK_B"] + a["BLOCK_F"]) * a["D"] * a["x"].element_size()
             return once, tiles + size("pre") + size("maxima_ptr")
         case "_group_max_kernel":
-            return size("pre_ptr") + size("maxima_ptr"), size("pre_ptr") + size("maxima_ptr")
+            return size("score_ptr") + size("maxima_ptr"), size("score_ptr") + size("maxima_ptr")
+        case "_bound_kernel":
+            return 0, size("maxima_ptr")
         case "_row_topk_kernel":
             once = size("score_ptr") + size("values_ptr") + size("indices_ptr")
             candidates = rows * a["KP"] * a["G"] * a["score_ptr"].element_size()
@@ -56,18 +59,24 @@ def moved(launch, shape):
                 once += size("maxima_ptr") + candidates - size("score_ptr")
                 return once, once + 2 * size("chosen_ptr")
             return once, once + 2 * (size("maxima_ptr") + size("chosen_ptr")) + candidates
+        case "_row_wide_kernel":
+            known = size("maxima_ptr") if a["HAS_GROUPS"] else size("score_ptr")
+            gathered = REACHING * rows * a["K"] * a["G"] * a["score_ptr"].element_size()
+            written = size("values_ptr") + size("indices_ptr")
+            return known + gathered + written, 2 * known + gathered + SURVIVORS * rows * a["K"] * 3 * SECTOR + written
         case "_survivors_kernel":
-            gathered = entries * a["G"] * a["score_ptr"].element_size()
-            return gathered, gathered + SURVIVORS * entries * 4
-        case "_digit_kernel" | "_row_count_kernel" | "_compact_kernel" if a["HAS_GROUPS"]:
-            return 0, SURVIVORS * entries * (4 + SECTOR) + rows * 256 * 8 * a.get("DIGIT", a.get("DIGITS", 0))
+            gathered = REACHING * entries * a["G"] * a["score_ptr"].element_size()
+            found = SURVIVORS * entries * (2 * 4 + SECTOR)
+            return gathered, gathered + size("maxima_ptr") + found + rows * FOUND
+        case "_digit_kernel" | "_row_count_kernel" | "_compact_kernel" if a["HAS_LIST"]:
+            return 0, SURVIVORS * entries * (4 + SECTOR) + rows * FOUND * (1 + a.get("SECOND_DIGIT", 0))
         case "_digit_kernel" | "_row_count_kernel":
             whole = size("score_ptr")
-            return whole * (a["score_ptr"].shape[1] == shape.F), whole + rows * 256 * 8 * a.get("DIGIT", 4)
+            return whole, whole + rows * FOUND
         case "_compact_kernel":
             whole = size("score_ptr")
             written = entries * (4 + a["pre_ptr"].element_size())
-            return whole * (a["score_ptr"].shape[1] == shape.F) + written, whole + written
+            return whole + written, whole + written
         case "_norm_cut_kernel":
             return size("pre_ptr"), NORM_PASSES * size("pre_ptr")
         case "_count_kernel":

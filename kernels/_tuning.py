@@ -28,6 +28,7 @@ WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of an fp32 temporary of its
 SCORES_IN_CACHE = 1 << 20  # scores of a chunk of rows that a CPU passes over several times: 4 MB in fp32
 
 MAX_TILE = 8192  # lanes of one tile that stays in registers, at 16 warps
+MIN_TILE = 512  # lanes below which a program of its own gains nothing
 
 
 def next_power_of_2(n: int) -> int:
@@ -49,16 +50,32 @@ def _around(number: int, least: int, most: int) -> list[int]:
     return [n for n in (number // 2, number, 2 * number) if least <= n <= most]
 
 
-@searched(lambda block, width, has_groups: _around(block, 128, 4096))
-def digit_block(width: int, has_groups: bool) -> int:
-    """Lanes of one step of a digit pass: of a row's survivors there are hardly more than k."""
-    return stream_block(width, 256 if has_groups else 2048)
+class Tile(NamedTuple):
+    """Lanes of one step over a row, and the warps that share them."""
+
+    block: int
+    warps: int
 
 
-@searched(lambda warps, lanes: _around(warps, 1, 16))
-def digit_warps(lanes: int) -> int:
-    """8 lanes a thread, 4 of survivors: a histogram takes registers, and 10 % fewer instructions than with 16."""
-    return min(max(lanes // 256, 2), 16)
+def _tiles_around(tile: Tile, *_: object) -> list[Tile]:
+    return [Tile(block, warps) for block in _around(tile.block, 16, 4096) for warps in _around(tile.warps, 1, 16)]
+
+
+@searched(_tiles_around)
+def digit_tile(num_latents: int) -> Tile:
+    """Tile of the passes that count whole rows: 8 lanes a thread, a 16-byte load of 16-bit values."""
+    block = stream_block(num_latents, 2048)
+    return Tile(block, min(max(block // 256, 1), 8))
+
+
+@searched(_tiles_around, key=lambda k: (round(math.log2(k)),))
+def list_tile(k: float) -> Tile:
+    """Tile of the passes over a row's survivors, of which there are hardly more than k: two to four times as many.
+
+    4 lanes a thread, scattered loads of a sector each; up to k = 64 one or two warps, whose sums need few barriers.
+    """
+    block = min(max(next_power_of_2(math.ceil(4 * k)), 128), 1024)
+    return Tile(block, block // 128)
 
 
 def options(warps: int) -> dict[str, int | bool]:
@@ -102,6 +119,85 @@ def batch_groups(rows: int, num_latents: int, total: int) -> Groups | None:
     block = stream_block(num_latents)
     size = min(_balanced_size(num_latents, total / rows), block)
     return None if size == 1 else Groups(size, -(-num_latents // size), block, num_warps(block))
+
+
+class WideRow(NamedTuple):
+    """Sizes of the selection of many entries of a row, or of the groups of a very long one."""
+
+    groups: Groups | None  # None: the row itself stands for its maxima
+    sets: int  # sets of groups whose maxima bound the cut
+    capacity: int  # of the list of entries that reach the bound
+    block: int  # of them in one step; the first stay in registers
+    warps: int
+
+    @property
+    def step(self) -> int:
+        """Groups and candidates of one step: 4 a thread, since with 8 their positions spill beside 16 warps."""
+        return 128 * self.warps
+
+
+def wide_row(rows: int, num_latents: int, k: int) -> WideRow:
+    """Four sets an entry while they fit a tile: then 1.13 groups an entry reach the bound, of random data.
+
+    The list has room for two entries that reach it for each that is kept.
+    """
+    size = _balanced_size(num_latents, k)
+    sets, capacity = (max(next_power_of_2(n * k), MIN_TILE) for n in (4, 2))
+    sets = min(sets, MAX_TILE)
+    groups = None
+    if size > 1:
+        block, warps = maxima_tile(rows, num_latents, size)
+        groups = Groups(size, -(-num_latents // size), block, warps)
+    # 8 entries a thread: their keys, columns and positions are held at once, and 16 would spill
+    return WideRow(groups, sets, capacity, min(capacity, MAX_TILE // 2), num_warps(sets))
+
+
+# Rows below which their maxima are taken by several programs each. A processor needs some 23 KB in flight (4.3 TB/s,
+# 700 ns, 132 of them: from arithmetic, not measured); a program of 4 warps, 4 loads of 16 bytes a thread, has 8.
+SPLIT_ROWS = 4 * 132
+
+
+@searched(
+    lambda tile, rows, num_latents, size: [t for t in _tiles_around(tile) if t.block >= size],
+    key=lambda rows, num_latents, size: (num_latents, size),
+)
+def maxima_tile(rows: int, num_latents: int, size: int) -> Tile:
+    """Tile of a pass that only takes maxima, two 16-byte loads of 16-bit values a thread; short ones for few rows."""
+    block = max(stream_block(num_latents, 1024 if rows < SPLIT_ROWS else 4096), size)
+    return Tile(block, min(max(block // 512, 1), 8))
+
+
+class Sets(NamedTuple):
+    """Sets of groups whose maxima bound the cut, and how many of them one program takes."""
+
+    size: int  # groups of a set
+    number: int
+    warps: int
+
+
+@searched(
+    lambda sets, number, k: [sets._replace(warps=warps) for warps in _around(sets.warps, 1, 16)],
+    key=lambda number, k: (number, round(math.log2(k))),
+)
+def sets_of_groups(number: int, k: float) -> Sets:
+    """At least four sets for each entry, where a row has so many groups: then 1.13 groups an entry reach the bound.
+
+    Of random data; of half as many sets 1.36. Eight sets a thread, whose groups come by 16-byte loads.
+    """
+    return Sets(1 << max(int(math.log2(number / (4 * k))), 0), 1024, 4)
+
+
+@searched(
+    lambda tiles, number: [
+        (groups, candidates, warps)
+        for groups in _around(tiles[0], 16, 2048)
+        for candidates in _around(tiles[1], 16, 2048)
+        for warps in _around(tiles[2], 1, 16)
+    ]
+)
+def survivor_tiles(number: int) -> tuple[int, int, int]:
+    """Groups and candidates of one step, and warps: 8 of either a thread."""
+    return stream_block(number, 512), 512, 2
 
 
 def _row_groups_around(found: Groups, num_latents: int, k: int) -> list[Groups]:
@@ -176,26 +272,21 @@ def stream_block(num_latents: int, most: int = 4096) -> int:
     return max(min(next_power_of_2(num_latents), most), 16)
 
 
-def _tiles_around(tile: tuple[int, int], *_: object) -> list[tuple[int, int]]:
-    return [(block, warps) for block in _around(tile[0], 16, 4096) for warps in _around(tile[1], 1, 16)]
-
-
 @searched(_tiles_around)
-def threshold_tile(num_latents: int) -> tuple[int, int]:
+def threshold_tile(num_latents: int) -> Tile:
     """Lanes and warps of counting and writing: the scan's places take registers, so half of a usual tile."""
     block = stream_block(num_latents, 2048)
-    return block, num_warps(block)
+    return Tile(block, num_warps(block))
 
 
 @searched(_tiles_around)
-def compact_tile(num_latents: int, has_groups: bool) -> tuple[int, int]:
-    """Lanes and warps of a compaction: the positions of a scan and the addresses they become take the registers.
+def compact_tile(num_latents: int) -> Tile:
+    """Tile of the compaction of whole rows: the positions of a scan and the addresses they become take the registers.
 
-    8 lanes a thread, a 16-byte load of 16-bit values, where whole rows are read. Groups are gathered, so width gains
-    nothing there: 4 lanes a thread take 60 registers, not 128, and unaligned rows do not spill on sm_80.
+    8 lanes a thread, a 16-byte load of 16-bit values.
     """
-    block = stream_block(num_latents, 1024 if has_groups else 2048)
-    return block, num_warps((4 if has_groups else 2) * block)
+    block = stream_block(num_latents, 2048)
+    return Tile(block, num_warps(2 * block))
 
 
 def shares_of_row(rows: int) -> int:

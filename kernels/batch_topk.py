@@ -1,119 +1,242 @@
 """Batch top-k (mutual choice): exactly `total` entries of the whole matrix, ranked by (relu(pre), flat index).
 
-Math      the first `total` entries lie inside the `total` groups of G latents that rank first by their maximum, and
-          reach the last of these maxima
-Grid      group maxima (B, tiles of a row); digit passes (B, shares of a row); counts and compaction (B,)
-Traffic   reads B*F*s once for the maxima, then, per digit, the maxima; the total*G entries of the chosen groups once;
-          then, per digit, those that reach the cut
+Math      of disjoint sets of latents, each with a maximum that reaches a bound, `total` hold `total` entries that do:
+          no entry below the `total`-th largest maximum of sets is kept
+Grid      group maxima (B, tiles of a row); bound (tiles of maxima,); survivors, counts and compaction (B,); digit
+          passes (B, shares of a row)
+Traffic   reads B*F*s once for the maxima, then the maxima twice, the groups that reach the bound once and their
+          entries that do (survivors: of continuous data hardly more than `total`) two or three times
 Numerics  exact; integer histograms only, so atomics do not reorder anything; no host synchronisation
 Source    Bussmann et al. 2024, arXiv:2412.06410; Ayonrinde 2024, arXiv:2411.02124 (mutual choice)
+
+Keys are found by two digits: sign, exponent and 7 bits of the mantissa, which is all of a bf16, then the other 16 bits.
+Five launches for bf16, six for fp16 and fp32, one more for fewer rows than clear the histograms in passing; in each,
+every program reads what it needs from the histograms itself.
 """
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
-from ._compact import EVERY_LATENT, Candidates, compact, lane_columns, lane_range
-from ._device import load_group_maxima, load_key
+from ._compact import EVERY_LATENT, SHARE_ROWS, Candidates, Shares, compact, lane_columns, listed_lanes
+from ._device import ABSENT, KEY_MAX, load_key
+from ._groups import choose_groups, group_maxima, list_survivors
+
+# A histogram of first digits: the largest that was counted, then (16 places on) 2**15 counts.
+FIRST = tl.constexpr(16 + 2**15)
+# Of second digits: 2**8 counts by their first half, then 2**16.
+SECOND = tl.constexpr(2**8 + 2**16)
+ZERO = tl.constexpr(1)  # the first digit of 0; masked entries have 0
+NAN = tl.constexpr(2**15 - 1)
 
 
 @triton.jit
-def _find_digit(counts, rank):
-    """The digit that holds the rank-th largest key, and the rank inside it; counts [256] int64 by digit."""
-    at_least = tl.cumsum(counts, axis=0, reverse=True)
-    digit = tl.sum((at_least >= rank).to(tl.int32), axis=0) - 1
-    above = tl.sum(tl.where(tl.arange(0, 256) > digit, counts, 0), axis=0)
-    return digit, rank - above
+def _first_digit(key, SHIFT: tl.constexpr):
+    """Ascends with the key of relu(pre); masked entries have 0, every NaN the largest."""
+    return tl.minimum(tl.maximum(((key << SHIFT) >> 16) + 1, 0), NAN)
 
 
 @triton.jit
-def _resolve(counts_ptr, rank, DIGITS: tl.constexpr):
-    """Prefix made of the first DIGITS digits of the rank-th largest key, and the rank among the keys that share it."""
-    prefix = tl.full((), 0, tl.uint32)
-    for digit in tl.static_range(DIGITS):
-        counts = tl.load(counts_ptr + digit * 256 + tl.arange(0, 256))
-        found, rank = _find_digit(counts, rank)
-        prefix = (prefix << 8) | found.to(tl.uint32)
-    return prefix, rank
+def _least_key(first, second, SHIFT: tl.constexpr):
+    """The least key of the first digit whose second is at least `second`."""
+    key = tl.where(first == NAN, KEY_MAX, ((first - 1) << 16) | second) >> SHIFT
+    return tl.where(first == 0, (ABSENT >> SHIFT) + 1, key)
 
 
 @triton.jit
-def _key_of_prefix(prefix, DIGITS: tl.constexpr, SHIFT: tl.constexpr):
-    """The (shifted) key whose leading digits are `prefix`, zeros behind them."""
-    unsigned = (prefix << (32 - 8 * DIGITS)) ^ 0x80000000
-    return unsigned.to(tl.int32, bitcast=True) >> SHIFT
-
-
-@triton.jit
-def _group_max_kernel(
-    pre_ptr, mask_ptr, maxima_ptr,  # [B, F] in, [F] or [B, F] in or unused, [B, NG] out, int32
-    F, NG, stride_pb, stride_pf, stride_mb, stride_mf,
-    HAS_MASK: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """One tile of one row: the largest key of each of its groups."""
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+def _add_first(counts_ptr, digit, present, low, HAS_MASK: tl.constexpr):
+    """Adds a tile's first digits to a histogram. What may be common, and so wait for one another, goes as sums."""
+    top = tl.max(tl.where(present, digit, -1), axis=0)
+    common = ((present & (digit == top)).to(tl.int32) << 16) | (present & (digit == low)).to(tl.int32)
+    common = tl.sum(common, axis=0)
+    tl.atomic_max(counts_ptr, top.to(tl.int64), mask=top >= 0, sem="relaxed")
+    tl.atomic_add(counts_ptr + 16 + top, (common >> 16).to(tl.int64), mask=top >= 0, sem="relaxed")
+    at_low = common & 0xFFFF
+    tl.atomic_add(counts_ptr + 16 + low, at_low.to(tl.int64), mask=(at_low > 0) & (low < top), sem="relaxed")
+    rest = present & (digit > low) & (digit < top)
+    tl.atomic_add(counts_ptr + 16 + digit, tl.full(digit.shape, 1, tl.int64), mask=rest, sem="relaxed")
     if HAS_MASK:
-        mask_ptr += row * stride_mb
-    cols = tile * BLOCK + tl.arange(0, BLOCK)
-    at = cols.to(tl.int64) if WIDE else cols
-    maxima = load_group_maxima(pre_ptr + row * stride_pb, mask_ptr, at, cols < F, stride_pf, stride_mf,
-                               False, True, HAS_MASK, SHIFT, G)
-    groups = tile * (BLOCK // G) + tl.arange(0, BLOCK // G)
-    tl.store(maxima_ptr + row * NG + groups, maxima, mask=groups < NG)
+        masked = tl.sum((present & (digit < low)).to(tl.int32), axis=0)
+        tl.atomic_add(counts_ptr + 16, masked.to(tl.int64), mask=(masked > 0) & (top > 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["rank"])  # it follows the number of rows
-def _digit_kernel(
-    score_ptr, mask_ptr,               # [B, F] in, [F] or [B, F] in or unused
-    groups_ptr, starts_ptr, ends_ptr,  # [M] in, int32, and twice [B] in, int64; or unused
-    counts_ptr,                        # [4, 256] in/out, int64
-    F, rank, stride_sb, stride_sf, stride_mb, stride_mf,
-    DIGIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUPS: tl.constexpr,
-    SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _find_first(counts_ptr, rank):
+    """The first digit that holds the rank-th largest entry, and the rank inside it: from the largest downwards."""
+    LANES: tl.constexpr = 256  # two octaves
+    lane = tl.arange(0, LANES)
+    top = tl.load(counts_ptr).to(tl.int32)
+    above = tl.full((), 0, tl.int64)
+    counts = tl.load(counts_ptr + 16 + top - lane, mask=lane <= top, other=0)
+    here = tl.sum(counts, axis=0)
+    while (above + here < rank) & (top >= LANES):
+        above += here
+        top -= LANES
+        counts = tl.load(counts_ptr + 16 + top - lane, mask=lane <= top, other=0)
+        here = tl.sum(counts, axis=0)
+    reached = above + tl.cumsum(counts, axis=0)
+    passed = reached < rank
+    above = tl.maximum(above, tl.max(tl.where(passed, reached, 0), axis=0))
+    return tl.maximum(top - tl.sum(passed.to(tl.int32), axis=0), 0), rank - above
+
+
+@triton.jit
+def _find_half(counts_ptr, rank):
+    """The half of a digit, by its histogram of 256 counts, that holds the rank-th largest, and the rank inside it."""
+    half = 255 - tl.arange(0, 256)
+    reached = tl.cumsum(tl.load(counts_ptr + half), axis=0)
+    passed = reached < rank
+    return 255 - tl.sum(passed.to(tl.int32), axis=0), rank - tl.max(tl.where(passed, reached, 0), axis=0)
+
+
+@triton.jit
+def _find_second(counts_ptr, rank):
+    """The second digit of the rank-th largest entry among those that share its first."""
+    upper, rank = _find_half(counts_ptr, rank)
+    lower, _ = _find_half(counts_ptr + 256 + upper * 256, rank)
+    return upper * 256 + lower
+
+
+@triton.jit(do_not_specialize=["B"])
+def _bound_kernel(
+    maxima_ptr,  # [B, NG] in: group maxima, int32 or int16
+    counts_ptr,  # [FIRST] in/out, int64
+    B, NG, SETS: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr,
 ):
-    """A share of one row, added to the histogram of digit DIGIT of the keys that share the digits before it."""
-    row = tl.program_id(0).to(tl.int64)
-    if HAS_MASK:
-        mask_ptr += row * stride_mb
-    first, lanes = lane_range(starts_ptr, ends_ptr, row, F, HAS_GROUPS, G)
-    prefix, _ = _resolve(counts_ptr, rank.to(tl.int64), DIGIT)
+    """SETS sets of GROUPS groups, which need not be neighbours: the first digits of their maxima, counted."""
+    first = tl.program_id(0).to(tl.int64) * (SETS * GROUPS)
+    left = B.to(tl.int64) * NG - first
+    lane = tl.arange(0, SETS)
+    key = tl.full((SETS,), ABSENT >> SHIFT, tl.int32)
+    for group in tl.static_range(GROUPS):
+        at = group * SETS + lane
+        key = tl.maximum(key, tl.load(maxima_ptr + first + at, mask=at < left, other=ABSENT >> SHIFT).to(tl.int32))
+    present = lane < left
+    digit = _first_digit(key, SHIFT)
+    # Two octaves below the largest are counted here, or a few hundred counters would take a million additions.
+    window = tl.maximum(tl.max(digit, axis=0) - 255, ZERO)
+    near = present & (digit >= window)
     bins = tl.arange(0, 256)
-    histogram = tl.zeros((256,), tl.int32)
-    for tile in range(tl.program_id(1), tl.cdiv(lanes, BLOCK), tl.num_programs(1)):
-        lane = tile * BLOCK + tl.arange(0, BLOCK)
-        cols, present = lane_columns(groups_ptr, first, lane, lanes, F, HAS_GROUPS, G)
+    histogram = tl.histogram(tl.where(near, digit - window, 0), 256, mask=near)
+    tl.atomic_add(counts_ptr + 16 + window + bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
+    # both are present where a set is: the largest is `window` or above unless all are masked
+    _add_first(counts_ptr, digit, present & (digit < window), ZERO, True)
+    tl.atomic_max(counts_ptr, tl.max(tl.where(present, digit, 0), axis=0).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _add_row(
+    score_ptr, mask_ptr, counts_ptr, columns_ptr, start, lanes, listed, first_tile, step, low, digit,
+    F, stride_sf, stride_mf,
+    SECOND_DIGIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LIST: tl.constexpr, SHIFT: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Counts the first digits of a row's entries that reach `low`, or the second of those whose first is `digit`.
+
+    Of every `step`-th tile from `first_tile` on.
+    """
+    for tile in range(first_tile, tl.cdiv(lanes, BLOCK), step):
+        cols, present = lane_columns(columns_ptr, start, tile * BLOCK + tl.arange(0, BLOCK), lanes, listed, HAS_LIST)
         at = cols.to(tl.int64) if WIDE else cols
-        key = load_key(score_ptr + row * stride_sb, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
+        key = load_key(score_ptr, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
                        False, True, HAS_MASK, False, SHIFT)
-        unsigned = (key << SHIFT).to(tl.uint32, bitcast=True) ^ 0x80000000
-        if DIGIT > 0:
-            present = present & ((unsigned >> (32 - 8 * DIGIT)) == prefix)
-        digit = ((unsigned >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
-        histogram += tl.histogram(tl.where(present, digit, 0), 256, mask=present)
-    tl.atomic_add(counts_ptr + DIGIT * 256 + bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
+        first = _first_digit(key, SHIFT)
+        if SECOND_DIGIT:
+            present = present & (first == digit)
+            second = (key << SHIFT) & 0xFFFF
+            top = tl.max(tl.where(present, second, -1), axis=0)  # all of them, where they tie
+            common = tl.sum((present & (second == top)).to(tl.int32), axis=0).to(tl.int64)
+            tl.atomic_add(counts_ptr + (top >> 8), common, mask=top >= 0, sem="relaxed")
+            tl.atomic_add(counts_ptr + 256 + top, common, mask=top >= 0, sem="relaxed")
+            rest = present & (second < top)
+            one = tl.full((BLOCK,), 1, tl.int64)
+            tl.atomic_add(counts_ptr + (second >> 8), one, mask=rest, sem="relaxed")
+            tl.atomic_add(counts_ptr + 256 + second, one, mask=rest, sem="relaxed")
+        else:
+            _add_first(counts_ptr, first, present & ((first >= low) | (low == ZERO)), low, HAS_MASK)
 
 
-@triton.jit(do_not_specialize=["rank"])
+@triton.jit(do_not_specialize=["total"])
+def _survivors_kernel(
+    score_ptr, mask_ptr,      # [B, F] in, [F] or [B, F] in or unused
+    bound_ptr, counts_ptr,    # [FIRST] in, int64: of sets; [FIRST] in/out: of survivors
+    maxima_ptr,               # [B, NG] in: group maxima, and scratch
+    columns_ptr, found_ptr,   # [B, NG] out, int32; [B] out, int32: how many, or -1 where they do not fit
+    F, NG, total, stride_sb, stride_sf, stride_mb, stride_mf,
+    HAS_MASK: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: the latents that reach the bound, in order, and their first digits, counted."""
+    row = tl.program_id(0).to(tl.int64)
+    score_ptr += row * stride_sb
+    if HAS_MASK:
+        mask_ptr += row * stride_mb
+    maxima_ptr += row * NG
+    columns_ptr += row * NG
+    low, _ = _find_first(bound_ptr, total.to(tl.int64))
+    low_key = _least_key(low, 0, SHIFT)
+    groups = choose_groups(maxima_ptr, NG, low_key, 0, False, SHIFT, BLOCK_G)
+    found = list_survivors(
+        score_ptr, mask_ptr, maxima_ptr, columns_ptr, groups, low_key, 0, F, NG, stride_sf, stride_mf,
+        False, True, HAS_MASK, True, False, SHIFT, WIDE, G, BLOCK,
+    )
+    listed = found <= NG
+    tl.store(found_ptr + row, tl.where(listed, found, -1))
+    _add_row(
+        score_ptr, mask_ptr, counts_ptr, columns_ptr, 0, tl.where(listed, found, F), listed, 0, 1, low, 0,
+        F, stride_sf, stride_mf, False, HAS_MASK, True, SHIFT, WIDE, BLOCK,
+    )
+
+
+@triton.jit(do_not_specialize=["total"])
+def _digit_kernel(
+    score_ptr, mask_ptr,     # [B, F] in, [F] or [B, F] in or unused
+    columns_ptr, found_ptr,  # [B, CAPACITY] in, int32, and [B] in, int32; or unused
+    counts_ptr,              # [FIRST + SECOND] in/out, int64
+    F, total, CAPACITY, stride_sb, stride_sf, stride_mb, stride_mf,
+    SECOND_DIGIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LIST: tl.constexpr,
+    SHIFT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """A share of one row: its first digits counted, or the second ones of those that share the first of the cut."""
+    row = tl.program_id(0).to(tl.int64)
+    if HAS_MASK:
+        mask_ptr += row * stride_mb
+    lanes, listed = listed_lanes(found_ptr, row, F, HAS_LIST)
+    digit = tl.full((), 0, tl.int32)
+    if SECOND_DIGIT:
+        digit, _ = _find_first(counts_ptr, total.to(tl.int64))
+        counts_ptr += FIRST
+    _add_row(
+        score_ptr + row * stride_sb, mask_ptr, counts_ptr, columns_ptr, row * CAPACITY, lanes, listed,
+        tl.program_id(1), tl.num_programs(1), ZERO, digit,
+        F, stride_sf, stride_mf, SECOND_DIGIT, HAS_MASK, HAS_LIST, SHIFT, WIDE, BLOCK,
+    )
+
+
+@triton.jit(do_not_specialize=["B", "total"])
 def _row_count_kernel(
-    score_ptr, mask_ptr, groups_ptr, starts_ptr, ends_ptr, counts_ptr,  # as above
-    cut_ptr, above_ptr, equal_ptr,                                      # [B] out each, int32
-    F, rank, stride_sb, stride_sf, stride_mb, stride_mf,
-    DIGITS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUPS: tl.constexpr,
-    SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+    score_ptr, mask_ptr, columns_ptr, found_ptr, counts_ptr,  # as above
+    cut_ptr, above_ptr, equal_ptr,                            # [B] out each, int32
+    sums_ptr,                                                 # [2, ceil(B / SHARE_ROWS)] in/out, int64
+    B, F, total, CAPACITY, stride_sb, stride_sf, stride_mb, stride_mf,
+    SECOND_DIGIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LIST: tl.constexpr,
+    SHIFT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One row: how many of its entries lie above the batch's cut, and how many tie with it."""
     row = tl.program_id(0).to(tl.int64)
     if HAS_MASK:
         mask_ptr += row * stride_mb
-    first, lanes = lane_range(starts_ptr, ends_ptr, row, F, HAS_GROUPS, G)
-    prefix, _ = _resolve(counts_ptr, rank.to(tl.int64), DIGITS)
-    cut = _key_of_prefix(prefix, DIGITS, SHIFT)
+    lanes, listed = listed_lanes(found_ptr, row, F, HAS_LIST)
+    first, rank = _find_first(counts_ptr, total.to(tl.int64))
+    second = first * 0
+    if SECOND_DIGIT:
+        second = _find_second(counts_ptr + FIRST, rank)
+    cut = _least_key(first, second, SHIFT)
     above = tl.full((), 0, tl.int32)
     equal = tl.full((), 0, tl.int32)
     for tile in range(0, tl.cdiv(lanes, BLOCK)):
         lane = tile * BLOCK + tl.arange(0, BLOCK)
-        cols, present = lane_columns(groups_ptr, first, lane, lanes, F, HAS_GROUPS, G)
+        cols, present = lane_columns(columns_ptr, row * CAPACITY, lane, lanes, listed, HAS_LIST)
         at = cols.to(tl.int64) if WIDE else cols
         key = load_key(score_ptr + row * stride_sb, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
                        False, True, HAS_MASK, False, SHIFT)
@@ -124,107 +247,64 @@ def _row_count_kernel(
     tl.store(cut_ptr + row, cut)
     tl.store(above_ptr + row, above)
     tl.store(equal_ptr + row, equal)
-
-
-@triton.jit
-def _survivors_kernel(
-    score_ptr, mask_ptr, groups_ptr, group_offsets_ptr, cut_ptr,  # as above; offsets [B + 1]
-    survivors_ptr, starts_ptr, ends_ptr,  # [M * G] out, int32; [B] out each, int64
-    F, stride_sb, stride_sf, stride_mb, stride_mf,
-    HAS_MASK: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """One row: the latents of its chosen groups that reach the groups' cut, in order, where the groups' lanes begin."""
-    row = tl.program_id(0).to(tl.int64)
-    if HAS_MASK:
-        mask_ptr += row * stride_mb
-    first, lanes = lane_range(group_offsets_ptr, group_offsets_ptr + 1, row, F, True, G)
-    cut = tl.load(cut_ptr + row)
-    survivors_ptr += first * G
-    written = tl.full((), 0, tl.int32)
-    for tile in range(0, tl.cdiv(lanes, BLOCK)):
-        lane = tile * BLOCK + tl.arange(0, BLOCK)
-        cols, present = lane_columns(groups_ptr, first, lane, lanes, F, True, G)
-        at = cols.to(tl.int64) if WIDE else cols
-        key = load_key(score_ptr + row * stride_sb, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
-                       False, True, HAS_MASK, False, SHIFT)
-        keep = (present & (key >= cut)).to(tl.int32)
-        tl.store(survivors_ptr + written + tl.cumsum(keep, axis=0) - 1, cols, mask=keep == 1)
-        written += tl.sum(keep, axis=0)
-    tl.store(starts_ptr + row, first * G)
-    tl.store(ends_ptr + row, first * G + written)
-
-
-def _first(score, mask, total, shift, groups=EVERY_LATENT):
-    """cut (B,), quota (B,) and offsets (B + 1,) of the ``total`` entries of a matrix that rank first."""
-    rows, width = score.shape
-    mask_strides = (0, 0) if mask is None else mask.expand(score.shape).stride()
-    block = _tuning.digit_block(width, groups.indices is not None)
-    matrix = dict(
-        F=width, rank=total, stride_sb=score.stride(0), stride_sf=score.stride(1), stride_mb=mask_strides[0],
-        stride_mf=mask_strides[1], HAS_MASK=mask is not None, HAS_GROUPS=groups.indices is not None, SHIFT=shift,
-        WIDE=_tuning.is_wide(*(width * s for s in (score.stride(1), mask_strides[1]))), G=groups.size, BLOCK=block,
-        **_tuning.options(_tuning.digit_warps(block)),
-    )
-    counts = torch.zeros(4, 256, dtype=torch.int64, device=score.device)
-    digits = -(-(32 - shift) // 8)
-    lanes = width if groups.indices is None else 2 * triton.cdiv(total, rows)  # the survivors of most rows
-    shares = min(_tuning.shares_of_row(rows), triton.cdiv(lanes, block))
-    for digit in range(digits):
-        _digit_kernel[(rows, shares)](
-            score, mask, groups.indices, groups.starts, groups.ends, counts, DIGIT=digit, **matrix
-        )
-    cut, above, equal = (torch.empty(rows, dtype=torch.int32, device=score.device) for _ in range(3))
-    _row_count_kernel[(rows,)](
-        score, mask, groups.indices, groups.starts, groups.ends, counts, cut, above, equal, DIGITS=digits, **matrix
-    )
-    tied = equal.cumsum(0, dtype=torch.int64)  # ties go to the lowest flat index: row by row until they are used up
-    quota = (total - above.sum(dtype=torch.int64) - (tied - equal)).clamp(min=0).minimum(equal)
-    offsets = torch.zeros(rows + 1, dtype=torch.int64, device=score.device)
-    offsets[1:] = (above + quota).cumsum(0)
-    return cut, quota.int(), offsets
-
-
-def _survivors(pre, mask, total, shift, grouping, maxima):
-    """The entries that may be among the first ``total``: those of the ``total`` groups whose maxima rank first that
-    reach the last of these maxima. Each group holds one, so at least ``total``; of continuous data hardly more."""
-    rows, num_latents = pre.shape
-    mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
-    wide = _tuning.is_wide(*(num_latents * s for s in (pre.stride(1), mask_strides[1])))
-    if maxima is None:
-        maxima = torch.empty(rows, grouping.number, dtype=torch.int32, device=pre.device)
-        _group_max_kernel[rows, triton.cdiv(num_latents, grouping.block)](
-            pre, mask, maxima, F=num_latents, NG=grouping.number, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
-            stride_mb=mask_strides[0], stride_mf=mask_strides[1], HAS_MASK=mask is not None, SHIFT=shift,
-            WIDE=wide, G=grouping.size, BLOCK=grouping.block, **_tuning.options(grouping.warps),
-        )
-    cut, quota, offsets = _first(maxima, None, total, shift)
-    chosen, keys = (maxima.new_empty(total) for _ in range(2))
-    compact(maxima, maxima, None, None, cut, quota, offsets, keys, chosen,
-            magnitude=False, rank_relu=False, value_relu=False, shift=shift)
-    survivors = maxima.new_empty(total * grouping.size)
-    starts, ends = offsets.new_empty(rows), offsets.new_empty(rows)
-    block, warps = _tuning.compact_tile(num_latents, True)
-    _survivors_kernel[(rows,)](
-        pre, mask, chosen, offsets, cut, survivors, starts, ends, F=num_latents, stride_sb=pre.stride(0),
-        stride_sf=pre.stride(1), stride_mb=mask_strides[0], stride_mf=mask_strides[1], HAS_MASK=mask is not None,
-        SHIFT=shift, WIDE=wide, G=grouping.size, BLOCK=block, **_tuning.options(warps),
-    )
-    return Candidates(survivors, starts, ends)
+    share = row // SHARE_ROWS
+    tl.atomic_add(sums_ptr + share, above.to(tl.int64), sem="relaxed")
+    tl.atomic_add(sums_ptr + tl.cdiv(B, SHARE_ROWS) + share, equal.to(tl.int64), sem="relaxed")
 
 
 def launch(pre, mask, total, maxima=None):
     """values (total,), indices (total,), offsets (B + 1,); see ``reference.batch_topk``.
 
-    ``maxima`` (B, NG) int32: the largest keys of relu(pre) in the groups of ``_tuning.batch_groups``, where known.
+    ``maxima`` (B, NG) int32: the largest key of relu(pre) of each group of ``_tuning.batch_groups``, where they are
+    known already; they are written over.
     """
     rows, num_latents = pre.shape
     values, indices = pre.new_empty(total), pre.new_empty(total, dtype=torch.int32)
     if total == 0:
         return values, indices, torch.zeros(rows + 1, dtype=torch.int64, device=pre.device)
     shift = _tuning.key_shift(pre.dtype)
-    grouping = _tuning.batch_groups(rows, num_latents, total)
-    entries = EVERY_LATENT if grouping is None else _survivors(pre, mask, total, shift, grouping, maxima)
-    cut, quota, offsets = _first(pre, mask, total, shift, entries)
-    compact(pre, pre, mask, None, cut, quota, offsets, values, indices,
-            magnitude=False, rank_relu=True, value_relu=True, shift=shift, groups=entries)
+    has_second = shift < 16
+    sizes = [FIRST.value, FIRST.value, SECOND.value * has_second, 2 * triton.cdiv(rows, SHARE_ROWS.value)]
+    counts = torch.empty(sum(sizes), dtype=torch.int64, device=pre.device)
+    bound, first, _, sums = counts.split(sizes)
+    mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
+    matrix = dict(
+        F=num_latents, total=total, stride_sb=pre.stride(0), stride_sf=pre.stride(1), stride_mb=mask_strides[0],
+        stride_mf=mask_strides[1], HAS_MASK=mask is not None, SHIFT=shift,
+        WIDE=_tuning.is_wide(*(num_latents * s for s in (pre.stride(1), mask_strides[1]))),
+    )
+    groups = _tuning.batch_groups(rows, num_latents, total)
+    found, tile = EVERY_LATENT, _tuning.digit_tile(num_latents)
+    if groups is None or maxima is not None:
+        counts.zero_()
+    else:
+        maxima = group_maxima(pre, mask, groups, magnitude=False, relu=True, shift=shift, zeros=counts, numbered=True)
+    if groups is not None:
+        sets = _tuning.sets_of_groups(groups.number, total / rows)
+        _bound_kernel[(triton.cdiv(maxima.numel(), sets.number * sets.size),)](
+            maxima, bound, B=rows, NG=groups.number, SETS=sets.number, GROUPS=sets.size, SHIFT=shift,
+            **_tuning.options(sets.warps),
+        )
+        found = Candidates(maxima.new_empty(maxima.shape, dtype=torch.int32), maxima.new_empty(rows, dtype=torch.int32))
+        block_g, block, warps = _tuning.survivor_tiles(groups.number)
+        _survivors_kernel[(rows,)](
+            pre, mask, bound, first, maxima, *found, NG=groups.number, G=groups.size, BLOCK_G=block_g, BLOCK=block,
+            **matrix, **_tuning.options(warps),
+        )
+        tile = _tuning.list_tile(total / rows)
+    matrix |= dict(CAPACITY=0 if groups is None else groups.number, HAS_LIST=groups is not None, BLOCK=tile.block)
+    shares = min(_tuning.shares_of_row(rows), triton.cdiv(num_latents, 8 * tile.block))
+    for second in (False, True)[groups is not None : 1 + has_second]:
+        _digit_kernel[(rows, shares)](
+            pre, mask, *found, first, SECOND_DIGIT=second, **matrix, **_tuning.options(tile.warps)
+        )
+    cut, above, equal = (torch.empty(rows, dtype=torch.int32, device=pre.device) for _ in range(3))
+    _row_count_kernel[(rows,)](
+        pre, mask, *found, first, cut, above, equal, sums, B=rows, SECOND_DIGIT=has_second, **matrix,
+        **_tuning.options(tile.warps),
+    )
+    offsets = torch.empty(rows + 1, dtype=torch.int64, device=pre.device)
+    compact(pre, pre, mask, None, cut, Shares(equal, above, sums, total), offsets, values, indices,
+            magnitude=False, rank_relu=True, value_relu=True, shift=shift, candidates=found,
+            tile=None if groups is None else tile)
     return values, indices, offsets

@@ -1,9 +1,12 @@
 """Row top-k: the k entries of each row that rank first under (key descending, index ascending).
 
-Math      a row's top-k lies inside its k groups of G latents that rank first under (group maximum, group index)
-Grid      (B,); one program owns one row
+Math      a row's top-k lies inside its k groups of G latents that rank first under (group maximum, group index); and of
+          disjoint sets with a maximum each, no entry below the k-th largest maximum is kept
+Grid      (B,); one program owns one row. Few rows, and rows whose groups or candidates fit no tile, have their maxima
+          taken beforehand, (B, tiles of a row)
 Traffic   reads B*F*s once, then k*G candidates and F/G maxima a row; writes B*k*(s + 4). Maxima that were taken
-          before spare the stream
+          before spare the stream. Wide rows: maxima twice, some 1.15*k*G candidates (1.4 for k above 2,048); without
+          groups the row twice. Where more than 2*k entries reach the bound, the row for each bit of its keys
 Numerics  exact, ties to the lowest index, NaN above +Inf; no floating-point arithmetic on the values
 Source    Gao et al. 2024, arXiv:2406.04093 (TopK); group maxima: see kernels/README.md
 """
@@ -12,8 +15,9 @@ import triton
 import triton.language as tl
 
 from . import _tuning
-from ._compact import compact
-from ._device import ABSENT, KEY_MAX, keep_first, kth_largest, load_group_maxima, load_key, middle, relu
+from ._compact import lane_columns
+from ._device import ABSENT, keep_first, kth_largest, load_group_maxima, load_key, middle, relu
+from ._groups import choose_groups, group_maxima, list_survivors
 
 
 @triton.jit
@@ -80,37 +84,102 @@ def _row_topk_kernel(
 
 
 @triton.jit
-def _row_cut_kernel(
-    score_ptr,  # [B, F] in
-    mask_ptr,   # [F] or [B, F] in, bool, or unused
-    cut_ptr,    # [B] out, int32: keep keys above it ...
-    quota_ptr,  # [B] out, int32: ... and the first this many equal to it
-    F, K, stride_sb, stride_sf, stride_mb, stride_mf,
-    MAGNITUDE: tl.constexpr, HAS_MASK: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+def _row_wide_kernel(
+    score_ptr, pre_ptr, mask_ptr,  # as above
+    maxima_ptr,           # [B, NG] in, int32 or int16, and scratch: group maxima; or unused
+    columns_ptr,          # [B, CAPACITY] scratch, int32: the columns that reach a bound
+    values_ptr,           # [B, K] out
+    indices_ptr,          # [B, K] out, int32, ascending
+    F, NG, K, CAPACITY, stride_sb, stride_sf, stride_pb, stride_pf, stride_mb, stride_mf,
+    MAGNITUDE: tl.constexpr, RELU: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUPS: tl.constexpr, SHIFT: tl.constexpr,
+    WIDE: tl.constexpr, G: tl.constexpr, SETS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One row's k-th largest key by bisection over streaming passes: any k, no scratch."""
+    """One row whose groups or candidates fit no tile: the k-th largest maximum of sets of groups bounds its cut.
+
+    What reaches the bound is listed, and searched; the row itself where it is more than the list holds.
+    """
     row = tl.program_id(0).to(tl.int64)
     score_ptr += row * stride_sb
+    pre_ptr += row * stride_pb
     if HAS_MASK:
         mask_ptr += row * stride_mb
-    lo = tl.full((), ABSENT >> SHIFT, tl.int32)
-    hi = tl.full((), KEY_MAX >> SHIFT, tl.int32)
-    above = tl.full((), 0, tl.int32)  # count(key > hi)
-    while lo < hi:
-        mid = middle(lo, hi)
-        counts = tl.zeros((BLOCK,), tl.int32)
-        for tile in range(0, tl.cdiv(F, BLOCK)):
-            cols = tile * BLOCK + tl.arange(0, BLOCK)
+    columns_ptr += row * CAPACITY
+    lowest = ABSENT >> SHIFT
+
+    lane = tl.arange(0, SETS)
+    largest = tl.full((SETS,), lowest, tl.int32)
+    if HAS_GROUPS:
+        maxima_ptr += row * NG
+        for tile in range(0, NG, SETS):
+            key = tl.load(maxima_ptr + tile + lane, mask=tile + lane < NG, other=lowest)
+            largest = tl.maximum(largest, key.to(tl.int32))
+    else:
+        for tile in range(0, F, SETS):
+            cols = tile + lane
             at = cols.to(tl.int64) if WIDE else cols
             key = load_key(score_ptr, mask_ptr, score_ptr, at, cols < F, stride_sf, stride_mf, 0,
                            MAGNITUDE, False, HAS_MASK, False, SHIFT)
-            counts += (key >= mid).to(tl.int32)
-        count = tl.sum(counts, axis=0)
-        above = tl.where(count >= K, above, count)
-        lo = tl.where(count >= K, mid, lo)
-        hi = tl.where(count >= K, hi, mid - 1)
-    tl.store(cut_ptr + row, lo)
-    tl.store(quota_ptr + row, K - above)
+            largest = tl.maximum(largest, key)
+    top = tl.max(largest, axis=0)
+    # more entries than sets: their maxima bound nothing
+    low = kth_largest(largest, lowest + top * 0, tl.where(K > SETS, lowest, top), K)
+    # of entries equal to the bound no more than the first K are kept, nor do more of such groups matter
+    groups = tl.full((), 0, tl.int32)
+    if HAS_GROUPS:
+        groups = choose_groups(maxima_ptr, NG, low, K, True, SHIFT, STEP)
+    found = list_survivors(score_ptr, mask_ptr, maxima_ptr, columns_ptr, groups, low, K, F, CAPACITY, stride_sf,
+                           stride_mf, MAGNITUDE, False, HAS_MASK, HAS_GROUPS, True, SHIFT, WIDE, G, STEP)
+
+    listed = found <= CAPACITY
+    lanes = tl.where(listed, found, F)
+    head = _tile_keys(score_ptr, mask_ptr, columns_ptr, 0, lanes, listed, stride_sf, stride_mf,
+                      MAGNITUDE, HAS_MASK, SHIFT, WIDE, BLOCK)
+    hi = top
+    while low < hi:
+        mid = middle(low, hi)
+        count = tl.sum((head >= mid).to(tl.int32), axis=0)
+        for tile in range(BLOCK, lanes, BLOCK):
+            key = _tile_keys(score_ptr, mask_ptr, columns_ptr, tile, lanes, listed, stride_sf, stride_mf,
+                             MAGNITUDE, HAS_MASK, SHIFT, WIDE, BLOCK)
+            count += tl.sum((key >= mid).to(tl.int32), axis=0)
+        low = tl.where(count >= K, mid, low)
+        hi = tl.where(count == K, mid, tl.where(count > K, hi, mid - 1))
+    quota = K - tl.sum((head > low).to(tl.int32), axis=0)
+    for tile in range(BLOCK, lanes, BLOCK):
+        key = _tile_keys(score_ptr, mask_ptr, columns_ptr, tile, lanes, listed, stride_sf, stride_mf,
+                         MAGNITUDE, HAS_MASK, SHIFT, WIDE, BLOCK)
+        quota -= tl.sum((key > low).to(tl.int32), axis=0)
+    written = tl.full((), 0, tl.int32)
+    for tile in range(0, lanes, BLOCK):  # the first tile is read again: kept through the search, its registers spill
+        key = _tile_keys(score_ptr, mask_ptr, columns_ptr, tile, lanes, listed, stride_sf, stride_mf,
+                         MAGNITUDE, HAS_MASK, SHIFT, WIDE, BLOCK)
+        keep, position = keep_first(key, low, quota)
+        position += written
+        keep = keep & (tile + tl.arange(0, BLOCK) < lanes) & (position < K)
+        cols, _ = lane_columns(columns_ptr, 0, tile + tl.arange(0, BLOCK), lanes, listed, True)
+        at = cols.to(tl.int64) if WIDE else cols
+        value = tl.load(pre_ptr + at * stride_pf, mask=keep, other=0.0)
+        if RELU:
+            value = relu(value.to(tl.float32)).to(value.dtype)
+        if HAS_MASK:
+            value = tl.where(key == lowest + 1, 0.0, value.to(tl.float32)).to(value.dtype)
+        tl.store(indices_ptr + row * K + position, cols, mask=keep)
+        tl.store(values_ptr + row * K + position, value, mask=keep)
+        equal = tl.minimum(tl.sum((key == low).to(tl.int32), axis=0), quota)
+        written += tl.sum((key > low).to(tl.int32), axis=0) + equal
+        quota -= equal
+
+
+@triton.jit
+def _tile_keys(
+    score_ptr, mask_ptr, columns_ptr, tile, lanes, listed, stride_sf, stride_mf,
+    MAGNITUDE: tl.constexpr, HAS_MASK: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Keys of a tile of a row's listed columns, or of the row; lanes that do not exist are ABSENT."""
+    cols, present = lane_columns(columns_ptr, 0, tile + tl.arange(0, BLOCK), lanes, listed, True)
+    at = cols.to(tl.int64) if WIDE else cols
+    return load_key(score_ptr, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
+                    MAGNITUDE, False, HAS_MASK, False, SHIFT)
 
 
 def launch(pre, score, mask, k, magnitude, relu, maxima=None):
@@ -133,16 +202,12 @@ def launch(pre, score, mask, k, magnitude, relu, maxima=None):
     )
     groups = _tuning.row_groups(num_latents, k)
     if groups is None:
-        cut, quota = (torch.empty(rows, dtype=torch.int32, device=pre.device) for _ in range(2))
-        block = _tuning.stream_block(num_latents)
-        _row_cut_kernel[(rows,)](
-            score, mask, cut, quota, F=num_latents, K=k, **flags, BLOCK=block,
-            **_tuning.options(_tuning.num_warps(block)),
-        )
-        offsets = torch.arange(rows + 1, dtype=torch.int64, device=pre.device) * k
-        compact(pre, score, mask, None, cut, quota, offsets, values, indices,
-                magnitude=magnitude, rank_relu=False, value_relu=relu, shift=shift)
+        _launch_wide(pre, score, mask, k, flags, relu, values, indices)
         return values, indices
+    if maxima is None and rows < _tuning.SPLIT_ROWS:
+        tile = _tuning.maxima_tile(rows, num_latents, groups.size)
+        split = groups._replace(block=tile.block, warps=tile.warps)
+        maxima = group_maxima(score, mask, split, magnitude=magnitude, relu=False, shift=shift)
     k_padded, groups_padded = _tuning.next_power_of_2(k), _tuning.next_power_of_2(groups.number)
     has_maxima = maxima is not None
     if not has_maxima:
@@ -155,3 +220,21 @@ def launch(pre, score, mask, k, magnitude, relu, maxima=None):
         **_tuning.options(groups.warps if mask is None else min(2 * groups.warps, 16)),  # a mask costs registers
     )
     return values, indices
+
+
+def _launch_wide(pre, score, mask, k, flags, relu, values, indices):
+    """The rows' maxima by as many programs as fill the processors, then a program for each row."""
+    rows, num_latents = pre.shape
+    shift = flags["SHIFT"]
+    wide = _tuning.wide_row(rows, num_latents, k)
+    groups, maxima = wide.groups, None
+    if groups is not None:
+        maxima = group_maxima(score, mask, groups, magnitude=flags["MAGNITUDE"], relu=False, shift=shift, numbered=True)
+    columns = torch.empty(rows, wide.capacity, dtype=torch.int32, device=pre.device)
+    _row_wide_kernel[(rows,)](
+        score, pre, mask, maxima, columns, values, indices,
+        F=num_latents, NG=0 if groups is None else groups.number, K=k, CAPACITY=wide.capacity,
+        stride_pb=pre.stride(0), stride_pf=pre.stride(1), **flags, RELU=relu, HAS_GROUPS=groups is not None,
+        G=1 if groups is None else groups.size, SETS=wide.sets, STEP=wide.step,
+        BLOCK=wide.block, **_tuning.options(wide.warps),
+    )

@@ -33,8 +33,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPE_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 # Streaming passes: kernels that read contiguous rows of their first argument, which 16-byte loads are due to serve.
-STREAMS = {"_group_max_kernel", "_column_group_max_kernel", "_row_topk_kernel", "_row_cut_kernel", "_norm_cut_kernel",
-           "_count_kernel"}  # fmt: skip
+STREAMS = {"_group_max_kernel", "_column_group_max_kernel", "_row_topk_kernel", "_norm_cut_kernel", "_count_kernel"}
 # How often a kernel holds its streaming loop; where it is not one.
 STREAMING_LOOPS = {"_norm_cut_kernel": 4}
 # What a kernel's main loop loads for each element, where that is not its first argument and vectors along it.
@@ -75,8 +74,10 @@ def _meta(*shape: int, dtype: torch.dtype, learned: bool = False) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=learned)
 
 
-def _topk(shape: Shape, dtype: torch.dtype, *, k: int | None = None, score: bool = False, magnitude: bool = False,
-          mask: str = "", transposed: bool = False):  # fmt: skip
+def _topk(shape: Shape, dtype: torch.dtype, *, rows: int | None = None, latents: int | None = None,
+          k: int | None = None, score: bool = False, magnitude: bool = False, mask: str = "",
+          transposed: bool = False):  # fmt: skip
+    shape = replace(shape, B=rows or shape.B, F=latents or shape.F)
     size = (shape.F, shape.B) if transposed else (shape.B, shape.F)
     pre = _meta(*size, dtype=dtype, learned=True)
     masks = {"row": (shape.F,), "matrix": (shape.B, shape.F)}
@@ -193,6 +194,10 @@ CASES = {
         Case("topk magnitude", functools.partial(_topk, magnitude=True), gradient=False),
         Case("topk transposed", functools.partial(_topk, transposed=True), gradient=False),
         Case("topk k=512", functools.partial(_topk, k=512), gradient=False),
+        Case("topk few rows", functools.partial(_topk, rows=1), gradient=False),
+        Case("topk few rows F=2^21 k=64", functools.partial(_topk, rows=1, latents=2**21, k=64), gradient=False),
+        Case("topk F=2^21 k=512", functools.partial(_topk, rows=1024, latents=2**21, k=512), gradient=False),
+        Case("topk k=4096", functools.partial(_topk, k=4096), gradient=False),
         Case("topk k=2048", functools.partial(_topk, k=2048), gradient=False),
         Case("topk k=2048 mask", functools.partial(_topk, k=2048, mask="row"), gradient=False),
         Case("batch_topk", _batch_topk),
@@ -237,7 +242,9 @@ def quick_cells(target: str) -> list[Cell]:
     """A case or two for each kernel and for what has spilled before: what a test suite has time for."""
     chosen = [("topk", S1, BF16), ("batch_topk", S1, BF16), ("norm_match", S1, BF16), ("threshold window", S1, BF16),
               ("decode", S1, BF16), ("topk k=512", S2, BF16), ("topk k=2048", S2, BF16), ("topk mask", S3, BF16),
-              ("topk", PRIMES, FP16), ("batch_topk", PRIMES, BF16), ("norm_match unweighted", S2, FP32),
+              ("topk k=4096", S2, BF16), ("topk few rows", S1, BF16), ("topk few rows F=2^21 k=64", S1, FP32),
+              ("topk", PRIMES, FP16), ("batch_topk", PRIMES, BF16), ("batch_topk", S3, FP32),
+              ("norm_match unweighted", S2, FP32),
               ("latent_adam two terms", S1, BF16), ("latent_adam", S3, BF16), ("feature_topm", S1, FP32),
               ("encode fused", S1, BF16), ("encode fused", S2, BF16), ("encode fused", S3, BF16)]  # fmt: skip
     if target in ("sm_90", "gfx942"):  # one of each make looks closer
@@ -319,6 +326,7 @@ def run_cell(cell: Cell, target: str) -> CellLaunches:
 
 
 Row = dict[str, Any]
+FEW = 2  # rows
 
 
 def report(cells: list[Cell], target: str, *, disassemble: bool = True) -> list[Row]:
@@ -357,6 +365,8 @@ def wide_loads_due(launch: Any, warp_size: int) -> int:
     first = next(iter(launch.arguments.values()))
     if launch.kernel not in STREAMS or launch.arguments["F"] % 16 or first.stride(-1) != 1:
         return 0
+    if launch.arguments.get("HAS_MAXIMA"):  # streamed by another kernel
+        return 0
     tile = STREAMING_LOOPS.get(launch.kernel, 1) * launch.arguments["BLOCK"] * first.element_size()
     return tile // (16 * warp_size * launch.compiled.metadata.num_warps)
 
@@ -371,8 +381,9 @@ def instructions_per_element(launch: Any, binary: Any) -> float | None:
 
 
 def compiled_anew(cells: list[Cell], target: str, batches: tuple[int, ...] = (1, 17, 1000, 4097)) -> list[Row]:
-    """Binaries that a cell's case compiles at other numbers of tokens and not at its own: none is the promise.
+    """Binaries that a cell's case compiles at other numbers of tokens and neither at its own nor at FEW: none.
 
+    Rows are streamed by one program each where they are many, by several where they are few: two sets of binaries.
     Two kinds of cells are left out: a transposed matrix, whose stride is the number of tokens, and on AMD matrices of
     2 GiB or more, since Triton addresses smaller ones with 32 bits there and so keeps two binaries for either side.
     """
@@ -380,7 +391,8 @@ def compiled_anew(cells: list[Cell], target: str, batches: tuple[int, ...] = (1,
     for case, shape, dtype in cells:
         if "transposed" in case.name or (target == "gfx942" and shape.B * shape.F * dtype.itemsize >= 2**31):
             continue
-        known = {launch.binary for _, launch in run_cell((case, shape, dtype), target).launches}
+        own = [shape, replace(shape, B=FEW)]
+        known = {launch.binary for size in own for _, launch in run_cell((case, size, dtype), target).launches}
         for batch in batches:
             for mode, launch in run_cell((case, replace(shape, B=batch), dtype), target).launches:
                 if launch.binary not in known:

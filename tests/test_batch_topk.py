@@ -52,6 +52,50 @@ def test_group_maxima_are_used_and_not_used():
     assert _tuning.batch_groups(5, 1030, 40) is not None and _tuning.batch_groups(3, 520, 700) is None
 
 
+def heavy_row(shape, dtype):
+    """One row holds nearly all that is kept, more than its list does; NaN and infinity lie far above the cut."""
+    pre = make_pre("normal", shape)
+    pre[shape[0] // 2] *= 1000
+    pre[0, 3], pre[-1, -1] = torch.inf, -torch.nan
+    return pre.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [(4, 260, 12), (3, 133, 5)], ids=str)
+def test_bounds_by_many_programs_and_rows_that_overflow(case, dtype, monkeypatch):
+    rows, num_latents, total = case
+    few = lambda number, k: _tuning.Sets(max(int(number / (4 * k)), 1), 16, 1)  # noqa: E731
+    monkeypatch.setattr(_tuning, "sets_of_groups", few)
+    monkeypatch.setattr(_tuning, "survivor_tiles", lambda number: (32, 64, 1))
+    monkeypatch.setattr(_tuning, "list_tile", lambda k: _tuning.Tile(32, 1))
+    shape = (rows, num_latents)
+    masks = (None, torch.rand(num_latents) < 0.3, torch.rand(shape) < 0.01)
+    for number, kind in enumerate(("heavy", *HARD_KINDS, "heavy")):
+        pre = heavy_row(shape, dtype) if kind == "heavy" else make_pre(kind, shape, dtype)
+        args = (pre, masks[number % 3], total)
+        assert_same(ops.batch_topk(*args, "triton"), ops.batch_topk(*args, "reference"))
+
+
+def test_more_rows_than_are_summed_at_a_time():
+    """And enough programs to clear the histograms in passing."""
+    for kind, dtype in (("normal", torch.bfloat16), ("ties", torch.float32)):
+        pre = make_pre(kind, (270, 16), dtype)
+        assert _tuning.batch_groups(270, 16, 270) is not None
+        assert_same(ops.batch_topk(pre, None, 270, "triton"), ops.batch_topk(pre, None, 270, "reference"))
+
+
+def test_group_maxima_that_are_known_already():
+    from sae_kernels import batch_topk, reference  # imports triton, which must not happen before conftest.py has spoken
+
+    for dtype in DTYPES:
+        for kind in HARD_KINDS:
+            pre = make_pre(kind, (3, 331), dtype)
+            size = _tuning.batch_groups(3, 331, 9).size
+            keys = reference.ordered_keys(pre.float().relu()) >> _tuning.key_shift(dtype)
+            maxima = torch.stack([part.amax(1) for part in keys.split(size, dim=1)], dim=1)
+            assert_same(batch_topk.launch(pre, None, 9, maxima), reference.batch_topk(pre, None, 9))
+
+
 @pytest.mark.sanitizer
 def test_small_and_complete():
     pre = make_pre("ties", (2, 300), torch.bfloat16)

@@ -48,8 +48,29 @@ def test_every_kernel_keeps_its_promises(target, compiled):
     assert not [row for row in rows if row["wide_loads"] < row["wide_loads_due"]]
     assert not [row for row in rows if row["fp_fusion"] is not True]
     streams = {row["kernel"] for row in rows if row["wide_loads_due"]}
-    assert streams == {"row_topk", "row_cut", "group_max", "column_group_max", "norm_cut", "count"}
+    assert streams == {"row_topk", "group_max", "column_group_max", "norm_cut", "count"}
     assert f"## {target}" in done.stdout and done.returncode == (1 if whole["defects"] else 0)
+
+
+LAUNCHES = """
+from sae_engine import kernel_report as report
+for shape in (report.S1, report.S2, report.S3):
+    for dtype, most in ((report.BF16, 5), (report.FP32, 6)):
+        found = report.run_cell((report.CASES["batch_topk"], shape, dtype), "sm_90")
+        kernels = [launch.kernel for mode, launch in found.launches if mode == "forward"]
+        assert len(kernels + found.torch_kernels["forward"]) == most, (kernels, found.torch_kernels)
+    found = report.run_cell((report.CASES["topk"], shape, report.BF16), "sm_90")
+    assert [launch.kernel for mode, launch in found.launches if mode == "forward"] == ["_row_topk_kernel"]
+few = report.run_cell((report.CASES["topk few rows"], report.S1, report.BF16), "sm_90").launches
+assert [(one.kernel, one.grid) for _, one in few] == [("_group_max_kernel", (1, 32)), ("_row_topk_kernel", (1,))]
+"""
+
+
+@pytest.mark.slow
+def test_batch_topk_takes_at_most_six_launches(tmp_path):
+    """Stock operators' among them; and the rows of a small batch are streamed by many programs."""
+    done = run(LAUNCHES, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 DISASSEMBLE = """

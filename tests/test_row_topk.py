@@ -76,12 +76,83 @@ def test_every_other_column_of_a_wider_matrix(backend):
 
 
 @pytest.mark.sanitizer
-def test_the_kernel_for_large_k_and_the_kernel_for_small_k_are_both_exercised():
+@pytest.mark.parametrize("split", [0, 1 << 30], ids=["whole rows", "split rows"])
+def test_every_kernel_is_exercised(split, monkeypatch):
+    """Few entries of rows that one program streams or several do; many of them, with groups and without."""
+    monkeypatch.setattr(_tuning, "SPLIT_ROWS", split)
     assert _tuning.row_groups(520, 70) is None and _tuning.row_groups(200, 5) is not None
-    pre = make_pre("ties", (2, 200), torch.bfloat16)
     for k in (5, 90):
+        pre = make_pre("ties", (2, 200), torch.bfloat16)
         args = (pre, None, None, k, False, True)
         assert_same(ops.topk(*args, "triton"), ops.topk(*args, "reference"))
+    monkeypatch.setattr(_tuning, "MAX_TILE", 64)
+    assert _tuning.row_groups(400, 9) is None and _tuning.wide_row(2, 400, 9).groups is not None
+    args = (make_pre("ties", (2, 400), torch.bfloat16), None, None, 9, False, True)
+    assert_same(ops.topk(*args, "triton"), ops.topk(*args, "reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_latents", "k"), [(200, 5), (257, 3), (1000, 9), (64, 1)])
+def test_rows_that_one_program_streams(num_latents, k, dtype, monkeypatch):
+    """What batches of SPLIT_ROWS and more do, at sizes for the interpreter."""
+    monkeypatch.setattr(_tuning, "SPLIT_ROWS", 0)
+    for kind in HARD_KINDS:
+        pre = make_pre(kind, (3, num_latents), dtype)
+        mask = torch.rand(num_latents) < 0.3
+        for args in ((pre, None, None, k, False, True), (pre, None, mask, k, True, False)):
+            assert_same(ops.topk(*args, "triton"), ops.topk(*args, "reference"))
+
+
+def clustered(shape, k, dtype):
+    """Rows whose large numbers lie in too few sets of groups to bound them: most that pass the bound are not kept."""
+    wide = _tuning.wide_row(*shape, k)
+    size = 1 if wide.groups is None else wide.groups.size
+    pre = make_pre("normal", shape)
+    large = torch.arange(shape[1]) // size % wide.sets < k - 1
+    pre[:, large] = 100 * pre[:, large].abs()
+    pre[-1, 7::50] = torch.inf
+    return pre.to(dtype)
+
+
+# (limit of a tile, F, k): groups or none; sets for all entries or too few; a list of one tile or of several
+WIDE_CASES = [(64, 200, 9), (64, 131, 16), (32, 300, 20), (32, 90, 40), (64, 50, 50), (32, 97, 1)]
+
+
+@pytest.fixture
+def small_tiles(request, monkeypatch):
+    """Limits at which small rows are selected as long ones are, and many of them overflow their lists."""
+    monkeypatch.setattr(_tuning, "MAX_TILE", request.param)
+    monkeypatch.setattr(_tuning, "MIN_TILE", 16)
+    monkeypatch.setattr(_tuning, "row_groups", lambda *_: None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("small_tiles", "num_latents", "k"), WIDE_CASES, indirect=["small_tiles"])
+def test_rows_that_fit_no_tile(small_tiles, num_latents, k, dtype):
+    for number, kind in enumerate(("clustered", *HARD_KINDS, "clustered")):
+        shape = (2, num_latents)
+        pre = clustered(shape, k, dtype) if kind == "clustered" else make_pre(kind, shape, dtype)
+        args = (pre, None, None, k, number % 2 == 1, number % 2 == 0)
+        assert_same(ops.topk(*args, "triton"), ops.topk(*args, "reference"))
+
+
+@pytest.mark.parametrize(("small_tiles", "num_latents", "k"), WIDE_CASES, indirect=["small_tiles"])
+def test_masks_and_scores_of_rows_that_fit_no_tile(small_tiles, num_latents, k):
+    shape = (2, num_latents)
+    draw = torch.rand(shape)
+    pre, by_kind = make_pre("transposed", shape, torch.bfloat16), ("ties", "special", "normal")
+    masks = (draw[0] < 0.5, draw < 0.05, torch.zeros(num_latents, dtype=torch.bool))
+    for mask, kind in zip(masks, by_kind, strict=True):
+        for score in (None, make_pre(kind, shape, seed=1)):
+            args = (pre, score, mask, k, False, score is None)
+            assert_same(ops.topk(*args, "triton"), ops.topk(*args, "reference"))
+
+
+@pytest.mark.parametrize("small_tiles", [32], indirect=True)
+def test_lists_overflow_in_these_tests(small_tiles):
+    """More entries than the list holds lie above the bound, and the list is one of several tiles."""
+    pre, wide = clustered((1, 300), 20, torch.float32), _tuning.wide_row(1, 300, 20)
+    assert wide.block == 16 and wide.capacity == 64 < int((pre > 5).sum()) and wide.sets == 32
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -88,6 +88,24 @@ def test_batch_topk_reads_the_pre_activations_once(num_latents, k, dtype, meteri
     assert read.loaded + written.moved <= ONCE * floor
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(("num_latents", "k", "most"), [(65536, 2048, 1.3), (131072, 4096, 1.4), (262144, 512, ONCE)])
+def test_wide_rows_are_read_hardly_more_than_once(num_latents, k, most, dtype, metering):
+    """Where no tile holds the groups or their entries."""
+    pre = make_pre("normal", (1, num_latents), dtype)
+    groups = _tuning.wide_row(1, num_latents, k).groups
+    assert _tuning.row_groups(num_latents, k) is None and groups is not None
+    with metering() as meter:
+        codes = f.topk(pre, k, backend="triton")
+    read, written = meter.of(pre), meter.of(codes.values, codes.indices)
+    assert written.stored == written.stored_once == k * (dtype.itemsize + 4)
+    assert read.loaded + written.moved <= most * traffic.topk(1, num_latents, k, dtype.itemsize).bytes
+    # beside it: maxima, written once and read twice; chosen groups; columns, read again for entries beyond a tile
+    size = 2 if dtype == BF16 and groups.number <= 2**15 else 4
+    scratch = meter.total.moved - read.moved - written.moved
+    assert scratch <= 3 * size * groups.number + 1.6 * k * (size * (1 + groups.size) + 5 * 4)
+
+
 @pytest.mark.parametrize("bandwidth", [None, 0.1])
 def test_threshold_reads_the_pre_activations_twice(bandwidth, metering):
     pre, theta = make_pre("normal", (2, 8192), BF16), torch.full((8192,), 2.0)
