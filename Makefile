@@ -48,10 +48,11 @@ test: $(READY) ## the whole test suite (PYTEST_ARGS=…, JOBS=2)
 	$(PY) -m pytest $(WORKERS) -m 'not serial' $(PYTEST_ARGS)
 	$(PY) -m pytest -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: PYTEST_ARGS selected none of these
 
+test-interop: PY = $(PEERS_VENV)/bin/python
 test-interop: $(PEERS_VENV)/.installed ## against SAELens, sparsify and dictionary_learning, in an environment of their own
-	$(PEERS_VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS)
+	$(PEERS_VENV)/bin/python -m pytest $(WORKERS) -m interop $(PYTEST_ARGS)
 
-check: lint types test ## what continuous integration runs
+check: lint types test ## what continuous integration runs before test-interop
 
 lint: $(READY) ## ruff
 	$(PY) -m ruff check .

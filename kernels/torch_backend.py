@@ -63,6 +63,11 @@ def _row_chunks(x: Tensor) -> range:
     return range(0, x.shape[0], _chunk_rows(x))
 
 
+def _rows_in_cache(x: Tensor) -> list[slice]:
+    step = max(_tuning.SCORES_IN_CACHE // max(x.shape[1], 1), 1)
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+
+
 def _above_and_tied(x: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
     """Masks of x > cut and x == cut, where NaN equals NaN and exceeds everything else."""
     nan, cut_nan = x.isnan(), cut.isnan()
@@ -307,9 +312,7 @@ def _kept_of_sorted(score: Tensor, target: Tensor) -> Tensor:
 def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, capacity: int | None):
     kept = []
     wide = torch.float64 if pre.dtype == torch.float64 else torch.float32
-    step = max(_tuning.SCORES_IN_CACHE // max(pre.shape[1], 1), 1)
-    for start in range(0, pre.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in _rows_in_cache(pre):
         score, target = pre[rows].contiguous().to(wide).relu(), target_norm[rows]
         if weight_norm is not None:
             score = score * weight_norm.to(wide)
@@ -319,7 +322,7 @@ def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, cap
             keep, found = torch_norm_match.kept(score, target)
             if not bool(found.all()):
                 keep[~found] = _kept_of_sorted(score[~found], target[~found])
-        kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
+        kept.append(keep.flatten().nonzero()[:, 0] + rows.start * pre.shape[1])
     values, *rest = _compress(pre, kept, capacity)
     return values.relu_(), *rest  # an infinite weight makes NaN, which ranks first, of an entry that is not positive
 
@@ -328,9 +331,9 @@ def threshold(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity: int
     kept = []
     lower = theta if bandwidth is None else theta - bandwidth / 2
     lower = torch.where(lower.isnan(), torch.inf, lower)  # nothing exceeds NaN
-    for start in _row_chunks(pre):
-        keep = ~(pre[start : start + _chunk_rows(pre)] <= lower)  # NaN is kept
-        kept.append(keep.flatten().nonzero()[:, 0] + start * pre.shape[1])
+    for rows in _rows_in_cache(pre):
+        keep = ~(pre[rows] <= lower)  # NaN is kept
+        kept.append(keep.flatten().nonzero()[:, 0] + rows.start * pre.shape[1])
     values, indices, offsets, required = _compress(pre, kept, capacity)
     if bandwidth is not None:
         values = torch.where(values <= theta[indices.long()], 0.0, values)

@@ -641,8 +641,9 @@ def test_compiled(make, compile_backend):
         out = m(x)
         out = out[0] if isinstance(out, tuple) else out
         out.square().sum().backward()
-        results.append((out.detach(), [p.grad for p in m.parameters()]))
-    torch.testing.assert_close(results[0], results[1])
+        results.append([out.detach(), *(p.grad for p in m.parameters())])
+    for a, b in zip(*results, strict=True):  # sums that cancel are as exact as large ones: to a few roundings of those
+        torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(b.dtype).eps * float(b.abs().max()))
 
 
 def test_no_dense_gradient_in_a_training_step():
