@@ -255,7 +255,7 @@ class CandidateTile(NamedTuple):
 CANDIDATE_TILE = CandidateTile(128, 32, 8)
 
 
-@searched(lambda block, grouped: _around(block, 64, 2048))
+@searched(lambda block, grouped: _around(block, 128, 2048))  # a warp has 128 lanes
 def candidate_block(grouped: bool) -> int:
     """Tile of one column's candidates: a common number of them, so that most stay in registers; or of its rows."""
     return 128 if grouped else 1024
