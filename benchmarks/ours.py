@@ -47,12 +47,10 @@ def encoded(i: Inputs, fused: bool | None) -> Callable[[], Output]:
 
 def group_maxima(i: Inputs) -> Callable[[], Output]:
     """The first pass of batch top-k by itself: one read of the matrix, from which everything else follows."""
-    from sae_kernels import _groups, _tuning  # device code: needs Triton
+    from sae_kernels import _groups, _tuning  # device code
 
-    groups, shift = _tuning.batch_groups(*i.pre.shape, total(i)), _tuning.key_shift(i.pre.dtype)
-    if groups is None:
+    grouping, shift = _tuning.batch_groups(*i.pre.shape, total(i)), _tuning.key_shift(i.pre.dtype)
+    if grouping is None:
         raise RuntimeError(f"batch_topk takes no group maxima at {tuple(i.pre.shape)}, k = {i.k}")
-    i.group_size = groups.size
-    return lambda: _groups.group_maxima(
-        i.pre, None, groups, magnitude=False, relu=True, shift=shift, numbered=True
-    )
+    i.group_size = grouping.size
+    return lambda: _groups.group_maxima(i.pre, None, grouping, magnitude=False, relu=True, shift=shift, numbered=True)

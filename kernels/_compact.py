@@ -157,7 +157,7 @@ def compact(
         return
     mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
     weight_stride = 0 if weight is None else weight.stride(0)
-    shares = quota if isinstance(quota, Shares) else Shares(quota, None, None, 0)
+    shares = quota if isinstance(quota, Shares) else Shares(quota, None, None, 0)  # the rest is unused
     block, warps = tile or _tuning.compact_tile(num_latents)
     wide = _tuning.is_wide(*(num_latents * s for s in (score.stride(1), pre.stride(1), mask_strides[1])))
     _compact_kernel[(rows,)](

@@ -78,15 +78,18 @@ def _reaching(key, present, low, ties, LIMITED: tl.constexpr):
 
 
 @triton.jit
-def choose_groups(maxima_ptr, NG, low, ties, LIMITED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the groups of a row that reach `low` over their maxima, in ascending order; how many they are."""
+def choose_groups(
+    maxima_ptr, chosen_ptr,  # row pointers: [NG] in; [NG] out, perhaps the same
+    NG, low, ties, LIMITED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Writes the groups of a row that reach `low`, ascending; how many they are."""
     chosen = tl.full((), 0, tl.int32)
     for tile in range(0, NG, BLOCK):
         groups = tile + tl.arange(0, BLOCK)
         key = tl.load(maxima_ptr + groups, mask=groups < NG, other=ABSENT >> SHIFT).to(tl.int32)
         keep, position, number, equal = _reaching(key, groups < NG, low, ties, LIMITED)
-        tl.debug_barrier()  # the group numbers go where maxima were read, no further
-        tl.store(maxima_ptr + chosen + position, groups.to(maxima_ptr.dtype.element_ty), mask=keep)
+        tl.debug_barrier()  # over the maxima, they go where those were read, no further
+        tl.store(chosen_ptr + chosen + position, groups.to(chosen_ptr.dtype.element_ty), mask=keep)
         chosen += number
         if LIMITED:
             ties -= equal

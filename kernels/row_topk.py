@@ -126,7 +126,7 @@ def _row_wide_kernel(
     # of entries equal to the bound no more than the first K are kept, nor do more of such groups matter
     groups = tl.full((), 0, tl.int32)
     if HAS_GROUPS:
-        groups = choose_groups(maxima_ptr, NG, low, K, True, SHIFT, STEP)
+        groups = choose_groups(maxima_ptr, maxima_ptr, NG, low, K, True, SHIFT, STEP)
     found = list_survivors(score_ptr, mask_ptr, maxima_ptr, columns_ptr, groups, low, K, F, CAPACITY, stride_sf,
                            stride_mf, MAGNITUDE, False, HAS_MASK, HAS_GROUPS, True, SHIFT, WIDE, G, STEP)
 

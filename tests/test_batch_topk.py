@@ -93,7 +93,9 @@ def test_group_maxima_that_are_known_already():
             size = _tuning.batch_groups(3, 331, 9).size
             keys = reference.ordered_keys(pre.float().relu()) >> _tuning.key_shift(dtype)
             maxima = torch.stack([part.amax(1) for part in keys.split(size, dim=1)], dim=1)
+            before = maxima.clone()
             assert_same(batch_topk.launch(pre, None, 9, maxima), reference.batch_topk(pre, None, 9))
+            assert torch.equal(maxima, before)
 
 
 @pytest.mark.sanitizer
