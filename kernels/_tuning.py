@@ -57,12 +57,18 @@ class Tile(NamedTuple):
     warps: int
 
 
+def _tiles_around(tile: Tile, *_: object) -> list[Tile]:
+    return [Tile(block, warps) for block in _around(tile.block, 16, 4096) for warps in _around(tile.warps, 1, 16)]
+
+
+@searched(_tiles_around)
 def digit_tile(num_latents: int) -> Tile:
     """Tile of the passes that count whole rows: 8 lanes a thread, a 16-byte load of 16-bit values."""
     block = stream_block(num_latents, 2048)
     return Tile(block, min(max(block // 256, 1), 8))
 
 
+@searched(_tiles_around, key=lambda k: (round(math.log2(k)),))
 def list_tile(k: float) -> Tile:
     """Tile of the passes over a row's survivors, of which there are hardly more than k: two to four times as many.
 
@@ -151,6 +157,10 @@ def wide_row(rows: int, num_latents: int, k: int) -> WideRow:
 SPLIT_ROWS = 4 * 132
 
 
+@searched(
+    lambda tile, rows, num_latents, size: [t for t in _tiles_around(tile) if t.block >= size],
+    key=lambda rows, num_latents, size: (num_latents, size),
+)
 def maxima_tile(rows: int, num_latents: int, size: int) -> Tile:
     """Tile of a pass that only takes maxima, two 16-byte loads of 16-bit values a thread; short ones for few rows."""
     block = max(stream_block(num_latents, 1024 if rows < SPLIT_ROWS else 4096), size)
@@ -165,6 +175,10 @@ class Sets(NamedTuple):
     warps: int
 
 
+@searched(
+    lambda sets, number, k: [sets._replace(warps=warps) for warps in _around(sets.warps, 1, 16)],
+    key=lambda number, k: (number, round(math.log2(k))),
+)
 def sets_of_groups(number: int, k: float) -> Sets:
     """At least four sets for each entry, where a row has so many groups: then 1.13 groups an entry reach the bound.
 
@@ -173,6 +187,14 @@ def sets_of_groups(number: int, k: float) -> Sets:
     return Sets(1 << max(int(math.log2(number / (4 * k))), 0), 1024, 4)
 
 
+@searched(
+    lambda tiles, number: [
+        (groups, candidates, warps)
+        for groups in _around(tiles[0], 16, 2048)
+        for candidates in _around(tiles[1], 16, 2048)
+        for warps in _around(tiles[2], 1, 16)
+    ]
+)
 def survivor_tiles(number: int) -> tuple[int, int, int]:
     """Groups and candidates of one step, and warps: 8 of either a thread."""
     return stream_block(number, 512), 512, 2
@@ -233,7 +255,7 @@ class CandidateTile(NamedTuple):
 CANDIDATE_TILE = CandidateTile(128, 32, 8)
 
 
-@searched(lambda block, grouped: _around(block, 64, 2048))
+@searched(lambda block, grouped: _around(block, 128, 2048))  # a warp has 128 lanes
 def candidate_block(grouped: bool) -> int:
     """Tile of one column's candidates: a common number of them, so that most stay in registers; or of its rows."""
     return 128 if grouped else 1024
@@ -250,25 +272,21 @@ def stream_block(num_latents: int, most: int = 4096) -> int:
     return max(min(next_power_of_2(num_latents), most), 16)
 
 
-def _tiles_around(tile: tuple[int, int], *_: object) -> list[tuple[int, int]]:
-    return [(block, warps) for block in _around(tile[0], 16, 4096) for warps in _around(tile[1], 1, 16)]
-
-
 @searched(_tiles_around)
-def threshold_tile(num_latents: int) -> tuple[int, int]:
+def threshold_tile(num_latents: int) -> Tile:
     """Lanes and warps of counting and writing: the scan's places take registers, so half of a usual tile."""
     block = stream_block(num_latents, 2048)
-    return block, num_warps(block)
+    return Tile(block, num_warps(block))
 
 
 @searched(_tiles_around)
-def compact_tile(num_latents: int) -> tuple[int, int]:
-    """Lanes and warps of the compaction of whole rows: positions of a scan and addresses take the registers.
+def compact_tile(num_latents: int) -> Tile:
+    """Tile of the compaction of whole rows: the positions of a scan and the addresses they become take the registers.
 
     8 lanes a thread, a 16-byte load of 16-bit values.
     """
     block = stream_block(num_latents, 2048)
-    return block, num_warps(2 * block)
+    return Tile(block, num_warps(2 * block))
 
 
 class NormTile(NamedTuple):

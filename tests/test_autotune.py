@@ -34,6 +34,7 @@ def forget():
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """SAE_AUTOTUNE=1 with a table of its own; ``calls`` counts what was timed, ``cost`` says how long it takes."""
+    monkeypatch.setattr(_tuning, "SPLIT_ROWS", 0)  # row top-k is one launch then, and makes one choice
     path = tmp_path / "new" / "table.json"
     monkeypatch.setenv("SAE_AUTOTUNE", "1")
     monkeypatch.setenv("SAE_AUTOTUNE_TABLE", str(path))
@@ -467,7 +468,8 @@ def test_two_processes_with_one_table_choose_alike(table, monkeypatch, tmp_path)
 import os; os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from sae_engine import functional as f
-from sae_kernels import _autotune
+from sae_kernels import _autotune, _tuning
+_tuning.SPLIT_ROWS = 0
 choose = _autotune._Session.choose
 _autotune._Session.choose = lambda *args: print(_autotune.label(found := choose(*args))) or found
 f.topk(torch.randn(5, {F}), 5, backend="triton")
