@@ -310,10 +310,11 @@ def norm_tile(num_latents: int, weighted: bool) -> NormTile:
     return NormTile(block, 16, sample, max(block // (256 if weighted and num_latents % 16 else 512), 1))
 
 
-def norm_write_tile(num_latents: int) -> tuple[int, int]:
+@searched(_tiles_around)
+def norm_write_tile(num_latents: int) -> Tile:
     """8 lanes a thread of 4 warps, one 16-byte load of 16-bit values; with 16 the positions take 140 registers."""
     block = stream_block(num_latents, 1024)
-    return block, max(block // 256, 1)
+    return Tile(block, max(block // 256, 1))
 
 
 def shares_of_row(rows: int) -> int:

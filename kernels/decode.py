@@ -36,7 +36,7 @@ def _add_entries(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _piece_kernel(
     values_ptr, indices_ptr, offsets_ptr, weight_ptr,  # [N] in, [N] in int32, [B + 1] in int64, [F, D] in
     partial_ptr,  # [N / SPLIT, D] out, fp32
