@@ -13,6 +13,8 @@ import torch
 from rows import Row, environment, now_utc
 from timing import OtherLoad, Timing, method, time_interleaved
 
+from sae_kernels import cpu_gemm
+
 SEED = 0
 Timed = tuple[Timing, float | None]  # and the load of other processes
 # Gathers: rows as wide as 768 16-bit numbers of a table that every L2 since sm_80 holds with room to spare.
@@ -49,7 +51,8 @@ def _gemms(device: torch.device, seconds: float) -> Iterator[Row]:
     side = 8192 if on_gpu else 2048
     for dtype in (torch.float32, torch.bfloat16, *([torch.float16] if on_gpu else [])):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        (timed,) = _timed([functools.partial(torch.matmul, a, b)], device, seconds)
+        products = [functools.partial(multiply, a, b) for multiply in (torch.matmul, cpu_gemm.linear)]
+        timed = min(_timed(products[: 1 if on_gpu else 2], device, seconds), key=lambda timed: timed[0].ms_p50)
         yield _row(device, "gemm", str(dtype).removeprefix("torch."), {"side": side}, timed,
                    moved=3 * side * side * a.element_size(), flops=2 * side**3)  # fmt: skip
 
