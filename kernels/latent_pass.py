@@ -20,7 +20,8 @@ from . import _tuning, densified
 from ._terms import GATED, GIVEN, NUMBER_OF_LISTS, Term, terms_of
 
 # A matrix (F, D) reaches a kernel as (pointer, stride of latents, stride of columns); parameters as four of these:
-# weights, first moment, second moment, and the copy or None. A term is a tuple in the order of `_arguments`.
+# weights, first moment, second moment, and the copy or None. A term is a tuple in the order of `_arguments`. What is
+# absent is told by flags, and something else stands in its place: Triton 3.6 loses its way in tuples that hold None.
 _GIVEN = tl.constexpr(GIVEN)
 _GATED = tl.constexpr(GATED)
 
@@ -31,22 +32,21 @@ def _at(matrix, latent, columns):
 
 
 @triton.jit
-def _gated(inner, term, value, position, present, MODE: tl.constexpr):
+def _gated(inner, term, value, position, present, MODE: tl.constexpr, OFFERED: tl.constexpr):
     """Gradients at the pre-activations from the inner products (``Term.at_entries``)."""
-    offered = term[3]
     if MODE == _GIVEN:
-        return tl.load(offered + position, mask=present, other=0.0).to(tl.float32)
+        return tl.load(term[3] + position, mask=present, other=0.0).to(tl.float32)
     else:
         slope = inner
-        if offered is not None:
-            slope += tl.load(offered + position, mask=present, other=0.0).to(tl.float32)
+        if OFFERED:
+            slope += tl.load(term[3] + position, mask=present, other=0.0).to(tl.float32)
         return tl.where(present & (value != 0), slope, 0.0) if MODE == _GATED else tl.where(present, slope, 0.0)
 
 
 @triton.jit
 def _add_entries(
     dec, enc, bias, term, x_ptr, stride_xb, weight, entry, end, offs_out, mask_out, offs_in, mask_in,
-    MODE: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    MODE: tl.constexpr, OFFERED: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):
     """The three sums of a latent plus what its next IN_FLIGHT entries before ``end`` bring."""
     entries = entry + tl.arange(0, IN_FLIGHT)
@@ -59,7 +59,7 @@ def _add_entries(
     at = row[:, None] * stride_xb + offs_in[None, :]  # [IN_FLIGHT, BLOCK_IN]
     x = tl.load(x_ptr + at, mask=present[:, None] & mask_in[None, :], other=0.0).to(tl.float32)
     inner = value if MODE == _GIVEN else tl.sum(grad * weight[None, :], axis=1)
-    slope = _gated(inner, term, value, position, present, MODE)
+    slope = _gated(inner, term, value, position, present, MODE, OFFERED)
     dec += tl.sum(value[:, None] * grad, axis=0)
     enc += tl.sum(slope[:, None] * x, axis=0)
     return dec, enc, bias + tl.sum(slope, axis=0)
@@ -69,7 +69,8 @@ def _add_entries(
 def _window_kernel(
     x_ptr, indices_ptr, term, weight,  # [B, D_in], [N] int32 in; partial sums of the term out, fp32
     F, D_OUT, D_IN, stride_xb,
-    MODE: tl.constexpr, SPLIT: tl.constexpr, IN_FLIGHT: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    MODE: tl.constexpr, OFFERED: tl.constexpr, SPLIT: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):
     """SPLIT entries from a multiple of SPLIT on: their sums, where they all belong to one latent."""
     window = tl.program_id(0).to(tl.int64)
@@ -85,7 +86,7 @@ def _window_kernel(
             bias = tl.full((), 0.0, tl.float32)
             while entry < end:
                 dec, enc, bias = _add_entries(dec, enc, bias, term, x_ptr, stride_xb, row, entry, end,
-                                              offs_out, mask_out, offs_in, mask_in, MODE, IN_FLIGHT)
+                                              offs_out, mask_out, offs_in, mask_in, MODE, OFFERED, IN_FLIGHT)
                 entry += IN_FLIGHT
             tl.store(term[7][0] + window * D_OUT + offs_out, dec, mask=mask_out)
             tl.store(term[7][1] + window * D_IN + offs_in, enc, mask=mask_in)
@@ -108,12 +109,12 @@ def _moved(state, latent, columns, mask, keep, old, grad, corrections, settings)
 
 
 @triton.jit
-def _put(state, latent, columns, mask, new):
+def _put(state, latent, columns, mask, new, COPIED: tl.constexpr):
     """Stores weights, and rounds the parameter as it now is into the copy."""
     at = _at(state[0], latent, columns)
     new = new.to(at.dtype.element_ty)
     tl.store(at, new, mask=mask)
-    if state[3] is not None:
+    if COPIED:
         at = _at(state[3], latent, columns)
         tl.store(at, new.to(tl.float32).to(at.dtype.element_ty), mask=mask)
 
@@ -126,12 +127,13 @@ def _or_one(x):
 @triton.jit
 def _latents_kernel(
     x_ptr, terms, weight, along_ptr, base,  # [B, D_in], tuples, matrix, [F] or None, matrices and [F] or None; in
-    grads,                                  # (matrix, matrix, pointer) out, each or None, from latent `first` on
+    dec_ptr, enc_ptr, slopes_ptr,           # [F, D_out], [F, D_in], [F] out, each or None, from latent `first` on
     decoder, encoder, bias,                 # parameters in and out, each or None
     corrections_ptr, skip_ptr,              # [2] fp32, [] or None; in
     center_ptr, square_ptr,                 # [programs, D_in], [programs] out, fp32
-    first, stop, D_OUT, D_IN, stride_xb, settings,
-    MODES: tl.constexpr, UNIT_ROWS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    first, stop, D_OUT, D_IN, stride_xb, stride_df, stride_ef, settings,
+    MODES: tl.constexpr, OFFERED: tl.constexpr, BASE: tl.constexpr, MOVED: tl.constexpr,
+    COPIED: tl.constexpr, UNIT_ROWS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, IN_FLIGHT: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):
     """GROUP latents one after the other: sums over their entries, then stored or used up."""
@@ -140,7 +142,7 @@ def _latents_kernel(
     mask_out, mask_in = offs_out < D_OUT, offs_in < D_IN
     latent = first + program * GROUP
     last = tl.minimum(latent + GROUP, stop)
-    if decoder is not None:
+    if MOVED[0]:
         corrections = (tl.load(corrections_ptr), tl.load(corrections_ptr + 1))
         keep = latent >= 0
         if skip_ptr is not None:
@@ -153,11 +155,11 @@ def _latents_kernel(
         row = tl.load(_at(weight, latent, offs_out), mask=mask_out, other=0.0).to(tl.float32)
         if along_ptr is not None:
             dec += tl.load(along_ptr + latent).to(tl.float32) * row
-        if base is not None:
+        if BASE:
             dec += tl.load(_at(base[0], latent, offs_out), mask=mask_out, other=0.0)
             enc += tl.load(_at(base[1], latent, offs_in), mask=mask_in, other=0.0)
             slopes += tl.load(base[2] + latent)
-        for i in tl.static_range(len(terms)):
+        for i in tl.static_range(len(MODES)):
             term = terms[i]
             entry = tl.load(term[4] + latent)
             end = tl.load(term[4] + latent + 1)
@@ -172,19 +174,20 @@ def _latents_kernel(
                 else:
                     border = tl.minimum(border, end)
                     dec, enc, slopes = _add_entries(dec, enc, slopes, term, x_ptr, stride_xb, row, entry, border,
-                                                    offs_out, mask_out, offs_in, mask_in, MODES[i], IN_FLIGHT)
+                                                    offs_out, mask_out, offs_in, mask_in, MODES[i], OFFERED[i],
+                                                    IN_FLIGHT)
                     entry = tl.minimum(entry + IN_FLIGHT, border)
-        if grads[0] is not None:
-            at = _at(grads[0], latent - first, offs_out)
-            tl.store(at, dec.to(at.dtype.element_ty), mask=mask_out)
-        if grads[1] is not None:
-            at = _at(grads[1], latent - first, offs_in)
-            tl.store(at, enc.to(at.dtype.element_ty), mask=mask_in)
-        if grads[2] is not None:
-            tl.store(grads[2] + (latent - first), slopes.to(grads[2].dtype.element_ty))
-        if decoder is not None:
+        if dec_ptr is not None:
+            at = dec_ptr + (latent - first) * stride_df + offs_out
+            tl.store(at, dec.to(dec_ptr.dtype.element_ty), mask=mask_out)
+        if enc_ptr is not None:
+            at = enc_ptr + (latent - first) * stride_ef + offs_in
+            tl.store(at, enc.to(enc_ptr.dtype.element_ty), mask=mask_in)
+        if slopes_ptr is not None:
+            tl.store(slopes_ptr + (latent - first), slopes.to(slopes_ptr.dtype.element_ty))
+        if MOVED[0]:
             old = row
-            if decoder[3] is not None:  # `row` is the copy's
+            if COPIED[0]:  # `row` is the copy's
                 old = tl.load(_at(decoder[0], latent, offs_out), mask=mask_out, other=0.0).to(tl.float32)
             if UNIT_ROWS:
                 dec -= tl.sum(dec * old, axis=0) / _or_one(tl.sum(old * old, axis=0)) * old
@@ -192,23 +195,23 @@ def _latents_kernel(
             new = _moved(decoder, latent, offs_out, mask_out, keep, old, dec, corrections, settings)
             if UNIT_ROWS:
                 new = new / _or_one(tl.sqrt_rn(tl.sum(new * new, axis=0)))
-            _put(decoder, latent, offs_out, mask_out & keep, new)
-        if encoder is not None:
+            _put(decoder, latent, offs_out, mask_out & keep, new, COPIED[0])
+        if MOVED[1]:
             old = tl.load(_at(encoder[0], latent, offs_in), mask=mask_in, other=0.0).to(tl.float32)
             center -= slopes * old
             square += tl.sum(enc * enc, axis=0)
             new = _moved(encoder, latent, offs_in, mask_in, keep, old, enc, corrections, settings)
-            _put(encoder, latent, offs_in, mask_in & keep, new)
-        if bias is not None:
+            _put(encoder, latent, offs_in, mask_in & keep, new, COPIED[1])
+        if MOVED[2]:
             none = tl.full((), 0, tl.int32)
             old = tl.load(_at(bias[0], latent, none)).to(tl.float32)
             square += slopes * slopes
             new = _moved(bias, latent, none, keep | True, keep, old, slopes, corrections, settings)
-            _put(bias, latent, none, keep, new)
+            _put(bias, latent, none, keep, new, COPIED[2])
         latent += 1
-    if encoder is not None:
+    if MOVED[1]:
         tl.store(center_ptr + program * D_IN + offs_in, center, mask=mask_in)
-    if decoder is not None:
+    if MOVED[0]:
         tl.store(square_ptr + program, square)
 
 
@@ -216,7 +219,8 @@ def _latents_kernel(
 def _matrix_kernel(
     grad_ptr, slopes_ptr, state, corrections_ptr, skip_ptr,  # [stop - first, D] used up, [stop - first] or None
     center_ptr, square_ptr,  # [programs, D] where slopes are given, [programs]; out, fp32
-    first, stop, D, settings, UNIT_ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    first, stop, D, settings,
+    COPIED: tl.constexpr, UNIT_ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Adam of BLOCK_F latents of one matrix of any strides from stored gradients, BLOCK_D columns at a time."""
     program = tl.program_id(0).to(tl.int64)
@@ -259,7 +263,7 @@ def _matrix_kernel(
             norm += tl.sum(new * new, axis=1)
             tl.store(grad_ptr + local[:, None] * D + columns, new, mask=mask)  # the gradient has done its work
         else:
-            _put(state, latent, columns, mask & keep, new)
+            _put(state, latent, columns, mask & keep, new, COPIED)
     if UNIT_ROWS:
         norm = _or_one(tl.sqrt_rn(norm))
         tl.debug_barrier()  # what other threads of this program stored is read
@@ -267,14 +271,15 @@ def _matrix_kernel(
             columns = (tile * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
             mask = inside & (columns < D)
             new = tl.load(grad_ptr + local[:, None] * D + columns, mask=mask, other=0.0)
-            _put(state, latent, columns, mask & keep, new / norm[:, None])
+            _put(state, latent, columns, mask & keep, new / norm[:, None], COPIED)
     tl.store(square_ptr + program, tl.sum(square, axis=0))
 
 
 @triton.jit
 def _slopes_kernel(
     weight_ptr, term, indices_ptr, out_ptr,  # [F, D], a term, [N] int32; [N] out, fp32
-    F, D, stride_wf, stride_wd, MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    F, D, stride_wf, stride_wd,
+    MODE: tl.constexpr, OFFERED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Gradients at the pre-activations of BLOCK_N entries whose rows no tile holds."""
     entries = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -290,7 +295,7 @@ def _slopes_kernel(
         grad = tl.load(term[0] + row[:, None] * term[1] + columns, mask=mask, other=0.0).to(tl.float32)
         at = latent[:, None] * stride_wf + columns.to(tl.int64) * stride_wd
         inner += grad * tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    slope = _gated(tl.sum(inner, axis=1), term, value, position, present, MODE)
+    slope = _gated(tl.sum(inner, axis=1), term, value, position, present, MODE, OFFERED)
     tl.store(out_ptr + position, slope, mask=present)
 
 
@@ -307,6 +312,10 @@ def _corrections_kernel(out_ptr, step_ptr, lr_ptr, LOG_BETA1: tl.constexpr, LOG_
 def _matrix(tensor):
     """A matrix as kernels take it; a vector is one of a single column."""
     return tensor, tensor.stride(0), tensor.stride(1) if tensor.dim() == 2 else 0
+
+
+def _filled(some, substitute) -> tuple:
+    return tuple(substitute if one is None else one for one in some)
 
 
 def _with_unit_stride(tensor):
@@ -333,13 +342,14 @@ class _Sums:
             **_tuning.options(_tuning.pass_warps(max(blocks))), **_at_most(_tuning.PASS_REGISTERS),
         )  # fmt: skip
         self.modes = tuple(term.mode for term in terms)
-        self.terms = tuple(self._arguments(term, self._partial(term)) for term in terms)
+        self.offered = tuple(term.offered.numel() > 0 for term in terms)
+        self.terms = tuple((*self._arguments(term), self._partial(term)) for term in terms)
 
     @staticmethod
-    def _arguments(term: Term, partial) -> tuple:
-        """What kernels know as `term[0]` to `term[7]`."""
-        return (term.grad, term.grad.stride(0), term.values, term.offered if term.offered.numel() else None,
-                term.latent_offsets, term.latent_rows, term.latent_positions, partial)  # fmt: skip
+    def _arguments(term: Term) -> tuple:
+        """What kernels know as `term[0]` to `term[6]`; Triton 3.6 takes no None in a tuple within a tuple."""
+        return (term.grad, term.grad.stride(0), term.values, term.offered, term.latent_offsets, term.latent_rows,
+                term.latent_positions)  # fmt: skip
 
     def _partial(self, term: Term):
         """Sums of windows of SPLIT entries that belong to one latent, so that no program walks far through one."""
@@ -349,19 +359,24 @@ class _Sums:
         partial = tuple(torch.empty(shape, dtype=torch.float32, device=self.x.device) for shape in shapes)
         if windows:
             _window_kernel[(windows,)](
-                self.x, term.indices, self._arguments(term, partial), _matrix(self.weight), F=self.weight.shape[0],
-                MODE=term.mode, **self.shape,
+                self.x, term.indices, (*self._arguments(term), partial), _matrix(self.weight), F=self.weight.shape[0],
+                MODE=term.mode, OFFERED=term.offered.numel() > 0, **self.shape,
             )  # fmt: skip
         return partial
 
     def run(self, latents: slice, grads, *, group=1, state=(None, None, None), adam=None, center=None, square=None):
-        """Stores the sums of ``latents`` into ``grads``, or lets Adam use them up where ``state`` is given."""
+        """Stores the sums of ``latents`` into ``grads``, whose columns are contiguous, or lets Adam use them up."""
         _latents_kernel[(triton.cdiv(latents.stop - latents.start, group),)](
             self.x, self.terms, _matrix(self.weight), self.along, self.base,
-            tuple(g if g is None or g.dim() == 1 else _matrix(g) for g in grads), *state,
+            *grads, *(None if four is None else _filled(four, four[0]) for four in state),
             adam and adam.corrections, adam and adam.skip, center, square,
             first=latents.start, stop=latents.stop, settings=adam and adam.settings,
-            UNIT_ROWS=adam is not None and adam.unit_rows, MODES=self.modes, GROUP=group, **self.shape,
+            stride_df=0 if grads[0] is None else grads[0].stride(0),
+            stride_ef=0 if grads[1] is None else grads[1].stride(0),
+            MODES=self.modes, OFFERED=self.offered, BASE=self.base is not None,
+            MOVED=tuple(four is not None for four in state),
+            COPIED=tuple(four is not None and four[3] is not None for four in state),
+            UNIT_ROWS=adam is not None and adam.unit_rows, GROUP=group, **self.shape,
         )  # fmt: skip
 
 
@@ -371,8 +386,9 @@ def _slopes(weight, term: Term):
     if slopes.numel():
         entries, columns = _tuning.SLOPES_TILE
         _slopes_kernel[(triton.cdiv(slopes.numel(), entries),)](
-            weight, _Sums._arguments(term, None), term.indices, slopes, F=weight.shape[0], D=weight.shape[1],
-            stride_wf=weight.stride(0), stride_wd=weight.stride(1), MODE=term.mode, BLOCK_N=entries, BLOCK_D=columns,
+            weight, _Sums._arguments(term), term.indices, slopes, F=weight.shape[0], D=weight.shape[1],
+            stride_wf=weight.stride(0), stride_wd=weight.stride(1), MODE=term.mode, OFFERED=term.offered.numel() > 0,
+            BLOCK_N=entries, BLOCK_D=columns,
             **_tuning.options(4),
         )  # fmt: skip
     return slopes
@@ -430,8 +446,9 @@ class _Adam:
         center = None if slopes is None else grad.new_empty(programs, width)
         square = grad.new_empty(programs)
         _matrix_kernel[(programs,)](
-            grad, slopes, state, self.corrections, self.skip, center, square,
-            first=latents.start, stop=latents.stop, D=width, settings=self.settings, UNIT_ROWS=unit_rows,
+            grad, slopes, _filled(state, state[0]), self.corrections, self.skip, center, square,
+            first=latents.start, stop=latents.stop, D=width, settings=self.settings,
+            COPIED=state[3] is not None, UNIT_ROWS=unit_rows,
             BLOCK_F=block_f, BLOCK_D=block_d, **_tuning.options(8),
         )  # fmt: skip
         return center, square
