@@ -30,6 +30,7 @@ GAP = 2.5e-6  # seconds from one dependent launch to the next inside a queue
 SORT = 8 * GAP  # a radix sort is several launches
 REACHING, SURVIVORS = 1.15, 1.17  # groups and entries that reach the bound, over those kept, of normal bf16 entries
 FOUND = 256 * 8  # bytes of a histogram in which a program finds a digit
+SHARE = 256 * 4  # bytes of the counts from which a program finds its place
 SECTOR = 32  # bytes that a gather of a few moves
 
 CASES = ("topk", "batch_topk", "norm_match", "threshold", "decode", "decode error", "to_dense")
@@ -77,12 +78,14 @@ def moved(launch, shape):
             written = entries * (4 + a["pre_ptr"].element_size())
             return whole + written, whole + written
         case "_norm_cut_kernel":  # one pass and the sample, where few are kept; two passes where half are
-            return size("pre_ptr"), size("pre_ptr") * (1 + a["SAMPLE"] / shape.F)
-        case "_count_kernel":
-            return size("pre_ptr"), size("pre_ptr")
-        case "_write_kernel" | "_norm_write_kernel":
+            once = size("pre_ptr") + size("marks_ptr")
+            return once, once + size("pre_ptr") * a["SAMPLE"] / shape.F
+        case "_mark_kernel":
+            return size("pre_ptr") + size("marks_ptr"), size("pre_ptr") + size("marks_ptr")
+        case "_write_marked_kernel":
             written = size("values_ptr") + size("indices_ptr")
-            return size("pre_ptr") + written, size("pre_ptr") + written
+            gathered = entries * SECTOR * (1 + a["HAS_CUT"])
+            return size("marks_ptr") + gathered, size("marks_ptr") + gathered + written + rows * SHARE
         case "_decode_kernel":
             row = width * a["weight_ptr"].element_size()
             tiles = size("out_ptr") + (size("target_ptr") if a["HAS_TARGET"] else 0)

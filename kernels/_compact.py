@@ -56,25 +56,31 @@ def lane_columns(columns_ptr, start, lane, lanes, listed, HAS_LIST: tl.constexpr
 
 
 @triton.jit
+def sums_before(counts_ptr, sums_ptr, row, B):
+    """The sum of the counts (B,) of earlier rows, and of all; ``sums`` are those of SHARE_ROWS rows each."""
+    lane = tl.arange(0, SHARE_ROWS)
+    share = row // SHARE_ROWS
+    shares = tl.cdiv(B, SHARE_ROWS)
+    counted = share * SHARE_ROWS + lane
+    before = tl.sum(tl.load(counts_ptr + counted, mask=counted < row, other=0).to(tl.int64), axis=0)
+    total = tl.full((), 0, tl.int64)
+    for first in range(0, shares, SHARE_ROWS):
+        place = first + lane
+        sums = tl.load(sums_ptr + place, mask=place < shares, other=0)
+        before += tl.sum(tl.where(place < share, sums, 0), axis=0)
+        total += tl.sum(sums, axis=0)
+    return before, total
+
+
+@triton.jit
 def _row_share(equal_ptr, above_ptr, sums_ptr, row, B, total):
     """A row's place among the kept entries of a matrix, how many it keeps, and its quota of ties.
 
     Ties go to the lowest flat index, row by row until they are used up.
     """
-    lane = tl.arange(0, SHARE_ROWS)
-    share = row // SHARE_ROWS
-    shares = tl.cdiv(B, SHARE_ROWS)
-    earlier = share * SHARE_ROWS + lane < row
-    above_before = tl.sum(tl.load(above_ptr + share * SHARE_ROWS + lane, mask=earlier, other=0).to(tl.int64), axis=0)
-    equal_before = tl.sum(tl.load(equal_ptr + share * SHARE_ROWS + lane, mask=earlier, other=0).to(tl.int64), axis=0)
-    ties = total
-    for first in range(0, shares, SHARE_ROWS):
-        place = first + lane
-        above = tl.load(sums_ptr + place, mask=place < shares, other=0)
-        equal = tl.load(sums_ptr + shares + place, mask=place < share, other=0)
-        ties -= tl.sum(above, axis=0)
-        above_before += tl.sum(tl.where(place < share, above, 0), axis=0)
-        equal_before += tl.sum(equal, axis=0)
+    above_before, above_total = sums_before(above_ptr, sums_ptr, row, B)
+    equal_before, _ = sums_before(equal_ptr, sums_ptr + tl.cdiv(B, SHARE_ROWS), row, B)
+    ties = total - above_total
     used = tl.minimum(equal_before, ties)
     quota = tl.minimum(tl.load(equal_ptr + row).to(tl.int64), ties - used).to(tl.int32)
     return above_before + used, tl.load(above_ptr + row) + quota, quota
@@ -170,16 +176,3 @@ def compact(
         HAS_WEIGHT=weight is not None, HAS_LIST=candidates.columns is not None, HAS_SHARES=shares.sums is not None,
         SHIFT=shift, WIDE=wide, BLOCK=block, **_tuning.options(warps),
     )
-
-
-def allocate(pre, counts, capacity):
-    """Empty compressed rows for ``counts`` (B,) entries each; without a capacity the host reads their sum, once."""
-    offsets = torch.zeros(pre.shape[0] + 1, dtype=torch.int64, device=pre.device)
-    offsets[1:] = counts.cumsum(0, dtype=torch.int64)
-    required = offsets[-1].clone()
-    if capacity is None:
-        size = int(required)
-        return pre.new_empty(size), pre.new_empty(size, dtype=torch.int32), offsets, required
-    # Entries past the last row belong to nobody: zeros, so that nothing reads memory that was never written.
-    values, indices = pre.new_zeros(capacity), pre.new_zeros(capacity, dtype=torch.int32)
-    return values, indices, offsets.clamp_(max=capacity), required

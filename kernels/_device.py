@@ -1,4 +1,4 @@
-"""Device helpers that several kernels share: ordered keys, the k-th largest key, keeping exactly k of them."""
+"""What several kernels share: ordered keys, the k-th largest key, keeping exactly k of them; a launch option."""
 import triton
 import triton.language as tl
 
@@ -19,6 +19,21 @@ def ordered_key(x):
 def relu(x):
     """max(x, 0) with NaN kept."""
     return tl.where((x > 0) | (x != x), x, 0.0)
+
+
+@triton.jit
+def scores(pre_ptr, weight_ptr, cols, present, stride_pf, stride_wf, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr):
+    """A tile of a row of pre, and of r = relu(pre) * weight.
+
+    Without weights r is pre: who compares it with positive numbers needs no ReLU.
+    """
+    at = cols.to(tl.int64) if WIDE else cols
+    value = tl.load(pre_ptr + at * stride_pf, mask=present, other=0.0)
+    r = value.to(tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + cols * stride_wf, mask=present, other=0.0)
+        r = tl.maximum(r, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight
+    return value, r
 
 
 @triton.jit
@@ -114,3 +129,10 @@ def keep_first(key, cut, quota):
     equal_rank = scan & 0xFFFF
     keep = (above == 1) | ((equal == 1) & (equal_rank <= quota))
     return keep, (scan >> 16) + tl.minimum(equal_rank, quota) - 1
+
+
+def at_most(registers: int) -> dict:
+    """The launch option that limits the registers of a thread; AMD's compiler and the interpreter have none."""
+    if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": registers}

@@ -273,10 +273,35 @@ def stream_block(num_latents: int, most: int = 4096) -> int:
 
 
 @searched(_tiles_around)
-def threshold_tile(num_latents: int) -> Tile:
-    """Lanes and warps of counting and writing: the scan's places take registers, so half of a usual tile."""
-    block = stream_block(num_latents, 2048)
+def mark_tile(num_latents: int) -> Tile:
+    """Columns and warps of the pass that marks what a threshold keeps: two 16-byte loads of 16-bit values a thread."""
+    block = max(stream_block(num_latents, 2048), 32)  # whole words of marks
     return Tile(block, num_warps(block))
+
+
+class MarkedTile(NamedTuple):
+    """Tiles of the pass that writes what is marked."""
+
+    words: int  # of marks, 32 columns each
+    dense: int  # lanes of 8 columns in one step, where many are marked
+    warps: int
+
+
+@searched(
+    lambda tile, num_latents: [
+        MarkedTile(words, dense, warps)
+        for words in _around(tile.words, 2, 1024)
+        for dense in _around(tile.dense, 2, 256)
+        for warps in _around(tile.warps, 1, 4)
+    ]
+)
+def marked_tile(num_latents: int) -> MarkedTile:
+    """One warp a row, which needs no barrier: 80 registers, so that 24 rows share a processor and hide their latencies.
+
+    4 words a thread, a 16-byte load of marks; 8 columns where many are marked, whose positions fill the registers.
+    """
+    words = max(min(next_power_of_2(-(-num_latents // 32)), 128), 2)
+    return MarkedTile(words, min(4 * words, 32), 1)
 
 
 @searched(_tiles_around)
@@ -298,7 +323,10 @@ class NormTile(NamedTuple):
     warps: int
 
 
-def norm_tile(num_latents: int, weighted: bool) -> NormTile:
+NORM_REGISTERS = 128  # of a thread of norm matching's cut: 16 warps share a processor; left to itself it takes 168
+
+
+def norm_tile(num_latents: int) -> NormTile:
     """2 lanes a thread of a warp of 32: two 16-byte loads in flight, 32 entries a thread in the last search.
 
     A sample of F / 32 leaves F / sqrt(sample) entries or so, a quarter of the slots, so that hardly a lane overflows;
@@ -306,15 +334,8 @@ def norm_tile(num_latents: int, weighted: bool) -> NormTile:
     """
     block = max(min(next_power_of_2(num_latents) // 2, 4096 if num_latents > 65536 else 2048), 256)
     sample = 0 if num_latents <= 2 * block else max(min(next_power_of_2(num_latents) // 32, 4096), 1024)
-    # rows that are not aligned load column by column; beside weights they spill with two lanes a thread
-    return NormTile(block, 16, sample, max(block // (256 if weighted and num_latents % 16 else 512), 1))
-
-
-@searched(_tiles_around)
-def norm_write_tile(num_latents: int) -> Tile:
-    """8 lanes a thread of 4 warps, one 16-byte load of 16-bit values; with 16 the positions take 140 registers."""
-    block = stream_block(num_latents, 1024)
-    return Tile(block, max(block // 256, 1))
+    # rows that are not aligned load column by column, and spill with two lanes a thread
+    return NormTile(block, 16, sample, max(block // (256 if num_latents % 16 else 512), 1))
 
 
 def shares_of_row(rows: int) -> int:

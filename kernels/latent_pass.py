@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import _tuning, densified
+from ._device import at_most
 from ._terms import GATED, GIVEN, NUMBER_OF_LISTS, Term, terms_of
 
 # A matrix (F, D) reaches a kernel as (pointer, stride of latents, stride of columns); parameters as four of these:
@@ -322,13 +323,6 @@ def _with_unit_stride(tensor):
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _at_most(registers: int) -> dict:
-    """The launch option that limits the registers of a thread; AMD's compiler and the interpreter have none."""
-    if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":
-        return {}
-    return {"maxnreg": registers}
-
-
 class _Sums:
     """The sums over the entries of the terms, for any range of latents, of columns that fit a tile."""
 
@@ -339,7 +333,7 @@ class _Sums:
         self.shape = dict(
             D_OUT=weight.shape[1], D_IN=x.shape[1], stride_xb=x.stride(0), SPLIT=_tuning.SPLIT_PASS,
             BLOCK_OUT=blocks[0], BLOCK_IN=blocks[1], IN_FLIGHT=_tuning.pass_entries(max(blocks)),
-            **_tuning.options(_tuning.pass_warps(max(blocks))), **_at_most(_tuning.PASS_REGISTERS),
+            **_tuning.options(_tuning.pass_warps(max(blocks))), **at_most(_tuning.PASS_REGISTERS),
         )  # fmt: skip
         self.modes = tuple(term.mode for term in terms)
         self.offered = tuple(term.offered.numel() > 0 for term in terms)

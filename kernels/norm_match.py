@@ -2,9 +2,10 @@
 
 Math      rank by r = relu(pre) * weight_norm; keep the prefix that minimises |sqrt(sum r^2) - target|
 Grid      (B,); one program owns one row, first to find its cut, then to write what it keeps
-Traffic   a sample of the row says between which two r the energy will cross the target; one pass checks it exactly and
-          sets aside what lies between; a second pass where the sample could not tell (targets near the row's norm).
-          Then one pass to write N*(s + 4)
+Traffic   a sample of the row says between which two r the energy will cross the target; one pass checks it exactly,
+          sets aside what lies between, and marks what may be kept; a second pass where the sample could not tell
+          (targets near the row's norm). Then the marked entries again, or the tiles where they are many; a bit an entry
+          is written and read; writes N*(s + 4)
 Numerics  r rounded once to fp32; energies of 8 entries in fp32, summed in fp64, always in the same order: same bits on
           every run. The sample decides how many passes there are, never the result
 Source    Lee et al. 2025, arXiv:2503.24277 (nearest prefix, compared in norm space); narrowing by a sample as in
@@ -15,29 +16,16 @@ import triton
 import triton.language as tl
 
 from . import _tuning
-from ._compact import allocate
-from ._device import INF_KEY, middle, relu
+from ._compact import SHARE_ROWS
+from ._device import INF_KEY, at_most, middle, scores
+from ._marks import NEIGHBOURS, lane_marks, unmarked, write
 
-NEIGHBOURS = tl.constexpr(8)  # columns of one lane: 16-byte loads of 16-bit values
 GUIDED_PASSES = tl.constexpr(4)  # that a sample narrows down; then bisection, which always ends
 SAMPLE_ROUNDS = tl.constexpr(8)  # the sample's resolution: its range over 256, finer than its standard error
-SPARSE = tl.constexpr(16)  # tiles that keep less than one entry in so many write column by column
 # Standard errors on either side: with 2, one row in twenty takes another pass; with 1, where 2 do not fit, one in 3.
 MOST_ERRORS, LEAST_ERRORS = tl.constexpr(2.0), tl.constexpr(1.0)
 UNSEEN = tl.constexpr(3.0)  # times a sampled entry's share of the row: what may lie above where the sample has nothing
 DEPTH = tl.constexpr(16 << 23)  # octaves below the target
-
-
-@triton.jit
-def _scores(pre_ptr, weight_ptr, cols, F, stride_pf, stride_wf, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr):
-    """A tile of pre, and of r, which the caller compares with positive numbers: what is negative needs no ReLU."""
-    at = cols.to(tl.int64) if WIDE else cols
-    value = tl.load(pre_ptr + at * stride_pf, mask=cols < F, other=0.0)
-    r = value.to(tl.float32)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + cols * stride_wf, mask=cols < F, other=0.0)
-        r = tl.maximum(r, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight
-    return value, r
 
 
 @triton.jit
@@ -78,10 +66,12 @@ def _set_aside(scratch_ptr, tile, lo, hi, place, end):
 
 @triton.jit
 def _measure(
-    pre_ptr, weight_ptr, scratch_ptr, F, stride_pf, stride_wf, scale, lo, hi, limit,
+    pre_ptr, weight_ptr, scratch_ptr, marks_ptr, F, ROW_MARKS, stride_pf, stride_wf, scale, lo, hi, limit,
     HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
 ):
     """One pass over a row: its largest r; count and energy of the r above hi and in [lo, hi], which are set aside.
+
+    Both are marked.
 
     NaN is above everything. A lane has `limit` places; `number` is how many it would have needed.
     """
@@ -95,7 +85,7 @@ def _measure(
     energy_inside = tl.zeros((LANES,), tl.float64)
     for tile in range(0, tl.cdiv(F, LANES * NEIGHBOURS)):
         cols = (tile * LANES + lane[:, None]) * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, :]
-        r = _scores(pre_ptr, weight_ptr, cols, F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]  # [LANES, NEIGHBOURS]
+        r = scores(pre_ptr, weight_ptr, cols, cols < F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]
         beyond = (r <= hi) == 0
         scaled = _scaled(r, scale)
         upper = tl.where(beyond, scaled, 0.0)
@@ -106,6 +96,8 @@ def _measure(
         for column in tl.static_range(NEIGHBOURS):
             top = tl.maximum(top, _columns(r)[column], propagate_nan=tl.PropagateNan.ALL)
         place = _set_aside(scratch_ptr, r, lo, hi, place, limit * LANES)
+        tl.store(marks_ptr + tile * LANES + lane, lane_marks((r < lo) == 0).to(tl.int8),
+                 mask=tile * LANES + lane < ROW_MARKS)
     top = tl.where(top != top, INF_KEY + 1, top.to(tl.int32, bitcast=True))
     return (tl.max(top, axis=0), tl.sum(above, axis=0), place // LANES,
             tl.sum(energy_above, axis=0), tl.sum(energy_inside, axis=0))
@@ -148,7 +140,7 @@ def _guess(
     """
     chunk = tl.arange(0, SAMPLE // NEIGHBOURS) * (F // SAMPLE * NEIGHBOURS)
     cols = chunk[:, None] + tl.arange(0, NEIGHBOURS)[None, :]
-    r = _scores(pre_ptr, weight_ptr, cols, F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]
+    r = scores(pre_ptr, weight_ptr, cols, cols < F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]
     inside = (r >= _from_bits(lo)) & (r <= _from_bits(hi))
     energy = tl.where(inside, tl.minimum(_scaled(r, scale), 4.0), 0.0)  # the target's is 2 at most
     energy *= energy
@@ -194,7 +186,7 @@ def _column_of(
     tile = tl.full((), 0, tl.int32)
     while number > 0:
         cols = tile * BLOCK + tl.arange(0, BLOCK)
-        r = _scores(pre_ptr, weight_ptr, cols, F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]
+        r = scores(pre_ptr, weight_ptr, cols, cols < F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]
         tied = (r == _from_bits(key)).to(tl.int32)
         found = tl.sum(tied, axis=0)
         if found >= number:
@@ -211,7 +203,8 @@ def _norm_cut_kernel(
     target_ptr,   # [B] in, fp32
     scratch_ptr,  # [B, SLOTS * BLOCK / 8] scratch, fp32
     cut_ptr, last_ptr, count_ptr,  # [B] out each, int32: keep r above cut, and equal to it up to a column; their number
-    F, stride_pb, stride_pf, stride_wf,
+    marks_ptr, sums_ptr,           # [B, ROW_MARKS] out, int8; in/out: see _marks.Marks
+    F, ROW_MARKS, stride_pb, stride_pf, stride_wf,
     HAS_WEIGHT: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr, SAMPLE: tl.constexpr,
 ):
@@ -220,6 +213,7 @@ def _norm_cut_kernel(
     LANES: tl.constexpr = BLOCK // NEIGHBOURS
     pre_ptr += row * stride_pb
     scratch_ptr += row * (SLOTS * LANES)
+    marks_ptr += row * ROW_MARKS
     target = tl.load(target_ptr + row)
     ordinary = (target > 0) & (target < float("inf"))
     # A power of two near 1 / target.
@@ -243,7 +237,6 @@ def _norm_cut_kernel(
     a = lo
     b = tl.where(ordinary, hi, 0)  # with other targets the pass counts what is positive
     limit = tl.full((), SLOTS, tl.int32)
-    both = count_lo
     if SAMPLE > 0:
         passes = tl.full((), 0, tl.int32)
     while searching:
@@ -260,7 +253,8 @@ def _norm_cut_kernel(
                     limit = tl.full((), SLOTS, tl.int32)
             passes += 1
         top, above, number, energy_above, energy_inside = _measure(
-            pre_ptr, weight_ptr, scratch_ptr, F, stride_pf, stride_wf, scale, a, b, limit, HAS_WEIGHT, WIDE, LANES)
+            pre_ptr, weight_ptr, scratch_ptr, marks_ptr, F, ROW_MARKS, stride_pf, stride_wf, scale, a, b, limit,
+            HAS_WEIGHT, WIDE, LANES)
         both = above + tl.sum(number, axis=0)
         energy = energy_above + energy_inside
         whole = (a == 1) & (norm >= tl.sqrt(energy))
@@ -270,7 +264,7 @@ def _norm_cut_kernel(
         reached = energy >= wanted
         lo = tl.where(beyond, b + 1, tl.where(reached, a, lo))
         energy_lo = tl.where(beyond, energy_above, tl.where(reached, energy, energy_lo))
-        count_lo = tl.where(beyond, above, tl.where(reached, both, count_lo))
+        count_lo = tl.where(keep_all, both, tl.where(beyond, above, tl.where(reached, both, count_lo)))
         energy_hi = tl.where(beyond, energy_hi, tl.where(reached, energy_above, energy))
         count_hi = tl.where(beyond, count_hi, tl.where(reached, above, both))
         hi = tl.where(beyond, hi, tl.where(reached, b, a - 1))
@@ -278,6 +272,12 @@ def _norm_cut_kernel(
         aside = reached & (beyond == 0) & (tl.max(number, axis=0) <= limit)
         ends = special | whole | aside | (known & (lo >= hi))
         searching = ends == 0
+
+    if (lo < a) & (top < INF_KEY):  # the last pass has not marked what is kept: all may be
+        tl.debug_barrier()  # its marks are overwritten by other lanes
+        lane = tl.arange(0, LANES)
+        for first in range(0, ROW_MARKS, LANES):
+            tl.store(marks_ptr + first + lane, tl.full((LANES,), -1, tl.int8), mask=first + lane < ROW_MARKS)
 
     # A row whose first entry is not finite, or a target that is not a positive number, keeps that one entry.
     search = ordinary & (top > 0) & (top < INF_KEY) & (keep_all == 0)
@@ -322,91 +322,26 @@ def _norm_cut_kernel(
     if search & (quota < tied):
         last = _column_of(pre_ptr, weight_ptr, lo, quota, F, stride_pf, stride_wf, HAS_WEIGHT, WIDE, BLOCK // 4)
     tl.store(last_ptr + row, last)
-    count = tl.where(search, count_hi + quota, (top > 0).to(tl.int32))
-    tl.store(count_ptr + row, tl.where(keep_all, both, count))
-
-
-@triton.jit
-def _write_columns(values_ptr, indices_ptr, value, keep, first, position, room):
-    """A tile (LANES, 8) column by column: nothing is exchanged among lanes, but neighbours are stored apart."""
-    values = _columns(value)
-    keeps = _columns(keep)
-    for column in tl.static_range(NEIGHBOURS):
-        kept = (keeps[column] == 1) & (position < room)
-        tl.store(indices_ptr + position, first + column, mask=kept)
-        tl.store(values_ptr + position, _relu_of(values[column]), mask=kept)
-        position += keeps[column]
-
-
-@triton.jit
-def _relu_of(value):
-    return relu(value.to(tl.float32)).to(value.dtype)
-
-
-@triton.jit
-def _norm_write_kernel(
-    pre_ptr,      # [B, F] in
-    weight_ptr,   # [F] in, fp32, or unused
-    cut_ptr, last_ptr, offsets_ptr,  # [B] in, int32, [B] in, int32, [B + 1] in, int64
-    values_ptr, indices_ptr,          # [N] out, [N] out, int32
-    F, stride_pb, stride_pf, stride_wf,
-    HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """One row, tile by tile in column order, until it has written its share."""
-    row = tl.program_id(0).to(tl.int64)
-    pre_ptr += row * stride_pb
-    key = tl.load(cut_ptr + row)
-    cut = _from_bits(key)
-    below = _from_bits(tl.maximum(key - 1, 0))
-    last = tl.load(last_ptr + row)
-    start = tl.load(offsets_ptr + row)
-    room = (tl.load(offsets_ptr + row + 1) - start).to(tl.int32)
-    values_ptr += start
-    indices_ptr += start
-    written = tl.full((), 0, tl.int32)
-    tile = tl.full((), 0, tl.int32)
-    lane = tl.arange(0, BLOCK // NEIGHBOURS)
-    while (tile * BLOCK < F) & (written < room):
-        cols = tile * BLOCK + lane[:, None] * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, :]  # [LANES, NEIGHBOURS]
-        value, r = _scores(pre_ptr, weight_ptr, cols, F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)
-        keep = ((r <= tl.where(cols <= last, below, cut)) == 0).to(tl.int32)
-        number = tl.sum(keep, axis=1)
-        ends = written + tl.cumsum(number, axis=0)
-        total = tl.sum(number, axis=0)
-        if total * SPARSE < BLOCK:
-            if total > 0:
-                _write_columns(values_ptr, indices_ptr, value, keep, tile * BLOCK + lane * NEIGHBOURS,
-                               ends - number, room)
-        else:
-            # kept by a number that says so, as masks cost more to hand from lane to lane
-            position = tl.where(keep == 1, (ends - number)[:, None] + tl.cumsum(keep, axis=1) - 1, room)
-            tl.store(indices_ptr + position, cols, mask=position < room)
-            tl.store(values_ptr + position, _relu_of(value), mask=position < room)
-        written += total
-        tile += 1
+    count = tl.where(search, count_hi + quota, tl.where(keep_all, count_lo, (top > 0).to(tl.int32)))
+    tl.store(count_ptr + row, count)
+    tl.atomic_add(sums_ptr + row // SHARE_ROWS, count.to(tl.int64), sem="relaxed")
 
 
 def launch(pre, target_norm, weight_norm, capacity):
     """values (N,), indices (N,), offsets (B + 1,), required (); see ``reference.norm_match``."""
     rows, num_latents = pre.shape
-    cut, last, count = (torch.empty(rows, dtype=torch.int32, device=pre.device) for _ in range(3))
-    common = dict(
-        F=num_latents, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
-        stride_wf=0 if weight_norm is None else weight_norm.stride(0), HAS_WEIGHT=weight_norm is not None,
-        WIDE=_tuning.is_wide(num_latents * pre.stride(1)),
-    )
+    cut, last = (torch.empty(rows, dtype=torch.int32, device=pre.device) for _ in range(2))
+    marks = unmarked(pre)
     if rows:
-        tile = _tuning.norm_tile(num_latents, weight_norm is not None)
+        tile = _tuning.norm_tile(num_latents)
         scratch = torch.empty(rows, tile.slots * tile.block // 8, dtype=torch.float32, device=pre.device)
         _norm_cut_kernel[(rows,)](
-            pre, weight_norm, target_norm, scratch, cut, last, count, **common,
+            pre, weight_norm, target_norm, scratch, cut, last, marks.counts, marks.bits, marks.sums,
+            F=num_latents, ROW_MARKS=marks.bits.shape[1], stride_pb=pre.stride(0), stride_pf=pre.stride(1),
+            stride_wf=0 if weight_norm is None else weight_norm.stride(0), HAS_WEIGHT=weight_norm is not None,
             SHIFT=0 if weight_norm is not None else _tuning.key_shift(pre.dtype),
+            WIDE=_tuning.is_wide(num_latents * pre.stride(1)),
             BLOCK=tile.block, SLOTS=tile.slots, SAMPLE=tile.sample, **_tuning.options(tile.warps),
+            **at_most(_tuning.NORM_REGISTERS),
         )
-    values, indices, offsets, required = allocate(pre, count, capacity)
-    if rows and values.numel():
-        block, warps = _tuning.norm_write_tile(num_latents)
-        _norm_write_kernel[(rows,)](
-            pre, weight_norm, cut, last, offsets, values, indices, **common, BLOCK=block, **_tuning.options(warps)
-        )
-    return values, indices, offsets, required
+    return write(pre, marks, capacity, cut=(weight_norm, cut, last))

@@ -1,96 +1,61 @@
 """Threshold: every entry above its latent's theta; NaN is kept and counted.
 
-Math      keep pre > theta_j (or > floor_j <= theta_j, entries up to theta_j then holding 0)
-Grid      (B,); one program owns one row, first to count, then to write
-Traffic   reads B*F*s twice; writes N*(s + 4)
+Math      keep pre > theta_j (or > theta_j - bandwidth / 2, entries up to theta_j then holding 0)
+Grid      (B * parts of a row,); few rows have several parts
+Traffic   reads B*F*s once, and again the entries that are kept, or the tiles where they are many; a bit an entry is
+          written and read; writes N*(s + 4)
 Numerics  compared in fp32; exact
 Source    Rajamanoharan et al. 2024, arXiv:2407.14435 (JumpReLU); Bussmann et al. 2024 (inference of BatchTopK)
 """
-import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
-from ._compact import allocate
+from ._compact import SHARE_ROWS
+from ._marks import NEIGHBOURS, lane_marks, number_of, segment_of, theta_of, unmarked, write
 
 
-@triton.jit
-def _per_latent(ptr, cols, mask, STRIDE: tl.constexpr):
-    """A tile of a (F,) vector; one load where it is a number expanded, whose stride is 0."""
-    return tl.load(ptr) if STRIDE == 0 else tl.load(ptr + cols * STRIDE, mask=mask, other=0.0)
-
-
-@triton.jit
-def _above(pre_ptr, floor_ptr, cols, present, stride_pf, STRIDE_FF: tl.constexpr, WIDE: tl.constexpr):
-    """A tile of pre and the mask of its entries above the floor."""
-    at = cols.to(tl.int64) if WIDE else cols
-    value = tl.load(pre_ptr + at * stride_pf, mask=present, other=0.0)
-    wide = value.to(tl.float32)
-    return value, present & ((wide > _per_latent(floor_ptr, cols, present, STRIDE_FF)) | (wide != wide))
-
-
-@triton.jit
-def _count_kernel(
-    pre_ptr, floor_ptr, count_ptr,  # [B, F] in, [F] in fp32, [B] out int32
-    F, stride_pb, stride_pf, STRIDE_FF: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["parts", "part"])
+def _mark_kernel(
+    pre_ptr, theta_ptr,              # [B, F] in, [F] in, fp32
+    marks_ptr, count_ptr, sums_ptr,  # [B, ROW_MARKS] out, int8, [B * parts] out, int32, in/out: see _marks.Marks
+    parts, part, F, ROW_MARKS, half_window, stride_pb, stride_pf, STRIDE_TF: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One row: how many entries it stores."""
-    row = tl.program_id(0).to(tl.int64)
-    counts = tl.zeros((BLOCK,), tl.int32)
-    for tile in range(0, tl.cdiv(F, BLOCK)):
-        cols = tile * BLOCK + tl.arange(0, BLOCK)
-        _, keep = _above(pre_ptr + row * stride_pb, floor_ptr, cols, cols < F, stride_pf, STRIDE_FF, WIDE)
-        counts += keep.to(tl.int32)
-    tl.store(count_ptr + row, tl.sum(counts, axis=0))
-
-
-@triton.jit
-def _write_kernel(
-    pre_ptr, floor_ptr, theta_ptr, offsets_ptr,  # [B, F], [F] fp32, [F] fp32, [B + 1] int64, all in
-    values_ptr, indices_ptr,                     # [N] out each
-    F, stride_pb, stride_pf,
-    STRIDE_FF: tl.constexpr, STRIDE_TF: tl.constexpr, HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """One row, tile by tile in column order, until it has written its share."""
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.load(offsets_ptr + row)
-    room = (tl.load(offsets_ptr + row + 1) - start).to(tl.int32)
-    values_ptr += start
-    indices_ptr += start
-    written = tl.full((), 0, tl.int32)
-    tile = tl.full((), 0, tl.int32)
-    while (tile * BLOCK < F) & (written < room):
-        cols = tile * BLOCK + tl.arange(0, BLOCK)
-        value, keep = _above(pre_ptr + row * stride_pb, floor_ptr, cols, cols < F, stride_pf, STRIDE_FF, WIDE)
+    """One segment of a row: which entries it stores, and how many."""
+    segment = tl.program_id(0).to(tl.int64)
+    row, begin, end = segment_of(segment, parts, part, F)
+    pre_ptr += row * stride_pb
+    marks_ptr += row * ROW_MARKS
+    lane = tl.arange(0, BLOCK // NEIGHBOURS)
+    counts = tl.zeros((BLOCK // NEIGHBOURS,), tl.int32)
+    for tile in range(begin, end, BLOCK):
+        cols = tile + lane[:, None] * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, :]  # [LANES, NEIGHBOURS]
+        at = cols.to(tl.int64) if WIDE else cols
+        # what lies outside the row is above nothing
+        value = tl.load(pre_ptr + at * stride_pf, mask=cols < F, other=-float("inf")).to(tl.float32)
+        floor = theta_of(theta_ptr, cols, cols < F, STRIDE_TF)
         if HAS_WINDOW:
-            theta = _per_latent(theta_ptr, cols, cols < F, STRIDE_TF)
-            wide = value.to(tl.float32)
-            value = tl.where((wide > theta) | (wide != wide), wide, 0.0).to(value.dtype)
-        at = written + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-        fits = keep & (at < room)  # a row cut short by its capacity
-        tl.store(indices_ptr + at, cols, mask=fits)
-        tl.store(values_ptr + at, value, mask=fits)
-        written += tl.sum(keep.to(tl.int32), axis=0)
-        tile += 1
+            floor -= half_window
+        marks = lane_marks((value > floor) | (value != value))
+        counts += number_of(marks)
+        tl.store(marks_ptr + tile // NEIGHBOURS + lane, marks.to(tl.int8), mask=tile // NEIGHBOURS + lane < ROW_MARKS)
+    count = tl.sum(counts, axis=0)
+    tl.store(count_ptr + segment, count)
+    tl.atomic_add(sums_ptr + segment // SHARE_ROWS, count.to(tl.int64), sem="relaxed")
 
 
 def launch(pre, theta, bandwidth, capacity):
     """values (N,), indices (N,), offsets (B + 1,), required (); see ``reference.threshold``."""
     rows, num_latents = pre.shape
-    floor = None if bandwidth is None else theta - bandwidth / 2
-    lower = theta if floor is None else floor
-    block, warps = _tuning.threshold_tile(num_latents)
-    matrix = dict(
-        F=num_latents, stride_pb=pre.stride(0), stride_pf=pre.stride(1), STRIDE_FF=lower.stride(0),
-        WIDE=_tuning.is_wide(num_latents * pre.stride(1)), BLOCK=block, **_tuning.options(warps),
-    )
-    count = torch.empty(rows, dtype=torch.int32, device=pre.device)
+    marks = unmarked(pre, _tuning.SPLIT_ROWS)
     if rows:
-        _count_kernel[(rows,)](pre, lower, count, **matrix)
-    values, indices, offsets, required = allocate(pre, count, capacity)
-    if rows and values.numel():
-        _write_kernel[(rows,)](
-            pre, lower, theta, offsets, values, indices,
-            STRIDE_TF=theta.stride(0), HAS_WINDOW=floor is not None, **matrix,
+        block, warps = _tuning.mark_tile(num_latents)
+        _mark_kernel[marks.counts.shape](
+            pre, theta, marks.bits, marks.counts, marks.sums, parts=marks.parts, part=marks.part, F=num_latents,
+            ROW_MARKS=marks.bits.shape[1], half_window=0.0 if bandwidth is None else bandwidth / 2,
+            stride_pb=pre.stride(0), stride_pf=pre.stride(1), STRIDE_TF=theta.stride(0),
+            HAS_WINDOW=bandwidth is not None, WIDE=_tuning.is_wide(num_latents * pre.stride(1)), BLOCK=block,
+            **_tuning.options(warps),
         )
-    return values, indices, offsets, required
+    return write(pre, marks, capacity, theta=None if bandwidth is None else theta)

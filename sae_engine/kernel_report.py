@@ -34,7 +34,7 @@ DTYPE_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 # Streaming passes: kernels that read contiguous rows of their first argument, which 16-byte loads are due to serve.
 STREAMS = {"_group_max_kernel", "_column_group_max_kernel", "_row_topk_kernel", "_norm_cut_kernel",
-           "_norm_write_kernel", "_count_kernel"}  # fmt: skip
+           "_mark_kernel"}  # fmt: skip
 # What a kernel's main loop loads for each element, where that is not its first argument and vectors along it.
 MAIN_OPERANDS = {"_decode_kernel": ("weight_ptr",), "_piece_kernel": ("weight_ptr",), "_values_kernel": ("weight_ptr",),
                  "_scatter_kernel": ("indices_ptr", "values_ptr"), "_gather_kernel": ("indices_ptr", "dense_ptr"),
@@ -281,7 +281,8 @@ class _Launching(TorchDispatchMode):
         if func.namespace != "sae_engine":
             result = func(*args, **(kwargs or {}))
             if not _moves_nothing(func):
-                touched = [t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+                read = () if func.__name__.startswith("new_") else (args, kwargs)  # a dtype and device only
+                touched = [t for t in pytree.tree_leaves((read, result)) if isinstance(t, Tensor)]
                 self.torch_kernels.append((str(func), sum(t.numel() * t.element_size() for t in touched)))
             return result
         with self:  # an operator may call others
@@ -290,9 +291,11 @@ class _Launching(TorchDispatchMode):
 
 
 def _moves_nothing(func: Any) -> bool:
-    """Views and allocations, which launch no kernel."""
+    """Views, allocations and questions about types, which launch no kernel."""
     aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-    return aliases or func.__name__.split(".")[0] in ("empty", "empty_like", "new_empty", "detach", "empty_strided")
+    return aliases or func.__name__.split(".")[0] in (
+        "empty", "empty_like", "new_empty", "detach", "empty_strided", "promote_types"
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def test_every_kernel_keeps_its_promises(target, compiled):
     assert not [row for row in rows if row["wide_loads"] < row["wide_loads_due"]]
     assert not [row for row in rows if row["fp_fusion"] is not True]
     streams = {row["kernel"] for row in rows if row["wide_loads_due"]}
-    assert streams == {"row_topk", "group_max", "column_group_max", "norm_cut", "norm_write", "count"}
+    assert streams == {"row_topk", "group_max", "column_group_max", "norm_cut", "mark"}
     assert f"## {target}" in done.stdout and done.returncode == (1 if whole["defects"] else 0)
 
 
@@ -61,14 +61,22 @@ for shape in (report.S1, report.S2, report.S3):
         assert len(kernels + found.torch_kernels["forward"]) == most, (kernels, found.torch_kernels)
     found = report.run_cell((report.CASES["topk"], shape, report.BF16), "sm_90")
     assert [launch.kernel for mode, launch in found.launches if mode == "forward"] == ["_row_topk_kernel"]
+    for name, first in (("threshold", "_mark_kernel"), ("norm_match", "_norm_cut_kernel")):
+        found = report.run_cell((report.CASES[name], shape, report.BF16), "sm_90")
+        kernels = [launch.kernel for mode, launch in found.launches if mode == "forward"]
+        assert kernels == [first, "_write_marked_kernel"]
+        assert [name for name, _ in found.torch_kernels["forward"]] == ["aten.zeros.default"]
 few = report.run_cell((report.CASES["topk few rows"], report.S1, report.BF16), "sm_90").launches
 assert [(one.kernel, one.grid) for _, one in few] == [("_group_max_kernel", (1, 32)), ("_row_topk_kernel", (1,))]
 """
 
 
 @pytest.mark.slow
-def test_batch_topk_takes_at_most_six_launches(tmp_path):
-    """Stock operators' among them; and the rows of a small batch are streamed by many programs."""
+def test_selections_take_few_launches(tmp_path):
+    """Batch top-k six at most, threshold and norm match three, stock operators' among them.
+
+    And the rows of a small batch are streamed by many programs.
+    """
     done = run(LAUNCHES, tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -156,7 +164,7 @@ def test_defects_are_named_and_shown(monkeypatch, capsys, tmp_path):
     from sae_engine import cli
 
     row = {
-        "target": "sm_90", "kernel": "count", "case": "threshold, forward", "shape": "S1", "dtype": "bf16", "warps": 4,
+        "target": "sm_90", "kernel": "mark", "case": "threshold, forward", "shape": "S1", "dtype": "bf16", "warps": 4,
         "registers": 255, "spills": 0, "shared": 0, "occupancy": 0.125, "limited_by": "registers", "loads": {128: 2},
         "wide_loads": 2, "wide_loads_due": 2, "stores": {}, "instructions": None, "instructions_per_element": None,
         "fp_fusion": True,

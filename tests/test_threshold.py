@@ -35,6 +35,17 @@ def test_equals_reference_on_hard_rows(shape, dtype, backend):
                 assert_same(ops.threshold(*args, backend), ops.threshold(*args, "reference"))
 
 
+@pytest.mark.parametrize("shape", [(300, 2), (2, 20000)], ids=["many rows", "rows in segments"])
+def test_kernel_finds_places_across_rows_and_segments(shape):
+    """Sums of counts over more rows than are summed at once; several programs a row, several tiles each."""
+    pre = make_pre("normal", shape)
+    pre[0, shape[1] // 2 :] += 2  # dense from here on
+    kept = int((pre > 1.5).sum())
+    for capacity in (None, kept - 7, kept + 900):
+        args = pre, torch.full((shape[1],), 1.5), None, capacity
+        assert_same(ops.threshold(*args, "triton"), ops.threshold(*args, "reference"))
+
+
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_window_stores_the_dropped_half_as_zero(backend):
     codes = f.threshold(torch.tensor([[0.4, 0.48, 0.6]]), 0.5, bandwidth=0.1, backend=backend)
