@@ -370,7 +370,7 @@ def test_operations_in_place_are_known_by_name():
     names = {name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("sae_engine::")}  # fmt: skip
     mutable = {name for name in names if getattr(ops.ops, name).default._schema.is_mutable}
-    assert mutable == {*ops._IN_PLACE, "move_threshold"}  # which has no launcher
+    assert mutable == {*ops.IN_PLACE, "move_threshold"}  # which has no launcher
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The latent pass: a step's gradients by latent, and Adam on them (kernels/latent_pass.py, torch_backend.py)."""
+"""The latent pass: a step's gradients by latent, and Adam on them (kernels/latent_pass.py, torch_latent_pass.py)."""
 from types import SimpleNamespace
 
 import pytest

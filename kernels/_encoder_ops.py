@@ -1,0 +1,243 @@
+"""Contracts of the encoder: its product, selections from it, its gradient at the codes, and a training step's pass."""
+import functools
+
+import torch
+from torch import Tensor
+
+from . import _autotune, _terms, _tuning, cpu_gemm
+from ._contract import (
+    define,
+    differentiable,
+    dispatch,
+    empty_rows,
+    is_dense,
+    library,
+    not_differentiable,
+    once_differentiable,
+    ops,
+    sum_by_latent,
+)
+
+# --- linear: the encoder's product on a CPU -------------------------------------------------------------------------
+
+library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+library.impl("linear", cpu_gemm.linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sae_engine::linear", lib=library)
+def _(x, weight, bias):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _linear_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _linear_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    return (
+        ops.linear(grad, weight.T, None) if needs_x else None,
+        ops.linear(x.T, grad, None) if needs_weight else None,
+        grad.sum(0) if needs_bias else None,
+    )
+
+
+differentiable("linear", _linear_context, _linear_backward)
+
+# --- encode_topk, encode_batch_topk: the encoder's product and a selection from it -----------------------------------
+
+
+def _architecture(device: torch.device) -> str:
+    """What ``_tuning.FUSED_ENCODER`` is keyed by: sm_90, gfx942; elsewhere the kind of device."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, groups, magnitude: bool, rank_relu: bool, backend: str):
+    """x @ weight + bias; the maxima of its groups of latents, where the kernel that takes them along is the choice."""
+    size = None if groups is None else groups.size
+    rows, width = x.shape
+    if backend == "triton" and _tuning.fuses_encoder(rows, width, size, x.dtype, _architecture(x.device)):
+        return dispatch("encode", "encode.launch", x, weight, bias, size, magnitude, rank_relu, backend)
+    return dispatch("linear", "", x, weight, bias, "torch" if backend == "triton" else backend), None
+
+
+def _encode_topk(x, weight, bias, k, magnitude, relu, backend):
+    groups = _tuning.row_groups(weight.shape[1], k)
+    pre, maxima = _product(x, weight, bias, groups, magnitude, False, backend)
+    known = () if maxima is None else (maxima,)
+    return pre, *dispatch("topk", "row_topk.launch", pre, None, None, k, magnitude, relu, *known, backend)
+
+
+def _encode_batch_topk(x, weight, bias, total, backend):
+    rows = x.shape[0]
+    groups = _tuning.batch_groups(rows, weight.shape[1], total) if total else None
+    pre, maxima = _product(x, weight, bias, groups, False, True, backend)
+    known = () if maxima is None else (maxima,)
+    return pre, *dispatch("batch_topk", "batch_topk.launch", pre, None, total, *known, backend)
+
+
+def _alike(name: str, run, *args):
+    """Product and selection are one operation to a search, and their groups the same under any table."""
+    if args[-1] == "triton" and _autotune.is_on():
+        return _autotune.run(name, run, args, mutates=False)
+    return run(*args)
+
+
+library.define(
+    "encode_topk(Tensor x, Tensor weight, Tensor? bias, SymInt k, bool magnitude, bool relu, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+library.impl("encode_topk", functools.partial(_alike, "encode.topk", _encode_topk), "CompositeExplicitAutograd")
+library.define(
+    "encode_batch_topk(Tensor x, Tensor weight, Tensor? bias, SymInt total, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.impl(
+    "encode_batch_topk", functools.partial(_alike, "encode.batch_topk", _encode_batch_topk), "CompositeExplicitAutograd"
+)
+
+
+@torch.library.register_fake("sae_engine::encode_topk", lib=library)
+def _(x, weight, bias, k, magnitude, relu, backend):
+    """Pre-activations (B, F), and ``topk``'s values and indices; x (B, D) and weight (D, F) have one dtype."""
+    values, indices, _ = empty_rows(x, x.shape[0] * k)
+    return x.new_empty((x.shape[0], weight.shape[1])), values, indices
+
+
+@torch.library.register_fake("sae_engine::encode_batch_topk", lib=library)
+def _(x, weight, bias, total, backend):
+    """Pre-activations (B, F), and ``batch_topk``'s values, indices and offsets."""
+    return x.new_empty((x.shape[0], weight.shape[1])), *empty_rows(x, total)
+
+
+for _name in ("encode_topk", "encode_batch_topk"):
+    not_differentiable(_name, "leaves the gradient of what it keeps to encode_entries")
+
+# --- encode_entries: pre-activations at the codes, whose gradient never becomes a matrix -----------------------------
+
+library.define(
+    "encode_entries(Tensor x, Tensor weight, Tensor? bias, Tensor? center, Tensor entries, Tensor indices,"
+    " Tensor offsets, Tensor? latent_offsets, Tensor? latent_rows, Tensor? latent_positions, str backend) -> Tensor"
+)
+
+
+def _encode_entries(x, weight, bias, center, entries, *_):
+    """``entries`` (N,) of x @ weight + bias, as the function of x (B, D), weight (D, F), bias and center that they are.
+
+    x already is the input minus ``center`` (D,), which is here for its gradient alone.
+    """
+    return entries.clone()
+
+
+library.impl("encode_entries", _encode_entries, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sae_engine::encode_entries", lib=library)
+def _(x, weight, bias, center, entries, *_):
+    return torch.empty_like(entries)
+
+
+library.define(
+    "encoder_gradient(Tensor x, Tensor grad, Tensor latent_offsets, Tensor latent_rows, Tensor latent_positions,"
+    " ScalarType dtype, str backend) -> Tensor"
+)
+
+
+def _encoder_gradient(x, grad, latent_offsets, latent_rows, latent_positions, dtype, backend):
+    """``decode_backward_weight``, row-major as (D, F). On a CPU some latents at a time, transposed in the cache."""
+    turned, num_latents = (latent_offsets, latent_rows, latent_positions), latent_offsets.shape[0] - 1
+    step = max(_tuning.TRANSPOSED_IN_CACHE // max(x.shape[1], 1), 1)
+    in_chunks = x.is_cpu and backend == "torch" and num_latents > step
+    if not in_chunks or is_dense("decode_backward_weight", (x, grad, *turned)):
+        return ops.decode_backward_weight(x, grad, *turned, dtype, backend).T.contiguous()
+    out = x.new_empty((x.shape[1], num_latents), dtype=dtype)
+    sparse = _tuning.DENSE_CHOICE.set(False)  # of the whole; some latents alone may be denser
+    for start in range(0, num_latents, step):
+        bounds = latent_offsets[start : start + step + 1]
+        entries = slice(int(bounds[0]), int(bounds[-1]))
+        turned = bounds - entries.start, latent_rows[entries], latent_positions[entries]
+        out[:, start : start + step] = ops.decode_backward_weight(x, grad, *turned, dtype, backend).T
+    _tuning.DENSE_CHOICE.reset(sparse)
+    return out
+
+
+library.impl("encoder_gradient", _encoder_gradient, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sae_engine::encoder_gradient", lib=library)
+def _(x, grad, latent_offsets, latent_rows, latent_positions, dtype, backend):
+    return x.new_empty((x.shape[1], latent_offsets.shape[0] - 1), dtype=dtype)
+
+
+once_differentiable("encoder_gradient")
+
+
+def _encode_entries_context(ctx, inputs, output):
+    x, weight, bias, center, _, indices, offsets, *by_latent, ctx.backend = inputs
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, center)]
+    ctx.save_for_backward(x, weight, indices, offsets, *by_latent)
+
+
+def _encode_entries_backward(ctx, grad):
+    x, weight, indices, offsets, *by_latent = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_center = ctx.needs_input_grad[:4]
+    num_latents = weight.shape[1]
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grad_x = grad_weight = grad_bias = grad_center = None
+    if by_latent[0] is None and (needs_weight or needs_bias or needs_center):
+        by_latent = ops.by_latent(indices, offsets, num_latents, ctx.backend)
+    if needs_x:
+        columns = weight.T.to(x.dtype)  # the operand that the forward pass multiplied with
+        grad_x = ops.decode(grad, indices, offsets, columns, None, x.dtype, None, None, None, ctx.backend)
+    if needs_weight:
+        if weight.stride(0) > weight.stride(1) == 1:  # autograd would copy another layout, at the expense of memory
+            grad_weight = ops.encoder_gradient(x, grad, *by_latent, weight.dtype, ctx.backend)
+        else:
+            grad_weight = ops.decode_backward_weight(x, grad, *by_latent, weight.dtype, ctx.backend).T
+    if needs_bias or needs_center:
+        grad_bias = sum_by_latent(grad, by_latent, x.shape[0], wide, ctx.backend)
+        if needs_center:
+            with torch.autocast(x.device.type, enabled=False):
+                grad_center = -(weight.to(wide) @ grad_bias).to(ctx.dtypes[3])
+        grad_bias = grad_bias.to(ctx.dtypes[2]) if needs_bias else None
+    return grad_x, grad_weight, grad_bias, grad_center, *(None,) * 7
+
+
+differentiable("encode_entries", _encode_entries_context, _encode_entries_backward)
+
+# --- the latent pass: every gradient of a training step that belongs to a latent, latent by latent -------------------
+
+
+@define(
+    f"latent_gradients(Tensor x, Tensor weight, Tensor? along, {_terms.SCHEMA}, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    "latent_pass.launch_gradients",
+)
+def _(x, weight, along, *terms_dtype_backend):
+    """Gradients of W_dec (F, D_out), W_enc.T (F, D_in) and b_enc (F,) in ``dtype``, summed over all terms."""
+    dtype, num_latents = terms_dtype_backend[-2], weight.shape[0]
+    return (
+        weight.new_empty(weight.shape, dtype=dtype),
+        weight.new_empty((num_latents, x.shape[1]), dtype=dtype),
+        weight.new_empty(num_latents, dtype=dtype),
+    )
+
+
+@define(
+    "latent_adam(Tensor(a!)[] parameters, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies,"
+    f" Tensor x, Tensor? along, {_terms.SCHEMA}, Tensor step, Tensor lr, float beta1, float beta2, float eps,"
+    " float weight_decay, bool unit_rows, Tensor? skip) -> (Tensor, Tensor)",
+    "latent_pass.launch_adam",
+)
+def _(parameters, exp_avgs, exp_avg_sqs, copies, x, *rest):
+    """Adam's step of W_dec, W_enc.T and b_enc in place; returns d(center) (D_in,) and the squared gradient norm ()."""
+    wide = torch.promote_types(parameters[0].dtype, torch.float32)
+    return x.new_empty(x.shape[1], dtype=wide), x.new_empty((), dtype=wide)
+
+
+once_differentiable("latent_gradients")
