@@ -1,4 +1,4 @@
-"""Predicted times of every operation on an H200, for a machine without a GPU. Nothing here is measured.
+"""Predicted times of every operation on an H200 and an H100, for a machine without a GPU. Nothing here is measured.
 
     python benchmarks/predict.py                    # Markdown and JSON in benchmarks/results/kernel-report
 
@@ -23,8 +23,11 @@ from sae_engine import kernel_report as report
 from sae_engine._files import replace_file
 from sae_kernels import traffic
 
-# H200. Copy bandwidth and GEMM rate were measured on such a card (kernel plan); the others are assumed.
-COPY, L2, GEMM = 4.3e12, 5.5e12, 790e12  # bytes, bytes, flops per second
+# Bytes a second that a copy reads and writes. The H200's was measured on such a card (kernel plan); the H100's is the
+# same share, nine tenths, of what its memory is specified for.
+COPY = {"H200": 4.3e12, "H100": 3.0e12}
+# Of the chip, which is the same. The GEMM rate was measured on an H200; the others are assumed.
+L2, GEMM = 5.5e12, 790e12  # bytes, flops per second
 PROCESSORS, CLOCK, LATENCY = 132, 1.98e9, 700e-9
 GAP = 2.5e-6  # seconds from one dependent launch to the next inside a queue
 SORT = 8 * GAP  # a radix sort is several launches
@@ -105,7 +108,7 @@ def moved(launch, shape):
     raise ValueError(f"{launch.kernel} has no model: add one to moved()")
 
 
-def predict(launch, shape, compile_):
+def predict(launch, shape, copy, compile_):
     """One launch: seconds, and which of the three it waits for."""
     binary = compile_.read_binary(launch.compiled, "sm_90")
     dram, asked = moved(launch, shape)
@@ -116,26 +119,28 @@ def predict(launch, shape, compile_):
     threads = programs * warps * 32
     passes = max(asked / (threads * binary.loop_bytes), 1) if binary.loop_bytes and asked else 1
     rounds = 32 - launch.arguments.get("SHIFT", 0)
-    once = binary.instructions - binary.loop_instructions - binary.search_instructions
-    issued = programs * warps * (max(once, 0) + passes * binary.loop_instructions + rounds * binary.search_instructions)
+    once = max(binary.instructions - binary.loop_instructions - binary.search_instructions, 0)
+    if launch.kernel == "_write_marked_kernel":  # tiles of marks, around the loop over columns where many are marked
+        once *= -(-shape.F // (32 * launch.arguments["WORDS"]))
+    issued = programs * warps * (once + passes * binary.loop_instructions + rounds * binary.search_instructions)
     in_flight = binary.occupancy * 64 * 32 * binary.loop_bytes
-    share = min(in_flight / (COPY / PROCESSORS * LATENCY), 1) if in_flight else 1
+    share = min(in_flight / (copy / PROCESSORS * LATENCY), 1) if in_flight else 1
     waits = {
-        "memory": dram / (COPY * share),
+        "memory": dram / (copy * share),
         "L2": asked / L2,
         "issue": issued / (PROCESSORS * 4 * CLOCK),
     }
     if launch.kernel == "_encode_kernel":  # its loop waits for tensor cores, taken to be as busy as the stock product's
-        waits = {"memory": dram / COPY, "L2": asked / L2, "tensor cores": 2 * shape.B * shape.d * shape.F / GEMM}
+        waits = {"memory": dram / copy, "L2": asked / L2, "tensor cores": 2 * shape.B * shape.d * shape.F / GEMM}
     bound = max(waits, key=waits.__getitem__)
     return {"kernel": launch.kernel, "microseconds": round(1e6 * (waits[bound] + GAP), 2), "bound": bound,
             "occupancy": round(binary.occupancy, 3), "dram_bytes": round(dram), "asked_bytes": round(asked),
             "warp_instructions": round(issued)}  # fmt: skip
 
 
-def stock(name, size):
+def stock(name, size, copy):
     """A stock operator between the kernels: its bytes, or the gap."""
-    seconds = max(size / COPY, GAP) + (SORT if "sort" in name else 0)
+    seconds = max(size / copy, GAP) + (SORT if "sort" in name else 0)
     return {"kernel": name, "microseconds": round(1e6 * seconds, 2), "bound": "stock", "dram_bytes": size}
 
 
@@ -155,9 +160,10 @@ def floor_bytes(case, mode, shape, size):
     }.get((case, mode), lambda: None)()
 
 
-def rows(shapes, dtype):
+def rows(shapes, dtype, gpu="H200"):
     from sae_kernels import _compile
 
+    copy = COPY[gpu]
     for shape in shapes:
         topk = 0.0
         for name in CASES:
@@ -166,44 +172,44 @@ def rows(shapes, dtype):
                 floor = floor_bytes(name, mode, shape, dtype.itemsize)
                 if floor is None:
                     continue
-                parts = [predict(launch, shape, _compile) for at, launch in found.launches if at == mode]
-                parts += [stock(*kernel) for kernel in found.torch_kernels[mode]]
+                parts = [predict(launch, shape, copy, _compile) for at, launch in found.launches if at == mode]
+                parts += [stock(*kernel, copy) for kernel in found.torch_kernels[mode]]
                 total = sum(part["microseconds"] for part in parts)
                 topk = total if name == "topk" else topk
-                yield row(name, mode, shape, dtype, total, 1e6 * floor.bytes / COPY, parts)
+                yield row(gpu, name, mode, shape, dtype, total, 1e6 * floor.bytes / copy, parts)
         gemm = traffic.linear(shape.B, shape.d, shape.F, dtype.itemsize)
-        least = 1e6 * max(gemm.flops / GEMM, gemm.bytes / COPY)
+        least = 1e6 * max(gemm.flops / GEMM, gemm.bytes / copy)
         # the tensor cores' fp32 sums are written, biased in place and rounded: 14 bytes beside the product
-        total = least + 1e6 * (14 * shape.B * shape.F / COPY + 3 * GAP)
-        yield row("encoder GEMM and topk", "forward", shape, dtype, total + topk, least,
+        total = least + 1e6 * (14 * shape.B * shape.F / copy + 3 * GAP)
+        yield row(gpu, "encoder GEMM and topk", "forward", shape, dtype, total + topk, least,
                   [{"kernel": "GEMM, bias, rounding", "microseconds": round(total, 2), "bound": "stock"},
                    {"kernel": "topk", "microseconds": round(topk, 2), "bound": "see topk"}])  # fmt: skip
         found = report.run_cell((report.CASES["encode fused"], shape, dtype), "sm_90").launches
-        parts = [predict(launch, shape, _compile) for _, launch in found
+        parts = [predict(launch, shape, copy, _compile) for _, launch in found
                  if launch.kernel in ("_encode_kernel", "_row_topk_kernel")]  # fmt: skip
         total = sum(part["microseconds"] for part in parts)
-        yield row("encoder GEMM with maxima, and topk", "forward", shape, dtype, total, least, parts)
+        yield row(gpu, "encoder GEMM with maxima, and topk", "forward", shape, dtype, total, least, parts)
 
 
-def row(name, mode, shape, dtype, microseconds, floor, parts):
+def row(gpu, name, mode, shape, dtype, microseconds, floor, parts):
     longest = max(parts, key=lambda part: part["microseconds"])
-    return {"prediction": True, "gpu": "H200", "op": name, "mode": mode, "shape": shape.name,
+    return {"prediction": True, "gpu": gpu, "op": name, "mode": mode, "shape": shape.name,
             "dtype": report.DTYPE_NAMES[dtype], "predicted_microseconds": round(microseconds, 1),
             "floor_microseconds": round(floor, 1), "longest": longest["kernel"].strip("_"), "bound": longest["bound"],
             "launches": len(parts), "parts": parts}  # fmt: skip
 
 
-COLUMNS = ("op", "mode", "shape", "dtype", "predicted_microseconds", "floor_microseconds", "launches", "longest",
-           "bound")  # fmt: skip
+COLUMNS = ("gpu", "op", "mode", "shape", "dtype", "predicted_microseconds", "floor_microseconds", "launches",
+           "longest", "bound")  # fmt: skip
 
 
 def markdown(found):
     head = [
-        "# Predicted times on an H200: predictions, not measurements",
+        "# Predicted times on an H200 and an H100: predictions, not measurements",
         "",
         "From bytes, instructions and occupancy of the binaries compiled for sm_90, by the model at the top of "
         "`benchmarks/predict.py`; no GPU took part. Floor: the unavoidable bytes of `kernels/traffic.py` over the copy "
-        "bandwidth (4.3 TB/s), or the flops over the GEMM rate. Longest: the launch that takes most of the time, and "
+        "bandwidth (H200: 4.3 TB/s; H100: 3.0 TB/s, assumed), or the flops over the GEMM rate. Longest: the launch that takes most of the time, and "
         "what it waits for. A measured time within a factor of 1.5 confirms a row; what differs more refutes the model "
         "or shows a defect, and is to be explained.",
         "",
@@ -221,7 +227,7 @@ def main():
     default = Path(__file__).parent / "results" / "kernel-report"
     parser.add_argument("--out", type=Path, default=default, help="folder for prediction.md and prediction.jsonl")
     options = parser.parse_args()
-    found = list(rows((report.S1, report.S2, report.S3), report.BF16))
+    found = [r for gpu in COPY for r in rows((report.S1, report.S2, report.S3), report.BF16, gpu)]
     options.out.mkdir(parents=True, exist_ok=True)
     text = markdown(found)
     replace_file(options.out / "prediction.md", lambda path: path.write_text(text, encoding="utf-8"))
