@@ -209,9 +209,9 @@ def markdown(found):
         "",
         "From bytes, instructions and occupancy of the binaries compiled for sm_90, by the model at the top of "
         "`benchmarks/predict.py`; no GPU took part. Floor: the unavoidable bytes of `kernels/traffic.py` over the copy "
-        "bandwidth (H200: 4.3 TB/s; H100: 3.0 TB/s, assumed), or the flops over the GEMM rate. Longest: the launch that takes most of the time, and "
-        "what it waits for. A measured time within a factor of 1.5 confirms a row; what differs more refutes the model "
-        "or shows a defect, and is to be explained.",
+        "bandwidth (H200: 4.3 TB/s; H100: 3.0 TB/s, assumed), or the flops over the GEMM rate. Longest: the launch "
+        "that takes most of the time, and what it waits for. A measured time within a factor of 1.5 confirms a row; "
+        "what differs more refutes the model or shows a defect, and is to be explained.",
         "",
         "| " + " | ".join(c.replace("_microseconds", ", µs") for c in COLUMNS) + " | predicted / floor |",
         "|" + "---|" * (len(COLUMNS) + 1),

@@ -216,11 +216,11 @@ class Marks(NamedTuple):
     sums: torch.Tensor  # (ceil(B * parts / SHARE_ROWS),) int64: the same, summed; zeros to begin with
 
 
-def unmarked(pre, programs: int = 1) -> Marks:
-    """For the rows of ``pre`` (B, F), in segments for so many ``programs`` or a few more; at least the rows."""
+def unmarked(pre, segments: int = 1) -> Marks:
+    """For the rows of ``pre`` (B, F), cut into so many ``segments`` or a few more where their length allows it."""
     rows, num_latents = pre.shape
     units = triton.cdiv(num_latents, PART.value)
-    part = max(units * rows // max(programs, rows, 1), 1)
+    part = max(units * rows // max(segments, rows, 1), 1)
     parts = triton.cdiv(units, part)
     segments = rows * parts
     return Marks(

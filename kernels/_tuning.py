@@ -279,6 +279,10 @@ def mark_tile(num_latents: int) -> Tile:
     return Tile(block, num_warps(block))
 
 
+# Segments into which few rows are cut, about: the warps of the writer that share 132 processors, 24 each.
+MARKED_SEGMENTS = 24 * 132
+
+
 class MarkedTile(NamedTuple):
     """Tiles of the pass that writes what is marked."""
 

@@ -48,7 +48,7 @@ def _mark_kernel(
 def launch(pre, theta, bandwidth, capacity):
     """values (N,), indices (N,), offsets (B + 1,), required (); see ``reference.threshold``."""
     rows, num_latents = pre.shape
-    marks = unmarked(pre, _tuning.SPLIT_ROWS)
+    marks = unmarked(pre, _tuning.MARKED_SEGMENTS)
     if rows:
         block, warps = _tuning.mark_tile(num_latents)
         _mark_kernel[marks.counts.shape](
