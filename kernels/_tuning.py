@@ -272,10 +272,10 @@ def stream_block(num_latents: int, most: int = 4096) -> int:
     return max(min(next_power_of_2(num_latents), most), 16)
 
 
-@searched(_tiles_around)
+@searched(lambda tile, num_latents: [t for t in _tiles_around(tile) if t.block >= 32])  # whole words of marks
 def mark_tile(num_latents: int) -> Tile:
     """Columns and warps of the pass that marks what a threshold keeps: two 16-byte loads of 16-bit values a thread."""
-    block = max(stream_block(num_latents, 2048), 32)  # whole words of marks
+    block = max(stream_block(num_latents, 2048), 32)
     return Tile(block, num_warps(block))
 
 
