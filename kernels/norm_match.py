@@ -275,9 +275,10 @@ def _norm_cut_kernel(
 
     if (lo < a) & (top < INF_KEY):  # the last pass has not marked what is kept: all may be
         tl.debug_barrier()  # its marks are overwritten by other lanes
-        lane = tl.arange(0, LANES)
         for first in range(0, ROW_MARKS, LANES):
-            tl.store(marks_ptr + first + lane, tl.full((LANES,), -1, tl.int8), mask=first + lane < ROW_MARKS)
+            place = first + tl.arange(0, LANES)
+            columns = tl.minimum(tl.maximum(F - place * NEIGHBOURS, 0), NEIGHBOURS)  # none outside the row
+            tl.store(marks_ptr + place, ((1 << columns) - 1).to(tl.int8), mask=place < ROW_MARKS)
 
     # A row whose first entry is not finite, or a target that is not a positive number, keeps that one entry.
     search = ordinary & (top > 0) & (top < INF_KEY) & (keep_all == 0)

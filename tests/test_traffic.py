@@ -169,6 +169,18 @@ def test_norm_match_reads_the_pre_activations_once_where_few_are_kept(
     assert meter.of(pre).loaded_once == pre.nbytes
 
 
+def test_norm_match_reads_nothing_outside_rows_of_which_everything_is_marked(metering):
+    """Ties that no lane can set aside; the last tile of marks holds so few columns that it is read mark by mark.
+
+    The meter refuses loads outside of the arguments.
+    """
+    pre = torch.full((1, 8192 + 20), 0.3)
+    target = 0.9995 * pre.norm(dim=1)  # kept up to the last tile
+    with metering():
+        codes = f.norm_match(pre, target, backend="triton")
+    assert torch.equal(codes.indices, f.norm_match(pre, target, backend="reference").indices)
+
+
 # --- codes ---------------------------------------------------------------------------------------------------------
 
 
