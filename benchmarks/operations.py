@@ -131,9 +131,9 @@ def measure_cell(
         {
             **about, "provider": provider.name, "baseline": provider.baseline, "note": provider.note,
             **({"yardstick": True} if provider.yardstick else {}),
-            **environment(device), **timing.fields(),
-            "bytes": cost.bytes, "flops": cost.flops, "peak_mem_bytes": peaks[provider], "other_load": other_load,
-            "utc": now_utc(),
+            **environment(device), **({"packages": packages} if (packages := provider.packages()) else {}),
+            **timing.fields(), "bytes": cost.bytes, "flops": cost.flops, "peak_mem_bytes": peaks[provider],
+            "other_load": other_load, "utc": now_utc(),
         }
         for provider, timing in zip(calls, timings, strict=True)
     ]  # fmt: skip

@@ -24,7 +24,8 @@ from progress import ProgressBar
 from rows import ROOT, Row, device_name, device_slug, environment, now_utc, store
 from run import chosen_device, is_missing, write_report
 from sizes import Case
-from steps import CONTESTANTS, SEED, Contestant, cases, check, make_setup, peer_versions, true_error
+from steps import SEED, Contestant, cases, check, make_setup, peer_versions, published_cases, true_error
+from steps import contestants as contestants_at
 from timing import OtherLoad, method, peak_memory_bytes, time_interleaved
 
 BUDGET_SECONDS = {"quick": 0.5, "default": 150.0, "full": 400.0}  # of one size; a GPU needs a tenth
@@ -34,9 +35,10 @@ GATE = ("test_training.py", "test_decode.py", "test_row_topk.py", "test_encode.p
 
 def measure(
     case: Case, dtype: torch.dtype, device: torch.device, extent: str, skipped: list[str],
-    contestants: tuple[Contestant, ...] = CONTESTANTS,
+    contestants: tuple[Contestant, ...] | None = None,
 ) -> list[Row]:  # fmt: skip
     """All contestants at one size: each checked, then all timed in turn, round by round."""
+    contestants = contestants_at(case) if contestants is None else contestants
     setup = make_setup(case, device, dtype)
     expected = true_error(setup)
     calls, peaks = {}, {}
@@ -119,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
     if red:
         sys.exit("nothing is timed: " + "; ".join(red.values()))
     skipped: list[str] = []
-    for case, dtype in cases(device, extent):
+    for case, dtype in cases(device, extent) + ([] if extent == "quick" else published_cases(device)):
         store(folder / "peers.jsonl", measure(case, dtype, device, extent, skipped))
     write_report(folder, skipped)
     print(*(f"without numbers: {reason}" for reason in skipped), sep="\n")

@@ -12,7 +12,10 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
 
+import cub
 import torch
 from checks import (
     check_autoencoder,
@@ -44,7 +47,7 @@ from inputs import (
     threshold_inputs,
     total,
 )
-from others import flashinfer_topk, saelens_topk, sparsify_decode, sparsify_encode
+from others import cute_dsl_available, cute_dsl_topk, flashinfer_topk, saelens_topk, sparsify_decode, sparsify_encode
 from ours import encoded, error, group_maxima, value_gradient, weight_gradient
 from sizes import Case
 from stock import (
@@ -81,7 +84,10 @@ CHECK_ROWS = 32  # tokens of the input on which results are compared before anyt
 class Provider:
     """One implementation. ``note`` says where its result or its input differs in kind from the baseline's.
 
-    A ``yardstick`` is a part of the operation that targets are stated in; it has a check of its own.
+    A ``yardstick`` is a part of the operation that targets are stated in; it has a check of its own. ``lowest``: of
+    tied entries it promises those of lowest index, as ours does, and is held to it. ``package`` is what it imports,
+    ``distribution`` where that is installed under another name. ``available`` says why it cannot run, or None;
+    ``version`` asks for what no distribution says.
     """
 
     name: str
@@ -90,12 +96,27 @@ class Provider:
     compiled: bool = False
     gpu_only: bool = False
     package: str | None = None
+    distribution: str | None = None
     note: str = ""
     yardstick: bool = False
+    lowest: bool = False
+    available: Callable[[], str | None] | None = None
+    version: Callable[[], str | None] | None = None
     check: Callable[[Inputs, Provider, Output], None] | None = None
 
     def is_installed(self) -> bool:
         return self.package is None or importlib.util.find_spec(self.package) is not None
+
+    def packages(self) -> dict[str, str]:
+        """The versions of what it runs, beyond torch and Triton, for its row."""
+        name = self.distribution or self.package
+        if name is None:
+            return {}
+        try:
+            found = metadata.version(name) if self.version is None else self.version()
+        except metadata.PackageNotFoundError:
+            return {}
+        return {name: found} if found else {}
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None."""
@@ -103,6 +124,9 @@ class Provider:
             return "needs a GPU"
         if not self.is_installed():
             return f"{self.package} is not installed"
+        reason = self.available() if self.available is not None else None
+        if reason is not None:
+            return reason
         if self.compiled and device.type != "cuda":
             compilers = filter(None, [os.environ.get("CXX"), "g++", "clang++"])
             if not any(map(shutil.which, compilers)):
@@ -156,6 +180,16 @@ def codes_traffic(function: Callable[..., Traffic], **options: str) -> Callable[
 # --- the table -----------------------------------------------------------------------------------------------------
 
 DENSE = "dense result"
+CHANCE = "ties at the cut left to chance"
+# Other libraries' kernels, each by default and under our tie rule; a compiled one is timed at the quoted sizes alone.
+ROW_TOPK_KERNELS: tuple[tuple[str, Callable, dict[str, Any]], ...] = (
+    ("torch.topk, CuTe DSL", cute_dsl_topk,
+     {"available": lambda: None if cute_dsl_available() else "torch has no CuTe DSL here",
+      "distribution": "nvidia-cutlass-dsl"}),
+    ("FlashInfer top_k", flashinfer_topk, {"package": "flashinfer", "distribution": "flashinfer-python"}),
+    ("CUB DeviceBatchedTopK", cub.topk,
+     {"available": cub.unavailable, "compiled": True, "distribution": "CUB", "version": cub.version}),
+)  # fmt: skip
 
 OPS: tuple[Op, ...] = (
     Op(
@@ -165,8 +199,12 @@ OPS: tuple[Op, ...] = (
             Provider("torch.topk", lambda i: lambda: topk_relu(i.pre, i.k), baseline=True),
             Provider("torch.topk + scatter", lambda i: lambda: topk_dense(i.pre, i.k), note=DENSE),
             Provider("torch.compile", lambda i: bound(compiled(topk_relu), i.pre, i.k), compiled=True),
-            Provider(
-                "FlashInfer top_k", flashinfer_topk, package="flashinfer", gpu_only=True, note="ties left to chance"
+            *(
+                Provider(
+                    f"{name}{', lowest index' if lowest else ''}", build(lowest=lowest), gpu_only=True, lowest=lowest,
+                    note="" if lowest else CHANCE, **options,
+                )
+                for name, build, options in ROW_TOPK_KERNELS for lowest in (False, True)
             ),
             Provider("SAELens TopK", saelens_topk, package="sae_lens", note=DENSE),
         ),
@@ -258,7 +296,10 @@ OPS: tuple[Op, ...] = (
             Provider(
                 "torch.compile", lambda i: bound(compiled(dense_encode), i.x, i.weight, i.bias, i.k), compiled=True
             ),
-            Provider("sparsify", sparsify_encode, package="sparsify", note="also returns pre-activations"),
+            Provider(
+                "sparsify", sparsify_encode, package="sparsify", distribution="eai-sparsify",
+                note="also returns pre-activations",
+            ),
             Provider(
                 GEMM_ALONE, lambda i: lambda: i.x @ i.weight, yardstick=True, check=check_gemm,
                 note="no bias, no selection",
@@ -279,7 +320,7 @@ OPS: tuple[Op, ...] = (
                 "torch.compile", lambda i: bound(compiled(gathered), i.values, i.columns, i.weight, i.bias),
                 compiled=True, note="of gather, multiply, sum",
             ),
-            Provider("sparsify", sparsify_decode, package="sparsify"),
+            Provider("sparsify", sparsify_decode, package="sparsify", distribution="eai-sparsify"),
         ),
         codes_traffic(traffic.decode, distinct="distinct"),
         check_sum("decode", expected_decode),

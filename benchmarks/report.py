@@ -42,6 +42,7 @@ def summary(rows: Iterable[Row]) -> str:
     for cell in cells(rows):
         if cell.ours and cell.baseline:
             size = cell.case if cell.case.endswith(cell.dtype) else f"{cell.case}, {cell.dtype}"
+            size += f", k={cell.shape['k']}" if "k" in cell.shape else ""
             ours = cell.ours["ms_p50"]
             share = share_of_roof(cell.ours, rows)
             beside = (f"{fmt_ratio(row['ms_p50'] / ours)} {row['provider']}" for row in cell.others)
@@ -53,7 +54,8 @@ def summary(rows: Iterable[Row]) -> str:
     parts = []
     if lines:
         header = ("operation", "size", "ours", "of roof", "speed-up", "over the baseline", "over others")
-        parts.append(table(header, lines, left=2))
+        versions = dict.fromkeys(f"torch {row['torch']}" for row in rows if row["kind"] == "operation")
+        parts.append(f"Beside {', '.join(versions)}:\n\n{table(header, lines, left=2)}")
     parts += [target_table(rows, device) for device in _gpus(rows)]
     parts += [_reconstruction_table(found) for found in _by_setting(rows).values()]
     return "\n\n".join(parts)
@@ -77,7 +79,8 @@ def markdown(
             groups[cell.case, cell.dtype].append(cell)
         for (case, dtype), found in groups.items():
             widest = max((cell.shape for cell in found), key=len)
-            parts += [f"### {case}, {dtype}: {shape_text(widest)}", _operations_table(found, rows)]
+            made_by = ", ".join(dict.fromkeys(f"torch {row['torch']}" for cell in found for row in cell.rows))
+            parts += [f"### {case}, {dtype}, {made_by}: {shape_text(widest)}", _operations_table(found, rows)]
         if not any(row["cuda"] for row in operations):
             parts.append(f"On a GPU (S1, S2, S3 in bf16 and fp32; sweeps over F and k): {NOT_MEASURED}.")
     compared = predictions(rows, predicted)
@@ -166,7 +169,8 @@ def _operations_table(found: Sequence[Cell], rows: Sequence[Row]) -> str:
             gemm = roof_of(rows, row["device"], "gemm", row["dtype"])
             provider = f"**{row['provider']}**" if is_ours(row) else row["provider"]
             kind = ["baseline"] if row["baseline"] else ["yardstick"] if row.get("yardstick") else []
-            remarks = [*kind, *([row["note"]] if row["note"] else [])]
+            versions = [f"{name} {version}" for name, version in row.get("packages", {}).items()]
+            remarks = [*kind, *versions, *([row["note"]] if row["note"] else [])]
             provider += f" ({', '.join(remarks)})" if remarks else ""
             first = row is cell.rows[0]
             line = [

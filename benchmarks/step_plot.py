@@ -22,7 +22,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
     """By file name. Called inside ``plot``'s style."""
     made: dict[str, Figure] = {}
     steps, parts, curves = ([row for row in rows if row["kind"] == kind] for kind in ("step", "part", "curve"))
-    for found in grouped(steps).values():
+    for found in grouped([row for row in steps if row["group"] != "published"]).values():
         made[figure_name(found[0])] = step_bars(found)
     if parts:
         made["step-parts"] = part_bars(list(grouped(parts).values()))

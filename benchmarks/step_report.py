@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import published
 from derived import fmt_ms, fmt_ratio, fmt_spread, shape_text, table
 from rows import Row
 
@@ -23,11 +24,12 @@ def sections(rows: Sequence[Row], figures: Sequence[Path]) -> list[str]:
     text = ["## A training step"]
     if steps:
         text.append(_how_to_read(steps))
-    for found in grouped(steps).values():
+    for found in grouped([row for row in steps if row["group"] != "published"]).values():
         text += [f"### {_title(found[0])}", _pictures(figures, f"{figure_name(found[0])}."), step_table(found)]
     if parts:
         text += ["### Where the time goes", _pictures(figures, "step-parts"), PARTS_TEXT]
         text += [part_table(found) for found in grouped(parts).values()]
+    text += published.section(steps)
     if curves:
         text += ["### The same loss", _pictures(figures, "step-curve"), *map(curve_text, grouped_curves(curves))]
     return [paragraph for paragraph in text if paragraph]
@@ -65,7 +67,7 @@ def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def _title(row: Row) -> str:
     sizes = shape_text({name: value for name, value in row["shape"].items() if name != "indices"})
-    return f"{row['case']}, {row['dtype']}: {sizes}"
+    return f"{row['case']}, {row['dtype']}, torch {row['torch']}: {sizes}"
 
 
 def figure_name(row: Row) -> str:

@@ -13,13 +13,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 
 import stock
 import torch
 from inputs import normal, seeded
 from registry import Provider
-from sizes import MAIN, S1, S2, S3, SMALL, Case
+from sizes import MAIN, PUBLISHED, S1, S2, S3, SMALL, Case
 from stock import topk_dense
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ BATCHES = 2
 UNIT_ROWS = "unit-norm rows"  # the gradient's part along a decoder row is removed, rows are rescaled
 PEERS = ("sae-lens", "eai-sparsify", "dictionary-learning")  # distributions, for the versions in a row
 SEED = 0
+TF32_EPS = 2.0**-10  # TF32 keeps ten bits of a mantissa
 
 
 @dataclass
@@ -45,6 +47,11 @@ class Setup:
     b_enc: Tensor  # (F,), 0 but for skewed firing
     dead: Tensor  # (F,) bool
     learning_rate: float = LEARNING_RATE
+
+    @cached_property
+    def shared(self) -> se.SparseAutoencoder:
+        """One for all contestants that do not update it: at the widest sizes a GPU holds no more."""
+        return self.autoencoder(contiguous_parameters=True)
 
     def batches(self) -> Iterator[Tensor]:
         return itertools.cycle(self.x)
@@ -97,10 +104,14 @@ def skewed_biases(num_latents: int, k: int, most: float = 0.9) -> Tensor:
 
 @dataclass(frozen=True)
 class Contestant(Provider):
-    """A provider of steps. ``kind``: "yardstick", "ours", "PyTorch" or "peer". ``dead``: a third of latents is."""
+    """A provider of steps. ``kind``: "yardstick", "ours", "PyTorch" or "peer". ``dead``: a third of latents is.
+
+    One that does not ``update`` its parameters runs forward and backward alone, on parameters that it may share.
+    """
 
     kind: str = "peer"
     dead: bool = False
+    updates: bool = True
 
     def missing(self, device: torch.device) -> str | None:
         if self.package == "sparsify" and device.type == "cpu" and os.environ.get("SPARSIFY_DISABLE_TRITON") != "1":
@@ -168,6 +179,37 @@ def plain_path(s: Setup) -> Callable[[], Tensor]:
         return loss.detach()
 
     return run
+
+
+def forward_backward(error: Callable[[se.SparseAutoencoder, Tensor], Tensor]) -> Callable[[Setup], Callable]:
+    """Forward and backward without an optimizer, gradients made afresh each time. In fp32, products may use TF32."""
+
+    def build(s: Setup) -> Callable[[], Tensor]:
+        sae, batches = s.shared, s.batches()
+
+        def run() -> Tensor:
+            x, before = next(batches), torch.get_float32_matmul_precision()
+            sae.zero_grad(set_to_none=True)
+            torch.set_float32_matmul_precision("high")
+            try:
+                with s.autocast():
+                    loss = error(sae, x)
+                loss.backward()
+            finally:
+                torch.set_float32_matmul_precision(before)
+            return loss.detach()
+
+        return run
+
+    return build
+
+
+def our_error(sae: se.SparseAutoencoder, x: Tensor) -> Tensor:
+    return se.losses.mse(sae(x), x)
+
+
+def stock_error(sae: se.SparseAutoencoder, x: Tensor) -> Tensor:
+    return dense_error(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.activation.k)
 
 
 # --- plain PyTorch -------------------------------------------------------------------------------------------------
@@ -341,6 +383,13 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant("SAELens + AuxK", sae_lens(auxk=True), package="sae_lens", dead=True, note=SAELENS),
 )  # fmt: skip
 
+FORWARD_BACKWARD: tuple[Contestant, ...] = (
+    Contestant("ours, forward + backward", forward_backward(our_error), kind="ours", updates=False,
+               note="sae(x), loss.backward(); no optimizer; TF32 allowed"),
+    Contestant("dense PyTorch, forward + backward", forward_backward(stock_error), kind="PyTorch", updates=False,
+               baseline=True, note="no optimizer; TF32 allowed"),
+)  # fmt: skip
+
 TINY = Case("tiny", B=64, d=32, F=512, k=8, group="tiny")
 LONG = Case("B=32768", B=32768, d=768, F=32768, k=32, group="B=32768")
 
@@ -354,6 +403,18 @@ def cases(device: torch.device, extent: str) -> list[tuple[Case, torch.dtype]]:
     return [(case, torch.bfloat16) for case in sizes]
 
 
+def contestants(case: Case) -> tuple[Contestant, ...]:
+    """Whole steps; forward and backward alone at the sizes of published times, which were taken so."""
+    return FORWARD_BACKWARD if case.group == "published" else CONTESTANTS
+
+
+def published_cases(device: torch.device) -> list[tuple[Case, torch.dtype]]:
+    """The sizes of :mod:`published`, which only a GPU can be asked for."""
+    if device.type != "cuda":
+        return []
+    return [(case, dtype) for dtype in (torch.bfloat16, torch.float32) for case in PUBLISHED]
+
+
 def check(contestant: Contestant, call: Callable[[], Tensor | None], s: Setup, expected: float) -> None:
     """The first error must be the right one, and the same batch's must be lower after two updates.
 
@@ -364,12 +425,14 @@ def check(contestant: Contestant, call: Callable[[], Tensor | None], s: Setup, e
         return
     errors = [float(call()) for _ in range(BATCHES + 1)]  # type: ignore[arg-type]
     roundings = 64 * torch.finfo(torch.float32).eps if s.dtype == torch.float32 else 2 * torch.finfo(s.dtype).eps
+    if not contestant.updates and s.device.type == "cuda" and s.dtype == torch.float32:
+        roundings = 2 * TF32_EPS
     if contestant.name.startswith("dictionary_learning") and contestant.dead:
         roundings = 1 / 32  # it returns the whole loss: AuxK's share is at most its weight times about 1
         expected += 1 / 32
     if not abs(errors[0] - expected) <= roundings * expected:
         raise AssertionError(f"{contestant.name}: the first error is {errors[0]:.6g}, not {expected:.6g}")
-    if not errors[BATCHES] < errors[0]:
+    if contestant.updates and not errors[BATCHES] < errors[0]:
         raise AssertionError(f"{contestant.name}: the error does not fall: {errors}")
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ import checks
 import derived
 import inputs
 import operations
-import others
 import ours
 import registry
 import report
@@ -303,15 +301,6 @@ def test_an_absent_library_is_named_once(monkeypatch):
     assert sorted(named) == ["flashinfer", "sae_lens", "sparsify"]
     operations.measure_cell(registry.find("decode"), tiny(), torch.float32, CPU, 0.0, skipped)
     assert not [s for s in skipped if s.provider == "sparsify" and s.op != "other libraries"]
-
-
-def test_flashinfer_is_called_as_its_documentation_says(monkeypatch):
-    """``top_k(input, k) -> (values, indices)``, indices int64; the check then is that of every provider."""
-    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(top_k=lambda x, k: tuple(x.topk(k))))
-    op = registry.find("topk")
-    (provider,) = [p for p in op.providers if p.build is others.flashinfer_topk]
-    registry.check_provider(op, provider, registry.check_inputs(op, tiny(), torch.float32, CPU, 0))
-    assert provider.gpu_only and "GPU" in provider.missing(CPU)
 
 
 @pytest.mark.parametrize(
