@@ -56,3 +56,8 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
         if tensor.dtype == torch.float64:
             raise TypeError('backend="triton" takes float32, bfloat16 and float16, got float64: use backend="torch"')
     return backend
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured that operations on ``tensor`` go into: the host cannot read it then."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional
+from ._backend import capturing
 from .codes import SparseCodes
 
 __all__ = [
@@ -106,7 +107,7 @@ class ReLU(Activation):
         return torch.relu(pre)
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
-        return functional.threshold(pre, 0.0, backend=backend)
+        return functional.threshold(pre, 0.0, capacity=_captured_size(pre), backend=backend)
 
 
 class TopK(Activation):
@@ -207,6 +208,7 @@ class BatchTopK(Activation):
         initial_threshold: where the mean starts; None: at the first batch's value, and unset until then.
         group: a ``torch.distributed`` process group to select over; see :func:`functional.batch_topk`. Shared by
             copies, left out of pickles.
+        device: of the threshold; an autoencoder takes its rule along to its own.
 
     SAELens' convention is ``threshold_lr=0.01, initial_threshold=0.0``; dictionary_learning's is ``threshold_lr=0.001,
     threshold_start=1001`` (it learns once its step, counted from 0, exceeds 1000). Ours is SAELens' rate from an unset
@@ -223,7 +225,7 @@ class BatchTopK(Activation):
 
     def __init__(
         self, k: float, *, threshold_lr: float = 0.01, threshold_start: int = 0, initial_threshold: float | None = None,
-        group=None,
+        group=None, device=None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.k = check.number_k(k)
@@ -236,20 +238,20 @@ class BatchTopK(Activation):
         self.initial_threshold = initial_threshold
         self.group = group
         first = -1.0 if initial_threshold is None else float(initial_threshold)
-        self.register_buffer("threshold", torch.tensor(first, dtype=torch.float64))
+        self.register_buffer("threshold", torch.full((), first, dtype=torch.float64, device=device))
         if threshold_start:
             self._count_forwards()
         self._seen: tuple[int, int] | None = None  # the threshold last read: eval waits for the device once
 
     def _count_forwards(self) -> None:
-        self.register_buffer("forwards", torch.tensor(0.0, dtype=torch.float64))
+        self.register_buffer("forwards", torch.zeros_like(self.threshold))
         self._exact = (*self._exact, "forwards")
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         if self.training:
             return functional.batch_topk(pre, self.k, group=self.group, backend=backend)
         self._require_threshold()
-        return functional.threshold(pre, self.threshold, backend=backend)
+        return functional.threshold(pre, self.threshold, capacity=_captured_size(pre), backend=backend)
 
     def encode_select(self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, backend: str):
         if not self.training or self.group is not None:
@@ -293,6 +295,9 @@ class BatchTopK(Activation):
             return
         seen = None if self.threshold.is_inference() else (id(self.threshold), self.threshold._version)
         if seen is None or seen != self._seen:
+            if capturing(self.threshold):  # where the host cannot ask: the replay does
+                torch._assert_async(self.threshold >= 0, message)
+                return
             if not bool(self.threshold >= 0):
                 raise RuntimeError(message)
             self._seen = seen
@@ -391,7 +396,7 @@ def _above(pre: Tensor, theta: Tensor) -> Tensor:
 
 def _captured_size(pre: Tensor) -> int | None:
     """Room for every entry while a CUDA graph is captured, where the host cannot ask how many there are."""
-    return pre.numel() if pre.is_cuda and torch.cuda.is_current_stream_capturing() else None
+    return pre.numel() if capturing(pre) else None
 
 
 def _apply_but(names: Sequence[str], module: nn.Module, apply, fn, recurse: bool) -> nn.Module:

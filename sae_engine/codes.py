@@ -91,12 +91,20 @@ class SparseCodes:
 
     def check(self) -> SparseCodes:
         """Raises RuntimeError where the rule asked for more entries than its capacity. Reads the device once."""
-        if self.required is not None and int(self.required) > self.values.shape[0]:
+        self._owned()
+        return self
+
+    def _owned(self) -> int:
+        """Entries that belong to a row; raises as :meth:`check` does. Reads the device once with a capacity."""
+        if self.required is None:
+            return self.values.shape[0]
+        owned = int(self.required)
+        if owned > self.values.shape[0]:
             raise RuntimeError(
-                f"capacity={self.values.shape[0]} is too small: the rule keeps {int(self.required)} entries; "
+                f"capacity={self.values.shape[0]} is too small: the rule keeps {owned} entries; "
                 "raise capacity, or leave it out to let the size follow the data"
             )
-        return self
+        return owned
 
     def assert_fits(self) -> None:
         """As :meth:`check`, on the device: nothing waits, and an overflow ends the program's work there."""
@@ -125,7 +133,7 @@ class SparseCodes:
         """(values, indices), each (*batch_shape, K) with K the longest row.
 
         Short rows end in value 0 at their lowest unused latents, so that the indices of a row stay distinct. Reads the
-        device once unless every row stores the same number of entries.
+        device once (twice with a capacity) unless every row stores the same number of entries.
         """
         if self.k is not None:
             shape = (*self.batch_shape, self.k)
@@ -192,8 +200,7 @@ class SparseCodes:
         """A (rows, F) ``torch.sparse_csr`` tensor; stored zeros stay stored. Reads the device once with a capacity."""
         values, indices = self.values, self.indices
         if self.required is not None:
-            self.check()
-            owned = int(self.offsets[-1])
+            owned = self._owned()
             values, indices = values[:owned], indices[:owned]
         size = (self.rows, self.num_latents)
         return torch.sparse_csr_tensor(self.offsets, indices.long(), values, size=size, check_invariants=False)
@@ -214,7 +221,8 @@ class SparseCodes:
         ``widths`` ascend and end with F. No entry moves and its index stays what it is: only offsets are new.
         """
         number = len(widths)
-        bounds = torch.tensor(list(widths), dtype=torch.int32, device=self.device)
+        # Filled on the device: a tensor made of a list would come from the host, which waits and cannot be captured.
+        bounds = torch.cat([torch.full((1,), width, dtype=torch.int32, device=self.device) for width in widths])
         run = torch.searchsorted(bounds, self.indices, right=True)
         entry = torch.arange(self.values.shape[0], device=self.device)
         row = torch.searchsorted(self.offsets[1:].contiguous(), entry, right=True)
@@ -249,8 +257,11 @@ class SparseCodes:
         return True  # as other objects are, however many rows there are
 
     def __getitem__(self, rows) -> SparseCodes:
-        """Rows selected over the leading dimensions, as indexing a (*batch_shape,) tensor would. Reads the device once
-        unless every row stores the same number of entries."""
+        """Rows selected over the leading dimensions, as indexing a (*batch_shape,) tensor would.
+
+        Reads the device once (twice with a capacity) unless every row stores the same number of entries; a list or a
+        boolean mask as ``rows`` costs the wait that it costs any tensor.
+        """
         chosen = torch.arange(self.rows, device=self.device).view(self.batch_shape)[rows]
         batch_shape, chosen = tuple(chosen.shape), chosen.flatten()
         if self.k is not None:
@@ -260,8 +271,9 @@ class SparseCodes:
             self.check()
             counts = self.offsets.diff()[chosen]
             offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            entry = torch.arange(int(offsets[-1]), device=self.device)
-            entry = entry + torch.repeat_interleave(self.offsets[chosen] - offsets[:-1], counts)
+            number = int(offsets[-1])
+            shift = torch.repeat_interleave(self.offsets[chosen] - offsets[:-1], counts, output_size=number)
+            entry = torch.arange(number, device=self.device) + shift
         return SparseCodes(self.values[entry], self.indices[entry], offsets, batch_shape, self.num_latents, self.k)
 
 
@@ -296,8 +308,7 @@ def cat(codes: Sequence[SparseCodes]) -> SparseCodes:
 
 def _trimmed(codes: SparseCodes) -> SparseCodes:
     """Without the unused end of its capacity; an overflow is reported, never carried along."""
-    codes.check()
-    owned = int(codes.offsets[-1])
+    owned = codes._owned()
     return replace(codes, values=codes.values[:owned], indices=codes.indices[:owned], required=None, _turned=[])
 
 

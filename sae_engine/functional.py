@@ -288,7 +288,7 @@ def _theta(theta: Tensor | float, pre: Tensor) -> Tensor:
     if isinstance(theta, bool) or not isinstance(theta, int | float | Tensor):
         raise TypeError(f"theta must be a number or a tensor, got {type(theta).__name__}")
     if not isinstance(theta, Tensor):
-        theta = torch.tensor(theta, dtype=torch.float64, device=pre.device)
+        theta = torch.full((), theta, dtype=torch.float64, device=pre.device)  # a fill: nothing comes from the host
     check.floating("theta", theta, dims=theta.dim())
     if theta.dim() > 1 or (theta.dim() == 1 and theta.shape[0] != pre.shape[-1]):
         raise ValueError(f"theta must be a scalar or have shape {(pre.shape[-1],)}, got {tuple(theta.shape)}")

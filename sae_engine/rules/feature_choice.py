@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..activations import BatchTopK, _above, _apply_but, kept_values
+from ..activations import BatchTopK, _above, _apply_but, _captured_size, kept_values
 from ..codes import SparseCodes
 from .density import fired_share
 
@@ -50,7 +50,7 @@ class FeatureChoice(BatchTopK):
         mutual_steps: int = 0, inference: str = "latent", density_lr: float = 0.01, threshold_lr: float = 0.01,
         device=None,
     ) -> None:  # fmt: skip
-        super().__init__(k, threshold_lr=threshold_lr)
+        super().__init__(k, threshold_lr=threshold_lr, device=device)
         self.d_sae = check.integer_k(d_sae, name="d_sae")
         check.number_k(k, d_sae)
         check.budget_law(exponent, shift)
@@ -64,10 +64,8 @@ class FeatureChoice(BatchTopK):
         self.density_lr = density_lr
         for name in ("latent_threshold", "density"):
             self.register_buffer(name, torch.full((d_sae,), -1.0, dtype=torch.float64, device=device))
-        self.threshold = self.threshold.to(device)
         self._exact = ("threshold", "latent_threshold", "density")
         self._count_forwards()
-        self.forwards = self.forwards.to(device)
         self._counted = 0  # the host's copy of `forwards`
 
     @property
@@ -88,7 +86,9 @@ class FeatureChoice(BatchTopK):
             tokens = pre.shape[:-1].numel()
             return functional.feature_topm(pre, self.latent_budgets(tokens), total=self.total(tokens), backend=backend)
         self._require_threshold()
-        return functional.threshold(pre, self.inference_threshold(), backend=backend)
+        return functional.threshold(
+            pre, self.inference_threshold(), capacity=_captured_size(pre), backend=backend
+        )
 
     @property
     def scope(self) -> str:
