@@ -81,6 +81,7 @@ class SparseAutoencoder(nn.Module):
             residual stream (TransformerLens) so takes a raw one (Hugging Face) as well.
         rescale_acts_by_decoder_norm: the rule sees, and codes hold, ``pre * ||W_dec row||``; ``decode`` divides.
         decoder_init_norm: norm of the decoder rows at the start. ``W_enc`` starts as ``W_dec.T``, biases as 0.
+        dtype, device: of the parameters. The rule's parameters and buffers go to the device too, in their own dtypes.
         contiguous_parameters: lay ``W_enc`` out row-major. By default it is latent-contiguous, stride (1, d_in),
             which the kernels prefer; FSDP2 needs contiguous parameters.
 
@@ -144,6 +145,7 @@ class SparseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **options), requires_grad=activation.encoder_bias)
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, **options))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in, **options)) if skip else None)
+        self.activation.to(self.W_enc.device)  # its dtypes are its own: a threshold stays as exact as it was made
 
     def encode(
         self, x: Tensor, *, select=None, return_info: bool = False, return_pre: bool = False, backend: str = "auto",

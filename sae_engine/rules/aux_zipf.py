@@ -20,15 +20,17 @@ class AuxZipfTopK(Activation):
     After the abstract of Ayonrinde 2024, arXiv:2411.02124; the weighting is ours.
     """
 
+    shortfall: Tensor | None
     context_keys = frozenset({"shortfall"})
 
     def __init__(self, k: int, *, relu: bool = True, shortfall: Tensor | None = None) -> None:
         super().__init__()
         self.k = check.integer_k(k)
         self.relu = check.flag("relu", relu)
-        self.shortfall = shortfall
         if shortfall is not None:
             check.floating("shortfall", shortfall, dims=1)
+        self.register_buffer("shortfall", shortfall, persistent=False)  # moves with the module
+        if shortfall is not None:
             self.context_keys = frozenset()  # type: ignore[misc]
 
     def _select(self, pre: Tensor, backend: str, *, shortfall: Tensor | None = None) -> SparseCodes:

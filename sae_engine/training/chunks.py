@@ -15,8 +15,9 @@ SHARE_OF_FREE_MEMORY = 4  # pre-activations get a quarter of it
 
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that nobody uses at the moment; half of all of it where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # the driver counts as used what torch's allocator keeps for later
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
         free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")

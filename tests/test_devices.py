@@ -1,0 +1,82 @@
+"""Everything that takes ``device=`` has all of its tensors there, the rule of an autoencoder among them."""
+
+import inspect
+
+import pytest
+import torch
+
+import sae_engine as se
+from sae_engine.training import chunks
+
+F = 24
+RULES = {
+    "AbsTopK": lambda: se.AbsTopK(3), "AuxTopK": lambda: se.AuxTopK(3),
+    "AuxZipfTopK": lambda: se.AuxZipfTopK(3, shortfall=torch.rand(F)),
+    "BatchTopK": lambda: se.BatchTopK(2.5, threshold_start=2), "FeatureChoice": lambda: se.FeatureChoice(F, 2.5),
+    "Gated": lambda: se.Gated(F), "GradientTopK": lambda: se.GradientTopK(3), "JumpReLU": lambda: se.JumpReLU(F),
+    "LogJumpReLU": lambda: se.LogJumpReLU(F), "MatryoshkaBatchTopK": lambda: se.MatryoshkaBatchTopK(2.5, (4, F)),
+    "MutualChoice": lambda: se.MutualChoice(2.5), "ReLU": lambda: se.ReLU(), "SampledTopK": lambda: se.SampledTopK(2.5),
+    "StatisticalTopK": lambda: se.StatisticalTopK(3), "TopAFA": lambda: se.TopAFA(), "TopK": lambda: se.TopK(3),
+}  # fmt: skip
+ON_A_DEVICE = {
+    "BatchTopK": lambda **o: se.BatchTopK(2.5, threshold_start=2, **o),
+    "FeatureChoice": lambda **o: se.FeatureChoice(F, 2.5, **o),
+    "Gated": lambda **o: se.Gated(F, **o), "JumpReLU": lambda **o: se.JumpReLU(F, **o),
+    "LogJumpReLU": lambda **o: se.LogJumpReLU(F, **o),
+    "MatryoshkaBatchTopK": lambda **o: se.MatryoshkaBatchTopK(2.5, (4, F), threshold_start=2, **o),
+    "MutualChoice": lambda **o: se.MutualChoice(2.5, **o), "RunningDensity": lambda **o: se.RunningDensity(F, **o),
+    "SampledTopK": lambda **o: se.SampledTopK(2.5, **o), "SparseDecoder": lambda **o: se.SparseDecoder(F, 6, **o),
+    "SparseAutoencoder": lambda **o: se.SparseAutoencoder(6, F, se.JumpReLU(F), d_out=8, skip=True, **o),
+}  # fmt: skip
+
+
+def tensors(module):
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def modules_of(kind):
+    return {name for name in se.__all__ if inspect.isclass(getattr(se, name)) and issubclass(getattr(se, name), kind)}
+
+
+def test_the_lists_are_complete():
+    assert modules_of(se.Activation) - {"Activation"} == RULES.keys()
+    signatures = {name: inspect.signature(getattr(se, name)) for name in modules_of(torch.nn.Module)}
+    takes = {name for name, signature in signatures.items() if "device" in signature.parameters}
+    through_options = {"MatryoshkaBatchTopK", "SampledTopK"}
+    assert takes | through_options == ON_A_DEVICE.keys()
+
+
+@pytest.mark.parametrize("name", ON_A_DEVICE)
+def test_constructors_put_everything_on_the_device(name):
+    module = ON_A_DEVICE[name](device="meta")
+    here = ON_A_DEVICE[name]()
+    assert {k: t.dtype for k, t in tensors(module).items()} == {k: t.dtype for k, t in tensors(here).items()}
+    assert {t.device.type for t in tensors(module).values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_an_autoencoder_takes_its_rule_along(name, dtype):
+    rule = RULES[name]()
+    before = {k: t.dtype for k, t in tensors(rule).items()}
+    sae = se.SparseAutoencoder(6, F, rule, device="meta", dtype=dtype)
+    assert {t.device.type for t in tensors(sae).values()} == {"meta"}
+    assert {k: t.dtype for k, t in tensors(sae.activation).items()} == before  # a threshold stays as exact as it was
+    assert {p.dtype for k, p in sae.named_parameters(recurse=False)} == {dtype or torch.float32}
+
+
+def test_inference_form_stays_on_the_device():
+    rule = se.BatchTopK(2.0, initial_threshold=0.5)
+    rule._require_threshold()  # read here: a tensor on the meta device has no value
+    sae = se.SparseAutoencoder(6, F, rule)
+    assert {t.device for t in tensors(se.inference_form(sae)).values()} == {sae.W_enc.device}
+
+
+def test_what_the_allocator_holds_in_reserve_is_free_memory(monkeypatch):
+    """A second process's gigabyte is used; blocks that this one keeps cached are not."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 69 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 39 << 30)
+    assert chunks.free_memory_bytes(device) == 40 << 30
+    assert chunks.default_budget_bytes(device) == 10 << 30
