@@ -597,6 +597,83 @@ def test_two_processes_train_as_one(tmp_path):
         assert torch.equal(saved["since_fired"], step.dead.since_fired.cpu() // 2)
 
 
+def test_a_loaded_state_is_written_where_a_captured_graph_looks():
+    """Moments, counters, learning rate and 16-bit copies stay the tensors that they were."""
+
+    def build():
+        sae = make(se.BatchTopK(3.5), dtype=torch.float32)
+        return sae, TrainStep(sae, lr=1e-2, dead_after=30, compute_dtype=torch.bfloat16)
+
+    def places(sae, step):
+        moments = [t for p in sae.parameters() for t in step.optimizer.state[p].values()]
+        return [step.optimizer.options["lr"], step.dead.since_fired, *moments, *step._copies.current()]
+
+    batches = torch.randn(5, B, D)
+    sae, step = build()
+    for x in batches[:2]:
+        step(x)
+    step.optimizer.options["lr"].fill_(5e-3)
+    weights, state = copy.deepcopy(sae.state_dict()), copy.deepcopy(step.state_dict())
+    expected = [step(x)["loss"] for x in batches[2:4]]
+    other, second = build()
+    second(batches[4])
+    before = places(other, second)
+    other.load_state_dict(weights)
+    second.load_state_dict(state)
+    after = places(other, second)
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    for copied, master in zip(after[-2:], (other.W_dec, other.W_enc.T), strict=True):
+        assert torch.equal(copied, master.bfloat16())
+    assert second.optimizer.options["lr"].item() == torch.tensor(5e-3).item()
+    assert_same(tuple(second(x)["loss"] for x in batches[2:4]), tuple(expected))
+
+
+def test_copies_are_renewed_in_place_after_somebody_wrote_the_weights():
+    sae = make(se.TopK(4), dtype=torch.float32)
+    step = TrainStep(sae, lr=1e-2, compute_dtype=torch.bfloat16)
+    step(torch.randn(B, D))
+    held = step._copies.weights
+    with torch.no_grad():
+        sae.W_dec.mul_(2)
+    step.refresh()
+    assert step._copies.weights is held and torch.equal(held.decoder, sae.W_dec.bfloat16())
+
+
+def test_a_warm_up_is_a_step_that_also_makes_the_auxiliary_selection():
+    """Nothing is dead yet: an ordinary step leaves AuxK out, and a capture, which cannot know, does not."""
+    batches = torch.randn(3, B, D)
+    (plain, ordinary), (warm, warming) = ((sae, TrainStep(sae, lr=1e-2, aux=[AuxK(5)])) for sae in
+                                          (make(se.TopK(4), dtype=torch.float32) for _ in range(2)))  # fmt: skip
+    seen = []
+    rule = AuxK.rule
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AuxK, "rule", lambda aux, sae, dead: seen.append(dead) or rule(aux, sae, dead))
+        for x in batches:
+            expected, found = ordinary(x), warming.warm_up(x)
+            assert expected.keys() == found.keys()
+            torch.testing.assert_close(found["loss"], expected["loss"])
+    assert seen == [0, F] * 3
+    assert_parameters_close(plain, warm)
+    warming(batches[0])
+    with pytest.raises(ValueError, match="d_in"):
+        warming.warm_up(torch.randn(B, D + 1))
+    assert not warming._warming_up
+
+
+def test_a_capture_is_remembered_until_a_state_is_loaded(monkeypatch):
+    """The host hears of no replay: afterwards it neither asks the device each time nor trusts an old answer."""
+    dead = se.training.DeadLatents(8, dead_after=100)
+    assert dead.at_most(10) == 0
+    state = dead.state_dict()
+    monkeypatch.setattr("sae_engine.training.dead.capturing", lambda tensor: True)
+    assert dead.at_most(10) == 8
+    monkeypatch.setattr("sae_engine.training.dead.capturing", lambda tensor: False)
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: pytest.fail("the device was read"))
+    assert dead.at_most(10) == 8
+    dead.load_state_dict(state)
+    assert dead.at_most(10) == 0
+
+
 def test_the_density_of_codes_with_a_capacity_is_read_now_and_then(monkeypatch):
     """Room for every entry looks dense; how many there are says whether it is."""
     monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(0.9))

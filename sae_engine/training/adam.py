@@ -23,8 +23,10 @@ class Adam(torch.optim.Adam):
         learned = [p for p in module.parameters() if p.requires_grad]
         if not learned:
             raise ValueError("sae has no parameter that requires a gradient")
-        rate = torch.tensor(check.positive("lr", lr), dtype=torch.float32, device=learned[0].device)
-        super().__init__(learned, lr=rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        check.positive("lr", lr)
+        super().__init__(learned, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        # Only now the tensor: torch would compare it with 0, and so wait for the device.
+        self.options["lr"] = torch.full((), lr, dtype=torch.float32, device=learned[0].device)
         for p in learned:
             self.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -70,16 +72,19 @@ class Adam(torch.optim.Adam):
         )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """From a state of ours or of ``torch.optim.Adam`` over the same parameters."""
+        """From a state of ours or of ``torch.optim.Adam`` over the same parameters.
+
+        It is copied into the tensors that are here, each in its parameter's layout: a captured CUDA graph points to
+        them.
+        """
+        rate, states = self.options["lr"], dict(self.state)
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            p = group["params"][0]
-            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(p.device, copy=True)
-            group.update(fused=True, foreach=None, capturable=False)
-        for p, state in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # ours alone, and in the parameter's layout
-                state[name] = torch.empty_like(p, memory_format=torch.preserve_format).copy_(state[name])
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device, copy=True)
+        rate.fill_(self.options["lr"])
+        self.options.update(lr=rate, fused=True, foreach=None, capturable=False)
+        for p, ours in states.items():
+            for name, tensor in ours.items():
+                tensor.copy_(torch.as_tensor(self.state[p].get(name, 0.0)))  # nothing there: it has not stepped yet
+            self.state[p] = ours
 
 
 def contiguous_view(tensor: Tensor, *, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._backend import capturing
 
 
 class DeadLatents:
@@ -27,7 +28,7 @@ class DeadLatents:
         self.since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.tokens = 0
         self._bound, self._holds_until = 0, self.dead_after - 1  # no counter exceeds `tokens`
-        self._in_graph = False  # replays move the counters and not `tokens`
+        self._captured = False  # replays move the counters and not `tokens`
 
     @property
     def mask(self) -> Tensor:
@@ -37,12 +38,13 @@ class DeadLatents:
     def at_most(self, batch_tokens: int) -> int:
         """No more latents than this are dead now: exact on a CPU, else read at most once in ``read_interval`` steps.
 
-        While a CUDA graph is captured: all of them.
+        All of them while a CUDA graph is captured, and from then on: the host does not hear of replays, so that it
+        would have to ask the device each time. :meth:`load_state_dict` starts anew.
         """
-        if self.since_fired.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._in_graph = True
+        self._captured |= capturing(self.since_fired)
+        if self._captured:
             return self.since_fired.numel()
-        if self.tokens <= self._holds_until and not self._in_graph:
+        if self.tokens <= self._holds_until:
             return self._bound
         # Nobody waits for a CPU tensor: it is read each time.
         ahead = (self.read_interval - 1) * batch_tokens if self.since_fired.is_cuda else 0
@@ -68,3 +70,4 @@ class DeadLatents:
                      self.since_fired, why="one per latent")  # fmt: skip
         self.since_fired.copy_(state["since_fired"])
         self.tokens, self._bound, self._holds_until = state["tokens"], state["bound"], state["holds_until"]
+        self._captured = False

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import _passes
-from .._backend import resolve_backend
+from .._backend import capturing, resolve_backend
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from .adam import Adam
@@ -57,6 +57,11 @@ class TrainStep:
     With gradients that are stored, the order is: average (``reduce``), remove the parallel part, clip, Adam, rescale.
     Nothing waits for the device with rules that keep a fixed number of entries or have a ``capacity``, but for those
     reads. ``sae_engine.losses`` and any ``torch.optim`` optimizer train the same model the ordinary way.
+
+    A step can be captured in a CUDA graph after :meth:`warm_up`. The graph updates parameters, moments, counters and
+    thresholds where they lie; what only the host counts (``calls``, ``scheduler``, :class:`FeatureChoice`'s phase)
+    stands still while it is replayed. :meth:`load_state_dict` writes into the same tensors; whoever else writes
+    parameters between replays calls :meth:`refresh` afterwards.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class TrainStep:
         )
         self.calls = 0
         self._dense_now: bool | None = None  # the last decision for a rule with capacity
+        self._warming_up = False
         self._copies = Copies(sae, self.compute_dtype)
         self._pre_activations = PreActivations()
         self._update = Update(
@@ -136,6 +142,27 @@ class TrainStep:
         x, target = self._checked(x, target)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return self._step(x, target, context)
+
+    def warm_up(self, x: Tensor, target: Tensor | None = None, **context: Tensor) -> dict[str, Tensor]:
+        """A training step as a CUDA graph will run it; call it, on batches of the graph's shape, before the capture.
+
+        It is an ordinary step, with the arguments, the result and the errors of calling the object. But as in a
+        capture, auxiliary selections take place also where no latent can be dead yet, so that all kernels are compiled
+        and loaded, which a capture forbids, and everything that lives on is made outside the graph's memory.
+        """
+        self._warming_up = True
+        try:
+            return self(x, target, **context)
+        finally:
+            self._warming_up = False
+
+    def refresh(self) -> None:
+        """Renews the copies of the weights in ``compute_dtype``, in place, after somebody else has written parameters.
+
+        A call of the object notices that by itself; a replayed CUDA graph cannot.
+        """
+        with torch.no_grad():
+            self._copies.current()
 
     def _step(self, x: Tensor, target: Tensor, context: dict[str, Any]) -> dict[str, Tensor]:
         forward, numbers = self._forward(x, target, context)
@@ -169,7 +196,7 @@ class TrainStep:
             report["grad_norm"] = grad_norm
             self.dead.count(since.fired > 0, since.tokens, since.overflow)
             self._seen = None
-            if self.scheduler is not None and not _capturing(x):
+            if self.scheduler is not None and not capturing(x):
                 self.scheduler.step()
         report["dead"] = self.dead.mask.float().mean()
         if overflow is not None:
@@ -189,7 +216,7 @@ class TrainStep:
             x=seen, target=target.to(wide), info=info, dead=self.dead.mask, buffer=self._pre_activations,
             backend=self.backend,
         )  # fmt: skip
-        dead_at_most = self.dead.at_most(forward.tokens)
+        dead_at_most = sae.d_sae if self._warming_up else self.dead.at_most(forward.tokens)
         rules = [sae.activation]
         numbers: list[int | None] = []
         for objective in self.objectives:
@@ -206,7 +233,7 @@ class TrainStep:
         """Whether sums over codes go through GEMMs; None: their number of entries decides."""
         if self.dense is not None or codes.required is None:
             return self.dense
-        if self.calls % self.density_interval == 0 and not _capturing(codes.values):
+        if self.calls % self.density_interval == 0 and not capturing(codes.values):
             self._dense_now = _passes.is_dense("decode_backward_weight", codes, entries=int(codes.required))
         return self._dense_now
 
@@ -246,7 +273,10 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From :meth:`state_dict`, of a step over an autoencoder of the same shape with the same arguments."""
+        """From :meth:`state_dict`, of a step over an autoencoder of the same shape with the same arguments.
+
+        Load the autoencoder's own state first. Tensors are written in place: a captured CUDA graph goes on from them.
+        """
         missing = {"optimizer", "scheduler", "dead", "calls", "dense_now", "memory_budget"} - state.keys()
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}: it is not the state of a TrainStep")
@@ -257,6 +287,8 @@ class TrainStep:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.calls, self._dense_now, self.memory_budget = state["calls"], state["dense_now"], state["memory_budget"]
+        self._seen, self._update.stored = None, {}
+        self.refresh()
 
 
 class _Seen(NamedTuple):
@@ -273,7 +305,3 @@ class _Seen(NamedTuple):
         if before.overflow is not None and overflow is not None:
             overflow = before.overflow | overflow
         return _Seen(before.fired + self.fired, before.tokens + self.tokens, overflow)
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
