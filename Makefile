@@ -29,7 +29,7 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-peers bench-step test test-interop check lint types kernel-report dist-check gpu clean \
+.PHONY: help bench bench-peers bench-step test test-compiled test-compiled-quick test-interop check lint types kernel-report dist-check gpu clean \
   given-environment
 
 help: ## list these commands
@@ -47,6 +47,24 @@ bench-step: $(READY) ## where a training step's time goes, part by part (BENCH_A
 test: $(READY) ## the whole test suite (PYTEST_ARGS=…, JOBS=2)
 	$(PY) -m pytest $(WORKERS) -m 'not serial' $(PYTEST_ARGS)
 	$(PY) -m pytest -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: PYTEST_ARGS selected none of these
+
+# Compiled kernels on tests/emulator: several resident programs, warps preempted at random, what was compiled kept.
+ARCH ?= sm_90
+SEED ?= 1
+COMPILED = CUDA_VISIBLE_DEVICES= TRITON_CACHE_DIR='$(CURDIR)/.cache/triton' PTX_EMULATOR_RESIDENT=4 PTX_EMULATOR_QUANTUM=400
+NEEDS_CXX = @command -v "$${CXX:-g++}" >/dev/null || $(call stop,the emulator is built with g++: apt-get install g++)
+
+test-compiled: $(READY) ## compiled kernels without a GPU, every operation, with race and memory checks (ARCH=sm_90, SEED=1, ALL=1)
+	$(NEEDS_CXX)
+	set -e; for arch in $(if $(ALL),sm_80 sm_90,$(ARCH)); do for seed in $(if $(ALL),1 2,$(SEED)); do \
+	  $(COMPILED) PTX_EMULATOR_ARCH=$$arch PTX_EMULATOR_SEED=$$seed $(PY) -m pytest $(WORKERS) $(PYTEST_ARGS); done; done
+
+test-compiled-quick: $(READY) ## every kernel, compiled for sm_80 and for sm_90, in small cases: what CI runs
+	$(NEEDS_CXX)
+	PYTHONPATH=tests/emulator $(COMPILED) $(PY) -c 'from ptx_emulator import runtime; runtime.library()'
+	for arch in sm_80 sm_90; do $(COMPILED) PTX_EMULATOR_ARCH=$$arch PTX_EMULATOR_SEED=1 \
+	  $(PY) -m pytest -m 'sanitizer or compiled' & running="$$running $$!"; done; \
+	failed=0; for process in $$running; do wait $$process || failed=1; done; exit $$failed
 
 test-interop: PY = $(PEERS_VENV)/bin/python
 test-interop: $(PEERS_VENV)/.installed ## against SAELens, sparsify and dictionary_learning, in an environment of their own

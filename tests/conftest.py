@@ -1,4 +1,8 @@
-"""What every test gets: Triton's interpreter where there is no GPU, a seed, and memory that hurts if unwritten."""
+"""What every test gets: Triton's interpreter where there is no GPU, a seed, and memory that hurts if unwritten.
+
+With PTX_EMULATOR_ARCH set (`make test-compiled`) the kernels are compiled instead, and run by the emulator of
+tests/emulator.
+"""
 
 import os
 import shutil
@@ -15,7 +19,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-if not torch.cuda.is_available():
+COMPILED_FOR = os.environ.get("PTX_EMULATOR_ARCH")
+if COMPILED_FOR:
+    assert not torch.cuda.is_available(), "the emulator runs kernels on CPU tensors: set CUDA_VISIBLE_DEVICES="
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available():
     assert "triton" not in sys.modules, "triton reads TRITON_INTERPRET when it is imported, and it already has been"
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -33,14 +41,6 @@ UNWRITTEN_INT = {
 }
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
 # What these files hold to the reference runs where the kernels do: in the interpreter without a GPU, on it with one.
 ON_THE_GPU = {
     "test_activations", "test_autoencoder", "test_aux_zipf", "test_batch_topk", "test_budgets", "test_codes",
@@ -48,6 +48,37 @@ ON_THE_GPU = {
     "test_losses", "test_norm_match", "test_prefixes", "test_registration", "test_row_topk", "test_rule_losses",
     "test_rules", "test_threshold", "test_training",
 }  # fmt: skip
+
+
+def pytest_configure(config):
+    if COMPILED_FOR:
+        from sae_engine import _backend
+
+        # The permission to give CPU tensors to Triton, as long as no test takes it back.
+        _backend.interprets_triton = lambda: "TRITON_INTERPRET" not in os.environ
+        config.pluginmanager.import_plugin("ptx_emulator.pytest_plugin")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("interpreter") and (COMPILED_FOR or torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="looks into Triton's interpreter"))
+        if item.get_closest_marker("compiled") and not COMPILED_FOR:
+            item.add_marker(pytest.mark.skip(reason="runs compiled kernels: make test-compiled"))
+    if COMPILED_FOR:  # what launches no kernel needs no second run
+        launches = [item for item in items if _may_launch(item)]
+        config.hook.pytest_deselected(items=[item for item in items if not _may_launch(item)])
+        items[:] = sorted(launches, key=lambda item: item.name == "test_every_kernel_was_met")  # this one comes last
+
+
+def _may_launch(item):
+    if item.get_closest_marker("compiled"):
+        return True
+    parameters = getattr(item, "callspec", None)
+    backend = parameters.params.get("backend", "triton") if parameters else "triton"
+    return item.path.stem in ON_THE_GPU and backend not in ("torch", "reference")
 
 
 @pytest.fixture(autouse=True)

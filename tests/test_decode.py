@@ -296,10 +296,9 @@ def test_rows_of_none_to_hundreds_of_entries(path, width):
         assert torch.equal(ours, again)
 
 
+@pytest.mark.interpreter
 def test_long_rows_are_summed_in_pieces(monkeypatch):
     """A row's own program adds up pieces; what it gathers itself is what lies outside of them."""
-    if torch.cuda.is_available():
-        pytest.skip("counts in Triton's interpreter")
     from sae_kernels._meter import metering
 
     monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(float("inf")))

@@ -171,7 +171,7 @@ def launched(call):
 RULES = {"TopK": lambda: se.TopK(3), "AbsTopK": lambda: se.AbsTopK(3), "BatchTopK": lambda: se.BatchTopK(2.5)}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="looks at launches in Triton's interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", RULES)
 def test_encode_uses_it_where_it_is_the_choice(name, fused):
     x, weight, bias = make(6, 10, 300)
@@ -297,7 +297,7 @@ def test_training_steps_are_the_same(rule, memory_budget, monkeypatch):
 # --- cost ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_selection_reads_the_pre_activations_only_where_groups_won(dtype, fused):
     from sae_kernels._meter import metering

@@ -9,7 +9,7 @@ from sae_kernels import _tuning, traffic
 from sae_kernels._terms import GATED, Term, lists_of
 from sae_kernels.ops import ops
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
+pytestmark = pytest.mark.interpreter
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ONCE = 1.10  # an input that is streamed once and whose candidates are read again
