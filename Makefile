@@ -84,8 +84,8 @@ kernel-report: $(READY) ## registers, spills, loads, occupancy of every kernel, 
 dist-check: $(READY) ## sdist, wheel from the sdist, a fresh environment, a first use away from here
 	PY='$(PY)' TORCH_INDEX='$(TORCH_INDEX)' sh -eu -c "$$dist_check"
 
-gpu: ## on a GPU machine, no network needed: GPU tests, compute-sanitizer, benchmarks; all logs in OUT
-	OUT='$(OUT)' PYTHON='$(or $(PYTHON),python3)' bash benchmarks/gpu.sh
+gpu: ## on a GPU machine, no network needed, ten minutes: smoke, timings, tests, sanitizer; all of it in OUT (GPU_ARGS=…)
+	$(or $(PYTHON),python3) benchmarks/gpu.py --out '$(OUT)' $(GPU_ARGS)
 
 clean: ## remove build products and caches; .venv and .venv-peers stay
 	rm -rf build dist .links *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

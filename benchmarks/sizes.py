@@ -42,30 +42,23 @@ SWEEP = (
     *(replace(S1, name=f"F={F}", F=F, group="sweep-F") for F in (8192, 16384, 32768, 65536, 131072, 262144)),
     *(replace(S1, name=f"k={k}", k=k, group="sweep-k") for k in (8, 16, 32, 64, 128, 256, 512)),
 )
-EXTENTS = ("quick", "default", "full", "headline", "sweeps")
 FP32, BF16 = torch.float32, torch.bfloat16
 BF16_ON_CPU = {"topk", "batch_topk", "decode"}  # the others would time conversions
 
 
 def cases(op: Op, device: torch.device, extent: str = "default") -> list[tuple[Case, torch.dtype]]:
-    """What to time: ``extent`` is "quick" (a smoke run), "default" or "full"; of "default" on a GPU, "headline" is all
-    but the sweeps over F and k, and "sweeps" is those."""
-    if extent not in EXTENTS:
-        raise ValueError(f"extent must be one of {', '.join(EXTENTS)}, got {extent!r}")
+    """What to time: ``extent`` is "quick" (a smoke run), "default" or "full"."""
+    if extent not in ("quick", "default", "full"):
+        raise ValueError(f"extent must be quick, default or full, got {extent!r}")
     if device.type != "cuda":
-        if extent == "sweeps":
-            return []
         chosen = [(SMALL, FP32)] if extent == "quick" else [(MAIN, FP32), (SMALL, FP32)]
         if op.name in BF16_ON_CPU and op.mode == "forward" and extent != "quick":
             chosen.append((MAIN, BF16))
         main, dtype = (SMALL if extent == "quick" else MAIN), FP32
     else:
-        sweeps = [(case, BF16) for case in SWEEP]
-        if extent == "sweeps":
-            return sweeps
         chosen = [(S1, BF16)] if extent == "quick" else [(S1, BF16), (S2, BF16), (S3, BF16), (S1, FP32)]
-        if extent not in ("quick", "headline"):
-            chosen += sweeps
+        if extent != "quick":
+            chosen += [(case, BF16) for case in SWEEP]
         main, dtype = S1, BF16
     if "i" in op.sizes:
         chosen.append((replace(main, name=f"{main.name}, skewed", indices="zipf", group=f"{main.group}-zipf"), dtype))

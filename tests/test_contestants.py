@@ -259,9 +259,3 @@ def test_a_wrong_forward_is_not_timed():
     assert [row["provider"] for row in rows] == ["dense PyTorch, forward + backward"]
     assert "WRONG" in skipped[0]
 
-
-def test_headline_and_sweeps_are_the_default_in_two_parts():
-    for op in registry.OPS:
-        parts = [sizes.cases(op, GPU, extent) for extent in ("headline", "sweeps")]
-        assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, sizes.cases(op, GPU)))
-        assert sizes.cases(op, CPU, "headline") == sizes.cases(op, CPU) and sizes.cases(op, CPU, "sweeps") == []
