@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import _tuning
-from ._device import ABSENT, keep_first, load_key, relu
+from ._device import ABSENT, keep_first, load_key, only_if, relu
 
 
 class Candidates(NamedTuple):
@@ -51,7 +51,7 @@ def lane_columns(columns_ptr, start, lane, lanes, listed, HAS_LIST: tl.constexpr
     present = lane < lanes
     cols = lane
     if HAS_LIST:
-        cols = tl.where(listed, tl.load(columns_ptr + start + lane, mask=present & listed, other=0), lane)
+        cols = tl.where(listed, tl.load(columns_ptr + start + lane, mask=only_if(listed, present), other=0), lane)
     return cols, present
 
 

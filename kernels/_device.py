@@ -99,6 +99,16 @@ def load_group_maxima(
 
 
 @triton.jit
+def only_if(condition, mask):
+    """The mask of a block where the scalar `condition` holds, otherwise nothing.
+
+    Compiled, `mask & condition` says the same. The interpreter broadcasts a scalar comparison to a block of int32, and
+    that of Triton 3.9 takes no mask but a boolean one.
+    """
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def middle(lo, hi):
     """ceil((lo + hi) / 2) without overflow."""
     return (lo | hi) - ((lo ^ hi) >> 1)

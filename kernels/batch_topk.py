@@ -153,7 +153,7 @@ def _add_row(
             tl.atomic_add(counts_ptr + (second >> 8), one, mask=rest, sem="relaxed")
             tl.atomic_add(counts_ptr + 256 + second, one, mask=rest, sem="relaxed")
         else:
-            _add_first(counts_ptr, first, present & ((first >= low) | (low == ZERO)), low, HAS_MASK)
+            _add_first(counts_ptr, first, present & (first >= tl.where(low == ZERO, 0, low)), low, HAS_MASK)
 
 
 @triton.jit(do_not_specialize=["total"])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import _tuning
-from ._device import ABSENT, keep_first, middle, ordered_key, relu
+from ._device import ABSENT, keep_first, middle, only_if, ordered_key, relu
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -31,7 +31,7 @@ def _column_group_max_kernel(
     for step in range(0, G, AHEAD):
         for ahead in tl.static_range(AHEAD):
             row = first + step + ahead
-            value = tl.load(pre_ptr + row * stride_pb + at * stride_pf, mask=present & (row < B), other=0.0)
+            value = tl.load(pre_ptr + row * stride_pb + at * stride_pf, mask=only_if(row < B, present), other=0.0)
             largest = tl.maximum(largest, value.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
     tl.store(maxima_ptr + group * F + cols, ordered_key(relu(largest)) >> SHIFT, mask=present)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import _tuning, densified
-from ._device import at_most
+from ._device import at_most, only_if
 from ._terms import GATED, GIVEN, NUMBER_OF_LISTS, Term, terms_of
 
 # A matrix (F, D) reaches a kernel as (pointer, stride of latents, stride of columns); parameters as four of these:
@@ -102,10 +102,10 @@ def _moved(state, latent, columns, mask, keep, old, grad, corrections, settings)
     grad += weight_decay * old
     at = _at(state[1], latent, columns)
     first = beta1 * tl.load(at, mask=mask, other=0.0).to(tl.float32) + rest1 * grad
-    tl.store(at, first.to(at.dtype.element_ty), mask=mask & keep)
+    tl.store(at, first.to(at.dtype.element_ty), mask=only_if(keep, mask))
     at = _at(state[2], latent, columns)  # 1 beside the row: no 0 / 0 there, whatever eps
     second = beta2 * tl.load(at, mask=mask, other=1.0).to(tl.float32) + rest2 * grad * grad
-    tl.store(at, second.to(at.dtype.element_ty), mask=mask & keep)
+    tl.store(at, second.to(at.dtype.element_ty), mask=only_if(keep, mask))
     return old - step_size * first / (tl.sqrt_rn(second) / root + eps)
 
 
@@ -196,13 +196,13 @@ def _latents_kernel(
             new = _moved(decoder, latent, offs_out, mask_out, keep, old, dec, corrections, settings)
             if UNIT_ROWS:
                 new = new / _or_one(tl.sqrt_rn(tl.sum(new * new, axis=0)))
-            _put(decoder, latent, offs_out, mask_out & keep, new, COPIED[0])
+            _put(decoder, latent, offs_out, only_if(keep, mask_out), new, COPIED[0])
         if MOVED[1]:
             old = tl.load(_at(encoder[0], latent, offs_in), mask=mask_in, other=0.0).to(tl.float32)
             center -= slopes * old
             square += tl.sum(enc * enc, axis=0)
             new = _moved(encoder, latent, offs_in, mask_in, keep, old, enc, corrections, settings)
-            _put(encoder, latent, offs_in, mask_in & keep, new, COPIED[1])
+            _put(encoder, latent, offs_in, only_if(keep, mask_in), new, COPIED[1])
         if MOVED[2]:
             none = tl.full((), 0, tl.int32)
             old = tl.load(_at(bias[0], latent, none)).to(tl.float32)
@@ -264,7 +264,7 @@ def _matrix_kernel(
             norm += tl.sum(new * new, axis=1)
             tl.store(grad_ptr + local[:, None] * D + columns, new, mask=mask)  # the gradient has done its work
         else:
-            _put(state, latent, columns, mask & keep, new, COPIED)
+            _put(state, latent, columns, only_if(keep, mask), new, COPIED)
     if UNIT_ROWS:
         norm = _or_one(tl.sqrt_rn(norm))
         tl.debug_barrier()  # what other threads of this program stored is read
@@ -272,7 +272,7 @@ def _matrix_kernel(
             columns = (tile * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
             mask = inside & (columns < D)
             new = tl.load(grad_ptr + local[:, None] * D + columns, mask=mask, other=0.0)
-            _put(state, latent, columns, mask & keep, new / norm[:, None], COPIED)
+            _put(state, latent, columns, only_if(keep, mask), new / norm[:, None], COPIED)
     tl.store(square_ptr + program, tl.sum(square, axis=0))
 
 

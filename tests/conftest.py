@@ -4,6 +4,7 @@ With PTX_EMULATOR_ARCH set (`make test-compiled`) the kernels are compiled inste
 tests/emulator.
 """
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -139,6 +141,34 @@ def poisoned_empty(request, monkeypatch):
         (torch.Tensor, "new_empty_strided"),
     ]:
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _masks_are_boolean():
+    """Triton's interpreter refuses masks that are not boolean, as version 3.9 does and earlier ones do not.
+
+    Of a scalar comparison that is broadcast to a block it makes an integer, so that `block & scalar` is no mask:
+    `_device.only_if` is.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def refusing(method, mask_at):
+        def checked(self, *args, **kwargs):
+            mask = kwargs.get("mask", args[mask_at])
+            if np.asarray(mask.data).dtype != np.bool_:
+                raise TypeError(f"{method.__name__}: a mask of {np.asarray(mask.data).dtype}, which Triton 3.9 refuses")
+            return method(self, *args, **kwargs)
+
+        return checked
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2), ("create_atomic_rmw", 3)):
+            method = getattr(interpreter.InterpreterBuilder, name)
+            patch.setattr(interpreter.InterpreterBuilder, name, refusing(method, mask_at))
+        yield
 
 
 @pytest.fixture(scope="session")

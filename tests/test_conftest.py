@@ -1,4 +1,7 @@
-"""The guard of the other tests: unwritten memory is NaN for them, and invisible to whatever only traces."""
+"""The guards of the other tests: unwritten memory is NaN for them, and invisible to whatever only traces; in Triton's
+interpreter masks are boolean, whichever its version."""
+
+import os
 
 import pytest
 import torch
@@ -51,3 +54,28 @@ def test_compiled_equals_eager(compile_backend):
 @pytest.mark.no_poison
 def test_marked_tests_have_torch_as_it_is():
     assert torch.empty is torch._C._VariableFunctions.empty
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about Triton's interpreter")
+@pytest.mark.parametrize("helped", [False, True], ids=["broadcast", "only_if"])
+def test_masks_of_a_broadcast_comparison_are_refused(helped):
+    triton = pytest.importorskip("triton")
+    import triton.language as tl
+
+    from sae_kernels._device import only_if
+
+    @triton.jit
+    def kernel(out_ptr, n, BOTH: tl.constexpr):
+        lane = tl.arange(0, 8)
+        mask = (n > 3) & (lane < 6) if BOTH is None else BOTH(n > 3, lane < 6)
+        tl.store(out_ptr + lane, lane, mask=mask)
+
+    out = torch.full((8,), -1, dtype=torch.int32)
+    if helped:
+        kernel[(1,)](out, 3, only_if)
+        assert (out == -1).all()
+        kernel[(1,)](out, 4, only_if)
+        assert out.tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
+    else:
+        with pytest.raises(Exception, match=r"mask"):
+            kernel[(1,)](out, 4, None)
