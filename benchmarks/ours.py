@@ -10,7 +10,7 @@ from stock import Output
 from torch import Tensor
 
 import sae_engine as se
-from sae_engine import SparseCodes, _passes, functional
+from sae_engine import functional
 from sae_kernels.ops import ops
 
 
@@ -41,15 +41,10 @@ def weight_gradient(i: Inputs) -> Callable[[], Output]:
     return run
 
 
-def encoded(i: Inputs, fused: bool | None) -> Callable[[], Output]:
-    """Codes and pre-activations; ``fused`` overrules who takes the group maxima."""
+def encoded(i: Inputs) -> Callable[[], Output]:
+    """Codes and pre-activations."""
     select = se.TopK(i.k)
-
-    def run() -> tuple[SparseCodes, Tensor]:
-        with _passes.encoder_choice(fused):
-            return functional.encode(i.x, i.weight, i.bias, select=select, return_pre=True)
-
-    return run
+    return lambda: functional.encode(i.x, i.weight, i.bias, select=select, return_pre=True)
 
 
 def group_maxima(i: Inputs) -> Callable[[], Output]:

@@ -41,16 +41,12 @@ CASES = ("topk", "batch_topk", "norm_match", "threshold", "decode", "decode erro
 
 def moved(launch, shape):
     """(bytes of DRAM, bytes asked for) of one launch; what was written just before and fits L2 costs no DRAM."""
-    a = {name: getattr(value, "base", value) for name, value in launch.arguments.items()}  # of a descriptor its tensor
+    a = launch.arguments
     rows = launch.grid[0]
     size = lambda name: a[name].numel() * a[name].element_size()  # noqa: E731
     entries, width = shape.B * shape.k, shape.d
     distinct = shape.F * (1 - (1 - 1 / shape.F) ** entries)
     match launch.kernel:
-        case "_encode_kernel":
-            once = sum(map(size, ("x", "weight", "pre", "maxima_ptr")))
-            tiles = rows * (a["BLOCK_B"] + a["BLOCK_F"]) * a["D"] * a["x"].element_size()
-            return once, tiles + size("pre") + size("maxima_ptr")
         case "_group_max_kernel":
             return size("score_ptr") + size("maxima_ptr"), size("score_ptr") + size("maxima_ptr")
         case "_bound_kernel":
@@ -130,8 +126,6 @@ def predict(launch, shape, copy, compile_):
         "L2": asked / L2,
         "issue": issued / (PROCESSORS * 4 * CLOCK),
     }
-    if launch.kernel == "_encode_kernel":  # its loop waits for tensor cores, taken to be as busy as the stock product's
-        waits = {"memory": dram / copy, "L2": asked / L2, "tensor cores": 2 * shape.B * shape.d * shape.F / GEMM}
     bound = max(waits, key=waits.__getitem__)
     return {"kernel": launch.kernel, "microseconds": round(1e6 * (waits[bound] + GAP), 2), "bound": bound,
             "occupancy": round(binary.occupancy, 3), "dram_bytes": round(dram), "asked_bytes": round(asked),
@@ -184,11 +178,6 @@ def rows(shapes, dtype, gpu="H200"):
         yield row(gpu, "encoder GEMM and topk", "forward", shape, dtype, total + topk, least,
                   [{"kernel": "GEMM, bias, rounding", "microseconds": round(total, 2), "bound": "stock"},
                    {"kernel": "topk", "microseconds": round(topk, 2), "bound": "see topk"}])  # fmt: skip
-        found = report.run_cell((report.CASES["encode fused"], shape, dtype), "sm_90").launches
-        parts = [predict(launch, shape, copy, _compile) for _, launch in found
-                 if launch.kernel in ("_encode_kernel", "_row_topk_kernel")]  # fmt: skip
-        total = sum(part["microseconds"] for part in parts)
-        yield row(gpu, "encoder GEMM with maxima, and topk", "forward", shape, dtype, total, least, parts)
 
 
 def row(gpu, name, mode, shape, dtype, microseconds, floor, parts):

@@ -282,14 +282,10 @@ OPS: tuple[Op, ...] = (
         check_selection("threshold", lambda i: above_dense(i.pre, i.theta), batch=False),
     ),
     Op(
-        "encode", "forward", "encoder + row top-k", "BdFk", ("test_encode.py", "test_encode_maxima.py"),
+        "encode", "forward", "encoder + row top-k", "BdFk", ("test_encode.py",),
         encoder_inputs,
         (
-            Provider("ours", lambda i: encoded(i, None)),
-            Provider(
-                "ours, fused", lambda i: encoded(i, True), gpu_only=True, note="group maxima from the product"
-            ),
-            Provider("ours, stock product", lambda i: encoded(i, False), note="group maxima by a pass of their own"),
+            Provider("ours", encoded),
             Provider(
                 "addmm + torch.topk", lambda i: lambda: dense_encode(i.x, i.weight, i.bias, i.k), baseline=True
             ),

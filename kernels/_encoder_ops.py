@@ -1,18 +1,13 @@
-"""Contracts of the encoder: its product, selections from it, its gradient at the codes, and a training step's pass."""
-import functools
+"""Contracts of the encoder: its product, its gradient at the codes, and a training step's pass."""
 
 import torch
-from torch import Tensor
 
-from . import _autotune, _terms, _tuning, cpu_gemm
+from . import _terms, _tuning, cpu_gemm
 from ._contract import (
     define,
     differentiable,
-    dispatch,
-    empty_rows,
     is_dense,
     library,
-    not_differentiable,
     once_differentiable,
     ops,
     sum_by_latent,
@@ -44,79 +39,6 @@ def _linear_backward(ctx, grad):
 
 
 differentiable("linear", _linear_context, _linear_backward)
-
-# --- encode_topk, encode_batch_topk: the encoder's product and a selection from it -----------------------------------
-
-
-def _architecture(device: torch.device) -> str:
-    """What ``_tuning.FUSED_ENCODER`` is keyed by: sm_90, gfx942; elsewhere the kind of device."""
-    if device.type != "cuda":
-        return device.type
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, groups, magnitude: bool, rank_relu: bool, backend: str):
-    """x @ weight + bias; the maxima of its groups of latents, where the kernel that takes them along is the choice."""
-    size = None if groups is None else groups.size
-    rows, width = x.shape
-    if backend == "triton" and _tuning.fuses_encoder(rows, width, size, x.dtype, _architecture(x.device)):
-        return dispatch("encode", "encode.launch", x, weight, bias, size, magnitude, rank_relu, backend)
-    return dispatch("linear", "", x, weight, bias, "torch" if backend == "triton" else backend), None
-
-
-def _encode_topk(x, weight, bias, k, magnitude, relu, backend):
-    groups = _tuning.row_groups(weight.shape[1], k)
-    pre, maxima = _product(x, weight, bias, groups, magnitude, False, backend)
-    known = () if maxima is None else (maxima,)
-    return pre, *dispatch("topk", "row_topk.launch", pre, None, None, k, magnitude, relu, *known, backend)
-
-
-def _encode_batch_topk(x, weight, bias, total, backend):
-    rows = x.shape[0]
-    groups = _tuning.batch_groups(rows, weight.shape[1], total) if total else None
-    pre, maxima = _product(x, weight, bias, groups, False, True, backend)
-    known = () if maxima is None else (maxima,)
-    return pre, *dispatch("batch_topk", "batch_topk.launch", pre, None, total, *known, backend)
-
-
-def _alike(name: str, run, *args):
-    """Product and selection are one operation to a search, and their groups the same under any table."""
-    if args[-1] == "triton" and _autotune.is_on():
-        return _autotune.run(name, run, args, mutates=False)
-    return run(*args)
-
-
-library.define(
-    "encode_topk(Tensor x, Tensor weight, Tensor? bias, SymInt k, bool magnitude, bool relu, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-library.impl("encode_topk", functools.partial(_alike, "encode.topk", _encode_topk), "CompositeExplicitAutograd")
-library.define(
-    "encode_batch_topk(Tensor x, Tensor weight, Tensor? bias, SymInt total, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-library.impl(
-    "encode_batch_topk", functools.partial(_alike, "encode.batch_topk", _encode_batch_topk), "CompositeExplicitAutograd"
-)
-
-
-@torch.library.register_fake("sae_engine::encode_topk", lib=library)
-def _(x, weight, bias, k, magnitude, relu, backend):
-    """Pre-activations (B, F), and ``topk``'s values and indices; x (B, D) and weight (D, F) have one dtype."""
-    values, indices, _ = empty_rows(x, x.shape[0] * k)
-    return x.new_empty((x.shape[0], weight.shape[1])), values, indices
-
-
-@torch.library.register_fake("sae_engine::encode_batch_topk", lib=library)
-def _(x, weight, bias, total, backend):
-    """Pre-activations (B, F), and ``batch_topk``'s values, indices and offsets."""
-    return x.new_empty((x.shape[0], weight.shape[1])), *empty_rows(x, total)
-
-
-for _name in ("encode_topk", "encode_batch_topk"):
-    not_differentiable(_name, "leaves the gradient of what it keeps to encode_entries")
 
 # --- encode_entries: pre-activations at the codes, whose gradient never becomes a matrix -----------------------------
 

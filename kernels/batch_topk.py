@@ -160,7 +160,7 @@ def _add_row(
 def _survivors_kernel(
     score_ptr, mask_ptr,      # [B, F] in, [F] or [B, F] in or unused
     bound_ptr, counts_ptr,    # [FIRST] in, int64: of sets; [FIRST] in/out: of survivors
-    maxima_ptr, chosen_ptr,   # [B, NG] in: group maxima; [B, NG] scratch, perhaps the same
+    maxima_ptr,               # [B, NG] in, and scratch: group maxima, overwritten by the groups that reach the bound
     columns_ptr, found_ptr,   # [B, NG] out, int32; [B] out, int32: how many, or -1 where they do not fit
     F, NG, total, stride_sb, stride_sf, stride_mb, stride_mf,
     HAS_MASK: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -171,13 +171,13 @@ def _survivors_kernel(
     score_ptr += row * stride_sb
     if HAS_MASK:
         mask_ptr += row * stride_mb
-    chosen_ptr += row * NG
+    maxima_ptr += row * NG
     columns_ptr += row * NG
     low, _ = _find_first(bound_ptr, total.to(tl.int64))
     low_key = _least_key(low, 0, SHIFT)
-    groups = choose_groups(maxima_ptr + row * NG, chosen_ptr, NG, low_key, 0, False, SHIFT, BLOCK_G)
+    groups = choose_groups(maxima_ptr, maxima_ptr, NG, low_key, 0, False, SHIFT, BLOCK_G)
     found = list_survivors(
-        score_ptr, mask_ptr, chosen_ptr, columns_ptr, groups, low_key, 0, F, NG, stride_sf, stride_mf,
+        score_ptr, mask_ptr, maxima_ptr, columns_ptr, groups, low_key, 0, F, NG, stride_sf, stride_mf,
         False, True, HAS_MASK, True, False, SHIFT, WIDE, G, BLOCK,
     )
     listed = found <= NG
@@ -252,12 +252,8 @@ def _row_count_kernel(
     tl.atomic_add(sums_ptr + tl.cdiv(B, SHARE_ROWS) + share, equal.to(tl.int64), sem="relaxed")
 
 
-def launch(pre, mask, total, maxima=None):
-    """values (total,), indices (total,), offsets (B + 1,); see ``reference.batch_topk``.
-
-    ``maxima`` (B, NG) int32: the largest key of relu(pre) of each group of ``_tuning.batch_groups``, where they are
-    known already.
-    """
+def launch(pre, mask, total):
+    """values (total,), indices (total,), offsets (B + 1,); see ``reference.batch_topk``."""
     rows, num_latents = pre.shape
     values, indices = pre.new_empty(total), pre.new_empty(total, dtype=torch.int32)
     if total == 0:
@@ -275,14 +271,10 @@ def launch(pre, mask, total, maxima=None):
     )
     groups = _tuning.batch_groups(rows, num_latents, total)
     found, tile = EVERY_LATENT, _tuning.digit_tile(num_latents)
-    if groups is None or maxima is not None:
+    if groups is None:
         counts.zero_()
-        chosen = None if maxima is None else torch.empty_like(maxima)
     else:
-        chosen = maxima = group_maxima(
-            pre, mask, groups, magnitude=False, relu=True, shift=shift, zeros=counts, numbered=True
-        )
-    if groups is not None:
+        maxima = group_maxima(pre, mask, groups, magnitude=False, relu=True, shift=shift, zeros=counts, numbered=True)
         sets = _tuning.sets_of_groups(groups.number, total / rows)
         _bound_kernel[(triton.cdiv(maxima.numel(), sets.number * sets.size),)](
             maxima, bound, B=rows, NG=groups.number, SETS=sets.number, GROUPS=sets.size, SHIFT=shift,
@@ -291,7 +283,7 @@ def launch(pre, mask, total, maxima=None):
         found = Candidates(maxima.new_empty(maxima.shape, dtype=torch.int32), maxima.new_empty(rows, dtype=torch.int32))
         block_g, block, warps = _tuning.survivor_tiles(groups.number)
         _survivors_kernel[(rows,)](
-            pre, mask, bound, first, maxima, chosen, *found, NG=groups.number, G=groups.size, BLOCK_G=block_g,
+            pre, mask, bound, first, maxima, *found, NG=groups.number, G=groups.size, BLOCK_G=block_g,
             BLOCK=block, **matrix, **_tuning.options(warps),
         )
         tile = _tuning.list_tile(total / rows)

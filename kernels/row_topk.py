@@ -4,9 +4,9 @@ Math      a row's top-k lies inside its k groups of G latents that rank first un
           disjoint sets with a maximum each, no entry below the k-th largest maximum is kept
 Grid      (B,); one program owns one row. Few rows, and rows whose groups or candidates fit no tile, have their maxima
           taken beforehand, (B, tiles of a row)
-Traffic   reads B*F*s once, then k*G candidates and F/G maxima a row; writes B*k*(s + 4). Maxima that were taken
-          before spare the stream. Wide rows: maxima twice, some 1.15*k*G candidates (1.4 for k above 2,048); without
-          groups the row twice. Where more than 2*k entries reach the bound, the row for each bit of its keys
+Traffic   reads B*F*s once, then k*G candidates and F/G maxima a row; writes B*k*(s + 4). Wide rows: maxima twice, some
+          1.15*k*G candidates (1.4 for k above 2,048); without groups the row twice. Where more than 2*k entries reach
+          the bound, the row for each bit of its keys
 Numerics  exact, ties to the lowest index, NaN above +Inf; no floating-point arithmetic on the values
 Source    Gao et al. 2024, arXiv:2406.04093 (TopK); group maxima: see kernels/README.md
 """
@@ -182,11 +182,8 @@ def _tile_keys(
                     MAGNITUDE, False, HAS_MASK, False, SHIFT)
 
 
-def launch(pre, score, mask, k, magnitude, relu, maxima=None):
-    """values (B*k,), indices (B*k,) of each row's top-k; see ``reference.topk``.
-
-    ``maxima`` (B, NG) int32: the largest key of each group of ``_tuning.row_groups``, where they are known already.
-    """
+def launch(pre, score, mask, k, magnitude, relu):
+    """values (B*k,), indices (B*k,) of each row's top-k; see ``reference.topk``."""
     rows, num_latents = pre.shape
     values = pre.new_empty(rows * k)
     indices = pre.new_empty(rows * k, dtype=torch.int32)
@@ -204,19 +201,19 @@ def launch(pre, score, mask, k, magnitude, relu, maxima=None):
     if groups is None:
         _launch_wide(pre, score, mask, k, flags, relu, values, indices)
         return values, indices
-    if maxima is None and rows < _tuning.SPLIT_ROWS:
+    split_rows = rows < _tuning.SPLIT_ROWS
+    if split_rows:
         tile = _tuning.maxima_tile(rows, num_latents, groups.size)
         split = groups._replace(block=tile.block, warps=tile.warps)
         maxima = group_maxima(score, mask, split, magnitude=magnitude, relu=False, shift=shift)
-    k_padded, groups_padded = _tuning.next_power_of_2(k), _tuning.next_power_of_2(groups.number)
-    has_maxima = maxima is not None
-    if not has_maxima:
+    else:
         maxima = torch.empty(rows, groups.number, dtype=torch.int32, device=pre.device)
+    k_padded, groups_padded = _tuning.next_power_of_2(k), _tuning.next_power_of_2(groups.number)
     chosen = torch.empty(rows, k_padded, dtype=torch.int32, device=pre.device)
     _row_topk_kernel[(rows,)](
         score, pre, mask, maxima, chosen, values, indices,
         F=num_latents, NG=groups.number, K=k, stride_pb=pre.stride(0), stride_pf=pre.stride(1), **flags, RELU=relu,
-        HAS_MAXIMA=has_maxima, BLOCK=groups.block, G=groups.size, NGP=groups_padded, KP=k_padded,
+        HAS_MAXIMA=split_rows, BLOCK=groups.block, G=groups.size, NGP=groups_padded, KP=k_padded,
         **_tuning.options(groups.warps if mask is None else min(2 * groups.warps, 16)),  # a mask costs registers
     )
     return values, indices

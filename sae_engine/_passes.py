@@ -17,7 +17,7 @@ from .codes import ByLatent, SparseCodes
 
 __all__ = [
     "CHUNK_ELEMENTS", "GATED", "GIVEN", "WIDE_ELEMENTS", "Term", "at_rows", "decode", "decode_error", "densified",
-    "encoder_choice", "entries_of", "fired", "first_of_latents", "is_dense", "largest", "latent_adam",
+    "entries_of", "fired", "first_of_latents", "is_dense", "largest", "latent_adam",
     "latent_gradients", "latents_in_cache", "sum_by_latent", "sum_by_row", "term_of", "value_gradients",
     "without_parallel_part",
 ]
@@ -25,16 +25,6 @@ __all__ = [
 NOT_TURNED = (None, None, None)
 CHUNK_ELEMENTS, latents_in_cache = _tuning.CHUNK_ELEMENTS, _tuning.latents_in_cache  # sizes of temporaries on a CPU
 WIDE_ELEMENTS = _tuning.WIDE_ELEMENTS
-
-
-@contextmanager
-def encoder_choice(fused: bool | None) -> Iterator[None]:
-    """Inside, the encoder's product takes group maxima along (True), or not, or as ``_tuning`` says (None)."""
-    token = _tuning.ENCODER_CHOICE.set(fused)
-    try:
-        yield
-    finally:
-        _tuning.ENCODER_CHOICE.reset(token)
 
 
 @contextmanager

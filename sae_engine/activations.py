@@ -44,9 +44,6 @@ class Activation(nn.Module):
     ``entry_values(pre, codes, **context)``; the encoder's gradient is then sparse (:func:`functional.encode`). A
     subclass that changes what ``_select`` stores has to say so anew.
 
-    ``encode_select(x, W_enc, b_enc, backend)``, where the module has it, gives the pre-activations and the codes from
-    one operator, without a gradient; None where this selection cannot be had so.
-
     ``scope`` names what competes: entries of a ``"row"`` (or no others), of the whole ``"batch"`` or of a ``"latent"``.
     For a batch that is worked through in chunks of rows, a rule of the latter kinds says in ``candidates(pre, tokens)``
     which entries of a chunk may be kept of a batch of ``tokens``, and in ``total(tokens)`` or
@@ -59,14 +56,13 @@ class Activation(nn.Module):
     encoder_bias: ClassVar[bool] = True
     entry_values: Callable[..., Tensor] | None = None
     candidates: Callable[..., SparseCodes] | None = None
-    encode_select: Callable[..., tuple[Tensor, SparseCodes] | None] | None = None
     total: Callable[[int], int]
     latent_budgets: Callable[[int], Tensor]
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         if {"select", "_select"} & cls.__dict__.keys():  # what was said of the former selection no longer holds
-            for name in {"entry_values", "candidates", "encode_select"} - cls.__dict__.keys():
+            for name in {"entry_values", "candidates"} - cls.__dict__.keys():
                 setattr(cls, name, None)
 
     def forward(self, pre: Tensor, **context) -> Tensor:
@@ -122,9 +118,6 @@ class TopK(Activation):
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.topk(pre, self.k, backend=backend)
 
-    def encode_select(self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, backend: str):
-        return functional.encode_topk(x, W_enc, b_enc, self.k, backend=backend)
-
     def extra_repr(self) -> str:
         return f"k={self.k}"
 
@@ -134,9 +127,6 @@ class AbsTopK(TopK):
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.topk(pre, self.k, magnitude=True, backend=backend)
-
-    def encode_select(self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, backend: str):
-        return functional.encode_topk(x, W_enc, b_enc, self.k, magnitude=True, backend=backend)
 
     def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
         return pre  # signed: a kept 0 passes its gradient
@@ -252,11 +242,6 @@ class BatchTopK(Activation):
             return functional.batch_topk(pre, self.k, group=self.group, backend=backend)
         self._require_threshold()
         return functional.threshold(pre, self.threshold, capacity=_captured_size(pre), backend=backend)
-
-    def encode_select(self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, backend: str):
-        if not self.training or self.group is not None:
-            return None
-        return functional.encode_batch_topk(x, W_enc, b_enc, self.k, backend=backend)
 
     def total(self, tokens: int) -> int:
         """Entries kept of a training batch."""

@@ -426,21 +426,16 @@ def encode(
     dtype = _linear_dtype(x, W_enc)
     given, result_dtype = pre is not None, dtype if pre is None else pre.dtype
     turners = [getattr(rule, "entry_values", None) for rule in rules]
-    first: SparseCodes | None = None
     with torch.set_grad_enabled(torch.is_grad_enabled() and (return_pre or None in turners)):
         if pre is not None:
             unscaled = pre = pre.detach()
-        elif scale is None and (found := encode_and_select(rules[0], x, W_enc, b_enc, b_dec, contexts[0], backend)):
-            pre, first = found
-            unscaled = pre
         else:
             unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
             pre = unscaled if scale is None else (unscaled * scale).to(dtype)
     codes = [
-        first if rule is rules[0] and first is not None
-        else rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
+        rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
         for rule, turner, mine in zip(rules, turners, contexts, strict=True)
-    ]  # fmt: skip
+    ]
     sparse = [number for number, turner in enumerate(turners) if turner is not None]
     if sparse:
         matrix, backend = check.matrix(unscaled.detach()), _backend_for(backend, x, W_enc)
@@ -455,49 +450,6 @@ def encode(
             codes[n] = codes[n].replace(values=rules[n].entry_values(pre_entries, codes[n], **contexts[n]))
     result = tuple(codes) if isinstance(select, list | tuple) else codes[0]
     return (result, pre) if return_pre else result
-
-
-def encode_and_select(
-    rule: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, context: dict, backend: str
-) -> tuple[Tensor, SparseCodes] | None:
-    """Pre-activations and what ``rule`` keeps of them, from one operator; None where there is none for it.
-
-    Its gradient ends here: it serves where the codes get theirs elsewhere. On a CPU it would gain nothing.
-    """
-    along = getattr(rule, "encode_select", None)
-    if along is None or context or torch.is_grad_enabled() or _backend_for(backend, x, W_enc) != "triton":
-        return None
-    dtype = _linear_dtype(x, W_enc)
-    x = x if b_dec is None else x - b_dec
-    with torch.autocast(x.device.type, enabled=False):
-        return along(x.to(dtype), W_enc.to(dtype), b_enc, backend)
-
-
-def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, *, magnitude: bool = False, backend: str = "auto"
-) -> tuple[Tensor, SparseCodes]:
-    """``linear`` and ``topk`` of it; x and W_enc have one dtype. Not differentiable: :func:`encode` is."""
-    num_latents = W_enc.shape[1]
-    k, matrix = check.integer_k(k, num_latents), check.matrix(x)
-    pre, values, indices = ops.encode_topk(
-        matrix, W_enc, b_enc, k, magnitude, not magnitude, _backend_for(backend, matrix)
-    )
-    offsets = uniform_offsets(matrix.shape[0], k, x.device)
-    codes = SparseCodes(values, indices, offsets, tuple(x.shape[:-1]), num_latents, k)
-    return pre.view(*x.shape[:-1], num_latents), codes
-
-
-def encode_batch_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float, *, backend: str = "auto"
-) -> tuple[Tensor, SparseCodes]:
-    """``linear`` and ``batch_topk`` of it; x and W_enc have one dtype. Not differentiable: :func:`encode` is."""
-    num_latents = W_enc.shape[1]
-    k, matrix = check.number_k(k, num_latents), check.matrix(x)
-    pre, values, indices, offsets = ops.encode_batch_topk(
-        matrix, W_enc, b_enc, int(k * matrix.shape[0]), _backend_for(backend, matrix)
-    )
-    codes = SparseCodes(values, indices, offsets, tuple(x.shape[:-1]), num_latents)
-    return pre.view(*x.shape[:-1], num_latents), codes
 
 
 def _contexts(rules: tuple, context: dict[str, Any]) -> list[dict[str, Any]]:

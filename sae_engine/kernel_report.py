@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _backend, _passes, functional
-from .activations import AbsTopK, BatchTopK, TopK
+from .activations import TopK
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -140,20 +140,10 @@ def _decode_error(shape: Shape, dtype: torch.dtype):
     return lambda: _passes.decode_error(codes, codes.values, weight, b_dec, target, "triton")
 
 
-def _encode(shape: Shape, dtype: torch.dtype, *, select: Callable[[int], Any] = TopK, fused: bool = False,
-            row_major: bool = False):  # fmt: skip
-    x = _meta(shape.B, shape.d, dtype=dtype, learned=True)
-    size = (shape.d, shape.F) if row_major else (shape.F, shape.d)
-    weight = _meta(*size, dtype=dtype, learned=True)
-    call = functools.partial(functional.encode, x, weight if row_major else weight.t(),
-                             _meta(shape.F, dtype=dtype, learned=True), select=select(shape.k),
-                             b_dec=_meta(shape.d, dtype=dtype, learned=True))  # fmt: skip
-
-    def run() -> Any:
-        with _passes.encoder_choice(fused):
-            return call()
-
-    return run
+def _encode(shape: Shape, dtype: torch.dtype):
+    x, weight = _meta(shape.B, shape.d, dtype=dtype, learned=True), _meta(shape.F, shape.d, dtype=dtype, learned=True)
+    b_enc, b_dec = (_meta(size, dtype=dtype, learned=True) for size in (shape.F, shape.d))
+    return lambda: functional.encode(x, weight.t(), b_enc, select=TopK(shape.k), b_dec=b_dec)
 
 
 def _to_dense(shape: Shape, dtype: torch.dtype):
@@ -223,10 +213,6 @@ CASES = {
         Case("decode no bias", functools.partial(_decode, bias=False), gradient=False),
         Case("decode error", _decode_error, gradient=False),
         Case("encode", _encode),
-        Case("encode fused", functools.partial(_encode, fused=True), gradient=False),
-        Case("encode fused magnitude", functools.partial(_encode, fused=True, select=AbsTopK), gradient=False),
-        Case("encode fused batch", functools.partial(_encode, fused=True, select=BatchTopK), gradient=False),
-        Case("encode fused row-major", functools.partial(_encode, fused=True, row_major=True), gradient=False),
         Case("to_dense", _to_dense),
         Case("latent_adam", _latent_adam, gradient=False),
         Case("latent_adam two terms", functools.partial(_latent_adam, terms=2), gradient=False),
@@ -254,16 +240,13 @@ def quick_cells(target: str) -> list[Cell]:
               ("topk k=4096", S2, BF16), ("topk few rows", S1, BF16), ("topk few rows F=2^21 k=64", S1, FP32),
               ("topk", PRIMES, FP16), ("batch_topk", PRIMES, BF16), ("batch_topk", S3, FP32),
               ("norm_match unweighted", S2, FP32),
-              ("latent_adam two terms", S1, BF16), ("latent_adam", S3, BF16), ("feature_topm", S1, FP32),
-              ("encode fused", S1, BF16), ("encode fused", S2, BF16), ("encode fused", S3, BF16)]  # fmt: skip
+              ("latent_adam two terms", S1, BF16), ("latent_adam", S3, BF16), ("feature_topm", S1, FP32)]  # fmt: skip
     if target in ("sm_90", "gfx942"):  # one of each make looks closer
         chosen += [("encode", S1, BF16), ("threshold scalar", S1, BF16), ("topk score", S1, FP32), ("topk", S3, BF16),
                    ("feature_topm", S1, BF16), ("feature_topm quarter kept", PRIMES, FP16),
                    ("decode", S3, BF16), ("decode fp32 weight", S1, BF16), ("latent_adam", S1, FP32),
                    ("latent_adam row-major", S3, BF16), ("latent_gradients", S1, BF16),
-                   ("latent_adam", WIDE, BF16), ("decode", WIDE, BF16), ("norm_match", S2, BF16),
-                   ("encode fused", S1, FP32), ("encode fused", PRIMES, FP16),
-                   ("encode fused batch", S1, BF16), ("encode fused row-major", S1, BF16)]  # fmt: skip
+                   ("latent_adam", WIDE, BF16), ("decode", WIDE, BF16), ("norm_match", S2, BF16)]  # fmt: skip
     return [(CASES[name], shape, dtype) for name, shape, dtype in chosen]
 
 

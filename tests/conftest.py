@@ -46,7 +46,7 @@ UNWRITTEN_INT = {
 # What these files hold to the reference runs where the kernels do: in the interpreter without a GPU, on it with one.
 ON_THE_GPU = {
     "test_activations", "test_autoencoder", "test_aux_zipf", "test_batch_topk", "test_budgets", "test_codes",
-    "test_decode", "test_encode", "test_encode_maxima", "test_feature_choice", "test_feature_topm", "test_latent_pass",
+    "test_decode", "test_encode", "test_feature_choice", "test_feature_topm", "test_latent_pass",
     "test_losses", "test_norm_match", "test_prefixes", "test_registration", "test_row_topk", "test_rule_losses",
     "test_rules", "test_threshold", "test_training",
 }  # fmt: skip

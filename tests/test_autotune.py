@@ -170,8 +170,6 @@ def test_every_choice_is_swept():
     reached = set()
     for name, call in {**SELECTIONS, **SUMS}.items():
         reached |= {choice.name for choice in asked(lambda call=call, name=name: call(sample(name), "triton"))}
-    for run, _ in ENCODED.values():
-        reached |= {choice.name for choice in asked(lambda run=run: run("triton"))}
     assert reached == set(_autotune.CHOICES)
 
 
@@ -181,51 +179,6 @@ def test_candidates_differ_and_the_default_comes_first():
     assert next(iter(found.values())) == _tuning.batch_groups(4096, 32768, 4096 * 32)
     assert all(c.block % c.size == 0 and c.number == 32768 // c.size for c in found.values())
     assert _autotune.CHOICES["row_groups"].by_label(40, 30) == {}  # no groups: another kernel
-
-
-def encoded(select):
-    """Pre-activations, and whether the codes are what the reference selects from them."""
-
-    def run(backend):
-        generator = torch.Generator().manual_seed(1)
-        x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((B, 20), (20, 200), (200,)))
-        with _passes.encoder_choice(True):
-            pre, codes = select(x, weight, bias, backend)
-        return pre, codes
-
-    return run
-
-
-ENCODED = {
-    "topk": (encoded(lambda *args: f.encode_topk(*args[:3], 3, backend=args[3])), lambda pre: f.topk(pre, 3)),
-    "batch_topk": (
-        encoded(lambda *args: f.encode_batch_topk(*args[:3], 3, backend=args[3])), lambda pre: f.batch_topk(pre, 3)
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ENCODED)
-def test_product_and_selection_agree_on_their_groups_under_every_configuration(name, table, monkeypatch):
-    run, select = ENCODED[name]
-    plain, _ = run("torch")
-    monkeypatch.setenv("SAE_AUTOTUNE", "0")
-    swept = asked(lambda: run("triton"))
-    assert {"row_groups" if name == "topk" else "batch_groups", "encoder_tile"} <= {choice.name for choice in swept}
-    for choice, labels in swept.items():
-        for chosen in labels:
-            with _autotune.forcing({choice.name: chosen}):
-                pre, codes = run("triton")
-            torch.testing.assert_close(pre, plain, rtol=1e-5, atol=1e-5)  # 20 terms of size 1: a few roundings
-            assert_same((codes.indices, codes.values), (select(pre).indices, select(pre).values))
-    # and where a table says so: the larger the groups, the fewer maxima there are
-    groups = next(labels for choice, labels in swept.items() if choice.name.endswith("_groups"))
-    monkeypatch.setenv("SAE_AUTOTUNE", "1")
-    table.cost = lambda label: 0.5 if label == groups[-1] else 1.0
-    for _ in range(2):
-        pre, codes = run("triton")
-        assert_same((codes.indices, codes.values), (select(pre).indices, select(pre).values))
-    assert {e["operation"] for e in entries(table.path)} == {f"encode.{name}"}
-    assert groups[-1] in {e["configuration"] for e in entries(table.path)}
 
 
 # --- off, unless asked for -----------------------------------------------------------------------------------------

@@ -55,8 +55,6 @@ def samples():
     yield "latent_adam", (*state, copies, torch.randn(3, 5), None, *terms, *options, None)
     two_of = [each[:2] for each in state]
     yield "latent_adam", (*two_of, [], torch.randn(3, 5), torch.randn(40), *terms, *options, torch.tensor(True))
-    yield "encode_topk", (torch.randn(3, 6), weight.detach().T, torch.randn(40), 5, False, True)
-    yield "encode_batch_topk", (torch.randn(3, 6), weight.detach().T, None, 11)
 
 
 def test_every_operator_is_sampled():
@@ -81,7 +79,7 @@ def test_opcheck_of_the_operators_that_have_no_back_end():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("number", range(26), ids=lambda n: f"{n}-{list(samples())[n][0]}")
+@pytest.mark.parametrize("number", range(len(list(samples()))), ids=lambda n: f"{n}-{list(samples())[n][0]}")
 def test_opcheck(number, backend):
     name, args = list(samples())[number]
     torch.library.opcheck(getattr(ops, name).default, (*args, backend))

@@ -155,22 +155,6 @@ def test_lists_overflow_in_these_tests(small_tiles):
     assert wide.block == 16 and wide.capacity == 64 < int((pre > 5).sum()) and wide.sets == 32
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_latents", "k"), [(200, 5), (257, 3), (1000, 9)])
-def test_group_maxima_that_are_known_already(num_latents, k, dtype):
-    from sae_kernels import row_topk  # imports triton, which must not happen before conftest.py has spoken
-
-    size = _tuning.row_groups(num_latents, k).size
-    assert size > 1
-    for kind in HARD_KINDS:
-        pre = make_pre(kind, (3, num_latents), dtype)
-        for magnitude in (False, True):
-            keys = reference.ordered_keys((pre.abs() if magnitude else pre).float()) >> _tuning.key_shift(dtype)
-            maxima = torch.stack([part.amax(1) for part in keys.split(size, dim=1)], dim=1)
-            found = row_topk.launch(pre, None, None, k, magnitude, not magnitude, maxima)
-            assert_same(found, reference.topk(pre, None, None, k, magnitude, not magnitude))
-
-
 @pytest.mark.parametrize("chunk", [1 << 24, 1 << 10])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", HARD_KINDS)

@@ -71,15 +71,14 @@ class Parts:
         self.entries: list[Tensor] = []
         self.running: tuple[Tensor, Tensor, Tensor | None] | None = None  # values, flat positions, entries
 
-    def add(self, pre: Tensor, start: int, context: dict[str, Tensor], codes: SparseCodes | None = None) -> None:
-        """Rows ``start:`` of the batch, as pre-activations (chunk, F); ``codes`` of them that are known already."""
+    def add(self, pre: Tensor, start: int, context: dict[str, Tensor]) -> None:
+        """Rows ``start:`` of the batch, as pre-activations (chunk, F)."""
         whole = pre.shape[0] == self.rows
         if whole or self.rule.scope == "row":
             if not whole and self.rule.entry_values is None:
                 raise self._needs_whole(pre)
-            if codes is None:
-                with torch.enable_grad():  # a rule that learns from what it keeps stores more then
-                    codes = self.rule.select(pre, backend=self.backend, **context).detach()
+            with torch.enable_grad():  # a rule that learns from what it keeps stores more then
+                codes = self.rule.select(pre, backend=self.backend, **context).detach()
             self.codes.append(codes)
             if self.wants_entries:
                 self.entries.append(_passes.entries_of(pre, codes, self.backend))

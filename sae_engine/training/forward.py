@@ -71,9 +71,9 @@ class Forward:
             chunk = slice(start, min(start + chunk_rows, self.tokens))
             del pre  # before the next chunk's is made
             of_chunk = [{name: t[chunk] if name in PER_TOKEN else t for name, t in c.items()} for c in contexts]
-            pre, first = self._pre_activations(chunk, rules[0], of_chunk[0])
-            for number, part in enumerate(parts):
-                part.add(pre, start, of_chunk[number], None if number else first)
+            pre = self._pre_activations(chunk)
+            for part, context in zip(parts, of_chunk, strict=True):
+                part.add(pre, start, context)
         for rule, whole, part in zip(rules, contexts, parts, strict=True):
             codes, entries = part.merged()
             values = codes.values
@@ -81,20 +81,13 @@ class Forward:
                 values = (values / self.norms_at(codes)).to(values.dtype)
             self.kept.append(Kept(rule, whole, codes, values, entries, pre if rule.entry_values is None else None))
 
-    def _pre_activations(
-        self, rows: slice, rule: Activation, context: dict[str, Tensor]
-    ) -> tuple[Tensor, SparseCodes | None]:
-        """(rows, F) that the rules see, in the dtype of the computation; codes of ``rule`` where they come along."""
+    def _pre_activations(self, rows: slice) -> Tensor:
+        """(rows, F) that the rules see, in the dtype of the computation."""
         x = self.x[rows]
         if self.sae.apply_b_dec_to_input:
             x = x - self.sae.b_dec
-        operands = x.to(self.weights.encoder.dtype), self.weights.encoder.T, self.sae._encoder_bias
-        if self.norms is None and (rule.scope == "row" or x.shape[0] == self.tokens):
-            found = functional.encode_and_select(rule, *operands, None, context, self.backend)
-            if found is not None:
-                return found
-        pre = self.buffer.product(*operands)
-        return pre if self.norms is None else pre.mul_(self.norms), None
+        pre = self.buffer.product(x.to(self.weights.encoder.dtype), self.weights.encoder.T, self.sae._encoder_bias)
+        return pre if self.norms is None else pre.mul_(self.norms)
 
     @property
     def divisors(self) -> Tensor:
