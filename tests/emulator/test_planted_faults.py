@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import ptx_emulator
 from ptx_emulator import EmulatorError
 from sae_engine import functional as f
-from sae_kernels.ops import ops
 
 pytestmark = pytest.mark.compiled
 
@@ -102,11 +103,23 @@ def late(text):
     return "\n".join(line for line in text.split("\n") if "try_wait" not in line and "bra.uni waitLoop" not in line)
 
 
-def test_missing_wait_in_the_encoder(planted):
-    from sae_kernels.encode import _encode_kernel
+@triton.jit
+def _product_kernel(x_ptr, weight_ptr, out_ptr, D, BLOCK: tl.constexpr):
+    """x [BLOCK, D] @ weight [D, BLOCK]: no kernel of ours has a loop whose tiles come asynchronously."""
+    at = tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for step in range(0, D, BLOCK):
+        x = tl.load(x_ptr + at[:, None] * D + (step + at)[None, :])
+        weight = tl.load(weight_ptr + (step + at)[:, None] * BLOCK + at[None, :])
+        acc = tl.dot(x, weight, acc)
+    tl.store(out_ptr + at[:, None] * BLOCK + at[None, :], acc)
 
-    x, weight = torch.randn(70, 96).bfloat16(), torch.randn(256, 96).bfloat16()
-    ops.encode_topk(x, weight, None, 4, False, True, "triton")
-    planted(_encode_kernel, late)
+
+def test_missing_wait(planted):
+    x, weight = torch.randn(64, 256).bfloat16(), torch.randn(256, 64).bfloat16()
+    out = torch.empty(64, 64)
+    _product_kernel[(1,)](x, weight, out, 256, BLOCK=64, num_stages=3)
+    torch.testing.assert_close(out, x.float() @ weight.float(), rtol=1e-4, atol=1e-4)  # 256 terms of size 1 in fp32
+    planted(_product_kernel, late)
     with pytest.raises(EmulatorError, match=r"before it was waited for|never written"):
-        ops.encode_topk(x, weight, None, 4, False, True, "triton")
+        _product_kernel[(1,)](x, weight, out, 256, BLOCK=64, num_stages=3)
