@@ -29,7 +29,7 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-peers bench-step test test-compiled test-compiled-quick test-interop check lint types kernel-report dist-check gpu clean \
+.PHONY: help bench bench-peers bench-step test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report dist-check gpu clean \
   given-environment
 
 help: ## list these commands
@@ -69,6 +69,9 @@ test-compiled-quick: $(READY) ## every kernel, compiled for sm_80 and for sm_90,
 test-interop: PY = $(PEERS_VENV)/bin/python
 test-interop: $(PEERS_VENV)/.installed ## against SAELens, sparsify and dictionary_learning, in an environment of their own
 	$(PEERS_VENV)/bin/python -m pytest $(WORKERS) -m interop $(PYTEST_ARGS)
+
+test-versions: $(READY) ## every torch and Triton that is supported, each in an environment under .venvs (VERSIONS_ARGS=--quick)
+	$(PY) tests/versions.py --torch-index '$(TORCH_INDEX)' --jobs $(JOBS) $(VERSIONS_ARGS)
 
 check: lint types test ## what continuous integration runs before test-interop
 

@@ -88,6 +88,7 @@ def collect_info() -> dict[str, dict[str, Any]]:
     always = {"runs": "yes", "why": "needs torch alone"}
     return {
         "versions": versions,
+        "tested_versions": _tested_versions(versions),
         "devices": devices,
         "backends": {"reference": always, "torch": always, "triton": _triton_status()},
         "environment": {"SAE_BACKEND": os.environ.get("SAE_BACKEND", "auto"),
@@ -113,6 +114,17 @@ def _triton_status() -> dict[str, str]:
     if not torch.cuda.is_available():
         return {"runs": "no", "why": "no GPU that torch can use; TRITON_INTERPRET=1 runs the kernels interpreted"}
     return {"runs": "natively", "why": f"on {torch.cuda.get_device_name()}"}
+
+
+def _tested_versions(installed: dict[str, Any]) -> dict[str, str]:
+    """The tested range of torch and of Triton, and whether what is installed lies outside it."""
+    from sae_engine._versions import PACKAGES, oldest_and_newest, within_tested_range
+
+    ranges = {name: " to ".join(oldest_and_newest(name)) for name in PACKAGES}
+    for name in PACKAGES:
+        if installed[name] is not None and not within_tested_range(name, installed[name]):
+            ranges[name] += f": {installed[name]} lies outside, no test has been run with it"
+    return ranges
 
 
 def _version(package: str) -> str | None:
