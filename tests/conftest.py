@@ -61,6 +61,13 @@ def pytest_configure(config):
         config.pluginmanager.import_plugin("ptx_emulator.pytest_plugin")
 
 
+def pytest_ignore_collect(collection_path):
+    """Where kernels are compiled, files that launch none need no second run, nor an import."""
+    if COMPILED_FOR and collection_path.name.startswith("test_") and collection_path.parent.name != "emulator":
+        return collection_path.stem not in ON_THE_GPU or None
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -69,18 +76,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="looks into Triton's interpreter"))
         if item.get_closest_marker("compiled") and not COMPILED_FOR:
             item.add_marker(pytest.mark.skip(reason="runs compiled kernels: make test-compiled"))
-    if COMPILED_FOR:  # what launches no kernel needs no second run
-        launches = [item for item in items if _may_launch(item)]
-        config.hook.pytest_deselected(items=[item for item in items if not _may_launch(item)])
-        items[:] = sorted(launches, key=lambda item: item.name == "test_every_kernel_was_met")  # this one comes last
+    if COMPILED_FOR:  # what names another back end launches no kernel
+        others = [item for item in items if _backend_of(item) in ("torch", "reference")]
+        config.hook.pytest_deselected(items=others)
+        kept = [item for item in items if _backend_of(item) not in ("torch", "reference")]
+        items[:] = sorted(kept, key=lambda item: item.name == "test_every_kernel_was_met")  # this one comes last
 
 
-def _may_launch(item):
-    if item.get_closest_marker("compiled"):
-        return True
-    parameters = getattr(item, "callspec", None)
-    backend = parameters.params.get("backend", "triton") if parameters else "triton"
-    return item.path.stem in ON_THE_GPU and backend not in ("torch", "reference")
+def _backend_of(item):
+    return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
 
 
 @pytest.fixture(autouse=True)

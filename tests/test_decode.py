@@ -138,12 +138,15 @@ def test_latents_with_many_entries(path):
 @pytest.mark.sanitizer
 def test_small_and_complete(monkeypatch):
     monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(float("inf")))
-    codes, weight, bias, grad = make(3, 4, 30, 20)
-    w = weight.clone().requires_grad_()
-    out = f.decode(codes, w, bias, backend="triton")
+    for name in ("SPLIT_ROW", "SPLIT_LATENT"):
+        monkeypatch.setattr(_tuning, name, 8)  # so that pieces of rows and of latents are summed first
+    codes, weight, bias, grad = make(6, 12, 30, 20)
+    values, w = codes.values.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = f.decode(codes.replace(values=values), w, bias, backend="triton")
     out.backward(grad)
     torch.testing.assert_close(out, codes.to_dense() @ weight + bias)
     torch.testing.assert_close(w.grad, codes.to_dense().T @ grad)
+    torch.testing.assert_close(values.grad, (grad @ weight.T).gather(1, codes.indices.long().view(6, 12)).flatten())
 
 
 @pytest.mark.gpu

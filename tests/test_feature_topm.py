@@ -97,9 +97,10 @@ def test_a_total_that_is_not_the_sum_stays_inside_memory(wrong, backend):
 
 @pytest.mark.sanitizer
 def test_small_and_complete():
-    pre = make_pre("ties", (128, 5), torch.bfloat16)
-    for m in (torch.tensor([1, 0, 2, 128, 3]), torch.full((5,), 60)):
-        args = pre, m, int(m.sum())
+    assert _tuning.groups_of_rows(300, 5, 6) is not None and _tuning.groups_of_rows(128, 5, 300) is None
+    for rows, m in ((128, [1, 0, 2, 128, 3]), (128, [60] * 5), (300, [1, 0, 2, 0, 3])):
+        m = torch.tensor(m)
+        args = make_pre("ties", (rows, 5), torch.bfloat16), m, int(m.sum())
         assert_same(ops.feature_topm(*args, "triton"), ops.feature_topm(*args, "reference"))
 
 

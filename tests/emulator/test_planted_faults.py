@@ -9,6 +9,7 @@ import triton.language as tl
 
 import ptx_emulator
 from ptx_emulator import EmulatorError
+from sae_engine import _passes
 from sae_engine import functional as f
 
 pytestmark = pytest.mark.compiled
@@ -19,7 +20,7 @@ def planted(monkeypatch):
     """``planted(kernel, change)``: from now on that kernel is launched with ``change(its PTX)``."""
     from ptx_emulator import driver
 
-    kernels = []
+    kernels, changed_texts = [], []
 
     def plant(kernel, change):
         def load(self, name, binary, shared, device):
@@ -28,6 +29,7 @@ def planted(monkeypatch):
             text = binary.decode()
             changed = change(text)
             assert changed != text, f"nothing to change in {name}"
+            changed_texts.append(changed)
             return true_load(self, name, changed.encode(), shared, device)
 
         true_load = driver._Utils.load_binary
@@ -36,6 +38,7 @@ def planted(monkeypatch):
         kernels.append(kernel)
 
     yield plant
+    assert changed_texts, "the kernel was not launched"
     for kernel in kernels:
         kernel.device_caches.clear()
 
@@ -77,11 +80,11 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_topk(fault, planted):
-    from sae_kernels.row_topk import _row_wide_kernel
+    from sae_kernels.row_topk import _row_topk_kernel
 
     change, finding = FAULTS[fault]
     call_topk()
-    planted(_row_wide_kernel, change)
+    planted(_row_topk_kernel, change)
     with ptx_emulator.configured(raise_on="all"), pytest.raises(EmulatorError, match=finding):
         call_topk()
 
