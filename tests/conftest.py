@@ -76,15 +76,17 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="looks into Triton's interpreter"))
         if item.get_closest_marker("compiled") and not COMPILED_FOR:
             item.add_marker(pytest.mark.skip(reason="runs compiled kernels: make test-compiled"))
-    if COMPILED_FOR:  # what names another back end launches no kernel
-        others = [item for item in items if _backend_of(item) in ("torch", "reference")]
+    if COMPILED_FOR:
+        others = [item for item in items if _launches_nothing(item)]
         config.hook.pytest_deselected(items=others)
-        kept = [item for item in items if _backend_of(item) not in ("torch", "reference")]
+        kept = [item for item in items if not _launches_nothing(item)]
         items[:] = sorted(kept, key=lambda item: item.name == "test_every_kernel_was_met")  # this one comes last
 
 
-def _backend_of(item):
-    return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+def _launches_nothing(item):
+    """Whether the test names another back end."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("backend", parameters.get("path")) in ("torch", "dense", "reference")
 
 
 @pytest.fixture(autouse=True)

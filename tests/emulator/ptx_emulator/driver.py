@@ -77,22 +77,32 @@ def _storage(tensor):
     return None
 
 
-def _miss(address, size, lo, hi):
-    """An access outside the arguments' memory: to a tensor that is alive all the same?"""
-    for thing in gc.get_objects():
-        try:
-            if (
-                type(thing) in (torch.Tensor, torch.nn.Parameter)
-                and thing.layout == torch.strided
-                and thing.device.type == "cpu"
-            ):
-                start, end = _storage(thing)
-                if start <= address and address + size <= end:
-                    lo[0], hi[0] = start, end
-                    return 1
-        except Exception:  # a fake or functional tensor has no memory
-            continue
-    return 0
+def _living_tensors():
+    """For one launch: is an access outside the arguments' memory one to a tensor that is alive all the same?
+
+    The search is slow, and a kernel that misses once misses often: it is given up after a few misses in vain.
+    """
+    patience = 8
+
+    def miss(address, size, lo, hi):
+        nonlocal patience
+        if patience == 0:
+            return 0
+        for thing in gc.get_objects():
+            try:
+                if type(thing) not in (torch.Tensor, torch.nn.Parameter) or thing.layout != torch.strided:
+                    continue
+                if thing.device.type == "cpu":
+                    start, end = _storage(thing)
+                    if start <= address and address + size <= end:
+                        lo[0], hi[0] = start, end
+                        return 1
+            except Exception:  # a fake or functional tensor has no memory
+                continue
+        patience -= 1
+        return 0
+
+    return miss
 
 
 def _descriptor_parts(value, meta):
@@ -167,7 +177,7 @@ class _Launcher:
         found, steps, counters = runtime.launch(
             program, (x, y, z), threads, max(self.metadata.shared, program.module.shared_static), bytes(params), ranges,
             checks=settings.checks, seed=settings.seed, resident=settings.resident, quantum=settings.quantum,
-            sms=settings.sms, miss=_miss, count=settings.count, max_steps=settings.max_steps,
+            sms=settings.sms, miss=_living_tensors(), count=settings.count, max_steps=settings.max_steps,
         )  # fmt: skip
         if leave is not None:
             leave(launch_metadata)
