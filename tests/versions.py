@@ -33,7 +33,7 @@ BESIDE_TRITON = {"3.6.0": ["numpy<2.4"]}
 
 DRAWN = ["tests/test_selection_properties.py", "-k", "triton"]
 SELECTIONS = [f"tests/test_{stem}.py" for stem in ("row_topk", "batch_topk", "feature_topm", "norm_match", "threshold")]
-HARD_CASES = [*SELECTIONS, "tests/test_decode.py", "tests/test_latent_pass.py", "tests/test_encode_maxima.py",
+HARD_CASES = [*SELECTIONS, "tests/test_decode.py", "tests/test_latent_pass.py",
               "tests/test_selection_properties.py", "-m", "not slow and not serial"]  # fmt: skip
 ON_TORCH = [*(f"tests/test_{stem}.py" for stem in (
     "registration", "layering", "gradients", "codes", "activations", "autoencoder", "encode", "decode", "losses",
