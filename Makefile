@@ -51,7 +51,7 @@ test: $(READY) ## the whole test suite (PYTEST_ARGS=…, JOBS=2)
 # Compiled kernels on tests/emulator: several resident programs, warps preempted at random, what was compiled kept.
 ARCH ?= sm_90
 SEED ?= 1
-COMPILED = CUDA_VISIBLE_DEVICES= TRITON_CACHE_DIR='$(CURDIR)/.cache/triton' PTX_EMULATOR_RESIDENT=4 PTX_EMULATOR_QUANTUM=400
+COMPILED = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TRITON_CACHE_DIR='$(CURDIR)/.cache/triton' PTX_EMULATOR_RESIDENT=4 PTX_EMULATOR_QUANTUM=400
 NEEDS_CXX = @command -v "$${CXX:-g++}" >/dev/null || $(call stop,the emulator is built with g++: apt-get install g++)
 
 test-compiled: $(READY) ## compiled kernels without a GPU, every operation, with race and memory checks (ARCH=sm_90, SEED=1, ALL=1)

@@ -10,6 +10,8 @@ from ptx_emulator import runtime
 from ptx_emulator.assemble import Unsupported, assemble
 from ptx_emulator.parse import parse
 
+pytestmark = pytest.mark.skipif(runtime.compiler() is None, reason="the emulator is built with g++")
+
 HEAD = """
 .version 8.7
 .target sm_90

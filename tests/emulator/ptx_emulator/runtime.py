@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import pathlib
+import shutil
 import subprocess
 import tempfile
 from typing import NamedTuple
@@ -106,7 +107,17 @@ class EmulatorError(RuntimeError):
 _library = None
 
 
+def compiler() -> str | None:
+    """The C++ compiler that builds the interpreter: $CXX, or g++ where there is one."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
 def library():
+    """The interpreter, built when it is first needed.
+
+    Raises:
+        RuntimeError: there is no C++ compiler.
+    """
     global _library
     if _library is None:
         sources = {path.name: path.read_bytes() for path in [*HERE.glob("*.h"), HERE / "runtime.cpp"]}
@@ -114,14 +125,14 @@ def library():
         digest = hashlib.sha256(repr((sorted(sources.items()), FLAGS, _cpu())).encode()).hexdigest()[:16]
         built = CACHE / f"emulator-{digest}.so"
         if not built.exists():
+            if compiler() is None:
+                raise RuntimeError(f"no C++ compiler {os.environ.get('CXX', 'g++')!r}: the emulator is built with g++")
             CACHE.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:
                 for name, data in sources.items():
                     (pathlib.Path(folder) / name).write_bytes(data)
                 out = pathlib.Path(folder) / "emulator.so"
-                subprocess.run(
-                    [os.environ.get("CXX", "g++"), *FLAGS, "runtime.cpp", "-o", str(out)], cwd=folder, check=True
-                )
+                subprocess.run([compiler(), *FLAGS, "runtime.cpp", "-o", str(out)], cwd=folder, check=True)
                 out.rename(built)
         _library = ctypes.CDLL(str(built))
         sizes = [ctypes.c_int() for _ in range(3)]
