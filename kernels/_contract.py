@@ -6,6 +6,7 @@ first called, which is why a machine without Triton can import this file. ``refe
 """
 import functools
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -74,11 +75,20 @@ def dispatch(name: str, launcher: str, *args):
         return run(*inputs)
 
 
+IMPLEMENTED: dict[str, Callable] = {}  # what an operation runs, by name, for who wants to look into it
+
+
+def implement(name: str, run: Callable) -> None:
+    """Registers what an operation does, on every device."""
+    IMPLEMENTED[name] = run
+    library.impl(name, run, "CompositeExplicitAutograd")
+
+
 def define(signature: str, launcher: str):
     """Registers ``signature`` (its `str backend` is appended) and returns the decorator for its fake."""
     name, arguments = signature.split("(", 1)
     library.define(f"{name}({arguments.replace(') ->', ', str backend) ->', 1)}")
-    library.impl(name, functools.partial(dispatch, name, launcher), "CompositeExplicitAutograd")
+    implement(name, functools.partial(dispatch, name, launcher))
     return torch.library.register_fake(f"sae_engine::{name}", lib=library)
 
 

@@ -6,6 +6,7 @@ from . import _terms, _tuning, cpu_gemm
 from ._contract import (
     define,
     differentiable,
+    implement,
     is_dense,
     library,
     once_differentiable,
@@ -16,7 +17,7 @@ from ._contract import (
 # --- linear: the encoder's product on a CPU -------------------------------------------------------------------------
 
 library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-library.impl("linear", cpu_gemm.linear, "CompositeExplicitAutograd")
+implement("linear", cpu_gemm.linear)
 
 
 @torch.library.register_fake("sae_engine::linear", lib=library)
@@ -56,7 +57,7 @@ def _encode_entries(x, weight, bias, center, entries, *_):
     return entries.clone()
 
 
-library.impl("encode_entries", _encode_entries, "CompositeExplicitAutograd")
+implement("encode_entries", _encode_entries)
 
 
 @torch.library.register_fake("sae_engine::encode_entries", lib=library)
@@ -88,7 +89,7 @@ def _encoder_gradient(x, grad, latent_offsets, latent_rows, latent_positions, dt
     return out
 
 
-library.impl("encoder_gradient", _encoder_gradient, "CompositeExplicitAutograd")
+implement("encoder_gradient", _encoder_gradient)
 
 
 @torch.library.register_fake("sae_engine::encoder_gradient", lib=library)

@@ -12,6 +12,7 @@ from ._contract import (
     define,
     differentiable,
     empty_rows,
+    implement,
     library,
     once_differentiable,
     ops,
@@ -295,7 +296,7 @@ library.define(
     "at_latents(Tensor vector, Tensor indices, Tensor offsets, Tensor? latent_offsets, Tensor? latent_rows,"
     " Tensor? latent_positions, str backend) -> Tensor"
 )
-library.impl("at_latents", lambda vector, indices, *_: vector[indices.long()], "CompositeExplicitAutograd")
+implement("at_latents", lambda vector, indices, *_: vector[indices.long()])
 
 
 @torch.library.register_fake("sae_engine::at_latents", lib=library)
@@ -335,13 +336,13 @@ def _move_threshold(threshold, smallest, rate):
     threshold.copy_(torch.where(smallest.isfinite(), moved, threshold))
 
 
-library.impl("move_threshold", _move_threshold, "CompositeExplicitAutograd")
+implement("move_threshold", _move_threshold)
 torch.library.register_fake("sae_engine::move_threshold", lambda threshold, smallest, rate: None, lib=library)
 
 # --- feature_budgets: tokens per latent of feature choice ------------------------------------------------------------
 
 library.define("feature_budgets(Tensor density, SymInt total, SymInt rows, float exponent, float shift) -> Tensor")
-library.impl("feature_budgets", budgets.budgets, "CompositeExplicitAutograd")
+implement("feature_budgets", budgets.budgets)
 
 
 @torch.library.register_fake("sae_engine::feature_budgets", lib=library)
@@ -350,5 +351,5 @@ def _(density, total, rows, exponent, shift):
 
 
 library.define("zipf_shortfall(Tensor density, float k, float exponent, float shift) -> Tensor")
-library.impl("zipf_shortfall", budgets.zipf_shortfall, "CompositeExplicitAutograd")
+implement("zipf_shortfall", budgets.zipf_shortfall)
 torch.library.register_fake("sae_engine::zipf_shortfall", lambda density, *_: torch.empty_like(density), lib=library)

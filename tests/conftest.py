@@ -4,10 +4,12 @@ With PTX_EMULATOR_ARCH set (`make test-compiled`) the kernels are compiled inste
 tests/emulator.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import sys
+import warnings
 
 # Under pytest-xdist the processes share the cores; this has to be said before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -105,6 +107,24 @@ def _same_start(monkeypatch):
     """One seed per test, and the default back end."""
     monkeypatch.delenv("SAE_BACKEND", raising=False)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_waiting():
+    """A context in which waiting for the GPU is an error."""
+
+    @contextlib.contextmanager
+    def refusing():
+        torch.cuda.synchronize()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says once that this mode is a prototype, having set it
+                torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return refusing
 
 
 def _poison(tensor):

@@ -46,10 +46,19 @@ def test_the_lines_on_checkpoints(tmp_path, monkeypatch, capsys):
 
 
 def test_the_lines_on_a_training_step():
-    (lines,) = [block for block in BLOCKS if "TrainStep" in block]
+    (lines,) = [block for block in BLOCKS if "TrainStep(" in block]
     names = {"se": se, "sae": se.SparseAutoencoder(16, 64, se.TopK(4)), "batches": torch.randn(3, 8, 16)}
     exec(lines, names)
     assert {"loss", "fvu", "l0", "dead", "grad_norm"} <= names["report"].keys()
+
+
+def test_the_lines_on_cuda_graphs():
+    (lines,) = [block for block in BLOCKS if "warm_up" in block]
+    sae = se.SparseAutoencoder(16, 64, se.TopK(4))
+    step = se.training.TrainStep(sae, lr=1e-3, compute_dtype=torch.bfloat16)
+    weights = {name: t.clone() for name, t in sae.state_dict().items()}
+    exec(lines, {"sae": sae, "step": step, "weights": weights, "batches": torch.randn(2, 8, 16)})
+    assert torch.equal(step._copies.weights.decoder, weights["W_dec"].bfloat16())
 
 
 def test_every_module_of_the_table_exists():

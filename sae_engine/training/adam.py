@@ -48,7 +48,8 @@ class Adam(torch.optim.Adam):
     def counted(self, parameters: list[Tensor], skip: Tensor | None) -> Tensor:
         """Advances the parameters' step counters, except where ``skip`` () is set; returns one of them."""
         counters = [self.state[p]["step"] for p in parameters]
-        torch._foreach_add_(counters, 1 if skip is None else (~skip).to(torch.float32))
+        one = torch.ones_like(counters[0]) if skip is None else (~skip).to(torch.float32)
+        torch._foreach_add_(counters, [one] * len(counters))  # a single tensor would be read by the host, as a number
         return counters[0]
 
     def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:

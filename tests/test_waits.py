@@ -1,0 +1,361 @@
+"""Nothing waits for the device, but for what the README lists: every public function, module, loss and metric.
+
+Without a GPU the device is played (``played_cuda``); on one, PyTorch's own guard says what waits. Whoever adds a public
+name has to say here what it does: the lists below are held to ``__all__``.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from played_cuda import Played
+
+import sae_engine as se
+from sae_engine import functional as f
+from sae_engine import losses, metrics, training
+from sae_engine.training import AFA, AuxK, AuxZipf, DeadLatents, MultiTopK, TrainStep
+
+B, D, F = 5, 16, 45  # no multiples of 16: Triton compiles anew for those
+ROOM = B * F
+HAS_GPU = torch.cuda.is_available()  # a played device says that it is there
+
+
+@pytest.fixture
+def refusing(no_waiting):
+    """A context that refuses waits, on tensors of the default device."""
+    if HAS_GPU:
+        with torch.device("cuda"):
+            yield no_waiting
+        return
+    with Played() as played, torch.device("cuda"):
+        yield played.refusing
+
+
+def pre():
+    return torch.randn(B, F, requires_grad=True)
+
+
+def codes(**options):
+    return f.topk(torch.randn(B, F), 4) if not options else f.threshold(torch.randn(B, F), 0.5, **options)
+
+
+def weights():
+    return torch.randn(F, D, requires_grad=True), torch.randn(D, requires_grad=True)
+
+
+def backward(out):
+    out = out.values if isinstance(out, se.SparseCodes) else out
+    out.square().sum().backward()
+
+
+def selecting(run):
+    """A selection of one matrix, with its gradient."""
+    return lambda: (p := pre(), lambda: backward(run(p)))[1]
+
+
+def module(make, *, eval=False, dense=True, **context):
+    """A rule's forward (dense) or selection, after one forward in training."""
+
+    def prepare():
+        rule, p, given = make(), pre(), {name: value() for name, value in context.items()}
+        rule(p, **given)
+        rule.train(not eval)
+        rule(p.detach(), **given)  # eval reads a threshold once
+        return lambda: backward((rule if dense else rule.select)(p, **given))
+
+    return prepare
+
+
+def autoencoder(make, *, eval=False, **options):
+    def prepare():
+        sae, x = se.SparseAutoencoder(D, F, make(), **options), torch.randn(B, D)
+        sae(x)
+        sae.train(not eval)
+        sae(x)
+        return lambda: backward(sae(x))
+
+    return prepare
+
+
+def step(make=lambda: se.TopK(4), aux=lambda: (), calls=2, **options):
+    def prepare():
+        objectives = aux()
+        sae = se.SparseAutoencoder(D, F, make())
+        run, x = TrainStep(sae, lr=1e-3, aux=objectives, **options), torch.randn(B, D)
+        for _ in range(2):
+            run.warm_up(x)
+        return lambda: [run(x) for _ in range(calls)]
+
+    return prepare
+
+
+def metric(make, update):
+    """Updates, the first of which makes the sums."""
+
+    def prepare():
+        measured, arguments = make(), update()
+        return lambda: [measured.update(*arguments) for _ in range(2)]
+
+    return prepare
+
+
+def norms():
+    return {"target_norm": lambda: torch.rand(B) * 3, "weight_norm": lambda: torch.rand(F) + 0.5}
+
+
+def learning():
+    return se.JumpReLU(F, threshold=0.4, bandwidth=0.5)
+
+
+def of_codes(loss, rule=lambda: None):
+    """A loss of codes that carry gradients."""
+
+    def prepare():
+        made, p = rule(), pre()
+        found = f.topk(p, 4) if made is None else f.threshold(p, made._theta(), bandwidth=0.5, capacity=ROOM)
+        x, (W, b) = torch.randn(B, D), weights()
+        return lambda: backward(loss(found, made, x, W, b))
+
+    return prepare
+
+
+WITHOUT_WAITING = {
+    # functional
+    "functional.topk": selecting(lambda p: f.topk(p, 4)),
+    "functional.topk, sorted": lambda: (p := torch.randn(B, F), lambda: f.topk(p, 4, sorted=True))[1],
+    "functional.topk, mask": lambda: (p := pre(), m := torch.rand(F) < 0.5, lambda: backward(f.topk(p, 4, mask=m)))[2],
+    "functional.batch_topk": selecting(lambda p: f.batch_topk(p, 3.5)),
+    "functional.feature_topm": selecting(lambda p: f.feature_topm(p, 2)),
+    "functional.feature_topm, total": lambda: (
+        p := pre(), m := torch.full((F,), 2), lambda: backward(f.feature_topm(p, m, total=2 * F)))[2],
+    "functional.norm_match, capacity": lambda: (
+        p := pre(), t := torch.ones(B), lambda: backward(f.norm_match(p, t, capacity=ROOM)))[2],
+    "functional.threshold, capacity": selecting(lambda p: f.threshold(p, 0.0, capacity=ROOM)),
+    "functional.threshold, bandwidth": lambda: (
+        p := pre(), t := torch.rand(F, requires_grad=True),
+        lambda: backward(f.threshold(p, t, bandwidth=0.2, capacity=ROOM)))[2],
+    "functional.decode": lambda: (c := codes(), w := weights(), lambda: backward(f.decode(c, *w)))[2],
+    "functional.decode_prefixes": lambda: (
+        c := codes(), w := weights(), lambda: backward(f.decode_prefixes(c, *w, widths=(4, 20, F))))[2],
+    "functional.encode": lambda: (
+        x := torch.randn(B, D), w := torch.randn(D, F, requires_grad=True),
+        lambda: backward(f.encode(x, w, select=[se.TopK(4), se.BatchTopK(2)])[1]))[2],
+    "functional.feature_budgets": lambda: (d := torch.rand(F), lambda: f.feature_budgets(d, 20, B))[1],
+    "functional.zipf_shortfall": lambda: (d := torch.rand(F), lambda: f.zipf_shortfall(d, 3))[1],
+    # rules: dense in every mode, codes where their number is known
+    "TopK": module(lambda: se.TopK(4)),
+    "AbsTopK": module(lambda: se.AbsTopK(4)),
+    "AuxTopK": module(lambda: se.AuxTopK(4), dead_mask=lambda: torch.rand(F) < 0.5),
+    "AuxZipfTopK": module(lambda: se.AuxZipfTopK(4), shortfall=lambda: torch.rand(F)),
+    "ReLU": module(se.ReLU),
+    "BatchTopK": module(lambda: se.BatchTopK(3.5, threshold_start=1), dense=False),
+    "BatchTopK, eval": module(lambda: se.BatchTopK(3.5), eval=True),
+    "MutualChoice": module(lambda: se.MutualChoice(3.5)),
+    "MatryoshkaBatchTopK": module(lambda: se.MatryoshkaBatchTopK(3.5, (4, F))),
+    "SampledTopK": module(lambda: se.SampledTopK(3.5, pool=2)),
+    "SampledTopK, entropy": module(lambda: se.SampledTopK(3.5, pool=2, score="entropy")),
+    "FeatureChoice": module(lambda: se.FeatureChoice(F, 3.5), dense=False),
+    "FeatureChoice, eval": module(lambda: se.FeatureChoice(F, 3.5), eval=True),
+    "GradientTopK": module(lambda: se.GradientTopK(4), attribution=lambda: torch.randn(B, F)),
+    "TopAFA, capacity": module(lambda: se.TopAFA(capacity=ROOM), dense=False, **norms()),
+    "JumpReLU, eval": module(learning, eval=True),
+    "LogJumpReLU, eval": module(lambda: se.LogJumpReLU(F), eval=True),
+    "Gated": module(lambda: se.Gated(F)),
+    "StatisticalTopK": module(lambda: se.StatisticalTopK(4)),
+    "RunningDensity": lambda: (d := se.RunningDensity(F), c := codes(), lambda: d.update(c))[2],
+    # autoencoders
+    "SparseAutoencoder": autoencoder(lambda: se.TopK(4)),
+    "SparseAutoencoder, layer norm": autoencoder(
+        lambda: se.BatchTopK(3), normalize_activations="layer_norm", rescale_acts_by_decoder_norm=True, skip=True),
+    "SparseAutoencoder, made": lambda: lambda: se.SparseAutoencoder(D, F, se.FeatureChoice(F, 3.0), device="cuda"),
+    "SparseDecoder": lambda: (d := se.SparseDecoder(F, D), c := codes(), lambda: backward(d(c)))[2],
+    "init_as_top_afa": lambda: (s := se.SparseAutoencoder(D, F, se.TopAFA()), lambda: se.init_as_top_afa(s))[1],
+    "inference_form": lambda: (
+        s := se.SparseAutoencoder(D, F, learning()), lambda: se.inference_form(s))[1],
+    # codes
+    "SparseCodes.l0": lambda: (c := codes(capacity=ROOM), lambda: c.l0)[1],
+    "SparseCodes.by_latent": lambda: (c := codes(), lambda: c.by_latent)[1],
+    "SparseCodes.assert_fits": lambda: (c := codes(capacity=ROOM), lambda: c.assert_fits())[1],
+    "SparseCodes.validate": lambda: (c := codes(), lambda: c.validate())[1],
+    "SparseCodes.to_dense": lambda: (c := codes(capacity=ROOM), lambda: c.to_dense())[1],
+    "SparseCodes.to_padded, k": lambda: (c := codes(), lambda: c.to_padded())[1],
+    "SparseCodes.from_topk": lambda: (
+        v := torch.rand(B, 3), i := torch.arange(3).expand(B, 3), lambda: se.SparseCodes.from_topk(v, i, F))[2],
+    "SparseCodes.to_sparse_csr": lambda: (c := codes(), lambda: c.to_sparse_csr())[1],
+    "SparseCodes.replace": lambda: (c := codes(), lambda: c.replace(values=c.values * 2))[1],
+    "SparseCodes.split_latents": lambda: (c := codes(), lambda: c.split_latents((4, 20, F)))[1],
+    "SparseCodes.detach": lambda: (c := codes(), lambda: c.detach())[1],
+    "SparseCodes.to": lambda: (c := codes(), lambda: c.to(torch.float16))[1],
+    "SparseCodes.__getitem__, k": lambda: (c := codes(), lambda: c[1:3])[1],
+    "SparseCodes.shape and its like": lambda: (
+        c := codes(), lambda: (c.shape, c.rows, c.device, c.dtype, len(c), bool(c)))[1],
+    "cat": lambda: (c := codes(), lambda: se.cat([c, c]))[1],
+    # losses
+    "losses.mse": lambda: (x := torch.randn(B, D), y := pre()[:, :D], lambda: losses.mse(y, x))[2],
+    "losses.fvu": lambda: (x := torch.randn(B, D), y := pre()[:, :D], lambda: losses.fvu(y, x))[2],
+    "losses.auxk": of_codes(lambda c, _, x, W, b: losses.auxk(c, W, x, normalize=True)),
+    "losses.aux_zipf": of_codes(lambda c, _, x, W, b: losses.aux_zipf(c, W, x)),
+    "losses.norm_match": of_codes(lambda c, _, x, W, b: losses.norm_match(c, x)),
+    "losses.gated": of_codes(lambda c, _, x, W, b: losses.gated(c, x, W, b, l1=0.1, weight_norm=W.norm(dim=1))),
+    "losses.matryoshka": of_codes(lambda c, _, x, W, b: losses.matryoshka(c, x, W, b, widths=(4, F))),
+    "losses.tanh_l0": of_codes(lambda c, _, x, W, b: losses.tanh_l0(c, weight_norm=W.norm(dim=1))),
+    "losses.step_l0": of_codes(lambda c, rule, x, W, b: losses.step_l0(c, rule), learning),
+    "losses.target_l0": of_codes(lambda c, rule, x, W, b: losses.target_l0(c, rule, 3.0), learning),
+    # metrics
+    "metrics.Reconstruction": metric(metrics.Reconstruction, lambda: (torch.randn(B, D), torch.randn(B, D))),
+    "metrics.Sparsity": metric(lambda: metrics.Sparsity(F), lambda: (codes(capacity=ROOM),)),
+    "metrics.EpsilonLBO": metric(
+        lambda: metrics.EpsilonLBO(torch.rand(F), points=4), lambda: (codes(), torch.randn(B, D))),
+    "metrics.TailTruncation": metric(lambda: metrics.TailTruncation(torch.randn(F, D), [0.5, 1.0]), lambda: (codes(),)),
+    "metrics.NextTokenLoss": metric(metrics.NextTokenLoss, lambda: (
+        torch.randn(2, 5, 9), torch.zeros(2, 5, dtype=torch.int64))),
+    "metrics.decoder_cosines": lambda: (w := torch.randn(F, D), lambda: metrics.decoder_cosines(w, block=16))[1],
+    # training
+    "training.TrainStep": step(),
+    "training.TrainStep, bf16": step(lambda: se.BatchTopK(3.5), compute_dtype=torch.bfloat16),
+    "training.TrainStep, stored": step(grad_clip=1.0),
+    "training.TrainStep, chunks": step(lambda: se.BatchTopK(3.5), memory_budget=2 * F * 4),
+    "training.TrainStep, capacity": step(lambda: se.TopAFA(capacity=ROOM)),
+    "training.TrainStep, FeatureChoice": step(lambda: se.FeatureChoice(F, 3.5)),
+    "training.TrainStep, made": lambda: (
+        s := se.SparseAutoencoder(D, F, se.TopK(4)), lambda: TrainStep(s, lr=1e-3))[1],
+    "training.TrainStep, schedule": step(
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))),
+    "training.AuxK": step(aux=lambda: AuxK(5), dead_after=200),
+    "training.AuxZipf": step(aux=lambda: AuxZipf(5, density=se.RunningDensity(F))),
+    "training.MultiTopK": step(aux=MultiTopK),
+    "training.AFA": step(aux=AFA),
+    "training.DeadLatents": lambda: (
+        d := DeadLatents(F, device="cuda"), on := torch.rand(F) < 0.5,
+        lambda: (d.count(on, B), d.at_most(B), d.mask))[2],
+}  # fmt: skip
+
+# What the README's list says of them. Each does wait, so that the list stays true.
+WAITING = {
+    "functional.norm_match": lambda: (p := torch.randn(B, F), t := torch.ones(B), lambda: f.norm_match(p, t))[2],
+    "functional.threshold": lambda: (p := torch.randn(B, F), lambda: f.threshold(p, 0.0))[1],
+    "functional.feature_topm": lambda: (
+        p := torch.randn(B, F), m := torch.full((F,), 2), lambda: f.feature_topm(p, m))[2],
+    "ReLU.select": lambda: (p := pre(), lambda: se.ReLU().select(p))[1],
+    "Gated.select": module(lambda: se.Gated(F), dense=False),
+    "StatisticalTopK.select": module(lambda: se.StatisticalTopK(4), dense=False),
+    "BatchTopK.select": module(lambda: se.BatchTopK(3.5), eval=True, dense=False),
+    "FeatureChoice.select": module(lambda: se.FeatureChoice(F, 3.5), eval=True, dense=False),
+    "JumpReLU": module(learning),
+    "LogJumpReLU": module(lambda: se.LogJumpReLU(F)),
+    "TopAFA": module(se.TopAFA, **norms()),
+    "SparseCodes.check": lambda: (c := codes(capacity=ROOM), lambda: c.check())[1],
+    "SparseCodes.to_padded": lambda: (c := f.batch_topk(torch.randn(B, F), 3), lambda: c.to_padded())[1],
+    "SparseCodes.__getitem__": lambda: (c := f.batch_topk(torch.randn(B, F), 3), lambda: c[1:])[1],
+    "SparseCodes.from_dense": lambda: (d := torch.randn(B, F).relu(), lambda: se.SparseCodes.from_dense(d))[1],
+    "SparseCodes.to_sparse_csr": lambda: (c := codes(capacity=ROOM), lambda: c.to_sparse_csr())[1],
+    "cat": lambda: (c := codes(capacity=ROOM), lambda: se.cat([c, c]))[1],
+    "init_sparse": lambda: (s := se.SparseAutoencoder(D, F, se.TopAFA()), lambda: se.init_sparse(s, 4))[1],
+    "inference_form": lambda: (
+        s := se.SparseAutoencoder(D, F, se.BatchTopK(3, initial_threshold=0.1)), lambda: se.inference_form(s))[1],
+    "metrics.decoder_similarity": lambda: (w := torch.randn(F, D), lambda: metrics.decoder_similarity(w))[1],
+    "training.TrainStep, dead": step(aux=lambda: AuxK(5), dead_after=4, density_interval=2),
+    "training.TrainStep, density": step(lambda: se.TopAFA(capacity=ROOM), density_interval=2),
+    "training.TrainStep, FeatureChoice in chunks": step(lambda: se.FeatureChoice(F, 3.5), memory_budget=2 * F * 4),
+}  # fmt: skip
+
+# Names without tensors of their own, or whose work is reading: the host gets numbers, text or files from them.
+APART = {
+    "Activation", "ByLatent", "EncodeInfo", "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
+    "losses", "metrics", "training", "SparseCodes", "metrics.evaluate", "metrics.ppl_sparsity",
+    "metrics.loss_recovered", "training.peak_bytes",
+}  # fmt: skip
+
+
+def named(cases):
+    return {name.partition(",")[0] for name in cases}
+
+
+def test_every_public_name_is_declared():
+    known = named(WITHOUT_WAITING) | {name.removesuffix(".select") for name in named(WAITING)} | APART
+    public = set(se.__all__)
+    for part in (f, losses, metrics, training):
+        public |= {f"{part.__name__.rpartition('.')[2]}.{name}" for name in part.__all__}
+    assert public <= known, f"say in this file whether these wait: {sorted(public - known)}"
+    methods = {f"SparseCodes.{name}" for name, value in vars(se.SparseCodes).items()
+               if not name.startswith("_") and (callable(value) or isinstance(value, property | classmethod))}
+    simple = {f"SparseCodes.{name}" for name in ("shape", "rows", "device", "dtype")}
+    assert methods - simple <= known
+
+
+@pytest.mark.parametrize("name", WITHOUT_WAITING)
+def test_nothing_waits(name, refusing):
+    if name == "SparseCodes.to_sparse_csr" and not HAS_GPU:
+        pytest.skip("the played device has no sparse tensors")
+    if HAS_GPU:  # kernels are loaded before
+        WITHOUT_WAITING[name]()()
+    run = WITHOUT_WAITING[name]()
+    with refusing():
+        run()
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_what_is_said_to_wait_does(name, refusing):
+    run = WAITING[name]()
+    with pytest.raises(RuntimeError, match=r"host|values|mask|synchroniz"), refusing():
+        run()
+
+
+def test_the_list_in_the_readme_has_them_all():
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    section = text.partition("### What waits for the GPU")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", section))))
+    for name in named(WAITING):
+        parts = [part for part in name.split(".") if part not in ("functional", "metrics", "training", "select")]
+        assert set(parts) - {"SparseCodes", "__getitem__"} <= listed, name
+
+
+CAPTURED = {
+    "AbsTopK": lambda: se.AbsTopK(4), "AuxTopK": lambda: se.AuxTopK(4), "AuxZipfTopK": lambda: se.AuxZipfTopK(4),
+    "BatchTopK": lambda: se.BatchTopK(3.5), "FeatureChoice": lambda: se.FeatureChoice(F, 3.5),
+    "Gated": lambda: se.Gated(F), "GradientTopK": lambda: se.GradientTopK(4), "JumpReLU": learning,
+    "LogJumpReLU": lambda: se.LogJumpReLU(F), "MatryoshkaBatchTopK": lambda: se.MatryoshkaBatchTopK(3.5, (4, F)),
+    "MutualChoice": lambda: se.MutualChoice(3.5), "ReLU": se.ReLU, "SampledTopK": lambda: se.SampledTopK(3.5, pool=2),
+    "StatisticalTopK": lambda: se.StatisticalTopK(4), "TopAFA": se.TopAFA, "TopK": lambda: se.TopK(4),
+}  # fmt: skip
+CONTEXT = {
+    "AuxTopK": {"dead_mask": lambda: torch.rand(F) < 0.5}, "AuxZipfTopK": {"shortfall": lambda: torch.rand(F)},
+    "GradientTopK": {"attribution": lambda: torch.randn(B, F)}, "TopAFA": norms(),
+}  # fmt: skip
+
+
+def test_every_rule_is_captured():
+    kinds = {name for name in se.__all__ if isinstance(getattr(se, name), type)}
+    assert {name for name in kinds if issubclass(getattr(se, name), se.Activation)} - {"Activation"} == CAPTURED.keys()
+
+
+@pytest.mark.parametrize("eval", [False, True], ids=["train", "eval"])
+@pytest.mark.parametrize("name", sorted(CAPTURED))
+def test_a_dense_forward_can_be_captured(name, eval):
+    """After one like it nothing reads the device, brings tensors from the host or loads a kernel."""
+    if HAS_GPU:
+        pytest.skip("test_registration and test_rules capture them on a GPU")
+    with Played() as played, torch.device("cuda"):
+        rule, context = CAPTURED[name](), {key: value() for key, value in CONTEXT.get(name, {}).items()}
+        rule(pre(), **context)
+        rule.train(not eval)
+        p = pre()
+        for _ in range(2):
+            rule(p, **context).sum().backward()
+        with played.capturing():
+            rule(p, **context).sum().backward()
+
+
+@pytest.mark.parametrize("eval", [False, True], ids=["train", "eval"])
+@pytest.mark.parametrize("name", sorted(CAPTURED.keys() - {"AuxTopK", "AuxZipfTopK", "GradientTopK"}))
+def test_an_autoencoder_can_be_captured(name, eval):
+    if HAS_GPU:
+        pytest.skip("played here; on a GPU the rules are captured by test_registration and test_rules")
+    with Played() as played, torch.device("cuda"):
+        sae, x = se.SparseAutoencoder(D, F, CAPTURED[name]()), torch.randn(B, D)
+        sae(x)
+        sae.train(not eval)
+        sae(x).sum().backward()
+        with played.capturing():
+            sae(x).sum().backward()
