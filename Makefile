@@ -22,7 +22,8 @@ PY := $(abspath $(shell command -v $(PYTHON) 2>/dev/null))
 READY := given-environment
 endif
 
-PIP_INSTALL = $(PY) -m pip install -c constraints.txt
+# Quiet: one line a stage, which make prints; errors are shown whole.
+PIP_INSTALL = $(PY) -m pip install --quiet -c constraints.txt
 # Tests run in $(JOBS) processes, one torch thread each, where pytest-xdist is installed.
 WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist loadfile")
 
@@ -35,14 +36,14 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
 
-bench: $(READY) ## the main job: kernels and reconstruction, ending in a report (BENCH_ARGS=…)
-	$(PY) benchmarks/run.py $(BENCH_ARGS)
+bench: $(READY) ## the main job: operations, training steps, reconstruction; a report in under five minutes (BENCH_ARGS=…)
+	@$(PY) benchmarks/run.py $(BENCH_ARGS)
 
 bench-peers: $(PEERS_VENV)/.installed ## whole training steps beside other libraries, in their own environment (BENCH_ARGS=…)
-	$(PEERS_VENV)/bin/python benchmarks/peers.py $(BENCH_ARGS)
+	@$(PEERS_VENV)/bin/python benchmarks/run.py --only steps $(BENCH_ARGS)
 
 bench-step: $(READY) ## where a training step's time goes, part by part (BENCH_ARGS=…)
-	$(PY) benchmarks/step.py $(BENCH_ARGS)
+	@$(PY) benchmarks/run.py --only parts $(BENCH_ARGS)
 
 test: $(READY) ## the whole test suite (PYTEST_ARGS=…, JOBS=2)
 	$(PY) -m pytest $(WORKERS) -m 'not serial' $(PYTEST_ARGS)
@@ -102,36 +103,45 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@[ ! -e $(VENV)/.installing ] || rm -rf $(VENV)
 	@$(BASE_PYTHON) -c '$(old)' || $(call stop,$(BASE_PYTHON) is missing or older than Python 3.10: make BASE_PYTHON=python3.12)
 	@mkdir -p $(VENV) && touch $(VENV)/.installing && rm -f $@
-	$(BASE_PYTHON) -m venv $(VENV) || $(call stop,$(BASE_PYTHON) -m venv failed; on Debian: apt install python3-venv)
-	$(PIP_INSTALL) setuptools
-	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch
-	$(PIP_INSTALL) --no-build-isolation -e '.[bench,test,dev]'
+	@echo 'making the environment $(VENV) …'
+	@$(BASE_PYTHON) -m venv $(VENV) || $(call stop,$(BASE_PYTHON) -m venv failed; on Debian: apt install python3-venv)
+	@$(PIP_INSTALL) setuptools
+	@echo 'installing torch$(if $(TORCH_INDEX), from $(TORCH_INDEX)) (it is large) …'
+	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch
+	@echo 'installing sae-engine and what its tests and benchmarks need …'
+	@$(PIP_INSTALL) --no-build-isolation -e '.[bench,test,dev]'
 	@mv $(VENV)/.installing $@
 
 # The libraries that we plug into and compare with.
-$(PEERS_VENV)/.installed: PEERS_PIP = $(PEERS_VENV)/bin/python -m pip install -c constraints.txt
+$(PEERS_VENV)/.installed: PEERS_PIP = $(PEERS_VENV)/bin/python -m pip install --quiet -c constraints.txt
 $(PEERS_VENV)/.installed: pyproject.toml constraints.txt peers-requirements.txt peers-requirements-no-deps.txt
 	@[ ! -e $(PEERS_VENV)/.installing ] || rm -rf $(PEERS_VENV)
 	@$(BASE_PYTHON) -c '$(old)' || $(call stop,$(BASE_PYTHON) is missing or older than Python 3.10: make BASE_PYTHON=python3.12)
 	@mkdir -p $(PEERS_VENV) && touch $(PEERS_VENV)/.installing && rm -f $@
-	$(BASE_PYTHON) -m venv $(PEERS_VENV) || $(call stop,$(BASE_PYTHON) -m venv failed; on Debian: apt install python3-venv)
-	$(PEERS_PIP) setuptools
-	$(PEERS_PIP) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch
-	$(PEERS_PIP) --no-build-isolation -e '.[bench,test]'
-	$(PEERS_PIP) -r peers-requirements.txt
-	$(PEERS_PIP) --no-deps -r peers-requirements-no-deps.txt
+	@echo 'making the environment $(PEERS_VENV) …'
+	@$(BASE_PYTHON) -m venv $(PEERS_VENV) || $(call stop,$(BASE_PYTHON) -m venv failed; on Debian: apt install python3-venv)
+	@$(PEERS_PIP) setuptools
+	@echo 'installing torch$(if $(TORCH_INDEX), from $(TORCH_INDEX)) (it is large) …'
+	@$(PEERS_PIP) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch
+	@echo 'installing sae-engine and what its tests and benchmarks need …'
+	@$(PEERS_PIP) --no-build-isolation -e '.[bench,test]'
+	@echo 'installing the libraries that we plug into and compare with …'
+	@$(PEERS_PIP) -r peers-requirements.txt
+	@$(PEERS_PIP) --no-deps -r peers-requirements-no-deps.txt
 	@mv $(PEERS_VENV)/.installing $@
 
 # The interpreter that PYTHON names must have torch. This tree is made importable there; its packages stay as they are.
 given-environment:
 	@[ -n '$(PY)' ] || $(call stop,PYTHON=$(PYTHON) is no command here)
 	@$(PY) -c '$(old)' || $(call stop,$(PY) is older than Python 3.10)
-	@$(PY) -c 'import torch' || $(call stop,$(PY) has no torch: install it or leave PYTHON out and have make create $(VENV))
+	@$(PY) -c '$(torch)' || $(call stop,$(PY) has no torch: install it or leave PYTHON out and have make create $(VENV))
 	@case $$(cd / && $(PY) -c '$(whose)') in ours) ;; \
-	  none) $(PY) -m pip install --no-deps --no-build-isolation -e . || $(call stop,$(PY) needs setuptools 77 or newer) ;; \
+	  none) echo 'making this tree importable for $(PY) …'; \
+	    $(PY) -m pip install --quiet --no-deps --no-build-isolation -e . || $(call stop,$(PY) needs setuptools 77 or newer) ;; \
 	  *) $(call stop,$(PY) has another sae_engine: $(PY) -m pip uninstall sae-engine) ;; esac
 
 stop = { echo 'make: $(1)' >&2; exit 1; }
+torch = import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
 old = import sys; sys.exit(sys.version_info < (3, 10))
 whose = import importlib.util as u, os; s = u.find_spec("sae_engine"); \
   print("none" if s is None else "ours" if os.path.samefile(os.path.dirname(s.origin or "/"), "$(CURDIR)/sae_engine") else "other")
