@@ -1,23 +1,18 @@
 """The loss curve of a TrainStep beside dense PyTorch's: same initial weights, same batches, real activations.
 
-``make bench`` runs it; alone: ``python benchmarks/curve.py``. Two runs that differ in the last bit drift apart as an
+``make bench`` runs it. Two runs that differ in the last bit drift apart as an
 entry at the cut goes the other way; how far is measured too, by dense runs whose initial weights are a few roundings
 away.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from progress import ProgressBar
+from progress import announce
 from reconstruction import SPACE, normalised
-from rows import ROOT, Row, device_slug, environment, now_utc, store
+from rows import Row, environment, now_utc
 from sizes import Case
 from steps import Setup, dense, make_setup, train_step
 from torch import Tensor
@@ -60,7 +55,11 @@ def setup_on(x: Tensor, case: Case, steps: int, *, seed: int = 0, nearby: int | 
 
 def errors(call: Callable[[], Tensor], steps: int) -> list[float]:
     """The squared error per token of each batch, before its update."""
-    return torch.stack([call() for _ in range(steps)]).tolist()
+    found = []
+    for step in range(steps):
+        announce(f"loss curves: step {step + 1} of {steps}")
+        found.append(call())
+    return torch.stack(found).tolist()
 
 
 def curves(x: Tensor, case: Case, steps: int, nearby: int = 2) -> Iterator[tuple[str, int, list[float]]]:
@@ -71,31 +70,13 @@ def curves(x: Tensor, case: Case, steps: int, nearby: int = 2) -> Iterator[tuple
         yield NEARBY, number, errors(dense()(setup_on(x, case, steps, nearby=number)), steps)
 
 
-def measure(device: torch.device, extent: str, *, case: Case = CASE, progress: bool = True) -> Iterator[Row]:
+def measure(device: torch.device, extent: str, *, case: Case = CASE) -> Iterator[Row]:
+    announce("loss curves: activations")
     x, about = activations(TOKENS, device)
     steps = STEPS[extent]
-    with ProgressBar(total=4, desc="loss curves", unit="run", disable=not progress) as bar:
-        for provider, number, found in curves(x, case, steps):
-            yield {
-                "kind": "curve", "provider": provider, "seed": number, **about, "d_sae": case.F, "k": case.k,
-                "batch_tokens": case.B, "steps": steps, "method": f"Adam {LEARNING_RATE}, unit-norm decoder rows",
-                **environment(device), "errors": [float(f"{error:.7g}") for error in found], "utc": now_utc(),
-            }  # fmt: skip
-            bar.update()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Loss curves of TrainStep and of dense PyTorch.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    file = options.out / device_slug(device) / "curve.jsonl"
-    for row in measure(device, "default"):
-        store(file, [row])
-        print(f"{row['provider']}: {row['errors'][0]:.4f} … {row['errors'][-1]:.4f}", flush=True)
-    print(f"rows in {file}")
-
-
-if __name__ == "__main__":
-    main()
+    for provider, number, found in curves(x, case, steps):
+        yield {
+            "kind": "curve", "provider": provider, "seed": number, **about, "d_sae": case.F, "k": case.k,
+            "batch_tokens": case.B, "steps": steps, "method": f"Adam {LEARNING_RATE}, unit-norm decoder rows",
+            **environment(device), "errors": [float(f"{error:.7g}") for error in found], "utc": now_utc(),
+        }  # fmt: skip

@@ -55,6 +55,21 @@ def op_id(row: Row) -> str:
     return row["op"] if row["mode"] == "forward" else f"{row['op']}-{row['mode']}"
 
 
+def place_text(row: Row) -> str:
+    """Where a row stands: ``topk S1 bfloat16``, ``training step main float32``, ``TopK k = 32 seed 0``."""
+    if row["kind"] == "reconstruction":
+        return f"{row['rule']} {knob_text(row)} seed {row['seed']}"
+    names = {"step": "training step", "part": "parts of a step", "curve": "loss curve"}
+    what = names.get(row["kind"]) or op_id(row)
+    return " ".join([what, *(row[name] for name in ("case", "dtype") if name in row)])
+
+
+def failure_text(row: Row) -> str:
+    """One line about a row without numbers."""
+    part = f", {row['part']}" if row["kind"] == "part" else ""
+    return f"{place_text(row)}{part}, {row['provider']}: {row['failed']}"
+
+
 def cells(rows: Iterable[Row]) -> list[Cell]:
     """Operation rows by cell, in order of first appearance. Pass :func:`rows.latest` rows."""
     found: dict[tuple, Cell] = {}

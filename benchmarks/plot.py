@@ -18,7 +18,7 @@ from derived import Cell, cells, fmt_ms, fmt_ratio, means, shape_text, share_of_
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from rows import Row, latest, load, write_atomically
+from rows import Row, load, with_numbers, write_atomically
 from step_plot import figures as step_figures
 
 OURS_COLOUR, BASELINE_COLOUR, OTHER_COLOUR, INK, FAINT = "#0f6fb4", "#8a8f98", "#cdd2d9", "#22262b", "#d9dde2"
@@ -32,7 +32,7 @@ STYLE = {
 
 def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
     """Draws every figure that the rows allow, each written whole; returns the files."""
-    rows = latest(rows)
+    rows = with_numbers(rows)
     with plt.rc_context(STYLE):
         figures: dict[str, Figure] = step_figures(rows)
         by_group: dict[tuple[str, str], list[Cell]] = defaultdict(list)

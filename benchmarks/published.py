@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from derived import fmt_ms, shape_text, table
 from rows import Row
-from sizes import DEEP, WIDE, Case
+from shapes import DEEP, WIDE, Case
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Reconstruction error: sparse autoencoders trained on a language model's residual stream, ours against dense PyTorch.
 
-    python benchmarks/reconstruction.py                                        # the embedded model
-    python benchmarks/reconstruction.py --model openai-community/gpt2 --layer 8 --full
-    python benchmarks/reconstruction.py --model path/to/folder --layer 3
+    python benchmarks/run.py --only reconstruction                             # the embedded model
+    python benchmarks/run.py --only reconstruction --model openai-community/gpt2 --layer 8 --full
+    python benchmarks/run.py --only reconstruction --model path/to/folder --layer 3
 
 Every rule is trained through sae_engine for each k (or afa_coeff) and seed. The control is the same training in plain
 dense PyTorch (``torch.topk``, scatter, dense matmuls) from the same initial weights on the same batches: it must reach
@@ -12,21 +12,19 @@ are in that space. No auxiliary loss. ``benchmarks/README.md`` has the method.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import platform
 import random
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from progress import ProgressBar
-from rows import ROOT, Row, device_slug, environment, now_utc, store
+from guarded import failed
+from progress import announce
+from rows import ROOT, Row, environment, now_utc
 from timing import OtherLoad
 from torch import Tensor, nn
 
@@ -79,7 +77,7 @@ class Setting:
 
 QUICK = Setting(512, 256, 256 * 40, 4096, (0,), (16,), (1 / 32,), (16,), (1 / 32,))
 DEFAULT = Setting(
-    d_sae=2048, batch_tokens=512, train_tokens=512 * 280, eval_tokens=None, seeds=(0, 1), ks=(16, 32, 64, 256),
+    d_sae=2048, batch_tokens=512, train_tokens=512 * 140, eval_tokens=16384, seeds=(0, 1), ks=(16, 32, 64),
     afa_coeffs=(1 / 128, 1 / 32), control_ks=(32,), control_afa_coeffs=(1 / 32,),
 )  # fmt: skip
 FULL = Setting(
@@ -105,19 +103,21 @@ class Run:
 
 
 def plan(setting: Setting) -> list[Run]:
-    """All runs; a control stands beside the run that it controls, so that a slower machine slows both."""
-    runs = []
-    for rule, knobs, controlled in (
-        ("TopK", setting.ks, setting.control_ks),
-        ("BatchTopK", setting.ks, setting.control_ks),
-        ("top-AFA", setting.afa_coeffs, setting.control_afa_coeffs),
-    ):
-        for knob in knobs:
-            for seed in setting.seeds:
-                runs.append(Run(rule, knob, OURS, seed))
-                if knob in controlled:
-                    runs.append(Run(rule, knob, DENSE, seed))
-    return runs
+    """All runs, those that have a control first, and of the first seed; a control follows the run that it controls."""
+    runs = [
+        (knob not in controlled, seed, Run(rule, knob, OURS, seed))
+        for rule, knobs, controlled in (
+            ("TopK", setting.ks, setting.control_ks),
+            ("BatchTopK", setting.ks, setting.control_ks),
+            ("top-AFA", setting.afa_coeffs, setting.control_afa_coeffs),
+        )
+        for knob in knobs
+        for seed in setting.seeds
+    ]
+    planned = []
+    for alone, seed, run in sorted(runs, key=lambda entry: (entry[1], entry[0])):
+        planned += [run] if alone else [run, Run(run.rule, run.knob, DENSE, seed)]
+    return planned
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class Activations:
 
 
 def collect(
-    lm: LanguageModel, layer: int, site: str, setting: Setting, *, cache: Path | None = None, progress: bool = True
+    lm: LanguageModel, layer: int, site: str, setting: Setting, *, cache: Path | None = None, progress: bool = False
 ) -> Activations:
     """Activations of the standard library's text to train on and of the fixed evaluation text to test on; cached."""
     documents = training_documents()
@@ -299,8 +299,24 @@ def batches(activations: ActivationStore, setting: Setting, seed: int, device: t
         yield normalised(x)
 
 
-def train(run: Run, data: Activations, setting: Setting, device: torch.device, bar: ProgressBar) -> Row:
-    """Trains once and evaluates on the held-out tokens: one row."""
+def train(run: Run, data: Activations, setting: Setting, device: torch.device) -> Row:
+    """Trains once and evaluates on the held-out tokens: one row, which says what went wrong if something did."""
+    about = {
+        "kind": "reconstruction", "rule": run.rule, "knob_name": run.knob_name, "knob": run.knob,
+        "provider": run.implementation, "seed": run.seed, **data.about, "d_sae": setting.d_sae,
+        "batch_tokens": setting.batch_tokens, "steps": setting.steps,
+        "method": f"{METHOD}; {METHODS[run.rule]}", **environment(device),
+    }  # fmt: skip
+    try:
+        return {**about, **_trained(run, data, setting, device, about), "utc": now_utc()}
+    except Exception as error:
+        return failed(about, error, device)
+
+
+def _trained(run: Run, data: Activations, setting: Setting, device: torch.device, about: Row) -> Row:
+    """The numbers of a row."""
+    where = f"{run.rule} {run.knob_name}={run.knob:g} {run.implementation} seed {run.seed}"
+    announce(where, [about])
     model = build(run, data.mean.to(device), setting.d_sae)
     optimizer = make_optimizer(model)
     errors, started, others = [], time.perf_counter(), OtherLoad()
@@ -309,20 +325,16 @@ def train(run: Run, data: Activations, setting: Setting, device: torch.device, b
             _wait(device)
             started = time.perf_counter()
         errors.append(training_step(model, optimizer, x, run))
-        bar.update()
+        announce(f"{where}: step {step + 1} of {setting.steps}", [about])
     _wait(device)
     seconds = time.perf_counter() - started
     other_load = others.cores()
     timed_tokens = (len(errors) - WARM_STEPS) * setting.batch_tokens
     last = torch.stack(errors[-max(len(errors) // 20, 1) :]).mean().item()
+    announce(f"{where}: held-out tokens", [about])
     return {
-        "kind": "reconstruction", "rule": run.rule, "knob_name": run.knob_name, "knob": run.knob,
-        "provider": run.implementation, "seed": run.seed, **data.about, "d_sae": setting.d_sae,
-        "batch_tokens": setting.batch_tokens, "steps": len(errors),
-        "method": f"{METHOD}; {METHODS[run.rule]}",
-        **environment(device), **evaluate(model, data.held_out, setting, device),
-        "mse_train": _short(last), "tokens_per_second": _short(timed_tokens / seconds), "seconds": _short(seconds),
-        "other_load": other_load, "utc": now_utc(),
+        **evaluate(model, data.held_out, setting, device), "mse_train": _short(last),
+        "tokens_per_second": _short(timed_tokens / seconds), "seconds": _short(seconds), "other_load": other_load,
     }  # fmt: skip
 
 
@@ -361,50 +373,19 @@ def _short(x: float) -> float:
     return float(f"{x:.6g}")
 
 
-def measure(
-    device: torch.device, setting: Setting, *, model: str | None = None, layer: int | None = None,
-    site: str = "resid_pre", cache: Path | None = None, progress: bool = True,
-) -> Iterator[Row]:  # fmt: skip
-    """Collects what is missing, then yields one row per run.
+@functools.lru_cache(maxsize=1)
+def activations(
+    device: torch.device, setting: Setting, model: str | None = None, layer: int | None = None,
+    site: str = "resid_pre", cache: Path | None = None,
+) -> Activations:  # fmt: skip
+    """Collects what is missing; all runs of a process share it.
 
     Args:
         model: as :func:`sae_engine.data.load_language_model`; None is the embedded model.
         layer: None takes the one at two thirds of the depth, as layer 8 of GPT-2's 12.
         cache: folder for activations; None is ``.cache/activations``.
     """
+    announce("collecting activations of the language model")
     lm = load_language_model(model, device=device, fallback=True)
     layer = round(lm.num_layers * 2 / 3) if layer is None else layer
-    data = collect(lm, layer, site, setting, cache=cache, progress=progress)
-    del lm
-    runs = plan(setting)
-    with ProgressBar(total=len(runs) * setting.steps, desc="training", unit="step", disable=not progress) as bar:
-        for run in runs:
-            bar.set_postfix_str(f"{run.rule} {run.knob_name}={run.knob:g} {run.implementation} seed {run.seed}")
-            yield train(run, data, setting, device, bar)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train sparse autoencoders and store what they reach.")
-    parser.add_argument("--model", help="hub name or folder; default: the embedded model")
-    parser.add_argument("--layer", type=int, help="default: two thirds of the depth")
-    parser.add_argument("--site", default="resid_pre")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="a smoke run; its rows are printed, not stored")
-    extent.add_argument("--full", action="store_true", help="d_sae 12288, 2.5 M tokens, every control")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    setting = QUICK if arguments.quick else FULL if arguments.full else DEFAULT
-    file = arguments.out / device_slug(device) / "reconstruction.jsonl"
-    for row in measure(device, setting, model=arguments.model, layer=arguments.layer, site=arguments.site):
-        if not arguments.quick:
-            store(file, [row])
-        shown = ("rule", "knob", "provider", "seed", "mse", "fvu", "l0", "dead_fraction", "tokens_per_second")
-        print("  ".join(f"{name} {row[name]}" for name in shown), flush=True)
-    if not arguments.quick:
-        print(f"rows in {file}")
-
-
-if __name__ == "__main__":
-    main()
+    return collect(lm, layer, site, setting, cache=cache)

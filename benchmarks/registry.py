@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -31,9 +31,12 @@ from checks import (
     expected_batch_topk,
     expected_decode,
     expected_feature_topm,
+    expected_threshold,
     expected_topk,
     expected_value_gradient,
     expected_weight_gradient,
+    nearest_prefix,
+    once,
 )
 from derived import GEMM_ALONE, GROUP_MAXIMA
 from inputs import (
@@ -73,11 +76,9 @@ from stock import (
 )
 from torch import Tensor
 
-from sae_engine import SparseCodes, functional
+from sae_engine import functional
 from sae_kernels import traffic
 from sae_kernels.traffic import Traffic
-
-CHECK_ROWS = 32  # tokens of the input on which results are compared before anything is timed
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,12 @@ class Provider:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation in one mode. ``tests`` are the files that must be green before it is timed."""
+    """One operation in one mode."""
 
     name: str
     mode: str
     title: str
     sizes: str
-    tests: tuple[str, ...]
     make_inputs: Callable[[Case, torch.dtype, torch.device, int], Inputs]
     providers: tuple[Provider, ...]
     traffic: Callable[[Inputs], Traffic]
@@ -160,10 +160,10 @@ class Op:
 # --- traffic -------------------------------------------------------------------------------------------------------
 
 
-def kept(i: Inputs, select: Callable[[], SparseCodes]) -> int:
-    if not hasattr(i, "kept"):
-        i.kept = int(select().offsets[-1])
-    return i.kept
+def distinct(i: Inputs) -> int:
+    """Latents that an autoencoder's codes name."""
+    pre = torch.addmm(i.sae.b_enc, i.x - i.sae.b_dec, i.sae.W_enc)
+    return int(pre.topk(i.k, sorted=False).indices.unique().numel())
 
 
 def codes_traffic(function: Callable[..., Traffic], **options: str) -> Callable[[Inputs], Traffic]:
@@ -193,7 +193,7 @@ ROW_TOPK_KERNELS: tuple[tuple[str, Callable, dict[str, Any]], ...] = (
 
 OPS: tuple[Op, ...] = (
     Op(
-        "topk", "forward", "row top-k", "BFk", ("test_row_topk.py",), pre_inputs,
+        "topk", "forward", "row top-k", "BFk", pre_inputs,
         (
             Provider("ours", lambda i: lambda: functional.topk(i.pre, i.k)),
             Provider("torch.topk", lambda i: lambda: topk_relu(i.pre, i.k), baseline=True),
@@ -212,7 +212,7 @@ OPS: tuple[Op, ...] = (
         check_selection("topk", expected_topk, batch=False),
     ),
     Op(
-        "batch_topk", "forward", "batch top-k (mutual choice)", "BFk", ("test_batch_topk.py",), pre_inputs,
+        "batch_topk", "forward", "batch top-k (mutual choice)", "BFk", pre_inputs,
         (
             Provider("ours", lambda i: lambda: functional.batch_topk(i.pre, i.k)),
             Provider("flat torch.topk", lambda i: lambda: flat_topk(i.pre, total(i)), baseline=True),
@@ -227,7 +227,7 @@ OPS: tuple[Op, ...] = (
         check_selection("batch_topk", expected_batch_topk, batch=True),
     ),
     Op(
-        "feature_topm", "forward", "feature choice", "BFk", ("test_feature_topm.py",), feature_topm_inputs,
+        "feature_topm", "forward", "feature choice", "BFk", feature_topm_inputs,
         (
             Provider("ours", lambda i: lambda: functional.feature_topm(i.pre, i.m, total=i.total)),
             Provider(
@@ -239,7 +239,7 @@ OPS: tuple[Op, ...] = (
         check_selection("feature_topm", expected_feature_topm, batch=True),
     ),
     Op(
-        "norm_match", "forward", "norm match (top-AFA)", "BFk", ("test_norm_match.py",), norm_match_inputs,
+        "norm_match", "forward", "norm match (top-AFA)", "BFk", norm_match_inputs,
         (
             Provider("ours", lambda i: lambda: functional.norm_match(i.pre, i.target, weight_norm=i.weight_norm)),
             Provider(
@@ -259,13 +259,12 @@ OPS: tuple[Op, ...] = (
             ),
         ),
         lambda i: traffic.norm_match(
-            i.case.B, i.case.F,
-            kept(i, lambda: functional.norm_match(i.pre, i.target, weight_norm=i.weight_norm)), i.pre.element_size(),
+            i.case.B, i.case.F, int(nearest_prefix(i)[1].sum()), i.pre.element_size()
         ),
         check_norm_match,
     ),
     Op(
-        "threshold", "forward", "threshold", "BFk", ("test_threshold.py",), threshold_inputs,
+        "threshold", "forward", "threshold", "BFk", threshold_inputs,
         (
             Provider("ours", lambda i: lambda: functional.threshold(i.pre, i.theta)),
             Provider(
@@ -277,13 +276,12 @@ OPS: tuple[Op, ...] = (
             Provider("torch.where", lambda i: lambda: above_dense(i.pre, i.theta), note=DENSE),
         ),
         lambda i: traffic.threshold(
-            i.case.B, i.case.F, kept(i, lambda: functional.threshold(i.pre, i.theta)), i.pre.element_size()
+            i.case.B, i.case.F, int((i.pre > i.theta).sum()), i.pre.element_size()
         ),
-        check_selection("threshold", lambda i: above_dense(i.pre, i.theta), batch=False),
+        check_selection("threshold", expected_threshold, batch=False),
     ),
     Op(
-        "encode", "forward", "encoder + row top-k", "BdFk", ("test_encode.py",),
-        encoder_inputs,
+        "encode", "forward", "encoder + row top-k", "BdFk", encoder_inputs,
         (
             Provider("ours", encoded),
             Provider(
@@ -305,7 +303,7 @@ OPS: tuple[Op, ...] = (
         check_encode,
     ),
     Op(
-        "decode", "forward", "decode", "BdFki", ("test_decode.py",), codes_inputs,
+        "decode", "forward", "decode", "BdFki", codes_inputs,
         (
             Provider("ours", lambda i: lambda: functional.decode(i.codes, i.weight, i.bias)),
             Provider(
@@ -322,7 +320,7 @@ OPS: tuple[Op, ...] = (
         check_sum("decode", expected_decode),
     ),
     Op(
-        "decode_error", "forward", "decode, residual and squared error", "BdFki", ("test_decode.py",), codes_inputs,
+        "decode_error", "forward", "decode, residual and squared error", "BdFki", codes_inputs,
         (
             Provider("ours", error),
             Provider(
@@ -336,7 +334,7 @@ OPS: tuple[Op, ...] = (
         check_error,
     ),
     Op(
-        "decode", "backward_values", "decode, gradient of values", "BdFki", ("test_decode.py",), codes_inputs,
+        "decode", "backward_values", "decode, gradient of values", "BdFki", codes_inputs,
         (
             Provider("ours", value_gradient),
             Provider("embedding_bag backward", bag_gradient("values"), baseline=True),
@@ -349,7 +347,7 @@ OPS: tuple[Op, ...] = (
         check_flat(check_sum("decode-backward_values", expected_value_gradient)),
     ),
     Op(
-        "decode", "backward_weight", "decode, gradient of weight", "BdFki", ("test_decode.py",), codes_inputs,
+        "decode", "backward_weight", "decode, gradient of weight", "BdFki", codes_inputs,
         (
             Provider("ours", weight_gradient, note="turning included"),
             Provider("embedding_bag backward", bag_gradient("weight"), baseline=True),
@@ -359,7 +357,7 @@ OPS: tuple[Op, ...] = (
         check_sum("decode-backward_weight", expected_weight_gradient),
     ),
     Op(
-        "to_dense", "forward", "codes to dense", "BFki", ("test_codes.py",), codes_inputs,
+        "to_dense", "forward", "codes to dense", "BFki", codes_inputs,
         (
             Provider("ours", lambda i: lambda: i.codes.to_dense()),
             Provider(
@@ -372,7 +370,7 @@ OPS: tuple[Op, ...] = (
         check_dense,
     ),
     Op(
-        "autoencoder", "forward", "TopK autoencoder, forward", "BdFk", ("test_autoencoder.py",), autoencoder_inputs,
+        "autoencoder", "forward", "TopK autoencoder, forward", "BdFk", autoencoder_inputs,
         (
             Provider("ours", lambda i: lambda: i.sae(i.x)),
             Provider("dense eager", lambda i: lambda: dense_autoencoder(i.x, i.sae, i.k), baseline=True),
@@ -384,7 +382,7 @@ OPS: tuple[Op, ...] = (
         ),
         lambda i: traffic.autoencoder_forward(
             i.case.B, i.case.F, i.case.d, total(i), i.x.element_size(),
-            distinct=distinct(i),
+            distinct=once(i, "distinct", lambda: distinct(i)),
         ),
         check_autoencoder,
     ),
@@ -393,12 +391,6 @@ OPS: tuple[Op, ...] = (
 
 def bound(function: Callable, *args) -> Callable[[], Output]:
     return lambda: function(*args)
-
-
-def distinct(i: Inputs) -> int:
-    if not hasattr(i, "distinct"):
-        i.distinct = int(i.sae.encode(i.x).indices.unique().numel())
-    return i.distinct
 
 
 def find(op_id: str) -> Op:
@@ -418,11 +410,11 @@ def input_bytes(inputs: Inputs) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def check_inputs(op: Op, case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """The first tokens' worth of a case: little enough for the reference, at the width that will be timed."""
-    return op.make_inputs(replace(case, B=min(case.B, CHECK_ROWS)), dtype, device, seed)
+def check_provider(op: Op, provider: Provider, inputs: Inputs) -> Callable[[], Output]:
+    """The provider's call on ``inputs``, after its result has been compared with the truth.
 
-
-def check_provider(op: Op, provider: Provider, inputs: Inputs) -> None:
-    """Runs a provider and compares it with the reference. AssertionError: it differs; names operation and provider."""
-    (provider.check or op.check)(inputs, provider, provider.build(inputs)())
+    checks.Wrong: it differs; names operation and provider.
+    """
+    call = provider.build(inputs)
+    (provider.check or op.check)(inputs, provider, call())
+    return call

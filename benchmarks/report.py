@@ -12,6 +12,7 @@ from derived import (
     Cell,
     bandwidth_gbps,
     cells,
+    failure_text,
     fmt_ms,
     fmt_ratio,
     fmt_spread,
@@ -27,7 +28,7 @@ from derived import (
     speed_up,
     table,
 )
-from rows import Row, latest
+from rows import Row, failures, with_numbers
 from step_report import sections
 from verdicts import prediction_table, predictions, target_table
 
@@ -37,7 +38,7 @@ BUSY_CORES = 0.15  # other processes' load above which a report says so
 
 def summary(rows: Iterable[Row]) -> str:
     """What the terminal shows: ours beside its roof, the baseline and everything else; verdicts; then the errors."""
-    rows = latest(rows)
+    rows = with_numbers(rows)
     lines = []
     for cell in cells(rows):
         if cell.ours and cell.baseline:
@@ -64,9 +65,11 @@ def summary(rows: Iterable[Row]) -> str:
 def markdown(
     rows: Iterable[Row], figures: Sequence[Path], skipped: Sequence[str] = (), predicted: Iterable[dict] = ()
 ) -> str:
-    """The whole report. ``figures`` lie beside it; ``skipped`` are lines about what has no numbers; ``predicted`` are
-    rows of ``predict.py``."""
-    rows = latest(rows)
+    """The whole report. ``figures`` lie beside it; ``skipped`` are lines about what has no numbers and no row;
+    ``predicted`` are rows of ``predict.py``."""
+    rows = list(rows)
+    absent = [*map(failure_text, failures(rows)), *skipped]
+    rows = with_numbers(rows)
     operations = [row for row in rows if row["kind"] == "operation"]
     parts = ["# Benchmarks", machine(rows)]
     if operations:
@@ -92,8 +95,8 @@ def markdown(
         parts += ["## Reconstruction", *_pictures(figures, "reconstruction")]
         for found in trained.values():
             parts += [setting_text(found), _reconstruction_table(found), _agreement(found)]
-    if skipped:
-        parts += ["## Without numbers", "\n".join(f"- {line}" for line in skipped)]
+    if absent:
+        parts += ["## Without numbers", "\n".join(f"- {line}" for line in absent)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -117,6 +120,8 @@ def _pictures(figures: Sequence[Path], prefix: str) -> list[str]:
 
 
 def machine(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "Nothing has been measured."
     lines = []
     for row in rows:
         commit = "not committed" if row["commit"] is None else row["commit"][:12]
@@ -139,9 +144,9 @@ def machine(rows: Sequence[Row]) -> str:
 
 def _legend(rows: Sequence[Row]) -> str:
     text = [
-        "Median milliseconds of one call (20th–80th percentile). Every operation's tests were green and every "
-        "provider's result agreed with the reference before it was timed. GB/s counts the unavoidable bytes: each "
-        "input once, each output once. The baseline is stock PyTorch with the same kind of result, at its best setting."
+        "Median milliseconds of one call (20th–80th percentile). Every result was compared with the reference "
+        "at this very size, just before it was timed. GB/s counts the unavoidable bytes: each input once, each output "
+        "once. The baseline is stock PyTorch with the same kind of result, at its best setting."
     ]
     for device in dict.fromkeys(row["device"] for row in rows):
         copy = roof_of(rows, device, "copy")

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
+from progress import announce
 from rows import Row, environment, now_utc
 from timing import OtherLoad, Timing, method, time_interleaved
 
@@ -82,6 +83,7 @@ def gathers(
 
 
 def _timed(calls: list[Callable[[], object]], device: torch.device, seconds: float) -> list[Timed]:
+    announce("this machine's own rates")
     others = OtherLoad()
     timings = time_interleaved([[call] for call in calls], device, budget_seconds=seconds)
     load = others.cores()

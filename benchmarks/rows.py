@@ -1,7 +1,8 @@
 """Rows: what was measured, where, and with what. JSON lines in long form; tables and plots are made from them alone.
 
 A row's key is everything in it that is no measurement. Writing a row replaces the one with the same key, and also what
-an uncommitted tree left for the same cell (the key without commit and versions).
+an uncommitted tree left for the same cell (the key without commit and versions). What was to be measured and could not
+be is a row as well: ``failed`` says why, and takes the place of the numbers.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # whoever only reads rows needs no torch
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -28,7 +30,7 @@ MEASURED = frozenset({
     "ms_p50", "ms_p20", "ms_p80", "samples", "bytes", "flops", "peak_mem_bytes", "other_load", "utc",
     "mse", "mse_train", "fvu", "l0", "dead_fraction", "tokens_per_second", "seconds",
     "errors", "share_of_first",
-    "dense_fraction", "loss_recovered", "ce_clean", "ce_spliced", "ce_ablated", "strength",
+    "dense_fraction", "loss_recovered", "ce_clean", "ce_spliced", "ce_ablated", "strength", "failed",
 })  # fmt: skip
 PROVENANCE = frozenset({"commit", "dirty", "torch", "triton", "python", "driver", "cuda"})
 VERSIONS = PROVENANCE | {"packages"}  # of other libraries, where a row has to do with them
@@ -64,6 +66,21 @@ def latest(rows: Iterable[Row]) -> list[Row]:
         if place not in newest or row["utc"] >= newest[place]["utc"]:
             newest[place] = row
     return list(newest.values())
+
+
+def with_numbers(rows: Iterable[Row]) -> list[Row]:
+    """The newest row of each cell, where that holds numbers."""
+    return [row for row in latest(rows) if "failed" not in row]
+
+
+def failures(rows: Iterable[Row]) -> list[Row]:
+    """The newest row of each cell, where that says why there are none."""
+    return [row for row in latest(rows) if "failed" in row]
+
+
+def failure(about: Row, reason: str) -> Row:
+    """The row of what has no numbers; ``about`` is all else that its row would say."""
+    return {**about, "failed": reason, "utc": now_utc()}
 
 
 def load(path: Path) -> list[Row]:
@@ -114,6 +131,8 @@ def environment(device: torch.device) -> Row:
 @cache
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with the number of threads torch uses."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -137,6 +156,8 @@ def _processor() -> str:
 
 @cache
 def _versions(device_type: str) -> Row:
+    import torch
+
     on_gpu = device_type == "cuda"
     return {
         "driver": _driver() if on_gpu else None,

@@ -1,6 +1,6 @@
 """Where a training step's time goes: its parts one by one on the same inputs, ours beside dense PyTorch's.
 
-    make bench-step                       # or: python benchmarks/step.py [--quick]
+``make bench-step`` runs this alone, ``make bench`` among the rest.
 
 Parts are timed alone, in turn with the whole steps; what the whole takes beyond the sum of its parts (counters, the
 report, small gradients) is shown as the rest, and is negative where data stays in a cache from one part to the next.
@@ -9,23 +9,19 @@ Measured for even firing and for firing that follows a Zipf law, as latents of t
 
 from __future__ import annotations
 
-import argparse
-import gc
-import sys
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from guarded import Entrant, Prepared, time_in_turn
 from ours import backend_of
-from rows import ROOT, Row, device_name, device_slug, environment, now_utc, store
-from run import chosen_device, write_report
+from progress import announce
+from rows import Row, environment
 from sizes import MAIN, S1, Case
 from steps import LEARNING_RATE, SEED, TINY, DenseAutoencoder, Setup, dense, make_setup, step_with_unit_rows, train_step
 from stock import topk_dense
-from timing import OtherLoad, method, time_interleaved
+from timing import method
 
 from sae_engine import SparseCodes, _passes, functional
 from sae_engine.training.chunks import PreActivations
@@ -36,7 +32,7 @@ TURNING, VALUES, WEIGHTS = "turning the codes", "value gradients", "weight gradi
 PARTS = (GEMM, SELECTION, DECODE, TURNING, VALUES, WEIGHTS)
 WHOLE = "whole step"
 OURS, DENSE = "ours", "dense PyTorch"
-BUDGET_SECONDS = {"quick": 0.2, "default": 30.0, "full": 30.0}
+BUDGET_SECONDS = {"quick": 0.2, "default": 8.0, "full": 30.0}
 Calls = dict[str, Callable[[], object]]
 
 
@@ -126,53 +122,37 @@ def cases(device: torch.device, extent: str) -> list[tuple[Case, torch.dtype]]:
     return [(case, dtype), (replace(case, indices="zipf", name=f"{case.name}, skewed"), dtype)]
 
 
-def measure(case: Case, dtype: torch.dtype, device: torch.device, extent: str) -> list[Row]:
+def measure(
+    case: Case, dtype: torch.dtype, device: torch.device, extent: str, *, without: Collection[str] = ()
+) -> list[Row]:
+    """A row for each part of our step and of the dense one. ``without``: sides that are left out."""
+    where = f"parts of a step {case.name}"
+    about = {
+        "kind": "part", "case": case.name, "group": case.group, "shape": case.shape("BdFki"),
+        "dtype": str(dtype).removeprefix("torch."), "seed": SEED, "method": method(device), **environment(device),
+    }  # fmt: skip
+    announce(f"{where}: inputs")
     setup = make_setup(case, device, dtype)
     with torch.no_grad():
+        announce(f"{where}: ours")
         ours, codes = our_parts(setup)
-        theirs = dense_parts(setup)
-    calls = {(provider, part): _right_mode(part, call)
-             for provider, parts in ((OURS, ours), (DENSE, theirs)) for part, call in parts.items()}  # fmt: skip
+        announce(f"{where}: dense PyTorch")
+        sides = {OURS: ours, DENSE: dense_parts(setup)}
     share = float(codes.indices.bincount(minlength=case.F).max()) / case.B
-    others = OtherLoad()
-    timings = time_interleaved(
-        [[call] for call in calls.values()], device,
-        budget_seconds=BUDGET_SECONDS[extent] / (10 if device.type == "cuda" else 1),
-    )  # fmt: skip
-    load = others.cores()
-    rows = [
-        {
-            "kind": "part", "case": case.name, "group": case.group, "shape": case.shape("BdFki"),
-            "dtype": str(dtype).removeprefix("torch."), "seed": SEED, "method": method(device), "provider": provider,
-            "part": part, **environment(device), **timing.fields(), "share_of_first": share, "other_load": load,
-            "utc": now_utc(),
-        }
-        for (provider, part), timing in zip(calls, timings, strict=True)
+    entrants = [
+        Entrant({**about, "provider": side, "part": part}, functools.partial(_prepared, _right_mode(part, call), share))
+        for side, parts in sides.items() if side not in without for part, call in parts.items()
     ]  # fmt: skip
-    del calls, ours, theirs, codes, setup
-    gc.collect()
-    return rows
+    return time_in_turn(
+        entrants, device, where, budget_seconds=BUDGET_SECONDS[extent] / (10 if device.type == "cuda" else 1)
+    )
+
+
+def _prepared(call: Callable[[], object], share: float) -> Prepared:
+    call()
+    return Prepared([call], {"share_of_first": share})
 
 
 def _right_mode(part: str, call: Callable[[], object]) -> Callable[[], object]:
     """Whole steps set their own gradient mode, parts build no graph."""
     return call if part == WHOLE else torch.no_grad()(call)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Time the parts of a training step.")
-    parser.add_argument("--quick", action="store_true", help="a small size; kept apart")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
-    options = parser.parse_args(arguments)
-    device = chosen_device(options.device)
-    folder = options.out / (device_slug(device) + ("-quick" if options.quick else ""))
-    print(f"{device_name(device)}, torch {torch.__version__}; results in {folder}", flush=True)
-    extent = "quick" if options.quick else "default"
-    for case, dtype in cases(device, extent):
-        store(folder / "step.jsonl", measure(case, dtype, device, extent))
-    write_report(folder, [])
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,7 @@ from importlib import metadata
 
 import stock
 import torch
+from guarded import Wrong
 from inputs import normal, seeded
 from registry import Provider
 from sizes import MAIN, PUBLISHED, S1, S2, S3, SMALL, Case
@@ -431,9 +432,9 @@ def check(contestant: Contestant, call: Callable[[], Tensor | None], s: Setup, e
         roundings = 1 / 32  # it returns the whole loss: AuxK's share is at most its weight times about 1
         expected += 1 / 32
     if not abs(errors[0] - expected) <= roundings * expected:
-        raise AssertionError(f"{contestant.name}: the first error is {errors[0]:.6g}, not {expected:.6g}")
+        raise Wrong(f"{contestant.name}: the first error is {errors[0]:.6g}, not {expected:.6g}")
     if contestant.updates and not errors[BATCHES] < errors[0]:
-        raise AssertionError(f"{contestant.name}: the error does not fall: {errors}")
+        raise Wrong(f"{contestant.name}: the error does not fall: {errors}")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
+ENOUGH_SECONDS = 12.0
 
 CPU_METHOD = "perf_counter; variants interleaved round by round; median and 20th/80th percentile"
 GPU_METHOD = "CUDA events behind a busy queue; inputs rotated past the L2 cache; variants interleaved; medians"
@@ -57,7 +58,8 @@ def time_interleaved(
 ) -> list[Timing]:
     """Times each variant, a list of calls on different copies of the input, until the budget is spent.
 
-    One call of each comes first, unmeasured. At least ``least_rounds`` rounds are measured whatever they take.
+    One call of each comes first, unmeasured. At least ``least_rounds`` rounds are measured, but that one is enough
+    where they take more than ``ENOUGH_SECONDS``: on an overloaded machine more would say no more, and cost the others.
     """
     if not variants or not all(variants):
         raise ValueError(f"variants must be non-empty lists of calls, got {variants!r}")
@@ -71,7 +73,8 @@ def time_interleaved(
     for round_ in range(most_rounds):
         for calls, timed, taken in zip(variants, once, samples, strict=True):
             taken.append(timed(calls[round_ % len(calls)], device))
-        if round_ + 1 >= least_rounds and time.perf_counter() - started > budget_seconds:
+        taken_seconds = time.perf_counter() - started
+        if taken_seconds > (budget_seconds if round_ + 1 >= least_rounds else max(budget_seconds, ENOUGH_SECONDS)):
             break
     return [summarize(taken) for taken in samples]
 

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from sae_kernels import traffic
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import curve
+import checks
 import derived
+import guarded
 import operations
 import reconstruction
 import registry
@@ -25,7 +24,6 @@ import rows
 import run
 import sizes
 import timing
-import verify
 
 BENCHMARKS = Path(run.__file__).parent
 CPU = torch.device("cpu")
@@ -56,15 +54,12 @@ def traced(monkeypatch):
 @pytest.mark.parametrize("indices", ["uniform", "zipf"])
 def test_every_provider_agrees_with_the_reference(op, dtype, indices, traced):
     with torch.no_grad():
-        inputs = registry.check_inputs(op, dataclasses.replace(TINY, indices=indices), dtype, CPU, seed=1)
+        inputs = op.make_inputs(dataclasses.replace(TINY, indices=indices), dtype, CPU, 1)
         here = [provider for provider in op.providers if provider.missing(CPU) is None]
         for provider in here:
             registry.check_provider(op, provider, inputs)
-    absent = {provider.name for provider in op.providers} - {provider.name for provider in here}
-    assert absent <= {
-        "ours, capacity", "ours, fused", "SAELens TopK", "FlashInfer top_k", "sparsify", "torch.compile",
-        "group maxima alone",
-    }  # fmt: skip
+    absent = [provider for provider in op.providers if provider not in here]
+    assert all(provider.gpu_only or provider.package or provider.compiled for provider in absent)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -74,7 +69,7 @@ def test_a_wrong_result_is_noticed(op):
         return lambda: torch.utils._pytree.tree_map(lambda t: t * 2 if t.is_floating_point() else t, right())
 
     liar = dataclasses.replace(op.baseline, build=wrong)
-    inputs = registry.check_inputs(op, TINY, torch.float32, CPU, seed=0)
+    inputs = op.make_inputs(TINY, torch.float32, CPU, 0)
     with torch.no_grad(), pytest.raises(AssertionError, match=re.escape(liar.name)):
         registry.check_provider(op, liar, inputs)
 
@@ -84,8 +79,6 @@ def test_one_baseline_and_ours_everywhere():
         assert [provider.baseline for provider in op.providers].count(True) == 1, op.id
         assert op.providers[0].name == "ours", op.id
         assert not op.baseline.compiled and op.baseline.package is None, op.id
-        for file in op.tests:
-            assert (BENCHMARKS.parent / "tests" / file).is_file(), op.id
     assert len({op.id for op in registry.OPS}) == len(registry.OPS)
 
 
@@ -238,83 +231,135 @@ def test_a_row_says_where_it_was_measured():
     assert rows.device_slug(CPU).startswith("cpu-")
 
 
-# --- timing and the gate -------------------------------------------------------------------------------------------
+# --- timing --------------------------------------------------------------------------------------------------------
 
 
-def test_variants_are_interleaved():
+def test_variants_are_interleaved(monkeypatch):
     order = []
     variants = [[lambda name=name: order.append(name)] for name in "ab"]
     timings = timing.time_interleaved(variants, CPU, budget_seconds=0.0, least_rounds=3)
     assert "".join(order) == "ab" * 4  # one round unmeasured
     assert [t.samples for t in timings] == [3, 3]
     assert timing.summarize([3.0, 1.0, 2.0]).ms_p50 == 2.0
+    clock = iter(range(0, 10**6, 20))  # every look at it is twenty seconds later
+    with monkeypatch.context() as patched:
+        patched.setattr(timing.time, "perf_counter", lambda: next(clock))
+        timings = timing.time_interleaved(variants, CPU, budget_seconds=0.0, least_rounds=3)
+    assert [t.samples for t in timings] == [1, 1]
     with pytest.raises(ValueError, match="variants"):
         timing.time_interleaved([], CPU, budget_seconds=0.0)
 
 
-JUNIT = """<testsuites><testsuite>
-<testcase classname="tests.test_green" name="test_a"/>
-<testcase classname="tests.test_green" name="test_b"><skipped/></testcase>
-<testcase classname="tests.test_red" name="test_c"/>
-<testcase classname="tests.test_red" name="test_d"><failure message="no"/></testcase>
-<testcase classname="tests.test_idle" name="test_e"><skipped/></testcase>
-<testcase classname="" name="tests.test_broken"><error message="import"/></testcase>
-</testsuite></testsuites>"""
+def replaced(op, *more):
+    """The operation with two honest providers, and ``more``: a name and what its call does, given the inputs."""
+    ours, baseline = op.providers[:2]
+    made = [dataclasses.replace(baseline, name=name, baseline=False, build=build) for name, build in more]
+    return dataclasses.replace(op, providers=(ours, baseline, *made))
 
 
-def test_verdicts(tmp_path):
-    junit = tmp_path / "report.xml"
-    junit.write_text(JUNIT)
-    verdicts = verify._verdicts([f"test_{name}.py" for name in ("green", "red", "idle", "broken")], junit)
-    assert verdicts["test_green.py"] is None
-    assert "test_d" in verdicts["test_red.py"]
-    assert "no test ran" in verdicts["test_idle.py"]
-    assert "test_broken" in verdicts["test_broken.py"]
-
-
-def test_a_pass_is_remembered_and_a_failure_is_not(tmp_path, monkeypatch):
-    asked = []
-
-    def fake(names, device, timeout):
-        asked.append(names)
-        return {name: None if name == "test_codes.py" else "red" for name in names}
-
-    monkeypatch.setattr(verify, "_run", fake)
-    cache = tmp_path / "verified.json"
-    for _ in range(2):
-        verdicts = verify.verify(["test_codes.py", "test_decode.py", "test_nothing.py"], CPU, cache=cache)
-        assert verdicts["test_codes.py"] is None
-        assert verdicts["test_decode.py"] == "red"
-        assert "missing" in verdicts["test_nothing.py"]
-    assert asked == [["test_codes.py", "test_decode.py"], ["test_decode.py"]]
-
-
-def test_red_operations_are_not_timed(monkeypatch):
-    monkeypatch.setattr(operations, "roof", lambda *_: [])
-    verdicts = {file: "red" for op in registry.OPS for file in op.tests}
-    skipped = []
-    assert [row for batch in operations.measure(CPU, "quick", verdicts, skipped, progress=False) for row in batch] == []
-    assert {s.op for s in skipped if s.wrong} == {op.id for op in registry.OPS}
-
-
-def test_a_provider_that_is_wrong_or_fails_is_not_timed():
-    def failing(inputs):
+def raising(error):
+    def build(inputs):
         def call():
-            raise RuntimeError("not implemented for this type")
+            raise error
 
         return call
 
-    of = registry.find("topk")
-    ours, baseline = of.providers[:2]
-    liar = dataclasses.replace(baseline, name="liar", baseline=False, build=lambda i: lambda: torch.zeros_like(i.pre))
-    broken = dataclasses.replace(baseline, name="broken", baseline=False, build=failing)
-    skipped = []
-    found = operations.measure_cell(
-        dataclasses.replace(of, providers=(ours, baseline, liar, broken)), TINY, torch.float32, CPU, 0.0, skipped
-    )
-    assert [row["provider"] for row in found] == ["ours", "torch.topk"]
-    assert [(s.provider, s.wrong) for s in skipped] == [("liar", True), ("broken", False)]
-    assert "not implemented" in str(skipped[1])
+    return build
+
+
+def test_what_is_wrong_or_raises_gets_a_row_that_says_so():
+    errors = {
+        "liar": "WRONG: topk: liar differs",
+        "broken": "raised NotImplementedError: for this type",
+        "full": "out of memory: 3 GB",
+        "silent": "raised KeyError: no message",
+    }
+    op = replaced(
+        registry.find("topk"), ("liar", lambda i: lambda: torch.zeros_like(i.pre)),
+        ("broken", raising(NotImplementedError("for this type\nand more"))), ("full", raising(MemoryError("3 GB"))),
+        ("silent", raising(KeyError())),
+    )  # fmt: skip
+    found = operations.measure_cell(op, TINY, torch.float32, CPU, 0.0)
+    assert [row["provider"] for row in found if "ms_p50" in row] == ["ours", "torch.topk"]
+    failed = {row["provider"]: row["failed"] for row in found if "failed" in row}
+    assert failed.keys() == errors.keys()
+    assert all(failed[name].startswith(text) for name, text in errors.items()), failed
+    assert not any("ms_p50" in row for row in found if "failed" in row)
+
+
+def test_inputs_that_cannot_be_made_and_timings_that_raise_are_rows(monkeypatch):
+    op = replaced(registry.find("topk"))
+
+    def too_large(*_):
+        raise MemoryError
+
+    found = operations.measure_cell(dataclasses.replace(op, make_inputs=too_large), TINY, torch.float32, CPU, 0.0)
+    assert [row["failed"] for row in found] == ["out of memory: no message"] * 2
+
+    def illegal(*_, **__):
+        raise RuntimeError("CUDA error: illegal address")
+
+    monkeypatch.setattr(guarded, "time_interleaved", illegal)
+    found = operations.measure_cell(op, TINY, torch.float32, CPU, 0.0)
+    assert [row["failed"] for row in found] == ["raised RuntimeError: CUDA error: illegal address"] * 2
+
+
+def test_who_is_left_out_has_no_row():
+    found = operations.measure_cell(replaced(registry.find("topk")), TINY, torch.float32, CPU, 0.0, without=["ours"])
+    assert [row["provider"] for row in found] == ["torch.topk"]
+
+
+def test_a_failure_takes_the_place_of_older_numbers_and_gives_it_back():
+    worked, later = operation_row(), operation_row(utc="2026-01-03T00:00:00Z")
+    broke = rows.failure({k: v for k, v in worked.items() if k not in rows.MEASURED}, "WRONG: other entries")
+    assert rows.merged([worked], [broke]) == [broke]
+    other = operation_row(provider="other")
+    assert rows.with_numbers([worked, other, broke]) == [other] and rows.failures([worked, other, broke]) == [broke]
+    text = report.markdown([other, broke], [])
+    assert "- topk main float32, ours: WRONG: other entries" in text and "| **ours**" not in text
+    assert rows.merged([broke], [later]) == [later]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("indices", ["uniform", "zipf"])
+def test_the_truth_of_the_checks_is_the_references(dtype, indices):
+    """What the checks compare with where the reference takes seconds is the reference, also where ties are."""
+    from sae_kernels import reference
+
+    case = dataclasses.replace(TINY, indices=indices)
+    i = registry.find("topk").make_inputs(case, dtype, CPU, 0)
+    for pre in (i.pre, i.pre.round(), -i.pre.abs(), torch.zeros_like(i.pre)):
+        i.pre, total = pre, i.k * case.B
+        values, columns = reference.topk(pre, None, None, i.k, False, True)
+        dense = torch.zeros_like(pre).scatter_(1, columns.view(-1, i.k).long(), values.view(-1, i.k))
+        assert torch.equal(checks.expected_topk(i), dense)
+        kept = reference.batch_topk(pre, None, total)
+        assert torch.equal(checks.expected_batch_topk(i), reference.to_dense(*kept, case.F))
+        i.m = torch.arange(case.F) % 5
+        i.most = 4
+        kept = reference.feature_topm(pre, i.m, int(i.m.sum()))
+        assert torch.equal(checks.expected_feature_topm(i), reference.to_dense(*kept, case.F))
+    i = registry.find("norm_match").make_inputs(case, dtype, CPU, 0)
+    kept = reference.norm_match(i.pre, i.target, i.weight_norm, None)
+    assert torch.equal(checks.nearest_prefix(i)[1], kept[2].diff())
+    i = registry.find("decode").make_inputs(case, dtype, CPU, 0)
+    c, exact = i.codes, torch.float64
+    values, weight, bias, grad = (t.double() for t in (c.values, i.weight, i.bias, i.grad))
+    turned = reference.by_latent(c.indices, c.offsets, case.F)
+    for ours, theirs in (
+        (checks.expected_decode(i, exact), reference.decode(values, c.indices, c.offsets, weight, bias, exact)),
+        (checks.expected_value_gradient(i, exact),
+         reference.decode_backward_values(grad, values, c.indices, c.offsets, weight)),
+        (checks.expected_weight_gradient(i, exact), reference.decode_backward_weight(grad, values, *turned, exact)),
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # fp64 sums of at most 24 terms
+
+
+def test_the_same_values_in_other_places_are_the_same():
+    want = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
+    assert checks.same_values(want, torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]]))
+    for other in ([[2.0, 0, 1], [0, 0, 0]], [[3.0, 0, 1], [0, 2, 0]], [[2.0, 0, 1], [0, 3, 3]]):
+        assert not checks.same_values(want, torch.tensor(other))
 
 
 # --- tables and figures --------------------------------------------------------------------------------------------
@@ -408,55 +453,3 @@ def test_top_afa_starts_with_the_norm_of_its_input():
     x = torch.randn(32, 64)
     norms = torch.relu(x @ model.sae.W_enc).norm(dim=1)
     assert (norms / x.norm(dim=1)).mean().item() == pytest.approx(1.0, abs=0.05)  # 32 tokens, std of each about 0.05
-
-
-def test_main_job_end_to_end(tmp_path, monkeypatch, capsys, plot):
-    tiny = reconstruction.Setting(
-        d_sae=64, batch_tokens=64, train_tokens=64 * 8, eval_tokens=128, seeds=(0,), ks=(4,), afa_coeffs=(1 / 32,),
-        control_ks=(4,), control_afa_coeffs=(),
-    )  # fmt: skip
-    monkeypatch.setattr(reconstruction, "CACHE", tmp_path / "cache")
-    monkeypatch.setitem(reconstruction.SETTINGS, "quick", tiny)
-    monkeypatch.setitem(operations.BUDGET_SECONDS, "quick", 0.0)
-    monkeypatch.setattr(curve, "TOKENS", 64)
-    monkeypatch.setitem(curve.STEPS, "quick", 2)
-    monkeypatch.setattr(operations, "OPS", (dataclasses.replace(
-        registry.find("topk"), providers=registry.find("topk").providers[:2]),))  # fmt: skip
-    monkeypatch.setattr(operations, "cases", lambda *_: [(TINY, torch.float32)])
-    monkeypatch.setattr(operations, "roof", lambda *_: [])
-    monkeypatch.setattr(verify, "verify", lambda files, device, timeout: dict.fromkeys(files))
-    out = tmp_path / "results"
-    for _ in range(2):  # the second time nothing is collected anew, and rows replace rows
-        run.main(["--quick", "--device", "cpu", "--out", str(out)])
-    (folder,) = out.iterdir()
-    assert folder.name.endswith("-quick")
-    names = sorted(path.name for path in folder.iterdir())
-    assert [name for name in names if not name.endswith(".png")] == [
-        "curve.jsonl", "operations.jsonl", "reconstruction.jsonl", "report.md",
-    ]  # fmt: skip
-    assert [len(row["errors"]) for row in rows.load(folder / "curve.jsonl")] == [2] * 4
-    assert len(rows.load(folder / "operations.jsonl")) == 2
-    assert len(rows.load(folder / "reconstruction.jsonl")) == 5
-    shown = capsys.readouterr().out
-    assert "speed-up" in shown and "top-AFA" in shown and "not measured" in shown
-
-
-def test_bad_arguments_are_explained(capsys, plot):
-    with pytest.raises(SystemExit, match="cpu and cuda"):
-        run.main(["--device", "meta"])
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="no GPU"):
-            run.main(["--device", "cuda"])
-    with pytest.raises(SystemExit):
-        run.main(["--only", "everything"])
-    assert "--only" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script", ["run.py", "reconstruction.py"])
-def test_scripts_start_with_a_safe_path(script):
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "--model" in done.stdout

@@ -254,8 +254,7 @@ def test_forward_and_backward_gives_every_gradient_and_updates_nothing():
 def test_a_wrong_forward_is_not_timed():
     setup = steps.make_setup(replace(sizes.WIDE, B=16, d=24, F=128, k=4), CPU)
     wrong = steps.Contestant("wrong", steps.forward_backward(lambda sae, x: 2 * steps.our_error(sae, x)), updates=False)
-    skipped = []
-    rows = peers.measure(setup.case, torch.float32, CPU, "quick", skipped, (wrong, steps.FORWARD_BACKWARD[1]))
-    assert [row["provider"] for row in rows] == ["dense PyTorch, forward + backward"]
-    assert "WRONG" in skipped[0]
+    right, liar = peers.measure(setup.case, torch.float32, CPU, "quick", (wrong, steps.FORWARD_BACKWARD[1]))
+    assert right["provider"] == "dense PyTorch, forward + backward" and right["ms_p50"] > 0
+    assert liar["provider"] == "wrong" and liar["failed"].startswith("WRONG") and "ms_p50" not in liar
 

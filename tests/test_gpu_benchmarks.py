@@ -3,7 +3,6 @@ the parts that only a GPU times, run small in Triton's interpreter."""
 
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import checks
 import derived
 import inputs
+import jobs
 import operations
 import ours
 import registry
@@ -25,7 +25,6 @@ import run
 import sizes
 import timing
 import verdicts
-import verify
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DEVICE = "NVIDIA H200"  # made up: nothing here was measured
@@ -234,7 +233,7 @@ def test_roofs_of_a_cpu(monkeypatch):
 @pytest.mark.parametrize("change", ["other value", "swapped", "one more", "one less"])
 def test_a_wrong_encoding_is_noticed(change):
     op = registry.find("encode")
-    i = registry.check_inputs(op, tiny(), torch.float32, CPU, 0)
+    i = op.make_inputs(tiny(), torch.float32, CPU, 0)
     values, columns = op.baseline.build(i)()
     if change == "other value":
         values = values * torch.tensor([1.0, 1, 1.001, 1, 1])
@@ -252,7 +251,7 @@ def test_a_wrong_encoding_is_noticed(change):
 def test_a_yardstick_has_a_check_of_its_own():
     op = registry.find("encode")
     (gemm,) = [p for p in op.providers if p.yardstick]
-    i = registry.check_inputs(op, tiny(), torch.bfloat16, CPU, 0)
+    i = op.make_inputs(tiny(), torch.bfloat16, CPU, 0)
     registry.check_provider(op, gemm, i)
     liar = dataclasses.replace(gemm, build=lambda i: lambda: (i.x @ i.weight) * 1.1)
     with pytest.raises(AssertionError, match="GEMM alone"):
@@ -271,36 +270,34 @@ def test_group_maxima_alone_are_those_of_the_groups(dtype):
 
 def test_yardsticks_are_marked_in_their_rows_and_nowhere_else():
     op = registry.find("encode")
-    skipped = []
     chosen = tuple(p for p in op.providers if p.name in ("ours", "GEMM alone"))
-    made = operations.measure_cell(dataclasses.replace(op, providers=chosen), tiny(), torch.float32, CPU, 0.0, skipped)
-    assert [r.get("yardstick") for r in made] == [None, True] and not skipped
+    made = operations.measure_cell(dataclasses.replace(op, providers=chosen), tiny(), torch.float32, CPU, 0.0)
+    assert [r.get("yardstick") for r in made] == [None, True] and not rows.failures(made)
     (cell,) = derived.cells(made)
     assert cell.others == []
 
 
-def test_no_cell_is_begun_after_the_time_is_up(monkeypatch):
-    monkeypatch.setattr(operations, "roof", lambda *_: [])
-    monkeypatch.setattr(operations, "measure_cell", lambda op, *_: [op.id])
-    green = {file: None for op in registry.OPS for file in op.tests}
-    for until, begun in ((math.inf, True), (0.0, False)):
-        skipped = []
-        found = list(operations.measure(CPU, "quick", green, skipped, progress=False, until=until))
-        assert (len(found) > 1) == begun
-        late = [s.provider for s in skipped if s.reason == "out of time"]
-        assert len(late) == (not begun) and all("cells, from topk at small, float32 on" in text for text in late)
-
-
 def test_an_absent_library_is_named_once(monkeypatch):
-    monkeypatch.setattr(operations, "roof", lambda *_: [])
     monkeypatch.setattr(registry.Provider, "is_installed", lambda self: self.package is None)
-    green = {file: None for op in registry.OPS for file in op.tests}
-    skipped = []
-    list(operations.measure(CPU, "quick", green, skipped, progress=False, until=0.0))
-    named = [s.provider for s in skipped if s.op == "other libraries"]
-    assert sorted(named) == ["flashinfer", "sae_lens", "sparsify"]
-    operations.measure_cell(registry.find("decode"), tiny(), torch.float32, CPU, 0.0, skipped)
-    assert not [s for s in skipped if s.provider == "sparsify" and s.op != "other libraries"]
+    (line,) = [line for line in jobs.left_out(GPU, run.STAGES) if line.startswith("is not installed")]
+    named = line.partition(": ")[2].split("; ")
+    assert len(named) == len(set(named)) and {"flashinfer", "sae_lens", "sparsify", "dictionary_learning"} <= set(named)
+
+
+def test_the_most_important_comes_first():
+    planned = jobs.plan(GPU, "default", run.STAGES)
+    assert {job.stage for job in planned} == set(run.STAGES)
+    assert len({job.name for job in planned}) == len(planned)
+    places = {job.name: place for place, job in enumerate(planned)}
+    ids = {op.id for op in registry.OPS}
+    assert {job.name.split()[0] for job in planned[: len(ids) + 1]} >= ids  # each once before anything comes twice
+    order = ["decode S1 bfloat16", "topk S1 bfloat16", "training step S1 bfloat16",
+             "reconstruction TopK k=32 sae_engine seed 0", "parts of a step S1", "topk S2 bfloat16",
+             "reconstruction TopK k=32 sae_engine seed 1", "training step S2 bfloat16", "topk S1 bfloat16 compiled",
+             "topk k=512 bfloat16"]  # fmt: skip
+    assert sorted(order, key=places.__getitem__) == order
+    for stages in (["operations"], ["steps", "parts"], ["compiled", "sweeps"]):
+        assert {job.stage for job in jobs.plan(GPU, "default", stages)} == set(stages)
 
 
 @pytest.mark.parametrize(
@@ -308,40 +305,6 @@ def test_an_absent_library_is_named_once(monkeypatch):
 )
 def test_the_queue_stays_busy_while_a_call_is_submitted(submission_ms, cycles):
     assert timing.spin_cycles(submission_ms) == cycles
-
-
-def test_verdicts_of_a_finished_run_are_taken_over(tmp_path, monkeypatch):
-    junit = tmp_path / "tests.xml"
-    junit.write_text("""<testsuites><testsuite>
-<testcase classname="tests.test_codes" name="test_a"/>
-<testcase classname="tests.test_decode" name="test_b"><failure message="no"/></testcase>
-</testsuite></testsuites>""")
-    cache = tmp_path / "verified.json"
-    assert verify.remember(junit, CPU, cache=cache) == ["test_codes.py"]
-    due = []
-    monkeypatch.setattr(verify, "_run", lambda names, *_: due.extend(names) or dict.fromkeys(names, "red"))
-    assert verify.verify(["test_codes.py", "test_decode.py"], CPU, cache=cache) == {
-        "test_codes.py": None, "test_decode.py": "red"
-    }  # fmt: skip
-    assert due == ["test_decode.py"]
-
-
-def test_training_steps_are_measured_in_the_time_that_is_left(tmp_path, monkeypatch):
-    import peers
-    import step
-
-    made = {"kind": "part", "utc": "2026-01-01T00:00:00Z"}
-    monkeypatch.setattr(step, "measure", lambda case, *_: [made | {"case": case.name}])
-
-    def broken(*_):
-        raise RuntimeError("no kernel image\nmore")
-
-    monkeypatch.setattr(peers, "measure", broken)
-    remarks = run.measure_steps(tmp_path, CPU, "quick", math.inf, [])
-    assert len(remarks) == 1 and "WRONG: raised no kernel image" in remarks[0]
-    assert len(rows.load(tmp_path / "step.jsonl")) == 2
-    assert [r.rpartition(": ")[2] for r in run.measure_steps(tmp_path, CPU, "quick", 0.0, [])] == ["out of time"] * 3
-    assert "red" in run.measure_steps(tmp_path, CPU, "quick", math.inf, ["decode is red"])[0]
 
 
 def test_the_compiled_step_is_right(monkeypatch):

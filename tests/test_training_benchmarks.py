@@ -1,8 +1,6 @@
 """The benchmarks of training steps at toy sizes: contestants that are right, parts that add up, tables and figures."""
 
 import dataclasses
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import peers
 import report
-import rows
 import step
 import step_report
 import steps
-import verify
 
 BENCHMARKS = Path(peers.__file__).parent
 CPU = torch.device("cpu")
@@ -180,38 +176,19 @@ def test_figures_from_rows(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
 
 
-# --- the job -------------------------------------------------------------------------------------------------------
+# --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def test_peers_end_to_end(tmp_path, monkeypatch, capsys):
+def test_steps_that_fail_get_rows_that_say_so(monkeypatch):
     few = [c for c in steps.CONTESTANTS if c.name in ("encoder GEMM", "fused Adam", "ours", "dense PyTorch")]
     absent = dataclasses.replace(few[-1], name="absent", package="no_such_library", baseline=False)
-    failing = dataclasses.replace(few[-1], name="failing", kind="peer", build=lambda s: 1 / 0, baseline=False)
-    monkeypatch.setattr(peers.measure, "__defaults__", ((*few, absent, failing),))
-    monkeypatch.setattr(verify, "verify", lambda files, device: dict.fromkeys(files))
+    failing = dataclasses.replace(few[-1], name="failing", kind="ours", build=lambda s: 1 / 0, baseline=False)
+    wrong = dataclasses.replace(few[-1], name="wrong", build=lambda s: lambda: torch.ones(()), baseline=False)
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "0")  # restored afterwards: the job sets it
-    peers.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
-    (folder,) = tmp_path.iterdir()
-    found = rows.load(folder / "peers.jsonl")
-    assert [r["provider"] for r in found] == [c.name for c in few]
-    assert all(r["ms_p50"] > 0 and r["commit"] for r in found)
-    shown = capsys.readouterr().out
-    assert "absent: no_such_library is not installed" in shown and "failing: raised ZeroDivisionError" in shown
-    assert "## A training step" in (folder / "report.md").read_text()
-
-
-def test_nothing_is_timed_on_red(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "verify", lambda files, device: dict.fromkeys(files, "test_training.py: 1 failed"))
-    with pytest.raises(SystemExit, match="1 failed"):
-        peers.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
-    assert all((BENCHMARKS.parent / "tests" / file).is_file() for file in peers.GATE)
-
-
-@pytest.mark.parametrize("script", ["peers.py", "step.py", "curve.py"])
-def test_scripts_start_with_a_safe_path(script):
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "--out" in done.stdout
+    found = peers.measure(TINY, torch.float32, CPU, "quick", (*few, absent, failing, wrong), without=["fused Adam"])
+    assert [r["provider"] for r in found if "failed" not in r] == ["encoder GEMM", "ours", "dense PyTorch"]
+    assert all(r["ms_p50"] > 0 for r in found if "failed" not in r)
+    failed = {r["provider"]: r["failed"] for r in found if "failed" in r}
+    assert failed["failing"].startswith("raised ZeroDivisionError")
+    assert failed["wrong"].startswith("WRONG: wrong: the first error is 1")
+    assert failed.keys() == {"failing", "wrong"}
