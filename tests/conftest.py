@@ -170,30 +170,41 @@ def poisoned_empty(request, monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _masks_are_boolean():
-    """Triton's interpreter refuses masks that are not boolean, as version 3.9 does and earlier ones do not.
+def _same_interpreter():
+    """Triton's interpreter as strict as its newest version, and right about the smallest bf16 numbers, in any version.
 
-    Of a scalar comparison that is broadcast to a block it makes an integer, so that `block & scalar` is no mask:
-    `_device.only_if` is.
+    Masks have to be boolean, as in Triton 3.9. Of a scalar comparison that is broadcast to a block the interpreter
+    makes an integer, so that `block & scalar` is no mask: `_device.only_if` is. Subnormal bf16 numbers, which the
+    interpreter widens wrongly, are widened as compiled kernels do it, by appending 16 zero bits.
     """
     if os.environ.get("TRITON_INTERPRET", "0") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
+    import triton.language as tl
     from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    convert = builder.cast_impl
 
     def refusing(method, mask_at):
         def checked(self, *args, **kwargs):
-            mask = kwargs.get("mask", args[mask_at])
-            if np.asarray(mask.data).dtype != np.bool_:
-                raise TypeError(f"{method.__name__}: a mask of {np.asarray(mask.data).dtype}, which Triton 3.9 refuses")
+            mask = np.asarray((kwargs["mask"] if "mask" in kwargs else args[mask_at]).data)
+            if mask.dtype != np.bool_:
+                raise TypeError(f"{method.__name__}: a mask of {mask.dtype}, which Triton 3.9 refuses")
             return method(self, *args, **kwargs)
 
         return checked
 
+    def converted(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.bfloat16, tl.float32):
+            return convert(self, src, dst_type)
+        bits = src.data.view(np.uint16).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
     with pytest.MonkeyPatch.context() as patch:
         for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2), ("create_atomic_rmw", 3)):
-            method = getattr(interpreter.InterpreterBuilder, name)
-            patch.setattr(interpreter.InterpreterBuilder, name, refusing(method, mask_at))
+            patch.setattr(builder, name, refusing(getattr(builder, name), mask_at))
+        patch.setattr(builder, "cast_impl", converted)
         yield
 
 

@@ -1,5 +1,5 @@
 """The guards of the other tests: unwritten memory is NaN for them, and invisible to whatever only traces; in Triton's
-interpreter masks are boolean, whichever its version."""
+interpreter masks are boolean and bf16 is widened exactly, whichever its version."""
 
 import os
 
@@ -56,7 +56,10 @@ def test_marked_tests_have_torch_as_it_is():
     assert torch.empty is torch._C._VariableFunctions.empty
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about Triton's interpreter")
+INTERPRETED = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about Triton's interpreter")
+
+
+@INTERPRETED
 @pytest.mark.parametrize("helped", [False, True], ids=["broadcast", "only_if"])
 def test_masks_of_a_broadcast_comparison_are_refused(helped):
     triton = pytest.importorskip("triton")
@@ -79,3 +82,19 @@ def test_masks_of_a_broadcast_comparison_are_refused(helped):
     else:
         with pytest.raises(Exception, match=r"mask"):
             kernel[(1,)](out, 4, None)
+
+
+@INTERPRETED
+def test_every_bf16_number_is_widened_exactly():
+    triton = pytest.importorskip("triton")
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(x_ptr, out_ptr):
+        lane = tl.arange(0, 65536)
+        tl.store(out_ptr + lane, tl.load(x_ptr + lane).to(tl.float32))
+
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    out = torch.empty(65536)
+    kernel[(1,)](x, out)
+    assert torch.equal(out.view(torch.int32), x.view(torch.int16).to(torch.int32) << 16)
