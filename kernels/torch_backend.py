@@ -33,11 +33,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | 
 def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The tensor cores' fp32 sums, biased and rounded once; row chunks bound the fp32 temporary to 256 MiB."""
     out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
-    step = max(WIDE_ELEMENTS["cuda"] // max(weight.shape[1], 1), 128)
+    step = max(WIDE_ELEMENTS["cuda"] // max(weight.shape[1], 1), 1)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         accumulated = torch.mm(x[rows], weight, out_dtype=torch.float32)
         out[rows] = accumulated if bias is None else accumulated.add_(bias.float())
+        del accumulated  # before the next one is made
     return out
 
 

@@ -1,6 +1,8 @@
 """SparseDecoder and SparseAutoencoder: conventions, gradients against dense autograd in fp64, saving and loading."""
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -206,11 +208,29 @@ def test_a_custom_rule_keeps_its_own_values_and_gradients():
 
 
 def test_an_overflowing_capacity_is_reported():
-    sae = se.SparseAutoencoder(D, F, se.TopAFA(capacity=3))
-    with pytest.raises(RuntimeError, match="capacity=3"):
-        sae(torch.randn(B, D))
-    with pytest.raises(RuntimeError, match="capacity=3"):
-        sae.activation(torch.randn(B, F), target_norm=torch.ones(B) * 9, weight_norm=torch.ones(F))
+    with torch.device("cpu"):  # on a GPU it ends the process's work there: below
+        sae = se.SparseAutoencoder(D, F, se.TopAFA(capacity=3))
+        with pytest.raises(RuntimeError, match="capacity=3"):
+            sae(torch.randn(B, D))
+        with pytest.raises(RuntimeError, match="capacity=3"):
+            sae.activation(torch.randn(B, F), target_norm=torch.ones(B) * 9, weight_norm=torch.ones(F))
+
+
+OVERFLOW = """
+import torch, sae_engine as se
+sae = se.SparseAutoencoder(16, 64, se.TopAFA(capacity=3), device="cuda")
+sae(torch.randn(8, 16, device="cuda"))
+print("not waited for")
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+def test_an_overflowing_capacity_ends_the_work_on_a_gpu():
+    """In a process of its own: a failed assertion on the device leaves no CUDA context to go on with."""
+    done = subprocess.run([sys.executable, "-c", OVERFLOW], capture_output=True, text=True)
+    assert done.returncode != 0 and "assert" in done.stderr
+    assert done.stdout == "not waited for\n"
 
 
 @pytest.mark.parametrize("activation", ["TopK", "JumpReLU"])

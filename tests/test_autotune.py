@@ -63,7 +63,7 @@ def codes_of(pre, k):
 
 def adam(pre, backend):
     """One step of Adam over the latent pass; what it leaves in parameters, moments and copies."""
-    codes, generator = codes_of(pre, 5), torch.Generator().manual_seed(1)
+    codes, generator = codes_of(pre, 5), torch.Generator(torch.get_default_device()).manual_seed(1)
     grad, x = torch.randn(B, D, generator=generator), torch.randn(B, D, generator=generator)
     shapes = [(pre.shape[1], D), (pre.shape[1], D), (pre.shape[1],)]
     state = [[torch.rand(shape, generator=generator) for shape in shapes] for _ in range(3)]
@@ -76,7 +76,7 @@ def adam(pre, backend):
 
 
 def gradients(pre, backend):
-    codes, generator = codes_of(pre, 5), torch.Generator().manual_seed(1)
+    codes, generator = codes_of(pre, 5), torch.Generator(torch.get_default_device()).manual_seed(1)
     grad, x, weight = (torch.randn(n, D, generator=generator) for n in (B, B, pre.shape[1]))
     term = _passes.term_of(codes, codes.values, grad, None, _passes.GATED)
     return list(_passes.latent_gradients([term], x, weight, None, torch.float32, backend))
@@ -110,7 +110,7 @@ SUMS = {"decode": decode, "latent_gradients": gradients, "latent_adam": adam}
 
 def sample(name):
     """Ties, infinities and NaN among normal numbers; many rows where groups are of rows."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     shape = (200, 24) if name == "feature_topm" else (B, 60) if name in SUMS else (B, F)
     pre = torch.randn(shape, generator=generator)
     pre[:, ::7] = pre[:, ::7].round()

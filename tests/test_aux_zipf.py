@@ -85,7 +85,8 @@ def steps(aux, dead, number=3, rule=None, **options):
     step = se.training.TrainStep(sae, lr=1e-2, aux=aux, dead_after=1000, **options)
     step.dead.since_fired[dead] = 5000
     step.dead.tokens = 5000
-    reports = [step(torch.randn(16, 8, generator=torch.Generator().manual_seed(n))) for n in range(number)]
+    batches = torch.randn(number, 16, 8, generator=torch.Generator().manual_seed(0), device="cpu")
+    reports = [step(x.to(sae.W_enc.device)) for x in batches]
     return sae, reports
 
 

@@ -75,7 +75,9 @@ def dense_statistical(rule, pre):
 def made(kind, *args, **kwargs):
     rule = kind(*args, **kwargs)
     for name, parameter in rule.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+        drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)), device="cpu")
+        with torch.no_grad():
+            parameter.copy_(0.3 * drawn)
     return rule
 
 
@@ -97,7 +99,8 @@ MASKS = {
 def context_for(rule, pre):
     if "attribution" not in rule.context_keys:
         return {}
-    return {"attribution": torch.randn(pre.shape, generator=torch.Generator().manual_seed(1)).to(pre)}
+    drawn = torch.randn(pre.shape, generator=torch.Generator().manual_seed(1), device="cpu")
+    return {"attribution": drawn.to(pre)}
 
 
 def defined(name, rule, pre, **context):
