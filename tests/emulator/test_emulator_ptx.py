@@ -150,6 +150,17 @@ def test_programs_that_write_one_place():
     assert not execute("red.global.add.u32 [%rd2], 1;", lanes(64), grid=2)[1]
 
 
+def test_addresses_of_parameters_are_generic_after_cvta():
+    """Of 32 bits, as Triton 3.9 writes them, and of 64 they come out the same."""
+    body = """
+     mov.b32 %r8, b; cvt.u64.u32 %rd6, %r8; cvta.param.u64 %rd7, %rd6; mov.b64 %rd8, b; cvta.param.u64 %rd9, %rd8;
+     xor.b64 %rd10, %rd7, %rd9; cvt.u32.u64 %r6, %rd10; shr.u64 %rd11, %rd7, 56; cvt.u32.u64 %r9, %rd11;
+     shl.b32 %r9, %r9, 8; or.b32 %r6, %r6, %r9;
+    """
+    out, found = execute(body + STORE, lanes())
+    assert not found and set(out.tolist()) == {3 << 8}
+
+
 def test_barrier_that_a_warp_misses():
     """The others pass once it has ended; where it waits at another barrier, nobody goes on."""
     body = "setp.lt.u32 %p1, %r1, 32; mov.b32 %r6, 1; @%p1 bra A; bar.sync 1; bra B; A: bar.sync 0; B: " + STORE

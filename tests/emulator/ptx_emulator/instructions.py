@@ -8,7 +8,7 @@ the C++ files.
 import re
 
 from . import hopper, ops
-from .operands import SPECIAL, Operands, Unsupported
+from .operands import PARAM_WINDOW, SPECIAL, Operands, Unsupported
 from .parse import SIZES
 
 SPACES = {"global": 1, "shared": 2, "local": 3}
@@ -176,10 +176,13 @@ class Instructions(Operands):
 
     def op_cvta(self, s, parts, operands):
         space = next((p for p in parts if p in SPACES or p == "param"), None)
-        window = {"global": 0, "param": 0, None: 0, "shared": 1 << 56, "local": 2 << 56}[space]
+        width = SIZES[parts[-1]]
+        if space == "param":  # of 64 bits the window is there already, of 32 bits (Triton 3.9) the offset alone
+            window = self.fixed(PARAM_WINDOW, 8)
+            return [{"op": "or.b64", "o": [self.dest(operands[0]), self.source(operands[1], width), window]}]
+        window = {"global": 0, None: 0, "shared": 1 << 56, "local": 2 << 56}[space]
         if "to" in parts:
             window = -window
-        width = SIZES[parts[-1]]
         return [
             {
                 "op": "cvta",

@@ -11,6 +11,7 @@ import numpy
 from .parse import Entry, Module, PTXError
 
 REGISTERS = 1 << 28
+PARAM_WINDOW = 3 << 56  # generic addresses of parameters, as in hopper.h
 SPECIAL = {"%tid.x": 0, "%tid.y": 1, "%tid.z": 2, "%ntid.x": 3, "%ntid.y": 4, "%ntid.z": 5, "%ctaid.x": 6,
            "%ctaid.y": 7, "%ctaid.z": 8, "%nctaid.x": 9, "%nctaid.y": 10, "%nctaid.z": 11, "%laneid": 12,
            "%warpid": 13, "%smid": 14, "%lanemask_eq": 15, "%lanemask_lt": 16, "%lanemask_le": 17, "%lanemask_gt": 18,
@@ -68,7 +69,7 @@ class Operands:
         if text in self.entry.local:
             return self.entry.local[text][0]
         if text in self.params:
-            return (3 << 56) + self.params[text].offset
+            return PARAM_WINDOW + self.params[text].offset
         if m := re.fullmatch(r"([\w$]+)\+(\d+)", text):
             base = self.number(m[1], width)
             return None if base is None else base + int(m[2])
