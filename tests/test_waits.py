@@ -359,3 +359,42 @@ def test_an_autoencoder_can_be_captured(name, eval):
         sae(x).sum().backward()
         with played.capturing():
             sae(x).sum().backward()
+
+
+def test_a_step_is_captured_after_a_warm_up():
+    """Two ordinary steps load no kernel of AuxK, for nothing is dead yet: the capture would have to."""
+    if HAS_GPU:
+        pytest.skip("played here; test_training captures a step on a GPU")
+    for warm in (False, True):
+        with Played() as played, torch.device("cuda"):
+            sae, x = se.SparseAutoencoder(D, F, se.TopK(4)), torch.randn(B, D)
+            run = TrainStep(sae, lr=1e-3, aux=AuxK(5), compute_dtype=torch.bfloat16, dense=False)
+            for _ in range(2):
+                (run.warm_up if warm else run)(x)
+            with played.capturing():
+                if warm:
+                    run(x)
+                else:
+                    with pytest.raises(RuntimeError, match="first launched"):
+                        run(x)
+
+
+SEEN = {
+    "item": lambda x: x.sum().item(), "bool": lambda x: bool(x.any()), "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0], "list": lambda x: x[[0, 1]], "tensor": lambda x: torch.tensor(1.0, device="cuda"),
+    "cpu": lambda x: x.cpu(), "repeats": lambda x: torch.repeat_interleave(torch.ones(3, dtype=torch.int64)),
+    "devices": lambda x: x + torch.ones(4, device="cpu"), "foreach": lambda x: torch._foreach_add_([x], x.sum()),
+    "generator": lambda x: torch.randn(3, generator=torch.Generator()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_the_played_device_sees_what_waits(name):
+    if HAS_GPU:
+        pytest.skip("there is a real one")
+    with Played() as played, torch.device("cuda"):
+        x = torch.randn(3, 4)
+        with played.refusing():
+            torch.full((), 2.0).mul(x).sum()
+            with pytest.raises(RuntimeError, match=r"host|values|mask|same device|generator"):
+                SEEN[name](x)
