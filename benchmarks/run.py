@@ -1,7 +1,7 @@
 """The main job: time the operations and whole training steps, train autoencoders, write the report. ``make bench``.
 
     python benchmarks/run.py                       # what four minutes hold, the most important first
-    python benchmarks/run.py --seconds 3600        # all of it, on an idle machine
+    python benchmarks/run.py --seconds 3600        # more of it
     python benchmarks/run.py --quick               # a smoke run, apart from the real results
     python benchmarks/run.py --only operations sweeps
     python benchmarks/run.py --only reconstruction --model openai-community/gpt2 --layer 8 --full

@@ -304,6 +304,22 @@ def test_inputs_that_cannot_be_made_and_timings_that_raise_are_rows(monkeypatch)
     assert [row["failed"] for row in found] == ["raised RuntimeError: CUDA error: illegal address"] * 2
 
 
+def test_a_device_that_answers_no_more_ends_the_process_and_names_the_culprit(monkeypatch):
+    """What a sticky CUDA error does: nothing after it is tried, and the row at stake is the one that met it."""
+    tried, at_stake = [], []
+
+    def gone(device):
+        raise guarded.DeviceLost("the device answers no more")
+
+    op = replaced(registry.find("topk"), ("killer", raising(RuntimeError("illegal address"))),
+                  ("next", lambda i: lambda: tried.append(1)))  # fmt: skip
+    monkeypatch.setattr(guarded, "still_there", gone)
+    monkeypatch.setattr(guarded, "announce", lambda text, rows=(): at_stake.append([r["provider"] for r in rows]))
+    with pytest.raises(guarded.DeviceLost, match="RuntimeError: illegal address; the device answers no more"):
+        operations.measure_cell(op, TINY, torch.float32, CPU, 0.0)
+    assert at_stake[-1] == ["killer"] and tried == []
+
+
 def test_who_is_left_out_has_no_row():
     found = operations.measure_cell(replaced(registry.find("topk")), TINY, torch.float32, CPU, 0.0, without=["ours"])
     assert [row["provider"] for row in found] == ["torch.topk"]
