@@ -46,6 +46,11 @@ LEAST_SECONDS = 5.0  # a part is not begun with less
 GIB_A_PROCESS = 3.0  # of GPU memory: a context, and what a test allocates
 PASSED, FAILED, TIMEOUT, NOT_RUN = "passed", "FAILED", "TIMEOUT", "not run"
 
+WHOSE = """
+import importlib.util, os, sys
+found = [importlib.util.find_spec(name) for name in ("sae_engine", "sae_kernels")]
+sys.exit(not all(found) or not os.path.samefile(os.path.dirname(found[0].origin), {0!r}))
+"""
 # The driver alone, without torch, whose start takes the sanitizer longer than a trivial program needs.
 PROBE = """
 import ctypes
@@ -198,6 +203,13 @@ class Session:
             while any(run.process.poll() is None for run in self.running) and time.monotonic() < deadline:
                 time.sleep(0.05)
 
+    def finds_this_tree(self) -> bool:
+        """Whether the interpreter's ``sae_engine`` is that of this tree already."""
+        with suppress(OSError, subprocess.TimeoutExpired):
+            command = [self.python, "-c", WHOSE.format(str(ROOT / "sae_engine"))]
+            return subprocess.run(command, capture_output=True, cwd=ROOT, timeout=LIMITS["install"]).returncode == 0
+        return False
+
     # --- parts -----------------------------------------------------------------------------------------------------
 
     def machine(self) -> dict:
@@ -294,8 +306,9 @@ def jobs_for(free_gib: float | None) -> int:
 def everything(session: Session) -> None:
     python = session.python
     session.say(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-    session.part("install", [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", "."],
-                 min(LIMITS["install"], session.left()))  # fmt: skip
+    if not session.finds_this_tree():
+        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", "."]
+        session.part("install", install, min(LIMITS["install"], session.left()))
     facts = session.machine()
     if not facts.get("gpu"):
         session.verdict(FAILED, "torch sees no GPU, and everything else needs one")

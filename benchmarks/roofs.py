@@ -17,6 +17,8 @@ from timing import OtherLoad, Timing, method, time_interleaved
 from sae_kernels import cpu_gemm
 
 SEED = 0
+STREAM_ELEMENTS = {"cuda": 1 << 30, "cpu": 1 << 26}
+GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
 Timed = tuple[Timing, float | None]  # and the load of other processes
 # Gathers: rows as wide as 768 16-bit numbers of a table that every L2 since sm_80 holds with room to spare.
 TABLE_ROWS, ROW_BYTES, SUMS, ROWS_OF_A_SUM = 8192, 1536, 4096, 32
@@ -37,7 +39,7 @@ def _roofs(device: torch.device, seconds: float) -> Iterator[Row]:
 
 
 def _streams(device: torch.device, seconds: float) -> Iterator[Row]:
-    elements = (1 << 30) if device.type == "cuda" else (1 << 26)
+    elements = STREAM_ELEMENTS[device.type]
     source = torch.zeros(elements, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     size = source.numel() * source.element_size()
@@ -49,7 +51,7 @@ def _streams(device: torch.device, seconds: float) -> Iterator[Row]:
 
 def _gemms(device: torch.device, seconds: float) -> Iterator[Row]:
     on_gpu = device.type == "cuda"
-    side = 8192 if on_gpu else 2048
+    side = GEMM_SIDE[device.type]
     for dtype in (torch.float32, torch.bfloat16, *([torch.float16] if on_gpu else [])):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         products = [functools.partial(multiply, a, b) for multiply in (torch.matmul, cpu_gemm.linear)]

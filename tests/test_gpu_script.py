@@ -24,6 +24,7 @@ printf '%s\\n' "$(echo "$*" | tr '\\n' ' ')" >> "{calls}"
 case "$*" in *"$HANG"*) [ -n "$HANG" ] && exec sleep 600 ;; esac
 case "$*" in *"$RED"*) [ -n "$RED" ] && echo "assertion of $RED" && exit 1 ;; esac
 case "$*" in
+  *find_spec*) [ -n "$OURS" ]; exit ;;
   *--machine*) for last; do :; done; [ -n "$NO_GPU" ] || echo '{machine}' > "$last" ;;
   *run.py*) echo "rows of $*" ;;
   *pytest*) echo "== 3 passed in 1.00s ==" ;;
@@ -52,7 +53,7 @@ class Fake:
             program.write_text(text.format(calls=self.calls, machine=MACHINE))
             program.chmod(0o755)
         path = str(bin_) + (os.pathsep + os.environ["PATH"] if sanitizer else os.pathsep + "/usr/bin:/bin")
-        silent = dict.fromkeys(("HANG", "RED", "NO_GPU", "DEAD"), "")
+        silent = dict.fromkeys(("HANG", "RED", "NO_GPU", "DEAD", "OURS"), "")
         self.environment = {**os.environ, **silent, "PATH": path, "GPU_JOBS": "6"}
 
     def start(self, *arguments, **environment):
@@ -70,8 +71,9 @@ class Fake:
 
     def parts(self):
         """One word for each call, equal neighbours once."""
-        words = ("--machine", "pip install", "libcuda", "compute-sanitizer", "--report-only", "--only operations sizes",
-                 "--only steps parts", "--only compiled sweeps", "-m sanitizer", "pytest", "smoke.py")  # fmt: skip
+        words = ("find_spec", "--machine", "pip install", "libcuda", "compute-sanitizer", "--report-only",
+                 "--only operations sizes", "--only steps parts", "--only compiled sweeps", "-m sanitizer", "pytest",
+                 "smoke.py")  # fmt: skip
         found = [next(word for word in words if word in call) for call in self.calls.read_text().splitlines()]
         return [word for place, word in enumerate(found) if place == 0 or word != found[place - 1]]
 
@@ -98,7 +100,7 @@ def test_parts_in_the_order_in_which_they_would_be_missed(fake):
     assert summary(text) == dict.fromkeys(ALL, "passed")
     calls = fake.parts()
     for smoke in ("smoke.py", "-m sanitizer"):  # at the same time
-        assert smoke in calls[2:6]
+        assert smoke in calls[3:7]
     order = ["pip install", "--machine", "--only operations sizes", "--only steps parts", "pytest", "compute-sanitizer",
              "--only compiled sweeps", "--report-only"]  # fmt: skip
     places = [calls.index(word) for word in order]
@@ -106,8 +108,13 @@ def test_parts_in_the_order_in_which_they_would_be_missed(fake):
     assert all(str(fake.out) in line for line in fake.calls.read_text().splitlines() if "run.py" in line)
 
 
+def test_a_tree_that_is_importable_is_not_installed(fake):
+    status, text = fake.run(OURS="1")
+    assert status == 0 and summary(text) == {name: "passed" for name in ALL if name != "install"}
+
+
 def test_tests_of_the_gpu_files_come_first(fake):
-    fake.run()
+    fake.run(GPU_JOBS="1")  # so that calls are noted in the order of their starts
     ran = [line for line in fake.calls.read_text().splitlines() if "pytest" in line and "not serial" in line]
     names = [Path(next(word for word in line.split() if word.endswith(".py"))).stem for line in ran]
     first = gpu.on_the_gpu()
@@ -228,7 +235,7 @@ def test_the_time_that_is_left_goes_to_the_sweeps(fake):
 
 def test_without_time_nothing_is_begun_but_the_report(fake):
     status, text = fake.run("--seconds", "1")
-    assert fake.parts() == ["--report-only"] and status == 1
+    assert fake.parts() == ["find_spec", "--report-only"] and status == 1
     assert {name: kind for name, kind in summary(text).items() if kind != "not run"} == {
         "torch sees no GPU": "FAILED", "report": "passed"
     }  # fmt: skip
