@@ -83,7 +83,8 @@ def _row_topk_kernel(
     tl.store(values_ptr + row * K + position, value, mask=keep)
 
 
-@triton.jit
+# K is a loop's first count of ties, which a 1 that Triton takes for a constant could not be
+@triton.jit(do_not_specialize=["K"])
 def _row_wide_kernel(
     score_ptr, pre_ptr, mask_ptr,  # as above
     maxima_ptr,           # [B, NG] in, int32 or int16, and scratch: group maxima; or unused
