@@ -407,6 +407,14 @@ def pass_warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
 
+def is_replicated(elements: int, warps: int) -> bool:
+    """Whether a tile has fewer elements than its program has threads, which then hold copies; waves are 64 wide.
+
+    Whoever changes such a tile in place makes its warps wait for one another between the last load and the first store.
+    """
+    return elements < 64 * warps
+
+
 @searched(lambda entries, block: _around(entries, 1, 4))
 def pass_entries(block: int) -> int:
     """Rows in flight, of gradient and input each: 2 leave the 128 registers with which 16 warps share a processor.
@@ -417,11 +425,16 @@ def pass_entries(block: int) -> int:
 
 
 def stored_tile(by_columns: bool) -> tuple[int, int]:
-    """Latents and columns of a tile of Adam's pass over stored gradients, 8 numbers a thread of 8 warps.
+    """Latents and columns of a tile of Adam's pass over stored gradients, 8 numbers a thread of its warps.
 
     At least 256 bytes of whichever is contiguous.
     """
     return (64, 32) if by_columns else (8, 256)
+
+
+def stored_warps(elements: int) -> int:
+    """8, and never so many that they hold copies of a tile's ``elements``, which the pass changes in place."""
+    return next(warps for warps in (8, 4, 2, 1) if warps == 1 or not is_replicated(elements, warps))
 
 
 def stored_latents(width: int) -> int:

@@ -95,17 +95,21 @@ def _window_kernel(
 
 
 @triton.jit
-def _moved(state, latent, columns, mask, keep, old, grad, corrections, settings):
-    """Moves the moments by ``grad``, where ``keep``, and returns the weights that follow from ``old``."""
+def _moved(state, latent, columns, mask, keep, old, grad, corrections, settings, REPLICATED: tl.constexpr):
+    """Moves the moments by ``grad``, where ``keep``, and returns the weights that follow from ``old``.
+
+    Where the tile is REPLICATED several warps read each number and one writes it: they wait for one another in between.
+    """
     step_size, root = corrections
     beta1, rest1, beta2, rest2, eps, weight_decay = settings
     grad += weight_decay * old
-    at = _at(state[1], latent, columns)
-    first = beta1 * tl.load(at, mask=mask, other=0.0).to(tl.float32) + rest1 * grad
-    tl.store(at, first.to(at.dtype.element_ty), mask=only_if(keep, mask))
-    at = _at(state[2], latent, columns)  # 1 beside the row: no 0 / 0 there, whatever eps
-    second = beta2 * tl.load(at, mask=mask, other=1.0).to(tl.float32) + rest2 * grad * grad
-    tl.store(at, second.to(at.dtype.element_ty), mask=only_if(keep, mask))
+    at = _at(state[1], latent, columns), _at(state[2], latent, columns)
+    first = beta1 * tl.load(at[0], mask=mask, other=0.0).to(tl.float32) + rest1 * grad
+    second = beta2 * tl.load(at[1], mask=mask, other=1.0).to(tl.float32) + rest2 * grad * grad  # no 0 / 0 beside the row
+    if REPLICATED:
+        tl.debug_barrier()
+    tl.store(at[0], first.to(at[0].dtype.element_ty), mask=only_if(keep, mask))
+    tl.store(at[1], second.to(at[1].dtype.element_ty), mask=only_if(keep, mask))
     return old - step_size * first / (tl.sqrt_rn(second) / root + eps)
 
 
@@ -134,8 +138,8 @@ def _latents_kernel(
     center_ptr, square_ptr,                 # [programs, D_in], [programs] out, fp32
     first, stop, D_OUT, D_IN, stride_xb, stride_df, stride_ef, settings,
     MODES: tl.constexpr, OFFERED: tl.constexpr, BASE: tl.constexpr, MOVED: tl.constexpr,
-    COPIED: tl.constexpr, UNIT_ROWS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, IN_FLIGHT: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    COPIED: tl.constexpr, UNIT_ROWS: tl.constexpr, REPLICATED: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    IN_FLIGHT: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):
     """GROUP latents one after the other: sums over their entries, then stored or used up."""
     program = tl.program_id(0).to(tl.int64)
@@ -193,7 +197,7 @@ def _latents_kernel(
             if UNIT_ROWS:
                 dec -= tl.sum(dec * old, axis=0) / _or_one(tl.sum(old * old, axis=0)) * old
             square += tl.sum(dec * dec, axis=0)
-            new = _moved(decoder, latent, offs_out, mask_out, keep, old, dec, corrections, settings)
+            new = _moved(decoder, latent, offs_out, mask_out, keep, old, dec, corrections, settings, REPLICATED[0])
             if UNIT_ROWS:
                 new = new / _or_one(tl.sqrt_rn(tl.sum(new * new, axis=0)))
             _put(decoder, latent, offs_out, only_if(keep, mask_out), new, COPIED[0])
@@ -201,13 +205,13 @@ def _latents_kernel(
             old = tl.load(_at(encoder[0], latent, offs_in), mask=mask_in, other=0.0).to(tl.float32)
             center -= slopes * old
             square += tl.sum(enc * enc, axis=0)
-            new = _moved(encoder, latent, offs_in, mask_in, keep, old, enc, corrections, settings)
+            new = _moved(encoder, latent, offs_in, mask_in, keep, old, enc, corrections, settings, REPLICATED[1])
             _put(encoder, latent, offs_in, only_if(keep, mask_in), new, COPIED[1])
         if MOVED[2]:
             none = tl.full((), 0, tl.int32)
             old = tl.load(_at(bias[0], latent, none)).to(tl.float32)
             square += slopes * slopes
-            new = _moved(bias, latent, none, keep | True, keep, old, slopes, corrections, settings)
+            new = _moved(bias, latent, none, keep | True, keep, old, slopes, corrections, settings, True)
             _put(bias, latent, none, keep, new, COPIED[2])
         latent += 1
     if MOVED[1]:
@@ -254,12 +258,13 @@ def _matrix_kernel(
         old = tl.load(_at(state[0], latent, columns), mask=mask, other=0.0).to(tl.float32)
         if slopes_ptr is not None:
             at = program * D + tile * BLOCK_D + tl.arange(0, BLOCK_D)
-            tl.store(center_ptr + at, -tl.sum(slopes[:, None] * old, axis=0),
-                     mask=tile * BLOCK_D + tl.arange(0, BLOCK_D) < D)
+            # rounded before they are added: fused, lanes that add one another's products end with different sums
+            part = tl.where(mask, slopes[:, None] * old, 0.0)
+            tl.store(center_ptr + at, -tl.sum(part, axis=0), mask=tile * BLOCK_D + tl.arange(0, BLOCK_D) < D)
         if UNIT_ROWS:
             grad -= along[:, None] * old
         square += tl.sum(grad * grad, axis=1)
-        new = _moved(state, latent, columns, mask, keep, old, grad, corrections, settings)
+        new = _moved(state, latent, columns, mask, keep, old, grad, corrections, settings, False)
         if UNIT_ROWS:
             norm += tl.sum(new * new, axis=1)
             tl.store(grad_ptr + local[:, None] * D + columns, new, mask=mask)  # the gradient has done its work
@@ -330,10 +335,12 @@ class _Sums:
         self.x, self.weight, self.along = x, weight, along
         self.base = None if base is None else (_matrix(base[0]), _matrix(base[1]), base[2])
         blocks = [max(triton.next_power_of_2(width), 16) for width in (weight.shape[1], x.shape[1])]
+        warps = _tuning.pass_warps(max(blocks))
+        self.replicated = tuple(_tuning.is_replicated(block, warps) for block in blocks)
         self.shape = dict(
             D_OUT=weight.shape[1], D_IN=x.shape[1], stride_xb=x.stride(0), SPLIT=_tuning.SPLIT_PASS,
             BLOCK_OUT=blocks[0], BLOCK_IN=blocks[1], IN_FLIGHT=_tuning.pass_entries(max(blocks)),
-            **_tuning.options(_tuning.pass_warps(max(blocks))), **at_most(_tuning.PASS_REGISTERS),
+            **_tuning.options(warps), **at_most(_tuning.PASS_REGISTERS),
         )  # fmt: skip
         self.modes = tuple(term.mode for term in terms)
         self.offered = tuple(term.offered.numel() > 0 for term in terms)
@@ -370,7 +377,7 @@ class _Sums:
             MODES=self.modes, OFFERED=self.offered, BASE=self.base is not None,
             MOVED=tuple(four is not None for four in state),
             COPIED=tuple(four is not None and four[3] is not None for four in state),
-            UNIT_ROWS=adam is not None and adam.unit_rows, GROUP=group, **self.shape,
+            UNIT_ROWS=adam is not None and adam.unit_rows, REPLICATED=self.replicated, GROUP=group, **self.shape,
         )  # fmt: skip
 
 
@@ -443,7 +450,7 @@ class _Adam:
             grad, slopes, _filled(state, state[0]), self.corrections, self.skip, center, square,
             first=latents.start, stop=latents.stop, D=width, settings=self.settings,
             COPIED=state[3] is not None, UNIT_ROWS=unit_rows,
-            BLOCK_F=block_f, BLOCK_D=block_d, **_tuning.options(8),
+            BLOCK_F=block_f, BLOCK_D=block_d, **_tuning.options(_tuning.stored_warps(block_f * block_d)),
         )  # fmt: skip
         return center, square
 

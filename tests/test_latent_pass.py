@@ -435,3 +435,18 @@ def test_small_and_complete(monkeypatch):
 def test_production_shapes(width, num_latents, layout):
     s = make((512, num_latents, width, width), MODES["two"], DTYPES["bf16"], kept=0.002)
     hold(s, "triton", layout=layout)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("d_out", "d_in"), [(16, 600), (64, 1024), (600, 16)])
+def test_rows_far_narrower_than_the_others(d_out, d_in):
+    """Warps hold copies of the narrower row: one that has stored it must not be overtaken by one that still reads."""
+    hold(make((6, 11, d_out, d_in), MODES["gated"], DTYPES["fp32"]), "triton", number=2)
+
+
+def test_whoever_changes_a_tile_that_warps_share_knows_it():
+    for latents, columns in ((64, 32), (8, 256), (4, 16), (2, 16)):
+        warps = _tuning.stored_warps(latents * columns)
+        assert warps == 1 or not _tuning.is_replicated(latents * columns, warps)
+    assert _tuning.stored_warps(2048) == 8
+    assert _tuning.is_replicated(16, 4) and not _tuning.is_replicated(1024, _tuning.pass_warps(1024))
