@@ -24,6 +24,7 @@ GUIDED_PASSES = tl.constexpr(4)  # that a sample narrows down; then bisection, w
 SAMPLE_ROUNDS = tl.constexpr(8)  # the sample's resolution: its range over 256, finer than its standard error
 # Standard errors on either side: with 2, one row in twenty takes another pass; with 1, where 2 do not fit, one in 3.
 MOST_ERRORS, LEAST_ERRORS = tl.constexpr(2.0), tl.constexpr(1.0)
+ODD_ERRORS = tl.constexpr(3.0)  # off what is known of the row: then a sample says nothing of where its energy lies
 UNSEEN = tl.constexpr(3.0)  # times a sampled entry's share of the row: what may lie above where the sample has nothing
 DEPTH = tl.constexpr(16 << 23)  # octaves below the target
 
@@ -66,41 +67,42 @@ def _set_aside(scratch_ptr, tile, lo, hi, place, end):
 
 @triton.jit
 def _measure(
-    pre_ptr, weight_ptr, scratch_ptr, marks_ptr, F, ROW_MARKS, stride_pf, stride_wf, scale, lo, hi, limit,
+    pre_ptr, weight_ptr, scratch_ptr, marks_ptr, F, ROW_MARKS, stride_pf, stride_wf, scale, lo, hi, bar, limit,
     HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
 ):
-    """One pass over a row: its largest r; count and energy of the r above hi and in [lo, hi], which are set aside.
+    """One pass over a row: its largest r; count and energy of the r above `bar`; the energy of those from lo on.
 
-    Both are marked.
-
-    NaN is above everything. A lane has `limit` places; `number` is how many it would have needed.
+    What lies from lo on is marked, and up to hi set aside: a lane has `limit` places; `number` is how many it would
+    have needed. NaN is above everything. The energy from a key on is the same number in every pass and falls with the
+    key, as its sum runs over all columns, with 0 for what is below.
     """
     lo = _from_bits(lo)
     hi = _from_bits(hi)
+    bar = _from_bits(bar)
     lane = tl.arange(0, LANES)
     place = lane
     top = tl.zeros((LANES,), tl.float32)
     above = tl.zeros((LANES,), tl.int32)
     energy_above = tl.zeros((LANES,), tl.float64)
-    energy_inside = tl.zeros((LANES,), tl.float64)
+    energy_from = tl.zeros((LANES,), tl.float64)
     for tile in range(0, tl.cdiv(F, LANES * NEIGHBOURS)):
         cols = (tile * LANES + lane[:, None]) * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, :]
         r = scores(pre_ptr, weight_ptr, cols, cols < F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]
-        beyond = (r <= hi) == 0
+        beyond = (r <= bar) == 0
+        marked = (r < lo) == 0
         scaled = _scaled(r, scale)
         upper = tl.where(beyond, scaled, 0.0)
-        inside = tl.where((r >= lo) & (r <= hi), scaled, 0.0)
+        lower = tl.where(marked, scaled, 0.0)
         above += tl.sum(beyond.to(tl.int32), axis=1)
         energy_above += tl.sum(upper * upper, axis=1).to(tl.float64)
-        energy_inside += tl.sum(inside * inside, axis=1).to(tl.float64)
+        energy_from += tl.sum(lower * lower, axis=1).to(tl.float64)
         for column in tl.static_range(NEIGHBOURS):
             top = tl.maximum(top, _columns(r)[column], propagate_nan=tl.PropagateNan.ALL)
         place = _set_aside(scratch_ptr, r, lo, hi, place, limit * LANES)
-        tl.store(marks_ptr + tile * LANES + lane, lane_marks((r < lo) == 0).to(tl.int8),
-                 mask=tile * LANES + lane < ROW_MARKS)
+        tl.store(marks_ptr + tile * LANES + lane, lane_marks(marked).to(tl.int8), mask=tile * LANES + lane < ROW_MARKS)
     top = tl.where(top != top, INF_KEY + 1, top.to(tl.int32, bitcast=True))
-    return (tl.max(top, axis=0), tl.sum(above, axis=0), place // LANES,
-            tl.sum(energy_above, axis=0), tl.sum(energy_inside, axis=0))
+    return (tl.max(top, axis=0), place // LANES, tl.sum(above, axis=0),
+            tl.sum(energy_above, axis=0), tl.sum(energy_from, axis=0))
 
 
 @triton.jit
@@ -130,13 +132,30 @@ def _sampled_bound(r, energy, squares, first, last, wanted, share, errors, scale
 
 
 @triton.jit
+def _counted_bound(r, first, last, b, most):
+    """The least key within [first, last] from which on, up to b, the sample has no more than `most` entries."""
+    lo = first
+    hi = last
+    for _ in range(0, SAMPLE_ROUNDS):
+        mid = middle(lo, hi)
+        few = _sum(((r >= _from_bits(mid)) & (r <= _from_bits(b))).to(tl.int32)).to(tl.float32) <= most
+        lo = tl.where(few, lo, mid)
+        hi = tl.where(few, mid, hi)
+    return hi
+
+
+@triton.jit
 def _guess(
     pre_ptr, weight_ptr, F, stride_pf, stride_wf, scale, lo, hi, magnitude, missing, known, energy_between,
     HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, SAMPLE: tl.constexpr, PLACES: tl.constexpr,
 ):
-    """Keys [a, b] within [lo, hi] between which the row's energy should cross, and whether what lies there will fit.
+    """Keys [a, b] within [lo, hi] between which the row's energy should cross; the key from which on the pass should
+    count as well, and whether what lies between will fit.
 
     `missing`: the energy still wanted of the keys up to hi; `energy_between`: theirs from lo on, where `known`.
+    A few large entries, of which a sample sees hardly any, can hold most of a row's energy. Where it tells nothing, as
+    many of the largest as fit are taken, and the energy from lo on is measured: either it crosses among them, or what
+    they leave is a row that samples can tell about.
     """
     chunk = tl.arange(0, SAMPLE // NEIGHBOURS) * (F // SAMPLE * NEIGHBOURS)
     cols = chunk[:, None] + tl.arange(0, NEIGHBOURS)[None, :]
@@ -163,8 +182,15 @@ def _guess(
         between = _sum(((r >= _from_bits(a)) & (r <= _from_bits(b))).to(tl.int32)).to(tl.float32) * (F / SAMPLE)
         fits = between <= PLACES // 2  # lanes fill unevenly
         errors *= 0.5
-    a = tl.where(fits | known, a, lo)  # where they do not, the whole row's energy will narrow the next guess down
-    return a, b, fits
+    # nor does it where it has missed, or met, so much more of the energy than its own spread explains
+    odd = tl.abs(_sum(energy) - energy_between.to(tl.float32) * (SAMPLE / F)) > tl.sqrt(squares) * ODD_ERRORS
+    bar = b
+    if tl.where(known, odd | ((fits == 0) & (a == lo)), fits == 0):
+        a = _counted_bound(r, first, tl.minimum(hi, last), hi, (SAMPLE / F) * (PLACES // 4))  # uneven lanes
+        b = hi
+        bar = lo - 1
+        fits = fits | (fits == 0)
+    return a, b, bar, fits
 
 
 @triton.jit
@@ -236,6 +262,7 @@ def _norm_cut_kernel(
     number = tl.zeros((LANES,), tl.int32)
     a = lo
     b = tl.where(ordinary, hi, 0)  # with other targets the pass counts what is positive
+    bar = b
     limit = tl.full((), SLOTS, tl.int32)
     if SAMPLE > 0:
         passes = tl.full((), 0, tl.int32)
@@ -243,32 +270,39 @@ def _norm_cut_kernel(
         if SAMPLE > 0:
             if ordinary:
                 if passes < GUIDED_PASSES:
-                    a, b, fits = _guess(
+                    a, b, bar, fits = _guess(
                         pre_ptr, weight_ptr, F, stride_pf, stride_wf, scale, lo, hi, magnitude, wanted - energy_hi,
                         known, energy_lo - energy_hi, HAS_WEIGHT, WIDE, SAMPLE, SLOTS * LANES)
                     limit = tl.where(fits, SLOTS, 0)
                 else:
                     a = middle(lo, hi)
                     b = hi
+                    bar = b
                     limit = tl.full((), SLOTS, tl.int32)
             passes += 1
-        top, above, number, energy_above, energy_inside = _measure(
-            pre_ptr, weight_ptr, scratch_ptr, marks_ptr, F, ROW_MARKS, stride_pf, stride_wf, scale, a, b, limit,
+        top, number, above, energy_above, energy = _measure(
+            pre_ptr, weight_ptr, scratch_ptr, marks_ptr, F, ROW_MARKS, stride_pf, stride_wf, scale, a, b, bar, limit,
             HAS_WEIGHT, WIDE, LANES)
+        from_lo = bar < a  # then b is hi
+        energy_lo = tl.where(from_lo, energy_above, energy_lo)
+        count_lo = tl.where(from_lo, above, count_lo)
+        energy_above = tl.where(from_lo, energy_hi, energy_above)
+        above = tl.where(from_lo, count_hi, above)
         both = above + tl.sum(number, axis=0)
-        energy = energy_above + energy_inside
-        whole = (a == 1) & (norm >= tl.sqrt(energy))
+        whole = (lo == 1) & (from_lo | (a == 1)) & (norm >= tl.sqrt(tl.where(from_lo, energy_lo, energy)))
         special = (top >= INF_KEY) | (ordinary == 0)
         keep_all = tl.where(special, (target == float("inf")) & (top <= INF_KEY), whole)
         beyond = energy_above >= wanted
         reached = energy >= wanted
-        lo = tl.where(beyond, b + 1, tl.where(reached, a, lo))
+        count_lo = tl.where(keep_all & (from_lo == 0), both, count_lo)
+        count_lo = tl.where(keep_all, count_lo, tl.where(beyond, above, tl.where(reached, both, count_lo)))
+        lo = tl.where(whole, lo, tl.where(beyond, b + 1, tl.where(reached, a, lo)))
         energy_lo = tl.where(beyond, energy_above, tl.where(reached, energy, energy_lo))
-        count_lo = tl.where(keep_all, both, tl.where(beyond, above, tl.where(reached, both, count_lo)))
         energy_hi = tl.where(beyond, energy_hi, tl.where(reached, energy_above, energy))
         count_hi = tl.where(beyond, count_hi, tl.where(reached, above, both))
         hi = tl.where(beyond, hi, tl.where(reached, b, a - 1))
-        known = known | reached
+        hi = tl.minimum(hi, tl.maximum(top, lo))  # above the largest there is nothing
+        known = known | reached | from_lo
         aside = reached & (beyond == 0) & (tl.max(number, axis=0) <= limit)
         ends = special | whole | aside | (known & (lo >= hi))
         searching = ends == 0
@@ -318,6 +352,7 @@ def _norm_cut_kernel(
     beyond = tl.abs(tl.sqrt(energy_hi + (before + 1.0) * unit) - norm)
     quota = before.to(tl.int32) + (beyond < below).to(tl.int32)
     quota = tl.maximum(quota, (count_hi == 0).to(tl.int32))
+    quota = tl.where(search, tl.minimum(quota, tied), quota)  # what is counted is there to be written
     tl.store(cut_ptr + row, tl.where(search, lo, tl.where(keep_all, 1, tl.minimum(top, INF_KEY + 1))))
     last = tl.full((), -1, tl.int32) + F
     if search & (quota < tied):

@@ -140,6 +140,37 @@ def test_long_rows_whatever_the_sample_says(kind, weighted):
         assert_nearest(pre, target, weight, f.norm_match(pre, target, weight_norm=weight, backend="triton"))
 
 
+def giants_over_noise(seed, rows, latents):
+    """Rows whose energy lies in 32 entries, and targets within 1e-3 to 1e-9 of their norm."""
+    rng = torch.Generator().manual_seed(seed)
+    pre = torch.randn(rows, latents, generator=rng) * 0.01
+    large = torch.rand(2, rows, 32, generator=rng).log().sum(0) * -10  # Gamma(2)
+    pre.scatter_(1, torch.rand(rows, latents, generator=rng).topk(32, 1).indices, large)
+    share = 1 - 10 ** (-3 - 6 * torch.rand(rows, dtype=torch.float64, generator=rng))
+    return pre, (pre.relu().double().norm(dim=1) * share).float()
+
+
+def assert_all_written(pre, target, backend):
+    """Every place that a count promises holds an entry of its row: unwritten ones are poisoned, and repeat none."""
+    codes = f.norm_match(pre, target, capacity=pre.numel(), backend=backend).check()
+    for number, columns in enumerate(rows_of(codes)):
+        assert all(a < b for a, b in pairwise(columns)) and min(columns) >= 0 and max(columns) < pre.shape[1], number
+    assert_nearest(pre, target, None, f.norm_match(pre, target, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("latents", [500, LONG])
+def test_giants_over_noise(latents, backend):
+    assert_all_written(*giants_over_noise(0, 3 if backend == "triton" else 200, latents), backend)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("seed", range(8))
+def test_giants_over_noise_in_many_rows(seed):
+    """Where two passes summed the same energy in different groups, one row in some 300 had an entry too many."""
+    assert_all_written(*giants_over_noise(seed, 64, 8192), "triton")
+
+
 def test_a_row_that_fills_every_place():
     pre = torch.rand(2, 4096) + 0.1  # the longest row that is set aside whole
     target = pre.norm(dim=1) * torch.tensor([0.3, 0.9999])
