@@ -105,7 +105,7 @@ def _moved(state, latent, columns, mask, keep, old, grad, corrections, settings,
     grad += weight_decay * old
     at = _at(state[1], latent, columns), _at(state[2], latent, columns)
     first = beta1 * tl.load(at[0], mask=mask, other=0.0).to(tl.float32) + rest1 * grad
-    second = beta2 * tl.load(at[1], mask=mask, other=1.0).to(tl.float32) + rest2 * grad * grad  # no 0 / 0 beside the row
+    second = beta2 * tl.load(at[1], mask=mask, other=1.0).to(tl.float32) + rest2 * grad * grad  # no 0 / 0 beside it
     if REPLICATED:
         tl.debug_barrier()
     tl.store(at[0], first.to(at[0].dtype.element_ty), mask=only_if(keep, mask))
