@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from . import _autotune, _tuning
+from ._direct import Operators
 
 BACKENDS = ("triton", "torch", "reference")
 
 library = torch.library.Library("sae_engine", "DEF")
-ops = torch.ops.sae_engine
+ops = Operators()
 
 
 @functools.cache
@@ -82,6 +83,7 @@ def implement(name: str, run: Callable) -> None:
     """Registers what an operation does, on every device."""
     IMPLEMENTED[name] = run
     library.impl(name, run, "CompositeExplicitAutograd")
+    ops.add(name, run)
 
 
 def define(signature: str, launcher: str):

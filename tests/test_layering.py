@@ -18,7 +18,7 @@ ENGINE = sorted((ROOT / "sae_engine").rglob("*.py"))
 
 # The files of kernels/ that a machine without Triton imports; all others hold device code.
 TORCH_ONLY = {
-    "budgets", "cpu_gemm", "ops", "_contract", "_encoder_ops", "reference", "torch_backend", "torch_codes",
+    "budgets", "cpu_gemm", "ops", "_contract", "_direct", "_encoder_ops", "reference", "torch_backend", "torch_codes",
     "torch_latent_pass", "torch_norm_match", "densified", "traffic", "_tuning", "_terms", "_autotune",
 }  # fmt: skip
 # Tools that look at the launches beneath the public functions. The command line alone imports them.
