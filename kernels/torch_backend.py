@@ -102,9 +102,9 @@ def _topk_columns(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
     ``torch.topk`` breaks ties as it likes. It is asked for a few more entries: where the last of them lies below the
     k-th, all that tie with the k-th are among them. Other rows, rare ones, are looked at whole.
     """
-    groups = _tuning.column_groups(score.shape[1], k) if score.element_size() > 2 and score.is_cpu else None
-    if groups is not None:
-        return _topk_columns_by_groups(score, mask, k, groups)
+    sizes = _tuning.column_groups(score.shape[1], k) if score.is_cpu else ()
+    if sizes:
+        return _topk_columns_by_groups(score, mask, k, sizes)
     slack = 32 if score.element_size() == 2 else 1  # 16-bit numbers tie a few times a row
     top, columns = score.topk(min(k + slack, score.shape[1]))
     cut = top[:, k - 1 : k]
@@ -123,31 +123,66 @@ def _topk_columns(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
     return kept.sort(dim=1).values
 
 
-def _topk_columns_by_groups(score: Tensor, mask: Tensor | None, k: int, groups: int) -> Tensor:
-    """The same from group maxima: group g holds columns g, g + groups, …, so that maxima run along memory.
-
-    The k groups with the largest maxima hold the k largest entries, unless another group's maximum ties with the k-th
-    entry: rows where anything ties with it, or is NaN there, are looked at whole.
-    """
+def _topk_columns_by_groups(score: Tensor, mask: Tensor | None, k: int, sizes: tuple[int, ...]) -> Tensor:
+    """The same from group maxima. Rows are looked at whole where those leave it open."""
     rows, num_latents = score.shape
-    size = num_latents // groups
-    kept = torch.empty(rows, k, dtype=torch.int64, device=score.device)
-    step = max(CHUNK_ELEMENTS // (4 * num_latents), 1)  # what one chunk reads twice stays in the cache
+    among_groups = _among_groups if score.element_size() > 2 else _among_groups_with_ties
+    kept = []
+    step = max(_tuning.SCORES_IN_CACHE // num_latents, 1)  # it is read twice
     for start in range(0, rows, step):
-        part = score[start : start + step].contiguous().view(-1, size, groups)
-        maxima, group = part.amax(1).topk(k + 1)
-        among = part.gather(2, group[:, None, :k].expand(-1, size, k))
-        top, position = among.view(-1, size * k).topk(k + 1)
-        column = position[:, :k] // k * groups + group.gather(1, position[:, :k] % k)
-        cut = top[:, k - 1]
-        certain = (cut > top[:, k]) & (cut > maxima[:, k])
-        unsure = (~certain).nonzero()[:, 0]
-        if unsure.numel():
-            whole = score[start : start + step][unsure]
+        part = score[start : start + step].contiguous()
+        columns, certain = among_groups(part, k, sizes)
+        if not bool(certain.all()):
+            unsure = (~certain).nonzero()[:, 0]
+            whole = part[unsure]
             allowed = None if mask is None else mask[start : start + step][unsure]
-            column[unsure] = _resolve_ties(whole, allowed, _kth_of_rows(whole, k), k)
-        kept[start : start + step] = column
-    return kept.sort(dim=1).values
+            columns[unsure] = _resolve_ties(whole, allowed, _kth_of_rows(whole, k), k)
+        kept.append(columns)
+    columns = kept[0] if len(kept) == 1 else torch.cat([score.new_zeros(0, k, dtype=torch.int64), *kept])
+    return columns.sort(dim=1).values
+
+
+def _in_largest_groups(x: Tensor, number: int, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries (rows, n) of the ``number`` groups with the largest maxima, their columns, and what no other exceeds.
+
+    Group g of G holds columns g, g + G, …, so that maxima run along memory. The groups are found as the entries are:
+    by groups of their maxima, as often as there are ``sizes``.
+    """
+    if not sizes:
+        return x, torch.arange(x.shape[1], device=x.device).expand(x.shape), x.new_full((x.shape[0],), -torch.inf)
+    size, groups = sizes[0], x.shape[1] // sizes[0]
+    grouped = x.view(-1, size, groups)
+    maxima, columns, bound = _in_largest_groups(grouped.amax(1), number, sizes[1:])
+    top, position = maxima.topk(min(number + 1, maxima.shape[1]))
+    if top.shape[1] > number:
+        bound = torch.maximum(bound, top[:, number])  # NaN, where one is left out
+    group = columns.gather(1, position[:, :number])[:, None]
+    among = grouped.gather(2, group.expand(-1, size, -1)).flatten(1)
+    starts = torch.arange(0, size * groups, groups, device=x.device)
+    return among, (group + starts[:, None]).flatten(1), bound
+
+
+def _among_groups(x: Tensor, k: int, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Columns (rows, k) of the largest entries of ``x`` (rows, F), and whether it is certain that they are.
+
+    It is not where an entry that was left out ties with the k-th, or is NaN.
+    """
+    among, columns, bound = _in_largest_groups(x, k, sizes)
+    top, position = among.topk(k + 1)
+    return columns.gather(1, position[:, :k]), top[:, k - 1] > torch.maximum(top[:, k], bound)
+
+
+def _among_groups_with_ties(x: Tensor, k: int, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The same for 16-bit numbers, of which a few tie with the k-th in most rows: integers rank value, then column.
+
+    A few more groups than k are looked at, so that they hold all that tie.
+    """
+    among, columns, bound = _in_largest_groups(x, k + 8, sizes)
+    bits = (among + 0.0).view(torch.int16).long()  # -0 + 0 is 0
+    rank = torch.where(bits < 0, bits ^ 0x7FFF, bits)  # not of NaN: its rows are not certain
+    position = (rank * x.shape[1] - columns).topk(k).indices
+    cut = among.gather(1, position[:, -1:])[:, 0]
+    return columns.gather(1, position), (cut > bound) & ~among.isnan().any(1)
 
 
 def _topk_columns_among(score: Tensor, mask: Tensor, k: int) -> Tensor:
@@ -183,7 +218,7 @@ def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitu
         kept = _topk_columns(torch.where(mask, by, -torch.inf), mask, k)
     values = pre.gather(1, kept)
     if apply_relu:
-        values = _relu(values)
+        values.masked_fill_(values <= 0, 0.0)
     if mask is not None:
         values = torch.where(mask.expand(pre.shape).gather(1, kept), values, 0.0)
     return values.flatten(), kept.int().flatten()
@@ -268,22 +303,27 @@ def feature_topm(pre: Tensor, m: Tensor, total: int):
     return _relu(pre[row, indices]), indices.int(), torch.searchsorted(kept, bounds)
 
 
+def _places(keep: Tensor, start: int) -> Tensor:
+    """(N, 2) row and column of what a chunk's mask keeps; its first row is row ``start`` of the whole."""
+    places = keep.nonzero()
+    if start:
+        places[:, 0] += start
+    return places
+
+
 def _compress(dense: Tensor, kept: list[Tensor], capacity: int | None):
-    """Compressed rows from the flat positions of the kept entries, row chunk by row chunk."""
-    rows, num_latents = dense.shape
-    positions = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64, device=dense.device)
-    offsets = torch.searchsorted(positions, torch.arange(rows + 1, device=dense.device) * num_latents)
+    """Compressed rows from the ``_places`` of chunks of rows, in order."""
+    places = kept[0] if len(kept) == 1 else torch.cat([dense.new_zeros(0, 2, dtype=torch.int64), *kept])
+    row, column = places.unbind(1)
+    offsets = torch.searchsorted(row.contiguous(), torch.arange(dense.shape[0] + 1, device=dense.device))
     required = offsets[-1].clone()
     if capacity is not None:
-        positions = positions[:capacity]
-    row = positions // max(num_latents, 1)
-    indices = positions - row * num_latents
-    values = dense[row, indices]
+        row, column = row[:capacity], column[:capacity]
+    values, indices = dense[row, column], column.int()
     if capacity is not None:
-        extra = capacity - positions.numel()
-        values, indices = F.pad(values, (0, extra)), F.pad(indices, (0, extra))
-        offsets = offsets.clamp(max=capacity)
-    return values, indices.int(), offsets, required
+        extra = (0, capacity - row.numel())
+        values, indices, offsets = F.pad(values, extra), F.pad(indices, extra), offsets.clamp(max=capacity)
+    return values, indices, offsets, required
 
 
 def _nearest_prefix(ranked: Tensor, target: Tensor) -> Tensor:
@@ -325,7 +365,7 @@ def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, cap
             keep, found = torch_norm_match.kept(score, target)
             if not bool(found.all()):
                 keep[~found] = _kept_of_sorted(score[~found], target[~found])
-        kept.append(keep.flatten().nonzero()[:, 0] + rows.start * pre.shape[1])
+        kept.append(_places(keep, rows.start))
     values, *rest = _compress(pre, kept, capacity)
     return values.relu_(), *rest  # an infinite weight makes NaN, which ranks first, of an entry that is not positive
 
@@ -333,10 +373,10 @@ def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, cap
 def threshold(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity: int | None):
     kept = []
     lower = theta if bandwidth is None else theta - bandwidth / 2
-    lower = torch.where(lower.isnan(), torch.inf, lower)  # nothing exceeds NaN
+    lower = lower.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # nothing exceeds NaN
     for rows in _rows_in_cache(pre):
-        keep = ~(pre[rows] <= lower)  # NaN is kept
-        kept.append(keep.flatten().nonzero()[:, 0] + rows.start * pre.shape[1])
+        keep = (pre[rows] <= lower).logical_not_()  # NaN is kept
+        kept.append(_places(keep, rows.start))
     values, indices, offsets, required = _compress(pre, kept, capacity)
     if bandwidth is not None:
         values = torch.where(values <= theta[indices.long()], 0.0, values)

@@ -1,13 +1,20 @@
 """The operations on codes in fast stock PyTorch, most of them an ``embedding_bag``. See ``torch_backend.py``."""
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import densified
-from .densified import rows_of
+from . import _tuning, densified
+from .densified import entries_of_each_row, rows_of
+
+SUM = 0  # embedding_bag's mode, by number
 
 
 def gather(dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+    k = entries_of_each_row(offsets, indices.numel())
+    if k is not None:
+        return dense.gather(1, indices.view(-1, k).long()).flatten()
     rows = rows_of(offsets, indices.numel())
     if dense.shape[0] == 0:
         return dense.new_zeros(indices.numel())
@@ -29,13 +36,34 @@ def wide_of(*tensors: Tensor) -> torch.dtype:
 
 
 def bags(weights: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
-    """Weighted sums of table rows, one a bag; a last bag takes the entries that belong to no row, and is cut off."""
+    """Weighted sums of table rows, one a bag, in new memory. Entries after the last bag belong to none."""
+    bags, ends = offsets.numel() - 1, offsets
+    if offsets.is_cpu:
+        owned = int(offsets[-1])
+        weights, indices = weights[:owned], indices[:owned]
+    else:  # without reading the device: a last bag takes the entries that belong to no row, and is cut off
+        ends = F.pad(offsets, (0, 1), value=indices.numel())
     if indices.numel() == 0 or table.shape[0] == 0:
-        return table.new_zeros(offsets.numel() - 1, table.shape[1])
-    ends = F.pad(offsets, (0, 1), value=indices.numel()).to(indices.dtype)
-    return F.embedding_bag(
-        indices, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )[:-1]
+        return table.new_zeros(bags, table.shape[1])
+    return torch.embedding_bag(table, indices, ends.to(indices.dtype), False, SUM, False, weights, True)[0][:bags]
+
+
+def _widened(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """``weight`` in a wider ``dtype``, some columns at a time: the columns, a table of them, the entries' rows in it.
+
+    A copy of the whole matrix would take longer than the sums; that of a few columns stays in the cache while they are
+    summed. Where there are fewer entries than latents, it holds their rows alone.
+    """
+    few = indices.numel() < weight.shape[0]
+    rows = indices.numel() if few else weight.shape[0]
+    at = torch.arange(rows, dtype=indices.dtype, device=indices.device) if few else indices
+    width = max(_tuning.SCORES_IN_CACHE // max(rows, 1), 32)  # 32 numbers of 16 bits fill a cache line
+    table = weight.new_empty(0, dtype=dtype)
+    for start in range(0, weight.shape[1], width):
+        columns = slice(start, min(start + width, weight.shape[1]))
+        part = weight[:, columns]
+        table = table.resize_(rows, part.shape[1]).copy_(part[indices] if few else part)
+        yield columns, table, at
 
 
 def decode(values, indices, offsets, weight, bias, dtype, *_by_latent):
@@ -43,10 +71,15 @@ def decode(values, indices, offsets, weight, bias, dtype, *_by_latent):
     if bias is None and values.dtype == weight.dtype == dtype:
         return bags(values, indices, offsets, weight)
     wide = wide_of(values, weight)
-    out = bags(values.to(wide), indices, offsets, weight.to(wide))
-    if bias is not None:
-        out = out + bias.to(wide)
-    return out.to(dtype)
+    values, bias = values.to(wide), None if bias is None else bias.to(wide)
+    if weight.dtype == wide or not weight.is_cpu:
+        out = bags(values, indices, offsets, weight.to(wide))
+        return (out if bias is None else out.add_(bias)).to(dtype)
+    out = weight.new_empty(offsets.numel() - 1, weight.shape[1], dtype=dtype)
+    for columns, table, at in _widened(weight, indices, wide):
+        part = bags(values, at, offsets, table)
+        out[:, columns] = part if bias is None else part.add_(bias[columns])
+    return out
 
 
 def decode_error(values, indices, offsets, weight, bias, target, dtype):
@@ -59,11 +92,17 @@ def decode_backward_values(grad, values, indices, offsets, weight):
     if values.numel() == 0 or grad.shape[0] == 0:
         return torch.zeros_like(values)
     wide = wide_of(grad, weight)
-    rows = rows_of(offsets, values.numel()).to(indices.dtype)
-    out = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad.to(wide), weight.to(wide), indices, offsets.to(indices.dtype), rows.clamp(max=grad.shape[0] - 1), 0
-    )
-    return torch.where(rows < grad.shape[0], out, 0.0).to(values.dtype)
+    whole = entries_of_each_row(offsets, values.numel()) is not None  # every entry has a row
+    rows, ends = rows_of(offsets, values.numel()).to(indices.dtype), offsets.to(indices.dtype)
+    mine = rows if whole else rows.clamp(max=grad.shape[0] - 1)
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    if weight.dtype == wide or not weight.is_cpu:
+        out = products(grad.to(wide), weight.to(wide), indices, ends, mine, SUM)
+    else:
+        out = grad.new_zeros(values.numel(), dtype=wide)
+        for columns, table, at in _widened(weight, indices, wide):
+            out += products(grad[:, columns].to(wide), table, at, ends, mine, SUM)
+    return (out if whole else torch.where(rows < grad.shape[0], out, 0.0)).to(values.dtype)
 
 
 def decode_backward_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):

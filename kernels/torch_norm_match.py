@@ -22,20 +22,22 @@ def kept(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     total = _energy(squares).sqrt()
     everything = finite & (target >= total)
     found = finite & (target > 0) & ~everything
-    lo, hi = _bracket(scaled, squares, torch.where(found, target, 0.0).float().square())
+    lo, hi = _bracket(scaled, squares, torch.where(found, target, 0.0).float().square(), top * scale)
 
-    beyond = scaled >= hi[:, None]
-    inside = (scaled >= lo[:, None]) & ~beyond & found[:, None]
-    lengths = inside.sum(1)
+    beyond = _at_least(scaled, hi)
+    inside = _at_least(scaled, torch.where(found, lo, torch.inf)).sub_(beyond)
+    number_beyond, lengths = beyond.sum(1), inside.sum(1)
     found &= lengths * SHARE <= score.shape[1]
-    inside &= found[:, None]
-    length, cut = _nearest(_ranked(scaled, inside), _energy(squares * beyond), target)
-    count = beyond.sum(1) + length
+    lengths = torch.where(found, lengths, 0.0).long()
+    ranked = _ranked(scaled, inside.mul_(found[:, None].float()) != 0, lengths)
+    length, cut = _nearest(ranked, _energy(beyond.mul_(squares)), target)
+    count = number_beyond.long() + length
     cut = torch.where(length == 0, hi, cut)
     keep = scaled >= cut[:, None]
-    for row in (found & (keep.sum(1) > count)).nonzero()[:, 0].tolist():  # ties at the cut go to the lowest index
+    excess = _at_least(scaled, cut, out=inside).sum(1).long() - count
+    for row in (found & (excess > 0)).nonzero()[:, 0].tolist():  # ties at the cut go to the lowest index
         tied = (scaled[row] == cut[row]).nonzero()[:, 0]
-        keep[row, tied[tied.numel() - int(keep[row].sum() - count[row]) :]] = False
+        keep[row, tied[tied.numel() - int(excess[row]) :]] = False
     keep[everything] = score[everything] > 0
     return keep, found | everything
 
@@ -47,12 +49,21 @@ def _energy(squares: Tensor) -> Tensor:
     return torch.cat([runs, squares[:, width:]], 1).sum(1, dtype=torch.float64)
 
 
-def _bracket(scaled: Tensor, squares: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _at_least(x: Tensor, level: Tensor, out: Tensor | None = None) -> Tensor:
+    """1 where a row of ``x`` reaches its ``level`` (rows,), else 0.
+
+    Numbers, not truth values: a CPU multiplies and adds them up several times as fast, exactly below 2^24.
+    """
+    return torch.ge(x, level[:, None], out=torch.empty_like(x) if out is None else out)
+
+
+def _bracket(scaled: Tensor, squares: Tensor, wanted: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """lo, hi (rows,): from lo up the entries' energy surely reaches ``wanted``, from hi up it surely does not.
 
-    By false position; an end that stays put twice counts half (the Illinois rule), so that both of them close in.
+    ``top`` are the rows' largest scores. By false position; an end that stays put twice counts half (the Illinois
+    rule), so that both of them close in.
     """
-    top = scaled.amax(1)
+    energies = torch.empty_like(scaled)
     lo, hi = torch.zeros_like(top), torch.full_like(top, torch.inf)
     excess, lack = squares.sum(1) - wanted, wanted.clone()  # of energy at lo and hi
     for number in range(ROUNDS):
@@ -63,7 +74,7 @@ def _bracket(scaled: Tensor, squares: Tensor, wanted: Tensor) -> tuple[Tensor, T
             middle = (lo + most) / 2
         else:
             middle = most - (most - lo) * (lack / (excess + lack)).clamp(0.01, 0.99)
-        energy = (squares * (scaled >= middle[:, None])).sum(1)
+        energy = _at_least(scaled, middle, out=energies).mul_(squares).sum(1)
         reaches, fails = energy >= wanted * (1 + MARGIN), energy <= wanted * (1 - MARGIN)
         lo, hi = torch.where(reaches, middle, lo), torch.where(fails, middle, hi)
         excess = torch.where(reaches, energy - wanted, excess / 2)
@@ -71,10 +82,9 @@ def _bracket(scaled: Tensor, squares: Tensor, wanted: Tensor) -> tuple[Tensor, T
     return lo, hi
 
 
-def _ranked(scaled: Tensor, inside: Tensor) -> Tensor:
-    """(rows, n) each row's entries under the mask in descending order, then zeros."""
+def _ranked(scaled: Tensor, inside: Tensor, lengths: Tensor) -> Tensor:
+    """(rows, n) each row's entries under the mask, ``lengths`` of them, in descending order, then zeros."""
     row, column = inside.nonzero().unbind(1)
-    lengths = inside.sum(1)
     place = torch.arange(row.shape[0], device=row.device) - (lengths.cumsum(0) - lengths)[row]
     ranked = scaled.new_zeros(scaled.shape[0], max(int(lengths.max()), 1))
     ranked[row, place] = scaled[row, column]

@@ -437,7 +437,7 @@ def encode(
         for rule, turner, mine in zip(rules, turners, contexts, strict=True)
     ]
     sparse = [number for number, turner in enumerate(turners) if turner is not None]
-    if sparse:
+    if sparse and torch.is_grad_enabled():  # without gradients the values are what was selected
         matrix, backend = check.matrix(unscaled.detach()), _backend_for(backend, x, W_enc)
         entries = [ops.gather(matrix, codes[n].indices, codes[n].offsets, backend) for n in sparse]
         if given and scale is not None:
@@ -563,10 +563,12 @@ def _linear_dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, W_enc.dtype)
 
 
-def _backend_for(backend: str, *tensors: Tensor | None) -> str:
-    """The back end that serves all of ``tensors``: one fp64 among them rules Triton out."""
-    present = [t for t in tensors if t is not None]
-    widest = next((t for t in present if t.dtype == torch.float64), present[0])
+def _backend_for(backend: str, first: Tensor, *others: Tensor | None) -> str:
+    """The back end that serves all of the tensors: one fp64 among them rules Triton out."""
+    widest = first
+    for t in others:
+        if t is not None and t.dtype == torch.float64:
+            widest = t
     return resolve_backend(backend, widest)
 
 

@@ -1,11 +1,12 @@
 """functional.decode, its kernel and both its gradients (kernels/decode.py, backward.py, densified.py)."""
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_engine import SparseCodes
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, assert_within_budget, force_dense
-from sae_kernels import _tuning
+from sae_kernels import _tuning, reference, torch_codes
 from sae_kernels.ops import ops
 
 FAST = ("torch", "triton")
@@ -314,3 +315,31 @@ def test_long_rows_are_summed_in_pieces(monkeypatch):
     assert (pieces.kernel, rows.kernel) == ("_piece_kernel", "_decode_kernel")
     assert pieces.loaded["weight_ptr"] == 2 * split * 16 * 4 and rows.loaded["weight_ptr"] == (split + 5) * 16 * 4
     assert _tuning.parts_of_row(codes.values.numel(), 2) >= 8
+
+
+@pytest.mark.parametrize("entries", [3, 40])
+def test_16_bit_weights_are_widened_a_few_columns_at_a_time(entries, monkeypatch):
+    """On a CPU a wide copy of the whole matrix takes several times as long as the sums."""
+    monkeypatch.setattr(_tuning, "SCORES_IN_CACHE", 64)
+    codes = f.topk(torch.rand(entries, 30), 1)
+    weight, bias, grad = torch.randn(30, 100).bfloat16(), torch.randn(100), torch.randn(entries, 100).bfloat16()
+    arguments = codes.values.bfloat16(), codes.indices, codes.offsets, weight
+
+    class Sizes(TorchDispatchMode):
+        widest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.shape[:1] == (30,):
+                self.widest = max(self.widest, out.numel())
+            return out
+
+    with Sizes() as sizes:
+        sums = torch_codes.decode(*arguments, bias, torch.bfloat16)
+        products = torch_codes.decode_backward_values(grad, *arguments)
+    assert sizes.widest < weight.numel()
+    wide = codes.values.bfloat16().float(), codes.indices, codes.offsets, weight.float()
+    expected = reference.decode(*wide, bias, torch.float32), reference.decode_backward_values(grad.float(), *wide)
+    for ours, true in zip((sums, products), expected, strict=True):  # rounded once: half a unit in the last place
+        spacing = torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(ours.float(), true, rtol=spacing / 2 * (1 + 1e-3), atol=1e-5)
