@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
+import reasons
 from derived import (
     BOUND_BY,
     Cell,
@@ -84,6 +85,8 @@ def markdown(
             widest = max((cell.shape for cell in found), key=len)
             made_by = ", ".join(dict.fromkeys(f"torch {row['torch']}" for cell in found for row in cell.rows))
             parts += [f"### {case}, {dtype}, {made_by}: {shape_text(widest)}", _operations_table(found, rows)]
+            slower = reasons.remarks(found)
+            parts += ["Slower than other code:\n\n" + "\n".join(f"- {line}" for line in slower)] if slower else []
         if not any(row["cuda"] for row in operations):
             parts.append(f"On a GPU (S1, S2, S3 in bf16 and fp32; sweeps over F and k): {NOT_MEASURED}.")
     compared = predictions(rows, predicted)

@@ -1,0 +1,42 @@
+"""Why ours takes longer than stock code, in the cells of the default table where it does: the report says it there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from derived import Cell, fmt_ratio, is_ours
+
+LEVEL = 0.95  # of the fastest other's speed
+
+# On a CPU, by operation and by what a cell has: its dtype where that is the cause, else its case.
+REASONS: dict[tuple[str, str], str] = {
+    ("topk", "bfloat16"): "several 16-bit numbers of a row tie with its k-th; ours finds the lowest columns among "
+    "them, torch.topk takes any",
+    ("topk", "small"): "ours keeps the lowest columns of a tie and returns them in ascending order, which costs a sort",
+    ("threshold", "main"): "torch.where writes a dense result and needs no positions; ours are compressed rows",
+    ("threshold", "small"): "torch.where writes a dense result and needs no positions; ours are compressed rows with "
+    "offsets and 32-bit indices, which keep NaN",
+    ("decode", "bfloat16"): "ours adds the bias to the fp32 sum and rounds once, for which weights are widened, some "
+    "columns at a time; embedding_bag rounds the sum and then the sum with the bias",
+    ("decode", "small"): "checks of the arguments and the choice of a back end, a few dozen microseconds a call",
+    ("decode_error", "small"): "checks of the arguments and the choice of a back end, a few dozen microseconds a call",
+    ("to_dense", "small"): "offsets are compared with those of rows of one length, and indices widened to 64 bits",
+    ("decode-backward_values", "small"): "each entry's row is found anew; embedding_bag's forward pass has left it",
+}  # fmt: skip
+
+
+def remarks(found: Sequence[Cell]) -> list[str]:
+    """One line for each cell in which ours is slower than the fastest of all others by more than a twentieth."""
+    lines = []
+    for cell in found:
+        others = [row for row in cell.rows if not (is_ours(row) or row.get("yardstick"))]
+        if cell.ours is None or not others:
+            continue
+        best = min(others, key=lambda row: row["ms_p50"])
+        ratio = best["ms_p50"] / cell.ours["ms_p50"]
+        if ratio < LEVEL:
+            keys = () if cell.ours.get("cuda") else (cell.dtype, cell.case.partition(",")[0])
+            known = (REASONS.get((cell.op_id, key)) for key in keys)
+            reason = next(filter(None, known), "no reason is known: to be looked into")
+            lines.append(f"{cell.op_id}: {fmt_ratio(ratio)} the speed of {best['provider']}; {reason}.")
+    return lines

@@ -1,0 +1,32 @@
+"""benchmarks/reasons.py: no cell in which ours is slower goes without a word."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import reasons
+from derived import Cell
+from registry import OPS
+
+
+def cell(op_id, dtype, ours, **others):
+    rows = [{"provider": "ours", "ms_p50": ours}, *({"provider": p, "ms_p50": ms} for p, ms in others.items())]
+    return Cell(op_id, "small", "small", {}, dtype, rows)
+
+
+def test_a_slower_cell_has_its_reason_and_a_faster_one_none():
+    (line,) = reasons.remarks([cell("decode", "float32", 2.0, bags=1.0), cell("decode", "float32", 1.0, bags=0.96)])
+    assert line.startswith("decode: 0.50× the speed of bags; checks of the arguments")
+    (line,) = reasons.remarks([cell("decode", "bfloat16", 2.0, bags=1.0, other=3.0)])
+    assert "rounds once" in line
+    (line,) = reasons.remarks([cell("batch_topk", "float32", 2.0, flat=1.0)])
+    assert "no reason is known" in line
+
+
+def test_a_yardstick_is_no_contestant():
+    slow = cell("encode", "float32", 2.0)
+    slow.rows.append({"provider": "GEMM alone", "ms_p50": 1.0, "yardstick": True})
+    assert reasons.remarks([slow]) == []
+
+
+def test_reasons_belong_to_operations():
+    assert {op_id for op_id, _ in reasons.REASONS} <= {op.id for op in OPS}
