@@ -6,10 +6,13 @@ registered function. Compilers, profilers, modes, transforms (``vmap``), subclas
 """
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import _C, Tensor
+from torch import Tensor
 from torch.autograd import _profiler_enabled
+
+_C: Any = torch._C  # its stubs lack some of what is asked here
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -43,7 +46,7 @@ def _straight(operator, implementation: Callable) -> Callable:
         with _C._AutoDispatchBelowAutograd():  # as the dispatcher calls it
             return implementation(*args)
 
-    call.default = operator  # as torch.ops names it
+    call.__dict__["default"] = operator  # as torch.ops names it
     return call
 
 
