@@ -49,10 +49,11 @@ def encoded(i: Inputs) -> Callable[[], Output]:
 
 def group_maxima(i: Inputs) -> Callable[[], Output]:
     """The first pass of batch top-k by itself: one read of the matrix, from which everything else follows."""
-    from sae_kernels import _groups, _tuning  # device code
+    from sae_kernels import _groups, _launch, _tuning  # device code
 
-    grouping, shift = _tuning.batch_groups(*i.pre.shape, total(i)), _tuning.key_shift(i.pre.dtype)
+    grouping = _tuning.batch_groups(*i.pre.shape, total(i))
     if grouping is None:
         raise RuntimeError(f"batch_topk takes no group maxima at {tuple(i.pre.shape)}, k = {i.k}")
     i.group_size = grouping.size
-    return lambda: _groups.group_maxima(i.pre, None, grouping, magnitude=False, relu=True, shift=shift, numbered=True)
+    maxima = _groups.plan_maxima(_launch.layout(i.pre), None, grouping, magnitude=False, relu=True, numbered=True)
+    return lambda: maxima.of(i.pre, None)

@@ -193,6 +193,16 @@ class _Session:
         return configurations.get(name, choice.default(*args))  # a smaller batch may have fewer to choose from
 
 
+def settled_session() -> tuple | None:
+    """Names what choices follow from beside their arguments; None while a search tries one after the other."""
+    session = _session.get()
+    if session is None:
+        return ()
+    if session.table is None or session.forced or _searches():
+        return None
+    return (session.table.path, *session.place, session.batch)
+
+
 @contextlib.contextmanager
 def _choosing(session: _Session) -> Iterator[_Session]:
     token = _session.set(session)

@@ -3,33 +3,13 @@
 Every rule whose rows are not written by its own kernel ends here: it has found, for each row, a `cut` (keep the keys
 above it) and a `quota` (keep the first so many keys equal to it).
 """
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
 from ._device import ABSENT, keep_first, load_key, only_if, relu
+from ._launch import Launch, Layout, strides_of
 
-
-class Candidates(NamedTuple):
-    """The columns that may hold kept entries; row b's are ``columns[b, :counts[b]]``, all F where that is negative."""
-
-    columns: torch.Tensor | None = None  # (B, n) int32, ascending in a row
-    counts: torch.Tensor | None = None  # (B,) int32
-
-
-class Shares(NamedTuple):
-    """What a whole matrix keeps, from which each row finds its quota and its place: the first ``total`` entries."""
-
-    equal: torch.Tensor  # (B,) int32: entries of a row that tie with the cut
-    above: torch.Tensor | None  # (B,) int32: entries of a row above it
-    sums: torch.Tensor | None  # (2, ceil(B / SHARE_ROWS)) int64: both, summed over SHARE_ROWS rows, above first
-    total: int
-
-
-EVERY_LATENT = Candidates()
 SHARE_ROWS = tl.constexpr(256)
 
 
@@ -149,30 +129,20 @@ def _compact_kernel(
         tile += 1
 
 
-def compact(
-    pre, score, mask, weight, cut, quota, offsets, values, indices, *,
-    magnitude, rank_relu, value_relu, shift, candidates=EVERY_LATENT, tile=None,
-):
-    """Fills ``values`` and ``indices`` (N,); F, strides and dtypes are those of ``pre`` and ``score`` (B, F).
+def plan_compact(pre: Layout, mask: Layout | None, total: int, listed: int, tile=None) -> Launch:
+    """The launch that writes ``total`` entries of a matrix, ranked and stored as relu(pre), and their offsets.
 
-    ``quota`` is (B,) numbers of ties, or the ``Shares`` they and the offsets, which are then written, follow from.
-    ``tile`` is lanes and warps for listed candidates.
+    ``listed``: the capacity of a row's list of candidates, 0 where all its latents are looked at; ``tile`` is lanes and
+    warps for them. Its pointers are those of the kernel.
     """
     rows, num_latents = pre.shape
-    if rows == 0 or values.numel() == 0:
-        return
-    mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
-    weight_stride = 0 if weight is None else weight.stride(0)
-    shares = quota if isinstance(quota, Shares) else Shares(quota, None, None, 0)  # the rest is unused
+    mask_strides = strides_of(mask)
     block, warps = tile or _tuning.compact_tile(num_latents)
-    wide = _tuning.is_wide(*(num_latents * s for s in (score.stride(1), pre.stride(1), mask_strides[1])))
-    _compact_kernel[(rows,)](
-        score, pre, mask, weight, cut, shares.equal, offsets, shares.above, shares.sums, *candidates, values, indices,
-        B=rows, F=num_latents, total=shares.total,
-        CAPACITY=0 if candidates.columns is None else candidates.columns.shape[1],
-        stride_sb=score.stride(0), stride_sf=score.stride(1), stride_pb=pre.stride(0),
-        stride_pf=pre.stride(1), stride_mb=mask_strides[0], stride_mf=mask_strides[1], stride_wf=weight_stride,
-        MAGNITUDE=magnitude, RANK_RELU=rank_relu, VALUE_RELU=value_relu, HAS_MASK=mask is not None,
-        HAS_WEIGHT=weight is not None, HAS_LIST=candidates.columns is not None, HAS_SHARES=shares.sums is not None,
-        SHIFT=shift, WIDE=wide, BLOCK=block, **_tuning.options(warps),
+    return Launch(
+        _compact_kernel, (rows,), warps=warps, B=rows, F=num_latents, total=total, CAPACITY=listed,
+        stride_sb=pre.strides[0], stride_sf=pre.strides[1], stride_pb=pre.strides[0], stride_pf=pre.strides[1],
+        stride_mb=mask_strides[0], stride_mf=mask_strides[1], stride_wf=0, MAGNITUDE=False, RANK_RELU=True,
+        VALUE_RELU=True, HAS_MASK=mask is not None, HAS_WEIGHT=False, HAS_LIST=listed > 0, HAS_SHARES=True,
+        SHIFT=_tuning.key_shift(pre.dtype),
+        WIDE=_tuning.is_wide(*(num_latents * s for s in (pre.strides[1], mask_strides[1]))), BLOCK=block,
     )

@@ -70,10 +70,13 @@ def dispatch(name: str, launcher: str, *args):
     run = _implementation(name, launcher, backend)
     if backend != "triton":
         return run(*inputs)
-    with torch.cuda.device_of(first):  # Triton launches on the current device, which need not be the tensors'
-        if _autotune.is_on():
-            return _autotune.run(launcher, run, inputs, mutates=name in IN_PLACE)
-        return run(*inputs)
+    if _autotune.is_on():
+        run = functools.partial(_autotune.run, launcher, run, mutates=name in IN_PLACE)
+        inputs = (inputs,)
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():  # on which Triton launches
+        with torch.cuda.device_of(first):
+            return run(*inputs)
+    return run(*inputs)
 
 
 IMPLEMENTED: dict[str, Callable] = {}  # what an operation runs, by name, for who wants to look into it
@@ -126,7 +129,9 @@ def empty_rows(pre: Tensor, count):
 
 def uniform_offsets(rows: int, k: int, device: torch.device) -> Tensor:
     """Offsets (rows + 1,) of rows that hold ``k`` entries each."""
-    return torch.arange(rows + 1, dtype=torch.int64, device=device) * k
+    if k == 0:
+        return torch.zeros(rows + 1, dtype=torch.int64, device=device)
+    return torch.arange(0, rows * k + 1, k, dtype=torch.int64, device=device)
 
 
 def sum_by_latent(entries, by_latent, rows, dtype, backend):

@@ -1,10 +1,13 @@
 """Group maxima, and the entries of a row that reach a bound among the groups whose maxima do."""
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
 from ._device import ABSENT, keep_first, load_group_maxima, load_key
+from ._launch import Launch, Layout, strides_of
 
 ZERO_BLOCK = tl.constexpr(1024)
 
@@ -36,28 +39,44 @@ def _group_max_kernel(
             tl.store(zeros_ptr + place, tl.zeros((ZERO_BLOCK,), tl.int64), mask=place < ZEROS)
 
 
-def group_maxima(score, mask, groups, *, magnitude, relu, shift, zeros=None, numbered=False):
-    """(B, NG) largest keys of ``groups``, int32; fills the int64 tensor ``zeros`` on the way.
+class Maxima(NamedTuple):
+    """How the largest keys of groups are taken, by :func:`plan_maxima`."""
+
+    launch: Launch
+    shape: tuple[int, int]  # (B, NG)
+    dtype: torch.dtype
+    clears: bool  # whether there are programs enough to clear ``zeros`` in passing
+
+    def of(self, score, mask, zeros=None):
+        """(B, NG); fills the int64 tensor ``zeros`` on the way."""
+        maxima = torch.empty(self.shape, dtype=self.dtype, device=score.device)
+        if zeros is not None and not self.clears:
+            zeros.zero_()
+        self.launch(score, mask, maxima, zeros)
+        return maxima
+
+
+def plan_maxima(
+    score: Layout, mask: Layout | None, groups, *, magnitude: bool, relu: bool, zeros: int = 0, numbered: bool = False
+) -> Maxima:
+    """Of ``groups`` of a matrix, int32; ``zeros`` is the length of what is cleared on the way.
 
     Where they will be ``numbered`` by :func:`choose_groups`, int16 if both keys and numbers fit.
     """
     rows, num_latents = score.shape
-    short = numbered and shift == 16 and groups.number <= 2**15
-    maxima = torch.empty(rows, groups.number, dtype=torch.int16 if short else torch.int32, device=score.device)
-    mask_strides = (0, 0) if mask is None else mask.expand(score.shape).stride()
+    shift = _tuning.key_shift(score.dtype)
     grid = rows, triton.cdiv(num_latents, groups.block)
-    clears = zeros is not None and grid[0] * grid[1] * ZERO_BLOCK.value >= zeros.numel()
-    if zeros is not None and not clears:
-        zeros.zero_()
-    _group_max_kernel[grid](
-        score, mask, maxima, zeros, F=num_latents, NG=groups.number, stride_sb=score.stride(0),
-        stride_sf=score.stride(1), stride_mb=mask_strides[0], stride_mf=mask_strides[1],
-        ZEROS=0 if zeros is None else zeros.numel(), MAGNITUDE=magnitude, RELU=relu,
-        HAS_MASK=mask is not None, HAS_ZEROS=clears, SHIFT=shift,
-        WIDE=_tuning.is_wide(*(num_latents * s for s in (score.stride(1), mask_strides[1]))),
-        G=groups.size, BLOCK=groups.block, **_tuning.options(groups.warps),
+    clears = zeros > 0 and grid[0] * grid[1] * ZERO_BLOCK.value >= zeros
+    mask_strides = strides_of(mask)
+    launch = Launch(
+        _group_max_kernel, grid, warps=groups.warps, F=num_latents, NG=groups.number, stride_sb=score.strides[0],
+        stride_sf=score.strides[1], stride_mb=mask_strides[0], stride_mf=mask_strides[1], ZEROS=zeros,
+        MAGNITUDE=magnitude, RELU=relu, HAS_MASK=mask is not None, HAS_ZEROS=clears, SHIFT=shift,
+        WIDE=_tuning.is_wide(*(num_latents * s for s in (score.strides[1], mask_strides[1]))),
+        G=groups.size, BLOCK=groups.block,
     )
-    return maxima
+    short = numbered and shift == 16 and groups.number <= 2**15
+    return Maxima(launch, (rows, groups.number), torch.int16 if short else torch.int32, clears)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 from . import _tuning
 from ._compact import SHARE_ROWS, sums_before
 from ._device import relu, scores
+from ._launch import Launch, Layout
 
 NEIGHBOURS = tl.constexpr(8)  # columns of one lane, a byte of marks: 16-byte loads of 16-bit values
 WORD = tl.constexpr(32)  # columns of a word of marks
@@ -156,7 +157,7 @@ def _write_marked_kernel(
     theta_ptr,                      # [F] in, fp32, with a window
     offsets_ptr, required_ptr,      # [rows + 1] out, int64; [] out, int64
     values_ptr, indices_ptr,        # [capacity] out, [capacity] out, int32
-    rows, parts, part, F, ROW_WORDS, capacity, stride_pb, stride_pf, stride_wf, STRIDE_TF: tl.constexpr,
+    capacity, rows, parts, part, F, ROW_WORDS, stride_pb, stride_pf, stride_wf, STRIDE_TF: tl.constexpr,
     HAS_CUT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr,
     WORDS: tl.constexpr, DENSE: tl.constexpr,
 ):
@@ -207,56 +208,75 @@ def _write_marked_kernel(
 
 
 class Marks(NamedTuple):
-    """What the streaming pass leaves: allocated by :func:`unmarked`, filled by it, read by :func:`write`."""
+    """What the streaming pass leaves, and :func:`write` reads."""
 
-    parts: int  # segments of a row
-    part: int  # length of a segment, in PART columns
     bits: torch.Tensor  # (B, ROW_MARKS) int8, bit j of byte i for column 8 * i + j; whole words of 4 bytes
     counts: torch.Tensor  # (B * parts,) int32: how many each segment keeps
     sums: torch.Tensor  # (ceil(B * parts / SHARE_ROWS),) int64: the same, summed; zeros to begin with
 
 
-def unmarked(pre, segments: int = 1) -> Marks:
-    """For the rows of ``pre`` (B, F), cut into so many ``segments`` or a few more where their length allows it."""
+class MarksPlan(NamedTuple):
+    """Into which segments rows are cut, by :func:`plan_marks`."""
+
+    rows: int
+    row_marks: int  # bytes of marks of a row
+    parts: int  # segments of a row
+    part: int  # length of a segment, in PART columns
+
+    def unmarked(self, device) -> Marks:
+        segments = self.rows * self.parts
+        return Marks(
+            torch.empty(self.rows, self.row_marks, dtype=torch.int8, device=device),
+            torch.empty(segments, dtype=torch.int32, device=device),
+            torch.zeros(triton.cdiv(segments, SHARE_ROWS.value), dtype=torch.int64, device=device),
+        )
+
+
+def plan_marks(pre: Layout, segments: int = 1) -> MarksPlan:
+    """For a matrix, cut into so many ``segments`` or a few more where the rows' length allows it."""
     rows, num_latents = pre.shape
     units = triton.cdiv(num_latents, PART.value)
     part = max(units * rows // max(segments, rows, 1), 1)
-    parts = triton.cdiv(units, part)
-    segments = rows * parts
-    return Marks(
-        parts, part,
-        torch.empty(rows, triton.cdiv(num_latents, 128) * 16, dtype=torch.int8, device=pre.device),
-        torch.empty(segments, dtype=torch.int32, device=pre.device),
-        torch.zeros(triton.cdiv(segments, SHARE_ROWS.value), dtype=torch.int64, device=pre.device),
-    )  # fmt: skip
+    return MarksPlan(rows, triton.cdiv(num_latents, 128) * 16, triton.cdiv(units, part), part)
 
 
-def write(pre, marks: Marks, capacity, *, theta=None, cut=None):
+def plan_write(
+    pre: Layout, marks: MarksPlan, *, weight: Layout | None = None, theta: Layout | None = None, has_cut: bool = False
+) -> Launch:
+    """The launch of :func:`write`. ``weight`` (F,) where there is a cut, ``theta`` (F,) where there is a window."""
+    num_latents = pre.shape[1]
+    tile = _tuning.marked_tile(num_latents)
+    return Launch(
+        _write_marked_kernel, (marks.rows * marks.parts,), warps=tile.warps, rows=marks.rows, parts=marks.parts,
+        part=marks.part, F=num_latents, ROW_WORDS=marks.row_marks // 4, stride_pb=pre.strides[0],
+        stride_pf=pre.strides[1], stride_wf=0 if weight is None else weight.strides[0],
+        STRIDE_TF=0 if theta is None else theta.strides[0], HAS_CUT=has_cut, HAS_WEIGHT=weight is not None,
+        HAS_WINDOW=theta is not None, WIDE=_tuning.is_wide(num_latents * pre.strides[1]), WORDS=tile.words,
+        DENSE=tile.dense,
+    )
+
+
+def write(launch: Launch, pre, marks: Marks, capacity, weight, cuts, last, theta):
     """values (N,), indices (N,), offsets (B + 1,), required () of what is marked.
 
-    ``theta`` (F,): values up to it are stored as 0. ``cut`` (weight, cuts, last): of what is marked, what has
+    ``theta`` (F,): values up to it are stored as 0. With ``cuts`` (B,): of what is marked, what has
     relu(pre) * weight above its row's cut or, up to its column ``last``, equal to it; values pass a ReLU.
     Without a ``capacity`` the host reads the number of entries, once.
     """
-    rows, num_latents = pre.shape
-    size = capacity
-    if size is None:
-        size = int(marks.sums.sum()) if rows else 0
-    values, indices = pre.new_empty(size), pre.new_empty(size, dtype=torch.int32)
-    if rows == 0:
-        empty = torch.zeros((), dtype=torch.int64, device=pre.device)
-        return values.zero_(), indices.zero_(), empty[None].clone(), empty
-    offsets = torch.empty(rows + 1, dtype=torch.int64, device=pre.device)
-    required = torch.empty((), dtype=torch.int64, device=pre.device)
-    weight, cuts, last = (None, None, None) if cut is None else cut
-    tile = _tuning.marked_tile(num_latents)
-    _write_marked_kernel[marks.counts.shape](
+    device = pre.device
+    size = int(marks.sums.sum()) if capacity is None else capacity
+    values = torch.empty(size, dtype=pre.dtype, device=device)
+    indices = torch.empty(size, dtype=torch.int32, device=device)
+    offsets = torch.empty(pre.shape[0] + 1, dtype=torch.int64, device=device)
+    required = torch.empty((), dtype=torch.int64, device=device)
+    launch(
         pre, marks.bits.view(torch.int32), marks.counts, marks.sums, weight, cuts, last, theta, offsets, required,
-        values, indices, rows=rows, parts=marks.parts, part=marks.part, F=num_latents,
-        ROW_WORDS=marks.bits.shape[1] // 4, capacity=size, stride_pb=pre.stride(0), stride_pf=pre.stride(1),
-        stride_wf=0 if weight is None else weight.stride(0), STRIDE_TF=0 if theta is None else theta.stride(0),
-        HAS_CUT=cut is not None, HAS_WEIGHT=weight is not None, HAS_WINDOW=theta is not None,
-        WIDE=_tuning.is_wide(num_latents * pre.stride(1)), WORDS=tile.words, DENSE=tile.dense,
-        **_tuning.options(tile.warps),
+        values, indices, size,
     )
     return values, indices, offsets, required
+
+
+def nothing_marked(pre, capacity):
+    """The same of a matrix without rows."""
+    size, empty = capacity or 0, torch.zeros((), dtype=torch.int64, device=pre.device)
+    return pre.new_zeros(size), pre.new_zeros(size, dtype=torch.int32), empty[None].clone(), empty

@@ -6,11 +6,14 @@ Traffic   values: N*D*s_w + B*D*s_g; weight: N*D*s_g + F*D*s_w written
 Numerics  fp32 accumulation in fixed order, no atomics: bitwise reproducible
 Source    -
 """
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
+from ._launch import Launch, Layout, layout, planned
 
 
 @triton.jit
@@ -103,38 +106,55 @@ def _weight_kernel(
     tl.store(out_ptr + latent * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
+@planned
+def _plan_values(grad: Layout, weight: Layout, parts: int) -> Launch:
+    rows, width = grad.shape
+    return Launch(
+        _values_kernel, (rows, parts), warps=4, D=width, stride_gb=grad.strides[0], stride_wf=weight.strides[0],
+        stride_wd=weight.strides[1], PARTS=parts, BLOCK_N=_tuning.VALUES_BLOCK,
+        BLOCK_D=min(_tuning.decode_block(width), 512),
+    )
+
+
 def launch_values(grad, values, indices, offsets, weight):
     """(N,); see ``reference.decode_backward_values``."""
-    rows, width = grad.shape
+    rows = grad.shape[0]
     out = torch.zeros_like(values)
-    if rows and out.numel():
-        block = min(_tuning.decode_block(width), 512)
-        parts = _tuning.parts_of_row(out.numel(), rows)
-        _values_kernel[(rows, parts)](
-            grad, indices, offsets, weight, out,
-            D=width, stride_gb=grad.stride(0), stride_wf=weight.stride(0), stride_wd=weight.stride(1),
-            PARTS=parts, BLOCK_N=_tuning.VALUES_BLOCK, BLOCK_D=block, **_tuning.options(4),
-        )
+    if rows and values.shape[0]:
+        parts = _tuning.parts_of_row(values.shape[0], rows)
+        _plan_values(layout(grad), layout(weight), parts)(grad, indices, offsets, weight, out)
     return out
+
+
+class _WeightPlan(NamedTuple):
+    """The launches in their order."""
+
+    tiles: int  # of a row of the gradient
+    chunks: Launch
+    weight: Launch
+
+
+@planned
+def _plan_weight(grad: Layout, num_latents: int) -> _WeightPlan:
+    width = grad.shape[1]
+    block = _tuning.decode_block(width)
+    tiles = triton.cdiv(width, block)
+    common = dict(warps=_tuning.decode_warps(block), D=width, stride_gb=grad.strides[0], SPLIT=_tuning.SPLIT_LATENT,
+                  BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT)
+    chunks = Launch(_chunk_kernel, (0, tiles), F=num_latents, **common)
+    return _WeightPlan(tiles, chunks, Launch(_weight_kernel, (num_latents, tiles), **common))
 
 
 def launch_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):
     """(F, D) in ``dtype``; see ``reference.decode_backward_weight``."""
-    num_latents, width = latent_offsets.numel() - 1, grad.shape[1]
-    out = grad.new_empty(num_latents, width, dtype=dtype)
-    if out.numel() == 0:
-        return out
-    split, block = _tuning.SPLIT_LATENT, _tuning.decode_block(width)
-    chunks = values.numel() // split
-    partial = torch.empty(chunks, width, dtype=torch.float32, device=grad.device)
-    common = dict(D=width, stride_gb=grad.stride(0), SPLIT=split, BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT,
-                  **_tuning.options(_tuning.decode_warps(block)))
-    tiles = triton.cdiv(width, block)
-    if chunks:
-        _chunk_kernel[(chunks, tiles)](
-            grad, values, latent_offsets, latent_rows, latent_positions, partial, F=num_latents, **common
-        )
-    _weight_kernel[(num_latents, tiles)](
-        grad, values, latent_offsets, latent_rows, latent_positions, partial, out, **common
-    )
+    num_latents, width, device = latent_offsets.shape[0] - 1, grad.shape[1], grad.device
+    out = torch.empty(num_latents, width, dtype=dtype, device=device)
+    if num_latents and width:
+        plan = _plan_weight(layout(grad), num_latents)
+        chunks = values.shape[0] // _tuning.SPLIT_LATENT
+        partial = torch.empty(chunks, width, dtype=torch.float32, device=device)
+        entries = grad, values, latent_offsets, latent_rows, latent_positions, partial
+        if chunks:
+            plan.chunks(*entries, grid=(chunks, plan.tiles))
+        plan.weight(*entries, out)
     return out

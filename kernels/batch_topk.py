@@ -13,14 +13,17 @@ Keys are found by two digits: sign, exponent and 7 bits of the mantissa, which i
 Five launches for bf16, six for fp16 and fp32, one more for fewer rows than clear the histograms in passing; in each,
 every program reads what it needs from the histograms itself.
 """
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
-from ._compact import EVERY_LATENT, SHARE_ROWS, Candidates, Shares, compact, lane_columns, listed_lanes
+from ._compact import SHARE_ROWS, lane_columns, listed_lanes, plan_compact
 from ._device import ABSENT, KEY_MAX, load_key
-from ._groups import choose_groups, group_maxima, list_survivors
+from ._groups import Maxima, choose_groups, list_survivors, plan_maxima
+from ._launch import Launch, Layout, layout, mask_layout, planned, strides_of
 
 # A histogram of first digits: the largest that was counted, then (16 places on) 2**15 counts.
 FIRST = tl.constexpr(16 + 2**15)
@@ -252,54 +255,81 @@ def _row_count_kernel(
     tl.atomic_add(sums_ptr + tl.cdiv(B, SHARE_ROWS) + share, equal.to(tl.int64), sem="relaxed")
 
 
-def launch(pre, mask, total):
-    """values (total,), indices (total,), offsets (B + 1,); see ``reference.batch_topk``."""
+class _Plan(NamedTuple):
+    """The launches of one selection in their order, and the lengths of the parts of the int64 scratch."""
+
+    counts: tuple[int, ...]  # bound, first digits, second digits, sums of rows
+    maxima: Maxima | None
+    bound: Launch | None
+    survivors: Launch | None
+    digits: tuple[Launch, ...]
+    row_counts: Launch
+    write: Launch
+
+
+@planned
+def _plan(pre: Layout, mask: Layout | None, total: int) -> _Plan:
     rows, num_latents = pre.shape
-    values, indices = pre.new_empty(total), pre.new_empty(total, dtype=torch.int32)
-    if total == 0:
-        return values, indices, torch.zeros(rows + 1, dtype=torch.int64, device=pre.device)
     shift = _tuning.key_shift(pre.dtype)
     has_second = shift < 16
-    sizes = [FIRST.value, FIRST.value, SECOND.value * has_second, 2 * triton.cdiv(rows, SHARE_ROWS.value)]
-    counts = torch.empty(sum(sizes), dtype=torch.int64, device=pre.device)
-    bound, first, _, sums = counts.split(sizes)
-    mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
+    counts = FIRST.value, FIRST.value, SECOND.value * has_second, 2 * triton.cdiv(rows, SHARE_ROWS.value)
+    mask_strides = strides_of(mask)
     matrix = dict(
-        F=num_latents, total=total, stride_sb=pre.stride(0), stride_sf=pre.stride(1), stride_mb=mask_strides[0],
+        F=num_latents, total=total, stride_sb=pre.strides[0], stride_sf=pre.strides[1], stride_mb=mask_strides[0],
         stride_mf=mask_strides[1], HAS_MASK=mask is not None, SHIFT=shift,
-        WIDE=_tuning.is_wide(*(num_latents * s for s in (pre.stride(1), mask_strides[1]))),
+        WIDE=_tuning.is_wide(*(num_latents * s for s in (pre.strides[1], mask_strides[1]))),
     )
     groups = _tuning.batch_groups(rows, num_latents, total)
-    found, tile = EVERY_LATENT, _tuning.digit_tile(num_latents)
-    if groups is None:
+    maxima = bound = survivors = listed_tile = None
+    tile, listed = _tuning.digit_tile(num_latents), 0
+    if groups is not None:
+        listed, listed_tile = groups.number, _tuning.list_tile(total / rows)
+        tile = listed_tile
+        maxima = plan_maxima(pre, mask, groups, magnitude=False, relu=True, zeros=sum(counts), numbered=True)
+        sets = _tuning.sets_of_groups(groups.number, total / rows)
+        bound = Launch(
+            _bound_kernel, (triton.cdiv(rows * groups.number, sets.number * sets.size),), warps=sets.warps,
+            B=rows, NG=groups.number, SETS=sets.number, GROUPS=sets.size, SHIFT=shift,
+        )
+        block_g, block, warps = _tuning.survivor_tiles(groups.number)
+        survivors = Launch(
+            _survivors_kernel, (rows,), warps=warps, NG=groups.number, G=groups.size, BLOCK_G=block_g, BLOCK=block,
+            **matrix,
+        )
+    matrix |= dict(CAPACITY=listed, HAS_LIST=listed > 0, BLOCK=tile.block)
+    shares = min(_tuning.shares_of_row(rows), triton.cdiv(num_latents, 8 * tile.block))
+    digits = tuple(
+        Launch(_digit_kernel, (rows, shares), warps=tile.warps, SECOND_DIGIT=second, **matrix)
+        for second in (False, True)[groups is not None : 1 + has_second]
+    )
+    row_counts = Launch(_row_count_kernel, (rows,), warps=tile.warps, B=rows, SECOND_DIGIT=has_second, **matrix)
+    write = plan_compact(pre, mask, total, listed, listed_tile)
+    return _Plan(counts, maxima, bound, survivors, digits, row_counts, write)
+
+
+def launch(pre, mask, total):
+    """values (total,), indices (total,), offsets (B + 1,); see ``reference.batch_topk``."""
+    rows, device = pre.shape[0], pre.device
+    values = torch.empty(total, dtype=pre.dtype, device=device)
+    indices = torch.empty(total, dtype=torch.int32, device=device)
+    if total == 0:
+        return values, indices, torch.zeros(rows + 1, dtype=torch.int64, device=device)
+    plan = _plan(layout(pre), mask_layout(mask, pre), total)
+    counts = torch.empty(sum(plan.counts), dtype=torch.int64, device=device)
+    bound, first, _, sums = counts.split(plan.counts)
+    columns = found = None  # the candidates of each row, and how many they are
+    if plan.maxima is None:
         counts.zero_()
     else:
-        maxima = group_maxima(pre, mask, groups, magnitude=False, relu=True, shift=shift, zeros=counts, numbered=True)
-        sets = _tuning.sets_of_groups(groups.number, total / rows)
-        _bound_kernel[(triton.cdiv(maxima.numel(), sets.number * sets.size),)](
-            maxima, bound, B=rows, NG=groups.number, SETS=sets.number, GROUPS=sets.size, SHIFT=shift,
-            **_tuning.options(sets.warps),
-        )
-        found = Candidates(maxima.new_empty(maxima.shape, dtype=torch.int32), maxima.new_empty(rows, dtype=torch.int32))
-        block_g, block, warps = _tuning.survivor_tiles(groups.number)
-        _survivors_kernel[(rows,)](
-            pre, mask, bound, first, maxima, *found, NG=groups.number, G=groups.size, BLOCK_G=block_g,
-            BLOCK=block, **matrix, **_tuning.options(warps),
-        )
-        tile = _tuning.list_tile(total / rows)
-    matrix |= dict(CAPACITY=0 if groups is None else groups.number, HAS_LIST=groups is not None, BLOCK=tile.block)
-    shares = min(_tuning.shares_of_row(rows), triton.cdiv(num_latents, 8 * tile.block))
-    for second in (False, True)[groups is not None : 1 + has_second]:
-        _digit_kernel[(rows, shares)](
-            pre, mask, *found, first, SECOND_DIGIT=second, **matrix, **_tuning.options(tile.warps)
-        )
-    cut, above, equal = (torch.empty(rows, dtype=torch.int32, device=pre.device) for _ in range(3))
-    _row_count_kernel[(rows,)](
-        pre, mask, *found, first, cut, above, equal, sums, B=rows, SECOND_DIGIT=has_second, **matrix,
-        **_tuning.options(tile.warps),
-    )
-    offsets = torch.empty(rows + 1, dtype=torch.int64, device=pre.device)
-    compact(pre, pre, mask, None, cut, Shares(equal, above, sums, total), offsets, values, indices,
-            magnitude=False, rank_relu=True, value_relu=True, shift=shift, candidates=found,
-            tile=None if groups is None else tile)
+        maxima = plan.maxima.of(pre, mask, counts)
+        plan.bound(maxima, bound)
+        columns = torch.empty(maxima.shape, dtype=torch.int32, device=device)
+        found = torch.empty(rows, dtype=torch.int32, device=device)
+        plan.survivors(pre, mask, bound, first, maxima, columns, found)
+    for digit in plan.digits:
+        digit(pre, mask, columns, found, first)
+    cut, above, equal = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(3))
+    plan.row_counts(pre, mask, columns, found, first, cut, above, equal, sums)
+    offsets = torch.empty(rows + 1, dtype=torch.int64, device=device)
+    plan.write(pre, pre, mask, None, cut, equal, offsets, above, sums, columns, found, values, indices)
     return values, indices, offsets

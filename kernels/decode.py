@@ -7,11 +7,14 @@ Traffic   reads N*(s_v + 4) and N*D*s_w (rows reused through L2 only), writes B*
 Numerics  fp32 accumulation, IN_FLIGHT entries at a time in entry order, pieces in order; bitwise reproducible
 Source    Gao et al. 2024, arXiv:2406.04093 (sparse decoder)
 """
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
+from ._launch import Launch, Layout, layout, planned, strides_of
 
 
 @triton.jit
@@ -99,27 +102,44 @@ def _decode_kernel(
     tl.store(out_ptr + row * stride_ob + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
+class _Plan(NamedTuple):
+    """The launches in their order."""
+
+    tiles: int  # of a row
+    pieces: Launch
+    decode: Launch
+
+
+@planned
+def _plan(rows: int, weight: Layout, bias: Layout | None, target: Layout | None) -> _Plan:
+    width = weight.shape[1]
+    block = _tuning.decode_block(width)
+    tiles = triton.cdiv(width, block)
+    common = dict(
+        warps=_tuning.decode_warps(block), D=width, stride_wf=weight.strides[0], stride_wd=weight.strides[1],
+        SPLIT=_tuning.SPLIT_ROW, BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT,
+    )
+    target_strides = strides_of(target)
+    decode = Launch(
+        _decode_kernel, (rows, tiles), stride_bd=0 if bias is None else bias.strides[0], stride_tb=target_strides[0],
+        stride_td=target_strides[1], stride_ob=width, HAS_BIAS=bias is not None, HAS_TARGET=target is not None,
+        **common,
+    )
+    return _Plan(tiles, Launch(_piece_kernel, (0, tiles), B=rows, **common), decode)
+
+
 def _launch(values, indices, offsets, weight, bias, target, dtype):
     """out (B, D), and squares (B, tiles) where there is a target."""
-    rows, width = offsets.numel() - 1, weight.shape[1]
-    out = weight.new_empty(rows, width, dtype=dtype)
-    split, block = _tuning.SPLIT_ROW, _tuning.decode_block(width)
-    tiles = triton.cdiv(width, block)
-    squares = None if target is None else torch.empty(rows, tiles, dtype=torch.float32, device=weight.device)
-    if out.numel() == 0:
-        return out, squares
-    pieces = values.numel() // split
-    partial = torch.empty(pieces, width, dtype=torch.float32, device=weight.device)
-    common = dict(D=width, stride_wf=weight.stride(0), stride_wd=weight.stride(1), SPLIT=split, BLOCK_D=block,
-                  IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT, **_tuning.options(_tuning.decode_warps(block)))
-    if pieces:
-        _piece_kernel[(pieces, tiles)](values, indices, offsets, weight, partial, B=rows, **common)
-    _decode_kernel[(rows, tiles)](
-        values, indices, offsets, weight, bias, target, partial, out, squares,
-        stride_bd=0 if bias is None else bias.stride(0), stride_tb=0 if target is None else target.stride(0),
-        stride_td=0 if target is None else target.stride(1), stride_ob=out.stride(0),
-        HAS_BIAS=bias is not None, HAS_TARGET=target is not None, **common,
-    )
+    rows, width, device = offsets.shape[0] - 1, weight.shape[1], weight.device
+    plan = _plan(rows, layout(weight), layout(bias), layout(target))
+    out = torch.empty(rows, width, dtype=dtype, device=device)
+    squares = None if target is None else torch.empty(rows, plan.tiles, dtype=torch.float32, device=device)
+    if rows and width:
+        pieces = values.shape[0] // _tuning.SPLIT_ROW
+        partial = torch.empty(pieces, width, dtype=torch.float32, device=device)
+        if pieces:
+            plan.pieces(values, indices, offsets, weight, partial, grid=(pieces, plan.tiles))
+        plan.decode(values, indices, offsets, weight, bias, target, partial, out, squares)
     return out, squares
 
 

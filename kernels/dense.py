@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _tuning
+from ._launch import Launch, Layout, layout, planned
 
 BLOCK = 256  # entries of one step: common rows (k <= 128) take one
 
@@ -49,24 +49,32 @@ def _gather_kernel(
         start += BLOCK
 
 
+@planned
+def _plan_scatter(rows: int, num_latents: int) -> Launch:
+    return Launch(_scatter_kernel, (rows,), warps=4, F=num_latents, BLOCK=BLOCK)
+
+
 def launch_to_dense(values, indices, offsets, num_latents):
     """(B, F); see ``reference.to_dense``."""
-    rows = offsets.numel() - 1
-    dense = values.new_zeros(rows, num_latents)
-    if rows and values.numel():
-        _scatter_kernel[(rows,)](values, indices, offsets, dense, F=num_latents, BLOCK=BLOCK, **_tuning.options(4))
+    rows = offsets.shape[0] - 1
+    dense = torch.zeros(rows, num_latents, dtype=values.dtype, device=values.device)
+    if rows and values.shape[0]:
+        _plan_scatter(rows, num_latents)(values, indices, offsets, dense)
     return dense
+
+
+@planned
+def _plan_gather(dense: Layout) -> Launch:
+    return Launch(
+        _gather_kernel, dense.shape[:1], warps=4, stride_db=dense.strides[0], stride_df=dense.strides[1], BLOCK=BLOCK
+    )
 
 
 def launch_gather(dense, indices, offsets):
     """(N,); see ``reference.gather``."""
-    rows = offsets.numel() - 1
-    out = dense.new_zeros(indices.numel())
-    if rows and out.numel():
-        _gather_kernel[(rows,)](
-            dense, indices, offsets, out,
-            stride_db=dense.stride(0), stride_df=dense.stride(1), BLOCK=BLOCK, **_tuning.options(4),
-        )
+    out = torch.zeros(indices.shape[0], dtype=dense.dtype, device=dense.device)
+    if dense.shape[0] and out.shape[0]:
+        _plan_gather(layout(dense))(dense, indices, offsets, out)
     return out
 
 
@@ -83,12 +91,18 @@ def _entry_rows_kernel(indices_ptr, offsets_ptr, rows_ptr, latents_ptr, BLOCK: t
         start += BLOCK
 
 
+@planned
+def _plan_entry_rows(rows: int) -> Launch:
+    return Launch(_entry_rows_kernel, (rows,), warps=4, BLOCK=BLOCK)
+
+
 def launch_by_latent(indices, offsets, num_latents):
     """latent_offsets (F + 1,), rows (N,), positions (N,); see ``reference.by_latent``."""
-    rows = torch.full_like(indices, offsets.numel() - 1)
+    number = offsets.shape[0] - 1
+    rows = torch.full_like(indices, number)
     latents = torch.full_like(indices, num_latents)  # entries that belong to no row sort behind the last latent
-    if indices.numel() and offsets.numel() > 1:
-        _entry_rows_kernel[(offsets.numel() - 1,)](indices, offsets, rows, latents, BLOCK=BLOCK, **_tuning.options(4))
+    if number and indices.shape[0]:
+        _plan_entry_rows(number)(indices, offsets, rows, latents)
     latents, positions = latents.sort(stable=True)
     bounds = torch.arange(num_latents + 1, dtype=torch.int32, device=indices.device)
     return torch.searchsorted(latents, bounds), rows[positions], positions

@@ -6,12 +6,16 @@ Traffic   reads B*F*s once for the maxima, then the maxima and the m_j*G candida
 Numerics  exact; no atomics, no host synchronisation
 Source    Ayonrinde 2024, arXiv:2411.02124 (feature choice); the group maxima are ours
 """
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
 from ._device import ABSENT, keep_first, middle, only_if, ordered_key, relu
+from ._launch import Launch, Layout, layout, planned
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -36,19 +40,27 @@ def _column_group_max_kernel(
     tl.store(maxima_ptr + group * F + cols, ordered_key(relu(largest)) >> SHIFT, mask=present)
 
 
-@triton.jit(do_not_specialize=["NG"])
+@triton.jit
+def _bounds(ends_ptr, latent, present, total):
+    """Where the entries of latents begin and end, none beyond `total`, by the running sums of their numbers."""
+    limit = total.to(tl.int64)
+    start = tl.minimum(tl.load(ends_ptr + latent - 1, mask=present & (latent > 0), other=0), limit)
+    return start, tl.minimum(tl.load(ends_ptr + latent, mask=present, other=0), limit)
+
+
+@triton.jit(do_not_specialize=["NG", "total"])
 def _candidates_kernel(
     maxima_ptr,          # [NG, F] in, int32
-    offsets_ptr,         # [F + 1] in, int64: how many groups each column looks at, summed
-    groups_ptr,          # [M] out, int32, ascending in a column
+    ends_ptr,            # [F] in, int64: how many groups each column looks at, summed
+    groups_ptr,          # [total] out, int32, ascending in a column
     low_ptr, high_ptr,   # [F] out each, int32: bounds of the column's cut
-    NG, F, BLOCK_G: tl.constexpr, BLOCK_F: tl.constexpr,
+    NG, total, F, BLOCK_G: tl.constexpr, BLOCK_F: tl.constexpr,
 ):
     """One tile of columns: the first groups of each, the least of their maxima, and the largest."""
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     present = cols < F
-    start = tl.load(offsets_ptr + cols, mask=present, other=0)
-    count = (tl.load(offsets_ptr + cols + 1, mask=present, other=0) - start).to(tl.int32)
+    start, end = _bounds(ends_ptr, cols, present, total)
+    count = tl.where(present, end - start, 0).to(tl.int32)
     rows = tl.arange(0, BLOCK_G)
     hi = tl.zeros((BLOCK_F,), tl.int32)
     for tile in range(0, NG, BLOCK_G):
@@ -100,28 +112,42 @@ def _column_keys(
     return tl.where(present, key, ABSENT >> SHIFT), rows, value
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
+def _leave_over(rows_ptr, latents_ptr, values_ptr, ends_ptr, latent, B, F, total, BLOCK: tl.constexpr):
+    """A latent's share of the places that the budgets leave over, none as a rule: zeros of row B, which is nobody's."""
+    left = tl.minimum(tl.load(ends_ptr + F - 1), total.to(tl.int64))
+    share = tl.cdiv(total - left, F)
+    end = tl.minimum(left + (latent + 1) * share, total.to(tl.int64))
+    for first in range(left + latent * share, end, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        tl.store(rows_ptr + place, tl.zeros((BLOCK,), tl.int32) + B, mask=place < end)
+        tl.store(latents_ptr + place, tl.zeros((BLOCK,), tl.int32), mask=place < end)
+        tl.store(values_ptr + place, tl.zeros((BLOCK,), values_ptr.dtype.element_ty), mask=place < end)
+
+
+@triton.jit(do_not_specialize=["B", "total"])
 def _feature_topm_kernel(
     pre_ptr,                          # [B, F] in
-    offsets_ptr,                      # [F + 1] in, int64: budgets, summed
-    groups_ptr, group_offsets_ptr,    # [M] in, int32, and [F + 1] in, int64; or unused
+    ends_ptr,                         # [F] in, int64: budgets, summed
+    groups_ptr, group_ends_ptr,       # [total] in, int32, and [F] in, int64; or unused
     low_ptr, high_ptr,                # [F] in each, int32, or unused
-    rows_ptr, latents_ptr, values_ptr,  # [N] out each, sorted by (latent, row)
-    B, stride_pb, stride_pf,
+    rows_ptr, latents_ptr, values_ptr,  # [total] out each, sorted by (latent, row)
+    B, total, F, stride_pb, stride_pf,
     HAS_GROUPS: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One latent: bisects for its cut among its candidates, then writes what it keeps in ascending order of row."""
     latent = tl.program_id(0)
     column_ptr = pre_ptr + latent.to(tl.int64) * stride_pf
-    start = tl.load(offsets_ptr + latent)
-    budget = (tl.load(offsets_ptr + latent + 1) - start).to(tl.int32)
+    start, end = _bounds(ends_ptr, latent, latent >= 0, total)
+    budget = (end - start).to(tl.int32)
+    _leave_over(rows_ptr, latents_ptr, values_ptr, ends_ptr, latent.to(tl.int64), B, F, total, BLOCK)
     lanes = B
     lo = tl.full((), 0, tl.int32)
     hi = tl.full((), 0x7FFFFFFF, tl.int32) >> SHIFT
     if HAS_GROUPS:
-        first = tl.load(group_offsets_ptr + latent)
+        first, end = _bounds(group_ends_ptr, latent, latent >= 0, total)
         groups_ptr += first
-        groups = (tl.load(group_offsets_ptr + latent + 1) - first).to(tl.int32)
+        groups = (end - first).to(tl.int32)
         lanes = groups * G
         lo = tl.where(budget > groups, 0, tl.load(low_ptr + latent))  # more than all groups: their maxima bound nothing
         hi = tl.load(high_ptr + latent)
@@ -159,50 +185,61 @@ def _feature_topm_kernel(
         quota -= equal
 
 
-def _summed(counts, total):
-    """(n,) counts as offsets (n + 1,) int64, none beyond ``total``."""
-    offsets = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=counts.device)
-    offsets[1:] = counts.cumsum(0, dtype=torch.int64)
-    return offsets.clamp_(max=total)
+class _Plan(NamedTuple):
+    """Sizes, and the launches in their order; without groups the last alone."""
+
+    groups: int | None  # of rows
+    maxima: Launch | None
+    candidates: Launch | None
+    select: Launch
 
 
-def _candidates(pre, budgets, total, shift, groups):
-    """Each column's first groups as compressed columns, and bounds of its cut."""
+@planned
+def _plan(pre: Layout, total: int) -> _Plan:
     rows, num_latents = pre.shape
-    maxima = torch.empty(groups.number, num_latents, dtype=torch.int32, device=pre.device)
-    _column_group_max_kernel[groups.number, triton.cdiv(num_latents, groups.block)](
-        pre, maxima, B=rows, F=num_latents, stride_pb=pre.stride(0), stride_pf=pre.stride(1), SHIFT=shift,
-        WIDE=_tuning.is_wide(num_latents * pre.stride(1)), G=groups.size, AHEAD=min(groups.size, 4),
-        BLOCK=groups.block, **_tuning.options(groups.warps),
+    shift = _tuning.key_shift(pre.dtype)
+    strides = dict(stride_pb=pre.strides[0], stride_pf=pre.strides[1])
+    groups = _tuning.groups_of_rows(rows, num_latents, total, pre.strides[1])
+    maxima = candidates = None
+    if groups is not None:
+        maxima = Launch(
+            _column_group_max_kernel, (groups.number, triton.cdiv(num_latents, groups.block)), warps=groups.warps,
+            B=rows, F=num_latents, **strides, SHIFT=shift, WIDE=_tuning.is_wide(num_latents * pre.strides[1]),
+            G=groups.size, AHEAD=min(groups.size, 4), BLOCK=groups.block,
+        )
+        tile = _tuning.CANDIDATE_TILE
+        candidates = Launch(
+            _candidates_kernel, (triton.cdiv(num_latents, tile.columns),), warps=tile.warps,
+            NG=groups.number, total=total, F=num_latents, BLOCK_G=tile.groups, BLOCK_F=tile.columns,
+        )
+    block = _tuning.candidate_block(groups is not None)
+    select = Launch(
+        _feature_topm_kernel, (num_latents,), warps=_tuning.candidate_warps(block), B=rows, total=total,
+        F=num_latents, **strides, HAS_GROUPS=groups is not None, SHIFT=shift, G=1 if groups is None else groups.size,
+        BLOCK=block,
     )
-    offsets = _summed(budgets.clamp(max=groups.number), total)
-    chosen, low, high = (torch.empty(n, dtype=torch.int32, device=pre.device) for n in (total, *2 * (num_latents,)))
-    tile = _tuning.CANDIDATE_TILE
-    _candidates_kernel[(triton.cdiv(num_latents, tile.columns),)](
-        maxima, offsets, chosen, low, high, NG=groups.number, F=num_latents,
-        BLOCK_G=tile.groups, BLOCK_F=tile.columns, **_tuning.options(tile.warps),
-    )
-    return chosen, offsets, low, high
+    return _Plan(None if groups is None else groups.number, maxima, candidates, select)
 
 
 def launch(pre, m, total):
     """values (total,), indices (total,), offsets (B + 1,); see ``reference.feature_topm``."""
-    rows, num_latents = pre.shape
-    # A sum above total is cut; entries that one below it leaves over belong to row B, which is nobody's.
-    owners = torch.full((total,), rows, dtype=torch.int32, device=pre.device)
-    latents, values = torch.zeros_like(owners), pre.new_zeros(total)
-    if total and rows:
-        offsets = _summed(m.clamp(0, rows), total)
-        shift = _tuning.key_shift(pre.dtype)
-        groups = _tuning.groups_of_rows(rows, num_latents, total, pre.stride(1))
-        candidates = (None,) * 4 if groups is None else _candidates(pre, offsets.diff(), total, shift, groups)
-        size = 1 if groups is None else groups.size
-        block = _tuning.candidate_block(groups is not None)
-        _feature_topm_kernel[(num_latents,)](
-            pre, offsets, *candidates, owners, latents, values,
-            B=rows, stride_pb=pre.stride(0), stride_pf=pre.stride(1), HAS_GROUPS=groups is not None, SHIFT=shift,
-            G=size, BLOCK=block, **_tuning.options(_tuning.candidate_warps(block)),
-        )
+    (rows, num_latents), device = pre.shape, pre.device
+    if not (total and rows):
+        owners = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        return pre.new_zeros(total), torch.zeros(total, dtype=torch.int32, device=device), owners
+    plan = _plan(layout(pre), total)
+    new = functools.partial(torch.empty, dtype=torch.int32, device=device)
+    # A sum above total is cut; places that one below it leaves over belong to row B, which is nobody's.
+    ends = m.clamp(0, rows).cumsum(0, dtype=torch.int64)
+    candidates: tuple = (None,) * 4
+    if plan.groups is not None:
+        maxima, chosen, low, high = new(plan.groups, num_latents), new(total), new(num_latents), new(num_latents)
+        group_ends = m.clamp(0, min(plan.groups, rows)).cumsum(0, dtype=torch.int64)
+        plan.maxima(pre, maxima)
+        plan.candidates(maxima, group_ends, chosen, low, high)
+        candidates = chosen, group_ends, low, high
+    owners, latents, values = new(total), new(total), torch.empty(total, dtype=pre.dtype, device=device)
+    plan.select(pre, ends, *candidates, owners, latents, values)
     owners, order = owners.sort(stable=True)  # latents ascend within a row, as they did before
-    bounds = torch.arange(rows + 1, dtype=torch.int32, device=pre.device)
+    bounds = torch.arange(rows + 1, dtype=torch.int32, device=device)
     return values[order], latents[order], torch.searchsorted(owners, bounds)

@@ -11,14 +11,17 @@ Numerics  r rounded once to fp32; energies of 8 entries in fp32, summed in fp64,
 Source    Lee et al. 2025, arXiv:2503.24277 (nearest prefix, compared in norm space); narrowing by a sample as in
           Floyd & Rivest 1975, "Expected time bounds for selection"
 """
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
 from ._compact import SHARE_ROWS
-from ._device import INF_KEY, at_most, middle, scores
-from ._marks import NEIGHBOURS, lane_marks, unmarked, write
+from ._device import INF_KEY, middle, scores
+from ._launch import Launch, Layout, layout, planned
+from ._marks import NEIGHBOURS, MarksPlan, lane_marks, nothing_marked, plan_marks, plan_write, write
 
 GUIDED_PASSES = tl.constexpr(4)  # that a sample narrows down; then bisection, which always ends
 SAMPLE_ROUNDS = tl.constexpr(8)  # the sample's resolution: its range over 256, finer than its standard error
@@ -363,21 +366,39 @@ def _norm_cut_kernel(
     tl.atomic_add(sums_ptr + row // SHARE_ROWS, count.to(tl.int64), sem="relaxed")
 
 
+class _Plan(NamedTuple):
+    """Sizes, and the launches in their order."""
+
+    marks: MarksPlan
+    scratch: tuple[int, int]
+    cut: Launch
+    write: Launch
+
+
+@planned
+def _plan(pre: Layout, weight_norm: Layout | None) -> _Plan:
+    rows, num_latents = pre.shape
+    marks = plan_marks(pre)
+    tile = _tuning.norm_tile(num_latents)
+    cut = Launch(
+        _norm_cut_kernel, (rows,), warps=tile.warps, most_registers=_tuning.NORM_REGISTERS, F=num_latents,
+        ROW_MARKS=marks.row_marks, stride_pb=pre.strides[0], stride_pf=pre.strides[1],
+        stride_wf=0 if weight_norm is None else weight_norm.strides[0], HAS_WEIGHT=weight_norm is not None,
+        SHIFT=0 if weight_norm is not None else _tuning.key_shift(pre.dtype),
+        WIDE=_tuning.is_wide(num_latents * pre.strides[1]), BLOCK=tile.block, SLOTS=tile.slots, SAMPLE=tile.sample,
+    )
+    write = plan_write(pre, marks, weight=weight_norm, has_cut=True)
+    return _Plan(marks, (rows, tile.slots * tile.block // 8), cut, write)
+
+
 def launch(pre, target_norm, weight_norm, capacity):
     """values (N,), indices (N,), offsets (B + 1,), required (); see ``reference.norm_match``."""
-    rows, num_latents = pre.shape
-    cut, last = (torch.empty(rows, dtype=torch.int32, device=pre.device) for _ in range(2))
-    marks = unmarked(pre)
-    if rows:
-        tile = _tuning.norm_tile(num_latents)
-        scratch = torch.empty(rows, tile.slots * tile.block // 8, dtype=torch.float32, device=pre.device)
-        _norm_cut_kernel[(rows,)](
-            pre, weight_norm, target_norm, scratch, cut, last, marks.counts, marks.bits, marks.sums,
-            F=num_latents, ROW_MARKS=marks.bits.shape[1], stride_pb=pre.stride(0), stride_pf=pre.stride(1),
-            stride_wf=0 if weight_norm is None else weight_norm.stride(0), HAS_WEIGHT=weight_norm is not None,
-            SHIFT=0 if weight_norm is not None else _tuning.key_shift(pre.dtype),
-            WIDE=_tuning.is_wide(num_latents * pre.stride(1)),
-            BLOCK=tile.block, SLOTS=tile.slots, SAMPLE=tile.sample, **_tuning.options(tile.warps),
-            **at_most(_tuning.NORM_REGISTERS),
-        )
-    return write(pre, marks, capacity, cut=(weight_norm, cut, last))
+    rows, device = pre.shape[0], pre.device
+    if rows == 0:
+        return nothing_marked(pre, capacity)
+    plan = _plan(layout(pre), layout(weight_norm))
+    marks = plan.marks.unmarked(device)
+    cut, last = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
+    scratch = torch.empty(plan.scratch, dtype=torch.float32, device=device)
+    plan.cut(pre, weight_norm, target_norm, scratch, cut, last, marks.counts, marks.bits, marks.sums)
+    return write(plan.write, pre, marks, capacity, weight_norm, cut, last, None)

@@ -10,6 +10,9 @@ Traffic   reads B*F*s once, then k*G candidates and F/G maxima a row; writes B*k
 Numerics  exact, ties to the lowest index, NaN above +Inf; no floating-point arithmetic on the values
 Source    Gao et al. 2024, arXiv:2406.04093 (TopK); group maxima: see kernels/README.md
 """
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +20,8 @@ import triton.language as tl
 from . import _tuning
 from ._compact import lane_columns
 from ._device import ABSENT, keep_first, kth_largest, load_group_maxima, load_key, middle, relu
-from ._groups import choose_groups, group_maxima, list_survivors
+from ._groups import Maxima, choose_groups, list_survivors, plan_maxima
+from ._launch import Launch, Layout, layout, mask_layout, planned, strides_of
 
 
 @triton.jit
@@ -183,56 +187,61 @@ def _tile_keys(
                     MAGNITUDE, False, HAS_MASK, False, SHIFT)
 
 
+class _Plan(NamedTuple):
+    """The launches of one selection, and the shape of the int32 scratch (B, n) that the second needs."""
+
+    maxima: Maxima | None  # taken beforehand
+    scratch: tuple[tuple[int, int], ...]
+    select: Launch
+
+
+@planned
+def _plan(pre: Layout, score: Layout, mask: Layout | None, k: int, magnitude: bool, relu: bool) -> _Plan:
+    rows, num_latents = pre.shape
+    mask_strides = strides_of(mask)
+    common = dict(
+        F=num_latents, K=k, stride_sb=score.strides[0], stride_sf=score.strides[1], stride_pb=pre.strides[0],
+        stride_pf=pre.strides[1], stride_mb=mask_strides[0], stride_mf=mask_strides[1], MAGNITUDE=magnitude, RELU=relu,
+        HAS_MASK=mask is not None, SHIFT=_tuning.key_shift(score.dtype),
+        WIDE=_tuning.is_wide(*(num_latents * s for s in (score.strides[1], pre.strides[1], mask_strides[1]))),
+    )
+    taken = functools.partial(plan_maxima, score, mask, magnitude=magnitude, relu=False)
+    groups = _tuning.row_groups(num_latents, k)
+    if groups is None:  # the rows' maxima by as many programs as fill the processors, then a program for each row
+        wide = _tuning.wide_row(rows, num_latents, k)
+        groups = wide.groups
+        select = Launch(
+            _row_wide_kernel, (rows,), warps=wide.warps, NG=0 if groups is None else groups.number,
+            CAPACITY=wide.capacity, HAS_GROUPS=groups is not None, G=1 if groups is None else groups.size,
+            SETS=wide.sets, STEP=wide.step, BLOCK=wide.block, **common,
+        )
+        return _Plan(None if groups is None else taken(groups, numbered=True), ((rows, wide.capacity),), select)
+    maxima = None
+    if rows < _tuning.SPLIT_ROWS:
+        tile = _tuning.maxima_tile(rows, num_latents, groups.size)
+        maxima = taken(groups._replace(block=tile.block, warps=tile.warps))
+    k_padded, groups_padded = _tuning.next_power_of_2(k), _tuning.next_power_of_2(groups.number)
+    in_passing = maxima is None
+    select = Launch(
+        _row_topk_kernel, (rows,), NG=groups.number, HAS_MAXIMA=not in_passing, BLOCK=groups.block, G=groups.size,
+        NGP=groups_padded, KP=k_padded, **common,
+        warps=groups.warps if mask is None else min(2 * groups.warps, 16),  # a mask costs registers
+    )
+    return _Plan(maxima, (*(((rows, groups.number),) if in_passing else ()), (rows, k_padded)), select)
+
+
 def launch(pre, score, mask, k, magnitude, relu):
     """values (B*k,), indices (B*k,) of each row's top-k; see ``reference.topk``."""
-    rows, num_latents = pre.shape
-    values = pre.new_empty(rows * k)
-    indices = pre.new_empty(rows * k, dtype=torch.int32)
+    rows, device = pre.shape[0], pre.device
+    values = torch.empty(rows * k, dtype=pre.dtype, device=device)
+    indices = torch.empty(rows * k, dtype=torch.int32, device=device)
     if rows == 0:
         return values, indices
     score = pre if score is None else score
-    shift = _tuning.key_shift(score.dtype)
-    mask_strides = (0, 0) if mask is None else mask.expand(pre.shape).stride()
-    flags = dict(
-        stride_sb=score.stride(0), stride_sf=score.stride(1), stride_mb=mask_strides[0], stride_mf=mask_strides[1],
-        MAGNITUDE=magnitude, HAS_MASK=mask is not None, SHIFT=shift,
-        WIDE=_tuning.is_wide(*(num_latents * s for s in (score.stride(1), pre.stride(1), mask_strides[1]))),
-    )
-    groups = _tuning.row_groups(num_latents, k)
-    if groups is None:
-        _launch_wide(pre, score, mask, k, flags, relu, values, indices)
-        return values, indices
-    split_rows = rows < _tuning.SPLIT_ROWS
-    if split_rows:
-        tile = _tuning.maxima_tile(rows, num_latents, groups.size)
-        split = groups._replace(block=tile.block, warps=tile.warps)
-        maxima = group_maxima(score, mask, split, magnitude=magnitude, relu=False, shift=shift)
-    else:
-        maxima = torch.empty(rows, groups.number, dtype=torch.int32, device=pre.device)
-    k_padded, groups_padded = _tuning.next_power_of_2(k), _tuning.next_power_of_2(groups.number)
-    chosen = torch.empty(rows, k_padded, dtype=torch.int32, device=pre.device)
-    _row_topk_kernel[(rows,)](
-        score, pre, mask, maxima, chosen, values, indices,
-        F=num_latents, NG=groups.number, K=k, stride_pb=pre.stride(0), stride_pf=pre.stride(1), **flags, RELU=relu,
-        HAS_MAXIMA=split_rows, BLOCK=groups.block, G=groups.size, NGP=groups_padded, KP=k_padded,
-        **_tuning.options(groups.warps if mask is None else min(2 * groups.warps, 16)),  # a mask costs registers
-    )
+    plan = _plan(layout(pre), layout(score), mask_layout(mask, pre), k, magnitude, relu)
+    maxima = None if plan.maxima is None else plan.maxima.of(score, mask)
+    scratch = [torch.empty(shape, dtype=torch.int32, device=device) for shape in plan.scratch]
+    if len(scratch) == 1:
+        scratch.insert(0, maxima)
+    plan.select(score, pre, mask, *scratch, values, indices)
     return values, indices
-
-
-def _launch_wide(pre, score, mask, k, flags, relu, values, indices):
-    """The rows' maxima by as many programs as fill the processors, then a program for each row."""
-    rows, num_latents = pre.shape
-    shift = flags["SHIFT"]
-    wide = _tuning.wide_row(rows, num_latents, k)
-    groups, maxima = wide.groups, None
-    if groups is not None:
-        maxima = group_maxima(score, mask, groups, magnitude=flags["MAGNITUDE"], relu=False, shift=shift, numbered=True)
-    columns = torch.empty(rows, wide.capacity, dtype=torch.int32, device=pre.device)
-    _row_wide_kernel[(rows,)](
-        score, pre, mask, maxima, columns, values, indices,
-        F=num_latents, NG=0 if groups is None else groups.number, K=k, CAPACITY=wide.capacity,
-        stride_pb=pre.stride(0), stride_pf=pre.stride(1), **flags, RELU=relu, HAS_GROUPS=groups is not None,
-        G=1 if groups is None else groups.size, SETS=wide.sets, STEP=wide.step,
-        BLOCK=wide.block, **_tuning.options(wide.warps),
-    )

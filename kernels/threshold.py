@@ -7,12 +7,26 @@ Traffic   reads B*F*s once, and again the entries that are kept, or the tiles wh
 Numerics  compared in fp32; exact
 Source    Rajamanoharan et al. 2024, arXiv:2407.14435 (JumpReLU); Bussmann et al. 2024 (inference of BatchTopK)
 """
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from . import _tuning
 from ._compact import SHARE_ROWS
-from ._marks import NEIGHBOURS, lane_marks, number_of, segment_of, theta_of, unmarked, write
+from ._launch import Launch, Layout, layout, planned
+from ._marks import (
+    NEIGHBOURS,
+    MarksPlan,
+    lane_marks,
+    nothing_marked,
+    number_of,
+    plan_marks,
+    plan_write,
+    segment_of,
+    theta_of,
+    write,
+)
 
 
 @triton.jit(do_not_specialize=["parts", "part"])
@@ -45,17 +59,33 @@ def _mark_kernel(
     tl.atomic_add(sums_ptr + segment // SHARE_ROWS, count.to(tl.int64), sem="relaxed")
 
 
+class _Plan(NamedTuple):
+    """Sizes, and the launches in their order."""
+
+    marks: MarksPlan
+    mark: Launch
+    write: Launch
+
+
+@planned
+def _plan(pre: Layout, theta: Layout, bandwidth: float | None) -> _Plan:
+    num_latents = pre.shape[1]
+    marks = plan_marks(pre, _tuning.MARKED_SEGMENTS)
+    block, warps = _tuning.mark_tile(num_latents)
+    mark = Launch(
+        _mark_kernel, (marks.rows * marks.parts,), warps=warps, parts=marks.parts, part=marks.part, F=num_latents,
+        ROW_MARKS=marks.row_marks, half_window=0.0 if bandwidth is None else bandwidth / 2, stride_pb=pre.strides[0],
+        stride_pf=pre.strides[1], STRIDE_TF=theta.strides[0], HAS_WINDOW=bandwidth is not None,
+        WIDE=_tuning.is_wide(num_latents * pre.strides[1]), BLOCK=block,
+    )
+    return _Plan(marks, mark, plan_write(pre, marks, theta=None if bandwidth is None else theta))
+
+
 def launch(pre, theta, bandwidth, capacity):
     """values (N,), indices (N,), offsets (B + 1,), required (); see ``reference.threshold``."""
-    rows, num_latents = pre.shape
-    marks = unmarked(pre, _tuning.MARKED_SEGMENTS)
-    if rows:
-        block, warps = _tuning.mark_tile(num_latents)
-        _mark_kernel[marks.counts.shape](
-            pre, theta, marks.bits, marks.counts, marks.sums, parts=marks.parts, part=marks.part, F=num_latents,
-            ROW_MARKS=marks.bits.shape[1], half_window=0.0 if bandwidth is None else bandwidth / 2,
-            stride_pb=pre.stride(0), stride_pf=pre.stride(1), STRIDE_TF=theta.stride(0),
-            HAS_WINDOW=bandwidth is not None, WIDE=_tuning.is_wide(num_latents * pre.stride(1)), BLOCK=block,
-            **_tuning.options(warps),
-        )
-    return write(pre, marks, capacity, theta=None if bandwidth is None else theta)
+    if pre.shape[0] == 0:
+        return nothing_marked(pre, capacity)
+    plan = _plan(layout(pre), layout(theta), bandwidth)
+    marks = plan.marks.unmarked(pre.device)
+    plan.mark(pre, theta, marks.bits, marks.counts, marks.sums)
+    return write(plan.write, pre, marks, capacity, None, None, None, None if bandwidth is None else theta)

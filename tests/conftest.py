@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import types
 import warnings
 
 # Under pytest-xdist the processes share the cores; this has to be said before torch is imported.
@@ -55,7 +56,20 @@ ON_THE_GPU = {
 NOT_EMULATED = {"test_autotune", "test_waits"}  # many configurations of the same kernels; a device that is played
 
 
+class _Watched(types.ModuleType):
+    """``_tuning`` as tests change it: launchers then plan their launches anew."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        launch = sys.modules.get("sae_kernels._launch")
+        if launch is not None:
+            launch.forget_plans()
+
+
 def pytest_configure(config):
+    from sae_kernels import _tuning
+
+    _tuning.__class__ = _Watched
     if COMPILED_FOR:
         from sae_engine import _backend
 
