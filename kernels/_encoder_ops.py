@@ -41,6 +41,44 @@ def _linear_backward(ctx, grad):
 
 differentiable("linear", _linear_context, _linear_backward)
 
+# --- linear_16bit: the encoder's product of 16-bit operands ----------------------------------------------------------
+
+library.define("linear_16bit(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor")
+
+
+def _linear_16bit(x, weight, bias, dtype):
+    from . import torch_backend  # which imports these contracts
+
+    return torch_backend.linear_16bit(x, weight, bias, dtype)
+
+
+library.impl("linear_16bit", _linear_16bit, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sae_engine::linear_16bit", lib=library)
+def _(x, weight, bias, dtype):
+    return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
+
+
+def _linear_16bit_context(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _linear_16bit_backward(ctx, grad):
+    from . import torch_backend
+
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    with torch.autocast(x.device.type, enabled=False):
+        grads = torch_backend.linear_16bit_gradients(grad, x, weight, needs_x, needs_weight)
+    grads = (None if t is None else t.to(x.dtype) for t in grads)
+    return *grads, grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None, None
+
+
+differentiable("linear_16bit", _linear_16bit_context, _linear_16bit_backward)
+
 # --- encode_entries: pre-activations at the codes, whose gradient never becomes a matrix -----------------------------
 
 library.define(

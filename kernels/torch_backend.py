@@ -27,19 +27,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | 
     dtype = x.dtype if dtype is None else dtype
     if x.dtype not in (torch.bfloat16, torch.float16):
         return ops.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
-    return (_linear_16bit if x.is_cuda else _linear_16bit_cpu)(x, weight, bias, dtype)
+    return ops.linear_16bit(x, weight, bias, dtype)
+
+
+def linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same of 16-bit operands, whose products are exact: fp32 sums, biased and rounded once."""
+    return (_linear_16bit_cpu if x.is_cpu else _linear_16bit)(x, weight, bias, dtype)
 
 
 def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The tensor cores' fp32 sums, biased and rounded once; row chunks bound the fp32 temporary to 256 MiB."""
-    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
+    """The tensor cores' fp32 sums, which one operator biases and rounds; row chunks bound them to 256 MiB.
+
+    10 bytes an element of a 16-bit result. A GEMM that wrote it itself would take 2, but stock ones round the bias,
+    and may add up partial sums in 16 bits.
+    """
+    if dtype == torch.float32:
+        product = torch.mm(x, weight, out_dtype=dtype)
+        return product if bias is None else product.add_(bias)
+    out = torch.empty(x.shape[0], weight.shape[1], dtype=dtype, device=x.device)
+    bias = None if bias is None else bias.float()
     step = max(WIDE_ELEMENTS["cuda"] // max(weight.shape[1], 1), 1)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
-        accumulated = torch.mm(x[rows], weight, out_dtype=torch.float32)
-        out[rows] = accumulated if bias is None else accumulated.add_(bias.float())
-        del accumulated  # before the next one is made
+        product = torch.mm(x[rows], weight, out_dtype=torch.float32)
+        if bias is None:
+            out[rows] = product
+        else:
+            torch.add(product, bias, out=out[rows])
+        del product  # before the next one is made
     return out
+
+
+def linear_16bit_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool):
+    """Of x and weight in their dtype. A gradient of that dtype is multiplied as it is, with fp32 sums."""
+    if x.is_cpu or grad.dtype != x.dtype:  # fp32: a CPU multiplies it faster
+        grad, x, weight = grad.float(), x.float(), weight.float()
+    return grad @ weight.T if needs_x else None, x.T @ grad if needs_weight else None
 
 
 def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

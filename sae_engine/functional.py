@@ -522,8 +522,6 @@ def linear(
 
     ``result_dtype`` wider than 16 bits leaves the fp32 sums of 16-bit operands unrounded.
     """
-    from sae_kernels import torch_backend
-
     _check_linear(x, W_enc, b_enc)
     dtype = _linear_dtype(x, W_enc)
     result_dtype = dtype if result_dtype is None else result_dtype
@@ -536,11 +534,8 @@ def linear(
                 out = ops.linear(flat, weight, bias)
             else:
                 out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        elif not torch.is_grad_enabled():
-            out = torch_backend.linear(flat, weight, b_enc, result_dtype)
-        else:  # products of 16-bit numbers are exact in fp32: an fp32 GEMM of the rounded operands accumulates in fp32
-            out = flat.float() @ weight.float()
-            out = out if b_enc is None else out + b_enc.float()
+        else:
+            out = ops.linear_16bit(flat, weight, b_enc, result_dtype)
     return out.to(result_dtype).view(*x.shape[:-1], W_enc.shape[1])
 
 

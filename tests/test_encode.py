@@ -241,3 +241,30 @@ def test_context_of_several_rules_is_checked():
         f.encode(x, W, select=[se.TopK(3), se.AuxTopK(3)])
     with pytest.raises(ValueError, match="select"):
         f.encode(x, W, select=[])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("result", [None, torch.float32])
+def test_sixteen_bit_linear_rounds_once_and_multiplies_its_gradient_in_sixteen_bits(dtype, result):
+    x, weight, bias = torch.randn(7, 12).to(dtype), torch.randn(12, 33).to(dtype), torch.randn(33)
+    learned = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    out = f.linear(*learned, result_dtype=result)
+    assert out.dtype == (result or dtype)
+    assert torch.equal(out, f.linear(x, weight, bias, result_dtype=result)), "as without a gradient"
+    exact = x.double() @ weight.double() + bias.double()
+    assert ((out - exact).abs() <= torch.finfo(out.dtype).eps * exact.abs() + 12 * 2.0**-24 * exact.abs().max()).all()
+    grad = torch.randn(7, 33).to(out.dtype)
+    grads = torch.autograd.grad(out, learned, grad)
+    expected = grad.double() @ weight.double().T, x.double().T @ grad.double(), grad.double().sum(0)
+    for ours, meant, t in zip(grads, expected, learned, strict=True):
+        assert ours.dtype == t.dtype
+        # one rounding, and sums of at most 33 products in fp32
+        assert ((ours - meant).abs() <= torch.finfo(t.dtype).eps * meant.abs() + 33 * 2.0**-24 * 50).all()
+
+
+@pytest.mark.gpu
+def test_sixteen_bit_gradients_take_sixteen_bit_operands_on_a_gpu():
+    x, weight = (torch.randn(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with torch.profiler.profile() as profile:
+        f.linear(x, weight).sum().backward()
+    assert not [event.name for event in profile.events() if "sgemm" in event.name], "an fp32 product"

@@ -63,7 +63,7 @@ def test_every_operator_is_sampled():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("sae_engine::")
     }
-    without_back_end = {"feature_budgets", "linear", "move_threshold", "zipf_shortfall"}
+    without_back_end = {"feature_budgets", "linear", "linear_16bit", "move_threshold", "zipf_shortfall"}
     assert registered == {name for name, _ in samples()} | without_back_end
 
 
@@ -75,6 +75,9 @@ def test_opcheck_of_the_operators_that_have_no_back_end():
     linear = torch.randn(3, 6), torch.randn(6, 40), torch.randn(40)
     torch.library.opcheck(ops.linear.default, [t.requires_grad_() for t in linear])
     torch.library.opcheck(ops.linear.default, (linear[0].detach(), linear[1], None))
+    narrow = [t.detach().bfloat16().requires_grad_() for t in linear[:2]]
+    for bias, dtype in ((linear[2], torch.bfloat16), (None, torch.float32)):
+        torch.library.opcheck(ops.linear_16bit.default, (*narrow, bias, dtype))
     torch.library.opcheck(ops.zipf_shortfall.default, (torch.rand(40), 2.5, 1.0, 0.5))
 
 
