@@ -240,7 +240,7 @@ def launch(pre, score, mask, k, magnitude, relu):
     score = pre if score is None else score
     plan = _plan(layout(pre), layout(score), mask_layout(mask, pre), k, magnitude, relu)
     maxima = None if plan.maxima is None else plan.maxima.of(score, mask)
-    scratch = [torch.empty(shape, dtype=torch.int32, device=device) for shape in plan.scratch]
+    scratch: list = [torch.empty(shape, dtype=torch.int32, device=device) for shape in plan.scratch]
     if len(scratch) == 1:
         scratch.insert(0, maxima)
     plan.select(score, pre, mask, *scratch, values, indices)
