@@ -54,6 +54,7 @@ def test_triton_is_asked_once_for_each_binary(operation, asked):
             for name in ("values", "indices", "offsets"):
                 assert torch.equal(getattr(ours, name), getattr(meant, name)), name
     first = len(asked)
-    assert first and len(set(asked)) == first // 2, asked
+    # once for either alignment, and a kernel that reads scratch alone once
+    assert first and max(map(asked.count, asked)) <= 2, asked
     operation(memory[:-1].view(3, 97), "triton")
     assert len(asked) == first
