@@ -52,7 +52,7 @@ def _linear_16bit(x, weight, bias, dtype):
     return torch_backend.linear_16bit(x, weight, bias, dtype)
 
 
-library.impl("linear_16bit", _linear_16bit, "CompositeExplicitAutograd")
+implement("linear_16bit", _linear_16bit)
 
 
 @torch.library.register_fake("sae_engine::linear_16bit", lib=library)
