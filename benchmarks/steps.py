@@ -26,7 +26,8 @@ from stock import topk_dense
 from torch import Tensor, nn
 
 import sae_engine as se
-from sae_engine.training import AuxK, TrainStep
+from sae_engine.losses import AuxK
+from sae_engine.training import TrainStep
 
 LEARNING_RATE = 1e-4
 BATCHES = 2
@@ -150,7 +151,7 @@ def fused_adam(s: Setup) -> Callable[[], None]:
 def train_step(*, contiguous: bool = False, aux: AuxK | None = None) -> Callable[[Setup], Callable[[], Tensor]]:
     def build(s: Setup) -> Callable[[], Tensor]:
         step = TrainStep(
-            s.autoencoder(contiguous_parameters=contiguous), lr=s.learning_rate, aux=() if aux is None else aux,
+            s.autoencoder(contiguous_parameters=contiguous), lr=s.learning_rate, losses=() if aux is None else aux,
             compute_dtype=None if s.dtype == torch.float32 else s.dtype,
         )  # fmt: skip
         batches = s.batches()

@@ -87,6 +87,17 @@ class Activation(nn.Module):
     def update(self, codes: SparseCodes) -> None:
         """Called once per training forward with what was kept; rules with learned state override it."""
 
+    def needs(self) -> dict[str, str]:
+        """What the reconstruction error alone does not teach the rule: the kind of loss, and which ones it is.
+
+        ``losses.losses_for`` refuses to train without (see ``Loss.provides``).
+        """
+        return {}
+
+    def learned_parameters(self) -> list[nn.Parameter]:
+        """The parameters that a gradient of the values reaches; they may be another module's."""
+        return list(self.parameters())
+
     def _check_context(self, context: dict) -> None:
         for name in self.context_keys - context.keys():
             raise TypeError(f"{type(self).__name__} needs {name}: pass it as a keyword argument")
@@ -98,6 +109,9 @@ class ReLU(Activation):
     """Keeps what is positive. Codes of a NaN hold it, as ``nn.ReLU`` does."""
 
     entry_values = kept_values
+
+    def needs(self) -> dict[str, str]:
+        return {"sparsity": "a sparsity loss, such as losses.L1(coefficient)"}
 
     def _dense(self, pre: Tensor) -> Tensor:
         return torch.relu(pre)
@@ -342,6 +356,11 @@ class JumpReLU(Activation):
         return functional.threshold(
             pre, self._theta(), bandwidth=bandwidth, capacity=_captured_size(pre), backend=backend
         )
+
+    def needs(self) -> dict[str, str]:
+        if not any(p.requires_grad for p in self.parameters()):
+            return {}
+        return {"sparsity": "a sparsity loss, such as losses.StepL0(coefficient) or losses.TanhL0(coefficient)"}
 
     def _theta(self) -> Tensor:
         """The threshold as it is used: an optimizer may have pushed it below 0."""

@@ -82,7 +82,7 @@ def test_running_density_by_hand():
 def steps(aux, dead, number=3, rule=None, **options):
     torch.manual_seed(0)
     sae = se.SparseAutoencoder(8, F, se.TopK(3) if rule is None else rule)
-    step = se.training.TrainStep(sae, lr=1e-2, aux=aux, dead_after=1000, **options)
+    step = se.training.TrainStep(sae, lr=1e-2, losses=aux, dead_after=1000, **options)
     step.dead.since_fired[dead] = 5000
     step.dead.tokens = 5000
     batches = torch.randn(number, 16, 8, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -95,9 +95,9 @@ def test_a_training_step_with_auxk_as_the_special_case(convention):
     dead = torch.arange(F) % 4 == 0
     density = se.RunningDensity(F, rate=1e-12)
     density.density.copy_((~dead).double())
-    auxk = se.training.AuxK.openai(5) if convention == "openai" else se.training.AuxK.saelens()
+    auxk = losses.AuxK.openai(5) if convention == "openai" else losses.AuxK.saelens()
     options = {name: getattr(auxk, name) for name in ("k", "coefficient", "relu", "normalize", "scale_by_dead")}
-    zipf = se.training.AuxZipf(**options, density=density)
+    zipf = losses.AuxZipf(**options, density=density)
     (plain, first), (ours, second) = steps(auxk, dead, 1), steps(zipf, dead, 1)
     assert first[0]["auxk"] > 0
     torch.testing.assert_close(second[0]["aux_zipf"], first[0]["auxk"])
@@ -107,15 +107,15 @@ def test_a_training_step_with_auxk_as_the_special_case(convention):
 
 def test_a_training_step_learns_the_densities_and_feature_choice_has_its_own():
     density = se.RunningDensity(F)
-    _, reports = steps(se.training.AuxZipf(k=4, density=density), torch.zeros(F, dtype=torch.bool))
+    _, reports = steps(losses.AuxZipf(k=4, density=density), torch.zeros(F, dtype=torch.bool))
     assert reports[0]["aux_zipf"] == 0 and reports[2]["aux_zipf"] > 0  # unset at first: nothing lacks anything
     assert abs(float(density.density.sum()) - 3) < 0.5
-    sae, reports = steps(se.training.AuxZipf(k=4), torch.zeros(F, dtype=torch.bool), rule=se.FeatureChoice(F, 3))
+    sae, reports = steps(losses.AuxZipf(k=4), torch.zeros(F, dtype=torch.bool), rule=se.FeatureChoice(F, 3))
     assert reports[2]["aux_zipf"] >= 0 and (sae.activation.density >= 0).all()
     with pytest.raises(TypeError, match="density"):
-        steps(se.training.AuxZipf(k=4), torch.zeros(F, dtype=torch.bool))
+        steps(losses.AuxZipf(k=4), torch.zeros(F, dtype=torch.bool))
     with pytest.raises(TypeError, match="latents"):
-        steps(se.training.AuxZipf(k=4, density=se.RunningDensity(F)), torch.zeros(F, dtype=torch.bool), rule=se.ReLU())
+        steps(losses.AuxZipf(k=4, density=se.RunningDensity(F)), torch.zeros(F, dtype=torch.bool), rule=se.ReLU())
 
 
 def test_densities_are_state():
@@ -137,8 +137,8 @@ def test_densities_are_state():
         (lambda: se.AuxZipfTopK(2).select(torch.randn(3, 5)), "shortfall"),
         (lambda: se.AuxZipfTopK(2).select(torch.randn(3, 5), shortfall=torch.ones(4)), "shortfall"),
         (lambda: se.RunningDensity(3, rate=0), "rate"), (lambda: se.RunningDensity(0), "d_sae"),
-        (lambda: se.training.AuxZipf(density=torch.rand(3)), "density"),
-        (lambda: se.training.AuxZipf(latents=0), "latents"), (lambda: se.training.AuxZipf(shift=-1), "shift"),
+        (lambda: losses.AuxZipf(density=torch.rand(3)), "density"),
+        (lambda: losses.AuxZipf(latents=0), "latents"), (lambda: losses.AuxZipf(shift=-1), "shift"),
     ],
 )  # fmt: skip
 def test_arguments_are_checked(make, name):

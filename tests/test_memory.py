@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import sae_engine as se
+from sae_engine.losses import AuxK
 from sae_engine.testing import allocated_by
-from sae_engine.training import AuxK, TrainStep, peak_bytes
+from sae_engine.training import TrainStep, peak_bytes
 
 MIB = 1 << 20
 WHOLE = 1 << 40  # a budget that everything fits
@@ -23,7 +24,7 @@ def needed(tokens, width, latents, budget, *, row_major=False, k_aux=0, **option
     steps = []
 
     def run():
-        step = TrainStep(sae, lr=1e-3, memory_budget=budget, aux=AuxK(k_aux) if k_aux else (), **options)
+        step = TrainStep(sae, lr=1e-3, memory_budget=budget, losses=AuxK(k_aux) if k_aux else (), **options)
         for _ in range(2):  # the second with all state in place
             if k_aux:
                 step.dead.since_fired[::3] = step.dead.dead_after
@@ -79,7 +80,7 @@ def test_chunks_bound_the_pre_activations():
 def test_nothing_stays_but_the_step_itself():
     """What a step leaves behind is its state: no cycle keeps a batch's tensors until Python looks for cycles."""
     sae = se.SparseAutoencoder(16, 512, se.TopK(4))
-    step = TrainStep(sae, lr=1e-3, aux=AuxK(8))
+    step = TrainStep(sae, lr=1e-3, losses=AuxK(8))
     step.dead.since_fired[::3] = step.dead.tokens = step.dead.dead_after
     x = torch.randn(64, 16)
     step(x)

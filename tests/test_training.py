@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import sae_engine as se
+from sae_engine.losses import AFA, L1, AuxK, MultiTopK
 from sae_engine.testing import assert_same, force_dense
-from sae_engine.training import AFA, AuxK, MultiTopK, TrainStep
+from sae_engine.training import TrainStep
 from sae_kernels import _tuning
 
 B, D, F = 14, 6, 40
@@ -34,6 +35,12 @@ def make(rule, *, dtype=F64, seed=0, **options):
             if not name.startswith("activation") and p.requires_grad:
                 p.copy_(torch.randn(p.shape, dtype=F64) * (0.4 if "W" in name else 0.2))
     return sae
+
+
+def train_step(sae, *, losses=(), **options):
+    """A step of the reconstruction alone also where the rule is not trained without a sparsity loss."""
+    losses = [*losses] if isinstance(losses, list | tuple) else [losses]
+    return TrainStep(sae, losses=[*losses, L1(0.0)] if sae.activation.needs() else losses, **options)
 
 
 def some_dead(step):
@@ -98,7 +105,7 @@ def dense_losses(sae, x, target, dead, aux):
 
 def gradients_of(sae, x, target=None, aux=(), *, dead=True, **options):
     """What the step computes: its report, and the gradients by name."""
-    step = TrainStep(sae, lr=1e-3, aux=aux, normalize_decoder=False, grad_clip=1e9, **options)
+    step = train_step(sae, lr=1e-3, losses=aux, normalize_decoder=False, grad_clip=1e9, **options)
     if dead:
         some_dead(step)
     gradients = {}
@@ -248,7 +255,7 @@ def test_fifty_steps_equal_torch_adam(rule, unit_rows, contiguous):
     ours, theirs = (make(RULES[rule](), contiguous_parameters=contiguous) for _ in range(2))
     batches = torch.randn(50, B, D, dtype=F64)
     expected = plain_training(theirs, batches, unit_rows=unit_rows, **options)
-    step = TrainStep(ours, normalize_decoder=unit_rows, **options)
+    step = train_step(ours, normalize_decoder=unit_rows, **options)
     losses = torch.stack([step(x)["loss"] for x in batches])
     # The learning rate is an fp32 number on the device, and Adam's bias corrections are made of it.
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
@@ -266,7 +273,7 @@ def test_stored_gradients(options):
     ours, theirs = (make(se.TopK(4)) for _ in range(2))
     batches = torch.randn(12, B, D, dtype=F64)
     plain_training(theirs, batches, unit_rows=True, lr=1e-2, **options)
-    step = TrainStep(ours, lr=1e-2, **options)
+    step = train_step(ours, lr=1e-2, **options)
     for number, x in enumerate(batches):
         report = step(x)
         assert ("grad_norm" in report) == ((number + 1) % options.get("accumulate", 1) == 0)
@@ -276,8 +283,8 @@ def test_stored_gradients(options):
 def test_fused_and_stored_steps_agree():
     fused, stored = (make(se.TopK(4)) for _ in range(2))
     x = torch.randn(B, D, dtype=F64)
-    norms = [TrainStep(fused, lr=1e-2, aux=AuxK(5))(x)["grad_norm"],
-             TrainStep(stored, lr=1e-2, aux=AuxK(5), grad_clip=1e9)(x)["grad_norm"]]  # fmt: skip
+    norms = [train_step(fused, lr=1e-2, losses=AuxK(5))(x)["grad_norm"],
+             train_step(stored, lr=1e-2, losses=AuxK(5), grad_clip=1e9)(x)["grad_norm"]]  # fmt: skip
     torch.testing.assert_close(*norms)
     assert_parameters_close(fused, stored)
 
@@ -287,7 +294,7 @@ def test_frozen_parameters_stay():
         sae = make(se.TopK(4))
         sae.get_parameter(frozen).requires_grad_(False)
         before = {name: p.detach().clone() for name, p in sae.named_parameters()}
-        TrainStep(sae, lr=1e-2, normalize_decoder=False)(torch.randn(B, D, dtype=F64))
+        train_step(sae, lr=1e-2, normalize_decoder=False)(torch.randn(B, D, dtype=F64))
         for name, p in sae.named_parameters():
             assert torch.equal(p, before[name]) == (name == frozen), name
 
@@ -296,7 +303,7 @@ def test_two_runs_give_the_same_bits():
     runs = []
     for _ in range(2):
         sae = make(se.BatchTopK(3.5), dtype=torch.float32)
-        step = TrainStep(sae, lr=1e-2, aux=[AuxK(5), MultiTopK()], dead_after=30)
+        step = train_step(sae, lr=1e-2, losses=[AuxK(5), MultiTopK()], dead_after=30)
         torch.manual_seed(1)
         reports = [step(torch.randn(B, D)) for _ in range(8)]
         runs.append([*sae.state_dict().values(), *reports[-1].values()])
@@ -308,7 +315,7 @@ def test_other_back_ends_train_alike(backend):
     results = []
     for chosen in ("torch", backend):
         sae = make(se.TopK(4), dtype=torch.float32)
-        step = TrainStep(sae, lr=1e-2, aux=[AuxK(5), AFA()], dead_after=20, backend=chosen)
+        step = train_step(sae, lr=1e-2, losses=[AuxK(5), AFA()], dead_after=20, backend=chosen)
         torch.manual_seed(1)
         losses = [step(torch.randn(B, D))["loss"] for _ in range(4)]
         results.append((torch.stack(losses), sae.W_enc.detach(), sae.W_dec.detach(), sae.b_dec.detach()))
@@ -323,8 +330,8 @@ def test_other_back_ends_train_alike(backend):
 def test_resumes_bit_for_bit(compute_dtype):
     def build():
         sae = make(se.BatchTopK(3.5), dtype=torch.float32)
-        return sae, TrainStep(
-            sae, lr=1e-2, aux=[AuxK(5)], dead_after=30, compute_dtype=compute_dtype, weight_decay=0.1,
+        return sae, train_step(
+            sae, lr=1e-2, losses=[AuxK(5)], dead_after=30, compute_dtype=compute_dtype, weight_decay=0.1,
             scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n)),
         )  # fmt: skip
 
@@ -357,7 +364,7 @@ def test_the_state_of_torch_adam_can_be_taken_over():
         optimizer.step()
         optimizer.zero_grad()
     ours.load_state_dict(theirs.state_dict())
-    step = TrainStep(ours, lr=1e-2, normalize_decoder=False)
+    step = train_step(ours, lr=1e-2, normalize_decoder=False)
     step.optimizer.load_state_dict(optimizer.state_dict())
     for x in batches[3:]:
         step(x)
@@ -368,7 +375,7 @@ def test_the_state_of_torch_adam_can_be_taken_over():
 
 
 def test_state_is_checked():
-    step = TrainStep(make(se.TopK(4)), lr=1e-2, accumulate=2)
+    step = train_step(make(se.TopK(4)), lr=1e-2, accumulate=2)
     step(torch.randn(B, D, dtype=F64))
     with pytest.raises(RuntimeError, match="1 more call"):
         step.state_dict()
@@ -378,7 +385,7 @@ def test_state_is_checked():
 
 def test_no_gradient_is_left_and_none_may_be_there():
     sae = make(se.TopK(4))
-    step = TrainStep(sae, lr=1e-2)
+    step = train_step(sae, lr=1e-2)
     x = torch.randn(B, D, dtype=F64)
     step(x)
     assert all(p.grad is None for p in sae.parameters())
@@ -392,7 +399,7 @@ def test_no_gradient_is_left_and_none_may_be_there():
 
 def test_an_overflowing_step_changes_nothing():
     sae = make(se.TopAFA(capacity=20), dtype=torch.float32)
-    step = TrainStep(sae, lr=1e-2, aux=AFA())
+    step = train_step(sae, lr=1e-2, losses=AFA())
     x = torch.randn(B, D)
     before = copy.deepcopy((sae.state_dict(), step.optimizer.state_dict()["state"], step.dead.since_fired))
     assert step(x)["overflow"]
@@ -401,7 +408,7 @@ def test_an_overflowing_step_changes_nothing():
         assert torch.equal(a, b)
     fits = make(se.TopAFA(capacity=B * F), dtype=torch.float32)
     free = make(se.TopAFA(), dtype=torch.float32)
-    reports = [TrainStep(s, lr=1e-2, aux=AFA())(x) for s in (fits, free)]
+    reports = [train_step(s, lr=1e-2, losses=AFA())(x) for s in (fits, free)]
     assert not reports[0].pop("overflow")
     for name, value in reports[1].items():
         torch.testing.assert_close(reports[0][name], value)
@@ -411,13 +418,13 @@ def test_an_overflowing_step_changes_nothing():
 def test_an_overflow_with_stored_gradients_changes_nothing():
     sae = make(se.TopAFA(capacity=20), dtype=torch.float32)
     before = copy.deepcopy(sae.state_dict())
-    assert TrainStep(sae, lr=1e-2, grad_clip=1.0)(torch.randn(B, D))["overflow"]
+    assert train_step(sae, lr=1e-2, grad_clip=1.0)(torch.randn(B, D))["overflow"]
     assert_same(tuple(sae.state_dict().values()), tuple(before.values()))
 
 
 def test_dead_latents_are_counted_in_tokens():
     sae = make(se.TopK(2))
-    step = TrainStep(sae, lr=1e-9, dead_after=2 * B)
+    step = train_step(sae, lr=1e-9, dead_after=2 * B)
     x = torch.randn(B, D, dtype=F64)
     fired = torch.zeros(F, dtype=torch.bool)
     fired[sae.encode(x).indices[sae.encode(x).values != 0].long()] = True
@@ -432,7 +439,7 @@ def test_report():
     sae = make(se.TopK(4))
     x = torch.randn(B, D, dtype=F64)
     out, codes = sae(x), sae.encode(x)
-    report = TrainStep(sae, lr=1e-2)(x)
+    report = train_step(sae, lr=1e-2)(x)
     assert not any(t.requires_grad for t in report.values()) and all(t.dim() == 0 for t in report.values())
     torch.testing.assert_close(report["loss"], se.losses.mse(out, x).detach())
     torch.testing.assert_close(report["fvu"], se.losses.fvu(out, x).detach())
@@ -445,13 +452,13 @@ def test_compute_dtype():
     x = torch.randn(B, D)
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
         codes = saes[0].encode(x)
-    step = TrainStep(saes[1], lr=1e-2, compute_dtype=torch.bfloat16)
+    step = train_step(saes[1], lr=1e-2, compute_dtype=torch.bfloat16)
     seen = {}
     saes[1].activation.update = lambda kept: seen.update(kept=kept)
     report = step(x)
     assert_same((seen["kept"].values, seen["kept"].indices), (codes.values.detach(), codes.indices))
     assert all(p.dtype == torch.float32 for p in saes[1].parameters())
-    exact = TrainStep(saes[0], lr=1e-2)(x)
+    exact = train_step(saes[0], lr=1e-2)(x)
     assert abs(report["mse"] - exact["mse"]) < 2**-6 * exact["mse"]  # a few roundings of 2⁻⁸
     copies = step._copies.current()
     assert_same(tuple(copies), (saes[1].W_dec.detach().bfloat16(), saes[1].W_enc.detach().T.bfloat16()))
@@ -482,7 +489,7 @@ def test_chunked_equals_unchunked(rule, kind, aux):
                 p.copy_(torch.randint(-1 if kind == "ties" else -40, 2 if kind == "ties" else 41, p.shape) / 2)
         torch.manual_seed(2)
         x = torch.randint(-2, 3, (B, D)).float()
-        step = TrainStep(sae, lr=1e-2, aux=objectives, memory_budget=rows * F * 4)
+        step = train_step(sae, lr=1e-2, losses=objectives, memory_budget=rows * F * 4)
         some_dead(step)
         report = step(x)
         results.append([*report.values(), *sae.state_dict().values()])
@@ -494,27 +501,27 @@ def test_chunks_with_a_capacity():
     results = []
     for rows in (B, 4):
         sae = make(se.TopAFA(capacity=400), dtype=torch.float32)
-        step = TrainStep(sae, lr=1e-2, aux=AFA(), memory_budget=rows * F * 4)
+        step = train_step(sae, lr=1e-2, losses=AFA(), memory_budget=rows * F * 4)
         torch.manual_seed(2)
         results.append([*step(torch.randn(B, D)).values(), *sae.state_dict().values()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
     sae = make(se.TopAFA(capacity=20), dtype=torch.float32)
-    assert TrainStep(sae, lr=1e-2, memory_budget=4 * F * 4)(torch.randn(B, D))["overflow"]
+    assert train_step(sae, lr=1e-2, memory_budget=4 * F * 4)(torch.randn(B, D))["overflow"]
 
 
 def test_what_cannot_be_chunked_says_so():
     sae = make(Quadratic())
     with pytest.raises(RuntimeError, match="memory_budget"):
-        TrainStep(sae, lr=1e-2, memory_budget=F * 8)(torch.randn(B, D, dtype=F64))
+        train_step(sae, lr=1e-2, memory_budget=F * 8)(torch.randn(B, D, dtype=F64))
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("options", "error", "name"), [
-    ({"lr": 0.0}, ValueError, "lr"), ({"lr": "1"}, TypeError, "lr"), ({"aux": 3}, TypeError, "aux"),
-    ({"aux": [AFA(), AFA()]}, ValueError, "aux"), ({"aux": ["auxk"]}, TypeError, "aux"),
+    ({"lr": 0.0}, ValueError, "lr"), ({"lr": "1"}, TypeError, "lr"), ({"losses": 3}, TypeError, "losses"),
+    ({"losses": [AFA(), AFA()]}, ValueError, "losses"), ({"losses": ["auxk"]}, TypeError, "losses"),
     ({"grad_clip": -1.0}, ValueError, "grad_clip"), ({"compute_dtype": torch.int8}, TypeError, "compute_dtype"),
     ({"accumulate": 0}, ValueError, "accumulate"), ({"reduce": 3}, TypeError, "reduce"),
     ({"memory_budget": 0}, ValueError, "memory_budget"), ({"density_interval": 0}, ValueError, "density_interval"),
@@ -543,7 +550,7 @@ def test_inputs_are_checked():
     with pytest.raises(RuntimeError, match=r"sae\.train"):
         step(x)
     with pytest.raises(TypeError, match="MultiTopK"):
-        TrainStep(make(se.ReLU()), lr=1e-3, aux=MultiTopK())(x)
+        TrainStep(make(se.ReLU()), lr=1e-3, losses=[MultiTopK(), L1(1.0)])(x)
     with pytest.raises(RuntimeError, match="TrainStep"):
         step.optimizer.step()
 
@@ -642,7 +649,7 @@ def test_copies_are_renewed_in_place_after_somebody_wrote_the_weights():
 def test_a_warm_up_is_a_step_that_also_makes_the_auxiliary_selection():
     """Nothing is dead yet: an ordinary step leaves AuxK out, and a capture, which cannot know, does not."""
     batches = torch.randn(3, B, D)
-    (plain, ordinary), (warm, warming) = ((sae, TrainStep(sae, lr=1e-2, aux=[AuxK(5)])) for sae in
+    (plain, ordinary), (warm, warming) = ((sae, TrainStep(sae, lr=1e-2, losses=[AuxK(5)])) for sae in
                                           (make(se.TopK(4), dtype=torch.float32) for _ in range(2)))  # fmt: skip
     seen = []
     rule = AuxK.rule
@@ -698,7 +705,7 @@ def test_the_density_of_codes_with_a_capacity_is_read_now_and_then(monkeypatch):
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
 def test_nothing_waits_for_the_device(rule, dense, no_waiting):
     sae = make(rule(), dtype=torch.float32)
-    step = TrainStep(sae, lr=1e-3, aux=[AuxK(5)], compute_dtype=torch.bfloat16, dense=dense)
+    step = TrainStep(sae, lr=1e-3, losses=[AuxK(5)], compute_dtype=torch.bfloat16, dense=dense)
     x = torch.randn(B, D)
     step.warm_up(x)  # compiles, reads the free memory and, with a capacity, the density
     with no_waiting():
@@ -709,7 +716,7 @@ def test_nothing_waits_for_the_device(rule, dense, no_waiting):
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])  # codes this small would go through GEMMs
 def test_a_step_in_a_cuda_graph(dense):
     saes = [make(se.TopK(4), dtype=torch.float32) for _ in range(2)]
-    eager, graphed = (TrainStep(sae, lr=1e-2, aux=[AuxK(5)], dense=dense) for sae in saes)
+    eager, graphed = (TrainStep(sae, lr=1e-2, losses=[AuxK(5)], dense=dense) for sae in saes)
     batches = torch.randn(6, B, D)
     for x in batches[:2]:  # compiles, and makes what lives on
         eager(x)

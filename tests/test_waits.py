@@ -14,7 +14,8 @@ from played_cuda import Played
 import sae_engine as se
 from sae_engine import functional as f
 from sae_engine import losses, metrics, training
-from sae_engine.training import AFA, AuxK, AuxZipf, DeadLatents, MultiTopK, TrainStep
+from sae_engine.losses import AFA, AuxK, AuxZipf, MultiTopK
+from sae_engine.training import DeadLatents, TrainStep
 
 B, D, F = 5, 16, 45  # no multiples of 16: Triton compiles anew for those
 ROOM = B * F
@@ -78,11 +79,10 @@ def autoencoder(make, *, eval=False, **options):
     return prepare
 
 
-def step(make=lambda: se.TopK(4), aux=lambda: (), calls=2, **options):
+def step(make=lambda: se.TopK(4), added=lambda: (), calls=2, **options):
     def prepare():
-        objectives = aux()
         sae = se.SparseAutoencoder(D, F, make())
-        run, x = TrainStep(sae, lr=1e-3, aux=objectives, **options), torch.randn(B, D)
+        run, x = TrainStep(sae, lr=1e-3, losses=added(), **options), torch.randn(B, D)
         for _ in range(2):
             run.warm_up(x)
         return lambda: [run(x) for _ in range(calls)]
@@ -222,10 +222,17 @@ WITHOUT_WAITING = {
         s := se.SparseAutoencoder(D, F, se.TopK(4)), lambda: TrainStep(s, lr=1e-3))[1],
     "training.TrainStep, schedule": step(
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))),
-    "training.AuxK": step(aux=lambda: AuxK(5), dead_after=200),
-    "training.AuxZipf": step(aux=lambda: AuxZipf(5, density=se.RunningDensity(F))),
-    "training.MultiTopK": step(aux=MultiTopK),
-    "training.AFA": step(aux=AFA),
+    "losses.AuxK": step(added=lambda: AuxK(5), dead_after=200),
+    "losses.AuxZipf": step(added=lambda: AuxZipf(5, density=se.RunningDensity(F))),
+    "losses.MultiTopK": step(added=MultiTopK),
+    "losses.AFA": step(added=AFA),
+    "losses.Reconstruction": step(),
+    "losses.L1": step(added=lambda: losses.L1(0.1)),
+    "losses.NestedReconstruction": step(lambda: se.MatryoshkaBatchTopK(3.5, (4, F))),
+    "losses.evaluate": lambda: (
+        s := se.SparseAutoencoder(D, F, se.TopK(4)), x := torch.randn(B, D),
+        lambda: losses.evaluate(s, x, losses.AFA())["loss"].backward())[2],
+    "losses.l1": of_codes(lambda c, _, x, W, b: losses.l1(c, weight_norm=W.norm(dim=1))),
     "training.DeadLatents": lambda: (
         d := DeadLatents(F, device="cuda"), on := torch.rand(F) < 0.5,
         lambda: (d.count(on, B), d.at_most(B), d.mask))[2],
@@ -255,7 +262,13 @@ WAITING = {
     "inference_form": lambda: (
         s := se.SparseAutoencoder(D, F, se.BatchTopK(3, initial_threshold=0.1)), lambda: se.inference_form(s))[1],
     "metrics.decoder_similarity": lambda: (w := torch.randn(F, D), lambda: metrics.decoder_similarity(w))[1],
-    "training.TrainStep, dead": step(aux=lambda: AuxK(5), dead_after=4, density_interval=2),
+    "training.TrainStep, dead": step(added=lambda: AuxK(5), dead_after=4, density_interval=2),
+    "losses.StepL0": step(learning, lambda: losses.StepL0(0.1)),
+    "losses.TanhL0": step(learning, lambda: losses.TanhL0(0.1)),
+    "losses.GateLoss": step(lambda: se.Gated(F), lambda: losses.GateLoss(0.1)),
+    "losses.evaluate, dead": lambda: (
+        s := se.SparseAutoencoder(D, F, se.TopK(4)), x := torch.randn(B, D), on := torch.zeros(F, dtype=torch.bool),
+        lambda: losses.evaluate(s, x, dead=on))[3],
     "training.TrainStep, density": step(lambda: se.TopAFA(capacity=ROOM), density_interval=2),
     "training.TrainStep, FeatureChoice in chunks": step(lambda: se.FeatureChoice(F, 3.5), memory_budget=2 * F * 4),
 }  # fmt: skip
@@ -264,7 +277,8 @@ WAITING = {
 APART = {
     "Activation", "ByLatent", "EncodeInfo", "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
     "losses", "metrics", "training", "SparseCodes", "metrics.evaluate", "metrics.ppl_sparsity",
-    "metrics.loss_recovered", "training.peak_bytes",
+    "metrics.loss_recovered", "training.peak_bytes", "training.Loss", "losses.Loss", "losses.LossInput", "losses.Pull",
+    "losses.losses_for",
 }  # fmt: skip
 
 
@@ -368,7 +382,7 @@ def test_a_step_is_captured_after_a_warm_up():
     for warm in (False, True):
         with Played() as played, torch.device("cuda"):
             sae, x = se.SparseAutoencoder(D, F, se.TopK(4)), torch.randn(B, D)
-            run = TrainStep(sae, lr=1e-3, aux=AuxK(5), compute_dtype=torch.bfloat16, dense=False)
+            run = TrainStep(sae, lr=1e-3, losses=AuxK(5), compute_dtype=torch.bfloat16, dense=False)
             for _ in range(2):
                 (run.warm_up if warm else run)(x)
             with played.capturing():

@@ -39,6 +39,9 @@ class Gated(Activation):
         """The rule whose codes are ``relu(pre + b_gate)``; its parameter is this module's."""
         return GateOf(self)
 
+    def needs(self) -> dict[str, str]:
+        return {"gate": "losses.GateLoss(l1)"} if self.b_gate.requires_grad else {}
+
     def _dense(self, pre: Tensor) -> Tensor:
         self._check_width(pre)
         wide = pre.to(torch.promote_types(pre.dtype, torch.float32))
@@ -78,6 +81,9 @@ class GateOf(Activation):
     def __init__(self, gated: Gated) -> None:
         super().__init__()
         self._gated = (gated,)  # in a tuple: its parameters are not this module's to count
+
+    def learned_parameters(self) -> list[nn.Parameter]:
+        return [self._gated[0].b_gate]  # type: ignore[list-item]
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         codes = self._gated[0]._open(pre, backend)

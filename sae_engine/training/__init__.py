@@ -1,7 +1,7 @@
-"""One whole training step, sparse from end to end: see :class:`TrainStep`."""
+"""One whole training step, sparse from end to end: see :class:`TrainStep`. Losses are in ``sae_engine.losses``."""
+from ..losses import Loss
 from .dead import DeadLatents
 from .memory import peak_bytes
-from .objectives import AFA, AuxK, AuxZipf, MultiTopK
 from .step import TrainStep
 
-__all__ = ["AFA", "AuxK", "AuxZipf", "DeadLatents", "MultiTopK", "TrainStep", "peak_bytes"]
+__all__ = ["DeadLatents", "Loss", "TrainStep", "peak_bytes"]

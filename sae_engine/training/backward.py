@@ -1,8 +1,9 @@
-"""The backward half of a step: from the objectives' pulls to the terms of the latent pass and the small gradients."""
+"""The backward half of a step: from the losses' pulls to the terms of the latent pass and the small gradients."""
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,15 +11,21 @@ from torch import Tensor
 
 from .. import _passes
 from ..activations import has_gate
+from ..codes import SparseCodes
+from ..losses import Pull
 from .forward import Forward, Kept
-from .objectives import Pull
 
 
 class Backward(NamedTuple):
-    """Everything that the gradients follow from, not yet summed over the latents."""
+    """Everything that the gradients follow from, not yet summed over the latents.
+
+    Where a loss reconstructs from nested prefixes, the codes of a token lie in ``repeats`` rows, one for each range of
+    latents between two widths, because the gradient at the decoder differs from range to range.
+    """
 
     terms: list[_passes.Term]
-    x: Tensor  # (B, d_in), what the encoder multiplied
+    x: Tensor  # (B * repeats, d_in), what the encoder multiplied
+    repeats: int
     along: Tensor | None  # (F,): adds along[f] * W_dec[f] to the decoder's gradient
     dense: list[Tensor]  # (B, F) gradients at the pre-activations of rules whose gradient is dense
     small: dict[Tensor, Tensor]  # of b_dec (but for its part through the encoder), W_skip and the rules
@@ -26,24 +33,35 @@ class Backward(NamedTuple):
 
 def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
     sae, wide, encoder = forward.sae, forward.wide, forward.weights.encoder
-    x = forward.x - sae.b_dec if sae.apply_b_dec_to_input else forward.x
-    result = Backward([], x.to(encoder.dtype), None, [], {})
+    repeats = max((runs.batch_shape[-1] for runs in forward.runs.values()), default=1)
+    x = (forward.x - sae.b_dec if sae.apply_b_dec_to_input else forward.x).to(encoder.dtype)
+    result = Backward([], x if repeats == 1 else x.repeat_interleave(repeats, 0), repeats, None, [], {})
     along = None
     for number, kept in enumerate(forward.kept):
         mine = [pull for pull in pulls if pull.number == number]
         if not mine:
             continue
-        grad = _at_decoder(forward, mine, result.small).to(forward.weights.decoder.dtype)
-        at_values = _total(pull.values for pull in mine)
+        for pull in mine:
+            for parameter, gradient in (pull.parameters or {}).items():
+                _add(result.small, parameter, gradient)
+        codes = _in_rows(kept.codes, forward.runs.get(number), repeats)
+        at_decoder = _at_decoder(forward, mine, result.small)
+        reached = at_decoder is not None
+        grad = _of_rows(torch.zeros_like(forward.target) if at_decoder is None else at_decoder, repeats)
+        grad = grad.to(forward.weights.decoder.dtype)
+        at_values, at_norms = (_total(getattr(pull, name) for pull in mine) for name in ("values", "norms"))
+        if at_norms is not None:  # the slope of a row's norm is its direction
+            norms = sae.W_dec.to(wide).norm(dim=1)
+            along = _total([along, at_norms / torch.where(norms == 0, 1.0, norms)])
         if has_gate(kept.rule):
             offered = at_values
             if at_values is not None and forward.norms is not None:
                 offered = at_values * forward.norms_at(kept.codes)
-                along = _total([along, _by_latent(at_values * kept.values, kept, forward)])
-            result.terms.append(_passes.term_of(kept.codes, kept.values, grad, offered, _passes.GATED))
+                along = _total([along, _by_latent(at_values * kept.values, kept, forward) / forward.divisors])
+            result.terms.append(_passes.term_of(codes, kept.values, grad, offered, _passes.GATED))
             continue
         decoder, values = forward.weights.decoder, kept.values.to(wide)
-        inner = _passes.value_gradients(grad, kept.codes, values, decoder, forward.backend)
+        inner = _passes.value_gradients(grad, codes, values, decoder, forward.backend) if reached else values * 0
         at_codes = inner if forward.norms is None else inner / forward.norms_at(kept.codes)
         at_codes = at_codes if at_values is None else at_codes + at_values
         at_pre, parameters = _through_rule(kept, at_codes, forward.backend)
@@ -54,12 +72,27 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
             offered = torch.zeros_like(inner)
         else:
             offered = at_pre.to(wide) if forward.norms is None else at_pre.to(wide) * forward.norms_at(kept.codes)
-        result.terms.append(_passes.term_of(kept.codes, kept.values, grad, offered, _passes.GIVEN))
+        result.terms.append(_passes.term_of(codes, kept.values, grad, offered, _passes.GIVEN))
         if forward.norms is not None:
-            along = _total([along, _norm_slopes(kept, forward, at_pre, inner)])
-    if along is not None and forward.norms is not None:
-        along = along / forward.divisors
+            along = _total([along, _norm_slopes(kept, forward, at_pre, inner) / forward.divisors])
     return result._replace(along=along)
+
+
+def _in_rows(codes: SparseCodes, runs: SparseCodes | None, repeats: int) -> SparseCodes:
+    """The same entries in ``repeats`` rows a token: in runs of latents, or all in the first."""
+    if repeats == 1:
+        return codes
+    if runs is None:
+        ends = codes.offsets[1:].repeat_interleave(repeats, output_size=codes.rows * repeats)
+        runs = replace(codes, offsets=torch.cat([codes.offsets[:1], ends]), k=None, _turned=[])
+    return replace(runs, batch_shape=(codes.rows * repeats,), _turned=[])
+
+
+def _of_rows(grad: Tensor, repeats: int) -> Tensor:
+    """(B * repeats, d_out) from (B, d_out), which is then the first row's, or from (B, repeats, d_out)."""
+    if repeats > 1 and grad.dim() == 2:
+        grad = torch.nn.functional.pad(grad[:, None], (0, 0, 0, repeats - 1))
+    return grad.flatten(0, -2)
 
 
 def _total(tensors: Iterable[Tensor | None]) -> Tensor | None:
@@ -71,18 +104,30 @@ def _add(small: dict[Tensor, Tensor], parameter: Tensor, gradient: Tensor) -> No
     small[parameter] = small[parameter] + gradient if parameter in small else gradient
 
 
-def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]) -> Tensor:
-    """(B, d_out) at the sum of decoder rows; what passes b_dec and W_skip on its way is added to ``small``."""
+def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]) -> Tensor | None:
+    """(B, d_out) at the sum of decoder rows; what passes b_dec and W_skip on its way is added to ``small``.
+
+    With nested prefixes (B, repeats, d_out), at the sums of each run of latents: a run is part of its own prefix and of
+    all wider ones.
+    """
     sae, info = forward.sae, forward.info
-    output, decoded = (_total(getattr(pull, name) for pull in pulls) for name in ("output", "decoded"))
-    if output is None:
-        return torch.zeros_like(forward.target) if decoded is None else decoded
+    flat = [pull.output for pull in pulls if pull.output is not None and pull.output.dim() == 2]
+    nested = [pull.output for pull in pulls if pull.output is not None and pull.output.dim() == 3]
+    decoded = _total(pull.decoded for pull in pulls)
+    whole = _total([*flat, *(output.sum(1) for output in nested)])
+    if whole is None:
+        return decoded
     if sae.W_skip is not None and info.skipped is not None:
-        _add(small, sae.W_skip, output.T @ info.skipped.to(output.dtype))
-    if info.std is not None:
-        output = output * info.std
-    _add(small, sae.b_dec, output.sum(0))
-    return output if decoded is None else output + decoded
+        _add(small, sae.W_skip, whole.T @ info.skipped.to(whole.dtype))
+    std = 1.0 if info.std is None else info.std
+    _add(small, sae.b_dec, (whole * std).sum(0))
+    decoded = _total([decoded, *(output * std for output in flat)])
+    if not nested:
+        return decoded
+    runs = _total(output.flip(1).cumsum(1).flip(1) for output in nested)
+    assert runs is not None
+    runs = runs if info.std is None else runs * info.std[:, None]
+    return runs if decoded is None else runs + decoded[:, None]
 
 
 def _by_latent(entries: Tensor, kept: Kept, forward: Forward) -> Tensor:
@@ -105,7 +150,7 @@ def _through_rule(kept: Kept, at_codes: Tensor, backend: str) -> tuple[Tensor, d
     seen = kept.pre if rule.entry_values is None else kept.entries
     assert seen is not None
     seen = seen.detach().requires_grad_()
-    learned = [p for p in rule.parameters() if p.requires_grad]
+    learned = [p for p in rule.learned_parameters() if p.requires_grad]
     with torch.enable_grad():
         if rule.entry_values is None:
             values = rule.select(seen, backend=backend, **kept.context).values

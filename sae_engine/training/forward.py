@@ -48,6 +48,7 @@ class Forward:
     buffer: PreActivations
     backend: str
     kept: list[Kept] = field(default_factory=list)
+    runs: dict[int, SparseCodes] = field(default_factory=dict)  # (B, widths): codes cut at nested prefixes' widths
     _residuals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -118,13 +119,27 @@ class Forward:
                 self._residuals[number] = residual, torch.linalg.vecdot(residual, residual)
         return self._residuals[number]
 
+    def nested_residuals(self, number: int, widths: Sequence[int]) -> Tensor:
+        """(B, widths, d_out) the output of each prefix of the latents minus the target; the last is the residual."""
+        kept = self.kept[number]
+        runs = self.runs[number] = kept.codes.split_latents(widths)
+        parts = _passes.decode(runs, kept.values, self.weights.decoder, self.wide, self.backend)
+        prefixes = parts.view(self.tokens, len(widths), -1).cumsum(1)
+        residuals = self._finished(prefixes.add_(self.sae.b_dec)).sub_(self.target[:, None])
+        last = residuals[:, -1].contiguous()
+        self._residuals[number] = last, torch.linalg.vecdot(last, last)
+        return residuals
+
     def _output(self, number: int) -> Tensor:
         """(B, d_out) b_dec, layer norm and skip included."""
-        out = self.decode(number).add_(self.sae.b_dec)
+        return self._finished(self.decode(number).add_(self.sae.b_dec)[:, None])[:, 0]
+
+    def _finished(self, out: Tensor) -> Tensor:
+        """(B, any, d_out) with layer norm undone and the skip connection added."""
         if self.info.std is not None:
-            out = out * self.info.std
+            out = out * self.info.std[:, None]
         if self.info.mean is not None:
-            out = out + self.info.mean
+            out = out + self.info.mean[:, None]
         if self.sae.W_skip is not None and self.info.skipped is not None:
-            out = out + self.info.skipped.to(self.wide) @ self.sae.W_skip.T.to(self.wide)
+            out = out + (self.info.skipped.to(self.wide) @ self.sae.W_skip.T.to(self.wide))[:, None]
         return out

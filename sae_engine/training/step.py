@@ -12,12 +12,12 @@ from .. import _passes
 from .._backend import capturing, resolve_backend
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
+from ..losses import Loss, losses_for
 from .adam import Adam
 from .backward import backward
 from .chunks import PreActivations, default_budget_bytes, rows_within
 from .dead import DeadLatents
 from .forward import Forward
-from .objectives import Objective, Reconstruction
 from .update import Copies, Update
 
 Reduce = Callable[[list[Tensor]], None]
@@ -34,7 +34,9 @@ class TrainStep:
         sae: in training mode, on the device to train on; its parameters may have no ``.grad``.
         lr: learning rate. It lies on the device, in ``step.optimizer.param_groups[0]["lr"]``.
         betas, eps, weight_decay: as in ``torch.optim.Adam``; weight decay is coupled (L2).
-        aux: objectives besides the reconstruction error: :class:`AuxK`, :class:`MultiTopK`, :class:`AFA`.
+        losses: added to the reconstruction error, as ``losses.AuxK()``, ``losses.L1(3.0)`` or one of your own
+            (:class:`losses.Loss`). A rule that cannot be trained without one is refused without it
+            (:func:`losses.losses_for`); a Matryoshka rule's error is that of its nested prefixes.
         normalize_decoder: keep the decoder's rows at norm 1: the part of the gradient along them is removed before
             Adam, they are rescaled after it. None: unless the autoencoder rescales by decoder norm.
         grad_clip: largest norm of all gradients together. Gradients are then stored, as with ``reduce`` and
@@ -72,7 +74,7 @@ class TrainStep:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        aux: Objective | Sequence[Objective] = (),
+        losses: Loss | Sequence[Loss] = (),
         normalize_decoder: bool | None = True,
         grad_clip: float | None = None,
         compute_dtype: torch.dtype | None = None,
@@ -87,19 +89,12 @@ class TrainStep:
     ) -> None:
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
-        added = tuple(aux) if isinstance(aux, list | tuple) else (aux,)
-        for objective in added:
-            if not isinstance(objective, Objective):
-                raise TypeError(f"aux must hold objectives such as AuxK(), got {objective!r}")
         if compute_dtype is not None and compute_dtype not in check.FLOATS:
             raise TypeError(f"compute_dtype must be one of {check.FLOATS}, got {compute_dtype}")
         if reduce is not None and not callable(reduce):
             raise TypeError(f"reduce must be a function of a list of tensors, got {reduce!r}")
         self.sae = sae
-        self.objectives: tuple[Objective, ...] = (Reconstruction(), *added)
-        names = [objective.name for objective in self.objectives]
-        if len(set(names)) < len(names):
-            raise ValueError(f"aux must hold each objective once, got {names[1:]}")
+        self.losses = losses_for(sae, losses)
         unit_rows = not sae.rescale_acts_by_decoder_norm if normalize_decoder is None else normalize_decoder
         self.normalize_decoder = check.flag("normalize_decoder", unit_rows)
         self.compute_dtype = sae.W_enc.dtype if compute_dtype is None else compute_dtype
@@ -133,11 +128,12 @@ class TrainStep:
             context: what the rule needs and the autoencoder does not know, as in :meth:`SparseAutoencoder.encode`.
 
         Returns:
-            Scalars on the device, none of them waited for: ``loss``, and its summands by name (``mse``, ``auxk``, …);
-            ``fvu``, squared error over the target's squared distance from its batch mean; ``l0``, mean non-zero values
-            a token; ``dead``, share of dead latents; ``grad_norm``, of all gradients as they reach Adam (before
-            clipping), where the call updates; ``overflow``, with a ``capacity``: whether it was too small, in which
-            case parameters, optimizer and counters are what they were.
+            Scalars on the device, none of them waited for: ``loss``, and its summands by name (``mse``, ``auxk``, …;
+            ``mse`` also where the errors of nested prefixes are summed in its place); ``fvu``, squared error over the
+            target's squared distance from its batch mean; ``l0``, mean non-zero values a token; ``dead``, share of dead
+            latents; ``grad_norm``, of all gradients as they reach Adam (before clipping), where the call updates;
+            ``overflow``, with a ``capacity``: whether it was too small, in which case parameters, optimizer and
+            counters are what they were.
         """
         x, target = self._checked(x, target)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -171,13 +167,15 @@ class TrainStep:
         with _passes.densified(self._density(main)):
             losses: dict[str, Tensor] = {}
             pulls = []
-            for objective, number in zip(self.objectives, numbers, strict=True):
-                losses[objective.name] = forward.target.new_zeros(())
+            for loss, number in zip(self.losses, numbers, strict=True):
+                losses[loss.name] = forward.target.new_zeros(())
                 if number is not None:
-                    losses[objective.name], pull = objective(forward, number)
+                    losses[loss.name], pull = loss.pull(forward, number)
                     pulls.append(pull)
             report = {"loss": torch.stack(list(losses.values())).sum(), **losses}
-            report["fvu"] = losses["mse"] * tokens / (forward.target - forward.target.mean(0)).square().sum()
+            squares = forward.residual(0)[1].sum()
+            report["mse"] = squares / tokens
+            report["fvu"] = squares / (forward.target - forward.target.mean(0)).square().sum()
             report["l0"] = (main.values != 0).sum() / tokens
             pending = backward(forward, pulls)
             del forward, pulls  # their memory serves the update
@@ -204,7 +202,7 @@ class TrainStep:
         return report
 
     def _forward(self, x: Tensor, target: Tensor, context: dict[str, Any]) -> tuple[Forward, list[int | None]]:
-        """The batch encoded for all objectives, and the number of each one's codes."""
+        """The batch encoded for all losses, and the number of each one's codes."""
         sae, weights = self.sae, self._copies.current()
         wide = torch.promote_types(self.compute_dtype, torch.float32)
         seen, info = sae._normalized(x)
@@ -219,8 +217,8 @@ class TrainStep:
         dead_at_most = sae.d_sae if self._warming_up else self.dead.at_most(forward.tokens)
         rules = [sae.activation]
         numbers: list[int | None] = []
-        for objective in self.objectives:
-            rule = objective.rule(sae, dead_at_most)
+        for loss in self.losses:
+            rule = loss.rule(sae, dead_at_most)
             if rule is not None and all(rule is not known for known in rules):
                 rules.append(rule)
             numbers.append(None if rule is None else next(n for n, known in enumerate(rules) if rule is known))

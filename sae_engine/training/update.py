@@ -101,7 +101,7 @@ class Update:
             pending.terms, pending.x, weights.decoder, pending.along, wide, self.backend
         )
         for dense in pending.dense:
-            encoder += dense.to(wide).T @ pending.x.to(wide)
+            encoder += dense.to(wide).T @ pending.x[:: pending.repeats].to(wide)
             bias += dense.sum(0, dtype=wide)
         center = -(sae.W_enc.detach().to(wide) @ bias)
         whole = {sae.W_dec: decoder, sae.W_enc: encoder, sae.b_enc: bias, **self._small(pending, center)}

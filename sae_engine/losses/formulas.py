@@ -1,15 +1,10 @@
-"""Losses and reconstruction quality, with the conventions said once. x and x_hat are (*batch_shape, d), not empty."""
+"""Reconstruction error and what is measured against it. x and x_hat are (*batch_shape, d), not empty."""
 import torch
 from torch import Tensor
 
-from . import _checks as check
-from . import functional
-from .codes import SparseCodes
-from .rules.losses import aux_zipf, gated, matryoshka, step_l0, tanh_l0, target_l0
-
-__all__ = [
-    "aux_zipf", "auxk", "fvu", "gated", "matryoshka", "mse", "norm_match", "step_l0", "tanh_l0", "target_l0",
-]
+from .. import _checks as check
+from .. import functional
+from ..codes import SparseCodes
 
 
 def mse(x_hat: Tensor, x: Tensor) -> Tensor:
@@ -31,7 +26,7 @@ def auxk(codes: SparseCodes, W_dec: Tensor, residual: Tensor, *, normalize: bool
     (*batch_shape, d_out) is a constant for autograd; codes of :class:`AuxTopK` carry the gradient to the encoder.
     ``normalize`` divides by the residual's own squared distance from its batch mean, as OpenAI and dictionary_learning
     do; where that is 0 the loss is 0. Weights (1/32 with ``normalize``) and scales (min(dead / k_aux, 1) in SAELens and
-    sparsify) are the caller's; :class:`training.AuxK` knows them. Source: Gao et al. 2024, arXiv:2406.04093.
+    sparsify) are the caller's; :class:`AuxK` knows them. Source: Gao et al. 2024, arXiv:2406.04093.
     """
     check.floating("residual", residual)
     residual = residual.detach()

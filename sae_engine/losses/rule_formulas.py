@@ -1,13 +1,14 @@
-"""Loss terms that belong to one rule each; `sae_engine.losses` has them all under one name."""
+"""Formulas that belong to one rule each."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .. import functional, losses
+from .. import functional
 from ..activations import JumpReLU
 from ..codes import SparseCodes
+from .formulas import auxk, mse
 
 
 def step_l0(codes: SparseCodes, rule: JumpReLU) -> Tensor:
@@ -30,6 +31,18 @@ def step_l0(codes: SparseCodes, rule: JumpReLU) -> Tensor:
 def target_l0(codes: SparseCodes, rule: JumpReLU, target: float) -> Tensor:
     """``(L0 / target - 1)^2`` with the L0 of :func:`step_l0`: dictionary_learning's sparsity loss, unweighted."""
     return (step_l0(codes, rule) / check.positive("target", target) - 1).square()
+
+
+def l1(codes: SparseCodes, *, weight_norm: Tensor | None = None) -> Tensor:
+    """``sum over entries of |value| * weight_norm``, mean over tokens, in fp32 or wider.
+
+    Differentiable in the values and in ``weight_norm`` (F,), the norms of the decoder rows; None is 1.
+    """
+    values = codes.values.to(torch.promote_types(codes.values.dtype, torch.float32))
+    values = torch.where(values < 0, -values, values)  # slope 1 at a stored 0, by which a threshold learns; abs has 0
+    if weight_norm is not None:
+        values = values * functional.at_latents(weight_norm, codes)
+    return values.sum() / max(codes.rows, 1)
 
 
 def tanh_l0(codes: SparseCodes, *, scale: float = 4.0, weight_norm: Tensor | None = None) -> Tensor:
@@ -67,7 +80,7 @@ def gated(
     if weight_norm is not None:
         values = values * functional.at_latents(weight_norm, gate_codes)
     frozen = None if b_dec is None else b_dec.detach()
-    error = losses.mse(functional.decode(gate_codes, W_dec.detach(), frozen), x)
+    error = mse(functional.decode(gate_codes, W_dec.detach(), frozen), x)
     return l1 * values.sum() / max(gate_codes.rows, 1) + error
 
 
@@ -78,7 +91,7 @@ def aux_zipf(codes: SparseCodes, W_dec: Tensor, residual: Tensor, *, normalize: 
     shortfall=short)``: each latent reconstructs the residual as far as it falls short of its share under Zipf's law.
     Equal to AuxK where only dead latents do. The name is Ayonrinde's (2024, arXiv:2411.02124), the formula ours.
     """
-    return losses.auxk(codes, W_dec, residual, normalize=normalize)
+    return auxk(codes, W_dec, residual, normalize=normalize)
 
 
 def matryoshka(
@@ -100,7 +113,7 @@ def matryoshka(
     x_hat = functional.decode_prefixes(codes, W_dec, b_dec, widths=widths)
     check.shaped("x", x, (*x_hat.shape[:-2], x_hat.shape[-1]), x_hat, why="that of a reconstruction")
     number = x_hat.shape[-2]
-    error = losses.mse(x_hat, x[..., None, :].expand(x_hat.shape))  # the mean over tokens and prefixes
+    error = mse(x_hat, x[..., None, :].expand(x_hat.shape))  # the mean over tokens and prefixes
     return error * number if reduction == "sum" else error
 
 

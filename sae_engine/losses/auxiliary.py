@@ -1,13 +1,9 @@
-"""What a training step minimises: the reconstruction error, and what is added to it.
-
-An objective names the rule whose codes it needs, and turns a :class:`Forward` into a loss and its gradient, both by
-hand: at the autoencoder's output, at the bare decoder's output, or at the codes' values.
-"""
+"""Losses beside the reconstruction error that keep latents alive or codes in proportion."""
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,50 +12,18 @@ from .. import _checks as check
 from .. import _passes, functional
 from ..activations import Activation, AuxTopK
 from ..autoencoder import SparseAutoencoder
+from ..codes import SparseCodes
 from ..rules import AuxZipfTopK, RunningDensity
-from .forward import Forward
+from .base import Loss, LossInput, Pull
+from .formulas import norm_match
+from .reconstruction import squared_error
 
-
-class Pull(NamedTuple):
-    """The gradient of one objective at the codes of one number. What is None is 0."""
-
-    number: int
-    output: Tensor | None = None  # (B, d_out), at the autoencoder's output
-    decoded: Tensor | None = None  # (B, d_out), at the sum of decoder rows
-    values: Tensor | None = None  # (N,), at codes.values
-
-
-class Objective:
-    """One summand of the loss. ``name`` is its key in what the step returns."""
-
-    name: str
-
-    def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
-        """The rule whose codes it reads; None: nothing to do in this step."""
-        return sae.activation
-
-    def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
-        raise TypeError(f"{type(self).__name__} must define __call__")
-
-
-def squared_error(forward: Forward, number: int, weight: float) -> tuple[Tensor, Tensor]:
-    """``weight`` times the squared error summed over d, mean over tokens; and its gradient (B, d_out)."""
-    residual, squares = forward.residual(number)
-    return weight * squares.sum() / forward.tokens, residual * (2 * weight / forward.tokens)
-
-
-class Reconstruction(Objective):
-    """Squared error summed over d, mean over tokens."""
-
-    name = "mse"
-
-    def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
-        loss, grad = squared_error(forward, number, 1.0)
-        return loss, Pull(number, output=grad)
+if TYPE_CHECKING:
+    from ..training.forward import Forward
 
 
 @dataclass(frozen=True)
-class AuxK(Objective):
+class AuxK(Loss):
     """Dead latents reconstruct what the others left of the target, without b_dec. Gao et al. 2024, arXiv:2406.04093.
 
     With layer norm, the residual is that of the normalised target. A latent is dead that had not fired for
@@ -108,27 +72,43 @@ class AuxK(Objective):
         """Entries of each token where enough latents are dead."""
         return min(max(sae.d_in // 2, 1) if self.k is None else self.k, sae.d_sae)
 
-    def number_of_dead(self, forward: Forward, number: int) -> Tensor:
+    def number_of_dead(self, rule: Activation, dead: Tensor) -> Tensor:
         """() on the device."""
-        return forward.dead.sum()
+        return dead.sum()
 
     def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
         return AuxTopK(min(self.wanted(sae), dead_at_most), relu=self.relu) if dead_at_most else None
 
-    def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
+    def value(self, batch: LossInput) -> Tensor:
+        left = (batch.target - batch.main.output).detach()
+        if batch.info.std is not None:
+            left = left / batch.info.std
+        weight = self._weight(batch.rule, batch.sae, batch.dead, left)
+        return weight * (batch.decoded - left).square().sum() / batch.tokens
+
+    def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         left = -forward.residual(0)[0]
         if forward.info.std is not None:
             left = left / forward.info.std
-        dead = self.number_of_dead(forward, number)
-        weight = self.coefficient * (dead > 0).to(left.dtype)
-        if self.scale_by_dead:
-            weight = weight * (dead / self.wanted(forward.sae)).clamp(max=1)
-        if self.normalize:
-            spread = (left - left.mean(0)).square().sum() / forward.tokens
-            weight = torch.where(spread > 0, weight / spread, 0.0)
+        weight = self._weight(forward.kept[number].rule, forward.sae, forward.dead, left)
+        self.observe(forward.kept[0].codes)
         error = forward.decode(number).sub_(left)
         loss = weight * error.square().sum() / forward.tokens
         return loss, Pull(number, decoded=error.mul_(2 / forward.tokens * weight))
+
+    def _weight(self, rule: Activation, sae: SparseAutoencoder, dead: Tensor, left: Tensor) -> Tensor:
+        """What multiplies the squared error of the residual ``left`` (B, d_out)."""
+        number = self.number_of_dead(rule, dead)
+        weight = self.coefficient * (number > 0).to(left.dtype)
+        if self.scale_by_dead:
+            weight = weight * (number / self.wanted(sae)).clamp(max=1)
+        if self.normalize:
+            spread = (left - left.mean(0)).square().sum() / left.shape[0]
+            weight = torch.where(spread > 0, weight / spread, 0.0)
+        return weight
+
+    def observe(self, codes: SparseCodes) -> None:
+        """Called by a training step with what the autoencoder's own rule kept."""
 
 
 @dataclass(frozen=True)
@@ -171,16 +151,17 @@ class AuxZipf(AuxK):
         short = functional.zipf_shortfall(density, latents, exponent=self.exponent, shift=self.shift)
         return AuxZipfTopK(self.wanted(sae), relu=self.relu, shortfall=short)
 
-    def number_of_dead(self, forward: Forward, number: int) -> Tensor:
-        if self.density is not None:
-            self.density.update(forward.kept[0].codes)  # for the next step
-        rule = forward.kept[number].rule
+    def number_of_dead(self, rule: Activation, dead: Tensor) -> Tensor:
         assert isinstance(rule, AuxZipfTopK) and rule.shortfall is not None
-        return rule.shortfall.sum().to(forward.wide)
+        return rule.shortfall.sum()
+
+    def observe(self, codes: SparseCodes) -> None:
+        if self.density is not None:
+            self.density.update(codes)  # for the next step
 
 
 @dataclass(frozen=True)
-class MultiTopK(Objective):
+class MultiTopK(Loss):
     """The error with ``factor`` times as many entries, so that a latent's worth does not hang on k: L(k) + L(4k) / 8.
 
     For rules with a ``k``, at most d_sae. Gao et al. 2024, arXiv:2406.04093.
@@ -203,13 +184,16 @@ class MultiTopK(Objective):
         setattr(wider, "k", min(self.factor * k, sae.d_sae))  # noqa: B010 - no attribute that all rules have
         return wider
 
-    def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
+    def value(self, batch: LossInput) -> Tensor:
+        return self.coefficient * (batch.output - batch.target).square().sum() / batch.tokens
+
+    def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         loss, grad = squared_error(forward, number, self.coefficient)
         return loss, Pull(number, output=grad)
 
 
 @dataclass(frozen=True)
-class AFA(Objective):
+class AFA(Loss):
     """Squared gap between the norms of codes and input, mean over tokens. Lee et al. 2025, arXiv:2503.24277.
 
     ``coefficient`` is the authors' afa_coeff (1/128 to 1/16), which stands beside an error per element. Beside ours,
@@ -222,7 +206,10 @@ class AFA(Objective):
     def __post_init__(self) -> None:
         check.positive("coefficient", self.coefficient)
 
-    def __call__(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
+    def value(self, batch: LossInput) -> Tensor:
+        return self.coefficient * batch.target.shape[1] * norm_match(batch.codes, batch.x.to(batch.target.dtype))
+
+    def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         codes, wide = forward.kept[number].codes, forward.wide
         values = codes.values.to(wide)
         norm = _passes.sum_by_row(values.square(), codes, forward.backend).clamp(min=torch.finfo(wide).tiny).sqrt()

@@ -1,0 +1,42 @@
+"""Losses, as formulas of tensors and as objects.
+
+The functions are the formulas: ``mse(x_hat, x)``, ``auxk(codes, W_dec, residual)``, … An object (:class:`AuxK`,
+:class:`L1`, :class:`StepL0`, …) is such a formula with its weight and with the rule whose codes it reads; a
+:class:`~sae_engine.training.TrainStep` takes a list of them, and :func:`evaluate` gives the same sums for
+``loss.backward()``. A loss of your own is a subclass of :class:`Loss`.
+"""
+from .auxiliary import AFA, AuxK, AuxZipf, MultiTopK
+from .base import Loss, LossInput, Pull, evaluate
+from .formulas import auxk, fvu, mse, norm_match
+from .reconstruction import NestedReconstruction, Reconstruction, losses_for
+from .rule_formulas import aux_zipf, gated, l1, matryoshka, step_l0, tanh_l0, target_l0
+from .sparsity import L1, GateLoss, StepL0, TanhL0
+
+__all__ = [
+    "AFA",
+    "L1",
+    "AuxK",
+    "AuxZipf",
+    "GateLoss",
+    "Loss",
+    "LossInput",
+    "MultiTopK",
+    "NestedReconstruction",
+    "Pull",
+    "Reconstruction",
+    "StepL0",
+    "TanhL0",
+    "aux_zipf",
+    "auxk",
+    "evaluate",
+    "fvu",
+    "gated",
+    "l1",
+    "losses_for",
+    "matryoshka",
+    "mse",
+    "norm_match",
+    "step_l0",
+    "tanh_l0",
+    "target_l0",
+]

@@ -1,0 +1,280 @@
+"""What a loss is, and how several of them are taken of one batch."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional
+from ..activations import Activation
+from ..autoencoder import EncodeInfo, SparseAutoencoder
+from ..codes import SparseCodes
+
+if TYPE_CHECKING:
+    from ..training.forward import Forward
+
+
+class Pull(NamedTuple):
+    """The gradient of one loss at the codes of one number. What is None is 0."""
+
+    number: int
+    output: Tensor | None = None  # (B, d_out), at the autoencoder's output; (B, widths, d_out) of nested prefixes
+    decoded: Tensor | None = None  # (B, d_out), at the sum of decoder rows
+    values: Tensor | None = None  # (N,), at codes.values
+    norms: Tensor | None = None  # (d_sae,), at the norms of the decoder's rows
+    parameters: dict[Tensor, Tensor] | None = None  # at parameters of the rule
+
+
+class LossInput:
+    """One rule's part of a batch, as :meth:`Loss.value` sees it. Everything of it may be differentiated.
+
+    Attributes:
+        sae: the autoencoder. A loss does not differentiate its parameters: :attr:`output`, :attr:`decoder_norms` and
+            :attr:`codes` stand for them. Constants, as ``sae.W_dec.detach()``, may be read.
+        rule: whose codes these are.
+        codes: over (B, d_sae).
+        x: (B, d_in), as the encoder sees it: normalised, with ``b_dec``.
+        target: (B, d_out), what is to be reconstructed, fp32 or wider.
+        dead: (d_sae,) bool, latents that count as dead.
+    """
+
+    def __init__(
+        self, sae: SparseAutoencoder, rule: Activation, codes: SparseCodes, x: Tensor, target: Tensor, dead: Tensor,
+        info: EncodeInfo, main: LossInput | None = None,
+    ) -> None:  # fmt: skip
+        self.sae, self.rule, self.codes, self.x, self.target, self.dead = sae, rule, codes, x, target, dead
+        self.info, self._main = info, main
+        self._known: dict[str, Tensor] = {}
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def main(self) -> LossInput:
+        """The part of the autoencoder's own rule."""
+        return self if self._main is None else self._main
+
+    @property
+    def output(self) -> Tensor:
+        """(B, d_out): the reconstruction from these codes, in the dtype of ``target`` or wider."""
+        return self._once("output", lambda: self.sae.decode(self.codes, self.info).to(self.target.dtype))
+
+    @property
+    def decoded(self) -> Tensor:
+        """(B, d_out): the sum of decoder rows alone, without ``b_dec``, layer norm and skip connection."""
+        return self._once("decoded", self._decode)
+
+    @property
+    def decoder_norms(self) -> Tensor:
+        """(d_sae,) norms of the decoder's rows; 1 where codes hold values times norm already."""
+        return self._once("decoder_norms", self._norms)
+
+    def frozen_output(self) -> Tensor:
+        """:attr:`output` by a decoder that is a constant: only the codes get a gradient."""
+        sae, frozen = self.sae, {name: p.detach() for name, p in self.sae.named_parameters()}
+        codes = self.codes_to_decode(frozen["W_dec"])
+        out = functional.decode(codes, frozen["W_dec"], frozen["b_dec"]).to(self.target.dtype)
+        if self.info.std is not None:
+            out = out * self.info.std
+        if self.info.mean is not None:
+            out = out + self.info.mean
+        if sae.W_skip is not None and self.info.skipped is not None:
+            out = out + functional.linear(self.info.skipped, frozen["W_skip"].T)
+        return out
+
+    def codes_to_decode(self, W_dec: Tensor) -> SparseCodes:
+        """The codes as the decoder multiplies them: where they hold values times norm, the norms are divided out."""
+        if not self.sae.rescale_acts_by_decoder_norm:
+            return self.codes
+        norms = W_dec.norm(dim=1)
+        values = self.codes.values / functional.at_latents(torch.where(norms == 0, 1.0, norms), self.codes)
+        return self.codes.replace(values=values.to(self.codes.values.dtype))
+
+    def _decode(self) -> Tensor:
+        return functional.decode(self.codes_to_decode(self.sae.W_dec), self.sae.W_dec).to(self.target.dtype)
+
+    def _norms(self) -> Tensor:
+        norms = self.sae.W_dec.to(self.target.dtype).norm(dim=1)
+        return torch.ones_like(norms) if self.sae.rescale_acts_by_decoder_norm else norms
+
+    def _once(self, name: str, make) -> Tensor:
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
+
+
+class Loss:
+    """One summand of what a training step minimises.
+
+    A subclass names itself, says in :meth:`value` what it is, and in :meth:`rule` whose codes it reads where that is
+    not the autoencoder's own rule. That is enough for :func:`evaluate` and for a :class:`TrainStep`, which
+    differentiates it through the kept values, the output, the decoder norms and the rule's own parameters. Ours
+    override :meth:`pull` where a gradient written by hand is faster.
+
+    Example:
+        >>> class Entropy(Loss):
+        ...     name = "entropy"
+        ...     def value(self, batch):
+        ...         share = batch.codes.values.clamp(min=1e-9) / batch.codes.values.sum()
+        ...         return -(share * share.log()).sum()
+    """
+
+    name: str
+    provides: ClassVar[frozenset[str]] = frozenset()  # which of a rule's needs (Activation.needs) it meets
+
+    def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
+        """The rule whose codes it reads, with at most ``dead_at_most`` latents dead; None: nothing to do this time."""
+        return sae.activation
+
+    def value(self, batch: LossInput) -> Tensor:
+        """() differentiable."""
+        raise TypeError(f"{type(self).__name__} must define value")
+
+    def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
+        """() and its gradient at the codes of that number: through autograd, unless a subclass writes it by hand."""
+        kept = forward.kept[number]
+        main = None if number == 0 else _Leaves(forward, 0, None)
+        batch = _Leaves(forward, number, main)
+        learned = [p for p in kept.rule.learned_parameters() if p.requires_grad]
+        with torch.enable_grad():
+            loss = self.value(batch)
+        if not isinstance(loss, Tensor) or loss.shape != ():
+            raise TypeError(f"{type(self).__name__}.value must return a scalar tensor, got {loss!r}")
+        if not loss.requires_grad:
+            return loss, Pull(number)
+        leaves, of_main = batch.leaves(), {} if main is None else main.leaves()
+        weights = [p for p in forward.sae.parameters() if p.requires_grad and all(p is not q for q in learned)]
+        wanted = [*leaves.values(), *learned, *weights, *of_main.values()]
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        known = len(leaves) + len(learned)
+        if any(g is not None and bool(p.is_leaf) for p, g in zip(weights, grads[known:], strict=False)):
+            raise TypeError(
+                f"{type(self).__name__}.value differentiates a parameter of the autoencoder itself, which a TrainStep "
+                "does not follow: use batch.output, batch.decoded, batch.decoder_norms and batch.codes, or detach it"
+            )
+        if any(g is not None for g in grads[known + len(weights) :]):
+            raise TypeError(f"{type(self).__name__}.value differentiates batch.main: detach what it takes from there")
+        at = dict(zip(leaves, grads, strict=False))
+        parameters: dict[Tensor, Tensor] = {
+            p: g for p, g in zip(learned, grads[len(leaves) :], strict=False) if g is not None
+        }
+        return loss.detach(), Pull(
+            number, output=at.get("output"), decoded=at.get("decoded"), values=at["values"],
+            norms=at.get("decoder_norms"), parameters=parameters or None,
+        )  # fmt: skip
+
+
+class _Leaves(LossInput):
+    """The part of a training step's batch, cut off where its own backward pass takes over."""
+
+    def __init__(self, forward: Forward, number: int, main: LossInput | None) -> None:
+        kept = forward.kept[number]
+        values = kept.codes.values.detach().requires_grad_()
+        super().__init__(
+            forward.sae, kept.rule, kept.codes.replace(values=values), forward.x, forward.target, forward.dead,
+            forward.info, main,
+        )  # fmt: skip
+        self._forward, self._number = forward, number
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {"values": self.codes.values, **{n: t for n, t in self._known.items() if t.requires_grad}}
+
+    @property
+    def output(self) -> Tensor:
+        return self._once("output", lambda: self._leaf(self._forward.residual(self._number)[0] + self.target))
+
+    @property
+    def decoded(self) -> Tensor:
+        return self._once("decoded", lambda: self._leaf(self._forward.decode(self._number)))
+
+    @property
+    def decoder_norms(self) -> Tensor:
+        if self.sae.rescale_acts_by_decoder_norm:
+            return self._once("decoder_norms", self._norms).detach()
+        return self._once("decoder_norms", lambda: self._leaf(self._norms()))
+
+    @staticmethod
+    def _leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_()
+
+
+def evaluate(
+    sae: SparseAutoencoder, x: Tensor, losses: Sequence[Loss] = (), *, target: Tensor | None = None,
+    dead: Tensor | None = None, **context: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The losses of a batch, differentiable: what a :class:`~sae_engine.training.TrainStep` minimises.
+
+    ``evaluate(sae, x, [L1(3.0)])["loss"].backward()`` gives the gradients of ``TrainStep(sae, lr=…, losses=[L1(3.0)])``
+    (but for what the step does to them afterwards). One matrix product serves the rules of all losses.
+
+    Args:
+        sae: in training mode, where its rule learns from what it keeps.
+        x: ``(*batch_shape, d_in)``.
+        losses: added to the reconstruction error, which :func:`losses_for` names.
+        target: ``(*batch_shape, d_out)``; default ``x``.
+        dead: ``(d_sae,)`` bool, latents that count as dead for :class:`AuxK`; default none.
+        context: as in :meth:`SparseAutoencoder.encode`.
+
+    Returns:
+        ``loss``, and its summands by name.
+
+    Raises:
+        TypeError: the rule needs a loss that is not among them (:func:`losses_for`).
+    """
+    from .reconstruction import losses_for
+
+    if not isinstance(sae, SparseAutoencoder):
+        raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+    taken = losses_for(sae, losses)
+    target = _checked_target(sae, x, target)
+    if dead is None:
+        dead = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
+    check.shaped("dead", dead, (sae.d_sae,), sae.W_dec, why="one per latent")
+    number_dead = int(dead.sum())
+    rules: list[Activation] = [sae.activation]
+    rule_of = {}
+    for loss in taken:
+        rule = loss.rule(sae, number_dead)
+        rule_of[loss.name] = rule
+        if rule is not None and all(rule is not known for known in rules):
+            rules.append(rule)
+    if any("dead_mask" in rule.context_keys for rule in rules):
+        context["dead_mask"] = dead
+    flat = check.matrix(x)
+    context = {name: _per_row(value, x, flat) for name, value in context.items()}
+    codes, info, _ = sae._encode(flat, rules, "auto", False, **context)
+    codes[0].assert_fits()
+    seen, _ = sae._normalized(flat)
+    parts: list[LossInput] = []
+    for rule, kept in zip(rules, codes, strict=True):
+        parts.append(LossInput(sae, rule, kept, seen, target, dead, info, parts[0] if parts else None))
+    values = {}
+    for loss in taken:
+        rule = rule_of[loss.name]
+        part = next((p for p in parts if p.rule is rule), None)
+        values[loss.name] = target.new_zeros(()) if part is None else loss.value(part)
+    return {"loss": torch.stack(list(values.values())).sum(), **values}
+
+
+def _checked_target(sae: SparseAutoencoder, x: Tensor, target: Tensor | None) -> Tensor:
+    """(B, d_out), fp32 or wider, constant for autograd."""
+    check.floating("x", x)
+    if target is None:
+        if sae.d_out != sae.d_in:
+            raise ValueError(f"target is needed, (*batch_shape, {sae.d_out}): d_out differs from d_in")
+        target = x
+    check.floating("target", target)
+    check.shaped("target", target, (*x.shape[:-1], sae.d_out), x, why="d_out for each token of x")
+    return check.matrix(target.detach()).to(torch.promote_types(target.dtype, torch.float32))
+
+
+def _per_row(value: Any, x: Tensor, flat: Tensor) -> Any:
+    """A context's leading dimensions flattened as those of ``x`` are."""
+    dims = x.dim() - 1
+    if isinstance(value, Tensor) and value.shape[:dims] == x.shape[:-1] and x.dim() != 2:
+        return value.reshape(flat.shape[0], *value.shape[dims:])
+    return value

@@ -1,0 +1,108 @@
+"""What makes codes sparse where the rule does not: penalties on values, on their number, and the gate's own loss."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..activations import Activation, JumpReLU
+from ..autoencoder import SparseAutoencoder
+from ..rules import Gated
+from .base import Loss, LossInput
+from .rule_formulas import l1, step_l0, tanh_l0, target_l0
+
+
+@dataclass(frozen=True)
+class L1(Loss):
+    """``coefficient`` times the sum of |values|, each times the norm of its decoder row, mean over tokens.
+
+    With rows held at norm 1 (``normalize_decoder``) that is the plain L1 norm. Bricken et al. 2023; the norms are
+    those of Anthropic's update of April 2024, without which values shrink and rows grow.
+    """
+
+    coefficient: float
+    name = "l1"
+    provides = frozenset({"sparsity"})
+
+    def __post_init__(self) -> None:
+        _not_negative("coefficient", self.coefficient)
+
+    def value(self, batch: LossInput) -> Tensor:
+        return self.coefficient * l1(batch.codes, weight_norm=batch.decoder_norms)
+
+
+@dataclass(frozen=True)
+class StepL0(Loss):
+    """``coefficient`` times the number of kept entries per token, which teaches the thresholds of a JumpReLU.
+
+    With ``target`` it is ``coefficient * (L0 / target - 1)^2``, as in dictionary_learning.
+    Rajamanoharan et al. 2024, arXiv:2407.14435.
+    """
+
+    coefficient: float
+    target: float | None = None
+    name = "step_l0"
+    provides = frozenset({"sparsity"})
+
+    def __post_init__(self) -> None:
+        _not_negative("coefficient", self.coefficient)
+
+    def value(self, batch: LossInput) -> Tensor:
+        if not isinstance(batch.rule, JumpReLU):
+            raise TypeError(f"StepL0 trains the thresholds of a JumpReLU, which {type(batch.rule).__name__} is not")
+        if self.target is None:
+            return self.coefficient * step_l0(batch.codes, batch.rule)
+        return self.coefficient * target_l0(batch.codes, batch.rule, self.target)
+
+
+@dataclass(frozen=True)
+class TanhL0(Loss):
+    """``coefficient`` times the sum of ``tanh(scale * value * norm of the decoder row)``, mean over tokens.
+
+    SAELens' sparsity loss for JumpReLU, after Anthropic's update of January 2025.
+    """
+
+    coefficient: float
+    scale: float = 4.0
+    name = "tanh_l0"
+    provides = frozenset({"sparsity"})
+
+    def __post_init__(self) -> None:
+        _not_negative("coefficient", self.coefficient)
+
+    def value(self, batch: LossInput) -> Tensor:
+        return self.coefficient * tanh_l0(batch.codes, scale=self.scale, weight_norm=batch.decoder_norms)
+
+
+@dataclass(frozen=True)
+class GateLoss(Loss):
+    """What trains the gate of :class:`Gated`: an L1 norm of its values, and its reconstruction by a frozen decoder.
+
+    ``l1`` is the weight of the first; ``weigh_by_norm`` multiplies each value by the norm of its decoder row, for
+    decoders whose rows are not held at norm 1. Rajamanoharan et al. 2024, arXiv:2404.16014.
+    """
+
+    l1: float
+    weigh_by_norm: bool = True
+    name = "gate"
+    provides = frozenset({"gate"})
+
+    def __post_init__(self) -> None:
+        _not_negative("l1", self.l1)
+
+    def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
+        if not isinstance(sae.activation, Gated):
+            raise TypeError(f"GateLoss trains the gate of a Gated rule, which {type(sae.activation).__name__} is not")
+        return sae.activation.gate
+
+    def value(self, batch: LossInput) -> Tensor:
+        norms = batch.decoder_norms if self.weigh_by_norm else None
+        error = (batch.frozen_output() - batch.target).square().sum() / batch.tokens
+        return self.l1 * l1(batch.codes, weight_norm=norms) + error
+
+
+def _not_negative(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
