@@ -216,7 +216,7 @@ def evaluate(
         x: ``(*batch_shape, d_in)``.
         losses: added to the reconstruction error, which :func:`losses_for` names.
         target: ``(*batch_shape, d_out)``; default ``x``.
-        dead: ``(d_sae,)`` bool, latents that count as dead for :class:`AuxK`; default none.
+        dead: ``(d_sae,)`` bool, latents that count as dead for :class:`AuxK`; default none. The host reads how many.
         context: as in :meth:`SparseAutoencoder.encode`.
 
     Returns:
@@ -231,10 +231,12 @@ def evaluate(
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
     taken = losses_for(sae, losses)
     target = _checked_target(sae, x, target)
+    number_dead = 0
     if dead is None:
         dead = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
-    check.shaped("dead", dead, (sae.d_sae,), sae.W_dec, why="one per latent")
-    number_dead = int(dead.sum())
+    else:
+        check.shaped("dead", dead, (sae.d_sae,), sae.W_dec, why="one per latent")
+        number_dead = int(dead.sum())
     rules: list[Activation] = [sae.activation]
     rule_of = {}
     for loss in taken:
