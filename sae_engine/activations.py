@@ -207,7 +207,8 @@ class BatchTopK(Activation):
 
     Args:
         k: average entries per token, int or float.
-        threshold_lr: weight of the newest batch in the running mean.
+        threshold_lr: weight of the newest batch in the running mean, which lags about ``1 / threshold_lr`` forwards
+            behind a cut that moves while the autoencoder learns. :func:`calibrate_threshold` finds it anew.
         threshold_start: training forwards that teach the threshold nothing.
         initial_threshold: where the mean starts; None: at the first batch's value, and unset until then.
         group: a ``torch.distributed`` process group to select over; see :func:`functional.batch_topk`. Shared by
@@ -215,8 +216,9 @@ class BatchTopK(Activation):
         device: of the threshold; an autoencoder takes its rule along to its own.
 
     SAELens' convention is ``threshold_lr=0.01, initial_threshold=0.0``; dictionary_learning's is ``threshold_lr=0.001,
-    threshold_start=1001`` (it learns once its step, counted from 0, exceeds 1000). Ours is SAELens' rate from an unset
-    threshold. In all of them a batch that keeps nothing positive moves nothing.
+    threshold_start=1001`` (it learns once its step, counted from 0, exceeds 1000). After a few hundred forwards
+    these still hold much of the first ones, and eval keeps a quarter fewer entries than k; hence our default. In all of
+    them a batch that keeps nothing positive moves nothing.
 
     Bussmann et al. 2024, arXiv:2412.06410.
     """
@@ -228,7 +230,7 @@ class BatchTopK(Activation):
     _exact: tuple[str, ...] = ("threshold",)  # buffers that no cast of the module touches
 
     def __init__(
-        self, k: float, *, threshold_lr: float = 0.01, threshold_start: int = 0, initial_threshold: float | None = None,
+        self, k: float, *, threshold_lr: float = 0.1, threshold_start: int = 0, initial_threshold: float | None = None,
         group=None, device=None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -277,15 +279,22 @@ class BatchTopK(Activation):
         if not (self.training and torch.is_grad_enabled()):
             return
         with torch.no_grad():
-            values = codes.values.detach().double()
-            smallest = torch.where(values > 0, values, torch.inf)
-            smallest = smallest.min() if smallest.shape[0] else self.threshold.new_full((), torch.inf)
-            if self.group is not None:
-                torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self.group)
+            teaches = None
             if "forwards" in self._exact:
                 functional.move_threshold(self.forwards, self.forwards + 1, 1.0)
-                smallest = torch.where(self.forwards > self.threshold_start, smallest, torch.inf)
-            functional.move_threshold(self.threshold, smallest, self.threshold_lr)
+                teaches = self.forwards > self.threshold_start
+            self.move_thresholds(codes, self.threshold_lr, teaches)
+
+    def move_thresholds(self, codes: SparseCodes, rate: float, teaches: Tensor | None = None) -> None:
+        """Moves what is learned from a batch by ``rate`` towards what cut this one, unless ``teaches`` () is False."""
+        values = codes.values.detach().double()
+        smallest = torch.where(values > 0, values, torch.inf)
+        smallest = smallest.min() if smallest.shape[0] else self.threshold.new_full((), torch.inf)
+        if self.group is not None:
+            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self.group)
+        if teaches is not None:
+            smallest = torch.where(teaches, smallest, torch.inf)
+        functional.move_threshold(self.threshold, smallest, rate)
 
     def _require_threshold(self) -> None:
         message = "threshold is unset: train first, load a trained module, or call .train() for the batch rule"

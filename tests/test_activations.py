@@ -192,3 +192,67 @@ def test_context_is_checked():
 def test_arguments_are_checked(make, name):
     with pytest.raises((ValueError, TypeError), match=name):
         make()
+
+
+# --- the threshold at the end of training, and found anew ----------------------------------------------------------
+
+
+def stream(number, *, seed, tokens=1024, d=16):
+    """Activations with sparse structure: a few of 64 directions each, of the same kind in every batch."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(64, d, generator=torch.Generator().manual_seed(0)), dim=1)
+    for _ in range(number):
+        strengths = torch.rand(tokens, 64, generator=generator) * (torch.rand(tokens, 64, generator=generator) < 0.1)
+        yield strengths @ directions
+
+
+def l0_and_fvu(sae, batches):
+    codes = [sae.encode(x) for x in batches]
+    x = torch.cat(batches)
+    out = torch.cat([sae.decode(c) for c in codes])
+    return sum(float((c.values != 0).sum()) for c in codes) / len(x), float(se.losses.fvu(out, x))
+
+
+@pytest.mark.parametrize("make", [lambda k: se.BatchTopK(k), lambda k: se.MatryoshkaBatchTopK(k, (32, 128))],
+                         ids=["BatchTopK", "Matryoshka"])  # fmt: skip
+def test_the_threshold_serves_held_out_activations_as_the_batch_rule_does(make):
+    k = 8
+    sae = se.SparseAutoencoder(16, 128, make(k))
+    step = se.training.TrainStep(sae, lr=3e-3)
+    for x in stream(300, seed=1):
+        step(x)
+    held_out = list(stream(8, seed=2))
+    with torch.no_grad():
+        l0, fvu = l0_and_fvu(sae, held_out)
+        assert l0 == k
+        by_threshold = l0_and_fvu(sae.eval(), held_out)
+        assert abs(by_threshold[0] / k - 1) < 0.02 and abs(by_threshold[1] / fvu - 1) < 0.01
+        sae.activation.threshold.mul_(1.3)  # as a running mean that lags
+        assert abs(l0_and_fvu(sae, held_out)[0] / k - 1) > 0.1
+        se.calibrate_threshold(sae, held_out[:4])
+        found = l0_and_fvu(sae, held_out)
+    assert not sae.training and abs(found[0] / k - 1) < 0.02 and abs(found[1] / fvu - 1) < 0.01
+
+
+def test_calibration_is_the_mean_of_the_cuts_and_changes_nothing_else():
+    sae = se.SparseAutoencoder(16, 40, se.FeatureChoice(40, 3, mutual_steps=2))
+    batches = list(stream(3, seed=3, tokens=50))
+    sae(batches[0])
+    before = {name: t.clone() for name, t in sae.state_dict().items()}
+    cuts = [sae.encode(x).values for x in batches]
+    expected = torch.stack([v[v > 0].min() for v in cuts]).double().mean()
+    se.calibrate_threshold(sae, iter(batches))
+    torch.testing.assert_close(sae.activation.threshold, expected)
+    for name, t in sae.state_dict().items():
+        assert name.endswith("threshold") or torch.equal(t, before[name]), name
+    assert sae.training and sae.activation.threshold_lr == 0.1
+
+
+def test_a_calibration_that_fails_changes_nothing():
+    sae = se.SparseAutoencoder(16, 40, se.BatchTopK(3, initial_threshold=0.5)).eval()
+    for batches, error in (([], ValueError), ([torch.randn(4, 16), "x"], TypeError), ([torch.randn(4, 3)], ValueError)):
+        with pytest.raises(error):
+            se.calibrate_threshold(sae, batches)
+        assert sae.activation.threshold == 0.5 and not sae.training
+    with pytest.raises(TypeError, match="TopK"):
+        se.calibrate_threshold(se.SparseAutoencoder(16, 40, se.TopK(3)), [torch.randn(4, 16)])

@@ -1,4 +1,6 @@
 """Losses as objects: a TrainStep follows the gradients of ``losses.evaluate``, or refuses to."""
+import copy
+
 import pytest
 import torch
 
@@ -92,8 +94,9 @@ def test_a_step_follows_the_gradients_of_the_losses(case, convention):
         added = added[:1]
     sae = make(rule(), **CONVENTIONS[convention])
     x = torch.randn(B, D, dtype=F64)
-    expected = losses.evaluate(sae, x, added, dead=dead_latents())
-    learned = {name: p for name, p in sae.named_parameters() if p.requires_grad}
+    plain = copy.deepcopy(sae)  # rules learn from being evaluated, too
+    expected = losses.evaluate(plain, x, added, dead=dead_latents())
+    learned = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(expected["loss"], list(learned.values()), allow_unused=True)
     report, ours = gradients_of_a_step(sae, x, added)
     for name, loss in expected.items():

@@ -170,6 +170,10 @@ def test_gradients_equal_dense_autograd_in_fp64(name):
         torch.testing.assert_close(got[key], parameter.grad, msg=key)  # 1e-7: fp64 sums in another order, fp32 r_mag
 
 
+# What these are not trained without.
+NEEDED = {"Gated": [se.losses.GateLoss(0.3)], "LogJumpReLU": [se.losses.StepL0(0.3)]}
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_training_step_is_what_autograd_and_adam_make(name):
     """eps = 1 keeps Adam's steps proportional to gradients, whose zeros may otherwise be of either sign."""
@@ -177,11 +181,12 @@ def test_a_training_step_is_what_autograd_and_adam_make(name):
     ours, plain = (se.SparseAutoencoder(8, F, MAKERS[name](), dtype=torch.float64) for _ in range(2))
     plain.load_state_dict(ours.state_dict())
     extra = {"gradient": gradient} if ours.activation.context_keys else {}
-    step = se.training.TrainStep(ours, lr=0.1, eps=1.0, normalize_decoder=False)
+    added = NEEDED.get(name, ())
+    step = se.training.TrainStep(ours, lr=0.1, eps=1.0, normalize_decoder=False, losses=added)
     adam = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], lr=0.1, eps=1.0)
     for _ in range(3):
         report = step(x, **extra)
-        loss = se.losses.mse(plain(x, **extra), x)
+        loss = se.losses.evaluate(plain, x, added, **extra)["loss"]
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -195,8 +200,9 @@ def test_batches_in_chunks_keep_the_same_codes_or_are_refused(name):
     x = torch.randn(12, 8)
     whole, parts = (se.SparseAutoencoder(8, F, MAKERS[name]()) for _ in range(2))
     parts.load_state_dict(whole.state_dict())
-    reports = [se.training.TrainStep(sae, lr=1e-3, memory_budget=b)(x) for sae, b in ((whole, 1 << 20),)]
-    small = se.training.TrainStep(parts, lr=1e-3, memory_budget=5 * F * 4)  # five tokens at a time
+    added = NEEDED.get(name, ())
+    reports = [se.training.TrainStep(whole, lr=1e-3, losses=added, memory_budget=1 << 20)(x)]
+    small = se.training.TrainStep(parts, lr=1e-3, losses=added, memory_budget=5 * F * 4)  # five tokens at a time
     if name in ("Matryoshka", "Gated", "FeatureChoice"):
         torch.testing.assert_close(small(x)["loss"], reports[0]["loss"])
     else:

@@ -232,6 +232,9 @@ WITHOUT_WAITING = {
     "losses.evaluate": lambda: (
         s := se.SparseAutoencoder(D, F, se.TopK(4)), x := torch.randn(B, D),
         lambda: losses.evaluate(s, x, losses.AFA())["loss"].backward())[2],
+    "calibrate_threshold": lambda: (
+        s := se.SparseAutoencoder(D, F, se.BatchTopK(3)), x := torch.randn(B, D),
+        lambda: se.calibrate_threshold(s, [x, x]))[2],
     "losses.l1": of_codes(lambda c, _, x, W, b: losses.l1(c, weight_norm=W.norm(dim=1))),
     "training.DeadLatents": lambda: (
         d := DeadLatents(F, device="cuda"), on := torch.rand(F) < 0.5,

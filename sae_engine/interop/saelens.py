@@ -190,8 +190,8 @@ def _options(cfg: dict[str, Any], kind: type[act.Activation], file: Path) -> dic
         if "k" not in cfg:
             raise ValueError(f"{file} lacks 'k', which a {cfg['architecture']} SAE needs")
         options["k"] = cfg["k"]
-    if kind is act.BatchTopK and "topk_threshold_lr" in cfg:
-        options["threshold_lr"] = cfg["topk_threshold_lr"]
+    if kind is act.BatchTopK:
+        options["threshold_lr"] = cfg.get("topk_threshold_lr", 0.01)  # SAELens' default
     if kind is act.JumpReLU and "jumprelu_bandwidth" in cfg:
         options["bandwidth"] = cfg["jumprelu_bandwidth"]
     return options

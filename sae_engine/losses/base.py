@@ -212,7 +212,7 @@ def evaluate(
     (but for what the step does to them afterwards). One matrix product serves the rules of all losses.
 
     Args:
-        sae: in training mode, where its rule learns from what it keeps.
+        sae: in training mode, where its rule learns from what it keeps, as it does from a forward.
         x: ``(*batch_shape, d_in)``.
         losses: added to the reconstruction error, which :func:`losses_for` names.
         target: ``(*batch_shape, d_out)``; default ``x``.
@@ -250,6 +250,7 @@ def evaluate(
     context = {name: _per_row(value, x, flat) for name, value in context.items()}
     codes, info, _ = sae._encode(flat, rules, "auto", False, **context)
     codes[0].assert_fits()
+    sae.activation.update(codes[0])
     seen, _ = sae._normalized(flat)
     parts: list[LossInput] = []
     for rule, kept in zip(rules, codes, strict=True):

@@ -1,5 +1,6 @@
 """Selection rules beyond the common ones: each a score, a scope and a criterion over the operations of `functional`."""
 from .aux_zipf import AuxZipfTopK
+from .calibrate import calibrate_threshold
 from .density import RunningDensity
 from .feature_choice import FeatureChoice
 from .gated import Gated
@@ -21,6 +22,7 @@ __all__ = [
     "RunningDensity",
     "SampledTopK",
     "StatisticalTopK",
+    "calibrate_threshold",
     "inference_form",
     "init_as_top_afa",
     "init_sparse",

@@ -47,7 +47,7 @@ class FeatureChoice(BatchTopK):
 
     def __init__(
         self, d_sae: int, k: float, *, budgets: str = "zipf", exponent: float = 1.0, shift: float = 0.0,
-        mutual_steps: int = 0, inference: str = "latent", density_lr: float = 0.01, threshold_lr: float = 0.01,
+        mutual_steps: int = 0, inference: str = "latent", density_lr: float = 0.01, threshold_lr: float = 0.1,
         device=None,
     ) -> None:  # fmt: skip
         super().__init__(k, threshold_lr=threshold_lr, device=device)
@@ -126,13 +126,16 @@ class FeatureChoice(BatchTopK):
             return
         super().update(codes)
         with torch.no_grad():
-            values, latents = codes.values.detach().double(), codes.indices.long()
-            smallest = torch.full_like(self.latent_threshold, torch.inf)
-            smallest.scatter_reduce_(0, latents, torch.where(values > 0, values, torch.inf), "amin")
-            functional.move_threshold(self.latent_threshold, smallest, self.threshold_lr)
             functional.move_threshold(self.density, fired_share(codes), self.density_lr)
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:  # no checkpoint's second run
             self._counted += 1
+
+    def move_thresholds(self, codes: SparseCodes, rate: float, teaches: Tensor | None = None) -> None:
+        super().move_thresholds(codes, rate, teaches)
+        values, latents = codes.values.detach().double(), codes.indices.long()
+        smallest = torch.full_like(self.latent_threshold, torch.inf)
+        smallest.scatter_reduce_(0, latents, torch.where(values > 0, values, torch.inf), "amin")
+        functional.move_threshold(self.latent_threshold, smallest, rate)
 
     def _check_width(self, pre: Tensor) -> None:
         check.pre_activations(pre)
