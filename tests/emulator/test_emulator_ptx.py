@@ -1,7 +1,11 @@
 """Hand-written PTX: control flow, instructions Triton seldom emits, and faults that Triton would not compile."""
 
+import os
 import random
+import shlex
 import struct
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -210,3 +214,19 @@ def test_conversions(instruction, function):
         y = x.nan_to_num(0)
         want = {"rint": y.round(), "floor": y.floor(), "u32": y.trunc().clamp(0)}[function]
         assert torch.equal(got.long(), want.long())
+
+
+def test_processes_that_start_together_build_the_interpreter_once(tmp_path):
+    """The compiler is played: it says that it was called, takes a while, and hands out what has been built already."""
+    played = tmp_path / "g++"
+    built = shlex.quote(runtime.library()._name)
+    script = f'echo called >> {tmp_path}/calls\nsleep 1\nfor last; do :; done\ncp {built} "$last"\n'
+    played.write_text("#!/bin/sh\n" + script)
+    played.chmod(0o755)
+    environment = {
+        **os.environ, "CXX": str(played), "PTX_EMULATOR_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": str(runtime.HERE.parent),
+    }  # fmt: skip
+    command = [sys.executable, "-c", "from ptx_emulator import runtime; runtime.library()"]
+    assert not any([process.wait() for process in [subprocess.Popen(command, env=environment) for _ in range(3)]])
+    assert (tmp_path / "calls").read_text().split() == ["called"]

@@ -1,6 +1,7 @@
 """Builds the interpreter (once, kept by the hash of its sources) and launches assembled programs in it."""
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -128,12 +129,10 @@ def library():
             if compiler() is None:
                 raise RuntimeError(f"no C++ compiler {os.environ.get('CXX', 'g++')!r}: the emulator is built with g++")
             CACHE.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-                for name, data in sources.items():
-                    (pathlib.Path(folder) / name).write_bytes(data)
-                out = pathlib.Path(folder) / "emulator.so"
-                subprocess.run([compiler(), *FLAGS, "runtime.cpp", "-o", str(out)], cwd=folder, check=True)
-                out.rename(built)
+            with open(CACHE / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together wait for the first one's
+                if not built.exists():
+                    _build(sources, built)
         _library = ctypes.CDLL(str(built))
         sizes = [ctypes.c_int() for _ in range(3)]
         _library.emu_sizes(*map(ctypes.byref, sizes))
@@ -141,6 +140,15 @@ def library():
             s.value for s in sizes
         ]
     return _library
+
+
+def _build(sources: dict[str, bytes], built: pathlib.Path) -> None:
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        for name, data in sources.items():
+            (pathlib.Path(folder) / name).write_bytes(data)
+        out = pathlib.Path(folder) / "emulator.so"
+        subprocess.run([compiler(), *FLAGS, "runtime.cpp", "-o", str(out)], cwd=folder, check=True)
+        out.rename(built)
 
 
 def _cpu() -> str:
