@@ -51,6 +51,35 @@ class Cell:
         return next((row for row in self.rows if row["baseline"]), None)
 
 
+def newest(rows: Iterable[Row]) -> Row:
+    """The row that was measured last."""
+    return max(rows, key=lambda row: row["utc"])
+
+
+def same_code(row: Row, other: Row) -> bool:
+    """Whether one commit made both, under one torch: only then is their ratio that of two contestants."""
+    return all(row[name] == other[name] for name in ("commit", "dirty", "torch"))
+
+
+def older_text(rows: Iterable[Row], last: Row) -> str:
+    """``of 2b40db6, torch 2.13.0, 2026-11-21``: where those of ``rows`` are from that another commit or torch than
+    that of ``last`` has made; empty if there are none."""
+    found = [f"{(row['commit'] or 'no commit')[:7]}{' with changes' * bool(row['dirty'])}, torch {row['torch']}, "
+             f"{row['utc'][:10]}" for row in rows if not same_code(row, last)]  # fmt: skip
+    return f"of {'; '.join(dict.fromkeys(found))}" if found else ""
+
+
+def dated(text: str, rows: Iterable[Row], last: Row) -> str:
+    """``text``, and in brackets where those of ``rows`` are from that are older."""
+    old = older_text(rows, last)
+    return f"{text} ({old})" if old else text
+
+
+def note_text(row: Row, last: Row) -> str:
+    """What a row says of itself, and where it is from if it is older than the last."""
+    return ", ".join(filter(None, [row["note"], older_text([row], last)]))
+
+
 def op_id(row: Row) -> str:
     return row["op"] if row["mode"] == "forward" else f"{row['op']}-{row['mode']}"
 

@@ -1,10 +1,18 @@
-"""Figures as a pure function of stored rows. By itself: ``python benchmarks/plot.py benchmarks/results/<device>``."""
+"""Figures as a pure function of stored rows. By itself: ``python benchmarks/plot.py benchmarks/results/<device>``.
+
+A figure holds the digest of the rows that it was drawn from, and is drawn again only where these have changed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +22,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from derived import Cell, cells, fmt_ms, fmt_ratio, means, shape_text, share_of_roof, speed_up
+from derived import Cell, cells, fmt_ms, fmt_ratio, means, newest, note_text, shape_text, share_of_roof, speed_up
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -30,41 +38,59 @@ STYLE = {
 }  # fmt: skip
 
 
-def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
-    """Draws every figure that the rows allow, each written whole; returns the files."""
-    rows = with_numbers(rows)
-    with plt.rc_context(STYLE):
-        figures: dict[str, Figure] = step_figures(rows)
-        by_group: dict[tuple[str, str], list[Cell]] = defaultdict(list)
-        for cell in cells(rows):
-            if cell.baseline:
-                by_group[cell.group, cell.dtype].append(cell)
-        quoted: dict[str, list[Cell]] = defaultdict(list)
-        for (group, dtype), found in by_group.items():
-            if group.startswith("sweep-"):
-                figures[f"{group}-{dtype}"] = sweep(found, group.removeprefix("sweep-"))
-            elif not group.endswith(("-zipf", "-wide")):
-                extra = by_group.get((f"{group}-wide", dtype), [])  # skewed codes stand in the tables
-                figures[f"operations-{group}-{dtype}"] = speed_ups(_ordered(found + extra))
-                quoted[dtype] += found
-        for dtype, found in quoted.items():
-            shares = [(cell, *share) for cell in found if cell.ours and (share := share_of_roof(cell.ours, rows))]
-            if shares:
-                figures[f"roofline-{dtype}"] = roofline(shares)
-        trained: dict[tuple, list[Row]] = defaultdict(list)
-        for row in rows:
-            if row["kind"] == "reconstruction":
-                trained[row["sha256"][:8], row["layer"], row["d_sae"], row["train_tokens"]].append(row)
-        for (sha, layer, d_sae, tokens), found_rows in trained.items():
-            figures[f"reconstruction-{sha}-layer{layer}-{d_sae}-{tokens}"] = frontier(found_rows)
-    files = []
-    for name, figure in figures.items():
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
-        write_atomically(folder / f"{name}.png", buffer.getvalue())
-        files.append(folder / f"{name}.png")
-    return files
+def draw_all(rows: Iterable[Row], folder: Path, *, seconds: float = math.inf) -> tuple[list[Path], list[str]]:
+    """Draws every figure that the rows allow and that is not there yet, each written whole; none is begun after
+    ``seconds``. Returns the files of all that are there, and the names of those left out."""
+    started, files, left = time.monotonic(), [], []
+    for name, (drawn_from, draw) in figures(with_numbers(rows)).items():
+        file = folder / f"{name}.png"
+        digest = hashlib.sha256(json.dumps(drawn_from, sort_keys=True).encode()).hexdigest()
+        if not (file.exists() and digest.encode() in file.read_bytes()):
+            if time.monotonic() - started > seconds:
+                left.append(name)
+                continue
+            with plt.rc_context(STYLE):
+                figure, buffer = draw(), BytesIO()
+                metadata = {"Software": None, "Rows": digest}
+                figure.savefig(buffer, format="png", bbox_inches="tight", metadata=metadata)
+                plt.close(figure)
+            write_atomically(file, buffer.getvalue())
+        files.append(file)
+    return files, left
+
+
+def figures(rows: Sequence[Row]) -> dict[str, tuple[list[Row], Callable[[], Figure]]]:
+    """By file name: the rows that a figure shows, and what draws it."""
+    planned = step_figures(rows)
+    by_group: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in cells(rows):
+        if cell.baseline:
+            by_group[cell.group, cell.dtype].append(cell)
+    quoted: dict[str, list[Cell]] = defaultdict(list)
+    for (group, dtype), found in by_group.items():
+        if group.startswith("sweep-"):
+            planned[f"{group}-{dtype}"] = _rows_of(found), partial(sweep, found, group.removeprefix("sweep-"))
+        elif not group.endswith(("-zipf", "-wide")):
+            shown = _ordered(found + by_group.get((f"{group}-wide", dtype), []))  # skewed codes stand in the tables
+            planned[f"operations-{group}-{dtype}"] = _rows_of(shown), partial(speed_ups, shown)
+            quoted[dtype] += found
+    roofs = [row for row in rows if row["kind"] == "roof"]
+    for dtype, found in quoted.items():
+        shares = [(cell, *share) for cell in found if cell.ours and (share := share_of_roof(cell.ours, rows))]
+        if shares:
+            planned[f"roofline-{dtype}"] = [cell.ours for cell, *_ in shares] + roofs, partial(roofline, shares)
+    trained: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["kind"] == "reconstruction":
+            trained[row["sha256"][:8], row["layer"], row["d_sae"], row["train_tokens"]].append(row)
+    for (sha, layer, d_sae, tokens), found_rows in trained.items():
+        name = f"reconstruction-{sha}-layer{layer}-{d_sae}-{tokens}"
+        planned[name] = found_rows, partial(frontier, found_rows)
+    return planned
+
+
+def _rows_of(found: Iterable[Cell]) -> list[Row]:
+    return [row for cell in found for row in cell.rows]
 
 
 def _ordered(found: Sequence[Cell]) -> list[Cell]:
@@ -108,7 +134,9 @@ def speed_ups(found: Sequence[Cell]) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_yticks([position for position, _, _ in lines], [_provider_text(row) for _, row, _ in lines], fontsize=7.5)
+    last = newest(row for _, row, _ in lines)
+    names = [_provider_text(row, last) for _, row, _ in lines]
+    axes.set_yticks([position for position, _, _ in lines], names, fontsize=7.5)
     for tick, (_, row, _) in zip(axes.get_yticklabels(), lines, strict=True):
         tick.set_fontweight("bold" if row["provider"].startswith("ours") else "normal")
     for position, text in headings:
@@ -163,8 +191,8 @@ def roofline(shares: Sequence[tuple[Cell, str, float]]) -> Figure:
     return figure
 
 
-def _provider_text(row: Row) -> str:
-    return row["provider"] + (f" ({row['note']})" if row["note"] else "")
+def _provider_text(row: Row, last: Row) -> str:
+    return row["provider"] + (f" ({note})" if (note := note_text(row, last)) else "")
 
 
 def _heading(cell: Cell) -> str:
@@ -273,7 +301,7 @@ def main() -> None:
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in load(file)]
     if not rows:
         sys.exit(f"{folder} holds no rows (*.jsonl)")
-    print(*draw_all(rows, folder), sep="\n")
+    print(*draw_all(rows, folder)[0], sep="\n")
 
 
 if __name__ == "__main__":

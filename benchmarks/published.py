@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from derived import fmt_ms, shape_text, table
+from derived import fmt_ms, note_text, shape_text, table
 from rows import Row
 from shapes import DEEP, WIDE, Case
 
@@ -41,7 +41,7 @@ TIMES = (
 )  # fmt: skip
 
 
-def section(rows: Sequence[Row]) -> list[str]:
+def section(rows: Sequence[Row], last: Row) -> list[str]:
     """Markdown: each published time beside what was measured at its size; nothing where nothing was."""
     found = [(times, [r for r in rows if r["kind"] == "step" and r["case"] == times.case.name]) for times in TIMES]
     if not any(measured for _, measured in found):
@@ -53,7 +53,8 @@ def section(rows: Sequence[Row]) -> list[str]:
         for row in measured:
             if row["contestant"] != "yardstick":
                 how = f"{row['dtype']}, torch {row['torch']}"
-                lines.append([shape, row["provider"], how, row["device"], row["note"], fmt_ms(row["ms_p50"])])
+                note = note_text(row, last)
+                lines.append([shape, row["provider"], how, row["device"], note, fmt_ms(row["ms_p50"])])
     sources = "\n".join(f"- {times.who}: {times.source}; {times.remark}." for times in TIMES)
     compared = table(("size", "who", "how", "GPU", "note", "time"), lines, left=5)
     return ["### Beside published times", TEXT, compared, sources]

@@ -1,10 +1,12 @@
-"""Why ours takes longer than stock code, in the cells of the default table where it does: the report says it there."""
+"""Why ours takes longer than stock code, where it does in the cells of the default table and in training: the report
+says it there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from derived import Cell, fmt_ratio, is_ours
+from derived import Cell, fmt_ratio, is_ours, knob_text, same_code
+from rows import Row
 
 LEVEL = 0.95  # of the fastest other's speed
 
@@ -24,13 +26,22 @@ REASONS: dict[tuple[str, str], str] = {
     ("decode-backward_values", "small"): "each entry's row is found anew; embedding_bag's forward pass has left it",
 }  # fmt: skip
 
+# Of training on a CPU, by rule.
+TRAINING_REASONS = {
+    "top-AFA": "with its authors' initial weights the first steps keep two fifths of all latents; above a fifth or so, "
+    "dense products are faster than sums over codes, which also have to be turned around for the weights' gradients",
+}
+
 
 def remarks(found: Sequence[Cell]) -> list[str]:
     """One line for each cell in which ours is slower than the fastest of all others by more than a twentieth."""
     lines = []
     for cell in found:
-        others = [row for row in cell.rows if not (is_ours(row) or row.get("yardstick"))]
-        if cell.ours is None or not others:
+        if cell.ours is None:
+            continue
+        rivals = (row for row in cell.rows if not (is_ours(row) or row.get("yardstick")))
+        others = [row for row in rivals if same_code(row, cell.ours)]
+        if not others:
             continue
         best = min(others, key=lambda row: row["ms_p50"])
         ratio = best["ms_p50"] / cell.ours["ms_p50"]
@@ -39,4 +50,16 @@ def remarks(found: Sequence[Cell]) -> list[str]:
             known = (REASONS.get((cell.op_id, key)) for key in keys)
             reason = next(filter(None, known), "no reason is known: to be looked into")
             lines.append(f"{cell.op_id}: {fmt_ratio(ratio)} the speed of {best['provider']}; {reason}.")
+    return lines
+
+
+def training_remarks(averaged: Sequence[Row]) -> list[str]:
+    """One line for each rule and knob of :func:`derived.means` at which dense PyTorch trains faster by as much."""
+    speeds = {(m["rule"], knob_text(m), m["is_ours"]): m["tokens_per_second"] for m in averaged}
+    lines = []
+    for (rule, knob, is_mine), speed in speeds.items():
+        dense = speeds.get((rule, knob, False))
+        if is_mine and dense and speed / dense < LEVEL:
+            reason = TRAINING_REASONS.get(rule, "no reason is known: to be looked into")
+            lines.append(f"{rule}, {knob}: {fmt_ratio(speed / dense)} the tokens/s of dense PyTorch; {reason}.")
     return lines

@@ -13,6 +13,7 @@ from derived import (
     Cell,
     bandwidth_gbps,
     cells,
+    dated,
     failure_text,
     fmt_ms,
     fmt_ratio,
@@ -21,9 +22,13 @@ from derived import (
     is_ours,
     knob_text,
     means,
+    newest,
+    note_text,
+    older_text,
     op_id,
     rate_tflops,
     roof_of,
+    same_code,
     shape_text,
     share_of_roof,
     speed_up,
@@ -41,16 +46,19 @@ def summary(rows: Iterable[Row]) -> str:
     """What the terminal shows: ours beside its roof, the baseline and everything else; verdicts; then the errors."""
     rows = with_numbers(rows)
     lines = []
+    last = newest(rows) if rows else {}
     for cell in cells(rows):
         if cell.ours and cell.baseline:
             size = cell.case if cell.case.endswith(cell.dtype) else f"{cell.case}, {cell.dtype}"
             size += f", k={cell.shape['k']}" if "k" in cell.shape else ""
             ours = cell.ours["ms_p50"]
             share = share_of_roof(cell.ours, rows)
-            beside = (f"{fmt_ratio(row['ms_p50'] / ours)} {row['provider']}" for row in cell.others)
+            beside = (f"{fmt_ratio(r['ms_p50'] / ours)} {dated(r['provider'], [r], last)}" for r in cell.others)
+            base = dated(cell.baseline["provider"], [cell.baseline], last)
             lines.append([
-                cell.op_id, size, fmt_ms(ours), f"{100 * share[1]:.0f} % {share[0]}" if share else "",
-                fmt_ratio(speed_up(cell.ours, cell)), f"{cell.baseline['provider']}, {fmt_ms(cell.baseline['ms_p50'])}",
+                dated(cell.op_id, [cell.ours], last), size, fmt_ms(ours),
+                f"{100 * share[1]:.0f} % {share[0]}" if share else "",
+                fmt_ratio(speed_up(cell.ours, cell)), f"{base}, {fmt_ms(cell.baseline['ms_p50'])}",
                 ", ".join(beside),
             ])  # fmt: skip
     parts = []
@@ -59,7 +67,7 @@ def summary(rows: Iterable[Row]) -> str:
         versions = dict.fromkeys(f"torch {row['torch']}" for row in rows if row["kind"] == "operation")
         parts.append(f"Beside {', '.join(versions)}:\n\n{table(header, lines, left=2)}")
     parts += [target_table(rows, device) for device in _gpus(rows)]
-    parts += [_reconstruction_table(found) for found in _by_setting(rows).values()]
+    parts += [_reconstruction_table(found, last) for found in _by_setting(rows).values()]
     return "\n\n".join(parts)
 
 
@@ -97,7 +105,9 @@ def markdown(
     if trained:
         parts += ["## Reconstruction", *_pictures(figures, "reconstruction")]
         for found in trained.values():
-            parts += [setting_text(found), _reconstruction_table(found), _agreement(found)]
+            parts += [setting_text(found), _reconstruction_table(found, newest(rows)), _agreement(found)]
+            slower = [] if found[0]["cuda"] else reasons.training_remarks(means(found))
+            parts += ["Slower than dense:\n\n" + "\n".join(f"- {line}" for line in slower)] if slower else []
     if absent:
         parts += ["## Without numbers", "\n".join(f"- {line}" for line in absent)]
     return "\n\n".join(parts) + "\n"
@@ -142,6 +152,8 @@ def machine(rows: Sequence[Row]) -> str:
             f"other processes kept {mean(loads):.1f} CPU cores busy on average, {max(loads):.1f} at most"
             + (": **the machine was not quiet, times are too long**" if mean(loads) > BUSY_CORES else "")
         )
+    if len({(row["commit"], row["dirty"], row["torch"]) for row in rows}) > 1:
+        lines.append("where a line is of another commit or torch than the last, it says so: ratios to it compare both")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -166,6 +178,7 @@ def _legend(rows: Sequence[Row]) -> str:
 
 
 def _operations_table(found: Sequence[Cell], rows: Sequence[Row]) -> str:
+    last = newest(rows)
     on_gpu = any(row["peak_mem_bytes"] is not None for cell in found for row in cell.rows)
     gathers = {row["device"]: gather for row in rows if (gather := roof_of(rows, row["device"], "gather"))}
     header = ["operation", "provider", "ms", "speed-up", "GB/s", "% of copy", "% of GEMM"]
@@ -178,8 +191,8 @@ def _operations_table(found: Sequence[Cell], rows: Sequence[Row]) -> str:
             provider = f"**{row['provider']}**" if is_ours(row) else row["provider"]
             kind = ["baseline"] if row["baseline"] else ["yardstick"] if row.get("yardstick") else []
             versions = [f"{name} {version}" for name, version in row.get("packages", {}).items()]
-            remarks = [*kind, *versions, *([row["note"]] if row["note"] else [])]
-            provider += f" ({', '.join(remarks)})" if remarks else ""
+            remarks = [*kind, *versions, note_text(row, last)]
+            provider += f" ({said})" if (said := ", ".join(filter(None, remarks))) else ""
             first = row is cell.rows[0]
             line = [
                 cell.op_id if first else "", provider, fmt_spread(row),
@@ -223,13 +236,13 @@ def setting_text(found: Sequence[Row]) -> str:
         f"{first['batch_tokens']}",
         f"training text: {first['text']}",
         f"held-out text: sae_engine.data.evaluation_text(), {first['eval_tokens']:,} tokens",
-        f"seeds: {seeds}",
+        f"seeds: {seeds}; float32, torch {', '.join(sorted({row['torch'] for row in found}))}",
         *(f"{', '.join(rules)}: {text}" for text, rules in by_method.items()),
     ]
     return "\n".join(f"- {fact}" for fact in facts)
 
 
-def _reconstruction_table(found: Sequence[Row]) -> str:
+def _reconstruction_table(found: Sequence[Row], last: Row) -> str:
     header = ("rule", "setting", "trained by", "MSE", "MSE of each seed", "FVU", "L0", "dead", "tokens/s")
     seeds: dict[tuple, list[Row]] = defaultdict(list)
     for row in found:
@@ -238,8 +251,12 @@ def _reconstruction_table(found: Sequence[Row]) -> str:
     for m in means(found):
         each = sorted(seeds[m["rule"], m["knob"], m["provider"]], key=lambda row: row["seed"])
         rule = "BatchTopK = mutual choice" if m["rule"] == "BatchTopK" else m["rule"]
+        old = [row for row in each if not same_code(row, last)]
+        mark = "† " * (len(old) < len(each))  # of some seeds alone
+        by = f"{m['provider']} ({mark}{older_text(old, last)})" if old else m["provider"]
+        errors = (f"{row['mse']:.4f}{mark.strip() * (row in old)}" for row in each)
         lines.append([
-            rule, knob_text(m), m["provider"], f"{m['mse']:.4f}", " ".join(f"{row['mse']:.4f}" for row in each),
+            rule, knob_text(m), by, f"{m['mse']:.4f}", " ".join(errors),
             f"{m['fvu']:.4f}", f"{m['l0']:.1f}", f"{100 * m['dead_fraction']:.1f} %", f"{m['tokens_per_second']:,.0f}",
         ])  # fmt: skip
     return table(header, lines, left=3)

@@ -25,8 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out; the repository root stays out
 
 import report
-from rows import Row, load, store, write_atomically
-from supervisor import SILENT_SECONDS, Gone, Refused, Supervisor
+from rows import Row, cell, latest, load, store, write_atomically
+from supervisor import SILENT_SECONDS, Gone, Refused, Supervisor, grace
 from terminal import Terminal
 
 HERE = Path(__file__).resolve().parent
@@ -96,7 +96,10 @@ def run(options: argparse.Namespace, worker: Sequence[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     log_file = options.out / f"run{''.join(f'-{stage}' for stage in options.only if options.only != STAGES)}.log"
 
+    measured: list[Row] = []
+
     def keep(rows: list[Row]) -> None:
+        measured.extend(rows)
         for row in rows:
             store(folder / f"{FILES[row['kind']]}.jsonl", [row])
         if not rows:
@@ -132,10 +135,14 @@ def run(options: argparse.Namespace, worker: Sequence[str]) -> int:
     write_report(folder, remarks)  # before the figures, which take a while
     try:
         if not status:
-            remarks = write_report(folder, remarks, figures=True)
+            remarks = write_report(folder, remarks, figure_seconds=math.inf if options.full else grace(seconds))
     except KeyboardInterrupt:
         status = 130
-    print(f"\n{report.summary(stored_rows(folder))}\n")
+    print(f"\n{report.summary(measured)}\n")
+    here = {cell(row) for row in measured}
+    earlier = sum(cell(row) not in here for row in latest(stored_rows(folder)))
+    if earlier:
+        print(f"{earlier} results of earlier runs stand in the report alone, with their commit where that is another")
     print(*(f"without numbers: {remark}" for remark in remarks), sep="\n")
     print(f"{folder / 'report.md'}; what was printed meanwhile: {log_file}; {terminal.elapsed:.0f} s", flush=True)
     return status or int(supervisor.bad)
@@ -163,7 +170,7 @@ def report_only(options: argparse.Namespace) -> int:
     rows = stored_rows(folder)
     if not rows:
         sys.exit(f"{folder} holds no rows: nothing has been measured")
-    write_report(folder, [], figures=True)
+    write_report(folder, [], figure_seconds=math.inf)
     print(f"{report.summary(rows)}\n\n{folder / 'report.md'}")
     return 0
 
@@ -172,15 +179,17 @@ def stored_rows(folder: Path) -> list[Row]:
     return [row for name in dict.fromkeys(FILES.values()) for row in load(folder / f"{name}.jsonl")]
 
 
-def write_report(folder: Path, remarks: Iterable[str], *, figures: bool = False) -> list[str]:
-    """Writes ``report.md`` from the rows in ``folder``, with ``figures`` draws these too; returns all remarks."""
+def write_report(folder: Path, remarks: Iterable[str], *, figure_seconds: float | None = None) -> list[str]:
+    """Writes ``report.md`` from the rows in ``folder``; draws figures too, for so long; returns all remarks."""
     rows, remarks, drawn = stored_rows(folder), list(remarks), []
     predicted = [json.loads(line) for line in PREDICTED.read_text().splitlines()] if PREDICTED.exists() else []
-    if figures:
+    if figure_seconds is not None:
         try:
             import plot
 
-            drawn = plot.draw_all(rows, folder)
+            drawn, left = plot.draw_all(rows, folder, seconds=figure_seconds)
+            if left:
+                remarks.append(f"figures left out for want of time: {', '.join(left)}; --report-only draws them")
         except ModuleNotFoundError as error:
             remarks.append("figures: " + MISSING.format(name=error.name))
         except Exception as error:  # the tables stand without

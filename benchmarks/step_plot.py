@@ -1,8 +1,9 @@
-"""Figures of training steps as a pure function of stored rows; ``plot.draw_all`` writes them."""
+"""Figures of training steps as a pure function of stored rows; ``plot.draw_all`` draws and writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from derived import fmt_ms, fmt_ratio
 from matplotlib import pyplot as plt
@@ -18,17 +19,17 @@ PART_COLOURS = {
 }  # fmt: skip
 
 
-def figures(rows: Sequence[Row]) -> dict[str, Figure]:
-    """By file name. Called inside ``plot``'s style."""
-    made: dict[str, Figure] = {}
+def figures(rows: Sequence[Row]) -> dict[str, tuple[list[Row], Callable[[], Figure]]]:
+    """By file name: the rows that a figure shows, and what draws it."""
+    planned: dict[str, tuple[list[Row], Callable[[], Figure]]] = {}
     steps, parts, curves = ([row for row in rows if row["kind"] == kind] for kind in ("step", "part", "curve"))
     for found in grouped([row for row in steps if row["group"] != "published"]).values():
-        made[figure_name(found[0])] = step_bars(found)
+        planned[figure_name(found[0])] = found, partial(step_bars, found)
     if parts:
-        made["step-parts"] = part_bars(list(grouped(parts).values()))
+        planned["step-parts"] = parts, partial(part_bars, list(grouped(parts).values()))
     if curves:
-        made["step-curve"] = loss_curves(grouped_curves(curves)[0])
-    return made
+        planned["step-curve"] = curves, partial(loss_curves, grouped_curves(curves)[0])
+    return planned
 
 
 def step_bars(found: Sequence[Row]) -> Figure:

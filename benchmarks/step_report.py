@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import published
-from derived import fmt_ms, fmt_ratio, fmt_spread, shape_text, table
+from derived import dated, fmt_ms, fmt_ratio, fmt_spread, newest, note_text, shape_text, table
 from rows import Row
 
 GEMM, ADAM = "encoder GEMM", "fused Adam"  # the yardsticks of a step
@@ -21,17 +21,19 @@ def sections(rows: Sequence[Row], figures: Sequence[Path]) -> list[str]:
     steps, parts, curves = ([row for row in rows if row["kind"] == kind] for kind in ("step", "part", "curve"))
     if not (steps or parts or curves):
         return []
-    text = ["## A training step"]
+    text, last = ["## A training step"], newest(rows)
     if steps:
         text.append(_how_to_read(steps))
     for found in grouped([row for row in steps if row["group"] != "published"]).values():
-        text += [f"### {_title(found[0])}", _pictures(figures, f"{figure_name(found[0])}."), step_table(found)]
+        pictures = _pictures(figures, f"{figure_name(found[0])}.")
+        text += [f"### {_title(found[0])}", pictures, step_table(found, last)]
     if parts:
         text += ["### Where the time goes", _pictures(figures, "step-parts"), PARTS_TEXT]
-        text += [part_table(found) for found in grouped(parts).values()]
-    text += published.section(steps)
+        text += [part_table(found, last) for found in grouped(parts).values()]
+    text += published.section(steps, last)
     if curves:
-        text += ["### The same loss", _pictures(figures, "step-curve"), *map(curve_text, grouped_curves(curves))]
+        text += ["### The same loss", _pictures(figures, "step-curve")]
+        text += [curve_text(found, last) for found in grouped_curves(curves)]
     return [paragraph for paragraph in text if paragraph]
 
 
@@ -81,7 +83,7 @@ def floor_ms(found: Iterable[Row]) -> float | None:
     return times[GEMM] + times[ADAM] if {GEMM, ADAM} <= times.keys() else None
 
 
-def step_table(found: Sequence[Row]) -> str:
+def step_table(found: Sequence[Row], last: Row) -> str:
     floor = floor_ms(found)
     # with and without AuxK, each beside the default TrainStep of its own kind
     ours = {row["auxk"]: row for row in found if row["provider"] in (OURS, f"{OURS} + AuxK")}
@@ -92,7 +94,7 @@ def step_table(found: Sequence[Row]) -> str:
         mine = ours.get(row["auxk"])
         comparable = mine is not None and row["contestant"] != "yardstick" and row is not mine
         line = [
-            name, row["note"], fmt_spread(row),
+            name, note_text(row, last), fmt_spread(row),
             "" if floor is None or row["contestant"] == "yardstick" else fmt_ratio(row["ms_p50"] / floor),
             fmt_ratio(row["ms_p50"] / mine["ms_p50"]) if comparable and mine is not None else "",
         ]  # fmt: skip
@@ -115,7 +117,7 @@ def parts_of(found: Iterable[Row]) -> dict[str, dict[str, float]]:
     return times
 
 
-def part_table(found: Sequence[Row]) -> str:
+def part_table(found: Sequence[Row], last: Row) -> str:
     times = parts_of(found)
     names = list(dict.fromkeys(part for parts in times.values() for part in parts if part not in (WHOLE, REST)))
     lines = [
@@ -124,7 +126,7 @@ def part_table(found: Sequence[Row]) -> str:
     ]
     share = 100 * found[0]["share_of_first"]
     caption = f"{_title(found[0])}; the most active latent fires on {share:.1f} % of the tokens"
-    return f"{caption}\n\n{table(['part, ms', *times], lines)}"
+    return f"{dated(caption, found, last)}\n\n{table(['part, ms', *times], lines)}"
 
 
 def grouped_curves(curves: Sequence[Row]) -> list[list[Row]]:
@@ -134,14 +136,15 @@ def grouped_curves(curves: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def curve_text(found: Sequence[Row]) -> str:
+def curve_text(found: Sequence[Row], last: Row) -> str:
     by_name = {row["provider"]: row["errors"] for row in found}
     nearby = [row["errors"] for row in found if row["provider"].endswith("other roundings")]
     first = found[0]
-    where = (
+    where = dated(
         f"{first['model']}, layer {first['layer']}, d={first['d']} F={first['d_sae']} k={first['k']}, "
-        f"{len(first['errors'])} steps of {first['batch_tokens']} tokens, same initial weights and batches"
-    )
+        f"{len(first['errors'])} steps of {first['batch_tokens']} tokens, same initial weights and batches",
+        found, last,
+    )  # fmt: skip
     if not {"sae_engine", "dense PyTorch"} <= by_name.keys():
         return f"{where}: one side has not been trained."
     gap = _gap(by_name["sae_engine"], by_name["dense PyTorch"])

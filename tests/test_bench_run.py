@@ -164,8 +164,18 @@ def test_older_numbers_give_way_to_a_failure(speaker, bench):
     assert "| **ours**" not in report
 
 
+def test_the_summary_is_of_what_this_run_has_measured(speaker, bench):
+    bench(speaker({"one": GOOD}))
+    _, shown, _, report = bench(speaker({"two": GOOD}))
+    assert "two, float32" in shown and "one, float32" not in shown and "### one" in report
+    assert "2 results of earlier runs stand in the report alone" in shown
+
+
 def start(worker, out, *arguments):
-    program = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import run; run.main(sys.argv[1:], {worker!r})"
+    program = (  # a test suite that runs in the background ignores SIGINT, and so would what it starts
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"sys.path.insert(0, {str(BENCHMARKS)!r}); import run; run.main(sys.argv[1:], {worker!r})"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", program, "--out", str(out), *arguments], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
@@ -296,6 +306,20 @@ def test_the_script_starts_with_a_safe_path():
         env={**os.environ, "PYTHONSAFEPATH": "1"},
     )  # fmt: skip
     assert done.returncode == 0 and "--seconds" in done.stdout, done.stderr
+
+
+def test_the_first_row_waits_for_torch_and_us_alone():
+    """What takes seconds to import is imported by the jobs that need it."""
+    program = f"""
+import sys; sys.path.insert(0, {str(BENCHMARKS)!r})
+import torch
+before = set(sys.modules)
+import jobs, run, worker
+slow = {{"transformers", "matplotlib", "scipy", "sympy", "triton", "datasets", "torch._dynamo", "torch._inductor"}}
+assert not slow & (set(sys.modules) - before), slow & (set(sys.modules) - before)
+assert jobs.plan(torch.device("cpu"), "default", run.STAGES)[0].name == "decode small float32"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)
 
 
 def test_the_process_that_waits_needs_no_torch():

@@ -404,10 +404,39 @@ def synthetic_rows():
 
 
 def test_figures_from_rows(tmp_path, plot):
-    files = plot.draw_all(synthetic_rows(), tmp_path)
+    files, _ = plot.draw_all(synthetic_rows(), tmp_path)
     assert sorted(path.name.split("-")[0] for path in files) == ["operations", "reconstruction", "roofline", "sweep"]
     assert sorted(tmp_path.iterdir()) == sorted(files)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
+
+
+def test_a_figure_is_drawn_again_where_its_rows_have_changed(tmp_path, plot):
+    made = synthetic_rows()
+    files, _ = plot.draw_all(made, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in files}
+    assert plot.draw_all(made, tmp_path, seconds=-1.0) == (files, [])
+    faster = [row | {"ms_p50": 1.5} if row["provider"] == "ours" and row["case"] == "main" else row for row in made]
+    there, left = plot.draw_all(faster, tmp_path, seconds=-1.0)
+    assert sorted(left) == ["operations-main-float32", "roofline-float32"] and len(there) == len(files) - 2
+    assert plot.draw_all(faster, tmp_path) == (files, [])
+    assert sorted(path.stem for path in files if path.stat().st_mtime_ns != before[path]) == sorted(left)
+
+
+def test_what_is_of_another_commit_says_so():
+    old = {"commit": "b" * 40, "torch": "1", "utc": "2025-06-01T00:00:00Z"}
+    made = [
+        operation_row(), operation_row(provider="torch.topk", baseline=True, ms_p50=4.0),
+        operation_row(provider="torch.compile", ms_p50=0.5, **old), operation_row(case="small", group="small", **old),
+        *(reconstruction_row(seed=s, dirty=False, **(old if s else {"commit": "a" * 40})) for s in (0, 1)),
+    ]  # fmt: skip
+    text, said = report.markdown(made, []), "of bbbbbbb, torch 1, 2025-06-01"
+    marked = [line for line in text.splitlines() if said in line]
+    assert [line.split("|")[2].split("(")[0].strip() for line in marked[:2]] == ["torch.compile", "**ours**"]
+    assert f"sae_engine († {said})" in marked[2] and "0.2000 0.2000†" in marked[2] and len(marked) == 3
+    assert "Slower than other code" not in text  # than what another commit's run showed
+    assert f"4.00× torch.compile ({said})" not in report.summary(made[:2])
+    assert f"0.25× torch.compile ({said})" in report.summary(made)
+    assert "of bbbbbbb" not in report.markdown(made[:2], [])
 
 
 def test_report_from_rows():

@@ -161,7 +161,7 @@ def test_a_cpu_report_has_no_targets():
 
 def test_figures_from_gpu_rows(tmp_path):
     plot = pytest.importorskip("plot", reason="the figures need matplotlib")
-    files = plot.draw_all(gpu_rows(), tmp_path)
+    files, _ = plot.draw_all(gpu_rows(), tmp_path)
     assert {path.name for path in files} == {"operations-S2-bfloat16.png", "roofline-bfloat16.png"}
 
 

@@ -171,7 +171,7 @@ def test_report_from_rows():
 
 def test_figures_from_rows(tmp_path):
     plot = pytest.importorskip("plot", reason="the figures need matplotlib")
-    files = plot.draw_all(synthetic_rows(), tmp_path)
+    files, _ = plot.draw_all(synthetic_rows(), tmp_path)
     assert sorted(path.name for path in files) == ["step-curve.png", "step-main-float32.png", "step-parts.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
 
