@@ -8,8 +8,9 @@ A rule that needs more than the pre-activations names it in ``context_keys``; an
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,22 @@ def has_gate(rule: Activation) -> bool:
     return type(rule).entry_values is kept_values
 
 
+RULES: dict[str, type[Activation]] = {}  # by the names under which checkpoints know them
+
+
+def constructor_arguments(cls: type) -> set[str]:
+    """Names of the arguments, those of base classes included where a constructor hands options on."""
+    names: set[str] = set()
+    for kind in cls.__mro__:
+        if (init := kind.__dict__.get("__init__")) is None:
+            continue
+        arguments = [p for p in inspect.signature(init).parameters.values() if p.name != "self"]
+        names |= {p.name for p in arguments if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if all(p.kind is not p.VAR_KEYWORD for p in arguments):
+            break
+    return names
+
+
 class Activation(nn.Module):
     """A selection rule. Subclasses implement :meth:`_select`, and :meth:`_dense` where no codes are needed for it.
 
@@ -61,6 +78,10 @@ class Activation(nn.Module):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
+        own = cls.__module__.partition(".")[0] == __package__
+        known = RULES.get(cls.__name__)
+        if own or known is None or known.__module__.partition(".")[0] != __package__:
+            RULES[cls.__name__] = cls  # checkpoints name rules: a user's is known once its module is imported
         if {"select", "_select"} & cls.__dict__.keys():  # what was said of the former selection no longer holds
             for name in {"entry_values", "candidates"} - cls.__dict__.keys():
                 setattr(cls, name, None)
@@ -86,6 +107,20 @@ class Activation(nn.Module):
 
     def update(self, codes: SparseCodes) -> None:
         """Called once per training forward with what was kept; rules with learned state override it."""
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments as they are now, by name, for checkpoints: whatever is neither tensor nor place.
+
+        A rule whose attributes are not named as the arguments overrides it.
+        """
+        found = {}
+        for name in constructor_arguments(type(self)) - {"device", "dtype", "group"}:
+            if not hasattr(self, name):
+                raise TypeError(f"{type(self).__name__} has no attribute {name}, which its constructor takes: it must "
+                                "override options() to be saved")  # fmt: skip
+            if not isinstance(value := getattr(self, name), Tensor):
+                found[name] = value
+        return dict(sorted(found.items()))
 
     def needs(self) -> dict[str, str]:
         """What the reconstruction error alone does not teach the rule: the kind of loss, and which ones it is.

@@ -228,7 +228,7 @@ DAMAGES = {
     "a shape beyond integers": ("gemma_scope", declared((2**200, 3)), "declares shape"),
     "a zip bomb": ("gemma_scope", zip_bomb, "unpacks to more than"),
     "a record with a wrong checksum": ("gemma_scope", wrong_checksum, "not a whole .npz"),
-    "a negative threshold": ("gemma_scope", array(threshold=-np.ones(F, np.float32)), "must not be negative"),
+    "a threshold that is no number": ("gemma_scope", array(threshold=np.full(F, np.nan, np.float32)), "NaN"),
     "a threshold too short": ("gemma_scope", array(threshold=np.ones(F - 1, np.float32)), "threshold must have shape"),
     "whole numbers": ("gemma_scope", array(b_enc=np.ones(F, np.int64)), "floating-point"),
 }  # fmt: skip

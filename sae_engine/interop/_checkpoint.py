@@ -1,6 +1,7 @@
 """What every format is read into and written from: named tensors in our orientation, and how they are used."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -16,14 +17,13 @@ from .._files import replace_files
 from ._reading import WeightFile
 from .card import CENTRED, SourceCard
 
-OPTIONS = ("k", "threshold_lr", "bandwidth", "capacity")  # of the activations, as their constructors name them
-KNOWN = (act.TopK, act.AbsTopK, act.BatchTopK, act.MutualChoice, act.JumpReLU, act.ReLU, act.TopAFA)
 # One letter a dimension: d = d_in, F = d_sae, o = d_out.
 DIMENSIONS = {
     "W_enc": "dF", "W_dec": "Fo", "b_enc": "F", "b_dec": "o", "W_skip": "od", "threshold": "F",
     "b_gate": "F", "b_mag": "F", "r_mag": "F",
 }  # fmt: skip
 SIZES = {"d": "d_in", "F": "d_sae", "o": "d_out"}
+WEIGHTS = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "W_skip"})  # all other tensors are the rule's
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An autoencoder as files hold it. ``tensors`` go by our names; ``threshold`` is (d_sae,) or, of BatchTopK, ()."""
+    """An autoencoder as files hold it. ``tensors`` go by our names: the weights, and what is the rule's."""
 
     activation: type[act.Activation]
     options: dict[str, Any]
@@ -111,20 +111,26 @@ def build(cls, c: Checkpoint, file: Path, *, device=None, dtype: torch.dtype | N
     """The autoencoder of class ``cls`` that a checkpoint describes. ``file`` is named in errors."""
     W_enc, W_dec = c.tensors["W_enc"], c.tensors["W_dec"]
     threshold = c.tensors.get("threshold")
-    if threshold is not None and not bool((threshold >= 0).all()):
+    if threshold is not None:
         unset = issubclass(c.activation, act.BatchTopK) and bool(threshold == -1)
-        if not unset:
+        # JumpReLU takes a threshold below 0, where an optimizer may have pushed it, for 0
+        below = bool((threshold < 0).any()) and not issubclass(c.activation, act.JumpReLU)
+        if bool(threshold.isnan().any()) or (below and not unset):
             raise ValueError(f"{file}: threshold must not be negative or NaN")
     options = dict(c.options)
-    if c.activation is act.JumpReLU:
-        options.update(d_sae=W_enc.shape[1], device="meta")
+    if "d_sae" in act.constructor_arguments(c.activation):
+        options["d_sae"] = W_enc.shape[1]
     stored = W_enc.dtype
-    for name, tensor in c.tensors.items():
-        if name != "threshold":
-            stored = torch.promote_types(stored, tensor.dtype)
+    for name in WEIGHTS & c.tensors.keys():
+        stored = torch.promote_types(stored, c.tensors[name].dtype)
     try:
+        rule = c.activation(**options)
+        state = {name: c.tensors.get(name, tensor) for name, tensor in rule.state_dict().items()}
+        for name, tensor in rule.state_dict().items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
         sae = cls(
-            W_enc.shape[0], W_enc.shape[1], c.activation(**options),
+            W_enc.shape[0], W_enc.shape[1], rule,
             d_out=W_dec.shape[1], skip="W_skip" in c.tensors,
             apply_b_dec_to_input=c.apply_b_dec_to_input,
             normalize_activations=c.normalize_activations,
@@ -142,11 +148,7 @@ def build(cls, c: Checkpoint, file: Path, *, device=None, dtype: torch.dtype | N
                 parameter.copy_(c.tensors[name])
             else:
                 parameter.zero_()  # b_enc of rules that have none
-        if hasattr(sae.activation, "threshold"):
-            if threshold is None:
-                sae.activation.threshold.fill_(-1.0)
-            else:
-                sae.activation.threshold.copy_(threshold)
+        sae.activation.load_state_dict(state)
     sae.card = c.card
     return sae if dtype is None else sae.to(dtype)
 
@@ -155,18 +157,19 @@ def of(sae) -> Checkpoint:
     """The checkpoint of an autoencoder, on the CPU.
 
     Raises:
-        TypeError: its activation is not one of the library's.
+        TypeError: its rule has options that JSON cannot hold, or none of the names that it is built from.
     """
-    kind = type(sae.activation)
-    if kind not in KNOWN:
-        names = [known.__name__ for known in KNOWN]
-        raise TypeError(f"activation {kind.__name__} has no checkpoint form; known: {names}")
+    rule = sae.activation
     tensors = {n: p.detach().cpu().contiguous() for n, p in sae.named_parameters() if not n.startswith("activation.")}
-    if hasattr(sae.activation, "threshold"):
-        tensors["threshold"] = sae.activation.threshold.detach().cpu().contiguous()
+    tensors |= {name: tensor.detach().cpu().contiguous() for name, tensor in rule.state_dict().items()}
+    options = rule.options()
+    try:
+        options = json.loads(json.dumps(options))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"activation {type(rule).__name__} has options that no checkpoint holds: {error}") from None
     return Checkpoint(
-        activation=kind,
-        options={name: getattr(sae.activation, name) for name in OPTIONS if hasattr(sae.activation, name)},
+        activation=type(rule),
+        options=options,
         tensors=tensors,
         card=sae.card,
         apply_b_dec_to_input=sae.apply_b_dec_to_input,
@@ -204,7 +207,7 @@ def recorded(c: Checkpoint, section: object) -> Checkpoint:
     """``c`` with what :func:`own_section` recorded of it, where that is a kind of the same rule."""
     if not isinstance(section, dict):
         return c.taking_raw_residuals()
-    batch = (act.BatchTopK, act.MutualChoice)  # one rule under two names
+    batch = (act.BatchTopK, act.MutualChoice, act.RULES["MatryoshkaBatchTopK"])  # select alike: formats have one name
     kinds = {kind.__name__: kind for kind in (batch if c.activation in batch else (c.activation,))}
     options = section.get("options")
     k = {"k": c.options["k"]} if "k" in c.options else {}

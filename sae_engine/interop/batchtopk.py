@@ -124,7 +124,8 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
     contents: dict[str, Any] = laid_out(c, LAYOUT)
     own = own_section(c)
     if name == "jumprelu":
-        contents[LOG_THRESHOLD] = c.tensors["threshold"].double().log()  # in fp64 its exponential rounds back exactly
+        used = c.tensors["threshold"].clamp(min=0)
+        contents[LOG_THRESHOLD] = used.double().log()  # in fp64 its exponential rounds back exactly
     elif name == "batchtopk" and bool(c.tensors["threshold"] >= 0):
         own["threshold"] = c.tensors["threshold"].item()
     content = json.dumps(_config(c, name) | {"sae_engine": own}, indent=2)

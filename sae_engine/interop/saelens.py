@@ -2,7 +2,8 @@
 
 Keys: W_enc (d_in, d_sae), W_dec (d_sae, d_out), b_enc, b_dec; ``threshold`` (d_sae,) of JumpReLU; ``topk_threshold``,
 a float64 scalar, of BatchTopK in training form; gated: b_gate, b_mag, r_mag. What SAELens has no field for stands under
-``metadata.sae_engine``. Configurations of versions before 6 are read too.
+``metadata.sae_engine``. A rule that SAELens does not have is an architecture of its own name, with its tensors beside
+the weights; SAELens refuses such files. Configurations of versions before 6 are read too.
 """
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ import torch
 
 from .. import _checks as check
 from .. import activations as act
+from .. import rules
 from . import _folding as folding
+from ._checkpoint import WEIGHTS as OF_THE_AUTOENCODER
 from ._checkpoint import Checkpoint, Files, own_section, recorded, take, text, text_writer, write_files
 from .card import CENTRED, RAW, SourceCard, residual_of
 
@@ -32,9 +35,13 @@ ARCHITECTURES: dict[str, type[act.Activation]] = {
 }  # fmt: skip
 WRITTEN: dict[type[act.Activation], str] = {
     act.TopK: "topk", act.AbsTopK: "abstopk", act.BatchTopK: "batchtopk", act.MutualChoice: "batchtopk",
-    act.JumpReLU: "jumprelu", act.ReLU: "standard", act.TopAFA: "topafa",
+    act.JumpReLU: "jumprelu", act.ReLU: "standard", act.TopAFA: "topafa", rules.Gated: "gated",
+    rules.MatryoshkaBatchTopK: "matryoshka_batchtopk",
 }  # fmt: skip
-COUNTING = ("topk", "abstopk", "batchtopk")  # SAELens rescales by decoder norms where it counts entries, nowhere else
+BATCH = ("batchtopk", "matryoshka_batchtopk")
+OURS = "sae_engine."  # architectures that SAELens does not have: this, and the name of our rule, or of a user's
+# SAELens rescales by decoder norms where it counts entries, nowhere else.
+COUNTING = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
 _RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}  # before version 6
 _BIASES = {"b_enc": ("b_enc", "F"), "b_dec": ("b_dec", "o")}
 _OPTIONS = {"threshold_lr": "topk_threshold_lr", "bandwidth": "jumprelu_bandwidth"}  # ours → of their training classes
@@ -53,8 +60,16 @@ def load(files: Files, *, activation_scale: float | None = None) -> Checkpoint:
     assert files.config is not None and files.config_file is not None
     cfg = _current(files.config, files.config_file)
     architecture, file = cfg["architecture"], files.weights.path
-    kind = ARCHITECTURES[architecture]
+    section = cfg["metadata"].get("sae_engine")
     held = dict(files.weights.read())
+    state: dict[str, torch.Tensor] = {}
+    if architecture.startswith(OURS):
+        kind = _registered(architecture.removeprefix(OURS), files.config_file)
+        state = {name: held.pop(name) for name in held.keys() - OF_THE_AUTOENCODER}
+    elif architecture == "gated" and isinstance(section, dict) and section.get("activation") == "Gated":
+        kind = rules.Gated
+    else:
+        kind = ARCHITECTURES[architecture]
     _drop_scaling_factor(held, file)
     layout = {"W_enc": ("W_enc", "dF"), "W_dec": ("W_dec", "Fo"), **_BIASES}
     if "W_skip" in held:
@@ -71,22 +86,32 @@ def load(files: Files, *, activation_scale: float | None = None) -> Checkpoint:
     elif kind is act.BatchTopK:
         layout["topk_threshold"] = ("threshold", "")
     tensors = take(file, held, layout, {"d": cfg["d_in"], "F": cfg["d_sae"]})
-    if architecture == "gated":
+    if architecture == "gated" and kind is not rules.Gated:
         tensors = folding.gated_as_jumprelu(tensors)
     elif "b_enc" not in tensors:
         tensors["b_enc"] = torch.zeros(cfg["d_sae"], dtype=tensors["W_enc"].dtype)
-    metadata = cfg["metadata"]
+    if isinstance(section, dict) and isinstance(counters := section.get("state"), dict):
+        state |= {name: torch.tensor(float(value), dtype=torch.float64) for name, value in counters.items()}
     c = Checkpoint(
         activation=kind,
         options=_options(cfg, kind, files.config_file),
-        tensors=tensors,
-        card=_card(cfg, architecture, metadata),
+        tensors=tensors | state,
+        card=_card(cfg, architecture, cfg["metadata"]),
         apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True),
         normalize_activations=cfg["normalize_activations"],
         rescale_acts_by_decoder_norm=cfg.get("rescale_acts_by_decoder_norm", False),
     )
     c = _scaled(c, activation_scale, files.config_file)
-    return recorded(c, metadata.get("sae_engine"))
+    return recorded(c, section)
+
+
+def _registered(name: str, file: Path) -> type[act.Activation]:
+    if name not in act.RULES:
+        raise ValueError(
+            f"{file}: the rule {name!r} is not known here: import the module that defines it before loading; "
+            f"known: {sorted(act.RULES)}"
+        )
+    return act.RULES[name]
 
 
 def save(c: Checkpoint, path: str | PathLike) -> None:
@@ -99,12 +124,15 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
     from safetensors.torch import save_file
 
     architecture = _written_as(c)
-    if architecture not in COUNTING:
+    if architecture not in COUNTING and not architecture.startswith(OURS):
         c = folding.fold_decoder_norms(c)
-    tensors = dict(c.tensors)
-    if architecture == "batchtopk":
+    tensors, counters = dict(c.tensors), {}
+    if architecture in BATCH:
         tensors["topk_threshold"] = tensors.pop("threshold")
-    content = json.dumps(_config(c, architecture), indent=2)
+        counters = {name: tensors.pop(name).item() for name in ("forwards",) if name in tensors}
+    elif architecture == "gated":
+        del tensors["b_enc"]  # 0: the gate's biases take its place
+    content = json.dumps(_config(c, architecture, counters), indent=2)
     write_files(Path(path), {
         WEIGHTS: lambda name: save_file(tensors, name, metadata={"format": "pt"}),
         CONFIG: text_writer(content),
@@ -113,6 +141,13 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
 
 def _written_as(c: Checkpoint) -> str:
     """The architecture's name. SAELens' transcoders are ReLU or JumpReLU and never subtract ``b_dec``."""
+    if c.activation not in WRITTEN:
+        if act.RULES.get(c.activation.__name__) is not c.activation:
+            raise TypeError(
+                f"activation {c.activation.__name__} of {c.activation.__module__} cannot be saved: another rule has "
+                "its name; give it one of its own"
+            )
+        return OURS + c.activation.__name__
     name = WRITTEN[c.activation]
     narrow = c.tensors["W_enc"].shape[0] == c.tensors["W_dec"].shape[1]
     if c.apply_b_dec_to_input or name not in ("standard", "jumprelu"):
@@ -122,7 +157,7 @@ def _written_as(c: Checkpoint) -> str:
     return name if narrow else {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[name]
 
 
-def _config(c: Checkpoint, architecture: str) -> dict[str, Any]:
+def _config(c: Checkpoint, architecture: str, counters: dict[str, float]) -> dict[str, Any]:
     W_dec = c.tensors["W_dec"]
     metadata: dict[str, Any] = {"sae_lens_version": LAYOUT}
     if c.card is not None:
@@ -140,12 +175,14 @@ def _config(c: Checkpoint, architecture: str) -> dict[str, Any]:
         "normalize_activations": "none" if c.normalize_activations == "center" else c.normalize_activations,
         "reshape_activations": "none",
         "rescale_acts_by_decoder_norm": c.rescale_acts_by_decoder_norm,
-        "metadata": {**metadata, "sae_engine": own_section(c)},
+        "metadata": {**metadata, "sae_engine": own_section(c) | ({"state": counters} if counters else {})},
     }
     if "transcoder" in architecture or W_dec.shape[1] != cfg["d_in"]:
         cfg["d_out"] = W_dec.shape[1]
     if "k" in c.options:
         cfg["k"] = c.options["k"]
+    if "widths" in c.options:
+        cfg["matryoshka_widths"] = c.options["widths"]
     return cfg | {theirs: c.options[ours] for ours, theirs in _OPTIONS.items() if ours in c.options}
 
 
@@ -171,9 +208,13 @@ def _current(config: dict[str, Any], file: Path) -> dict[str, Any]:
     cfg["normalize_activations"] = "expected_average_only_in" if normalize is True else normalize
     if cfg.get("reshape_activations", "none") != "none":
         raise ValueError(f"{file}: reshape_activations {cfg['reshape_activations']!r} is not supported")
-    if not isinstance(cfg["architecture"], str) or cfg["architecture"] not in ARCHITECTURES:
-        known = sorted(ARCHITECTURES)
-        raise ValueError(f"{file}: architecture {cfg['architecture']!r} is not supported; supported: {known}")
+    known = isinstance(cfg["architecture"], str) and (
+        cfg["architecture"] in ARCHITECTURES or cfg["architecture"].startswith(OURS)
+    )
+    if not known:
+        raise ValueError(
+            f"{file}: architecture {cfg['architecture']!r} is not supported; supported: {sorted(ARCHITECTURES)}"
+        )
     return cfg
 
 
