@@ -135,6 +135,7 @@ def run(options: argparse.Namespace, worker: Sequence[str]) -> int:
     write_report(folder, remarks)  # before the figures, which take a while
     try:
         if not status:
+            print("the tables are written; drawing the figures whose rows are new …", flush=True)
             remarks = write_report(folder, remarks, figure_seconds=math.inf if options.full else grace(seconds))
     except KeyboardInterrupt:
         status = 130

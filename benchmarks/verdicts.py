@@ -1,7 +1,7 @@
 """Targets and predictions beside what was measured on a GPU: pure functions of stored rows.
 
 Targets are stated against roofs and yardsticks of the same card and run. A prediction (``predict.py``) is confirmed by
-a time within a factor of 1.5, and refuted by any other.
+a time within a factor of 1.5, and refuted by any other. Rows of other commits than a card's last judge nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from derived import (
     cells,
     fmt_ms,
     fmt_ratio,
+    newest,
     roof_of,
+    same_code,
     share_of_roof,
     table,
 )
@@ -83,7 +85,8 @@ TARGETS = (
 
 def targets(rows: Sequence[Row], device: str) -> list[tuple[Target, float | None, str]]:
     """Each target with what was measured on ``device`` and the verdict."""
-    there = {(cell.op_id, cell.case, cell.dtype): cell for cell in cells(r for r in rows if r["device"] == device)}
+    rows = _of_last_commit(rows, device)
+    there = {(cell.op_id, cell.case, cell.dtype): cell for cell in cells(rows)}
     judged = []
     for target in TARGETS:
         cell = there.get((target.op_id, target.case, DTYPE))
@@ -91,6 +94,12 @@ def targets(rows: Sequence[Row], device: str) -> list[tuple[Target, float | None
         met = value is not None and (value <= target.limit if target.at_most else value >= target.limit)
         judged.append((target, value, NOT_MEASURED if value is None else MET if met else MISSED))
     return judged
+
+
+def _of_last_commit(rows: Sequence[Row], device: str) -> list[Row]:
+    found = [row for row in rows if row["device"] == device]
+    last = newest(found) if found else {}
+    return [row for row in found if same_code(row, last)]
 
 
 def target_table(rows: Sequence[Row], device: str) -> str:
@@ -120,7 +129,7 @@ def predictions(rows: Sequence[Row], predicted: Iterable[dict[str, Any]]) -> lis
     expected = {(p["gpu"], p["shape"], long_names[p["dtype"]], p["op"], p["mode"]): p for p in predicted}
     lines = []
     for device in dict.fromkeys(row["device"] for row in rows):
-        there = {(cell.case, cell.dtype, cell.op_id): cell for cell in cells(r for r in rows if r["device"] == device)}
+        there = {(cell.case, cell.dtype, cell.op_id): cell for cell in cells(_of_last_commit(rows, device))}
         for gpu, case, dtype in dict.fromkeys(place[:3] for place in expected if place[0] in device):
             for name, calls, op_ids in COMPARED:
                 parts = [expected.get((gpu, case, dtype, *call)) for call in calls]

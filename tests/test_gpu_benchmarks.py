@@ -107,6 +107,15 @@ def test_targets_of_another_dtype_size_or_device_do_not_count():
     assert {verdict for _, _, verdict in verdicts.targets(gpu_rows(), "another GPU")} == {verdicts.NOT_MEASURED}
 
 
+def test_an_older_commit_judges_nothing():
+    old = {"commit": "b" * 40, "utc": "2025-01-01T00:00:00Z"}
+    mixed = [r | (old if r["kind"] == "operation" else {}) for r in gpu_rows()]
+    assert {verdict for _, _, verdict in verdicts.targets(mixed, DEVICE)} == {verdicts.NOT_MEASURED}
+    made = [row("topk", "S1", 0.1, **old), row("topk", "S2", 0.1)]
+    predicted = [prediction("topk", 100.0), prediction("topk", 100.0, shape="S2")]
+    assert [line[1] for line in verdicts.predictions(made, predicted)] == ["S2, bfloat16"]
+
+
 def test_every_target_is_measured_by_the_registry():
     """The rows that targets are computed from are those that a run on a GPU writes."""
     for target in verdicts.TARGETS:
