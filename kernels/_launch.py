@@ -81,6 +81,8 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.following = kernel, grid, following
         self.options, self.most_registers = _tuning.options(warps), most_registers
+        # An interpreted kernel has no binaries, nor parameters that would say so.
+        self._unspecialized = tuple(p.do_not_specialize for p in getattr(kernel, "params", ()))
         self._binaries: dict[tuple, Any] = {}
         self._in_order: tuple = ()
 
@@ -91,7 +93,7 @@ class Launch:
             self.kernel[grid](*pointers, **self.following, **self.options)
             return
         active = driver.active
-        key = active, active.get_current_device(), *map(_specialized, pointers)
+        key = active, active.get_current_device(), *map(_specialized, pointers, self._unspecialized)
         binary = self._binaries.get(key)
         if binary is not None:
             binary[(*grid, 1, 1)[:3]](*pointers, *self._in_order)
@@ -104,10 +106,15 @@ class Launch:
             self._binaries[key] = binary
 
 
-def _specialized(argument: Any) -> Any:
-    """What Triton lets a binary depend on: of tensors dtype and alignment; of integers 1, multiples of 16, width."""
+def _specialized(argument: Any, unspecialized: bool) -> Any:
+    """What Triton lets a binary depend on: of tensors dtype and alignment; of integers 1, multiples of 16, width.
+
+    Of those that a kernel has it not specialize for, the width alone.
+    """
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return tuple(map(_specialized, argument)) if isinstance(argument, tuple) else type(argument)
+        return unspecialized or (argument == 1, argument % 16 == 0), -(2**31) <= argument < 2**31
+    if isinstance(argument, tuple):
+        return tuple(_specialized(one, unspecialized) for one in argument)
+    return type(argument)
