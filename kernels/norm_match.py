@@ -3,9 +3,10 @@
 Math      rank by r = relu(pre) * weight_norm; keep the prefix that minimises |sqrt(sum r^2) - target|
 Grid      (B,); one program owns one row, first to find its cut, then to write what it keeps
 Traffic   a sample of the row says between which two r the energy will cross the target; one pass checks it exactly,
-          sets aside what lies between, and marks what may be kept; a second pass where the sample could not tell
-          (targets near the row's norm). Then the marked entries again, or the tiles where they are many; a bit an entry
-          is written and read; writes N*(s + 4)
+          sets aside what lies between, and marks what may be kept. Where the sample cannot tell (targets near the
+          row's norm, a few entries that hold most of it), that pass takes the row's energy and sets the largest aside,
+          for one or two more to work from. Where ties end a row it is read up to the last that is kept. Then the marked
+          entries again, or the tiles where they are many; a bit an entry is written and read; writes N*(s + 4)
 Numerics  r rounded once to fp32; energies of 8 entries in fp32, summed in fp64, always in the same order: same bits on
           every run. The sample decides how many passes there are, never the result
 Source    Lee et al. 2025, arXiv:2503.24277 (nearest prefix, compared in norm space); narrowing by a sample as in
@@ -189,7 +190,7 @@ def _guess(
     odd = tl.abs(_sum(energy) - energy_between.to(tl.float32) * (SAMPLE / F)) > tl.sqrt(squares) * ODD_ERRORS
     bar = b
     if tl.where(known, odd | ((fits == 0) & (a == lo)), fits == 0):
-        a = _counted_bound(r, first, tl.minimum(hi, last), hi, (SAMPLE / F) * (PLACES // 4))  # uneven lanes
+        a = _counted_bound(r, first, tl.minimum(hi, last), hi, (SAMPLE / F) * (PLACES // 8))  # lanes fill unevenly
         b = hi
         bar = lo - 1
         fits = fits | (fits == 0)
