@@ -69,7 +69,12 @@ def moved(launch, shape):
             return gathered, gathered + size("maxima_ptr") + found + rows * FOUND
         case "_digit_kernel" | "_row_count_kernel" | "_compact_kernel" if a["HAS_LIST"]:
             return 0, SURVIVORS * entries * (4 + SECTOR) + rows * FOUND * (1 + a.get("SECOND_DIGIT", 0))
-        case "_digit_kernel" | "_row_count_kernel":
+        case "_sample_kernel":
+            sampled = a["RUN"] * a["RUNS"] * a["score_ptr"].element_size()
+            return sampled, sampled
+        case "_digit_kernel" if a["HAS_SAMPLE"]:  # the cut lies in the sample's window, and nothing is left to count
+            return 0, rows * FOUND
+        case "_near_kernel" | "_digit_kernel" | "_row_count_kernel":
             whole = size("score_ptr")
             return whole, whole + rows * FOUND
         case "_compact_kernel":

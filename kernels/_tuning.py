@@ -78,6 +78,34 @@ def list_tile(k: float) -> Tile:
     return Tile(block, block // 128)
 
 
+def unlisted_block(tile: Tile) -> int:
+    """Columns of one step over a row whose candidates fit no list, by the warps that wait for lists: 16 a thread.
+
+    Two 16-byte loads of 16-bit values; a list's tile is as short as lists are, and would take thousands of steps.
+    """
+    return 512 * tile.warps
+
+
+# Where groups do not pay, batch top-k learns from a sample near which digit the cut lies.
+SAMPLED = 2**18  # entries: some standard errors of them are two or three digits of continuous data
+SAMPLED_RUN = 64  # neighbours in one row: whole sectors of memory, and as many places as possible
+SAMPLE_TILE = Tile(1024, 4)
+SAMPLE_ERRORS = 4  # standard errors on either side: one matrix in ten thousand is counted once more
+
+
+def sampled_runs(rows: int, num_latents: int) -> int:
+    """Runs of the sample; 0 for matrices so small that counting them whole takes hardly more additions."""
+    enough = rows * num_latents >= 16 * SAMPLED and num_latents >= SAMPLED_RUN
+    return SAMPLED // SAMPLED_RUN if enough else 0
+
+
+def sampled_ranks(number: int, share: float) -> tuple[int, int]:
+    """Between which ranks of a sample of ``number`` entries lies the last of the largest ``share`` of a matrix."""
+    expected = share * number
+    most = SAMPLE_ERRORS * math.sqrt(expected * max(1 - share, 0.0)) + 1
+    return max(math.floor(expected - most), 1), min(math.ceil(expected + most), number)
+
+
 def options(warps: int) -> dict[str, int | bool]:
     """What every launch passes to Triton. Products and sums fuse, as they always have: Triton's default changes."""
     return {"num_warps": warps, "enable_fp_fusion": True}

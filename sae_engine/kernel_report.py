@@ -239,6 +239,7 @@ def quick_cells(target: str) -> list[Cell]:
               ("topk mask", S3, BF16),
               ("topk k=4096", S2, BF16), ("topk few rows", S1, BF16), ("topk few rows F=2^21 k=64", S1, FP32),
               ("topk", PRIMES, FP16), ("batch_topk", PRIMES, BF16), ("batch_topk", S3, FP32),
+              ("batch_topk quarter kept", S1, BF16),
               ("norm_match unweighted", S2, FP32),
               ("latent_adam two terms", S1, BF16), ("latent_adam", S3, BF16), ("feature_topm", S1, FP32)]  # fmt: skip
     if target in ("sm_90", "gfx942"):  # one of each make looks closer

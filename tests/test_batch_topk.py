@@ -91,12 +91,49 @@ def test_small_and_complete():
         assert_same(ops.batch_topk(pre, None, total, "triton"), ops.batch_topk(pre, None, total, "reference"))
 
 
+@pytest.fixture
+def sampling(monkeypatch):
+    """Samples of small matrices, in each of which the cut is looked for so many standard errors around."""
+
+    def so_many(errors):
+        monkeypatch.setattr(_tuning, "SAMPLED", 128)
+        monkeypatch.setattr(_tuning, "SAMPLED_RUN", 16)
+        monkeypatch.setattr(_tuning, "SAMPLE_TILE", _tuning.Tile(64, 1))
+        monkeypatch.setattr(_tuning, "SAMPLE_ERRORS", errors)
+        assert _tuning.sampled_runs(4, 520) == 8 and _tuning.batch_groups(4, 520, 400) is None
+
+    return so_many
+
+
+@pytest.mark.parametrize("errors", [4, 0, -9])
+def test_samples_decide_nothing(errors, sampling):
+    """Windows in which the cut is, and with negative errors such as it misses, whose ends have changed places."""
+    sampling(errors)
+    kinds = ("normal", "ties", "special")
+    for total, kind, dtype, masked in zip((400, 500, 700), kinds, DTYPES, (False, True, False), strict=True):
+        pre, mask = make_pre(kind, (4, 520), dtype), torch.rand(520) < 0.6 if masked else None
+        assert_same(ops.batch_topk(pre, mask, total, "triton"), ops.batch_topk(pre, mask, total, "reference"))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("off", [1, 0.5, 2])
+def test_a_sample_that_misleads(off, sampling):
+    """The sampled columns lie elsewhere than the others: the cut is within the window, above and below it."""
+    sampling(1)
+    pre = torch.rand(4, 520) + 1
+    runs = torch.arange(8)
+    start = (runs * 40503 % 65536 * (520 // 16) >> 16) * 16
+    pre[(runs * 4 // 8)[:, None], start[:, None] + torch.arange(16)] *= off
+    assert_same(ops.batch_topk(pre, None, 600, "triton"), ops.batch_topk(pre, None, 600, "reference"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_production_shape(dtype):
     pre = torch.randn(512, 32768, device="cuda").to(dtype)
     for x in (pre, pre.round()):
-        assert_same(ops.batch_topk(x, None, 512 * 32, "triton"), ops.batch_topk(x, None, 512 * 32, "reference"))
+        for k in (32, 8192):  # a bound by group maxima, and a sample
+            assert_same(ops.batch_topk(x, None, 512 * k, "triton"), ops.batch_topk(x, None, 512 * k, "reference"))
 
 
 @pytest.mark.gpu

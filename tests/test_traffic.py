@@ -88,6 +88,44 @@ def test_batch_topk_reads_the_pre_activations_once(num_latents, k, dtype, meteri
     assert read.loaded + written.moved <= ONCE * floor
 
 
+@pytest.mark.parametrize(("off", "most"), [(1, 0.1), (8, 1)], ids=["told", "misled"])
+def test_batch_topk_counts_one_by_one_only_what_is_near_the_cut(off, most, metering, monkeypatch):
+    """Where a quarter is kept groups do not pay. Tiles of 2048 numbers that have as many digits take more than one
+    addition for every two entries, but for a sample. If that misleads, they are counted as they were without it."""
+    monkeypatch.setattr(_tuning, "SAMPLED", 2**12)
+    rows, num_latents = 8, 16384
+    pre = torch.exp2(16 * torch.rand(rows, num_latents)).to(BF16)
+    runs = torch.arange(64)
+    start = (runs * 40503 % 65536 * (num_latents // 64) >> 16) * 64
+    pre[(runs * rows // 64)[:, None], start[:, None] + torch.arange(64)] *= off
+    with metering() as meter:
+        codes = f.batch_topk(pre, num_latents // 4, backend="triton")
+    assert torch.equal(codes.indices, f.batch_topk(pre, num_latents // 4, backend="reference").indices)
+    sample, near, digit = meter.launches[:3]
+    assert sample.loaded["score_ptr"] == 2**12 * 2 and near.loaded["score_ptr"] == pre.nbytes
+    assert digit.loaded.get("score_ptr", 0) == (0 if off == 1 else pre.nbytes)
+    added = sum(one.stored.get("counts_ptr", 0) for one in (near, digit)) + sample.stored["sample_ptr"]
+    # the sample, four of its standard errors on either side, and a few sums of each tile
+    assert added / 8 <= most * pre.numel()
+
+
+def test_batch_topk_streams_rows_of_few_positives(metering):
+    """Nothing bounds the cut but zero, and no list has room: each pass reads the row once, by tiles that are wide."""
+    from sae_kernels import _launch, batch_topk  # these import triton
+
+    rows, num_latents, k = 4, 8192, 16
+    pre = -torch.rand(rows, num_latents).to(BF16)
+    pre[:, ::1024] = 1  # 8 a row
+    with metering() as meter:
+        codes = f.batch_topk(pre, k, backend="triton")
+    assert torch.equal(codes.indices, f.batch_topk(pre, k, backend="reference").indices)
+    survivors = next(launch for launch in meter.launches if launch.kernel == "_survivors_kernel")
+    assert survivors.loaded["score_ptr"] == pre.nbytes  # twice, when their columns were listed as well
+    plan = batch_topk._plan(_launch.layout(pre), None, rows * k)
+    warps = plan.row_counts.options["num_warps"]
+    assert plan.row_counts.following["BLOCK"] == 128 and plan.row_counts.following["STREAM"] == 512 * warps
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize(("num_latents", "k", "most"), [(65536, 2048, 1.3), (131072, 4096, 1.4), (262144, 512, ONCE)])
 def test_wide_rows_are_read_hardly_more_than_once(num_latents, k, most, dtype, metering):
