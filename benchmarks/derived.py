@@ -183,6 +183,15 @@ def fmt_ratio(ratio: float) -> str:
     return f"{ratio:.2g}×" if ratio < 0.1 else f"{ratio:.2f}×"
 
 
+HOST_HEADER = ("host", "CUDA graph")
+
+
+def host_columns(row: Row) -> tuple[str, str]:
+    """What the host takes to submit a call, and a CUDA graph's time or why there is none."""
+    graph = fmt_ms(row["graph_ms"]) if "graph_ms" in row else row.get("no_graph", "")
+    return fmt_ms(row["host_ms"]) if "host_ms" in row else "", graph
+
+
 def fmt_spread(row: Row) -> str:
     """``12.3 (12.1–12.9)``: median and the 20th and 80th percentile."""
     middle, low, high = (f"{row[name]:.3g}" if row[name] < 1000 else f"{row[name]:.0f}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from progress import announce
 from rows import Row, failure, now_utc
-from timing import Call, OtherLoad, time_interleaved
+from timing import Call, OtherLoad, graph_ms, host_ms, time_interleaved
 
 
 class Wrong(AssertionError):
@@ -100,10 +100,28 @@ def time_in_turn(
     except Exception as error:
         return rows + [failed(entrant.about, error, device) for entrant, _ in ready]
     load = others.cores()
+    measured = [{**timing.fields(), **prepared.extra} for (_, prepared), timing in zip(ready, timings, strict=True)]
+    if device.type == "cuda":
+        for (entrant, prepared), numbers in zip(ready, measured, strict=True):
+            announce(f"{where}: host and CUDA graph of {name_of(entrant.about)}", [entrant.about])
+            numbers.update(beside_the_device(prepared.calls[0], device))
+    done = now_utc()
     return [
-        {**entrant.about, **timing.fields(), **prepared.extra, "other_load": load, "utc": now_utc()}
-        for (entrant, prepared), timing in zip(ready, timings, strict=True)
+        {**entrant.about, **numbers, "other_load": load, "utc": done}
+        for (entrant, _), numbers in zip(ready, measured, strict=True)
     ] + rows
+
+
+def beside_the_device(call: Call, device: torch.device) -> Row:
+    """What the host takes to submit a call, and a CUDA graph to run it again, or why there is none."""
+    found: Row = {"host_ms": float(f"{host_ms(call, device):.5g}")}
+    try:
+        found["graph_ms"] = float(f"{graph_ms(call, device):.5g}")
+    except Exception as error:
+        error.__traceback__ = None
+        found["no_graph"] = reason(error)
+        still_there(device)
+    return found
 
 
 def name_of(row: Row) -> str:

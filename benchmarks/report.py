@@ -10,6 +10,7 @@ from statistics import mean
 import reasons
 from derived import (
     BOUND_BY,
+    HOST_HEADER,
     Cell,
     bandwidth_gbps,
     cells,
@@ -19,6 +20,7 @@ from derived import (
     fmt_ratio,
     fmt_spread,
     gathered_gbps,
+    host_columns,
     is_ours,
     knob_text,
     means,
@@ -182,7 +184,7 @@ def _operations_table(found: Sequence[Cell], rows: Sequence[Row]) -> str:
     on_gpu = any(row["peak_mem_bytes"] is not None for cell in found for row in cell.rows)
     gathers = {row["device"]: gather for row in rows if (gather := roof_of(rows, row["device"], "gather"))}
     header = ["operation", "provider", "ms", "speed-up", "GB/s", "% of copy", "% of GEMM"]
-    header += [*(["% of gather"] if gathers else []), *(["peak MB"] if on_gpu else [])]
+    header += [*(["% of gather"] if gathers else []), *(["peak MB", *HOST_HEADER] if on_gpu else [])]
     lines = []
     for cell in found:
         for row in cell.rows:
@@ -205,6 +207,7 @@ def _operations_table(found: Sequence[Cell], rows: Sequence[Row]) -> str:
                 line.append(f"{100 * gathered_gbps(row) / bandwidth_gbps(gather):.0f}" if gather else "")
             if on_gpu:
                 line.append("" if row["peak_mem_bytes"] is None else f"{row['peak_mem_bytes'] / 1e6:.0f}")
+                line += host_columns(row)
             lines.append(line)
     return table(header, lines, left=2)
 

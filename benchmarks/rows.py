@@ -29,7 +29,8 @@ Row = dict[str, Any]
 MEASURED = frozenset({
     "ms_p50", "ms_p20", "ms_p80", "samples", "bytes", "flops", "peak_mem_bytes", "other_load", "utc",
     "mse", "mse_train", "fvu", "l0", "dead_fraction", "tokens_per_second", "seconds",
-    "errors", "share_of_first",
+    "errors", "share_of_first", "host_us_min", "host_us_p50", "launches", "stock_operators",
+    "host_ms", "graph_ms", "no_graph",
     "dense_fraction", "loss_recovered", "ce_clean", "ce_spliced", "ce_ablated", "strength", "failed",
 })  # fmt: skip
 PROVENANCE = frozenset({"commit", "dirty", "torch", "triton", "python", "driver", "cuda"})

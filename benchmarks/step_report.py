@@ -8,7 +8,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import published
-from derived import dated, fmt_ms, fmt_ratio, fmt_spread, newest, note_text, shape_text, table
+from derived import (
+    HOST_HEADER,
+    dated,
+    fmt_ms,
+    fmt_ratio,
+    fmt_spread,
+    host_columns,
+    newest,
+    note_text,
+    shape_text,
+    table,
+)
 from rows import Row
 
 GEMM, ADAM = "encoder GEMM", "fused Adam"  # the yardsticks of a step
@@ -100,8 +111,9 @@ def step_table(found: Sequence[Row], last: Row) -> str:
         ]  # fmt: skip
         if memory:
             line.append("" if row["peak_mem_bytes"] is None else f"{row['peak_mem_bytes'] / 1e6:.0f}")
+            line += host_columns(row)
         lines.append(line)
-    header = ["step", "what it includes", "ms", "× floor", "ours is", *(["peak MB"] if memory else [])]
+    header = ["step", "what it includes", "ms", "× floor", "ours is", *(["peak MB", *HOST_HEADER] if memory else [])]
     text = table(header, lines, left=2)
     return text if floor is None else f"Floor (GEMM + fused Adam): {fmt_ms(floor)}.\n\n{text}"
 

@@ -17,6 +17,7 @@ import torch
 
 Call = Callable[[], object]
 ENOUGH_SECONDS = 12.0
+SUBMISSIONS, REPLAYS = 5, 10
 
 CPU_METHOD = "perf_counter; variants interleaved round by round; median and 20th/80th percentile"
 GPU_METHOD = "CUDA events behind a busy queue; inputs rotated past the L2 cache; variants interleaved; medians"
@@ -98,6 +99,32 @@ def peak_memory_bytes(call: Call, device: torch.device) -> int | None:
     _synchronize(device)
     del result
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def host_ms(call: Call, device: torch.device) -> float:
+    """The least that the host takes to submit a call to a GPU; of one that waits for the device, the whole call."""
+    return min(_submission_ms(call, device) for _ in range(SUBMISSIONS))
+
+
+def graph_ms(call: Call, device: torch.device) -> float:
+    """Median of a CUDA graph's replays of ``call``, which has been called before. Raises where there can be none.
+
+    One that waits for the device is refused before the capture, which it would break for everybody.
+    """
+    stream, mode = torch.cuda.current_stream(device), torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+    graph.replay()
+    return statistics.median(_events(graph.replay, device, cycles=spin_cycles(1.0)) for _ in range(REPLAYS))
 
 
 class OtherLoad:

@@ -35,7 +35,7 @@ def kept_values(self, pre: Tensor, codes: SparseCodes, **context) -> Tensor:
 
 def has_gate(rule: Activation) -> bool:
     """Whether the rule keeps pre-activations as they are and only stops the gradient at stored zeros."""
-    return type(rule).entry_values is kept_values
+    return type(rule).entry_values is kept_values or (type(rule) is AuxTopK and rule.relu)
 
 
 RULES: dict[str, type[Activation]] = {}  # by the names under which checkpoints know them

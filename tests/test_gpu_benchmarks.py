@@ -1,6 +1,7 @@
 """What the benchmarks make of rows from a GPU, with made-up rows: shares of roofs, targets, predictions, figures; and
 the parts that only a GPU times, run small in Triton's interpreter."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import checks
 import derived
+import guarded
 import inputs
 import jobs
 import operations
@@ -325,3 +327,70 @@ def test_the_compiled_step_is_right(monkeypatch):
     (contestant,) = [c for c in steps.CONTESTANTS if c.compiled]
     setup = steps.make_setup(dataclasses.replace(steps.TINY, B=24, F=128, k=4), CPU)
     steps.check(contestant, contestant.build(setup), setup, steps.true_error(setup))
+
+
+class FakeGraph:
+    def replay(self):
+        self.replays = getattr(self, "replays", 0) + 1
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    """What happens to the device while a CUDA graph is made of a call, in order."""
+    happened, mode = [], ["default"]
+
+    @contextlib.contextmanager
+    def capture(graph):
+        happened.append("capture")
+        yield
+
+    def set_mode(wanted):
+        mode[0] = wanted
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: happened.append(f"back on {stream}"))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[0])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(timing, "_events", lambda call, device, cycles: call() or 0.25)
+    return happened, mode
+
+
+def test_a_row_on_a_gpu_says_what_the_host_and_a_graph_take(fake_graphs):
+    happened, mode = fake_graphs
+    found = guarded.beside_the_device(lambda: happened.append(mode[0]), torch.device("cuda"))
+    assert found["graph_ms"] == 0.25 and found["host_ms"] >= 0 and "no_graph" not in found
+    assert happened == ["default"] * timing.SUBMISSIONS + ["error", "capture", "default", "back on stream"]
+
+
+def test_a_call_that_waits_is_not_captured_and_its_row_says_so(fake_graphs):
+    happened, mode = fake_graphs
+
+    def waits():
+        if mode[0] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    found = guarded.beside_the_device(waits, torch.device("cuda"))
+    assert found["no_graph"] == "raised RuntimeError: called a synchronizing CUDA operation"
+    assert "graph_ms" not in found and "capture" not in happened and mode == ["default"]
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(fake_graphs):
+    happened, _ = fake_graphs
+
+    def refuses():
+        if "capture" in happened:
+            raise RuntimeError("not permitted when stream is capturing")
+
+    assert "not permitted" in guarded.beside_the_device(refuses, torch.device("cuda"))["no_graph"]
+    assert happened == ["capture", "back on stream"]
+
+
+def test_host_and_graph_stand_beside_the_device_time():
+    made = [row("topk", "S1", 0.1)]
+    made[0] |= {"host_ms": 0.0123, "no_graph": "it waits"}
+    text = report.markdown(made, [])
+    assert "CUDA graph" in text and "12.3 µs" in text and "it waits" in text

@@ -1,11 +1,15 @@
 """What the host does for one call: the kernels that it launches, and the stock operators between them."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 import sae_engine as se
 from sae_engine import functional, kernel_report
+from sae_engine.losses import AuxK
+from sae_engine.training import TrainStep
 from sae_kernels import _launch
 from sae_kernels.ops import ops
 
@@ -58,6 +62,43 @@ def test_a_call_launches_no_more_than_it_did(name, counted):
     launched, stock = counted
     call()
     assert (len(launched), len(stock)) == (kernels, operators), (launched, stock)
+
+
+# The same of a training step in bf16, which is one step of the optimizer as well.
+STEPS = {
+    "TopK": (se.TopK(K), {}, 7, 56),
+    "BatchTopK": (se.BatchTopK(K), {}, 11, 66),
+    "TopK and AuxK": (se.TopK(K), {"losses": AuxK()}, 12, 86),
+    "TopK, stored gradients": (se.TopK(K), {"grad_clip": 1.0}, 6, 79),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step_launches_no_more_than_it_did(name, counted):
+    rule, options, kernels, operators = STEPS[name]
+    launched, stock = counted
+    with torch.device("meta"):
+        sae = se.SparseAutoencoder(D, F, copy.deepcopy(rule))
+    step, x = TrainStep(sae, lr=1e-3, compute_dtype=torch.bfloat16, **options), meta(B, D, dtype=torch.float32)
+    step.warm_up(x)
+    launched.clear(), stock.clear()
+    step.warm_up(x)  # with all that a step can contain
+    assert (len(launched), len(stock)) == (kernels, operators), (launched, stock)
+
+
+def test_a_training_step_makes_its_plans_once(counted, monkeypatch):
+    made = []
+    plan = _launch.Launch.__init__
+    monkeypatch.setattr(_launch.Launch, "__init__", lambda self, *a, **k: (made.append(1), plan(self, *a, **k))[0])
+    _launch.forget_plans()
+    with torch.device("meta"):
+        sae = se.SparseAutoencoder(D, F, se.TopK(K))
+    step = TrainStep(sae, lr=1e-3, compute_dtype=torch.bfloat16)
+    step(meta(B, D))
+    assert len(made) == len(counted[0])
+    for _ in range(2):
+        step(meta(B, D))
+    assert len(made) == len(counted[0]) / 3
 
 
 def test_a_plan_is_made_once_for_each_layout(counted, monkeypatch):

@@ -48,8 +48,10 @@ class Adam(torch.optim.Adam):
     def counted(self, parameters: list[Tensor], skip: Tensor | None) -> Tensor:
         """Advances the parameters' step counters, except where ``skip`` () is set; returns one of them."""
         counters = [self.state[p]["step"] for p in parameters]
-        one = torch.ones_like(counters[0]) if skip is None else (~skip).to(torch.float32)
-        torch._foreach_add_(counters, [one] * len(counters))  # a single tensor would be read by the host, as a number
+        if skip is None:
+            torch._foreach_add_(counters, 1.0)
+        else:  # a single tensor would be read by the host, as a number
+            torch._foreach_add_(counters, [(~skip).to(torch.float32)] * len(counters))
         return counters[0]
 
     def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,9 +32,8 @@ class Backward(NamedTuple):
 
 
 def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
-    sae, wide, encoder = forward.sae, forward.wide, forward.weights.encoder
+    sae, wide, x = forward.sae, forward.wide, forward.encoded
     repeats = max((runs.batch_shape[-1] for runs in forward.runs.values()), default=1)
-    x = (forward.x - sae.b_dec if sae.apply_b_dec_to_input else forward.x).to(encoder.dtype)
     result = Backward([], x if repeats == 1 else x.repeat_interleave(repeats, 0), repeats, None, [], {})
     along = None
     for number, kept in enumerate(forward.kept):

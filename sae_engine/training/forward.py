@@ -1,6 +1,7 @@
 """The forward half of a step: each rule's codes of a batch, and what the decoder makes of them."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from ..activations import PER_TOKEN, Activation
 from ..autoencoder import EncodeInfo, SparseAutoencoder
 from ..codes import SparseCodes
 from .chunks import Parts, PreActivations
+from .dead import DeadLatents
 
 
 class Weights(NamedTuple):
@@ -44,12 +46,23 @@ class Forward:
     x: Tensor  # (B, d_in) as the encoder sees it, before b_dec
     target: Tensor  # (B, d_out), fp32 or wider
     info: EncodeInfo
-    dead: Tensor  # (F,) bool
+    counters: DeadLatents
     buffer: PreActivations
     backend: str
     kept: list[Kept] = field(default_factory=list)
     runs: dict[int, SparseCodes] = field(default_factory=dict)  # (B, widths): codes cut at nested prefixes' widths
     _residuals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def dead(self) -> Tensor:
+        """(F,) bool, as before this batch."""
+        return self.counters.mask
+
+    @functools.cached_property
+    def encoded(self) -> Tensor:
+        """(B, d_in) what the encoder multiplies, in the dtype of the computation."""
+        x = self.x - self.sae.b_dec if self.sae.apply_b_dec_to_input else self.x
+        return x.to(self.weights.encoder.dtype)
 
     @property
     def tokens(self) -> int:
@@ -62,7 +75,9 @@ class Forward:
 
     def encode(self, rules: Sequence[Activation], context: dict[str, Any], chunk_rows: int) -> None:
         """Fills ``kept``, rule by rule, from the pre-activations of ``chunk_rows`` tokens at a time."""
-        given = {"dead_mask": self.dead, **self.sae._context(self.x, list(rules)), **context}
+        given = {**self.sae._context(self.x, list(rules)), **context}
+        if any("dead_mask" in rule.context_keys for rule in rules):
+            given.setdefault("dead_mask", self.dead)
         contexts = [{name: given[name] for name in rule.context_keys & given.keys()} for rule in rules]
         for name in context.keys() - frozenset().union(*(rule.context_keys for rule in rules)):
             raise TypeError(f"no rule of this step takes {name}")
@@ -84,10 +99,7 @@ class Forward:
 
     def _pre_activations(self, rows: slice) -> Tensor:
         """(rows, F) that the rules see, in the dtype of the computation."""
-        x = self.x[rows]
-        if self.sae.apply_b_dec_to_input:
-            x = x - self.sae.b_dec
-        pre = self.buffer.product(x.to(self.weights.encoder.dtype), self.weights.encoder.T, self.sae._encoder_bias)
+        pre = self.buffer.product(self.encoded[rows], self.weights.encoder.T, self.sae._encoder_bias)
         return pre if self.norms is None else pre.mul_(self.norms)
 
     @property

@@ -6,7 +6,7 @@ import torch
 from .. import _checks as check
 from .. import _passes, functional
 from .chunks import rows_within
-from .update import PIECES
+from .update import rows_of_a_piece
 
 
 def peak_bytes(
@@ -23,10 +23,10 @@ def peak_bytes(
     pre-activations               C F in the compute dtype: one buffer
     copies                        F (d_in + d_out) in the compute dtype, where that is not the parameters'
     dead counters                 F int64
-    encoding                      C centred rows, N entries twice, and tiles of bounded size for top-k
+    encoding                      the centred batch, N entries twice, and tiles of bounded size for top-k
     backward pass                 B (d_in + outputs * d_out) in fp32, 12 words an entry, 8 words a latent
     a chunk of latents            on a CPU: 1.5 times its gradients, twice with two outputs; 2 more ``row_major``
-    stored gradients' temporary   2 / 16 of the decoder's gradient
+    stored gradients' temporary   2 / 16 of the decoder's gradient; on a GPU 2 of at most 2^26 elements
     ============================  ==========================================================================
 
     Encoding and backward pass do not overlap: the larger counts. On a CPU, which multiplies no mixed dtypes, 16-bit
@@ -54,7 +54,7 @@ def peak_bytes(
     if compute != dtype:
         resident += d_sae * (d_in + d_out) * compute.itemsize
 
-    encoding = 2 * rows * d_in * wide + 2 * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
+    encoding = 2 * tokens * d_in * wide + 2 * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
     tile = min(rows * d_sae, _passes.CHUNK_ELEMENTS // 4)  # of top-k by groups: maxima, and what it looks among
     encoding += int(tile * min(1 / 8 + 16 * k / d_sae, 1) * compute.itemsize)
     if k_aux:  # columns of dead latents
@@ -71,7 +71,8 @@ def peak_bytes(
         if narrow:
             backward += d_sae * max(d_in, d_out) * wide
     if stored:
-        backward += 2 * -(-d_sae // PIECES) * d_out * wide + (outputs - 1) * d_sae * width * wide
+        piece = min(rows_of_a_piece(d_sae, d_out, device_type), d_sae) * d_out
+        backward += 2 * piece * wide + (outputs - 1) * d_sae * width * wide
         backward += d_sae * d_in * wide if row_major else 0
     some = torch.empty(2, 1, dtype=compute)
     if device_type == "cpu" and functional.by_onednn(some, some.T):  # allocates its result: no buffer stays

@@ -168,8 +168,9 @@ class TrainStep:
             losses: dict[str, Tensor] = {}
             pulls = []
             for loss, number in zip(self.losses, numbers, strict=True):
-                losses[loss.name] = forward.target.new_zeros(())
-                if number is not None:
+                if number is None:
+                    losses[loss.name] = forward.target.new_zeros(())
+                else:
                     losses[loss.name], pull = loss.pull(forward, number)
                     pulls.append(pull)
             report = {"loss": torch.stack(list(losses.values())).sum(), **losses}
@@ -196,7 +197,7 @@ class TrainStep:
             self._seen = None
             if self.scheduler is not None and not capturing(x):
                 self.scheduler.step()
-        report["dead"] = self.dead.mask.float().mean()
+        report["dead"] = self.dead.mask.mean(dtype=torch.float32)
         if overflow is not None:
             report["overflow"] = overflow
         return report
@@ -211,7 +212,7 @@ class TrainStep:
             context["attribution"] = sae._attribution(gradient, seen, info)
         forward = Forward(
             sae=sae, weights=weights, norms=sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None,
-            x=seen, target=target.to(wide), info=info, dead=self.dead.mask, buffer=self._pre_activations,
+            x=seen, target=target.to(wide), info=info, counters=self.dead, buffer=self._pre_activations,
             backend=self.backend,
         )  # fmt: skip
         dead_at_most = sae.d_sae if self._warming_up else self.dead.at_most(forward.tokens)

@@ -1,11 +1,15 @@
 """A binary that was found once is launched directly, and another where dtype or alignment differ."""
 
+import copy
+
 import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
 import ptx_emulator
+import sae_engine as se
 from sae_engine import functional
+from sae_engine.training import TrainStep
 from sae_kernels import _launch
 
 pytestmark = pytest.mark.compiled
@@ -58,3 +62,18 @@ def test_triton_is_asked_once_for_each_binary(operation, asked):
     assert first and max(map(asked.count, asked)) <= 2, asked
     operation(memory[:-1].view(3, 97), "triton")
     assert len(asked) == first
+
+
+def test_a_training_step_asks_once_and_trains_as_the_reference_does(asked):
+    torch.manual_seed(0)
+    sae = se.SparseAutoencoder(24, 80, se.TopK(4))
+    twin = copy.deepcopy(sae)
+    ours, meant = (TrainStep(s, lr=1e-2, dense=False, backend=b) for s, b in ((sae, "triton"), (twin, "reference")))
+    number = []
+    for _ in range(3):
+        x = torch.randn(40, 24)
+        torch.testing.assert_close(ours(x), meant(x), rtol=1e-4, atol=1e-5)
+        number.append(len(asked))
+    assert "_latents_kernel" in asked and number[0] == number[2], asked
+    for p, q in zip(sae.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
