@@ -74,7 +74,7 @@ test-interop: $(PEERS_VENV)/.installed ## against SAELens, sparsify and dictiona
 test-versions: $(READY) ## every torch and Triton that is supported, each in an environment under .venvs (VERSIONS_ARGS=--quick)
 	$(PY) tests/versions.py --torch-index '$(TORCH_INDEX)' --jobs $(JOBS) $(VERSIONS_ARGS)
 
-check: lint types test ## what continuous integration runs before test-interop
+check: lint types test ## lint, types and tests; .ci/run has what continuous integration runs beside them
 
 lint: $(READY) ## ruff
 	$(PY) -m ruff check .

@@ -420,11 +420,20 @@ def collect_all(targets: Sequence[str] = TARGETS, *, quick: bool = False, jobs: 
     return {**whole, "defects": defects(whole)}
 
 
+# Bytes a thread by (Triton, kernel). Triton 3.9 has ptxas allocate registers with --regAllocOptLevel=2, by which norm
+# matching's cut keeps one address in memory, written once and read once a pass, under every cap that leaves 16 warps to
+# a processor; without that option it keeps none.
+KNOWN_SPILLS = {("3.9", "norm_cut"): 8}
+
+
 def defects(whole: dict[str, Any]) -> list[str]:
     """What the shipped configurations promise not to do."""
+    triton = ".".join(whole["versions"]["triton"].split(".")[:2])
+    allowed = {kernel: number for (version, kernel), number in KNOWN_SPILLS.items() if version == triton}
     named = [("{target} {kernel} ({case}, {shape} {dtype})".format(**row), row) for row in whole["rows"]]
     return [
-        *(f"{name}: {row['spills']} bytes a thread are spilled" for name, row in named if row["spills"]),
+        *(f"{name}: {row['spills']} bytes a thread are spilled"
+          for name, row in named if row["spills"] > allowed.get(row["kernel"], 0)),
         *(f"{name}: {row['wide_loads']} of {row['wide_loads_due']} 16-byte loads"
           for name, row in named if row["wide_loads"] < row["wide_loads_due"]),
         *(f"{name}: leaves fp fusion to Triton's default" for name, row in named if row["fp_fusion"] is None),
