@@ -83,8 +83,8 @@ def _inner_products(weight: Layout, entries: int, mode: int, offered: bool) -> L
 
 @planned
 def _corrections(beta1: float, beta2: float) -> Launch:
-    logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
-    return Launch(_corrections_kernel, (1,), warps=1, **dict(zip(("LOG_BETA1", "LOG_BETA2"), logs, strict=True)))
+    first, second = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+    return Launch(_corrections_kernel, (1,), warps=1, LOG_BETA1=first, LOG_BETA2=second)
 
 
 @planned
