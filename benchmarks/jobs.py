@@ -58,7 +58,7 @@ def plan(
     others = [cell for cell in others if cell not in glance]
     ordered = [
         *(_cell("sizes", op, case, dtype, device, extent) for _, op, case, dtype in glance),
-        first, *rest[:5], rates, *rest[5:], whole[0], *runs[:early], even,
+        first, *rest[:5], whole[0], *rest[5:], *runs[:early], rates, even,
         *(_cell("sizes", op, case, dtype, device, extent) for _, op, case, dtype in others),
         *runs[early:], _curve(device, extent), *whole[1:], skewed,
         *_compiled(cells, device, extent),
