@@ -114,8 +114,9 @@ def test_a_training_step_learns_the_densities_and_feature_choice_has_its_own():
     assert reports[2]["aux_zipf"] >= 0 and (sae.activation.density >= 0).all()
     with pytest.raises(TypeError, match="density"):
         steps(losses.AuxZipf(k=4), torch.zeros(F, dtype=torch.bool))
+    added = [losses.L1(0.0), losses.AuxZipf(k=4, density=se.RunningDensity(F))]
     with pytest.raises(TypeError, match="latents"):
-        steps(losses.AuxZipf(k=4, density=se.RunningDensity(F)), torch.zeros(F, dtype=torch.bool), rule=se.ReLU())
+        steps(added, torch.zeros(F, dtype=torch.bool), rule=se.ReLU())
 
 
 def test_densities_are_state():

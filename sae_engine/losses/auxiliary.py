@@ -101,7 +101,7 @@ class AuxK(Loss):
         number = self.number_of_dead(rule, dead)
         weight = self.coefficient * (number > 0).to(left.dtype)
         if self.scale_by_dead:
-            weight = weight * (number / self.wanted(sae)).clamp(max=1)
+            weight = weight * (number / self.wanted(sae)).clamp(max=1).to(left.dtype)
         if self.normalize:
             spread = (left - left.mean(0)).square().sum() / left.shape[0]
             weight = torch.where(spread > 0, weight / spread, 0.0)
