@@ -2,7 +2,7 @@
 
 import torch
 
-from . import _terms, _tuning, cpu_gemm
+from . import _sixteen_bit, _terms, _tuning, cpu_gemm
 from ._contract import (
     define,
     differentiable,
@@ -43,38 +43,25 @@ differentiable("linear", _linear_context, _linear_backward)
 
 # --- linear_16bit: the encoder's product of 16-bit operands ----------------------------------------------------------
 
-library.define("linear_16bit(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor")
-
-
-def _linear_16bit(x, weight, bias, dtype):
-    from . import torch_backend  # which imports these contracts
-
-    return torch_backend.linear_16bit(x, weight, bias, dtype)
-
-
-implement("linear_16bit", _linear_16bit)
-
-
-@torch.library.register_fake("sae_engine::linear_16bit", lib=library)
-def _(x, weight, bias, dtype):
+@define("linear_16bit(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", "linear_16bit.launch")
+def _(x, weight, bias, dtype, backend):
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
 
 
 def _linear_16bit_context(ctx, inputs, output):
-    x, weight, bias, _ = inputs
+    x, weight, bias = inputs[:3]
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight)
 
 
 def _linear_16bit_backward(ctx, grad):
-    from . import torch_backend
-
     x, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     with torch.autocast(x.device.type, enabled=False):
-        grads = torch_backend.linear_16bit_gradients(grad, x, weight, needs_x, needs_weight)
+        grads = _sixteen_bit.gradients(grad, x, weight, needs_x, needs_weight)
     grads = (None if t is None else t.to(x.dtype) for t in grads)
-    return *grads, grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None, None
+    grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
+    return *grads, grad_bias, None, None
 
 
 differentiable("linear_16bit", _linear_16bit_context, _linear_16bit_backward)

@@ -35,6 +35,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def operand_width(least: int) -> int:
+    """Rows of 128 bytes or multiples, whose products cuBLAS takes at its full rate."""
+    return -(-least // 64) * 64
+
+
 def key_shift(dtype: torch.dtype) -> int:
     """Low bits of an fp32 key that carry no order for values of ``dtype``: fewer rounds, fewer digits."""
     return {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)

@@ -40,8 +40,10 @@ def to_dense(values: Tensor, indices: Tensor, offsets: Tensor, num_latents: int)
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(a.dtype, b.dtype)
-    if wide in (torch.bfloat16, torch.float16) and dtype != wide:
-        wide = torch.float32  # a 16-bit GEMM would round its result once more
+    if wide in (torch.bfloat16, torch.float16) and dtype != wide:  # a 16-bit result would be rounded once more
+        if a.is_cuda and dtype == torch.float32:
+            return torch.mm(a.to(wide), b.to(wide), out_dtype=dtype)
+        wide = torch.float32
     return (a.to(wide) @ b.to(wide)).to(dtype)
 
 

@@ -45,6 +45,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out + bias.to(wide)).to(x.dtype)
 
 
+def linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same of 16-bit operands, fp32 sums with an fp32 bias rounded once to ``dtype``, theirs or fp32."""
+    return linear(x.float(), weight.float(), bias).to(dtype)
+
+
 def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitude: bool, apply_relu: bool):
     """The k entries of each row that rank first. Returns values (B*k,), indices (B*k,)."""
     mask = eligible(mask, pre)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _tuning, torch_norm_match
-from ._tuning import CHUNK_ELEMENTS, WIDE_ELEMENTS
+from ._sixteen_bit import linear_16bit
+from ._tuning import CHUNK_ELEMENTS
 from .densified import to_dense
 from .ops import ops
 from .torch_codes import by_latent, decode, decode_backward_values, decode_backward_weight, decode_error, gather
@@ -15,8 +16,8 @@ from .torch_latent_pass import latent_adam, latent_gradients
 
 __all__ = [
     "batch_topk", "by_latent", "decode", "decode_backward_values", "decode_backward_weight", "decode_error",
-    "feature_topm", "gather", "latent_adam", "latent_gradients", "linear", "norm_match", "threshold", "to_dense",
-    "topk",
+    "feature_topm", "gather", "latent_adam", "latent_gradients", "linear", "linear_16bit", "norm_match", "threshold",
+    "to_dense", "topk",
 ]
 
 BATCH_GROUP = 32  # latents of a group: the k * G candidates and the F / G maxima cost about the same
@@ -27,54 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | 
     dtype = x.dtype if dtype is None else dtype
     if x.dtype not in (torch.bfloat16, torch.float16):
         return ops.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
-    return ops.linear_16bit(x, weight, bias, dtype)
-
-
-def linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The same of 16-bit operands, whose products are exact: fp32 sums, biased and rounded once."""
-    return (_linear_16bit_cpu if x.is_cpu else _linear_16bit)(x, weight, bias, dtype)
-
-
-def _linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The tensor cores' fp32 sums, which one operator biases and rounds; row chunks bound them to 256 MiB.
-
-    10 bytes an element of a 16-bit result. A GEMM that wrote it itself would take 2, but stock ones round the bias,
-    and may add up partial sums in 16 bits.
-    """
-    if dtype == torch.float32:
-        product = torch.mm(x, weight, out_dtype=dtype)
-        return product if bias is None else product.add_(bias)
-    out = torch.empty(x.shape[0], weight.shape[1], dtype=dtype, device=x.device)
-    bias = None if bias is None else bias.float()
-    step = max(WIDE_ELEMENTS["cuda"] // max(weight.shape[1], 1), 1)
-    for start in range(0, x.shape[0], step):
-        rows = slice(start, start + step)
-        product = torch.mm(x[rows], weight, out_dtype=torch.float32)
-        if bias is None:
-            out[rows] = product
-        else:
-            torch.add(product, bias, out=out[rows])
-        del product  # before the next one is made
-    return out
-
-
-def linear_16bit_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool):
-    """Of x and weight in their dtype. A gradient of that dtype is multiplied as it is, with fp32 sums."""
-    if x.is_cpu or grad.dtype != x.dtype:  # fp32: a CPU multiplies it faster
-        grad, x, weight = grad.float(), x.float(), weight.float()
-    return grad @ weight.T if needs_x else None, x.T @ grad if needs_weight else None
-
-
-def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The fp32 product of the rounded operands, biased and rounded once; fp32 copies are of some latents at a time."""
-    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
-    wide = x.float()
-    bias = x.new_zeros(()).expand(weight.shape[1]) if bias is None else bias
-    step = max(WIDE_ELEMENTS["cpu"] // max(x.shape[0], x.shape[1], 1), 128)
-    for start in range(0, weight.shape[1], step):
-        latents = slice(start, start + step)
-        out[:, latents] = ops.linear(wide, weight[:, latents].float(), None).add_(bias[latents].float())
-    return out
+    return ops.linear_16bit(x, weight, bias, dtype, "torch")
 
 
 def _relu(x: Tensor) -> Tensor:

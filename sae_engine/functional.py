@@ -535,7 +535,7 @@ def linear(
             else:
                 out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         else:
-            out = ops.linear_16bit(flat, weight, b_enc, result_dtype)
+            out = ops.linear_16bit(flat, weight, b_enc, result_dtype, _backend_for("auto", flat))
     return out.to(result_dtype).view(*x.shape[:-1], W_enc.shape[1])
 
 

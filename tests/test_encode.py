@@ -6,6 +6,7 @@ import sae_engine as se
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, force_dense
 from sae_kernels import _tuning
+from sae_kernels.ops import BACKENDS, ops
 
 B, D, F = 7, 9, 40
 PATHS = ["torch", "triton", "dense"]
@@ -260,6 +261,38 @@ def test_sixteen_bit_linear_rounds_once_and_multiplies_its_gradient_in_sixteen_b
         assert ours.dtype == t.dtype
         # one rounding, and sums of at most 33 products in fp32
         assert ((ours - meant).abs() <= torch.finfo(t.dtype).eps * meant.abs() + 33 * 2.0**-24 * 50).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.sanitizer
+def test_sixteen_bit_product_with_its_bias_in_the_operands(dtype, by_columns, backend, monkeypatch):
+    """More rows than half their width, so that the bias is cut into pieces; some latents at a time."""
+    monkeypatch.setitem(_tuning.WIDE_ELEMENTS, "cuda", 1)
+    for rows, width, latents in ((9, 12, 300), (40, 70, 5), (3, 1, 257)):
+        x, bias = torch.randn(rows, width).to(dtype), torch.randn(latents) * torch.logspace(-6, 3, latents)
+        weight = torch.randn(width, latents).to(dtype)
+        weight = weight.T.contiguous().T if by_columns else weight
+        bias[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        out = ops.linear_16bit(x, weight, bias, dtype, backend)
+        assert out.dtype == dtype
+        exact = x.double() @ weight.double() + bias.double()
+        torch.testing.assert_close(out[:, :3].double(), exact[:, :3], equal_nan=True, rtol=0, atol=0)
+        off = (out.double() - exact)[:, 3:].abs()
+        sums = (x.double().abs() @ weight.double().abs() + bias.double().abs())[:, 3:]
+        assert (off <= torch.finfo(dtype).eps / 2 * exact[:, 3:].abs() + (width + 3) * 2.0**-24 * sums + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pieces_sum_up_to_the_bias_they_were_cut_from(dtype):
+    from sae_kernels import linear_16bit  # which imports Triton
+
+    bias = torch.randn(600) * torch.logspace(-6, 4, 600)
+    scales = linear_16bit.with_scales(torch.zeros(1, 5, dtype=dtype))[0, 5:]
+    pieces = linear_16bit.operand_of(torch.zeros(5, 600, dtype=dtype), bias, 5 + scales.numel())[5:]
+    back = scales.double() @ pieces.double()
+    assert ((back - bias).abs() <= (0.0 if dtype == torch.bfloat16 else 2.0**-33)).all()
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ ENGINE = sorted((ROOT / "sae_engine").rglob("*.py"))
 # The files of kernels/ that a machine without Triton imports; all others hold device code.
 TORCH_ONLY = {
     "budgets", "cpu_gemm", "ops", "_contract", "_direct", "_encoder_ops", "reference", "torch_backend", "torch_codes",
-    "torch_latent_pass", "torch_norm_match", "densified", "traffic", "_tuning", "_terms", "_autotune",
+    "torch_latent_pass", "torch_norm_match", "densified", "traffic", "_tuning", "_terms", "_autotune", "_sixteen_bit",
 }  # fmt: skip
 # Tools that look at the launches beneath the public functions. The command line alone imports them.
 TOOLS = {"sae_engine.kernel_report"}

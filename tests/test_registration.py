@@ -53,6 +53,9 @@ def samples():
     copies = [p.bfloat16() for p in state[0][:2]]
     options = torch.tensor(1.0), torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.0, True
     yield "latent_adam", (*state, copies, torch.randn(3, 5), None, *terms, *options, None)
+    narrow = [torch.randn(size).bfloat16().requires_grad_() for size in ((5, 6), (6, 40))]
+    yield "linear_16bit", (*narrow, torch.randn(40).requires_grad_(), torch.bfloat16)
+    yield "linear_16bit", (*narrow, None, torch.float32)
     two_of = [each[:2] for each in state]
     yield "latent_adam", (*two_of, [], torch.randn(3, 5), torch.randn(40), *terms, *options, torch.tensor(True))
 
@@ -63,7 +66,7 @@ def test_every_operator_is_sampled():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("sae_engine::")
     }
-    without_back_end = {"feature_budgets", "linear", "linear_16bit", "move_threshold", "zipf_shortfall"}
+    without_back_end = {"feature_budgets", "linear", "move_threshold", "zipf_shortfall"}
     assert registered == {name for name, _ in samples()} | without_back_end
     assert registered == {name for name in registered if hasattr(ops, name)}, "our own code calls them through ops"
 
@@ -76,9 +79,6 @@ def test_opcheck_of_the_operators_that_have_no_back_end():
     linear = torch.randn(3, 6), torch.randn(6, 40), torch.randn(40)
     torch.library.opcheck(ops.linear.default, [t.requires_grad_() for t in linear])
     torch.library.opcheck(ops.linear.default, (linear[0].detach(), linear[1], None))
-    narrow = [t.detach().bfloat16().requires_grad_() for t in linear[:2]]
-    for bias, dtype in ((linear[2], torch.bfloat16), (None, torch.float32)):
-        torch.library.opcheck(ops.linear_16bit.default, (*narrow, bias, dtype))
     torch.library.opcheck(ops.zipf_shortfall.default, (torch.rand(40), 2.5, 1.0, 0.5))
 
 

@@ -9,6 +9,9 @@ from .chunks import rows_within
 from .update import rows_of_a_piece
 
 
+OPERAND_MARGIN = 67  # columns beyond d_in of a 16-bit product's operands, at most
+
+
 def peak_bytes(
     tokens: int, d_in: int, d_sae: int, k: int, *, memory_budget: int, d_out: int | None = None, k_aux: int = 0,
     dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None, row_major: bool = False,
@@ -59,9 +62,12 @@ def peak_bytes(
     encoding += int(tile * min(1 / 8 + 16 * k / d_sae, 1) * compute.itemsize)
     if k_aux:  # columns of dead latents
         encoding += min(rows * d_sae, _passes.CHUNK_ELEMENTS) * compute.itemsize
-    if narrow:  # fp32 sums on their way to 16 bit
-        most = _passes.WIDE_ELEMENTS["cpu" if device_type == "cpu" else "cuda"]
-        encoding += 4 * (min(rows * d_sae, most) + (min(d_sae * d_in, most) if device_type == "cpu" else 0))
+    if narrow and device_type == "cpu":  # fp32 copies of some weights, and fp32 sums on their way to 16 bit
+        most = _passes.WIDE_ELEMENTS["cpu"]
+        encoding += 4 * (min(rows * d_sae, most) + min(d_sae * d_in, most))
+    elif narrow:  # fp32 sums of few rows; or operands that hold the bias, the input's made in two steps, and the bias
+        most, width = _passes.WIDE_ELEMENTS["cuda"], d_in + OPERAND_MARGIN
+        encoding += max(4 * min(rows * d_sae, most), 2 * min(d_sae * width, most) + 4 * rows * width + 4 * d_sae)
 
     backward = tokens * (d_in + outputs * d_out) * wide + 12 * wide * entries + 8 * wide * d_sae
     width = d_in + d_out
