@@ -134,9 +134,10 @@ class Activation(nn.Module):
         return list(self.parameters())
 
     def _check_context(self, context: dict) -> None:
-        for name in self.context_keys - context.keys():
+        # Methods, not operators: torch.compile of torch 2.11 and older has none between a frozenset and a dict's keys.
+        for name in self.context_keys.difference(context):
             raise TypeError(f"{type(self).__name__} needs {name}: pass it as a keyword argument")
-        for name in context.keys() - self.context_keys:
+        for name in frozenset(context).difference(self.context_keys):
             raise TypeError(f"{type(self).__name__} takes no {name}; its context is {sorted(self.context_keys)}")
 
 

@@ -462,9 +462,9 @@ def _contexts(rules: tuple, context: dict[str, Any]) -> list[dict[str, Any]]:
     if len(rules) == 1:
         return [context]
     known: list[frozenset[str]] = [getattr(rule, "context_keys", frozenset()) for rule in rules]
-    for name in context.keys() - frozenset().union(*known):
+    for name in frozenset(context).difference(*known):
         raise TypeError(f"none of the activations in select takes {name}")
-    return [{name: context[name] for name in keys & context.keys()} for keys in known]
+    return [{name: context[name] for name in keys.intersection(context)} for keys in known]
 
 
 def _as_encoded(entries, codes, x, W_enc, b_enc, b_dec, dtype, backend) -> list[Tensor]:

@@ -167,7 +167,7 @@ def test_gradients_equal_dense_autograd_in_fp64(name):
         if parameter.grad is None:
             assert key not in got or not got[key].any(), key
             continue
-        torch.testing.assert_close(got[key], parameter.grad, msg=key)  # 1e-7: fp64 sums in another order, fp32 r_mag
+        torch.testing.assert_close(got[key], parameter.grad, msg=key)  # 1e-7: fp32 gradients of the rule's own
 
 
 # What these are not trained without.

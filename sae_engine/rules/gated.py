@@ -46,7 +46,7 @@ class Gated(Activation):
         self._check_width(pre)
         wide = pre.to(torch.promote_types(pre.dtype, torch.float32))
         kept = (wide > -self.b_gate.detach()) | wide.isnan()
-        return torch.where(kept, (wide * self.r_mag.exp() + self.b_mag).relu(), 0.0).to(pre.dtype)
+        return torch.where(kept, (wide * self.r_mag.to(wide.dtype).exp() + self.b_mag).relu(), 0.0).to(pre.dtype)
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         codes = self._open(pre, backend)
@@ -63,8 +63,9 @@ class Gated(Activation):
             raise ValueError(f"pre must have d_sae = {self.d_sae} latents, got shape {tuple(pre.shape)}")
 
     def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
-        scale, shift = (functional.at_latents(p, codes) for p in (self.r_mag.exp(), self.b_mag))
-        return (pre.to(torch.promote_types(pre.dtype, scale.dtype)) * scale + shift).relu().to(pre.dtype)
+        wide = torch.promote_types(pre.dtype, self.r_mag.dtype)  # the exponential too: of fp64 it is exact to fp64
+        scale, shift = (functional.at_latents(p, codes) for p in (self.r_mag.to(wide).exp(), self.b_mag))
+        return (pre.to(wide) * scale + shift).relu().to(pre.dtype)
 
     def _apply(self, fn, recurse: bool = True):
         return _apply_but(("b_gate", "b_mag", "r_mag"), self, super()._apply, fn, recurse)
