@@ -54,6 +54,30 @@ def _above_and_tied(x: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
     return (x > cut) | (nan & ~cut_nan), (x == cut) | (nan & cut_nan)
 
 
+def _sorts_nan_by_sign(x: Tensor) -> bool:
+    """On a GPU long rows are sorted by their bits: a NaN with its sign set comes last there, behind -Inf.
+
+    Where ``torch.topk`` sorts what it has found, that is so of more than 32 entries.
+    """
+    return not x.is_cpu
+
+
+def _descending(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in descending order, NaN first, and the columns that they come from."""
+    if _sorts_nan_by_sign(x):
+        x = x.masked_fill(x.isnan(), torch.nan)
+    return x.sort(dim=1, descending=True)
+
+
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row in descending order, NaN above everything, and their columns."""
+    if not _sorts_nan_by_sign(x):
+        return x.topk(k)
+    top, columns = x.topk(k, sorted=False)  # finding them, a GPU ranks every NaN first
+    top, order = _descending(top)
+    return top, columns.gather(1, order)
+
+
 def _resolve_ties(score: Tensor, mask: Tensor | None, cut: Tensor, k: int) -> Tensor:
     """Column indices (rows, k) of the entries above ``cut`` (rows, 1) and the first of those equal to it."""
     kept = []
@@ -83,7 +107,7 @@ def _topk_columns(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
     if sizes:
         return _topk_columns_by_groups(score, mask, k, sizes)
     slack = 32 if score.element_size() == 2 else 1  # 16-bit numbers tie a few times a row
-    top, columns = score.topk(min(k + slack, score.shape[1]))
+    top, columns = _largest(score, min(k + slack, score.shape[1]))
     cut = top[:, k - 1 : k]
     kept = columns[:, :k]
     tied = ((top[:, k - 1] == top[:, k]) | top[:, k].isnan()).nonzero()[:, 0]
@@ -248,7 +272,7 @@ def batch_topk(pre: Tensor, mask: Tensor | None, total: int):
 
 def _first_of_rows(x: Tensor, counts: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Row and column of the ``counts[r]`` largest of each row r, ties to the lowest column; ``most`` bounds counts."""
-    top, columns = x.topk(min(most + 1, x.shape[1]))  # one more than asked for shows where a row's last one ties
+    top, columns = _largest(x, min(most + 1, x.shape[1]))  # one more than asked for shows where a row's last one ties
     last = counts[:, None] - 1
     cut = top.gather(1, last)
     after = top.gather(1, (last + 1).clamp(max=top.shape[1] - 1))
@@ -319,7 +343,7 @@ def _nearest_prefix(ranked: Tensor, target: Tensor) -> Tensor:
 
 def _kept_of_sorted(score: Tensor, target: Tensor) -> Tensor:
     """Mask of what each row keeps, by one sort of its scores; any scores."""
-    ranked = score.sort(dim=1, descending=True).values
+    ranked, _ = _descending(score)
     count = _nearest_prefix(ranked, target)
     cut = ranked.gather(1, count - 1)
     above, tied = _above_and_tied(score, cut)

@@ -69,7 +69,10 @@ def latent_gradients(x, weight, along, *lists_and_dtype):
 
 
 def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
-    """On a CPU latents go through in chunks: torch's fused Adam finds a gradient in the cache and uses it up there."""
+    """On a CPU latents go through in chunks: torch's fused Adam finds a gradient in the cache and uses it up there.
+
+    On a GPU torch's fused Adam of fp32 weights takes beta1 and beta2 as fp32 numbers: 1 - 0.999 is then off by 1.3e-5.
+    """
     lists, (step, lr, beta1, beta2, eps, weight_decay, unit_rows, skip) = rest[:NUMBER_OF_LISTS], rest[NUMBER_OF_LISTS:]
     weight, encoder = parameters[:2]
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -77,7 +80,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
     center, square = x.new_zeros(x.shape[1], dtype=wide), x.new_zeros((), dtype=wide)
     found_inf = None if skip is None else (skip != 0).float()  # fused Adam asks whether it is 1
     num_latents, row_major = weight.shape[0], encoder.stride(1) != 1
-    chunk = _tuning.latents_in_cache(weight.shape[1] + x.shape[1]) if weight.device.type == "cpu" else num_latents
+    chunk = _tuning.latents_in_cache(weight.shape[1] + x.shape[1]) if weight.device.type == "cpu" else max(num_latents, 1)
     for start in range(0, num_latents, chunk):
         latents = slice(start, min(start + chunk, num_latents))
         places = [[t[latents] for t in tensors] for tensors in (parameters, exp_avgs, exp_avg_sqs)]

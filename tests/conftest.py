@@ -22,6 +22,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 COMPILED_FOR = os.environ.get("PTX_EMULATOR_ARCH")
@@ -35,6 +36,9 @@ elif not torch.cuda.is_available():
 # The first compilation of a process makes the compiler's table of torch functions. It must find torch as it is: made
 # while `poisoned_empty` holds, it would list our stand-ins, and the true torch.empty would be unknown to it for good.
 torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+# So does the table of functions that heed the default device: without the true torch.empty in it, the weights of an
+# nn.Linear would stay on the CPU of a machine with a GPU.
+_device_constructors()
 
 # Far outside every index, offset and count: reading it as one of them fails, or at least differs.
 UNWRITTEN_INT = {

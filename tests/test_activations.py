@@ -1,5 +1,6 @@
 """Activation modules: drop-ins, gradients, context, and the thresholds that some of them learn."""
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -199,11 +200,13 @@ def test_arguments_are_checked(make, name):
 
 def stream(number, *, seed, tokens=1024, d=16):
     """Activations with sparse structure: a few of 64 directions each, of the same kind in every batch."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(64, d, generator=torch.Generator().manual_seed(0)), dim=1)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same activations on every device
+    drawn = partial(torch.rand, tokens, 64, generator=generator, device="cpu")
+    directions = torch.randn(64, d, generator=torch.Generator().manual_seed(0), device="cpu")
+    directions = torch.nn.functional.normalize(directions, dim=1)
     for _ in range(number):
-        strengths = torch.rand(tokens, 64, generator=generator) * (torch.rand(tokens, 64, generator=generator) < 0.1)
-        yield strengths @ directions
+        strengths = drawn() * (drawn() < 0.1)
+        yield (strengths @ directions).to(torch.get_default_device())
 
 
 def l0_and_fvu(sae, batches):

@@ -220,7 +220,7 @@ OVERFLOW = """
 import torch, sae_engine as se
 sae = se.SparseAutoencoder(16, 64, se.TopAFA(capacity=3), device="cuda")
 sae(torch.randn(8, 16, device="cuda"))
-print("not waited for")
+print("not waited for", flush=True)  # before the assertion ends the process
 torch.cuda.synchronize()
 """
 

@@ -375,8 +375,8 @@ def test_tables_of_other_dtypes_and_architectures_do_not_apply(table, monkeypatc
     f.topk(torch.randn(B, F), 5, backend="triton")
     (entry,) = entries(table.path)
     labels = list(_autotune.CHOICES["row_groups"].by_label(F, 5))
-    others = [{"dtype": "bfloat16"}, {"arch": "sm_90"}, {"operation": "encode.launch"}, {"arguments": [F, 6]},
-              {"batch": B // 2}]  # fmt: skip
+    others = [{"dtype": "bfloat16"}, {"arch": entry["arch"] + "0"}, {"operation": "encode.launch"},
+              {"arguments": [F, 6]}, {"batch": B // 2}]  # fmt: skip
     write(table.path, entries=[entry | {"configuration": labels[-1]} | other for other in others])
     monkeypatch.delenv("SAE_AUTOTUNE")
     forget()
@@ -418,14 +418,13 @@ def test_two_processes_with_one_table_choose_alike(table, monkeypatch, tmp_path)
     table.cost = lambda name: 0.5 if name == labels[2] else 1.0
     f.topk(torch.randn(8, F), 5, backend="triton")
     code = f"""
-import os; os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from sae_engine import functional as f
 from sae_kernels import _autotune, _tuning
 _tuning.SPLIT_ROWS = 0
 choose = _autotune._Session.choose
 _autotune._Session.choose = lambda *args: print(_autotune.label(found := choose(*args))) or found
-f.topk(torch.randn(5, {F}), 5, backend="triton")
+f.topk(torch.randn(5, {F}, device="{torch.get_default_device()}"), 5, backend="triton")
 """
     import os
 
@@ -451,15 +450,15 @@ def test_the_command_fills_a_table_for_all_operations(table, monkeypatch):
 
     monkeypatch.delenv("SAE_AUTOTUNE")
     said = []
-    shape = _tune.Shape.parse("8,12,90,3")
-    path, found = _tune.tune([shape], ["fp32"], torch.device("cpu"), table.path, said.append)
+    shape, device = _tune.Shape.parse("8,12,90,3"), torch.get_default_device()
+    path, found = _tune.tune([shape], ["fp32"], device, table.path, said.append)
     assert path == table.path and found == entries(path)
     assert {entry["operation"].partition(".")[0] for entry in found} >= {
         "row_topk", "batch_topk", "feature_topm", "norm_match", "threshold", "decode", "latent_pass"
     }  # fmt: skip
     assert all("B=8 d=12 F=90 k=3, fp32" in line for line in said) and len(said) == 9
     before = table.calls
-    _tune.tune([shape], ["fp32"], torch.device("cpu"), table.path, said.append)
+    _tune.tune([shape], ["fp32"], device, table.path, said.append)
     assert table.calls == before
 
 

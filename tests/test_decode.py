@@ -321,8 +321,9 @@ def test_long_rows_are_summed_in_pieces(monkeypatch):
 def test_16_bit_weights_are_widened_a_few_columns_at_a_time(entries, monkeypatch):
     """On a CPU a wide copy of the whole matrix takes several times as long as the sums."""
     monkeypatch.setattr(_tuning, "SCORES_IN_CACHE", 64)
-    codes = f.topk(torch.rand(entries, 30), 1)
-    weight, bias, grad = torch.randn(30, 100).bfloat16(), torch.randn(100), torch.randn(entries, 100).bfloat16()
+    with torch.device("cpu"):
+        codes = f.topk(torch.rand(entries, 30), 1)
+        weight, bias, grad = torch.randn(30, 100).bfloat16(), torch.randn(100), torch.randn(entries, 100).bfloat16()
     arguments = codes.values.bfloat16(), codes.indices, codes.offsets, weight
 
     class Sizes(TorchDispatchMode):

@@ -23,7 +23,9 @@ DTYPES = {  # of the computation and of the parameters; copies where they differ
 SHAPES = {  # B, F, D_out, D_in
     "B6-F11-D7-5": (6, 11, 7, 5), "B1-F1-D1-1": (1, 1, 1, 1), "B9-F17-D33-33": (9, 17, 33, 33), "B0": (0, 9, 4, 3),
 }  # fmt: skip
-OPTIONS = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01)
+# Numbers that fp32 holds exactly. Some of torch's fused Adam rounds beta2 to fp32 before it subtracts it from 1, which of
+# 0.99 would move the second moment by eight epsilons of a squared gradient: another beta2, no error of the step.
+OPTIONS = dict(beta1=0.875, beta2=1 - 2.0**-7, eps=2.0**-27, weight_decay=2.0**-7)
 
 
 def turned(values, indices, offsets, offered, num_latents, mode, grad, *, dense=False):
@@ -33,7 +35,16 @@ def turned(values, indices, offsets, offered, num_latents, mode, grad, *, dense=
 
 
 def make(shape, modes, dtypes=(torch.float64, torch.float64), *, kept=0.3, dense=()):
-    """A step whose every tensor is drawn, but for values: those follow from x, the encoder and the bias."""
+    """A step whose every tensor is drawn, but for values: those follow from x, the encoder and the bias.
+
+    Drawn on the CPU, so that every device takes the same step: one whose gates are all shut leaves rounding alone.
+    """
+    with torch.device("cpu"):
+        s = drawn(shape, modes, dtypes, kept, dense)
+    return converted(s, lambda t: t.to(torch.get_default_device()))
+
+
+def drawn(shape, modes, dtypes, share, dense):
     rows, num_latents, d_out, d_in = shape
     compute, parameter = dtypes
     s = SimpleNamespace(shape=shape, compute=compute, step=torch.tensor(3.0), lr=torch.tensor(0.05))
@@ -47,7 +58,7 @@ def make(shape, modes, dtypes=(torch.float64, torch.float64), *, kept=0.3, dense
     pre = s.x.double() @ s.parameters[1].double().T + s.parameters[2].double()
     s.kept, s.terms = [], []
     for number, mode in enumerate(modes):
-        kept = torch.rand(rows, num_latents) < kept
+        kept = torch.rand(rows, num_latents) < share
         kept[:, -1:] = False  # a latent without entries, and a row
         kept[1:2] = False
         act = {GATED: reference.relu(pre), IDENTITY: pre, GIVEN: torch.randn(pre.shape, dtype=pre.dtype)}[mode]
@@ -59,13 +70,18 @@ def make(shape, modes, dtypes=(torch.float64, torch.float64), *, kept=0.3, dense
     return s
 
 
+def converted(s, to):
+    """The same step with ``to`` applied to every tensor."""
+    one = lambda t: to(t) if isinstance(t, torch.Tensor) else t  # noqa: E731
+    new = {n: [one(t) for t in v] if isinstance(v, list) else one(v) for n, v in vars(s).items()}
+    new["terms"] = [Term(*map(one, term)) for term in s.terms]
+    return SimpleNamespace(**new)
+
+
 def cast(s, dtype):
-    """The same step with every number in ``dtype``."""
-    wide = SimpleNamespace(**vars(s))
-    to = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
-    for name in ("parameters", "exp_avgs", "exp_avg_sqs", "copies"):
-        setattr(wide, name, [to(t) for t in getattr(s, name)])
-    wide.x, wide.along, wide.terms = to(s.x), to(s.along), [Term(*map(to, term)) for term in s.terms]
+    """The same step with every number in ``dtype``, but for those that Adam takes as tensors."""
+    wide = converted(s, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    wide.step, wide.lr = s.step, s.lr
     return wide
 
 
@@ -156,7 +172,10 @@ def test_a_step_is_that_of_torchs_adam(unit_rows, layout, backend):
         direction = torch.nn.functional.normalize(s.parameters[0])
         grads[0] = grads[0] - (grads[0] * direction).sum(1, keepdim=True) * direction
     parameters = [torch.nn.Parameter(p.clone()) for p in s.parameters]
-    optimizer = torch.optim.Adam(parameters, lr=s.lr.item(), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
+    betas = OPTIONS["beta1"], OPTIONS["beta2"]
+    optimizer = torch.optim.Adam(
+        parameters, lr=s.lr.item(), betas=betas, eps=OPTIONS["eps"], weight_decay=OPTIONS["weight_decay"]
+    )
     for p, g, m, v in zip(parameters, grads, s.exp_avgs, s.exp_avg_sqs, strict=True):
         p.grad = g
         optimizer.state[p] = {"step": s.step - 1, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
@@ -309,10 +328,11 @@ def test_where_skip_is_set_nothing_changes(skip, layout, tile, backend, monkeypa
 def test_latents_without_entries_move_as_adam_moves_them(backend):
     s = make((6, 11, 7, 5), MODES["two"], DTYPES["fp32"], kept=0.0)
     after = adam(s, backend, unit_rows=False, along=False, weight_decay=0.0)
+    beta1, beta2 = OPTIONS["beta1"], OPTIONS["beta2"]
     for i, (p, m, v) in enumerate(zip(s.parameters, s.exp_avgs, s.exp_avg_sqs, strict=True)):
-        root = (0.99 * v / (1 - 0.99**3)).sqrt()
-        torch.testing.assert_close(after[f"exp_avg {i}"], 0.9 * m)
-        torch.testing.assert_close(after[f"parameter {i}"], p - 0.05 * 0.9 * m / (1 - 0.9**3) / root)
+        root = (beta2 * v / (1 - beta2**3)).sqrt()
+        torch.testing.assert_close(after[f"exp_avg {i}"], beta1 * m)
+        torch.testing.assert_close(after[f"parameter {i}"], p - 0.05 * beta1 * m / (1 - beta1**3) / root)
     assert not after["center"].any() and after["square"] == 0
 
 
@@ -406,7 +426,7 @@ def test_the_bias_corrections_of_early_and_late_steps():
             s.step = torch.tensor(step)
             after = adam(s, backend, unit_rows=False, beta2=0.9999)
             m, v = after["exp_avg 2"].double(), after["exp_avg_sq 2"].double()
-            moved = 0.05 * m / (1 - 0.9**step) / ((v / (1 - 0.9999**step)).sqrt() + 1e-8)
+            moved = 0.05 * m / (1 - OPTIONS["beta1"] ** step) / ((v / (1 - 0.9999**step)).sqrt() + OPTIONS["eps"])
             # the moments were rounded once, and the result: a few epsilons of what is subtracted and of the whole
             bound = 8 * torch.finfo(torch.float32).eps * (s.parameters[2].abs() + moved.abs())
             assert ((s.parameters[2].double() - moved - after["parameter 2"].double()).abs() <= bound).all(), backend

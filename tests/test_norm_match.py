@@ -142,12 +142,13 @@ def test_long_rows_whatever_the_sample_says(kind, weighted):
 
 def giants_over_noise(seed, rows, latents):
     """Rows whose energy lies in 32 entries, and targets within 1e-3 to 1e-9 of their norm."""
-    rng = torch.Generator().manual_seed(seed)
-    pre = torch.randn(rows, latents, generator=rng) * 0.01
-    large = torch.rand(2, rows, 32, generator=rng).log().sum(0) * -10  # Gamma(2)
-    pre.scatter_(1, torch.rand(rows, latents, generator=rng).topk(32, 1).indices, large)
-    share = 1 - 10 ** (-3 - 6 * torch.rand(rows, dtype=torch.float64, generator=rng))
-    return pre, (pre.relu().double().norm(dim=1) * share).float()
+    rng, device = torch.Generator().manual_seed(seed), torch.get_default_device()
+    with torch.device("cpu"):
+        pre = torch.randn(rows, latents, generator=rng) * 0.01
+        large = torch.rand(2, rows, 32, generator=rng).log().sum(0) * -10  # Gamma(2)
+        pre.scatter_(1, torch.rand(rows, latents, generator=rng).topk(32, 1).indices, large)
+        share = 1 - 10 ** (-3 - 6 * torch.rand(rows, dtype=torch.float64, generator=rng))
+    return pre.to(device), (pre.relu().double().norm(dim=1) * share).float().to(device)
 
 
 def assert_all_written(pre, target, backend):

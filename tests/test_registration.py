@@ -89,11 +89,15 @@ def test_opcheck(number, backend):
     torch.library.opcheck(getattr(ops, name).default, (*args, backend))
 
 
+def columns(p):
+    return torch.arange(p.shape[-1], device=p.device)  # compiled code knows no default device
+
+
 FUNCTIONS = {
-    "topk": lambda p: f.topk(p, 4), "topk_masked": lambda p: f.topk(p, 4, mask=torch.arange(p.shape[-1]) % 2 == 0),
+    "topk": lambda p: f.topk(p, 4), "topk_masked": lambda p: f.topk(p, 4, mask=columns(p) % 2 == 0),
     "topk_sorted": lambda p: f.topk(p, 4, sorted=True), "abs_topk": lambda p: f.topk(p, 4, magnitude=True),
     "batch_topk": lambda p: f.batch_topk(p, 2.5),
-    "feature_topm": lambda p: f.feature_topm(p, torch.arange(p.shape[-1]) % 3, total=p.shape[-1]),
+    "feature_topm": lambda p: f.feature_topm(p, columns(p) % 3, total=p.shape[-1]),
     "norm_match": lambda p: f.norm_match(p, p.norm(dim=-1) * 0.5),
     "norm_match_capacity": lambda p: f.norm_match(p, p.norm(dim=-1) * 0.5, capacity=90),
     "threshold": lambda p: f.threshold(p, 0.5), "threshold_window": lambda p: f.threshold(p, 0.5, bandwidth=0.2),
