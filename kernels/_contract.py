@@ -33,17 +33,19 @@ def is_dense(name: str, args: tuple) -> bool:
     """Whether an operation on codes does better as a GEMM: decided by shapes alone, hence alike on every run."""
     if name in ("decode", "decode_error"):
         values, _, offsets, weight = args[:4]
-        name = "decode"
+        name, multiplied = "decode", (values, weight)
         rows, columns = offsets.numel() - 1, weight.shape[0]
     elif name == "decode_backward_values":
         grad, values, _, _, weight = args[:5]
+        multiplied = grad, weight
         rows, columns = grad.shape[0], weight.shape[0]
     elif name == "decode_backward_weight":
         grad, values, latent_offsets = args[:3]
+        multiplied = grad, values
         rows, columns = grad.shape[0], latent_offsets.numel() - 1
     else:
         return False
-    return _tuning.is_dense(name, values.numel(), rows, columns, values.device.type)
+    return _tuning.is_dense(name, values.numel(), rows, columns, values.device.type, *(t.dtype for t in multiplied))
 
 
 # Their kernels take the arrays of a code's entries without strides.

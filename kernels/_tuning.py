@@ -12,11 +12,13 @@ import torch
 from ._autotune import searched
 
 # Share of stored entries above which an operation on codes densifies and uses a GEMM instead: where
-# benchmarks/crossover.py saw the GEMM overtake. CUDA: not measured yet, from counting bytes and flops.
+# benchmarks/crossover.py saw the GEMM overtake.
 DENSE_SHARE = {
     # At 1/2, the densest measured, the GEMM still lost two of three.
     "cpu": {"decode": 0.5, "decode_backward_values": 0.12, "decode_backward_weight": 0.5},
-    "cuda": {"decode": 0.02, "decode_backward_values": 0.02, "decode_backward_weight": 0.02},
+    # Extrapolated: at 1/16, the densest measured, gathers took 0.85, 0.94 and 0.59 of the GEMM's time.
+    "cuda": {"decode": 0.07, "decode_backward_values": 0.065, "decode_backward_weight": 0.1},
+    "cuda, 16 bit": {"decode": 0.017, "decode_backward_values": 0.012, "decode_backward_weight": 0.014},
 }
 
 # Overrules the shares where the number of stored entries does not tell how dense codes are (unused capacity).
@@ -253,9 +255,9 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
     if size == 1 or lanes > MAX_TILE:
         return None
     warps = num_warps(lanes)
-    # 32 latents a thread: four loads in flight, since the registers of the selection leave few programs to a processor.
+    # 64 latents a thread: eight loads in flight, since the registers of the selection leave few programs to a processor.
     # Rows that are not aligned load latent by latent; beside the widest selection 32 of them spill on sm_80.
-    latents = 8 if num_latents % 16 and lanes == MAX_TILE else 32
+    latents = 8 if num_latents % 16 and lanes == MAX_TILE else 64
     return Groups(size, number, max(stream_block(num_latents, 32 * latents * warps), size), warps)
 
 
@@ -292,7 +294,7 @@ CANDIDATE_TILE = CandidateTile(64, 32, 8)
 @searched(lambda block, grouped: _around(block, 128, 2048))  # a warp has 128 lanes
 def candidate_block(grouped: bool) -> int:
     """Tile of one column's candidates: a common number of them, so that most stay in registers; or of its rows."""
-    return 128 if grouped else 1024
+    return 512 if grouped else 1024
 
 
 @searched(lambda warps, block: _around(warps, 1, 16))
@@ -308,9 +310,9 @@ def stream_block(num_latents: int, most: int = 4096) -> int:
 
 @searched(lambda tile, num_latents: [t for t in _tiles_around(tile) if t.block >= 32])  # whole words of marks
 def mark_tile(num_latents: int) -> Tile:
-    """Columns and warps of the pass that marks what a threshold keeps: two 16-byte loads of 16-bit values a thread."""
+    """Columns and warps of the pass that marks what a threshold keeps: one 16-byte load of 16-bit values a thread."""
     block = max(stream_block(num_latents, 2048), 32)
-    return Tile(block, num_warps(block))
+    return Tile(block, num_warps(2 * block))
 
 
 # Segments into which few rows are cut, about: the warps of the writer that share 132 processors, 24 each.
@@ -370,8 +372,8 @@ def norm_tile(num_latents: int) -> NormTile:
     A sample of F / 32 leaves F / sqrt(sample) entries or so, a quarter of the slots, so that hardly a lane overflows;
     searching it costs some 6 instructions for each of the row's F. Longer rows need twice the slots.
     """
-    block = max(min(next_power_of_2(num_latents) // 2, 4096 if num_latents > 65536 else 2048), 256)
-    sample = 0 if num_latents <= 2 * block else max(min(next_power_of_2(num_latents) // 32, 4096), 1024)
+    block = max(min(next_power_of_2(num_latents) // 2, 2048 if num_latents > 65536 else 1024), 256)
+    sample = 0 if num_latents <= 2 * block else max(min(next_power_of_2(num_latents) // 32, 2048), 1024)
     # rows that are not aligned load column by column, and spill with two lanes a thread
     return NormTile(block, 16, sample, max(block // (256 if num_latents % 16 else 512), 1))
 
@@ -381,12 +383,18 @@ def shares_of_row(rows: int) -> int:
     return -(-1024 // rows)
 
 
-def is_dense(operation: str, entries: int, rows: int, columns: int, device_type: str) -> bool:
-    """Whether ``operation`` on ``entries`` codes of a (rows, columns) matrix is better done as a GEMM."""
+def is_dense(operation: str, entries: int, rows: int, columns: int, device_type: str, *dtypes: torch.dtype) -> bool:
+    """Whether ``operation`` on ``entries`` codes of a (rows, columns) matrix is better done as a GEMM.
+
+    ``dtypes``: of what it would multiply; a GPU multiplies 16-bit numbers a dozen times as fast as others.
+    """
     choice = DENSE_CHOICE.get()
     if choice is not None:
         return choice
-    return entries > DENSE_SHARE.get(device_type, DENSE_SHARE["cuda"])[operation] * rows * columns
+    kind = "cpu" if device_type == "cpu" else "cuda"
+    if kind == "cuda" and dtypes and all(dtype.itemsize == 2 for dtype in dtypes):
+        kind = "cuda, 16 bit"
+    return entries > DENSE_SHARE[kind][operation] * rows * columns
 
 
 @searched(lambda block, width: _around(block, 16, 2048))
@@ -428,7 +436,7 @@ TRANSPOSED_IN_CACHE = 3 << 16  # numbers of a gradient that a CPU transposes at 
 
 
 PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps
-PASS_REGISTERS = 128  # of a thread, so that 16 warps share a processor; left to itself the compiler spills for 20
+PASS_REGISTERS = 168  # of a thread, so that 12 warps share a processor; with 128 it spills
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
 SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
 SLOPES_TILE = 4, 256  # entries and columns of the inner products that precede the pass of wider rows
@@ -436,8 +444,11 @@ SLOPES_TILE = 4, 256  # entries and columns of the inner products that precede t
 
 @searched(lambda warps, block: _around(warps, 1, 16))
 def pass_warps(block: int) -> int:
-    """8 columns a thread, one 16-byte load of 16-bit rows, up to 16 warps, past which registers run out."""
-    return min(max(block // 256, 1), 16)
+    """16 columns a thread, two 16-byte loads of 16-bit rows, up to 16 warps.
+
+    On an H200 Adam's pass takes 485 µs so, and 580 with 8 columns (F 32,768, d 768); 9.5 and 11.5 ms (131,072, 4,096).
+    """
+    return min(max(block // 512, 1), 16)
 
 
 def is_replicated(elements: int, warps: int) -> bool:

@@ -25,7 +25,10 @@ class _LatentPass:
         grad, values = term.grad.to(self.dtype), term.values.to(self.dtype)
         inner = values
         if term.mode != GIVEN:
-            dense = _tuning.is_dense("decode_backward_values", values.numel(), rows, num_latents, values.device.type)
+            dense = _tuning.is_dense(
+                "decode_backward_values", values.numel(), rows, num_latents, values.device.type, term.grad.dtype,
+                self.weight.dtype,
+            )  # fmt: skip
             product = densified.decode_backward_values if dense else decode_backward_values
             inner = product(term.grad, values, term.indices, term.offsets, self.weight)
         slopes = term.at_entries(inner).to(self.dtype)
