@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Cell:
     @property
     def others(self) -> list[Row]:
         """What is neither ours nor the baseline: other ways of stock PyTorch, its compiler, other libraries."""
-        return [row for row in self.rows if not (is_ours(row) or row["baseline"] or row.get("yardstick"))]
+        return [row for row in self.rows if not (is_ours(row) or row is self.baseline or row.get("yardstick"))]
 
     def of(self, *providers: str) -> Row | None:
         """The row of the first of ``providers`` that was measured."""
@@ -48,6 +49,7 @@ class Cell:
 
     @property
     def baseline(self) -> Row | None:
+        """The first of those that may be it: not every one runs in every dtype."""
         return next((row for row in self.rows if row["baseline"]), None)
 
 
@@ -179,7 +181,9 @@ def fmt_ms(ms: float) -> str:
 
 
 def fmt_ratio(ratio: float) -> str:
-    """``1.87×``; two digits below 0.1."""
+    """``1.87×``; two digits below 0.1; empty where there is nothing to compare with."""
+    if math.isnan(ratio):
+        return ""
     return f"{ratio:.2g}×" if ratio < 0.1 else f"{ratio:.2f}×"
 
 

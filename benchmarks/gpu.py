@@ -38,11 +38,12 @@ BENCHMARKS, TESTS = ROOT / "benchmarks", ROOT / "tests"
 TOTAL_SECONDS = 580.0  # a lent GPU is often held for ten minutes at most
 LIMITS = {
     "install": 30.0, "machine": 30.0, "smoke": 75.0, "headline": 120.0, "steps": 90.0, "tests": 100.0,
-    "sanitizer probe": 10.0, "sanitizer": 50.0, "report": 20.0,
+    "sanitizer probe": 10.0, "sanitizer": 60.0, "report": 20.0,
 }  # fmt: skip
 CLOSING_SECONDS = 10.0  # what a benchmark gets beyond its --seconds to write its report
 GRACE_SECONDS = 5.0  # between an interrupt and a kill
 LEAST_SECONDS = 5.0  # a part is not begun with less
+SANITIZED = 8  # processes at a time: each checks several files, for torch takes long to import under a sanitizer
 GIB_A_PROCESS = 3.0  # of GPU memory: a context, and what a test allocates
 PASSED, FAILED, TIMEOUT, NOT_RUN = "passed", "FAILED", "TIMEOUT", "not run"
 
@@ -222,7 +223,7 @@ class Session:
 
     def smoke(self, operations: Sequence[str], jobs: int, seconds: float) -> None:
         tasks = [Task(name, [self.python, BENCHMARKS / "smoke.py", name]) for name in operations]
-        tasks += [Task(file.stem, self._pytest(file, "sanitizer")) for file in marked("sanitizer")]
+        tasks += [Task(file.stem, self._pytest([file], "sanitizer")) for file in marked("sanitizer")]
         self.spread("smoke", tasks, min(seconds, self.left()), jobs)
 
     def benchmark(self, name: str, arguments: Sequence[str], seconds: float) -> None:
@@ -234,8 +235,8 @@ class Session:
     def tests(self, jobs: int, seconds: float) -> None:
         first = [TESTS / f"{name}.py" for name in sorted(on_the_gpu())]
         others = [file for file in marked("gpu") if file not in first]
-        tasks = [Task(file.stem, self._pytest(file, "not slow and not serial")) for file in first]
-        tasks += [Task(file.stem, self._pytest(file, "gpu and not slow and not serial")) for file in others]
+        tasks = [Task(file.stem, self._pytest([file], "not slow and not serial")) for file in first]
+        tasks += [Task(file.stem, self._pytest([file], "gpu and not slow and not serial")) for file in others]
         self.spread("tests", tasks, min(seconds, self.left()), jobs)
 
     def sanitizer(self, jobs: int, seconds: float) -> None:
@@ -252,21 +253,22 @@ class Session:
             said = [line for line in log.read_text(errors="replace").splitlines() if line.strip("= ")]
             self.verdict(NOT_RUN, f"sanitizer: it does not work here: {said[-1].strip('= ') if said else 'no answer'}")
             return
-        tasks = [
-            Task(
-                f"{tool} {file.stem}",
-                [found, "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "99",
-                 "--print-limit", "20", *self._pytest(file, "sanitizer")],
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )
-            for tool in ("memcheck", "racecheck") for file in marked("sanitizer")
-        ]  # fmt: skip
+        jobs, files, tasks = min(jobs, SANITIZED), marked("sanitizer"), []
+        each = max(jobs // 2, 1)  # processes of either tool
+        for tool in ("memcheck", "racecheck"):
+            # It looks at the process that it starts and at none of that one's children: at python, not at a shell.
+            under = [found, "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "99",
+                     "--print-limit", "20"]  # fmt: skip
+            for some in filter(None, (files[start::each] for start in range(each))):
+                name = " ".join([tool, *(file.stem for file in some)])
+                command = self._pytest(some, "sanitizer", under)
+                tasks.append(Task(name, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
         self.spread("sanitizer", tasks, min(seconds, self.left()), jobs)
 
-    def _pytest(self, file: Path, marks: str) -> list[object]:
-        """One file's tests, in the words that say at a kill which test was running. 5: it has none."""
+    def _pytest(self, files: Sequence[Path], marks: str, under: Sequence[object] = ()) -> list[object]:
+        """The files' tests, in the words that say at a kill which test was running. 5: there are none."""
         shell = '"$@"; status=$?; [ $status -eq 5 ] && exit 0; exit $status'
-        return ["sh", "-c", shell, "sh", self.python, "-m", "pytest", file, "-v", "--tb=short", "-m", marks,
+        return ["sh", "-c", shell, "sh", *under, self.python, "-m", "pytest", *files, "-v", "--tb=short", "-m", marks,
                 "-p", "no:cacheprovider", "-p", "no:xdist"]  # fmt: skip
 
     def finish(self) -> int:

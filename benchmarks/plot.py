@@ -109,21 +109,22 @@ def speed_ups(found: Sequence[Cell]) -> Figure:
     for cell in found:
         headings.append((y, _heading(cell)))
         shown = (row for row in cell.rows if not row.get("yardstick"))
-        for row in sorted(shown, key=lambda row: (not row["provider"].startswith("ours"), not row["baseline"])):
+        for row in sorted(shown, key=lambda row: (not row["provider"].startswith("ours"), row is not cell.baseline)):
             y += 1.0
             lines.append((y, row, cell))
         y += 1.6
     ratios = [speed_up(row, cell) for _, row, cell in lines]
     left, right = max(min(0.5, *ratios) * 0.8, 0.02), max(2.0, *ratios) * 2.2
     figure, axes = plt.subplots(figsize=(8.0, 0.185 * y + 1.0))
-    for (position, row, _), ratio in zip(lines, ratios, strict=True):
+    for (position, row, cell), ratio in zip(lines, ratios, strict=True):
         ours = row["provider"].startswith("ours")
-        colour = OURS_COLOUR if ours else BASELINE_COLOUR if row["baseline"] else OTHER_COLOUR
-        if row["baseline"]:
+        is_baseline = row is cell.baseline
+        colour = OURS_COLOUR if ours else BASELINE_COLOUR if is_baseline else OTHER_COLOUR
+        if is_baseline:
             axes.plot([1.0], [position], marker="D", markersize=4, color=colour)
         else:
             axes.barh(position, max(ratio, left) - 1.0, left=1.0, height=0.72, color=colour, linewidth=0)
-        text = fmt_ms(row["ms_p50"]) + ("" if row["baseline"] else f"   {fmt_ratio(ratio)}")
+        text = fmt_ms(row["ms_p50"]) + ("" if is_baseline else f"   {fmt_ratio(ratio)}")
         axes.annotate(text, (max(ratio, 1.0), position), xytext=(6, 0), textcoords="offset points", va="center",
                       fontsize=7.5, fontweight="bold" if ours else "normal")  # fmt: skip
     axes.axvline(1.0, color=INK, linewidth=0.8)
@@ -221,11 +222,11 @@ def sweep(found: Sequence[Cell], letter: str) -> Figure:
                 (cell.shape[letter], row["ms_p50"])
                 for cell in at
                 for row in cell.rows
-                if (row["provider"] == "ours" if is_ours else row["baseline"])
+                if (row["provider"] == "ours" if is_ours else row is cell.baseline)
             ]
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=colour, linewidth=1.4)
-                name = "ours" if is_ours else next(row["provider"] for row in at[-1].rows if row["baseline"])
+                name = "ours" if is_ours else at[-1].baseline["provider"]
                 panel.annotate(name, points[-1], xytext=(0, 5), textcoords="offset points", ha="right",
                                fontsize=7, color=colour)  # fmt: skip
         panel.set_title(_heading(at[0]), fontsize=9, pad=8)

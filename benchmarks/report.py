@@ -191,7 +191,7 @@ def _operations_table(found: Sequence[Cell], rows: Sequence[Row]) -> str:
             copy = roof_of(rows, row["device"], "copy")
             gemm = roof_of(rows, row["device"], "gemm", row["dtype"])
             provider = f"**{row['provider']}**" if is_ours(row) else row["provider"]
-            kind = ["baseline"] if row["baseline"] else ["yardstick"] if row.get("yardstick") else []
+            kind = ["baseline"] if row is cell.baseline else ["yardstick"] if row.get("yardstick") else []
             versions = [f"{name} {version}" for name, version in row.get("packages", {}).items()]
             remarks = [*kind, *versions, note_text(row, last)]
             provider += f" ({said})" if (said := ", ".join(filter(None, remarks))) else ""

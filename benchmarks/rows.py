@@ -43,8 +43,8 @@ def key(row: Row) -> str:
 
 
 def cell(row: Row) -> str:
-    """The place of a row in a table: its key without commit and versions."""
-    return _canonical(row, MEASURED | VERSIONS)
+    """The place of a row in a table: its key without commit, versions and whether others are compared with it."""
+    return _canonical(row, MEASURED | VERSIONS | {"baseline"})
 
 
 def _canonical(row: Row, without: frozenset[str]) -> str:
@@ -183,7 +183,15 @@ def _driver() -> str | None:
 
 @cache
 def _revision() -> Row:
-    """The commit, and whether the tree differs from it; both None where there is no repository."""
+    """The commit, and whether the tree differs from it; both None where there is no repository.
+
+    ``BENCH_COMMIT`` names the commit of a copy that came without its history; that it differs in nothing is on whoever
+    sets it.
+    """
+    if given := os.environ.get("BENCH_COMMIT"):
+        if not re.fullmatch("[0-9a-f]{7,40}", given):
+            raise ValueError(f"BENCH_COMMIT must be 7 to 40 hexadecimal digits, got {given!r}")
+        return {"commit": given, "dirty": False}
     commit = _output("git", "rev-parse", "--verify", "HEAD")
     changed = _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return {"commit": commit, "dirty": None if commit is None or changed is None else bool(changed)}

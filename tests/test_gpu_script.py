@@ -154,6 +154,20 @@ def test_a_sanitizer_that_does_not_work_costs_one_line(fake):
     assert fake.calls.read_text().count("compute-sanitizer") == 1
 
 
+def test_the_sanitizer_starts_python_itself_few_times(fake):
+    """Of what it does not start itself it checks nothing: "No attachable process found", and a green run."""
+    fake.run(GPU_JOBS="16")
+    calls = [line.split() for line in fake.calls.read_text().splitlines() if line.startswith("compute-sanitizer --tool")]
+    checks = [call for call in calls if "pytest" in call]
+    assert 2 <= len(checks) <= gpu.SANITIZED
+    for call in checks:
+        options = call[1 : call.index(str(fake.python))]
+        assert all(word.startswith("--") for word in options[::2]) and len(options) % 2 == 0, call
+    for tool in ("memcheck", "racecheck"):
+        ran = [Path(word).stem for call in checks if tool in call for word in call if word.endswith(".py")]
+        assert sorted(ran) == sorted(file.stem for file in gpu.marked("sanitizer"))
+
+
 def test_no_sanitizer_costs_one_line(tmp_path):
     if shutil.which("compute-sanitizer", path="/usr/bin:/bin"):
         pytest.skip("this machine has one where it cannot be hidden")
