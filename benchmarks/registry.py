@@ -85,10 +85,10 @@ from sae_kernels.traffic import Traffic
 class Provider:
     """One implementation. ``note`` says where its result or its input differs in kind from the baseline's.
 
-    Of several ``baseline``, the first that runs is the cell's. A ``yardstick`` is a part of the operation that targets are stated in; it has a check of its own. ``lowest``: of
-    tied entries it promises those of lowest index, as ours does, and is held to it. ``package`` is what it imports,
-    ``distribution`` where that is installed under another name. ``available`` says why it cannot run, or None;
-    ``version`` asks for what no distribution says.
+    Of several ``baseline``, the first that runs is the cell's. A ``yardstick`` is a part of the operation that targets
+    are stated in; it has a check of its own. ``lowest``: of tied entries it promises those of lowest index, as ours
+    does, and is held to it. ``package`` is what it imports, ``distribution`` where that is installed under another
+    name. ``available`` says why it cannot run, or None; ``version`` asks for what no distribution says.
     """
 
     name: str

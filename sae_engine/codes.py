@@ -203,7 +203,11 @@ class SparseCodes:
             owned = self._owned()
             values, indices = values[:owned], indices[:owned]
         size = (self.rows, self.num_latents)
-        return torch.sparse_csr_tensor(self.offsets, indices.long(), values, size=size, check_invariants=False)
+        # The operator itself: in front of it, torch 2.11's constructor warns that nothing was said about checking the
+        # tensor's invariants even where that was said. Who switches these checks on for all tensors has them here too.
+        return torch.ops.aten.sparse_compressed_tensor(
+            self.offsets, indices.long(), values, size, dtype=values.dtype, layout=torch.sparse_csr, device=self.device
+        )
 
     def replace(self, *, values: Tensor) -> SparseCodes:
         """The same entries with other values, (N,): steering."""

@@ -112,6 +112,9 @@ def test_to_sparse_csr_keeps_stored_zeros():
     codes = se.functional.topk(torch.zeros(2, 6), 2)
     csr = codes.to_sparse_csr()
     assert csr.shape == (2, 6) and csr.values().numel() == 4
+    values = codes.values.clone().requires_grad_()
+    codes.replace(values=values).to_sparse_csr().to_dense().sum().backward()
+    assert torch.equal(values.grad, torch.ones(4))
     roomy = ragged(capacity=100)
     assert torch.equal(roomy.to_sparse_csr().to_dense(), roomy.to_dense())
 

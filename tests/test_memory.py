@@ -127,6 +127,10 @@ def test_the_largest_published_size_on_a_gpu():
     budget = 2 << 30
     sae = se.SparseAutoencoder(768, 1 << 20, se.TopK(K), device="cuda")
     step = TrainStep(sae, lr=1e-3, memory_budget=budget, compute_dtype=torch.bfloat16)
+    # The workspaces of cuBLAS, 32 MiB on an H100, are a process's and not a step's: the first products make them.
+    small = se.SparseAutoencoder(768, 1 << 12, se.TopK(K), device="cuda")
+    TrainStep(small, lr=1e-3, compute_dtype=torch.bfloat16)(torch.randn(64, 768, device="cuda"))
+    del small
     before = torch.cuda.memory_allocated()  # parameters and moments
     torch.cuda.reset_peak_memory_stats()
     x = torch.randn(4096, 768, device="cuda")

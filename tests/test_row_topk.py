@@ -1,4 +1,6 @@
 """functional.topk and its kernel: exact selection of k entries a row."""
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -8,6 +10,13 @@ from sae_kernels import _tuning, reference, torch_backend
 from sae_kernels.ops import ops
 
 FAST = ("torch", "triton")
+
+
+class Sorted(NamedTuple):
+    values: torch.Tensor
+    indices: torch.Tensor
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [(3, 200, 5), (1, 1, 1), (2, 37, 37), (2, 520, 70), (3, 64, 1), (0, 10, 2), (2, 257, 16)]
 IDS = [f"B{b}-F{n}-K{k}" for b, n, k in CASES]
@@ -49,6 +58,44 @@ def test_masks_and_scores(backend, relu):
             for by in (None, score, make_pre("special", (3, 130), seed=2)):
                 args = (pre, by, mask, 9, False, relu)
                 assert_same(ops.topk(*args, backend), ops.topk(*args, "reference"))
+
+
+@pytest.fixture
+def sorted_by_bits(monkeypatch):
+    """Sorts as GPUs do long rows: NaN with its sign set comes last, also where topk sorts what it has found."""
+    sort, topk = torch.Tensor.sort, torch.Tensor.topk
+
+    def by_bits(x, dim=-1, descending=False, stable=False):
+        last = x.isnan() & x.signbit() if x.is_floating_point() else torch.zeros_like(x, dtype=torch.bool)
+        keys = torch.where(last, -torch.inf, x) if last.any() else x
+        order = sort(keys, dim=dim, descending=descending, stable=stable)
+        return Sorted(x.gather(dim, order.indices), order.indices)
+
+    def found(x, k, sorted=True):
+        top, columns = topk(x, k)
+        order = by_bits(top, 1, descending=True).indices if sorted else torch.arange(k).flip(0).expand_as(top)
+        return Sorted(top.gather(1, order), columns.gather(1, order))
+
+    monkeypatch.setattr(torch.Tensor, "sort", by_bits)
+    monkeypatch.setattr(torch.Tensor, "topk", found)
+    monkeypatch.setattr(_tuning, "column_groups", lambda num_latents, k: ())  # a CPU's way
+    monkeypatch.setattr(torch_backend, "_sorts_nan_by_sign", lambda x: True)
+
+
+def test_nan_of_either_sign_ranks_first_where_rows_are_sorted_by_their_bits(sorted_by_bits):
+    for dtype, integer in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
+        nan = torch.tensor(-1, dtype=integer).view(dtype)  # by its bits: a conversion may drop the sign
+        for share in (0.02, 0.3):
+            pre = torch.where(torch.rand(4, 130) < share, nan, torch.randn(4, 130).to(dtype))
+            assert pre[pre.isnan()].signbit().all()
+            for k in (1, 9, 60):
+                args = (pre, None, None, k, False, True)
+                assert_same(ops.topk(*args, "torch"), ops.topk(*args, "reference"))
+            m = torch.arange(130) % 5
+            args = (pre, m, int(m.sum()))
+            assert_same(ops.feature_topm(*args, "torch"), ops.feature_topm(*args, "reference"))
+            args = (pre, torch.full((4,), 3.0), None, None)
+            assert_same(ops.norm_match(*args, "torch"), ops.norm_match(*args, "reference"))
 
 
 def test_fp64_on_torch():

@@ -34,7 +34,8 @@ def peak_bytes(
 
     Encoding and backward pass do not overlap: the larger counts. On a CPU, which multiplies no mixed dtypes, 16-bit
     products and sums also take an fp32 copy of one weight at a time. Rows whose k-th entry ties with others are looked
-    at whole, a tile at a time; that is not counted.
+    at whole, a tile at a time; that is not counted, nor are cuBLAS' workspaces, which a process has once (32 MiB on an
+    H100) and torch's allocator lists.
 
     Args:
         memory_budget: of the step.
