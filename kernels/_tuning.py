@@ -254,7 +254,7 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
     lanes = max(next_power_of_2(number), next_power_of_2(k) * size)
     if size == 1 or lanes > MAX_TILE:
         return None
-    warps = num_warps(lanes)
+    warps = max(num_warps(lanes), 8 if num_latents > 65536 else 1)
     # 64 latents a thread: eight loads in flight, since the registers of the selection leave few programs to a processor.
     # Rows that are not aligned load latent by latent; beside the widest selection 32 of them spill on sm_80.
     latents = 8 if num_latents % 16 and lanes == MAX_TILE else 64
@@ -291,10 +291,16 @@ class CandidateTile(NamedTuple):
 CANDIDATE_TILE = CandidateTile(64, 32, 8)
 
 
-@searched(lambda block, grouped: _around(block, 128, 2048))  # a warp has 128 lanes
-def candidate_block(grouped: bool) -> int:
-    """Tile of one column's candidates: a common number of them, so that most stay in registers; or of its rows."""
-    return 512 if grouped else 1024
+@searched(lambda block, candidates: _around(block, 128, 2048), key=lambda candidates: (round(math.log2(candidates)),))
+def candidate_block(candidates: float) -> int:  # a warp has 128 lanes
+    """Tile of one column's candidates, of which there are so many on average.
+
+    On an H200 four times the average, for budgets that differ, but twice where that is a single warp.
+    """
+    return 128 if candidates < 96 else min(1 << round(math.log2(4 * candidates)), 1024)
+
+
+UNGROUPED_BLOCK = 1024  # tile of a column of which every row is a candidate
 
 
 @searched(lambda warps, block: _around(warps, 1, 16))
@@ -399,14 +405,29 @@ def is_dense(operation: str, entries: int, rows: int, columns: int, device_type:
 
 @searched(lambda block, width: _around(block, 16, 2048))
 def decode_block(width: int) -> int:
-    """Columns of a decoder tile: one tile up to 1024, so that a row's indices are read once for common widths."""
-    return max(min(next_power_of_2(width), 1024), 16)
+    """Columns of a decoder tile: a warp's, 27 µs on an H200 where a tile of 1024 columns takes 38 (d 768).
+
+    A row's indices are read for each of its tiles, out of a cache; 768 columns fill no tile of a power of two.
+    """
+    return max(min(next_power_of_2(width), 256), 16)
 
 
 @searched(lambda warps, block: _around(warps, 1, 8))
 def decode_warps(block: int) -> int:
-    """8 columns a thread, one 16-byte load of 16-bit weights: 2 to 4 warps at common widths."""
+    """8 columns a thread, one 16-byte load of 16-bit weights."""
     return min(max(block // 256, 1), 4)
+
+
+@searched(lambda block, width: _around(block, 16, 2048))
+def weight_block(width: int) -> int:
+    """Columns of a tile of the decoder's gradient: few entries belong to one latent, so wide tiles pay."""
+    return max(min(next_power_of_2(width), 1024), 16)
+
+
+@searched(lambda warps, block: _around(warps, 1, 8))
+def weight_warps(block: int) -> int:
+    """16 columns a thread: 45 µs on an H200, 58 with 8 (F 32,768, d 768)."""
+    return min(max(block // 512, 1), 4)
 
 
 def column_groups(num_latents: int, k: int) -> tuple[int, ...]:
@@ -436,7 +457,7 @@ TRANSPOSED_IN_CACHE = 3 << 16  # numbers of a gradient that a CPU transposes at 
 
 
 PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps
-PASS_REGISTERS = 168  # of a thread, so that 12 warps share a processor; with 128 it spills
+PASS_REGISTERS = 128  # of a thread, so that 16 warps share a processor; left to itself the compiler takes 168
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
 SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
 SLOPES_TILE = 4, 256  # entries and columns of the inner products that precede the pass of wider rows
@@ -446,7 +467,7 @@ SLOPES_TILE = 4, 256  # entries and columns of the inner products that precede t
 def pass_warps(block: int) -> int:
     """16 columns a thread, two 16-byte loads of 16-bit rows, up to 16 warps.
 
-    On an H200 Adam's pass takes 485 µs so, and 580 with 8 columns (F 32,768, d 768); 9.5 and 11.5 ms (131,072, 4,096).
+    On an H200 Adam's pass takes 474 µs so, and 580 with 8 columns (F 32,768, d 768); 9.1 and 11.5 ms (131,072, 4,096).
     """
     return min(max(block // 512, 1), 16)
 
@@ -461,10 +482,13 @@ def is_replicated(elements: int, warps: int) -> bool:
 
 @searched(lambda entries, block: _around(entries, 1, 4))
 def pass_entries(block: int) -> int:
-    """Rows in flight, of gradient and input each: 2 leave the 128 registers with which 16 warps share a processor.
+    """Rows in flight, of gradient and input each, beside Adam's numbers: one leaves the registers for 16 warps."""
+    return 1
 
-    With 4, 12 warps do. Eight columns a thread more, beyond 4096 columns, leave 128 registers one row.
-    """
+
+@searched(lambda entries, block: _around(entries, 1, 4))
+def window_entries(block: int) -> int:
+    """The same of the pass that only sums."""
     return 2 if block <= 4096 else 1
 
 

@@ -112,7 +112,7 @@ def _plan_values(grad: Layout, weight: Layout, parts: int) -> Launch:
     return Launch(
         _values_kernel, (rows, parts), warps=4, D=width, stride_gb=grad.strides[0], stride_wf=weight.strides[0],
         stride_wd=weight.strides[1], PARTS=parts, BLOCK_N=_tuning.VALUES_BLOCK,
-        BLOCK_D=min(_tuning.decode_block(width), 512),
+        BLOCK_D=_tuning.decode_block(width),
     )
 
 
@@ -137,9 +137,9 @@ class _WeightPlan(NamedTuple):
 @planned
 def _plan_weight(grad: Layout, num_latents: int) -> _WeightPlan:
     width = grad.shape[1]
-    block = _tuning.decode_block(width)
+    block = _tuning.weight_block(width)
     tiles = triton.cdiv(width, block)
-    common = dict(warps=_tuning.decode_warps(block), D=width, stride_gb=grad.strides[0], SPLIT=_tuning.SPLIT_LATENT,
+    common = dict(warps=_tuning.weight_warps(block), D=width, stride_gb=grad.strides[0], SPLIT=_tuning.SPLIT_LATENT,
                   BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT)
     chunks = Launch(_chunk_kernel, (0, tiles), F=num_latents, **common)
     return _WeightPlan(tiles, chunks, Launch(_weight_kernel, (num_latents, tiles), **common))

@@ -212,7 +212,9 @@ def _plan(pre: Layout, total: int) -> _Plan:
             _candidates_kernel, (triton.cdiv(num_latents, tile.columns),), warps=tile.warps,
             NG=groups.number, total=total, F=num_latents, BLOCK_G=tile.groups, BLOCK_F=tile.columns,
         )
-    block = _tuning.candidate_block(groups is not None)
+    block = _tuning.UNGROUPED_BLOCK
+    if groups is not None:
+        block = _tuning.candidate_block(groups.size * max(total / num_latents, 1))
     select = Launch(
         _feature_topm_kernel, (num_latents,), warps=_tuning.candidate_warps(block), B=rows, total=total,
         F=num_latents, **strides, HAS_GROUPS=groups is not None, SHIFT=shift, G=1 if groups is None else groups.size,

@@ -48,14 +48,18 @@ def _tile(d_out: int, d_in: int, stride_xb: int) -> tuple[dict, tuple[bool, bool
     warps = _tuning.pass_warps(max(blocks))
     shared = dict(
         D_OUT=d_out, D_IN=d_in, stride_xb=stride_xb, SPLIT=_tuning.SPLIT_PASS, BLOCK_OUT=blocks[0], BLOCK_IN=blocks[1],
-        IN_FLIGHT=_tuning.pass_entries(max(blocks)), warps=warps, most_registers=_tuning.PASS_REGISTERS,
+        warps=warps, most_registers=_tuning.PASS_REGISTERS,
     )  # fmt: skip
     return shared, (_tuning.is_replicated(blocks[0], warps), _tuning.is_replicated(blocks[1], warps))
 
 
 @planned
 def _windows(widths: tuple, windows: int, num_latents: int, mode: int, offered: bool) -> Launch:
-    return Launch(_window_kernel, (windows,), F=num_latents, MODE=mode, OFFERED=offered, **_tile(*widths)[0])
+    shared = _tile(*widths)[0]
+    in_flight = _tuning.window_entries(max(shared["BLOCK_OUT"], shared["BLOCK_IN"]))
+    return Launch(
+        _window_kernel, (windows,), F=num_latents, MODE=mode, OFFERED=offered, IN_FLIGHT=in_flight, **shared
+    )
 
 
 @planned
@@ -67,7 +71,7 @@ def _latents(
     return Launch(
         _latents_kernel, (), stride_df=strides[0], stride_ef=strides[1], settings=settings, MODES=modes,
         OFFERED=offered, BASE=base, MOVED=moved, COPIED=copied, UNIT_ROWS=unit_rows, REPLICATED=replicated,
-        GROUP=group, **shared,
+        GROUP=group, IN_FLIGHT=_tuning.pass_entries(max(shared["BLOCK_OUT"], shared["BLOCK_IN"])), **shared,
     )  # fmt: skip
 
 
