@@ -83,7 +83,9 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
     center, square = x.new_zeros(x.shape[1], dtype=wide), x.new_zeros((), dtype=wide)
     found_inf = None if skip is None else (skip != 0).float()  # fused Adam asks whether it is 1
     num_latents, row_major = weight.shape[0], encoder.stride(1) != 1
-    chunk = _tuning.latents_in_cache(weight.shape[1] + x.shape[1]) if weight.device.type == "cpu" else max(num_latents, 1)
+    chunk = max(num_latents, 1)
+    if weight.device.type == "cpu":
+        chunk = _tuning.latents_in_cache(weight.shape[1] + x.shape[1])
     for start in range(0, num_latents, chunk):
         latents = slice(start, min(start + chunk, num_latents))
         places = [[t[latents] for t in tensors] for tensors in (parameters, exp_avgs, exp_avg_sqs)]

@@ -88,11 +88,11 @@ def test_where_the_baseline_does_not_run_the_next_one_is_it():
         operation_row(provider=name, baseline=name in ("first", "second"), ms_p50=ms)
         for name, ms in (("ours", 1.0), ("first", 2.0), ("second", 3.0), ("other", 4.0))
     )
-    for rows, baseline, others in (
+    for found, baseline, others in (
         ([ours, first, second, other], first, [second, other]), ([ours, second, other], second, [other]),
         ([ours, other], None, [other]),
     ):  # fmt: skip
-        (cell,) = derived.cells(rows)
+        (cell,) = derived.cells(found)
         assert cell.baseline is baseline and cell.others == others
         ratio = derived.fmt_ratio(derived.speed_up(ours, cell))
         assert ratio == (f"{baseline['ms_p50']:.2f}×" if baseline else ""), "no nan×"

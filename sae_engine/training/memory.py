@@ -8,7 +8,6 @@ from .. import _passes, functional
 from .chunks import rows_within
 from .update import rows_of_a_piece
 
-
 OPERAND_MARGIN = 67  # columns beyond d_in of a 16-bit product's operands, at most
 
 
