@@ -32,8 +32,9 @@ def _matrix(tensor):
     return tensor, tensor.stride(0), tensor.stride(1) if tensor.dim() == 2 else 0
 
 
-def _filled(some, substitute) -> tuple:
-    return tuple(substitute if one is None else one for one in some)
+def _side_by_side(matrices) -> tuple:
+    """Several as kernels take them; the first stands in the place of one that is None."""
+    return tuple(part for one in matrices for part in (matrices[0] if one is None else one))
 
 
 def _with_unit_stride(tensor):
@@ -64,13 +65,13 @@ def _windows(widths: tuple, windows: int, num_latents: int, mode: int, offered: 
 
 @planned
 def _latents(
-    widths: tuple, strides: tuple, modes: tuple, offered: tuple, base: bool, moved: tuple, copied: tuple,
-    unit_rows: bool, group: int, settings: tuple | None,
+    widths: tuple, strides: tuple, modes: tuple, offered: tuple, moved: tuple, copied: tuple, unit_rows: bool,
+    group: int, settings: tuple | None,
 ) -> Launch:  # fmt: skip
     shared, replicated = _tile(*widths)
     return Launch(
         _latents_kernel, (), stride_df=strides[0], stride_ef=strides[1], settings=settings, MODES=modes,
-        OFFERED=offered, BASE=base, MOVED=moved, COPIED=copied, UNIT_ROWS=unit_rows, REPLICATED=replicated,
+        OFFERED=offered, MOVED=moved, COPIED=copied, UNIT_ROWS=unit_rows, REPLICATED=replicated,
         GROUP=group, IN_FLIGHT=_tuning.pass_entries(max(shared["BLOCK_OUT"], shared["BLOCK_IN"])), **shared,
     )  # fmt: skip
 
@@ -106,17 +107,17 @@ class _Sums:
 
     def __init__(self, x, weight, along, terms: list[Term], base):
         self.x, self.weight, self.along = x, _matrix(weight), along
-        self.base = None if base is None else (_matrix(base[0]), _matrix(base[1]), base[2])
+        self.base = None if base is None else (*_matrix(base[0]), *_matrix(base[1]), base[2])
         self.widths = weight.shape[1], x.shape[1], x.stride(0)
         self.modes = tuple(term.mode for term in terms)
         self.offered = tuple(term.offered.numel() > 0 for term in terms)
-        self.terms = tuple((*self._arguments(term), self._partial(term, weight.shape[0])) for term in terms)
+        self.terms = tuple((*self._arguments(term), *self._partial(term, weight.shape[0])) for term in terms)
+        self.strides = tuple(term.grad.stride(0) for term in terms)
 
     @staticmethod
     def _arguments(term: Term) -> tuple:
-        """What kernels know as `term[0]` to `term[6]`; Triton 3.6 takes no None in a tuple within a tuple."""
-        return (term.grad, term.grad.stride(0), term.values, term.offered, term.latent_offsets, term.latent_rows,
-                term.latent_positions)  # fmt: skip
+        """What kernels know as `term[0]` to `term[5]`; behind them come the partial sums."""
+        return term.grad, term.values, term.offered, term.latent_offsets, term.latent_rows, term.latent_positions
 
     def _partial(self, term: Term, num_latents: int):
         """Sums of windows of SPLIT entries that belong to one latent, so that no program walks far through one."""
@@ -126,20 +127,20 @@ class _Sums:
         partial = tuple(torch.empty(shape, dtype=torch.float32, device=self.x.device) for shape in shapes)
         if windows:
             launch = _windows(self.widths, windows, num_latents, term.mode, term.offered.numel() > 0)
-            launch(self.x, term.indices, (*self._arguments(term), partial), self.weight)
+            launch(self.x, term.indices, (*self._arguments(term), *partial), term.grad.stride(0), self.weight)
         return partial
 
     def run(self, latents: slice, grads, *, group=1, state=(None, None, None), adam=None, center=None, square=None):
         """Stores the sums of ``latents`` into ``grads``, whose columns are contiguous, or lets Adam use them up."""
         launch = _latents(
             self.widths, tuple(0 if t is None else t.stride(0) for t in grads[:2]), self.modes, self.offered,
-            self.base is not None, tuple(four is not None for four in state),
+            tuple(four is not None for four in state),
             tuple(four is not None and four[3] is not None for four in state),
             adam is not None and adam.unit_rows, group, adam and adam.settings,
         )  # fmt: skip
         launch(
-            self.x, self.terms, self.weight, self.along, self.base,
-            *grads, *(None if four is None else _filled(four, four[0]) for four in state),
+            self.x, self.terms, self.strides, self.weight, self.along, self.base,
+            *grads, *(None if four is None else _side_by_side(four) for four in state),
             adam and adam.corrections, adam and adam.skip, center, square, latents.start, latents.stop,
             grid=(triton.cdiv(latents.stop - latents.start, group),),
         )  # fmt: skip
@@ -150,7 +151,7 @@ def _slopes(weight, term: Term):
     slopes = torch.empty(term.values.numel(), dtype=torch.float32, device=weight.device)
     if slopes.numel():
         launch = _inner_products(layout(weight), slopes.numel(), term.mode, term.offered.numel() > 0)
-        launch(weight, _Sums._arguments(term), term.indices, slopes)
+        launch(weight, _Sums._arguments(term), term.grad.stride(0), term.indices, slopes)
     return slopes
 
 
@@ -206,7 +207,7 @@ class _Adam:
         center = None if slopes is None else grad.new_empty(programs, width)
         square = grad.new_empty(programs)
         launch(
-            grad, slopes, _filled(state, state[0]), self.corrections, self.skip, center, square, latents.start,
+            grad, slopes, _side_by_side(state), self.corrections, self.skip, center, square, latents.start,
             latents.stop, grid=(programs,),
         )  # fmt: skip
         return center, square

@@ -252,6 +252,9 @@ def _norm_cut_kernel(
     norm = tl.where(ordinary, target, 1.0).to(tl.float64) * scale.to(tl.float64)
     wanted = norm * norm
 
+    # The only tensor that the search carries comes first. The result of `searching`, which nobody reads, is dropped
+    # from the loop's; Triton up to 3.8 then looks for later ones at a wrong place, and fails where it changes layouts.
+    number = tl.zeros((LANES,), tl.int32)
     # Invariant: energy(key >= lo) reaches the target, unless it lies at or above the row's; energy(key > hi) does not.
     lo = tl.full((), 1, tl.int32)
     hi = tl.full((), INF_KEY - 1, tl.int32)
@@ -263,7 +266,6 @@ def _norm_cut_kernel(
     keep_all = known
     searching = lo > 0
     top = tl.full((), 0, tl.int32)
-    number = tl.zeros((LANES,), tl.int32)
     a = lo
     b = tl.where(ordinary, hi, 0)  # with other targets the pass counts what is positive
     bar = b

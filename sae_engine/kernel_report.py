@@ -102,9 +102,11 @@ def _feature_topm(shape: Shape, dtype: torch.dtype, *, share: float | None = Non
     )
 
 
-def _norm_match(shape: Shape, dtype: torch.dtype, *, weighted: bool):
+def _norm_match(shape: Shape, dtype: torch.dtype, *, weighted: bool, transposed: bool = False):
+    size = (shape.F, shape.B) if transposed else (shape.B, shape.F)
+    pre = _meta(*size, dtype=dtype, learned=True)
     return functools.partial(
-        functional.norm_match, _meta(shape.B, shape.F, dtype=dtype, learned=True), _meta(shape.B, dtype=FP32),
+        functional.norm_match, pre.t() if transposed else pre, _meta(shape.B, dtype=FP32),
         weight_norm=_meta(shape.F, dtype=FP32) if weighted else None, capacity=shape.B * shape.k,
     )  # fmt: skip
 
@@ -150,22 +152,28 @@ def _to_dense(shape: Shape, dtype: torch.dtype):
     return lambda: _codes(shape, dtype).to_dense()
 
 
-def _terms(shape: Shape, dtype: torch.dtype, number: int) -> list[_passes.Term]:
+def _terms(shape: Shape, dtype: torch.dtype, number: int, dense: bool) -> list[_passes.Term]:
+    """Terms with sparse codes, where the shape's are, and before them one that is ``dense``, however sparse it is."""
     found = []
     for mode in (_passes.GATED, _passes.GIVEN, _passes.GATED)[:number]:
         codes = _codes(shape, dtype).detach()
         offered = None if mode == _passes.GATED else codes.values
         found.append(_passes.term_of(codes, codes.values, _meta(shape.B, shape.d, dtype=dtype), offered, mode))
+    if dense:
+        turned = "latent_offsets", "latent_rows", "latent_positions"
+        found.insert(0, found[0]._replace(**{name: getattr(found[0], name).new_empty(0) for name in turned}))
     return found
 
 
-def _latent_gradients(shape: Shape, dtype: torch.dtype):
+def _latent_gradients(shape: Shape, dtype: torch.dtype, *, dense: bool = False):
     x, weight = _meta(shape.B, shape.d, dtype=dtype), _meta(shape.F, shape.d, dtype=dtype)
     along = _meta(shape.F, dtype=FP32)
-    return lambda: _passes.latent_gradients(_terms(shape, dtype, 1), x, weight, along, FP32, "triton")
+    return lambda: _passes.latent_gradients(_terms(shape, dtype, 1, dense), x, weight, along, FP32, "triton")
 
 
-def _latent_adam(shape: Shape, dtype: torch.dtype, *, terms: int = 1, row_major: bool = False):
+def _latent_adam(
+    shape: Shape, dtype: torch.dtype, *, terms: int = 1, dense: bool = False, row_major: bool = False
+):  # fmt: skip
     """The step of fp32 parameters, computed in ``dtype``."""
     x = _meta(shape.B, shape.d, dtype=dtype)
     state = [[_meta(shape.F, shape.d, dtype=FP32), _meta(shape.F, shape.d, dtype=FP32), _meta(shape.F, dtype=FP32)]
@@ -176,7 +184,7 @@ def _latent_adam(shape: Shape, dtype: torch.dtype, *, terms: int = 1, row_major:
     copies = [] if dtype == FP32 else [_meta(shape.F, shape.d, dtype=dtype) for _ in range(2)]
     number = _meta(dtype=FP32)
     return lambda: _passes.latent_adam(
-        _terms(shape, dtype, terms), x, None, state[0], state[1], state[2], copies, step=number, lr=number,
+        _terms(shape, dtype, terms, dense), x, None, state[0], state[1], state[2], copies, step=number, lr=number,
         betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, unit_rows=True, skip=_meta(dtype=torch.bool), backend="triton",
     )  # fmt: skip
 
@@ -217,8 +225,10 @@ CASES = {
         Case("latent_adam", _latent_adam, gradient=False),
         Case("latent_adam two terms", functools.partial(_latent_adam, terms=2), gradient=False),
         Case("latent_adam three terms", functools.partial(_latent_adam, terms=3), gradient=False),
+        Case("latent_adam dense term", functools.partial(_latent_adam, dense=True), gradient=False),
         Case("latent_adam row-major", functools.partial(_latent_adam, row_major=True), gradient=False),
         Case("latent_gradients", _latent_gradients, gradient=False),
+        Case("latent_gradients dense term", functools.partial(_latent_gradients, dense=True), gradient=False),
     )
 }
 
@@ -247,6 +257,7 @@ def quick_cells(target: str) -> list[Cell]:
                    ("feature_topm", S1, BF16), ("feature_topm quarter kept", PRIMES, FP16),
                    ("decode", S3, BF16), ("decode fp32 weight", S1, BF16), ("latent_adam", S1, FP32),
                    ("latent_adam row-major", S3, BF16), ("latent_gradients", S1, BF16),
+                   ("latent_adam dense term", S1, BF16), ("latent_gradients dense term", S1, BF16),
                    ("latent_adam", WIDE, BF16), ("decode", WIDE, BF16), ("norm_match", S2, BF16)]  # fmt: skip
     return [(CASES[name], shape, dtype) for name, shape, dtype in chosen]
 

@@ -79,12 +79,12 @@ def test_every_version_has_a_row_and_the_ends_draw_hard_cases(versions, monkeypa
         checks = versions.checks(row, quick=False, with_torch=True, jobs=1)
         drawn[triton] = [name for name, command, environment in checks]
         assert "TRITON_INTERPRET" not in row.environment()
-    ends = ["binaries", "hard cases", "torch"]
-    assert drawn == {"3.6.0": ends, "3.7.1": ["binaries", "torch"], "3.8.0": ["binaries", "torch"], "3.9.0": ends}
+    ends, others = ["binaries", "launches", "hard cases", "torch"], ["binaries", "launches", "torch"]
+    assert drawn == {"3.6.0": ends, "3.7.1": others, "3.8.0": others, "3.9.0": ends}
 
 
 def test_the_tests_that_a_row_names_exist(versions):
-    for argument in (*versions.DRAWN, *versions.HARD_CASES, *versions.ON_TORCH):
+    for argument in (*versions.LAUNCHES, *versions.DRAWN, *versions.HARD_CASES, *versions.ON_TORCH):
         assert not argument.startswith("tests/") or (ROOT / argument).is_file(), argument
 
 
@@ -105,5 +105,5 @@ def test_a_failure_is_shown_and_is_the_exit_status(broken, versions, monkeypatch
     assert versions.main(["--quick"]) == (1 if broken else 0)
     out = capsys.readouterr().out
     assert ("what is wrong" in out) is bool(broken)
-    expected = {"": "4 passed, 0 failed", "binaries": "2 passed, 2 failed", "install": "0 passed, 2 failed"}[broken]
+    expected = {"": "6 passed, 0 failed", "binaries": "4 passed, 2 failed", "install": "0 passed, 2 failed"}[broken]
     assert out.splitlines()[-1] == expected

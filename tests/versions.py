@@ -6,6 +6,7 @@ lacks lies in .venvs/triton-VERSION and comes first on the path. All of that is 
 
 What a row runs:
     binaries    every kernel compiled ahead of time: no spills, no narrow loads, nothing compiled anew
+    launches    every launch lowered at the edges of its sizes, small rows compiled (tests/test_frontend.py)
     hard cases  the Triton back end against the reference in Triton's interpreter; oldest and newest Triton alone
     torch       operators, torch.compile, autograd and modules on the other back ends; once for each torch
 --quick leaves the running interpreter's own versions out, which `make test` has tested, and torch with them; it
@@ -33,6 +34,7 @@ BESIDE_TRITON = {"3.6.0": ["numpy<2.4"]}
 
 DRAWN = ["tests/test_selection_properties.py", "-k", "triton"]
 SELECTIONS = [f"tests/test_{stem}.py" for stem in ("row_topk", "batch_topk", "feature_topm", "norm_match", "threshold")]
+LAUNCHES = ["tests/test_frontend.py", "-m", "not slow"]
 HARD_CASES = [*SELECTIONS, "tests/test_decode.py", "tests/test_latent_pass.py",
               "tests/test_selection_properties.py", "-m", "not slow and not serial"]  # fmt: skip
 ON_TORCH = [*(f"tests/test_{stem}.py" for stem in (
@@ -63,6 +65,7 @@ def checks(row: Row, *, quick: bool, with_torch: bool, jobs: int) -> Iterator[tu
     kernels = ["-W", "ignore", "-m", "sae_engine.cli", "kernels", "--quick", *archs, "--jobs", str(jobs)]
     yield "binaries", [row.python, *kernels, "--markdown", str(listing)], row.environment()
     pytest = [row.python, "-m", "pytest", "-q", "-n", str(jobs)]
+    yield "launches", [*pytest, *LAUNCHES], row.environment()
     if row.triton in ENDS:
         yield "hard cases", [*pytest, *(DRAWN if quick else HARD_CASES)], row.environment(TRITON_INTERPRET="1")
     if with_torch:
