@@ -255,7 +255,7 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
     if size == 1 or lanes > MAX_TILE:
         return None
     warps = max(num_warps(lanes), 8 if num_latents > 65536 else 1)
-    # 64 latents a thread: eight loads in flight, since the registers of the selection leave few programs to a processor.
+    # 64 latents a thread: eight loads in flight, since the selection's registers leave few programs to a processor.
     # Rows that are not aligned load latent by latent; beside the widest selection 32 of them spill on sm_80.
     latents = 8 if num_latents % 16 and lanes == MAX_TILE else 64
     return Groups(size, number, max(stream_block(num_latents, 32 * latents * warps), size), warps)
