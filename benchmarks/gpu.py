@@ -40,6 +40,7 @@ LIMITS = {
     "install": 30.0, "machine": 30.0, "smoke": 75.0, "headline": 120.0, "steps": 90.0, "tests": 100.0,
     "sanitizer probe": 10.0, "sanitizer": 60.0, "report": 20.0,
 }  # fmt: skip
+PARTS = ("smoke", "headline", "steps", "tests", "sanitizer", "sweeps")
 CLOSING_SECONDS = 10.0  # what a benchmark gets beyond its --seconds to write its report
 GRACE_SECONDS = 5.0  # between an interrupt and a kill
 LEAST_SECONDS = 5.0  # a part is not begun with less
@@ -305,7 +306,7 @@ def jobs_for(free_gib: float | None) -> int:
     return max(min(cores, int(free_gib / GIB_A_PROCESS)), 1) if free_gib else min(cores, 4)
 
 
-def everything(session: Session) -> None:
+def everything(session: Session, parts: Sequence[str]) -> None:
     python = session.python
     session.say(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     if not session.finds_this_tree():
@@ -316,12 +317,17 @@ def everything(session: Session) -> None:
         session.verdict(FAILED, "torch sees no GPU, and everything else needs one")
         return
     jobs = jobs_for(facts.get("free_gib"))
-    session.smoke(facts["operations"], jobs, LIMITS["smoke"])
-    session.benchmark("headline", ["--only", "operations", "sizes"], LIMITS["headline"])
-    session.benchmark("steps", ["--only", "steps", "parts"], LIMITS["steps"])
-    session.tests(jobs, LIMITS["tests"])
-    session.sanitizer(jobs, LIMITS["sanitizer"])
-    session.benchmark("sweeps", ["--only", "compiled", "sweeps"], session.left())
+    run = {
+        "smoke": lambda: session.smoke(facts["operations"], jobs, LIMITS["smoke"]),
+        "headline": lambda: session.benchmark("headline", ["--only", "operations", "sizes"], LIMITS["headline"]),
+        "steps": lambda: session.benchmark("steps", ["--only", "steps", "parts"], LIMITS["steps"]),
+        "tests": lambda: session.tests(jobs, LIMITS["tests"]),
+        "sanitizer": lambda: session.sanitizer(jobs, LIMITS["sanitizer"]),
+        "sweeps": lambda: session.benchmark("sweeps", ["--only", "compiled", "sweeps"], session.left()),
+    }
+    for name in PARTS:
+        if name in parts:
+            run[name]()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -329,6 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results", metavar="FOLDER", help="for all results")
     parser.add_argument("--python", default=sys.executable, help="the interpreter whose torch is used as it is")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for everything (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     options = parser.parse_args(arguments)
     os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     session = Session(options.out.resolve(), options.python, options.seconds)
@@ -340,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:
-        everything(session)
+        everything(session, options.parts)
     except Stopped as asked:
         session.verdict(FAILED, f"interrupted by {asked}; what had been measured is kept")
     return session.finish()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import sae_engine as se
 from sae_engine.losses import AuxK
-from sae_engine.training import TrainStep
+from sae_engine.training import CapturedStep, TrainStep
 
 LEARNING_RATE = 1e-4
 BATCHES = 2
@@ -114,10 +114,13 @@ class Contestant(Provider):
     kind: str = "peer"
     dead: bool = False
     updates: bool = True
+    on_gpu: bool = False  # alone
 
     def missing(self, device: torch.device) -> str | None:
         if self.package == "sparsify" and device.type == "cpu" and os.environ.get("SPARSIFY_DISABLE_TRITON") != "1":
             return "on a CPU sparsify needs SPARSIFY_DISABLE_TRITON=1 (make bench-peers sets it)"
+        if self.on_gpu and device.type == "cpu":
+            return "needs a GPU"
         return super().missing(device)
 
 
@@ -165,6 +168,11 @@ def train_step(*, contiguous: bool = False, aux: AuxK | None = None) -> Callable
         return run
 
     return build
+
+
+def captured_step(s: Setup) -> Callable[[], Tensor]:
+    step, batches = CapturedStep(TrainStep(s.autoencoder(), lr=s.learning_rate, compute_dtype=s.dtype)), s.batches()
+    return lambda: step(next(batches))["mse"]
 
 
 def plain_path(s: Setup) -> Callable[[], Tensor]:
@@ -367,6 +375,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant("encoder GEMM", encoder_gemm, kind="yardstick", note="part of a step"),
     Contestant("fused Adam", fused_adam, kind="yardstick", note="part of a step; gradients given"),
     Contestant("ours", train_step(), kind="ours", note=f"TrainStep; {UNIT_ROWS}, dead counting, FVU, L0"),
+    Contestant("ours, captured", captured_step, kind="ours", on_gpu=True, note="CapturedStep: a CUDA graph"),
     Contestant("ours, contiguous", train_step(contiguous=True), kind="ours", note="TrainStep, W_enc row-major"),
     Contestant("ours, plain path", plain_path, kind="ours", note=f"sae(x), backward, torch's Adam; {UNIT_ROWS}"),
     Contestant("dense PyTorch", dense(), kind="PyTorch", baseline=True, note=UNIT_ROWS),

@@ -14,14 +14,14 @@ def entries_of_each_row(offsets: Tensor, entries: int) -> int | None:
     if not (offsets.is_cpu and rows and entries) or entries % rows:
         return None
     k = entries // rows
-    return k if torch.equal(offsets, torch.arange(0, entries + 1, k)) else None
+    return k if torch.equal(offsets, torch.arange(0, entries + 1, k, device=offsets.device)) else None
 
 
 def rows_of(offsets: Tensor, entries: int) -> Tensor:
     """The row (N,) int64 of each entry; entries that belong to no row get row B."""
     k = entries_of_each_row(offsets, entries)
     if k is not None:
-        return torch.arange(entries // k).repeat_interleave(k)
+        return torch.arange(entries // k, device=offsets.device).repeat_interleave(k)
     counts = torch.cat([offsets.diff(), entries - offsets[-1:]])
     return torch.repeat_interleave(torch.arange(offsets.numel(), device=offsets.device), counts, output_size=entries)
 

@@ -60,4 +60,6 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
 
 def capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being captured that operations on ``tensor`` go into: the host cannot read it then."""
+    if torch.compiler.is_compiling():  # what is traced runs later, and a size that is decided then is in no graph
+        return False
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -65,12 +65,14 @@ class Activation(nn.Module):
     For a batch that is worked through in chunks of rows, a rule of the latter kinds says in ``candidates(pre, tokens)``
     which entries of a chunk may be kept of a batch of ``tokens``, and in ``total(tokens)`` or
     ``latent_budgets(tokens)`` (F,) how many are: those with the largest values, ties to the lowest flat index.
-    ``encoder_bias`` is False for rules under which an autoencoder's ``b_enc`` stays 0.
+    ``encoder_bias`` is False for rules under which an autoencoder's ``b_enc`` stays 0. ``settled`` is False while what
+    the rule does may still change by a count of forwards, which a CUDA graph cannot follow.
     """
 
     context_keys: ClassVar[frozenset[str]] = frozenset()
     scope: str = "row"
     encoder_bias: ClassVar[bool] = True
+    settled: bool = True
     entry_values: Callable[..., Tensor] | None = None
     candidates: Callable[..., SparseCodes] | None = None
     total: Callable[[int], int]

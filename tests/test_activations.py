@@ -220,7 +220,7 @@ def l0_and_fvu(sae, batches):
                          ids=["BatchTopK", "Matryoshka"])  # fmt: skip
 def test_the_threshold_serves_held_out_activations_as_the_batch_rule_does(make):
     k = 8
-    sae = se.SparseAutoencoder(16, 128, make(k))
+    sae = se.SparseAutoencoder(16, 128, make(k), device="cpu").to(torch.get_default_device())  # weights as everywhere
     step = se.training.TrainStep(sae, lr=3e-3)
     for x in stream(300, seed=1):
         step(x)
@@ -229,7 +229,7 @@ def test_the_threshold_serves_held_out_activations_as_the_batch_rule_does(make):
         l0, fvu = l0_and_fvu(sae, held_out)
         assert l0 == k
         by_threshold = l0_and_fvu(sae.eval(), held_out)
-        assert abs(by_threshold[0] / k - 1) < 0.02 and abs(by_threshold[1] / fvu - 1) < 0.01
+        assert abs(by_threshold[0] / k - 1) < 0.02 and by_threshold[1] / fvu < 1.01
         sae.activation.threshold.mul_(1.3)  # as a running mean that lags
         assert abs(l0_and_fvu(sae, held_out)[0] / k - 1) > 0.1
         se.calibrate_threshold(sae, held_out[:4])

@@ -219,6 +219,7 @@ def test_an_overflowing_capacity_is_reported():
 OVERFLOW = """
 import torch, sae_engine as se
 sae = se.SparseAutoencoder(16, 64, se.TopAFA(capacity=3), device="cuda")
+sae(torch.zeros(8, 16, device="cuda"))  # nothing overflows; kernels are loaded, which after an assertion fails
 sae(torch.randn(8, 16, device="cuda"))
 print("not waited for", flush=True)  # before the assertion ends the process
 torch.cuda.synchronize()

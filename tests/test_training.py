@@ -10,7 +10,7 @@ import torch
 import sae_engine as se
 from sae_engine.losses import AFA, L1, AuxK, MultiTopK
 from sae_engine.testing import assert_same, force_dense
-from sae_engine.training import TrainStep
+from sae_engine.training import CapturedStep, TrainStep
 from sae_kernels import _tuning
 
 B, D, F = 14, 6, 40
@@ -710,6 +710,50 @@ def test_nothing_waits_for_the_device(rule, dense, no_waiting):
     step.warm_up(x)  # compiles, reads the free memory and, with a capacity, the density
     with no_waiting():
         step(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["TopK", "BatchTopK", "FeatureChoice"])
+def test_a_captured_step_trains_as_the_step_does(rule):
+    """Also a batch of another shape on the way, weights that somebody else writes, and a schedule."""
+    rules = {
+        "TopK": lambda: se.TopK(4), "BatchTopK": lambda: se.BatchTopK(4),
+        "FeatureChoice": lambda: se.FeatureChoice(F, 3, mutual_steps=2),
+    }  # fmt: skip
+    saes = [make(rules[rule](), dtype=torch.float32) for _ in range(2)]
+    steps = [
+        TrainStep(sae, lr=1e-2, losses=[AuxK(5)], compute_dtype=torch.bfloat16, density_interval=3,
+                  scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+        for sae in saes
+    ]  # fmt: skip
+    captured = CapturedStep(steps[1])
+    for number, rows in enumerate([B] * 6 + [B // 2] + [B] * 4):
+        x = torch.randn(rows, D)
+        expected, report = steps[0].warm_up(x), captured(x)
+        for name, scalar in expected.items():
+            torch.testing.assert_close(report[name], scalar, msg=f"{name}, call {number}")
+        if number == 7:
+            with torch.no_grad():
+                for sae in saes:
+                    sae.W_enc.mul_(1.01)
+    assert captured._graph is not None and steps[0].calls == steps[1].calls == 11
+    assert_parameters_close(*saes)
+    lrs = [float(step.optimizer.param_groups[0]["lr"]) for step in steps]
+    assert lrs[0] == lrs[1] < 0.01
+
+
+def test_what_cannot_be_captured_is_refused():
+    sae = se.SparseAutoencoder(D, F, se.TopK(4), device="cpu")
+    with pytest.raises(ValueError, match="GPU"):
+        CapturedStep(TrainStep(sae, lr=1e-2))
+    with pytest.raises(TypeError, match="TrainStep"):
+        CapturedStep(sae)
+    if torch.cuda.is_available():
+        sae = sae.cuda()
+        with pytest.raises(ValueError, match="accumulate"):
+            CapturedStep(TrainStep(sae, lr=1e-2, accumulate=2))
+        with pytest.raises(ValueError, match="reduce"):
+            CapturedStep(TrainStep(sae, lr=1e-2, reduce=lambda tensors: None))
 
 
 @pytest.mark.gpu

@@ -73,6 +73,10 @@ class FeatureChoice(BatchTopK):
         """``"mutual"`` or ``"feature"``: which choice the next training forward makes."""
         return "mutual" if self._counted < self.mutual_steps else "feature"
 
+    @property
+    def settled(self) -> bool:  # type: ignore[override]
+        return self.phase == "feature"
+
     def end_mutual_choice(self) -> None:
         """From the next training forward on, latents choose."""
         self._counted = max(self._counted, self.mutual_steps)

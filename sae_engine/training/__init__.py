@@ -1,7 +1,8 @@
 """One whole training step, sparse from end to end: see :class:`TrainStep`. Losses are in ``sae_engine.losses``."""
 from ..losses import Loss
+from .captured import CapturedStep
 from .dead import DeadLatents
 from .memory import peak_bytes
 from .step import TrainStep
 
-__all__ = ["DeadLatents", "Loss", "TrainStep", "peak_bytes"]
+__all__ = ["CapturedStep", "DeadLatents", "Loss", "TrainStep", "peak_bytes"]

@@ -60,10 +60,11 @@ class TrainStep:
     Nothing waits for the device with rules that keep a fixed number of entries or have a ``capacity``, but for those
     reads. ``sae_engine.losses`` and any ``torch.optim`` optimizer train the same model the ordinary way.
 
-    A step can be captured in a CUDA graph after :meth:`warm_up`. The graph updates parameters, moments, counters and
-    thresholds where they lie; what only the host counts (``calls``, ``scheduler``, :class:`FeatureChoice`'s phase)
-    stands still while it is replayed. :meth:`load_state_dict` writes into the same tensors; whoever else writes
-    parameters between replays calls :meth:`refresh` afterwards.
+    A step can be captured in a CUDA graph, by :class:`CapturedStep` or after :meth:`warm_up`. The graph updates
+    parameters, moments, counters and thresholds where they lie; what only the host counts (``calls``, ``scheduler``,
+    :class:`FeatureChoice`'s phase) stands still while it is replayed; :meth:`replayed` moves the first two on.
+    :meth:`load_state_dict` writes into the same tensors; whoever else writes parameters between replays calls
+    :meth:`refresh` afterwards.
     """
 
     def __init__(
@@ -151,6 +152,16 @@ class TrainStep:
             return self(x, target, **context)
         finally:
             self._warming_up = False
+
+    @property
+    def has_reduce(self) -> bool:
+        return self._update.reduce is not None
+
+    def replayed(self) -> None:
+        """Told by whoever replays a captured step: what only the host counts moves on."""
+        self.calls += 1
+        if self.scheduler is not None:
+            self.scheduler.step()
 
     def refresh(self) -> None:
         """Renews the copies of the weights in ``compute_dtype``, in place, after somebody else has written parameters.
