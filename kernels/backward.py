@@ -139,10 +139,13 @@ def _plan_weight(grad: Layout, num_latents: int) -> _WeightPlan:
     width = grad.shape[1]
     block = _tuning.weight_block(width)
     tiles = triton.cdiv(width, block)
-    common = dict(warps=_tuning.weight_warps(block), D=width, stride_gb=grad.strides[0], SPLIT=_tuning.SPLIT_LATENT,
-                  BLOCK_D=block, IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT)
-    chunks = Launch(_chunk_kernel, (0, tiles), F=num_latents, **common)
-    return _WeightPlan(tiles, chunks, Launch(_weight_kernel, (num_latents, tiles), **common))
+    common = dict(
+        D=width, stride_gb=grad.strides[0], SPLIT=_tuning.SPLIT_LATENT, BLOCK_D=block,
+        IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT,
+    )
+    chunks = Launch(_chunk_kernel, (0, tiles), warps=_tuning.decode_warps(block), F=num_latents, **common)
+    warps = _tuning.weight_warps(block, grad.dtype.itemsize)
+    return _WeightPlan(tiles, chunks, Launch(_weight_kernel, (num_latents, tiles), warps=warps, **common))
 
 
 def launch_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):

@@ -71,7 +71,7 @@ class _Plan(NamedTuple):
 def _plan(pre: Layout, theta: Layout, bandwidth: float | None) -> _Plan:
     num_latents = pre.shape[1]
     marks = plan_marks(pre, _tuning.MARKED_SEGMENTS)
-    block, warps = _tuning.mark_tile(num_latents)
+    block, warps = _tuning.mark_tile(num_latents, pre.dtype.itemsize)
     mark = Launch(
         _mark_kernel, (marks.rows * marks.parts,), warps=warps, parts=marks.parts, part=marks.part, F=num_latents,
         ROW_MARKS=marks.row_marks, half_window=0.0 if bandwidth is None else bandwidth / 2, stride_pb=pre.strides[0],

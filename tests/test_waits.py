@@ -276,11 +276,12 @@ WAITING = {
     "training.TrainStep, FeatureChoice in chunks": step(lambda: se.FeatureChoice(F, 3.5), memory_budget=2 * F * 4),
 }  # fmt: skip
 
-# Names without tensors of their own, or whose work is reading: the host gets numbers, text or files from them.
+# Names without tensors of their own, or whose work is reading: the host gets numbers, text or files from them. And a
+# step that is replayed as a graph, in which nothing can wait.
 APART = {
     "Activation", "ByLatent", "EncodeInfo", "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
     "losses", "metrics", "training", "SparseCodes", "metrics.evaluate", "metrics.ppl_sparsity",
-    "metrics.loss_recovered", "training.peak_bytes", "training.Loss", "losses.Loss", "losses.LossInput", "losses.Pull",
+    "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes", "training.Loss", "losses.Loss", "losses.LossInput", "losses.Pull",
     "losses.losses_for",
 }  # fmt: skip
 
