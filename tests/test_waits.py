@@ -281,7 +281,8 @@ WAITING = {
 APART = {
     "Activation", "ByLatent", "EncodeInfo", "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
     "losses", "metrics", "training", "SparseCodes", "metrics.evaluate", "metrics.ppl_sparsity",
-    "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes", "training.Loss", "losses.Loss", "losses.LossInput", "losses.Pull",
+    "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes", "training.Loss",
+    "losses.Loss", "losses.LossInput", "losses.Pull",
     "losses.losses_for",
 }  # fmt: skip
 
