@@ -230,7 +230,9 @@ def evaluate(
     if not isinstance(sae, SparseAutoencoder):
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
     taken = losses_for(sae, losses)
-    target = _checked_target(sae, x, target)
+    check.floating("x", x)
+    target = checked_target(sae, x, target)
+    target = target.to(torch.promote_types(target.dtype, torch.float32))
     number_dead = 0
     if dead is None:
         dead = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
@@ -263,16 +265,15 @@ def evaluate(
     return {"loss": torch.stack(list(values.values())).sum(), **values}
 
 
-def _checked_target(sae: SparseAutoencoder, x: Tensor, target: Tensor | None) -> Tensor:
-    """(B, d_out), fp32 or wider, constant for autograd."""
-    check.floating("x", x)
+def checked_target(sae: SparseAutoencoder, x: Tensor, target: Tensor | None) -> Tensor:
+    """(B, d_out) of the target, or of ``x`` where there is none; constant for autograd."""
     if target is None:
         if sae.d_out != sae.d_in:
             raise ValueError(f"target is needed, (*batch_shape, {sae.d_out}): d_out differs from d_in")
         target = x
     check.floating("target", target)
     check.shaped("target", target, (*x.shape[:-1], sae.d_out), x, why="d_out for each token of x")
-    return check.matrix(target.detach()).to(torch.promote_types(target.dtype, torch.float32))
+    return check.matrix(target.detach())
 
 
 def _per_row(value: Any, x: Tensor, flat: Tensor) -> Any:

@@ -13,6 +13,7 @@ from .._backend import capturing, resolve_backend
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..losses import Loss, losses_for
+from ..losses.base import checked_target
 from .adam import Adam
 from .backward import backward
 from .chunks import PreActivations, default_budget_bytes, rows_within
@@ -260,13 +261,7 @@ class TrainStep:
         check.same_device("x", x, sae.W_enc)
         if x.numel() == 0:
             raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
-        if target is None:
-            if sae.d_out != sae.d_in:
-                raise ValueError(f"target is needed, (*batch_shape, {sae.d_out}): d_out differs from d_in")
-            target = x
-        check.floating("target", target)
-        check.shaped("target", target, (*x.shape[:-1], sae.d_out), x, why="d_out for each token of x")
-        return check.matrix(x.detach()), check.matrix(target.detach())
+        return check.matrix(x.detach()), checked_target(sae, x, target)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on besides the autoencoder, to resume bit for bit; save that one too."""
