@@ -26,6 +26,13 @@ REASONS: dict[tuple[str, str], str] = {
     ("decode-backward_values", "small"): "each entry's row is found anew; embedding_bag's forward pass has left it",
 }  # fmt: skip
 
+# On a GPU, by operation.
+GPU_REASONS = {
+    "threshold": "without a capacity the host waits for the number of entries, which small matrices do not hide",
+    "decode-backward_weight": "ours turns the codes around first; the product is given them dense, and at few latents "
+    "multiplies them in less time than the turning takes",
+}
+
 # Of training on a CPU, by rule.
 TRAINING_REASONS = {
     "top-AFA": "with its authors' initial weights the first steps keep two fifths of all latents; above a fifth or so, "
@@ -46,8 +53,8 @@ def remarks(found: Sequence[Cell]) -> list[str]:
         best = min(others, key=lambda row: row["ms_p50"])
         ratio = best["ms_p50"] / cell.ours["ms_p50"]
         if ratio < LEVEL:
-            keys = () if cell.ours.get("cuda") else (cell.dtype, cell.case.partition(",")[0])
-            known = (REASONS.get((cell.op_id, key)) for key in keys)
+            known = [REASONS.get((cell.op_id, key)) for key in (cell.dtype, cell.case.partition(",")[0])]
+            known = [GPU_REASONS.get(cell.op_id)] if cell.ours.get("cuda") else known
             reason = next(filter(None, known), "no reason is known: to be looked into")
             lines.append(f"{cell.op_id}: {fmt_ratio(ratio)} the speed of {best['provider']}; {reason}.")
     return lines
