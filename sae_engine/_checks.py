@@ -1,5 +1,6 @@
 """Argument checks. Shapes, dtypes and host values always; values inside device tensors under ``SAE_CHECK=1``."""
 import os
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -11,6 +12,22 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def deep() -> bool:
     """Whether checks that read device tensors are on."""
     return os.environ.get("SAE_CHECK", "0") not in ("0", "") and not torch.compiler.is_compiling()
+
+
+def integer_in(value) -> int | None:
+    """The int that ``value`` is, also where NumPy made it; None where it is none, as a boolean."""
+    if isinstance(value, int):  # first: torch.compile follows this, and no abstract class
+        return None if isinstance(value, bool) else value
+    return int(value) if isinstance(value, Integral) else None
+
+
+def number_in(value) -> int | float | None:
+    """The int or float that ``value`` is, also where NumPy made it; None where it is none, as a boolean."""
+    if isinstance(value, float):
+        return float(value)  # NumPy's float64 is one, and would be written as such
+    if (integer := integer_in(value)) is not None or isinstance(value, bool) or not isinstance(value, Real):
+        return integer
+    return float(value)
 
 
 def floating(name: str, t: Tensor, *, dims: int | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_kernels.ops import ops, uniform_offsets
 
 from ._backend import resolve_backend
-from ._checks import deep, floating, same_device
+from ._checks import deep, floating, number_in, same_device, shaped
 
 
 class ByLatent(NamedTuple):
@@ -29,6 +29,21 @@ class SparseCodes:
 
     Row r owns entries ``offsets[r]:offsets[r + 1]``, its indices ascending. A stored entry may be 0: counting rules
     store exactly N entries, so that N is known without asking the device. Zeros do not count as fired.
+
+    Codes move, change their dtype and are scaled as tensors are, and stay the same entries: ``codes.cpu()``,
+    ``codes.half()``, ``2 * codes``, ``codes / scale``. ``torch.save(codes, path)`` writes them;
+    ``torch.load(path, weights_only=True)`` reads them once ``sae_engine`` is imported, and raises ValueError where the
+    file does not hold sound codes.
+
+    Example:
+        >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 1.0, 3.0], [2.0, 0.0, 0.0]]))
+        >>> codes
+        SparseCodes(batch_shape=(2,), d_sae=3, mean_l0=1.5, dtype=torch.float32, device=cpu)
+        >>> codes.indices.tolist(), codes.offsets.tolist()
+        ([1, 2, 0], [0, 2, 3])
+        >>> (codes * torch.tensor([1.0, 1.0, 0.0])).to_dense()  # latent 2 is ablated
+        tensor([[0., 1., 0.],
+                [2., 0., 0.]])
 
     Attributes:
         values: ``(N,)`` activations, the dtype of the pre-activations. Differentiable.
@@ -116,12 +131,15 @@ class SparseCodes:
 
     def validate(self) -> None:
         """Under ``SAE_CHECK=1``: raises ValueError where indices or offsets break the format."""
-        if not deep():
-            return
+        if deep():
+            self._check_numbers()
+
+    def _check_numbers(self) -> None:
         if bool(((self.indices < 0) | (self.indices >= self.num_latents)).any()):
             raise ValueError(f"codes.indices must lie in [0, {self.num_latents}), got {self.indices.min().item()}"
                              f" to {self.indices.max().item()}")  # fmt: skip
-        if bool((self.offsets.diff() < 0).any()) or not 0 <= int(self.offsets[-1]) <= self.values.shape[0]:
+        first, last = int(self.offsets[0]), int(self.offsets[-1])
+        if bool((self.offsets.diff() < 0).any()) or first != 0 or last > self.values.shape[0]:
             raise ValueError(f"codes.offsets must ascend from 0 to at most {self.values.shape[0]}")
 
     def to_dense(self) -> Tensor:
@@ -239,18 +257,124 @@ class SparseCodes:
         return replace(self, values=self.values.detach())
 
     def to(self, *args, **kwargs) -> SparseCodes:
-        """As ``Tensor.to``: the device applies to all tensors, the dtype to the values alone."""
-        values = self.values.to(*args, **kwargs)
+        """As ``Tensor.to``: the device applies to all tensors, the dtype, a floating one, to the values alone.
+
+        Example:
+            >>> SparseCodes.from_dense(torch.eye(2)).to(torch.float64).dtype
+            torch.float64
+        """
+        values = floating("codes.to(...)", self.values.to(*args, **kwargs))
         if values.device == self.device:
             return replace(self, values=values)
-        return replace(
-            self,
-            values=values,
-            indices=self.indices.to(values.device),
-            offsets=self.offsets.to(values.device),
-            required=None if self.required is None else self.required.to(values.device),
-            _turned=[],
-        )
+        later = kwargs.get("non_blocking", [given for given in args if isinstance(given, bool)][:1] == [True])
+        moved = {name: t.to(values.device, non_blocking=later) for name in ("indices", "offsets", "required")
+                 if (t := getattr(self, name)) is not None}  # fmt: skip
+        return replace(self, values=values, **moved, _turned=[])
+
+    def cpu(self) -> SparseCodes:
+        """The codes on the CPU; as they are where they lie there already. Waits for their device.
+
+        Example:
+            >>> SparseCodes.from_dense(torch.eye(2)).cpu().device
+            device(type='cpu')
+        """
+        return self.to("cpu")
+
+    def cuda(self, device: torch.device | int | None = None, *, non_blocking: bool = False) -> SparseCodes:
+        """The codes on a GPU: ``device``, an index or a CUDA device; by default the current one.
+
+        Example:
+            >>> codes = SparseCodes.from_dense(torch.eye(2)).cuda()  # doctest: +SKIP
+        """
+        chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+        if chosen.type != "cuda":
+            raise ValueError(f"device must be a CUDA device, got {device!r}: use codes.to(device)")
+        return self.to(chosen, non_blocking=non_blocking)
+
+    def double(self) -> SparseCodes:
+        """The same entries with values in float64. ``SparseCodes.from_dense(torch.eye(2)).double()``"""
+        return self.to(torch.float64)
+
+    def float(self) -> SparseCodes:
+        """The same entries with values in float32. ``SparseCodes.from_dense(torch.eye(2)).float()``"""
+        return self.to(torch.float32)
+
+    def half(self) -> SparseCodes:
+        """The same entries with values in float16. ``SparseCodes.from_dense(torch.eye(2)).half()``"""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> SparseCodes:
+        """The same entries with values in bfloat16. ``SparseCodes.from_dense(torch.eye(2)).bfloat16()``"""
+        return self.to(torch.bfloat16)
+
+    __array_ufunc__ = None  # numpy leaves ``np.float32(2) * codes`` to __rmul__
+
+    def __mul__(self, other) -> SparseCodes:
+        """The same entries, their values times a number, a scalar tensor, or at each latent a tensor (d_sae,).
+
+        Dtypes promote as those of tensors do. Differentiable in both.
+
+        Raises:
+            TypeError: ``other`` is neither a number nor a real tensor.
+            ValueError: it is a tensor of another shape.
+
+        Example:
+            >>> (2 * SparseCodes.from_dense(torch.eye(2))).values
+            tensor([2., 2.])
+        """
+        return replace(self, values=self.values * self._at_entries(other))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other) -> SparseCodes:
+        """As multiplication: the values over a number, a scalar tensor or, at each latent, a tensor (d_sae,).
+
+        Example:
+            >>> (SparseCodes.from_dense(torch.eye(2)) / torch.tensor([2.0, 4.0])).values
+            tensor([0.5000, 0.2500])
+        """
+        return replace(self, values=self.values / self._at_entries(other))
+
+    def __neg__(self) -> SparseCodes:
+        """The same entries with the opposite sign. ``-SparseCodes.from_dense(torch.eye(2))``"""
+        return replace(self, values=-self.values)
+
+    def _at_entries(self, other):
+        """A factor as the values take it."""
+        if isinstance(other, Tensor) and not other.is_complex():
+            if other.dim() == 0:
+                return other
+            if other.shape != (self.num_latents,):
+                raise ValueError(f"codes are multiplied and divided by a scalar or a tensor ({self.num_latents},), one "
+                                 f"number per latent, got shape {tuple(other.shape)}; use codes.replace(values=…)")
+            return at_latents(other if other.is_floating_point() else other.to(self.dtype), self)
+        if (number := number_in(other)) is None:
+            kind = other.dtype if isinstance(other, Tensor) else type(other).__name__
+            raise TypeError(f"codes are multiplied and divided by a number or a real tensor, () or "
+                            f"({self.num_latents},), got {kind}")  # fmt: skip
+        return number
+
+    def __repr__(self) -> str:
+        """Sizes, and the mean L0: without waiting for a device, where only a bound on it is known."""
+        rows, stored = self.rows, self.values.shape[0]
+        parts = [f"batch_shape={self.batch_shape}, d_sae={self.num_latents}"]
+        if rows and self.values.is_cpu and type(self.values) in (Tensor, torch.nn.Parameter):  # numbers are there
+            parts.append(f"mean_l0={float(self.l0.double().mean()):.4g}")
+        elif rows and self.required is None:
+            parts.append(f"mean_l0<={stored / rows:.4g}")
+        if self.required is not None:
+            parts.append(f"capacity={stored}")
+        parts.append(f"dtype={self.dtype}, device={self.device}")
+        if self.values.requires_grad:
+            parts.append("requires_grad=True")
+        return f"SparseCodes({', '.join(parts)})"
+
+    def __copy__(self) -> SparseCodes:
+        return replace(self)
+
+    def __reduce__(self):
+        saved = (self.values, self.indices, self.offsets, tuple(self.batch_shape), self.num_latents, self.k)
+        return _rebuild_codes, (*saved, self.required)
 
     def __len__(self) -> int:
         if not self.batch_shape:
@@ -332,3 +456,45 @@ def _unflatten(children, context) -> SparseCodes:
 pytree.register_pytree_node(
     SparseCodes, _flatten, _unflatten, serialized_type_name="sae_engine.SparseCodes"
 )
+
+
+def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
+    """``vector[codes.indices]``: a quantity per latent (F,), read at the entries (N,).
+
+    Differentiable in ``vector``, with the same bits on every run, which indexing does not promise.
+    """
+    floating("vector", vector, dims=1)
+    shaped("vector", vector, (codes.num_latents,), codes.values, why="one per latent")
+    backend = resolve_backend("auto", vector if vector.dtype == torch.float64 else codes.values)
+    learned = torch.is_grad_enabled() and vector.requires_grad
+    turned = codes.by_latent if learned else (None, None, None)
+    return ops.at_latents(vector, codes.indices, codes.offsets, *turned, backend)
+
+
+def _rebuild_codes(values, indices, offsets, batch_shape, num_latents, k, required) -> SparseCodes:
+    """Codes from a pickle, which names this function. Files may be damaged or hostile: nothing in them is believed."""
+    tensors = [values, indices, offsets] if required is None else [values, indices, offsets, required]
+    numbers = [*batch_shape, num_latents] if k is None else [*batch_shape, num_latents, k]
+    sound = (
+        all(isinstance(t, Tensor) and t.layout == torch.strided and t.device == values.device for t in tensors)
+        and all(type(n) is int and n >= 0 for n in numbers)
+        and values.is_floating_point()
+        and [t.dtype for t in tensors[1:]] == [torch.int32, torch.int64, torch.int64][: len(tensors) - 1]
+        and values.dim() == 1 and indices.shape == values.shape
+        and offsets.shape == (torch.Size(batch_shape).numel() + 1,)
+        and (required is None or required.dim() == 0)
+    )  # fmt: skip
+    if not sound:
+        raise ValueError("these are no saved SparseCodes: their tensors and sizes do not fit together")
+    codes = SparseCodes(
+        values.contiguous(), indices.contiguous(), offsets.contiguous(), tuple(batch_shape), num_latents, k, required
+    )
+    if not values.is_meta:
+        codes._check_numbers()
+        owned = values.shape[0] if required is None else min(int(required), values.shape[0])
+        if int(offsets[-1]) != owned or (k is not None and bool((offsets.diff() != k).any())):
+            raise ValueError("these are no saved SparseCodes: their offsets do not fit the number of entries")
+    return codes
+
+
+torch.serialization.add_safe_globals([_rebuild_codes])  # it checks what it is given: weights_only=True may call it

@@ -23,7 +23,7 @@ from sae_kernels.ops import ops, uniform_offsets
 
 from . import _checks as check
 from ._backend import resolve_backend
-from .codes import SparseCodes, cat
+from .codes import SparseCodes, at_latents, cat
 
 __all__ = [
     "batch_topk", "decode", "decode_prefixes", "encode", "feature_budgets", "feature_topm", "norm_match", "threshold",
@@ -485,17 +485,6 @@ def _as_encoded(entries, codes, x, W_enc, b_enc, b_dec, dtype, backend) -> list[
     below = cat([replace(c.detach(), batch_shape=(c.rows,)) for c in codes])
     together = attached(centred.repeat(len(codes), 1), torch.cat(entries), below)
     return list(together.split([e.shape[0] for e in entries]))
-
-
-def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
-    """``vector[codes.indices]``: a quantity per latent (F,), read at the entries (N,).
-
-    Differentiable in ``vector``, with the same bits on every run, which indexing does not promise.
-    """
-    check.floating("vector", vector, dims=1)
-    check.shaped("vector", vector, (codes.num_latents,), codes.values, why="one per latent")
-    backend = _backend_for("auto", codes.values, vector)
-    return ops.at_latents(vector, codes.indices, codes.offsets, *_turned(codes, vector), backend)
 
 
 def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:

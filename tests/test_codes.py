@@ -1,9 +1,16 @@
 """SparseCodes: construction, conversion, indexing, turning around, and the kernels behind it (kernels/dense.py)."""
+import copy
+import doctest
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
 
 import sae_engine as se
+import sae_engine.codes
 from sae_engine.testing import assert_same, make_pre
 from sae_kernels.ops import ops
 
@@ -207,3 +214,137 @@ def test_out_of_range_indices_are_found_when_asked(monkeypatch):
     broken = se.SparseCodes(codes.values, codes.indices + 40, codes.offsets, codes.batch_shape, 40)
     with pytest.raises(ValueError, match="indices"):
         se.functional.decode(broken, torch.randn(40, 3))
+
+
+def test_the_examples_of_codes_are_right():
+    done = doctest.testmod(sae_engine.codes, extraglobs={"torch": torch})
+    assert done.attempted >= 8 and done.failed == 0
+
+
+@pytest.mark.parametrize("make", [
+    ragged, lambda: ragged(capacity=90), lambda: se.functional.topk(torch.randn(5, 40), 3),
+], ids=["ragged", "capacity", "uniform"])  # fmt: skip
+def test_arithmetic_is_that_of_the_dense_tensor(make):
+    codes, scalar, vector = make(), torch.tensor(0.3), torch.randn(40)
+    dense = codes.to_dense()
+    for ours, theirs in [
+        (codes * 2, dense * 2), (2 * codes, dense * 2), (codes / 4, dense / 4), (-codes, -dense),
+        (codes * scalar, dense * scalar), (scalar * codes, dense * scalar), (codes / scalar, dense / scalar),
+        (codes * vector, dense * vector), (vector * codes, dense * vector), (codes / vector, dense / vector),
+        (np.float32(0.5) * codes, dense * 0.5), (codes * np.int64(3), dense * 3),
+        (codes * (vector > 0), dense * (vector > 0)), (codes * torch.arange(40), dense * torch.arange(40)),
+    ]:  # fmt: skip
+        assert torch.equal(ours.to_dense(), theirs) and ours.dtype == theirs.dtype
+        assert ours.indices is codes.indices and ours.offsets is codes.offsets and ours.required is codes.required
+    half = codes.to(torch.bfloat16)
+    assert [(half * f).dtype for f in (2, scalar, vector)] == [(half.values * f).dtype for f in (2, scalar, vector[:1])]
+
+
+def test_arithmetic_is_differentiable_in_both():
+    pre, vector, scalar = torch.randn(4, 20), torch.randn(20) + 3, torch.tensor(1.5)
+    weight = torch.randn(4, 20)
+
+    def gradients(multiply):
+        p, v, s = (t.clone().requires_grad_() for t in (pre, vector, scalar))
+        codes = se.functional.topk(p, 3)
+        (multiply(codes, v, s) * weight).sum().backward()
+        return p.grad, v.grad, s.grad
+
+    ours = gradients(lambda codes, v, s: (-(codes * v) / v * v / s).to_dense())
+    dense = gradients(lambda codes, v, s: -codes.to_dense() * v / v * v / s)
+    torch.testing.assert_close(ours, dense)
+
+
+@pytest.mark.parametrize(("factor", "error", "message"), [
+    (torch.ones(5, 1), ValueError, r"\(40,\), one number per latent, got shape \(5, 1\)"),
+    (torch.ones(39), ValueError, "per latent"), (torch.ones(1), ValueError, "per latent"),
+    (torch.ones(40, dtype=torch.complex64), TypeError, "complex64"), (True, TypeError, "bool"),
+    ("2", TypeError, "str"), ([2.0], TypeError, "list"), (1j, TypeError, "complex"), (None, TypeError, "NoneType"),
+    (np.ones(40, dtype=np.float32), TypeError, "ndarray"),
+])  # fmt: skip
+def test_arithmetic_with_anything_else_is_refused(factor, error, message):
+    codes = ragged()
+    for compute in (lambda: codes * factor, lambda: factor * codes, lambda: codes / factor):
+        with pytest.raises(error, match=message):
+            compute()
+    with pytest.raises(TypeError, match="SparseCodes"):
+        codes * codes
+    for compute in (lambda: codes + codes, lambda: 1 / codes, lambda: codes + 1):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            compute()
+
+
+def test_dtypes_by_their_names_as_tensors_have_them():
+    codes = se.functional.topk(torch.randn(3, 20, requires_grad=True), 4)
+    for name in ("double", "float", "half", "bfloat16"):
+        ours = getattr(codes, name)()
+        assert torch.equal(ours.values, getattr(codes.values, name)()) and ours.values.requires_grad
+    assert codes.cpu().indices is codes.indices
+    with pytest.raises(TypeError, match="int32"):
+        codes.to(torch.int32)
+    with pytest.raises(ValueError, match=r"device.*cpu"):
+        codes.cuda("cpu")
+
+
+def test_repr_is_one_line_of_what_one_asks_first():
+    codes = se.SparseCodes.from_dense(torch.tensor([[[0.0, 1, 2], [3, 0, 0]]]).double().requires_grad_())
+    assert repr(codes) == ("SparseCodes(batch_shape=(1, 2), d_sae=3, mean_l0=1.5, dtype=torch.float64, device=cpu, "
+                           "requires_grad=True)")  # fmt: skip
+    zeros = se.functional.topk(torch.full((2, 9), -1.0), 4)
+    assert "mean_l0=0," in repr(zeros) and "mean_l0<=4," in repr(zeros.to("meta"))
+    roomy = ragged(capacity=90)
+    assert "capacity=90" in repr(roomy) and "mean_l0" in repr(roomy) and "mean_l0" not in repr(roomy.to("meta"))
+    assert "mean_l0" not in repr(ragged(0)) and repr(codes[0, 0]).startswith("SparseCodes(batch_shape=(), d_sae=3")
+
+
+SAVED = {
+    "ragged": ragged, "capacity": lambda: ragged(capacity=90), "overflow": lambda: ragged(capacity=4),
+    "uniform": lambda: se.functional.topk(torch.randn(2, 3, 40), 3), "no rows": lambda: ragged(0),
+    "single": lambda: ragged()[2], "sorted": lambda: se.functional.topk(torch.randn(2, 40), 3, sorted=True),
+    "half": lambda: ragged().half(), "runs": lambda: ragged(capacity=90).split_latents((4, 40)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_saved_codes_come_back(kind, tmp_path):
+    codes = SAVED[kind]()
+    assert codes.by_latent is codes.by_latent  # the cache stays out of the file
+    torch.save({"codes": codes}, tmp_path / "codes.pt")
+    loaded = torch.load(tmp_path / "codes.pt", weights_only=True)["codes"]
+    for again in (loaded, copy.copy(codes), copy.deepcopy(codes)):
+        leaves, spec = pytree.tree_flatten(codes)
+        found, found_spec = pytree.tree_flatten(again)
+        assert spec == found_spec and all(assert_same(a, b) is None for a, b in zip(leaves, found, strict=True))
+        assert_same(again.to_dense(), codes.to_dense())
+
+
+def test_saved_codes_come_back_in_a_fresh_process(tmp_path):
+    codes = se.functional.topk(torch.randn(2, 3, 40), 3)
+    torch.save(codes, tmp_path / "codes.pt")
+    torch.save(codes.to_dense(), tmp_path / "dense.pt")
+    code = """
+import sys, torch, sae_engine
+codes, dense = (torch.load(path, weights_only=True) for path in sys.argv[1:])
+assert torch.equal(codes.to_dense(), dense) and codes.k == 3, codes
+"""
+    paths = [str(tmp_path / name) for name in ("codes.pt", "dense.pt")]
+    subprocess.run([sys.executable, "-c", code, *paths], check=True, timeout=120, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("broken", [
+    {"indices": torch.tensor([0, 40, 2], dtype=torch.int32)}, {"indices": torch.tensor([-1, 1, 2], dtype=torch.int32)},
+    {"indices": torch.zeros(2, dtype=torch.int32)}, {"indices": torch.zeros(3)}, {"offsets": torch.tensor([0, 3])},
+    {"offsets": torch.tensor([0, 4, 3])}, {"offsets": torch.tensor([-1, 2, 3])}, {"offsets": torch.tensor([0, 1, 2])},
+    {"values": torch.ones(3).long()}, {"values": "ones"}, {"batch_shape": (3,)}, {"num_latents": 2}, {"k": 2},
+    {"required": torch.tensor(2)}, {"required": torch.tensor(2.0)}, {"num_latents": "40"},
+], ids=str)  # fmt: skip
+def test_a_broken_file_of_codes_is_refused(broken, tmp_path):
+    sound = {
+        "values": torch.ones(3), "indices": torch.arange(3, dtype=torch.int32), "offsets": torch.tensor([0, 1, 3]),
+        "batch_shape": (2,), "num_latents": 40, "k": None, "required": None,
+    }  # fmt: skip
+    torch.save(se.SparseCodes(**sound), tmp_path / "codes.pt")
+    torch.load(tmp_path / "codes.pt", weights_only=True)
+    torch.save(se.SparseCodes(**{**sound, **broken}), tmp_path / "codes.pt")
+    with pytest.raises(ValueError, match=r"no saved SparseCodes|codes\.(indices|offsets)"):
+        torch.load(tmp_path / "codes.pt", weights_only=True)

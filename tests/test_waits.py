@@ -187,6 +187,11 @@ WITHOUT_WAITING = {
     "SparseCodes.split_latents": lambda: (c := codes(), lambda: c.split_latents((4, 20, F)))[1],
     "SparseCodes.detach": lambda: (c := codes(), lambda: c.detach())[1],
     "SparseCodes.to": lambda: (c := codes(), lambda: c.to(torch.float16))[1],
+    "SparseCodes.float and its like": lambda: (
+        c := codes(), lambda: (c.double(), c.float(), c.half(), c.bfloat16()))[1],
+    "SparseCodes * and its like": lambda: (
+        c := codes(capacity=ROOM), v := torch.rand(F, requires_grad=True), s := torch.rand(()),
+        lambda: (backward(-c * v / s * 2 / v), repr(c)))[3],
     "SparseCodes.__getitem__, k": lambda: (c := codes(), lambda: c[1:3])[1],
     "SparseCodes.shape and its like": lambda: (
         c := codes(), lambda: (c.shape, c.rows, c.device, c.dtype, len(c), bool(c)))[1],
@@ -255,6 +260,7 @@ WAITING = {
     "JumpReLU": module(learning),
     "LogJumpReLU": module(lambda: se.LogJumpReLU(F)),
     "TopAFA": module(se.TopAFA, **norms()),
+    "SparseCodes.cpu": lambda: (c := codes(), lambda: c.cpu())[1],
     "SparseCodes.check": lambda: (c := codes(capacity=ROOM), lambda: c.check())[1],
     "SparseCodes.to_padded": lambda: (c := f.batch_topk(torch.randn(B, F), 3), lambda: c.to_padded())[1],
     "SparseCodes.__getitem__": lambda: (c := f.batch_topk(torch.randn(B, F), 3), lambda: c[1:])[1],
@@ -276,12 +282,12 @@ WAITING = {
     "training.TrainStep, FeatureChoice in chunks": step(lambda: se.FeatureChoice(F, 3.5), memory_budget=2 * F * 4),
 }  # fmt: skip
 
-# Names without tensors of their own, or whose work is reading: the host gets numbers, text or files from them. And a
-# step that is replayed as a graph, in which nothing can wait.
+# Names without tensors of their own, or whose work is reading: the host gets numbers, text or files from them, or a
+# device what the host had. And a step that is replayed as a graph, in which nothing can wait.
 APART = {
     "Activation", "ByLatent", "EncodeInfo", "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
-    "losses", "metrics", "training", "SparseCodes", "metrics.evaluate", "metrics.ppl_sparsity",
-    "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes", "training.Loss",
+    "losses", "metrics", "training", "SparseCodes", "SparseCodes.cuda", "metrics.evaluate",
+    "metrics.ppl_sparsity", "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes", "training.Loss",
     "losses.Loss", "losses.LossInput", "losses.Pull",
     "losses.losses_for",
 }  # fmt: skip
@@ -299,7 +305,8 @@ def test_every_public_name_is_declared():
     assert public <= known, f"say in this file whether these wait: {sorted(public - known)}"
     methods = {f"SparseCodes.{name}" for name, value in vars(se.SparseCodes).items()
                if not name.startswith("_") and (callable(value) or isinstance(value, property | classmethod))}
-    simple = {f"SparseCodes.{name}" for name in ("shape", "rows", "device", "dtype")}
+    grouped = ("shape", "rows", "device", "dtype", "double", "float", "half", "bfloat16")  # "and its like"
+    simple = {f"SparseCodes.{name}" for name in grouped}
     assert methods - simple <= known
 
 
