@@ -32,8 +32,9 @@ def rows_of(codes):
     return [codes.indices[a:b].tolist() for a, b in pairwise(codes.offsets.tolist())]
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("reference", 1000), ("torch", 1000), ("triton", 1000)])
-def test_equals_the_argsort_rule_on_random_rows(backend, rows):
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_equals_the_argsort_rule_on_random_rows(backend):
+    rows = 1000 if backend != "triton" or torch.cuda.is_available() else 60  # interpreted, a row takes half a second
     pre, weight = torch.randn(rows, 96), torch.rand(96) + 0.5
     target = torch.rand(rows) * pre.relu().norm(dim=1) * 1.4
     codes = f.norm_match(pre, target, weight_norm=weight, backend=backend)
