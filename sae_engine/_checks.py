@@ -65,34 +65,41 @@ def same_device(name: str, t: Tensor, like: Tensor) -> Tensor:
     return t
 
 
+def _integer(name: str, value) -> int:
+    if (number := integer_in(value)) is None:
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    return number
+
+
 def integer_k(k, num_latents: int | None = None, name: str = "k") -> int:
     """An int with 1 <= k (<= F where that is known)."""
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"{name} must be an int, got {k!r} of type {type(k).__name__}")
-    if k < 1 or (num_latents is not None and k > num_latents):
+    number = _integer(name, k)
+    if number < 1 or (num_latents is not None and number > num_latents):
         upper = "" if num_latents is None else f" <= {num_latents} (the number of latents)"
         raise ValueError(f"{name} must satisfy 1 <= {name}{upper}, got {k}")
-    return k
+    return number
 
 
 def number_k(k, num_latents: int | None = None, name: str = "k") -> float:
     """An int or float with 0 < k (<= F where that is known): latents per token on average."""
-    if isinstance(k, bool) or not isinstance(k, int | float):
+    if (number := number_in(k)) is None:
         raise TypeError(f"{name} must be an int or a float, got {k!r} of type {type(k).__name__}")
-    if not 0 < k < float("inf") or (num_latents is not None and k > num_latents):
+    if not 0 < number < float("inf") or (num_latents is not None and number > num_latents):
         upper = "" if num_latents is None else f" <= {num_latents} (the number of latents)"
         raise ValueError(f"{name} must satisfy 0 < {name}{upper}, got {k}")
-    return k
+    return number
 
 
 def budgets(m, total, pre: Tensor) -> tuple[Tensor, int]:
     """Tokens per latent of ``pre`` (rows, F) as (F,) int32, and their sum."""
     rows, num_latents = pre.shape
-    if isinstance(m, bool) or not isinstance(m, int | Tensor):
-        raise TypeError(f"m must be an int or a tensor of integers, got {m!r} of type {type(m).__name__}")
-    if total is not None and (isinstance(total, bool) or not isinstance(total, int)):
-        raise TypeError(f"total must be an int or None, got {total!r} of type {type(total).__name__}")
-    if isinstance(m, int):
+    if not isinstance(m, Tensor):
+        m, given = integer_in(m), m
+        if m is None:
+            raise TypeError(f"m must be an int or a tensor of integers, got {given!r} of type {type(given).__name__}")
+    if total is not None:
+        total = _integer("total", total)
+    if not isinstance(m, Tensor):
         if not 0 <= m <= rows:
             raise ValueError(f"m must satisfy 0 <= m <= {rows} (the number of tokens), got {m}")
         if total not in (None, m * num_latents):
@@ -113,13 +120,18 @@ def budgets(m, total, pre: Tensor) -> tuple[Tensor, int]:
     return m.int(), total
 
 
-def budget_law(exponent, shift) -> None:
-    """Finite and not negative: weights that fall with the rank."""
-    for name, value in (("exponent", exponent), ("shift", shift)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
+def from_zero(name: str, value) -> float:
+    """A finite number of at least 0."""
+    if (number := number_in(value)) is None:
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+    return number
+
+
+def budget_law(exponent, shift) -> tuple[float, float]:
+    """Weights that fall with the rank."""
+    return float(from_zero("exponent", exponent)), float(from_zero("shift", shift))
 
 
 def mask_for(mask, pre: Tensor) -> Tensor | None:
@@ -142,22 +154,19 @@ def not_negative(name: str, t: Tensor | None) -> None:
 
 def count(name: str, value) -> int:
     """An int >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < 0:
+    number = _integer(name, value)
+    if number < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
-    return value
+    return number
 
 
 def widths(values, num_latents: int | None = None) -> tuple[int, ...]:
     """Ascending widths of prefixes of the latents, the last all of them where their number is known."""
     try:
-        chosen = tuple(values)
+        given = tuple(values)
     except TypeError:
         raise TypeError(f"widths must be a sequence of ints, got {type(values).__name__}") from None
-    for width in chosen:
-        if isinstance(width, bool) or not isinstance(width, int):
-            raise TypeError(f"widths must hold ints, got {width!r} of type {type(width).__name__}")
+    chosen = tuple(_integer("each of widths", width) for width in given)
     ascending = all(a < b for a, b in zip((0, *chosen), chosen, strict=False))
     if not chosen or not ascending or num_latents not in (None, chosen[-1]):
         last = "" if num_latents is None else f" and end with {num_latents} (the number of latents)"
@@ -173,21 +182,24 @@ def flag(name: str, value) -> bool:
 
 def positive(name: str, value) -> float:
     """A positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if (number := number_in(value)) is None:
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not 0 < value < float("inf"):
+    if not 0 < number < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
-    return value
+    return number
+
+
+def dtype_in(name: str, value) -> torch.dtype:
+    """A floating dtype, given as such or by its name: ``torch.bfloat16``, ``"bfloat16"``."""
+    chosen = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(chosen, torch.dtype) or chosen not in FLOATS:
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name} must be float32, bfloat16, float16 or float64, a torch.dtype or its name, got {value!r}")
+    return chosen
 
 
 def capacity_of(capacity) -> int | None:
-    if capacity is None:
-        return None
-    if isinstance(capacity, bool) or not isinstance(capacity, int):
-        raise TypeError(f"capacity must be an int or None, got {capacity!r} of type {type(capacity).__name__}")
-    if capacity < 0:
-        raise ValueError(f"capacity must not be negative, got {capacity}")
-    return capacity
+    return None if capacity is None else count("capacity", capacity)
 
 
 def matrix(t: Tensor) -> Tensor:

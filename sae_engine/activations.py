@@ -273,12 +273,12 @@ class BatchTopK(Activation):
     ) -> None:  # fmt: skip
         super().__init__()
         self.k = check.number_k(k)
-        if check.positive("threshold_lr", threshold_lr) > 1:
+        self.threshold_lr = check.positive("threshold_lr", threshold_lr)
+        if self.threshold_lr > 1:
             raise ValueError(f"threshold_lr must satisfy 0 < threshold_lr <= 1, got {threshold_lr}")
-        self.threshold_lr = threshold_lr
         self.threshold_start = check.count("threshold_start", threshold_start)
-        if initial_threshold is not None and initial_threshold != 0:
-            check.positive("initial_threshold", initial_threshold)
+        if initial_threshold is not None:
+            initial_threshold = check.from_zero("initial_threshold", initial_threshold)
         self.initial_threshold = initial_threshold
         self.group = group
         first = -1.0 if initial_threshold is None else float(initial_threshold)
@@ -390,10 +390,9 @@ class JumpReLU(Activation):
     def __init__(self, d_sae: int, *, threshold: float = 0.01, bandwidth: float = 0.05, device=None) -> None:
         super().__init__()
         self.d_sae = check.integer_k(d_sae, name="d_sae")
-        if threshold != 0:
-            check.positive("threshold", threshold)
+        first = float(check.from_zero("threshold", threshold))
         self.bandwidth = check.positive("bandwidth", bandwidth)
-        self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold), dtype=torch.float32, device=device))
+        self.threshold = nn.Parameter(torch.full((self.d_sae,), first, dtype=torch.float32, device=device))
 
     def _learns(self) -> bool:
         return self.training and torch.is_grad_enabled() and self.threshold.requires_grad

@@ -38,6 +38,7 @@ class SparseDecoder(nn.Module):
         super().__init__()
         self.d_sae = check.integer_k(d_sae, name="d_sae")
         self.d_in = check.integer_k(d_in, name="d_in")
+        dtype = None if dtype is None else check.dtype_in("dtype", dtype)
         self.W_dec = nn.Parameter(unit_rows(d_sae, d_in, dtype=dtype, device=device))
         self.register_parameter("b_dec", nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device)) if bias else None)
 
@@ -81,7 +82,8 @@ class SparseAutoencoder(nn.Module):
             residual stream (TransformerLens) so takes a raw one (Hugging Face) as well.
         rescale_acts_by_decoder_norm: the rule sees, and codes hold, ``pre * ||W_dec row||``; ``decode`` divides.
         decoder_init_norm: norm of the decoder rows at the start. ``W_enc`` starts as ``W_dec.T``, biases as 0.
-        dtype, device: of the parameters. The rule's parameters and buffers go to the device too, in their own dtypes.
+        dtype: of the parameters, as ``torch.bfloat16`` or ``"bfloat16"``.
+        device: of the parameters. The rule's parameters and buffers go to the device too, in their own dtypes.
         contiguous_parameters: lay ``W_enc`` out row-major. By default it is latent-contiguous, stride (1, d_in),
             which the kernels prefer; FSDP2 needs contiguous parameters.
 
@@ -109,13 +111,13 @@ class SparseAutoencoder(nn.Module):
         rescale_acts_by_decoder_norm: bool = False,
         decoder_init_norm: float = 1.0,
         contiguous_parameters: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.d_in = check.integer_k(d_in, name="d_in")
         self.d_sae = check.integer_k(d_sae, name="d_sae")
-        self.d_out = d_in if d_out is None else check.integer_k(d_out, name="d_out")
+        self.d_out = self.d_in if d_out is None else check.integer_k(d_out, name="d_out")
         if not isinstance(activation, Activation):
             raise TypeError(f"activation must be an sae_engine activation such as TopK(32), got {activation!r}")
         if normalize_activations not in NORMALIZATIONS:
@@ -124,9 +126,8 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(
                 f"normalize_activations={normalize_activations!r} needs d_out = d_in, got d_out={d_out}, d_in={d_in}"
             )
-        if dtype is not None and dtype not in check.FLOATS:
-            raise TypeError(f"dtype must be one of {check.FLOATS}, got {dtype}")
-        check.positive("decoder_init_norm", decoder_init_norm)
+        dtype = None if dtype is None else check.dtype_in("dtype", dtype)
+        decoder_init_norm = check.positive("decoder_init_norm", decoder_init_norm)
         check.flag("skip", skip)
         k = getattr(activation, "k", None)
         if k is not None and k > d_sae:
@@ -286,7 +287,7 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | None = None,
+        cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | str | None = None,
         activation_scale: float | None = None, residual: str | None = None,
     ):  # fmt: skip
         """An autoencoder from a checkpoint of SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope or BatchTopK.

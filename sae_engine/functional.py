@@ -176,15 +176,12 @@ def feature_budgets(
     are ours, since no code of the author's is public.
     """
     check.floating("density", density, dims=1)
-    for name, value in (("total", total), ("tokens", tokens)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if tokens < 0 or not 0 <= total <= tokens * density.shape[0]:
+    total, tokens = check.count("total", total), check.count("tokens", tokens)
+    if total > tokens * density.shape[0]:
         raise ValueError(
             f"total must satisfy 0 <= total <= {tokens * density.shape[0]} (tokens * latents), got {total}"
         )
-    check.budget_law(exponent, shift)
-    return ops.feature_budgets(density.detach(), total, tokens, float(exponent), float(shift))
+    return ops.feature_budgets(density.detach(), total, tokens, *check.budget_law(exponent, shift))
 
 
 def zipf_shortfall(density: Tensor, k: float, *, exponent: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -205,8 +202,7 @@ def zipf_shortfall(density: Tensor, k: float, *, exponent: float = 1.0, shift: f
     """
     check.floating("density", density, dims=1)
     k = check.number_k(k, density.shape[0])
-    check.budget_law(exponent, shift)
-    return ops.zipf_shortfall(density.detach(), float(k), float(exponent), float(shift))
+    return ops.zipf_shortfall(density.detach(), float(k), *check.budget_law(exponent, shift))
 
 
 def norm_match(
@@ -285,10 +281,10 @@ def threshold(
 def _theta(theta: Tensor | float, pre: Tensor) -> Tensor:
     """theta as (F,) in the dtype of the comparison."""
     wide = torch.promote_types(pre.dtype, torch.float32)
-    if isinstance(theta, bool) or not isinstance(theta, int | float | Tensor):
-        raise TypeError(f"theta must be a number or a tensor, got {type(theta).__name__}")
     if not isinstance(theta, Tensor):
-        theta = torch.full((), theta, dtype=torch.float64, device=pre.device)  # a fill: nothing comes from the host
+        if (number := check.number_in(theta)) is None:
+            raise TypeError(f"theta must be a number or a tensor, got {type(theta).__name__}")
+        theta = torch.full((), number, dtype=torch.float64, device=pre.device)  # a fill: nothing comes from the host
     check.floating("theta", theta, dims=theta.dim())
     if theta.dim() > 1 or (theta.dim() == 1 and theta.shape[0] != pre.shape[-1]):
         raise ValueError(f"theta must be a scalar or have shape {(pre.shape[-1],)}, got {tuple(theta.shape)}")

@@ -559,7 +559,7 @@ def test_hub_that_answers_is_asked_for_one_commit_and_one_format(tokenizer, monk
         ({"name_or_path": "a/b/c"}, ValueError, "name_or_path.*a/b/c"),
         ({"revision": "main"}, ValueError, "revision"),
         ({"revision": 3, "name_or_path": "a/b"}, TypeError, "revision"),
-        ({"dtype": "float16"}, TypeError, "dtype"),
+        ({"dtype": "bf16"}, ValueError, "dtype"),
         ({"dtype": torch.int8}, TypeError, "dtype"),
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import dtype_in, integer_in
 from ._require import require
 from .models import LanguageModel
 
@@ -117,7 +118,7 @@ def stream_activations(
     context_length: int | None = None,
     batch_size: int = 8,
     drop_first: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> Iterator[Tensor]:
@@ -149,9 +150,10 @@ def stream_activations(
         TypeError: an argument or a document is not of the kind above (documents: when they are reached).
         ValueError: an argument is out of range, or the tokenizer has no end-of-text token.
     """
-    context_length = check_stream(lm, texts, layer, site, context_length, batch_size, drop_first, max_tokens)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+    context_length, batch_size, max_tokens = check_stream(
+        lm, texts, layer, site, context_length, batch_size, drop_first, max_tokens
+    )
+    dtype = None if dtype is None else dtype_in("dtype", dtype)
 
     def generate() -> Iterator[Tensor]:
         done = 0
@@ -180,8 +182,8 @@ def check_stream(
     batch_size: int,
     drop_first: bool,
     max_tokens: int | None,
-) -> int:
-    """Every check of :func:`stream_activations` that needs no text; returns the context length."""
+) -> tuple[int, int, int | None]:
+    """Every check of :func:`stream_activations` that needs no text: context length, batch size, most tokens."""
     if not isinstance(lm, LanguageModel):
         raise TypeError(f"lm must be a LanguageModel (see load_language_model), got {type(lm).__name__}")
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
@@ -191,20 +193,20 @@ def check_stream(
     _hook_target(lm.model, layer, site)
     if context_length is None:
         context_length = min(lm.max_length, 256)
-    check_int("context_length", context_length, 2, lm.max_length)
-    check_int("batch_size", batch_size, 1)
-    if max_tokens is not None:
-        check_int("max_tokens", max_tokens, 1)
+    context_length = check_int("context_length", context_length, 2, lm.max_length)
+    batch_size = check_int("batch_size", batch_size, 1)
+    max_tokens = None if max_tokens is None else check_int("max_tokens", max_tokens, 1)
     if lm.tokenizer.eos_token_id is None:
         raise ValueError(f"lm: the tokenizer of {lm.name!r} has no end-of-text token to put between documents")
-    return context_length
+    return context_length, batch_size, max_tokens
 
 
-def check_int(name: str, value: int, low: int, high: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def check_int(name: str, value: int, low: int, high: int | None = None) -> int:
+    if (number := integer_in(value)) is None:
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < low or (high is not None and value > high):
+    if number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in {low}..{high}'}, got {value}")
+    return number
 
 
 def context_batches(
@@ -320,7 +322,7 @@ def _hook_target(model: nn.Module, layer: int, site: str) -> nn.Module:
     if site not in SITES:
         raise ValueError(f"site must be one of {SITES}, got {site!r}")
     blocks = _blocks(model)
-    check_int("layer", layer, 0, len(blocks) - 1)
+    layer = check_int("layer", layer, 0, len(blocks) - 1)
     if site != "mlp_out":
         return blocks[layer]
     for name in _MLP_NAMES:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._checks import dtype_in
 from ._require import require
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "embedded_model"
@@ -54,7 +55,7 @@ def load_language_model(
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     fallback: bool = False,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer with transformers.
@@ -84,10 +85,8 @@ def load_language_model(
         raise TypeError(f"name_or_path must be a string, a Path or None, got {name_or_path!r}")
     if revision is not None and not isinstance(revision, str):
         raise TypeError(f"revision must be a string or None, got {revision!r}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+    dtype = torch.float32 if dtype is None else dtype_in("dtype", dtype)
     device = torch.device("cpu" if device is None else device)
-    dtype = dtype or torch.float32
 
     name = EMBEDDED if name_or_path is None else str(name_or_path)
     folder = EMBEDDED_FOLDER if name == EMBEDDED else Path(name).expanduser()

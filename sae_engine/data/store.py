@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import dtype_in
 from .._files import replace_file
 from ._require import require
 from .activations import batch_rows, check_int, check_stream, context_batches, progress_bar
@@ -35,7 +36,7 @@ def collect_activations(
     batch_size: int = 8,
     drop_first: bool = True,
     max_tokens: int | None = None,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | str = torch.float16,
     shard_tokens: int = 65536,
     text_source: str | None = None,
     resume: bool = True,
@@ -65,10 +66,13 @@ def collect_activations(
             shards; a damaged shard (names the file); no text at all; an activation that overflows ``dtype``.
         FileExistsError: ``resume=False`` and ``out_dir`` holds a manifest.
     """
-    context_length = check_stream(lm, texts, layer, site, context_length, batch_size, drop_first, max_tokens)
+    context_length, batch_size, max_tokens = check_stream(
+        lm, texts, layer, site, context_length, batch_size, drop_first, max_tokens
+    )
+    dtype = dtype_in("dtype", dtype)
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    check_int("shard_tokens", shard_tokens, 1)
+    shard_tokens = check_int("shard_tokens", shard_tokens, 1)
     if text_source is not None and not isinstance(text_source, str):
         raise TypeError(f"text_source must be a string or None, got {text_source!r}")
     require("safetensors.torch")  # before any work, not after the first shard's
@@ -79,7 +83,7 @@ def collect_activations(
         "revision": lm.revision,
         "sha256": lm.sha256,
         "model_dtype": _dtype_name(next(lm.model.parameters()).dtype),
-        "layer": layer,
+        "layer": int(layer),
         "site": site,
         "d_model": lm.d_model,
         "context_length": context_length,
@@ -199,10 +203,11 @@ class ActivationStore:
             if file_sha256(self.path / shard["file"]) != shard["sha256"]:
                 raise ValueError(f"{self.path / shard['file']} is damaged: its sha256 is not the manifest's")
 
-    def tensor(self, dtype: torch.dtype | None = None) -> Tensor:
+    def tensor(self, dtype: torch.dtype | str | None = None) -> Tensor:
         """All rows in the order of the text, ``(len(self), d_model)``, on the CPU; ``dtype=None`` as stored."""
         shards = [self._load(index) for index in range(len(self.manifest["shards"]))]
-        return torch.cat(shards).to(dtype or self.dtype) if shards else torch.empty(0, self.d_model, dtype=self.dtype)
+        rows = torch.cat(shards) if shards else torch.empty(0, self.d_model, dtype=self.dtype)
+        return rows if dtype is None else rows.to(dtype_in("dtype", dtype))
 
     def batches(
         self,
@@ -211,7 +216,7 @@ class ActivationStore:
         shuffle: bool = True,
         seed: int = 0,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         drop_last: bool = False,
         buffer_shards: int = 4,
     ) -> Iterator[Tensor]:
@@ -232,10 +237,10 @@ class ActivationStore:
         Raises:
             TypeError, ValueError: ``batch_size``, ``buffer_shards`` or ``seed`` is not a fit integer.
         """
-        check_int("batch_size", batch_size, 1)
-        check_int("buffer_shards", buffer_shards, 1)
-        check_int("seed", seed, 0)
-        return self._batches(batch_size, shuffle, seed, device, dtype or self.dtype, drop_last, buffer_shards)
+        batch_size, seed = check_int("batch_size", batch_size, 1), check_int("seed", seed, 0)
+        buffer_shards = check_int("buffer_shards", buffer_shards, 1)
+        dtype = self.dtype if dtype is None else dtype_in("dtype", dtype)
+        return self._batches(batch_size, shuffle, seed, device, dtype, drop_last, buffer_shards)
 
     def _batches(
         self,

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from .. import _checks as check
 from . import _folding as folding
 from . import batchtopk, dictionary_learning, gemma_scope, hub, openai, saelens, sparsify
 from ._checkpoint import Checkpoint, Files, build, of
@@ -31,10 +32,11 @@ def detect(path: str | PathLike) -> str:
 
 
 def load(
-    cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | None = None,
+    cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | str | None = None,
     activation_scale: float | None = None, residual: str | None = None,
 ):  # fmt: skip
     """An autoencoder of class ``cls``; see :meth:`sae_engine.SparseAutoencoder.from_pretrained`."""
+    dtype = None if dtype is None else check.dtype_in("dtype", dtype)
     c, file = read(path, format=format, activation_scale=activation_scale, residual=residual)
     return build(cls, c, file, device=device, dtype=dtype)
 

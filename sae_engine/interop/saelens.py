@@ -263,7 +263,7 @@ def _scaled(c: Checkpoint, scale: float | None, file: Path) -> Checkpoint:
             f"{file}: the SAE was trained on scaled activations (normalize_activations 'expected_average_only_in'), "
             "and not by how much: pass activation_scale = sqrt(d_in) / (mean norm of the activations)"
         )
-    check.positive("activation_scale", scale)
+    scale = check.positive("activation_scale", scale)
     assert c.card is not None
     said = f"expected_average_only_in: {scale!r} times the activations, folded into the weights; takes them as they are"
     c = replace(c, normalize_activations="none", card=replace(c.card, normalization=said))

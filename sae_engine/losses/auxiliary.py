@@ -49,9 +49,8 @@ class AuxK(Loss):
     name = "auxk"
 
     def __post_init__(self) -> None:
-        if self.k is not None:
-            check.integer_k(self.k)
-        check.positive("coefficient", self.coefficient)
+        self._settle(k=None if self.k is None else check.integer_k(self.k))
+        self._settle(coefficient=check.positive("coefficient", self.coefficient))
 
     @classmethod
     def openai(cls, k: int = 512) -> AuxK:
@@ -136,9 +135,9 @@ class AuxZipf(AuxK):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check.budget_law(self.exponent, self.shift)
-        if self.latents is not None:
-            check.number_k(self.latents, name="latents")
+        exponent, shift = check.budget_law(self.exponent, self.shift)
+        latents = None if self.latents is None else check.number_k(self.latents, name="latents")
+        self._settle(exponent=exponent, shift=shift, latents=latents)
         if self.density is not None and not isinstance(self.density, RunningDensity):
             raise TypeError(f"density must be a RunningDensity or None, got {self.density!r}")
 
@@ -172,8 +171,8 @@ class MultiTopK(Loss):
     name = "multi_topk"
 
     def __post_init__(self) -> None:
-        check.integer_k(self.factor, name="factor")
-        check.positive("coefficient", self.coefficient)
+        self._settle(factor=check.integer_k(self.factor, name="factor"))
+        self._settle(coefficient=check.positive("coefficient", self.coefficient))
 
     def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
         k = getattr(sae.activation, "k", None)
@@ -204,7 +203,7 @@ class AFA(Loss):
     name = "afa"
 
     def __post_init__(self) -> None:
-        check.positive("coefficient", self.coefficient)
+        self._settle(coefficient=check.positive("coefficient", self.coefficient))
 
     def value(self, batch: LossInput) -> Tensor:
         return self.coefficient * batch.target.shape[1] * norm_match(batch.codes, batch.x.to(batch.target.dtype))

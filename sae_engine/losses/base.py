@@ -126,6 +126,11 @@ class Loss:
     name: str
     provides: ClassVar[frozenset[str]] = frozenset()  # which of a rule's needs (Activation.needs) it meets
 
+    def _settle(self, **checked) -> None:
+        """Attributes of a frozen loss as the checks return them: numbers of NumPy's become Python's."""
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
     def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
         """The rule whose codes it reads, with at most ``dead_at_most`` latents dead; None: nothing to do this time."""
         return sae.activation

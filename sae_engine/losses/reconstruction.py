@@ -56,7 +56,7 @@ class NestedReconstruction(Loss):
     provides = frozenset({"nested"})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(check.widths(self.widths)))
+        self._settle(widths=check.widths(self.widths))
         if self.reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {self.reduction!r}")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .. import _checks as check
 from ..activations import Activation, JumpReLU
 from ..autoencoder import SparseAutoencoder
 from ..rules import Gated
@@ -25,7 +26,7 @@ class L1(Loss):
     provides = frozenset({"sparsity"})
 
     def __post_init__(self) -> None:
-        _not_negative("coefficient", self.coefficient)
+        self._settle(coefficient=check.from_zero("coefficient", self.coefficient))
 
     def value(self, batch: LossInput) -> Tensor:
         return self.coefficient * l1(batch.codes, weight_norm=batch.decoder_norms)
@@ -45,7 +46,7 @@ class StepL0(Loss):
     provides = frozenset({"sparsity"})
 
     def __post_init__(self) -> None:
-        _not_negative("coefficient", self.coefficient)
+        self._settle(coefficient=check.from_zero("coefficient", self.coefficient))
 
     def value(self, batch: LossInput) -> Tensor:
         if not isinstance(batch.rule, JumpReLU):
@@ -68,7 +69,7 @@ class TanhL0(Loss):
     provides = frozenset({"sparsity"})
 
     def __post_init__(self) -> None:
-        _not_negative("coefficient", self.coefficient)
+        self._settle(coefficient=check.from_zero("coefficient", self.coefficient))
 
     def value(self, batch: LossInput) -> Tensor:
         return self.coefficient * tanh_l0(batch.codes, scale=self.scale, weight_norm=batch.decoder_norms)
@@ -88,7 +89,7 @@ class GateLoss(Loss):
     provides = frozenset({"gate"})
 
     def __post_init__(self) -> None:
-        _not_negative("l1", self.l1)
+        self._settle(l1=check.from_zero("l1", self.l1))
 
     def rule(self, sae: SparseAutoencoder, dead_at_most: int) -> Activation | None:
         if not isinstance(sae.activation, Gated):
@@ -99,10 +100,3 @@ class GateLoss(Loss):
         norms = batch.decoder_norms if self.weigh_by_norm else None
         error = (batch.frozen_output() - batch.target).square().sum() / batch.tokens
         return self.l1 * l1(batch.codes, weight_norm=norms) + error
-
-
-def _not_negative(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value}")

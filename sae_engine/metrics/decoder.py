@@ -28,7 +28,7 @@ def decoder_cosines(W_dec: Tensor, *, block: int = 4096) -> Tensor:
     Cost: half of the d_sae x d_sae products, since a tile serves its rows and its columns.
     """
     check.floating("W_dec", W_dec, dims=2)
-    check.integer_k(block, name="block")
+    block = check.integer_k(block, name="block")
     F = W_dec.shape[0]
     if F == 0:
         raise ValueError(f"W_dec must have at least one row, got shape {tuple(W_dec.shape)}")

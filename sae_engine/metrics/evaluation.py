@@ -157,8 +157,7 @@ def ppl_sparsity(
     Source: Luo et al. 2024, arXiv:2411.02335 (Sparsing Law), for the MLPs of a whole model, with one CETT for all
     layers; for the single layer of an autoencoder, bisecting the CETT is bisecting its threshold.
     """
-    check.positive("rise", rise)
-    check.integer_k(steps, name="steps")
+    rise, steps = check.positive("rise", rise), check.integer_k(steps, name="steps")
     splice = _Splice(sae, lm, layer, site, normalise, drop_first)
     ids = list(splice.batches(texts, context_length, batch_size, max_tokens))
     with _in_eval_mode(sae):
@@ -201,7 +200,7 @@ class _Splice:
         """Token ids on the device; arguments are checked now, texts are read when asked for."""
         from ..data.activations import check_stream, context_batches
 
-        self.context_length = check_stream(
+        self.context_length, batch_size, max_tokens = check_stream(
             self.lm, texts, self.layer, self.site, context_length, batch_size, bool(self.first), max_tokens
         )
         found = context_batches(self.lm, texts, self.context_length, batch_size)

@@ -28,9 +28,9 @@ class Sparsity:
 
     def __init__(self, d_sae: int, *, dense_above: float = 0.1) -> None:
         self.d_sae = check.integer_k(d_sae, name="d_sae")
-        if check.positive("dense_above", dense_above) > 1:
+        self.dense_above = check.positive("dense_above", dense_above)
+        if self.dense_above > 1:
             raise ValueError(f"dense_above must satisfy 0 < dense_above <= 1, got {dense_above}")
-        self.dense_above = dense_above
         self.tokens = 0
         self._fired: Tensor | None = None
 

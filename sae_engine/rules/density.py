@@ -26,9 +26,9 @@ class RunningDensity(nn.Module):
 
     def __init__(self, d_sae: int, *, rate: float = 0.01, device=None) -> None:
         super().__init__()
-        if check.positive("rate", rate) > 1:
+        self.rate = check.positive("rate", rate)
+        if self.rate > 1:
             raise ValueError(f"rate must satisfy 0 < rate <= 1, got {rate}")
-        self.rate = rate
         d_sae = check.integer_k(d_sae, name="d_sae")
         self.register_buffer("density", torch.full((d_sae,), -1.0, dtype=torch.float64, device=device))
 

@@ -53,15 +53,15 @@ class FeatureChoice(BatchTopK):
         super().__init__(k, threshold_lr=threshold_lr, device=device)
         self.d_sae = check.integer_k(d_sae, name="d_sae")
         check.number_k(k, d_sae)
-        check.budget_law(exponent, shift)
+        self.exponent, self.shift = check.budget_law(exponent, shift)
         for name, value, known in (("budgets", budgets, BUDGETS), ("inference", inference, INFERENCE)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        if check.positive("density_lr", density_lr) > 1:
+        self.density_lr = check.positive("density_lr", density_lr)
+        if self.density_lr > 1:
             raise ValueError(f"density_lr must satisfy 0 < density_lr <= 1, got {density_lr}")
-        self.budgets, self.exponent, self.shift, self.inference = budgets, exponent, shift, inference
+        self.budgets, self.inference = budgets, inference
         self.mutual_steps = check.count("mutual_steps", mutual_steps)
-        self.density_lr = density_lr
         for name in ("latent_threshold", "density"):
             self.register_buffer(name, torch.full((d_sae,), -1.0, dtype=torch.float64, device=device))
         self._exact = ("threshold", "latent_threshold", "density")

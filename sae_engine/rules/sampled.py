@@ -40,11 +40,12 @@ class SampledTopK(BatchTopK):
         if "group" in options:
             raise TypeError("SampledTopK takes no group: each process pools its own latents")
         super().__init__(k, **options)
-        if check.positive("pool", pool) < 1:
+        self.pool = check.positive("pool", pool)
+        if self.pool < 1:
             raise ValueError(f"pool must be at least 1, got {pool}")
         if score not in SCORES:
             raise ValueError(f"score must be one of {SCORES}, got {score!r}")
-        self.pool, self.score = pool, score
+        self.score = score
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         if not self.training:

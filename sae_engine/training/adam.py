@@ -23,7 +23,7 @@ class Adam(torch.optim.Adam):
         learned = [p for p in module.parameters() if p.requires_grad]
         if not learned:
             raise ValueError("sae has no parameter that requires a gradient")
-        check.positive("lr", lr)
+        lr = check.positive("lr", lr)
         super().__init__(learned, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         # Only now the tensor: torch would compare it with 0, and so wait for the device.
         self.options["lr"] = torch.full((), lr, dtype=torch.float32, device=learned[0].device)

@@ -13,7 +13,7 @@ OPERAND_MARGIN = 67  # columns beyond d_in of a 16-bit product's operands, at mo
 
 def peak_bytes(
     tokens: int, d_in: int, d_sae: int, k: int, *, memory_budget: int, d_out: int | None = None, k_aux: int = 0,
-    dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None, row_major: bool = False,
+    dtype: torch.dtype | str = torch.float32, compute_dtype: torch.dtype | str | None = None, row_major: bool = False,
     stored: bool = False, device_type: str = "cpu",
 ) -> int:  # fmt: skip
     """Upper bound of what a :class:`TrainStep` with TopK needs beyond parameters, moments, batch and stored gradients.
@@ -43,10 +43,10 @@ def peak_bytes(
         stored: whether gradients are stored (``grad_clip``, ``reduce``, ``accumulate``).
     """
     sizes = {"tokens": tokens, "d_in": d_in, "d_sae": d_sae, "k": k, "memory_budget": memory_budget}
-    for name, size in sizes.items():
-        check.integer_k(size, name=name)
-    d_out = d_in if d_out is None else d_out
-    compute = dtype if compute_dtype is None else compute_dtype
+    tokens, d_in, d_sae, k, memory_budget = (check.integer_k(size, name=name) for name, size in sizes.items())
+    d_out = d_in if d_out is None else check.integer_k(d_out, name="d_out")
+    k_aux, dtype = check.count("k_aux", k_aux), check.dtype_in("dtype", dtype)
+    compute = dtype if compute_dtype is None else check.dtype_in("compute_dtype", compute_dtype)
     narrow = compute in (torch.bfloat16, torch.float16)
     wide = torch.promote_types(compute, torch.float32).itemsize
     outputs = 2 if k_aux else 1

@@ -42,7 +42,7 @@ class TrainStep:
             Adam, they are rescaled after it. None: unless the autoencoder rescales by decoder norm.
         grad_clip: largest norm of all gradients together. Gradients are then stored, as with ``reduce`` and
             ``accumulate``.
-        compute_dtype: of the products and codes, such as ``torch.bfloat16``; parameters, sums and Adam stay as they
+        compute_dtype: of the products and codes, such as ``"bfloat16"``; parameters, sums and Adam stay as they
             are. Default: the parameters'.
         scheduler: makes a learning-rate scheduler of the optimizer, for example
             ``lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, warmup)``; it advances with each update.
@@ -79,7 +79,7 @@ class TrainStep:
         losses: Loss | Sequence[Loss] = (),
         normalize_decoder: bool | None = True,
         grad_clip: float | None = None,
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | str | None = None,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         accumulate: int = 1,
         reduce: Reduce | None = None,
@@ -91,15 +91,14 @@ class TrainStep:
     ) -> None:
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
-        if compute_dtype is not None and compute_dtype not in check.FLOATS:
-            raise TypeError(f"compute_dtype must be one of {check.FLOATS}, got {compute_dtype}")
         if reduce is not None and not callable(reduce):
             raise TypeError(f"reduce must be a function of a list of tensors, got {reduce!r}")
         self.sae = sae
         self.losses = losses_for(sae, losses)
         unit_rows = not sae.rescale_acts_by_decoder_norm if normalize_decoder is None else normalize_decoder
         self.normalize_decoder = check.flag("normalize_decoder", unit_rows)
-        self.compute_dtype = sae.W_enc.dtype if compute_dtype is None else compute_dtype
+        given = sae.W_enc.dtype if compute_dtype is None else compute_dtype
+        self.compute_dtype = check.dtype_in("compute_dtype", given)
         self.accumulate = check.integer_k(accumulate, name="accumulate")
         self.memory_budget = None if memory_budget is None else check.integer_k(memory_budget, name="memory_budget")
         self.density_interval = check.integer_k(density_interval, name="density_interval")
