@@ -41,17 +41,18 @@ def has_gate(rule: Activation) -> bool:
 RULES: dict[str, type[Activation]] = {}  # by the names under which checkpoints know them
 
 
-def constructor_arguments(cls: type) -> set[str]:
-    """Names of the arguments, those of base classes included where a constructor hands options on."""
-    names: set[str] = set()
+def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments by name, those of base classes included where a constructor hands options on."""
+    named: dict[str, inspect.Parameter] = {}
     for kind in cls.__mro__:
         if (init := kind.__dict__.get("__init__")) is None:
             continue
         arguments = [p for p in inspect.signature(init).parameters.values() if p.name != "self"]
-        names |= {p.name for p in arguments if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        new = [p for p in arguments if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in named]
+        named |= {p.name: p for p in new}
         if all(p.kind is not p.VAR_KEYWORD for p in arguments):
             break
-    return names
+    return named
 
 
 class Activation(nn.Module):
@@ -116,13 +117,24 @@ class Activation(nn.Module):
         A rule whose attributes are not named as the arguments overrides it.
         """
         found = {}
-        for name in constructor_arguments(type(self)) - {"device", "dtype", "group"}:
+        for name in constructor_arguments(type(self)).keys() - {"device", "dtype", "group"}:
             if not hasattr(self, name):
                 raise TypeError(f"{type(self).__name__} has no attribute {name}, which its constructor takes: it must "
                                 "override options() to be saved")  # fmt: skip
             if not isinstance(value := getattr(self, name), Tensor):
                 found[name] = value
         return dict(sorted(found.items()))
+
+    def extra_repr(self) -> str:
+        """The options of the constructor, without those at their default. Reads no tensor."""
+        try:
+            options, known = self.options(), constructor_arguments(type(self))
+        except TypeError:  # a rule that cannot be saved
+            return ""
+        named = [name for name in known if name in options] + [name for name in options if name not in known]
+        shown = {name: repr(options[name]) for name in named}
+        return ", ".join(f"{name}={text}" for name, text in shown.items()
+                         if name not in known or text != repr(known[name].default))  # fmt: skip
 
     def needs(self) -> dict[str, str]:
         """What the reconstruction error alone does not teach the rule: the kind of loss, and which ones it is.
@@ -170,9 +182,6 @@ class TopK(Activation):
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.topk(pre, self.k, backend=backend)
 
-    def extra_repr(self) -> str:
-        return f"k={self.k}"
-
 
 class AbsTopK(TopK):
     """k entries of each token with the largest magnitude, sign kept. Zhu et al. 2025, arXiv:2510.00404."""
@@ -205,9 +214,6 @@ class AuxTopK(Activation):
         if self.relu:
             return kept_values(self, pre, codes)
         return torch.where(dead_mask[codes.indices.long()], pre, 0.0)
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}, relu={self.relu}"
 
 
 class TopAFA(Activation):
@@ -365,9 +371,6 @@ class BatchTopK(Activation):
     def _apply(self, fn, recurse: bool = True):
         return _apply_but(self._exact, self, super()._apply, fn, recurse)
 
-    def extra_repr(self) -> str:
-        return f"k={self.k}, threshold_lr={self.threshold_lr}"
-
 
 class MutualChoice(BatchTopK):
     """Token-feature matches chosen under one budget for the batch: the selection rule of :class:`BatchTopK`.
@@ -432,9 +435,6 @@ class JumpReLU(Activation):
 
     def _apply(self, fn, recurse: bool = True):
         return _apply_but(("threshold",), self, super()._apply, fn, recurse)
-
-    def extra_repr(self) -> str:
-        return f"d_sae={self.d_sae}, bandwidth={self.bandwidth}"
 
 
 def _above(pre: Tensor, theta: Tensor) -> Tensor:

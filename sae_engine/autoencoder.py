@@ -317,7 +317,16 @@ class SparseAutoencoder(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}"
+        square = self.d_in == self.d_out
+        options = {
+            "d_out": "" if square else self.d_out, "skip": self.W_skip is not None,
+            "apply_b_dec_to_input": "False" if square and not self.apply_b_dec_to_input else "",
+            "normalize_activations": "" if self.normalize_activations == "none" else repr(self.normalize_activations),
+            "rescale_acts_by_decoder_norm": self.rescale_acts_by_decoder_norm, "dtype": self.W_enc.dtype,
+            "device": self.W_enc.device,
+        }  # fmt: skip
+        unusual = "".join(f", {name}={value}" for name, value in options.items() if value)
+        return f"d_in={self.d_in}, d_sae={self.d_sae}{unusual}"
 
 
 def unit_rows(rows: int, width: int, *, dtype=None, device=None) -> Tensor:

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,11 @@ class LanguageModel:
     files it is the sha256 of the lines ``"<sha256>  <file name>\\n"`` in the order of their names.
     """
 
-    model: nn.Module
-    tokenizer: Any
+    model: nn.Module = field(repr=False)
+    tokenizer: Any = field(repr=False)
     name: str
     revision: str | None
-    sha256: str
+    sha256: str = field(repr=False)
     d_model: int
     num_layers: int
     max_length: int
@@ -162,8 +162,8 @@ def _load_folder(
 def _max_length(config: Any, tokenizer: Any, name: str) -> int:
     """The longest context: what the config says under one of its names, else what the tokenizer says."""
     names = ("max_position_embeddings", "seq_length", "max_seq_len")  # the last two: BLOOM, MPT
-    for source, field in (*((config, name) for name in names), (tokenizer, "model_max_length")):
-        value = getattr(source, field, None)
+    for source, key in (*((config, name) for name in names), (tokenizer, "model_max_length")):
+        value = getattr(source, key, None)
         if isinstance(value, int) and 0 < value < 10**9:  # a tokenizer without a limit says 10**30
             return value
     raise ValueError(f"name_or_path: neither config nor tokenizer of {name!r} says how long a context may be")

@@ -195,7 +195,8 @@ class ActivationStore:
     def __repr__(self) -> str:
         m = self.manifest
         shape = f"{len(self)} x {self.d_model} {m['dtype']}"
-        return f"ActivationStore({shape}, {m['model']} layer {m['layer']} {m['site']})"
+        cut_off = "" if self.complete else ", incomplete"
+        return f"ActivationStore({shape}, {m['model']} layer {m['layer']} {m['site']}{cut_off})"
 
     def verify(self) -> None:
         """Read every shard and compare its sha256 with the manifest; ValueError names the first that differs."""

@@ -126,6 +126,9 @@ class Loss:
     name: str
     provides: ClassVar[frozenset[str]] = frozenset()  # which of a rule's needs (Activation.needs) it meets
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def _settle(self, **checked) -> None:
         """Attributes of a frozen loss as the checks return them: numbers of NumPy's become Python's."""
         for name, value in checked.items():

@@ -49,6 +49,3 @@ class AuxZipfTopK(Activation):
         shortfall = self.shortfall if shortfall is None else shortfall
         assert shortfall is not None
         return shortfall.detach().to(torch.promote_types(pre.dtype, torch.float32))
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}, relu={self.relu}"

@@ -153,6 +153,3 @@ class FeatureChoice(BatchTopK):
 
     def _apply(self, fn, recurse: bool = True):
         return _apply_but(self._exact, self, super()._apply, fn, recurse)
-
-    def extra_repr(self) -> str:
-        return f"d_sae={self.d_sae}, k={self.k}, budgets={self.budgets!r}, mutual_steps={self.mutual_steps}"

@@ -70,9 +70,6 @@ class Gated(Activation):
     def _apply(self, fn, recurse: bool = True):
         return _apply_but(("b_gate", "b_mag", "r_mag"), self, super()._apply, fn, recurse)
 
-    def extra_repr(self) -> str:
-        return f"d_sae={self.d_sae}"
-
 
 class GateOf(Activation):
     """``relu(pre + b_gate)`` of a :class:`Gated` rule."""

@@ -34,6 +34,3 @@ class GradientTopK(TopK):
         wide = torch.promote_types(pre.dtype, torch.float32)
         score = pre.detach().to(wide) * (1 + self.beta * attribution.detach().to(wide).abs())
         return functional.topk(pre, self.k, score=score, backend=backend)
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}, beta={self.beta}"

@@ -35,6 +35,3 @@ class MatryoshkaBatchTopK(BatchTopK):
         if self.widths[-1] != pre.shape[-1]:
             raise ValueError(f"widths must end with the number of latents {pre.shape[-1]}, got {self.widths}")
         return super()._select(pre, backend)
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}, widths={self.widths}"

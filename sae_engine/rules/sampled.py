@@ -60,9 +60,6 @@ class SampledTopK(BatchTopK):
         mask = torch.zeros(pre.shape[-1], dtype=torch.bool, device=pre.device).index_fill(0, best, True)
         return functional.batch_topk(pre, self.k, mask=mask, backend=backend)
 
-    def extra_repr(self) -> str:
-        return f"k={self.k}, pool={self.pool}, score={self.score!r}"
-
 
 def column_score(pre: Tensor, kind: str) -> Tensor:
     """(F,) of each latent's relu(pre) over the rows of (rows, F): its norm, or the entropy of its distribution."""

@@ -44,6 +44,3 @@ class StatisticalTopK(Activation):
         std = variance.clamp(min=torch.finfo(wide.dtype).tiny).sqrt()  # the root's slope at 0 is infinite
         share = torch.full((), 1 - self.k / pre.shape[-1], dtype=torch.float64, device=pre.device)
         return (wide - (mean + std * torch.special.ndtri(share).to(wide.dtype))).to(pre.dtype)
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}"

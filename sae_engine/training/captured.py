@@ -49,6 +49,9 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._report: dict[str, Tensor] = {}
 
+    def __repr__(self) -> str:
+        return f"CapturedStep({self.step!r}, captured={self._graph is not None})"
+
     def __call__(self, x: Tensor, target: Tensor | None = None, **context: Tensor) -> dict[str, Tensor]:
         """One step on a batch: arguments, result and errors are those of :meth:`TrainStep.__call__`.
 

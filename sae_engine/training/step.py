@@ -120,6 +120,13 @@ class TrainStep:
         )  # fmt: skip
         self._seen: _Seen | None = None  # since the last update
 
+    def __repr__(self) -> str:
+        """Rule, losses, learning rate (where it lies on a GPU, that it does: nothing is read), dtype and calls."""
+        lr, losses = self.optimizer.options["lr"], ", ".join(map(repr, self.losses))
+        rate = f"<on {lr.device}>" if isinstance(lr, Tensor) and not lr.is_cpu else f"{float(lr):g}"
+        return (f"TrainStep({self.sae.activation!r}, losses=[{losses}], lr={rate}, "
+                f"compute_dtype={self.compute_dtype}, calls={self.calls})")  # fmt: skip
+
     def __call__(self, x: Tensor, target: Tensor | None = None, **context: Tensor) -> dict[str, Tensor]:
         """One step on a batch.
 
