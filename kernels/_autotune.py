@@ -1,20 +1,17 @@
-"""Launch configurations that a search has found: opt-in, in a table that can be written and read. Imports torch only.
+"""Launch configurations from a table that ``sae-engine tune`` has filled, on request. Imports torch only.
 
-``SAE_AUTOTUNE_TABLE=file``  what the table holds is used, the heuristics of ``_tuning.py`` for all else
-``SAE_AUTOTUNE=1``           what it lacks is searched for on the GPU when first met, and added to it
-
-Without either, nothing here runs. A function of ``_tuning.py`` that :func:`searched` decorates gives a default, and
-candidates that are as right; launchers call it as ever. A choice is looked up by operation, architecture, dtype, the
-function's arguments, and the batch (the length of the operation's first tensor), rounded up to a power of two: a batch
-smaller than any that was searched takes the next larger one's, so that the last of an epoch never searches. A search
-needs one process: several ranks read one finished table, and choose alike.
+``SAE_AUTOTUNE_TABLE=file`` names it; for what it lacks the heuristics of ``_tuning.py`` stay. Without it nothing here
+runs. A function of ``_tuning.py`` that :func:`searched` decorates gives a default, and candidates that are as right;
+launchers call it as ever. A choice is looked up by operation, architecture, dtype, the function's arguments, and the
+batch (the length of the operation's first tensor), rounded up to a power of two: a batch smaller than any in the table
+takes the next larger one's. No call searches: that is ``sae_engine/_tune.py``, so processes that read one table choose
+alike.
 """
 import contextlib
 import functools
 import hashlib
 import json
 import os
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -24,8 +21,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 FORMAT = 1
-GAIN = 0.97  # of the default's time: what is not faster by more than a clock's noise does not replace it
-FOLDER = Path("sae-engine")  # of the user's cache
 
 
 class Choice(NamedTuple):
@@ -55,7 +50,8 @@ class Key(NamedTuple):
 
 
 CHOICES: dict[str, Choice] = {}
-_session: ContextVar["_Session | None"] = ContextVar("autotune_session", default=None)
+_session: ContextVar["Session | None"] = ContextVar("autotune_session", default=None)
+_search: ContextVar["tuple[Table, Search] | None"] = ContextVar("autotune_search", default=None)
 
 
 def label(configuration: Any) -> str:
@@ -103,11 +99,6 @@ def fingerprint() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def default_path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / FOLDER / f"autotune-{fingerprint()}.json"
 
 
 class Table:
@@ -166,13 +157,15 @@ class Table:
 # --- choosing ------------------------------------------------------------------------------------------------------
 
 
-class _Session:
-    """What one call of an operation gets. ``missing`` are the choices, with their arguments, that the table lacks."""
+class Session:
+    """What one call of an operation gets.
 
-    def __init__(self, table: Table | None, place: tuple[str, str, str], batch: int):
+    A search reads in ``missing`` which choices, with their arguments, the table lacks, and tries labels by ``forced``.
+    """
+
+    def __init__(self, table: Table, place: tuple[str, str, str], batch: int):
         self.table, self.place, self.batch = table, place, batch
         self.forced: dict[Key, str] = {}
-        self.asked: dict[Key, tuple[Choice, tuple]] = {}
         self.missing: dict[Key, tuple[Choice, tuple]] = {}
 
     def choose(self, choice: Choice, args: tuple) -> Any:
@@ -180,88 +173,87 @@ class _Session:
         configurations = _configurations(choice, args)
         if len(configurations) < 2:
             return choice.default(*args)
-        self.asked[key] = choice, args
         if key in self.forced:
             return configurations.get(self.forced[key], choice.default(*args))
-        found = self.table.configuration(key, self.batch) if self.table else None
+        found = self.table.configuration(key, self.batch)
         if found is None:
             self.missing[key] = choice, args
             return choice.default(*args)
         size, name = found
         if name not in configurations and size == self.batch:
-            raise RuntimeError(f"{self.table and self.table.path}: {choice.name}{args} has no configuration {name!r}")
+            raise RuntimeError(f"{self.table.path}: {choice.name}{args} has no configuration {name!r}")
         return configurations.get(name, choice.default(*args))  # a smaller batch may have fewer to choose from
 
 
+class Forced(Session):
+    """For tests: named choices take these labels wherever they have them; what is asked is recorded."""
+
+    def __init__(self, labels: dict[str, str]):
+        self.labels = labels
+        self.asked: dict[Choice, tuple] = {}
+
+    def choose(self, choice: Choice, args: tuple) -> Any:
+        configurations = _configurations(choice, args)
+        if len(configurations) > 1:
+            self.asked[choice] = args
+        return configurations.get(self.labels.get(choice.name, ""), choice.default(*args))
+
+
+Search = Callable[[Session, Callable[[], Any], torch.device], None]  # fills the session's table for one call
+
+
 def settled_session() -> tuple | None:
-    """Names what choices follow from beside their arguments; None while a search tries one after the other."""
+    """Names what choices follow from beside their arguments; None while they are tried one after the other."""
     session = _session.get()
     if session is None:
         return ()
-    if session.table is None or session.forced or _searches():
+    if isinstance(session, Forced) or _search.get() is not None:
         return None
     return (session.table.path, *session.place, session.batch)
 
 
 @contextlib.contextmanager
-def _choosing(session: _Session) -> Iterator[_Session]:
+def choosing(session: Session) -> Iterator[None]:
+    """Inside, ``session`` makes all choices."""
     token = _session.set(session)
     try:
-        yield session
+        yield
     finally:
         _session.reset(token)
 
 
 @contextlib.contextmanager
-def forcing(forced: dict[str, str]) -> Iterator[_Session]:
-    """For tests: the named choices take these labels wherever they have them; what is asked is recorded."""
-
-    class Forcing(_Session):
-        def choose(self, choice: Choice, args: tuple) -> Any:
-            key = Key(*self.place, choice.name, args)
-            self.asked[key] = choice, args
-            return _configurations(choice, args).get(forced.get(choice.name, ""), choice.default(*args))
-
-    with _choosing(Forcing(None, ("", "", ""), 0)) as session:
-        yield session
+def searching(table: Table, search: Search) -> Iterator[None]:
+    """Inside, every call of an operation on this thread is handed to ``search`` before it runs with ``table``."""
+    token = _search.set((table, search))
+    try:
+        yield
+    finally:
+        _search.reset(token)
 
 
 def is_on() -> bool:
-    return _searches() or bool(os.environ.get("SAE_AUTOTUNE_TABLE"))
-
-
-def _searches() -> bool:
-    wanted = os.environ.get("SAE_AUTOTUNE", "")
-    if wanted not in ("", "0", "1"):
-        raise ValueError(f"SAE_AUTOTUNE must be 0 or 1, got {wanted!r}")
-    return wanted == "1"
+    return bool(os.environ.get("SAE_AUTOTUNE_TABLE")) or _search.get() is not None
 
 
 @functools.cache
 def _table(path: str) -> Table:
     """Read once: a process chooses alike from its start to its end."""
-    return Table(Path(path) if path else default_path())
+    return Table(Path(path))
 
 
-def entries(path: Path) -> list[dict[str, Any]]:
-    """What the file holds."""
-    return Table(path).entries()
-
-
-def run(operation: str, function: Callable[..., Any], args: tuple, *, mutates: bool) -> Any:
-    """``function(*args)`` with the table's configurations, after a search for those that it lacks if asked for.
-
-    A call inside another's belongs to that one.
-    """
+def run(operation: str, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` with the table's configurations. A call inside another's belongs to that one."""
     if _session.get() is not None:
         return function(*args)
     tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     dtype = next((str(t.dtype) for t in tensors if t.is_floating_point()), "").removeprefix("torch.")
-    table = _table(os.environ.get("SAE_AUTOTUNE_TABLE", ""))
-    session = _Session(table, (operation, _architecture(tensors[0].device), dtype), batch_bin(tensors[0].shape[0]))
-    with _choosing(session):
-        if _searches() and not _is_capturing(tensors[0]):
-            _search_missing(session, function, args, mutates)
+    device = tensors[0].device
+    table, search = _search.get() or (_table(os.environ["SAE_AUTOTUNE_TABLE"]), None)
+    session = Session(table, (operation, _architecture(device), dtype), batch_bin(tensors[0].shape[0]))
+    with choosing(session):
+        if search is not None:
+            search(session, functools.partial(function, *args), device)
         return function(*args)
 
 
@@ -275,83 +267,8 @@ def _architecture(device: torch.device) -> str:
     )
 
 
-def _is_capturing(tensor: torch.Tensor) -> bool:
-    """Inside a CUDA graph nothing can be timed; what is not in the table by then takes its default."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-# --- searching -----------------------------------------------------------------------------------------------------
-
-
 def gpu_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """Median milliseconds of one call, the L2 cache emptied before each. RuntimeError: ``device`` is no GPU."""
-    if device.type != "cuda":
-        raise RuntimeError(
-            f"SAE_AUTOTUNE=1 compares times on a GPU, and this is {device.type}: in Triton's interpreter they mean "
-            "nothing. Unset it; SAE_AUTOTUNE_TABLE alone uses a table without searching"
-        )
+    """Median milliseconds of one call on the current GPU, the L2 cache emptied before each: what a search compares."""
     from triton.testing import do_bench
 
     return do_bench(call, warmup=10, rep=50, return_mode="median")
-
-
-timer: Callable[[Callable[[], Any], torch.device], float] = gpu_ms  # tests put their own in its place
-_settled: set[tuple] = set()  # calls for which nothing is missing any more
-
-
-def _search_missing(session: _Session, function: Callable[..., Any], args: tuple, mutates: bool) -> None:
-    call = (*session.place, session.batch, str(pytree.tree_map(_described, args)))
-    if call in _settled:
-        return
-    if mutates:  # what is tried must not train
-        args = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, args)
-    while True:
-        session.missing.clear()
-        function(*args)
-        if not session.missing:
-            break
-        key, (choice, arguments) = next(iter(session.missing.items()))
-        _refuse_several_processes()
-        found = _fastest(session, key, list(choice.by_label(*arguments)), functools.partial(function, *args), args)
-        assert session.table is not None
-        session.table.add(key, session.batch, found)
-    _settled.add(call)
-
-
-def _described(leaf: Any) -> Any:
-    return (*map(batch_bin, leaf.shape), str(leaf.dtype)) if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _refuse_several_processes() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "SAE_AUTOTUNE=1 searches in one process, and here several would choose differently: fill a table with "
-            "`sae-engine tune`, then start them with SAE_AUTOTUNE_TABLE alone"
-        )
-
-
-def _fastest(
-    session: _Session, key: Key, labels: list[str], call: Callable[[], Any], args: tuple
-) -> dict[str, Any]:
-    """The fastest configuration, its time and the default's; in two rounds, so that a warming clock favours none."""
-    device = next(leaf.device for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor))
-    times: dict[str, list[float]] = {}
-    for round_ in range(2):
-        for name in labels if round_ == 0 else reversed(labels):
-            if round_ and name not in times:
-                continue
-            session.forced[key] = name
-            try:
-                taken = timer(call, device)
-            except Exception as error:
-                if name == labels[0] or type(error).__name__ != "OutOfResources":  # Triton's
-                    raise
-                continue  # this GPU has not the shared memory
-            finally:
-                del session.forced[key]
-            times.setdefault(name, []).append(taken)
-    medians = {name: statistics.median(taken) for name, taken in times.items()}
-    best, default = min(medians, key=medians.__getitem__), labels[0]
-    chosen = best if medians[best] < GAIN * medians[default] else default
-    return {"configuration": chosen, "ms": medians[chosen], "default_ms": medians[default]}

@@ -54,9 +54,6 @@ ON_ENTRIES = {
 }  # fmt: skip
 
 
-IN_PLACE = {"latent_adam"}  # what a search must try on copies
-
-
 def dispatch(name: str, launcher: str, *args):
     """Calls the implementation of ``name`` by the back end that the last argument names."""
     first = args[0][0] if isinstance(args[0], list) else args[0]
@@ -73,8 +70,7 @@ def dispatch(name: str, launcher: str, *args):
     if backend != "triton":
         return run(*inputs)
     if _autotune.is_on():
-        run = functools.partial(_autotune.run, launcher, run, mutates=name in IN_PLACE)
-        inputs = (inputs,)
+        run = functools.partial(_autotune.run, launcher, run)
     if first.is_cuda and first.get_device() != torch.cuda.current_device():  # on which Triton launches
         with torch.cuda.device_of(first):
             return run(*inputs)

@@ -1,7 +1,7 @@
 """Launch configurations: a deterministic function of shapes and dtype, each with its reason.
 
 Nothing here reads the device or the clock, so two processes never choose differently. What :func:`searched` decorates
-can be searched for instead, by those who ask for it: see ``_autotune.py``.
+a table can replace, which ``sae-engine tune`` has filled: see ``_autotune.py``.
 """
 import math
 from contextvars import ContextVar

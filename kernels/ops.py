@@ -8,7 +8,6 @@ import torch
 from . import _encoder_ops, budgets  # noqa: F401 (registers its operations)
 from ._contract import (
     BACKENDS,
-    IN_PLACE,
     define,
     differentiable,
     empty_rows,
@@ -21,7 +20,7 @@ from ._contract import (
     uniform_offsets,
 )
 
-__all__ = ["BACKENDS", "IN_PLACE", "ops", "uniform_offsets"]
+__all__ = ["BACKENDS", "ops", "uniform_offsets"]
 
 # --- topk: k entries of each row -----------------------------------------------------------------------------------
 

@@ -1,20 +1,22 @@
 """``sae-engine tune``: fills a table of launch configurations for the shapes that one names, on the GPU that is here.
 
-Every operation of a training step runs once at each shape with ``SAE_AUTOTUNE=1``; the search itself, and what a table
-means, is in ``sae_kernels/_autotune.py``.
+Every operation of a training step runs at each shape with every candidate for what the table lacks. What a table means,
+and how it applies, is in ``sae_kernels/_autotune.py``.
 """
 from __future__ import annotations
 
+import functools
 import os
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from sae_kernels import _autotune, _tuning
+from sae_kernels.ops import ops
 
 from . import _passes, functional
 
@@ -64,8 +66,10 @@ def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[tu
     grad, x, weight, bias = normal(B, d), normal(B, d), normal(F, d), normal(d)
 
     def decode() -> None:
-        values, w = codes.values.clone().requires_grad_(), weight.clone().requires_grad_()
-        functional.decode(codes.replace(values=values), w, bias, backend="triton").backward(grad)
+        functional.decode(codes, weight, bias, backend="triton")
+        # called here: autograd's thread on a GPU does not know that a search is on
+        ops.decode_backward_values(grad, codes.values, codes.indices, codes.offsets, weight, "triton")
+        ops.decode_backward_weight(grad, codes.values, *codes.by_latent, dtype, "triton")
 
     yield "decode", decode
     term = _passes.term_of(codes, codes.values, grad, None, _passes.GATED)
@@ -83,18 +87,70 @@ def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[tu
     yield "latent_adam", adam
 
 
+# --- the search ----------------------------------------------------------------------------------------------------
+
+GAIN = 0.97  # of the default's time: what is not faster by more than a clock's noise does not replace it
+Timer = Callable[[Callable[[], Any], torch.device], float]
+
+
+def fill(timer: Timer, session: _autotune.Session, call: Callable[[], Any], device: torch.device) -> None:
+    """Searches for what the table lacks for ``call``, one by one: a choice may follow from another that was found."""
+    while True:
+        session.missing.clear()
+        call()
+        if not session.missing:
+            return
+        key, (choice, arguments) = next(iter(session.missing.items()))
+        times = functools.partial(timer, call, device)
+        session.table.add(key, session.batch, _fastest(session, key, list(choice.by_label(*arguments)), times))
+
+
+def _fastest(
+    session: _autotune.Session, key: _autotune.Key, labels: list[str], time: Callable[[], float]
+) -> dict[str, Any]:
+    """The fastest configuration, its time and the default's; in two rounds, so that a warming clock favours none."""
+    times: dict[str, list[float]] = {}
+    for round_ in range(2):
+        for name in labels if round_ == 0 else reversed(labels):
+            if round_ and name not in times:
+                continue
+            session.forced[key] = name
+            try:
+                taken = time()
+            except Exception as error:
+                if name == labels[0] or type(error).__name__ != "OutOfResources":  # Triton's
+                    raise
+                continue  # this GPU has not the shared memory
+            finally:
+                del session.forced[key]
+            times.setdefault(name, []).append(taken)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    best, default = min(medians, key=medians.__getitem__), labels[0]
+    chosen = best if medians[best] < GAIN * medians[default] else default
+    return {"configuration": chosen, "ms": medians[chosen], "default_ms": medians[default]}
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def default_path() -> Path:
+    """A file in the user's cache, named after these kernels."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "sae-engine" / f"autotune-{_autotune.fingerprint()}.json"
+
+
 def tune(
-    shapes: list[Shape], dtypes: list[str], device: torch.device, table: Path | None, say: Callable[[str], object]
-) -> tuple[Path, list[dict[str, Any]]]:
+    shapes: list[Shape], dtypes: list[str], device: torch.device, path: Path | None, say: Callable[[str], object],
+    timer: Timer = _autotune.gpu_ms,
+) -> tuple[Path, list[dict[str, Any]]]:  # fmt: skip
     """The table's path, and all that it holds now. RuntimeError: there is nothing here to compare times on."""
-    path = _autotune.default_path() if table is None else table
-    if _autotune.timer is _autotune.gpu_ms and device.type != "cuda":
+    if timer is _autotune.gpu_ms and not (device.type == "cuda" and torch.cuda.is_available()):
         raise RuntimeError("a search compares times on a GPU, and torch sees none here")
-    wanted = {"SAE_AUTOTUNE": "1", "SAE_AUTOTUNE_TABLE": str(path)}
+    table = _autotune.Table(path or default_path())
     # codes gather, however many entries: a GEMM has no configuration of ours
     token = _tuning.DENSE_CHOICE.set(False)
     try:
-        with mock.patch.dict(os.environ, wanted):
+        with _autotune.searching(table, functools.partial(fill, timer)):
             for shape in shapes:
                 for dtype in dtypes:
                     for name, call in calls(shape, DTYPES[dtype], device):
@@ -102,4 +158,4 @@ def tune(
                         call()
     finally:
         _tuning.DENSE_CHOICE.reset(token)
-    return path, _autotune.entries(path)
+    return table.path, table.entries()
