@@ -312,7 +312,7 @@ class SparseCodes:
     def __mul__(self, other) -> SparseCodes:
         """The same entries, their values times a number, a scalar tensor, or at each latent a tensor (d_sae,).
 
-        Dtypes promote as those of tensors do. Differentiable in both.
+        Dtypes promote as those of tensors do. Differentiable in both. At a tensor, torch.compile breaks its graph.
 
         Raises:
             TypeError: ``other`` is neither a number nor a real tensor.

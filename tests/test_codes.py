@@ -255,6 +255,20 @@ def test_arithmetic_is_differentiable_in_both():
     torch.testing.assert_close(ours, dense)
 
 
+def test_arithmetic_compiles():
+    """Whole with numbers; Dynamo breaks the graph where a tensor meets what is none."""
+    pre, vector = torch.randn(4, 20), torch.rand(20) + 1
+
+    def scaled(p):
+        return (2 * -se.functional.topk(p, 3) / 4).half().float().to_dense()
+
+    def weighted(p):
+        return (vector * se.functional.topk(p, 3) / vector).to_dense()
+
+    assert torch.equal(torch.compile(scaled, backend="eager", fullgraph=True)(pre), scaled(pre))
+    assert torch.equal(torch.compile(weighted, backend="eager")(pre), weighted(pre))
+
+
 @pytest.mark.parametrize(("factor", "error", "message"), [
     (torch.ones(5, 1), ValueError, r"\(40,\), one number per latent, got shape \(5, 1\)"),
     (torch.ones(39), ValueError, "per latent"), (torch.ones(1), ValueError, "per latent"),
