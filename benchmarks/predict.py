@@ -78,7 +78,7 @@ def moved(launch, shape):
             whole = size("score_ptr")
             return whole, whole + rows * FOUND
         case "_compact_kernel":
-            whole = size("score_ptr")
+            whole = size("pre_ptr")
             written = entries * (4 + a["pre_ptr"].element_size())
             return whole + written, whole + written
         case "_norm_cut_kernel":  # one pass and the sample, where few are kept; two passes where half are

@@ -1,7 +1,6 @@
-"""Compaction: writes the kept entries of each row, in ascending order, where its offset says.
+"""Compaction: writes the kept entries of each row, in ascending order, and where it begins.
 
-Every rule whose rows are not written by its own kernel ends here: it has found, for each row, a `cut` (keep the keys
-above it) and a `quota` (keep the first so many keys equal to it).
+Batch top-k ends here: it has found a cut, how many keys of each row lie above it, and how many are equal to it.
 """
 import triton
 import triton.language as tl
@@ -68,39 +67,29 @@ def _row_share(equal_ptr, above_ptr, sums_ptr, row, B, total):
 
 @triton.jit(do_not_specialize=["B", "total"])
 def _compact_kernel(
-    score_ptr,          # [B, F] in: what ranks
-    pre_ptr,            # [B, F] in: what is kept
+    pre_ptr,            # [B, F] in: relu of it ranks, and is kept
     mask_ptr,           # [F] or [B, F] in, bool, or unused
-    weight_ptr,         # [F] in, or unused
     cut_ptr,            # [B] in, int32
-    quota_ptr,          # [B] in, int32; with shares the ties of each row
-    offsets_ptr,        # [B + 1] in, int64; with shares out
-    above_ptr,          # [B] in, int32, with shares
-    sums_ptr,           # [2, ceil(B / SHARE_ROWS)] in, int64, with shares
+    equal_ptr,          # [B] in, int32: keys equal to the cut
+    offsets_ptr,        # [B + 1] out, int64
+    above_ptr,          # [B] in, int32: keys above the cut
+    sums_ptr,           # [2, ceil(B / SHARE_ROWS)] in, int64: of above and equal
     columns_ptr,        # [B, CAPACITY] in, int32: the columns that are looked at; or unused
     counts_ptr,         # [B] in, int32: how many they are; or unused
     values_ptr,         # [N] out
     indices_ptr,        # [N] out, int32
-    B, F, total, CAPACITY, stride_sb, stride_sf, stride_pb, stride_pf, stride_mb, stride_mf, stride_wf,
-    MAGNITUDE: tl.constexpr, RANK_RELU: tl.constexpr, VALUE_RELU: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_LIST: tl.constexpr, HAS_SHARES: tl.constexpr, SHIFT: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    B, F, total, CAPACITY, stride_pb, stride_pf, stride_mb, stride_mf,
+    HAS_MASK: tl.constexpr, HAS_LIST: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One row, tile by tile in column order, until it has written its share."""
     row = tl.program_id(0).to(tl.int64)
-    score_ptr += row * stride_sb
     pre_ptr += row * stride_pb
     if HAS_MASK:
         mask_ptr += row * stride_mb
     cut = tl.load(cut_ptr + row)
-    if HAS_SHARES:
-        start, room, quota = _row_share(quota_ptr, above_ptr, sums_ptr, row, B, total.to(tl.int64))
-        tl.store(offsets_ptr + row, start)
-        tl.store(offsets_ptr + row + 1, start + room, mask=row == B - 1)
-    else:
-        quota = tl.load(quota_ptr + row)
-        start = tl.load(offsets_ptr + row)
-        room = (tl.load(offsets_ptr + row + 1) - start).to(tl.int32)
+    start, room, quota = _row_share(equal_ptr, above_ptr, sums_ptr, row, B, total.to(tl.int64))
+    tl.store(offsets_ptr + row, start)
+    tl.store(offsets_ptr + row + 1, start + room, mask=row == B - 1)
     values_ptr += start
     indices_ptr += start
     lanes, listed = listed_lanes(counts_ptr, row, F, HAS_LIST)
@@ -110,19 +99,16 @@ def _compact_kernel(
         lane = tile * BLOCK + tl.arange(0, BLOCK)
         cols, present = lane_columns(columns_ptr, row * CAPACITY, lane, lanes, listed, HAS_LIST)
         at = cols.to(tl.int64) if WIDE else cols
-        key = load_key(score_ptr, mask_ptr, weight_ptr, at, present, stride_sf, stride_mf, stride_wf,
-                       MAGNITUDE, RANK_RELU, HAS_MASK, HAS_WEIGHT, SHIFT)
+        key = load_key(pre_ptr, mask_ptr, at, present, stride_pf, stride_mf, False, True, HAS_MASK, SHIFT)
         keep, position = keep_first(key, cut, quota)
         position += written
-        keep = keep & present & (position < room)  # a row cut short by its capacity
+        keep = keep & present & (position < room)  # never into the next row's place
         tl.store(indices_ptr + position, cols, mask=keep)
         unmasked = keep
         if HAS_MASK:
             unmasked = keep & (key > (ABSENT >> SHIFT) + 1)  # masked entries fill the row as zeros
         value = tl.load(pre_ptr + at * stride_pf, mask=unmasked, other=0.0)
-        if VALUE_RELU:
-            value = relu(value.to(tl.float32)).to(value.dtype)
-        tl.store(values_ptr + position, value, mask=keep)
+        tl.store(values_ptr + position, relu(value.to(tl.float32)).to(value.dtype), mask=keep)
         equal = tl.sum((present & (key == cut)).to(tl.int32), axis=0)
         written += tl.sum((present & (key > cut)).to(tl.int32), axis=0) + tl.minimum(equal, quota)
         quota -= tl.minimum(equal, quota)
@@ -140,9 +126,7 @@ def plan_compact(pre: Layout, mask: Layout | None, total: int, listed: int, tile
     block, warps = tile or _tuning.compact_tile(num_latents)
     return Launch(
         _compact_kernel, (rows,), warps=warps, B=rows, F=num_latents, total=total, CAPACITY=listed,
-        stride_sb=pre.strides[0], stride_sf=pre.strides[1], stride_pb=pre.strides[0], stride_pf=pre.strides[1],
-        stride_mb=mask_strides[0], stride_mf=mask_strides[1], stride_wf=0, MAGNITUDE=False, RANK_RELU=True,
-        VALUE_RELU=True, HAS_MASK=mask is not None, HAS_WEIGHT=False, HAS_LIST=listed > 0, HAS_SHARES=True,
-        SHIFT=_tuning.key_shift(pre.dtype),
+        stride_pb=pre.strides[0], stride_pf=pre.strides[1], stride_mb=mask_strides[0], stride_mf=mask_strides[1],
+        HAS_MASK=mask is not None, HAS_LIST=listed > 0, SHIFT=_tuning.key_shift(pre.dtype),
         WIDE=_tuning.is_wide(*(num_latents * s for s in (pre.strides[1], mask_strides[1]))), BLOCK=block,
     )

@@ -38,27 +38,17 @@ def scores(pre_ptr, weight_ptr, cols, present, stride_pf, stride_wf, HAS_WEIGHT:
 
 @triton.jit
 def load_key(
-    score_ptr, mask_ptr, weight_ptr,  # row pointers: [F], [F] or unused, [F] or unused
-    cols, present, stride_f, stride_mf, stride_wf,
-    MAGNITUDE: tl.constexpr, RELU: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    SHIFT: tl.constexpr,
+    score_ptr, mask_ptr,  # row pointers: [F], [F] or unused
+    cols, present, stride_f, stride_mf,
+    MAGNITUDE: tl.constexpr, RELU: tl.constexpr, HAS_MASK: tl.constexpr, SHIFT: tl.constexpr,
 ):
-    """Keys of a tile of a row, shifted right by SHIFT (_tuning.key_shift); lanes that are not `present` are ABSENT.
-
-    A matrix of int32 holds such keys already.
-    """
-    score = tl.load(score_ptr + cols * stride_f, mask=present, other=0)
-    if score.dtype == tl.int32:
-        key = score
-    else:
-        score = score.to(tl.float32)
-        if MAGNITUDE:
-            score = tl.abs(score)
-        if RELU:
-            score = relu(score)
-        if HAS_WEIGHT:
-            score = score * tl.load(weight_ptr + cols * stride_wf, mask=present, other=0.0).to(tl.float32)
-        key = ordered_key(score) >> SHIFT
+    """Keys of a tile of a row, shifted right by SHIFT (_tuning.key_shift); lanes that are not `present` are ABSENT."""
+    score = tl.load(score_ptr + cols * stride_f, mask=present, other=0).to(tl.float32)
+    if MAGNITUDE:
+        score = tl.abs(score)
+    if RELU:
+        score = relu(score)
+    key = ordered_key(score) >> SHIFT
     if HAS_MASK:
         key = tl.where(tl.load(mask_ptr + cols * stride_mf, mask=present, other=0) != 0, key, (ABSENT >> SHIFT) + 1)
     return tl.where(present, key, ABSENT >> SHIFT)

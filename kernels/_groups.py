@@ -137,8 +137,7 @@ def list_survivors(
             cols = tl.load(groups_ptr + lane // G, mask=present, other=0).to(tl.int32) * G + lane % G
             present = present & (cols < F)
         at = cols.to(tl.int64) if WIDE else cols
-        key = load_key(score_ptr, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
-                       MAGNITUDE, RELU, HAS_MASK, False, SHIFT)
+        key = load_key(score_ptr, mask_ptr, at, present, stride_sf, stride_mf, MAGNITUDE, RELU, HAS_MASK, SHIFT)
         keep, position, number, equal = _reaching(key, present, low, ties, LIMITED)
         position += found
         tl.store(columns_ptr + position, cols, mask=keep & (position < CAPACITY))

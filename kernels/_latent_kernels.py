@@ -3,14 +3,13 @@ import triton
 import triton.language as tl
 
 from ._device import only_if
-from ._terms import GATED, GIVEN
+from ._terms import GIVEN
 
 # A matrix (F, D) reaches a kernel as (pointer, stride of latents, stride of columns). Several lie one after the other
 # in a flat tuple: of a parameter weights, first moment, second moment and copy. A term is a tuple of pointers, in the
 # order of `_arguments`. In a tuple within a tuple there are pointers alone: Triton 3.6 loses constants there, which
 # None and strides of 1 are. What is absent of several is told by flags, and something else stands in its place.
 _GIVEN = tl.constexpr(GIVEN)
-_GATED = tl.constexpr(GATED)
 
 
 @triton.jit
@@ -29,7 +28,7 @@ def _gated(inner, term, value, position, present, MODE: tl.constexpr, OFFERED: t
         slope = inner
         if OFFERED:
             slope += tl.load(term[2] + position, mask=present, other=0.0).to(tl.float32)
-        return tl.where(present & (value != 0), slope, 0.0) if MODE == _GATED else tl.where(present, slope, 0.0)
+        return tl.where(present & (value != 0), slope, 0.0)
 
 
 @triton.jit

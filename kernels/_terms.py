@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # How the gradient at a term's pre-activations follows from that of its values.
-GATED, IDENTITY, GIVEN = 0, 1, 2
+GATED, GIVEN = 0, 1
 
 SCHEMA = (
     "Tensor[] grads, Tensor[] values, Tensor[] offered, Tensor[] indices, Tensor[] offsets,"
@@ -23,8 +23,8 @@ class Term(NamedTuple):
     """One output ``decode(codes, weight)`` of a step.
 
     Entry n, of latent f in row b, has the value gradient ``<grad[b], weight[f]> + offered[n]`` (``offered`` may be
-    empty). At the pre-activation that becomes: with IDENTITY the same; with GATED the same where ``values[n]`` is not
-    0, else 0. With GIVEN it is ``offered[n]`` itself.
+    empty). At the pre-activation that becomes, with GATED, the same where ``values[n]`` is not 0, else 0. With GIVEN it
+    is ``offered[n]`` itself.
     """
 
     grad: Tensor  # (B, D_out), of the output
@@ -47,7 +47,7 @@ class Term(NamedTuple):
             return self.offered
         if self.offered.numel():
             inner = inner + self.offered
-        return torch.where(self.values != 0, inner, 0.0) if self.mode == GATED else inner
+        return torch.where(self.values != 0, inner, 0.0)
 
 
 def terms_of(lists: Sequence) -> list[Term]:

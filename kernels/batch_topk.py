@@ -145,8 +145,7 @@ def _add_tile(
     Entries at `least` may be many, at ZERO if it is 0, and what is masked: these are summed.
     """
     at = cols.to(tl.int64) if WIDE else cols
-    key = load_key(score_ptr, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
-                   False, True, HAS_MASK, False, SHIFT)
+    key = load_key(score_ptr, mask_ptr, at, present, stride_sf, stride_mf, False, True, HAS_MASK, SHIFT)
     first = _first_digit(key, SHIFT)
     if SECOND_DIGIT:
         present = present & (first == digit)
@@ -240,8 +239,8 @@ def _sample_kernel(
     row = run.to(tl.int64) * B // RUNS
     # the golden ratio spreads neighbouring runs over the row, whatever their number
     cols = (run.to(tl.int64) * 40503 % 65536 * (F // RUN) >> 16) * RUN + lane % RUN
-    key = load_key(score_ptr + row * stride_sb, mask_ptr + row * stride_mb if HAS_MASK else mask_ptr, score_ptr, cols,
-                   lane >= 0, stride_sf, stride_mf, 0, False, True, HAS_MASK, False, SHIFT)
+    key = load_key(score_ptr + row * stride_sb, mask_ptr + row * stride_mb if HAS_MASK else mask_ptr, cols,
+                   lane >= 0, stride_sf, stride_mf, False, True, HAS_MASK, SHIFT)
     _add_first(sample_ptr, sample_ptr, _first_digit(key, SHIFT), lane >= 0, ZERO, HAS_MASK)
 
 
@@ -269,8 +268,8 @@ def _near_kernel(
     for tile in range(tl.program_id(1), tl.cdiv(F, BLOCK), tl.num_programs(1)):
         cols = tile * BLOCK + tl.arange(0, BLOCK)
         at = cols.to(tl.int64) if WIDE else cols
-        key = load_key(score_ptr + row * stride_sb, mask_ptr, score_ptr, at, cols < F, stride_sf, stride_mf, 0,
-                       False, True, HAS_MASK, False, SHIFT)
+        key = load_key(score_ptr + row * stride_sb, mask_ptr, at, cols < F, stride_sf, stride_mf,
+                       False, True, HAS_MASK, SHIFT)
         digit = tl.where(cols < F, _first_digit(key, SHIFT), -1)
         above += (digit > most).to(tl.int32)
         at_most += (digit == most).to(tl.int32)
@@ -338,8 +337,7 @@ def _count_tile(
 ):
     """How many entries of a tile lie above the cut, and how many tie with it."""
     at = cols.to(tl.int64) if WIDE else cols
-    key = load_key(score_ptr, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
-                   False, True, HAS_MASK, False, SHIFT)
+    key = load_key(score_ptr, mask_ptr, at, present, stride_sf, stride_mf, False, True, HAS_MASK, SHIFT)
     # one sum serves both: a tile has fewer than 32,768 lanes
     both = tl.sum(((present & (key > cut)).to(tl.int32) << 16) | (present & (key == cut)).to(tl.int32), axis=0)
     return both >> 16, both & 0xFFFF
@@ -486,5 +484,5 @@ def launch(pre, mask, total):
     cut, above, equal = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(3))
     plan.row_counts(pre, mask, columns, found, first, cut, above, equal, sums)
     offsets = torch.empty(rows + 1, dtype=torch.int64, device=device)
-    plan.write(pre, pre, mask, None, cut, equal, offsets, above, sums, columns, found, values, indices)
+    plan.write(pre, mask, cut, equal, offsets, above, sums, columns, found, values, indices)
     return values, indices, offsets

@@ -70,8 +70,7 @@ def _row_topk_kernel(
     cols = tl.load(chosen_ptr + slot // G, mask=slot // G < k_groups, other=0) + slot % G
     present = (slot // G < k_groups) & (cols < F)
     at = cols.to(tl.int64) if WIDE else cols
-    key = load_key(score_ptr, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
-                   MAGNITUDE, False, HAS_MASK, False, SHIFT)
+    key = load_key(score_ptr, mask_ptr, at, present, stride_sf, stride_mf, MAGNITUDE, False, HAS_MASK, SHIFT)
     # k groups reach `cut`, hence so do k entries; with fewer groups than k nothing is known
     cut = kth_largest(key, tl.where(NG < K, lowest, cut), top, K)
     keep, position = keep_first(key, cut, K - tl.sum((key > cut).to(tl.int32), axis=0))
@@ -122,8 +121,7 @@ def _row_wide_kernel(
         for tile in range(0, F, SETS):
             cols = tile + lane
             at = cols.to(tl.int64) if WIDE else cols
-            key = load_key(score_ptr, mask_ptr, score_ptr, at, cols < F, stride_sf, stride_mf, 0,
-                           MAGNITUDE, False, HAS_MASK, False, SHIFT)
+            key = load_key(score_ptr, mask_ptr, at, cols < F, stride_sf, stride_mf, MAGNITUDE, False, HAS_MASK, SHIFT)
             largest = tl.maximum(largest, key)
     top = tl.max(largest, axis=0)
     # more entries than sets: their maxima bound nothing
@@ -183,8 +181,7 @@ def _tile_keys(
     """Keys of a tile of a row's listed columns, or of the row; lanes that do not exist are ABSENT."""
     cols, present = lane_columns(columns_ptr, 0, tile + tl.arange(0, BLOCK), lanes, listed, True)
     at = cols.to(tl.int64) if WIDE else cols
-    return load_key(score_ptr, mask_ptr, score_ptr, at, present, stride_sf, stride_mf, 0,
-                    MAGNITUDE, False, HAS_MASK, False, SHIFT)
+    return load_key(score_ptr, mask_ptr, at, present, stride_sf, stride_mf, MAGNITUDE, False, HAS_MASK, SHIFT)
 
 
 class _Plan(NamedTuple):

@@ -7,13 +7,13 @@ import torch
 
 from sae_engine.testing import assert_same, assert_within_budget
 from sae_kernels import _tuning, reference
-from sae_kernels._terms import GATED, GIVEN, IDENTITY, Term, lists_of
+from sae_kernels._terms import GATED, GIVEN, Term, lists_of
 from sae_kernels.ops import ops
 
 FAST = ("torch", "triton")
 LAYOUTS = ("by latent", "by column")
 MODES = {
-    "none": (), "gated": (GATED,), "two": (GATED, IDENTITY), "four": (GATED, GIVEN, IDENTITY, GATED),
+    "none": (), "gated": (GATED,), "two": (GATED, GATED), "four": (GATED, GIVEN, GATED, GATED),
 }  # fmt: skip
 DTYPES = {  # of the computation and of the parameters; copies where they differ
     "fp32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.float32),
@@ -61,7 +61,7 @@ def drawn(shape, modes, dtypes, share, dense):
         kept = torch.rand(rows, num_latents) < share
         kept[:, -1:] = False  # a latent without entries, and a row
         kept[1:2] = False
-        act = {GATED: reference.relu(pre), IDENTITY: pre, GIVEN: torch.randn(pre.shape, dtype=pre.dtype)}[mode]
+        act = {GATED: reference.relu(pre), GIVEN: torch.randn(pre.shape, dtype=pre.dtype)}[mode]
         values, indices, offsets = reference.compress(act.to(compute), kept)
         offered = torch.randn(0 if mode == GATED and number == 0 else values.numel()).to(compute)
         grad = torch.randn(rows, d_out).to(compute)
@@ -142,7 +142,7 @@ def autograd_of(s, along=True):
     loss = (s.along * decoder.square().sum(1)).sum() / 2 if along else decoder.sum() * 0
     for term, kept in zip(s.terms, s.kept, strict=True):
         at = reference.to_dense(term.values, term.indices, term.offsets, s.shape[1])
-        acts = {GATED: pre.relu() * kept, IDENTITY: pre * kept, GIVEN: at}[term.mode]
+        acts = {GATED: pre.relu() * kept, GIVEN: at}[term.mode]
         torch.testing.assert_close(acts.detach(), at)
         loss = loss + ((acts @ decoder) * term.grad).sum()
         if term.offered.numel():
@@ -275,7 +275,7 @@ def test_latents_with_many_entries(split, backend, monkeypatch):
     monkeypatch.setattr(_tuning, "SPLIT_PASS", split)
     s = make((3 * split + 5, 9, 6, 5), MODES["two"], DTYPES["fp32"])
     s.terms = []
-    for mode, offset in ((GATED, 3), (IDENTITY, 0)):
+    for offset in (3, 0):
         kept = torch.zeros(s.shape[:2], dtype=torch.bool)
         kept[:, 1] = kept[:, 4] = True
         kept[:offset, 0] = True
@@ -283,7 +283,7 @@ def test_latents_with_many_entries(split, backend, monkeypatch):
         kept[::7, 7] = True
         values, indices, offsets = reference.compress(torch.randn(s.shape[:2]), kept)
         grad = torch.randn(s.shape[0], s.shape[2])
-        s.terms.append(turned(values, indices, offsets, torch.empty(0), s.shape[1], mode, grad))
+        s.terms.append(turned(values, indices, offsets, torch.empty(0), s.shape[1], GATED, grad))
     hold(s, backend)
     results = gradients(cast(s, torch.float64), "reference"), gradients(s, "reference"), gradients(s, backend)
     for truth, honest, ours in zip(*results, strict=True):

@@ -5,7 +5,7 @@ import torch
 import sae_engine as se
 from sae_engine import functional as f
 from sae_engine.testing import assert_same
-from sae_kernels._terms import GATED, IDENTITY, Term, lists_of
+from sae_kernels._terms import GATED, Term, lists_of
 from sae_kernels.ops import ops
 
 pytestmark = pytest.mark.no_poison  # opcheck and the compiler compare runs of torch.empty themselves
@@ -46,7 +46,7 @@ def samples():
     yield "encode_entries", (*encoder, center, codes.values, codes.indices, codes.offsets, *codes.by_latent)
     one = grad, codes.values, codes.values[:0], codes.indices, codes.offsets, *codes.by_latent
     two = grad * 2, codes.values, codes.values * 2, codes.indices, codes.offsets, *codes.by_latent
-    terms = lists_of([Term(*one, GATED), Term(*two, IDENTITY)])
+    terms = lists_of([Term(*one, GATED), Term(*two, GATED)])
     yield "latent_gradients", (torch.randn(3, 5), weight.detach(), torch.randn(40), *terms, torch.float32)
     sizes = (40, 6), (40, 5), (40,)
     state = [[torch.rand(size) for size in sizes] for _ in range(3)]
