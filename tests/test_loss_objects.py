@@ -118,7 +118,7 @@ def test_by_dense_formulas(case):
     if case == "Gated":
         rule = sae.activation
         gate = (pre + rule.b_gate).relu()
-        f = torch.where(gate.detach() > 0, (pre * rule.r_mag.exp() + rule.b_mag).relu(), 0.0)
+        f = torch.where(gate.detach() > 0, (pre * rule.r_mag.double().exp() + rule.b_mag).relu(), 0.0)
         aside = gate @ sae.W_dec.detach() + sae.b_dec.detach()
         norms = sae.W_dec.norm(dim=1)
         loss = 0.7 * (gate * norms).sum() / B + (aside - x).square().sum() / B
