@@ -27,18 +27,14 @@ def lowered(arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
-def test_every_launch_at_the_edges(dtype):
+def test_every_launch_at_the_edges():
     """One row, one latent, one entry; and each argument that may be 1 at other shapes taken for one."""
-    done = lowered([dtype, "few"])
+    done = lowered(["bfloat16", "few"])
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "dtype", ["bfloat16", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("float32", "float16"))]
-)
-def test_small_rows_have_binaries(dtype):
-    done = lowered([dtype, "small"])
+def test_small_rows_have_binaries():
+    done = lowered(["float32", "small"])
     assert done.returncode == 0, done.stdout + done.stderr
 
 

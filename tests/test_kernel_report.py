@@ -88,9 +88,9 @@ for target in ("sm_90", "gfx942"):
     assert full[:5] == quick[:5], (full, quick)
     assert full.loads[128] >= 2 and sum(full.loads.values()) < 64, full.loads
     assert 0 < full.loop_instructions < full.instructions, full
-    # four rows of 1024 columns (768 rounded up), two bytes each, shared by the threads of the program
+    # four rows of 256 columns, two bytes each, shared by the threads of the program
     threads = launch.compiled.metadata.num_warps * _compile.TARGETS[target].gpu.warp_size
-    assert 4 * 1024 * 2 // threads <= full.loop_bytes <= 4 * 1024 * 2 // threads + 64, full.loop_bytes
+    assert 4 * 256 * 2 // threads <= full.loop_bytes <= 4 * 256 * 2 // threads + 64, full.loop_bytes
     assert report.instructions_per_element(launch, full) < 20
 """
 
