@@ -45,7 +45,9 @@ def test_every_kernel_keeps_its_promises(target, compiled):
     assert not [row for row in rows if row["wide_loads"] < row["wide_loads_due"]]
     assert not [row for row in rows if row["fp_fusion"] is not True]
     streams = {row["kernel"] for row in rows if row["wide_loads_due"]}
-    assert streams == {"row_topk", "group_max", "column_group_max", "norm_cut", "mark"}
+    expected = {"row_topk", "group_max", "column_group_max", "norm_cut", "mark"}
+    # with 64 threads a warp a thread of the marking pass has four columns, 16 bytes in fp32 alone: no quick cell
+    assert streams == (expected - {"mark"} if target == "gfx942" else expected)
     assert f"## {target}" in done.stdout and done.returncode == (1 if whole["defects"] else 0)
 
 
