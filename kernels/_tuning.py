@@ -486,10 +486,13 @@ def is_replicated(elements: int, warps: int) -> bool:
     return elements < 64 * warps
 
 
-@searched(lambda entries, block: _around(entries, 1, 4))
-def pass_entries(block: int) -> int:
-    """Rows in flight, of gradient and input each, beside Adam's numbers: one leaves the registers for 16 warps."""
-    return 1
+@searched(lambda entries, block, replicated: _around(entries, 2 if replicated else 1, 4))
+def pass_entries(block: int, replicated: bool) -> int:
+    """Rows in flight, of gradient and input each, beside Adam's numbers: one leaves the registers for 16 warps.
+
+    Two where warps hold copies of a row: of a single entry each of them would write its sum to the same shared memory.
+    """
+    return 2 if replicated else 1
 
 
 @searched(lambda entries, block: _around(entries, 1, 4))

@@ -72,7 +72,8 @@ def _latents(
     return Launch(
         _latents_kernel, (), stride_df=strides[0], stride_ef=strides[1], settings=settings, MODES=modes,
         OFFERED=offered, MOVED=moved, COPIED=copied, UNIT_ROWS=unit_rows, REPLICATED=replicated,
-        GROUP=group, IN_FLIGHT=_tuning.pass_entries(max(shared["BLOCK_OUT"], shared["BLOCK_IN"])), **shared,
+        GROUP=group, **shared,
+        IN_FLIGHT=_tuning.pass_entries(max(shared["BLOCK_OUT"], shared["BLOCK_IN"]), any(replicated)),
     )  # fmt: skip
 
 
