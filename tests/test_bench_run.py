@@ -129,7 +129,7 @@ def test_a_process_that_hangs_is_ended(speaker, bench, monkeypatch):
 
 def test_what_is_begun_in_time_is_ended_soon_after(speaker, bench, monkeypatch):
     monkeypatch.setattr(supervisor, "grace", lambda seconds: 1.0)
-    status, _, found, report = bench(speaker({"one": GOOD, "two": {"ours": "hangs"}, "three": GOOD}), "--seconds", "20")
+    status, _, found, report = bench(speaker({"one": GOOD, "two": {"ours": "hangs"}, "three": GOOD}), "--seconds", "35")
     assert set(outcome(found)) == {("one", "ours"), ("one", "torch.topk")}
     assert status == 0 and "- two: out of time" in report
     assert "left out for want of time (1 of 3 jobs): three" in report
