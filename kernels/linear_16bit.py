@@ -35,14 +35,14 @@ def _operand_kernel(
     FIRST: tl.constexpr, OTHERS: tl.constexpr, BY_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One tile: the weights, below them three rows of pieces, and zeros."""
-    rows = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
-    columns = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)
+    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
+    columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)
     if BY_COLUMNS:  # the operand lies in memory as (F, WIDTH)
         d, latent, width = columns, rows, WIDTH
-        last = tl.program_id(0) * BLOCK + BLOCK
+        last = tl.program_id(1) * BLOCK + BLOCK
     else:
         d, latent, width = rows, columns, F
-        last = tl.program_id(1) * BLOCK_ROWS + BLOCK_ROWS
+        last = tl.program_id(0) * BLOCK_ROWS + BLOCK_ROWS
     tile = tl.load(weight_ptr + d * stride_wd + latent * stride_wf, mask=(d < D) & (latent < F), other=0.0)
     if last > D:
         bias = tl.load(bias_ptr + latent, mask=latent < F, other=0.0)
@@ -61,7 +61,7 @@ def _plan(weight: Layout, width: int) -> Launch:
     (d, latents), by_columns = weight.shape, weight.strides[0] == 1
     rows, columns = (latents, width) if by_columns else (width, latents)
     first, others = SCALES[weight.dtype]
-    grid = triton.cdiv(columns, TILE[1]), triton.cdiv(rows, TILE[0])
+    grid = triton.cdiv(rows, TILE[0]), triton.cdiv(columns, TILE[1])  # the second axis ends at 65,535
     return Launch(
         _operand_kernel, grid, warps=4, D=d, F=latents, WIDTH=width, stride_wd=weight.strides[0],
         stride_wf=weight.strides[1], FIRST=first, OTHERS=others, BY_COLUMNS=by_columns, BLOCK_ROWS=TILE[0],

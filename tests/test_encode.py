@@ -294,6 +294,15 @@ def test_pieces_sum_up_to_the_bias_they_were_cut_from(dtype):
     assert ((back - bias).abs() <= (0.0 if dtype == torch.bfloat16 else 2.0**-33)).all()
 
 
+def test_a_million_latents_fit_the_grid():
+    """Of a GPU's grid only the first axis takes more than 65,535 programs."""
+    from sae_kernels import _launch, linear_16bit
+
+    for strides in ((1, 16), (1 << 20, 1)):
+        plan = linear_16bit._plan(_launch.Layout((16, 1 << 20), strides, torch.bfloat16), 64)
+        assert plan.grid[1] <= 65_535
+
+
 @pytest.mark.gpu
 def test_sixteen_bit_gradients_take_sixteen_bit_operands_on_a_gpu():
     x, weight = (torch.randn(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
