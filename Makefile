@@ -30,7 +30,7 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-peers bench-step test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report dist-check gpu clean \
+.PHONY: help bench bench-peers bench-step test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report tune dist-check gpu clean \
   given-environment
 
 help: ## list these commands
@@ -83,10 +83,13 @@ types: $(READY) .links/sae_kernels ## mypy
 	$(PY) -m mypy
 
 kernel-report: $(READY) ## registers, spills, loads, occupancy of every kernel, compiled for four GPUs; needs none (REPORT_ARGS=…)
-	$(PY) -W ignore -m sae_engine.cli kernels --jobs $(JOBS) --markdown $(KERNEL_REPORT).md --json $(KERNEL_REPORT).json $(REPORT_ARGS)
+	$(PY) -W ignore benchmarks/kernel_report.py --jobs $(JOBS) --markdown $(KERNEL_REPORT).md --json $(KERNEL_REPORT).json $(REPORT_ARGS)
 
 dist-check: $(READY) ## sdist, wheel from the sdist, a fresh environment, a first use away from here
 	PY='$(PY)' TORCH_INDEX='$(TORCH_INDEX)' sh -eu -c "$$dist_check"
+
+tune: $(READY) ## the fastest launch configurations on this GPU, searched for given shapes, to a table (TUNE_ARGS=B,d,F,k …)
+	$(PY) benchmarks/tune.py $(TUNE_ARGS)
 
 gpu: ## on a GPU machine, no network needed, ten minutes: smoke, timings, tests, sanitizer; all of it in OUT (GPU_ARGS=…)
 	$(or $(PYTHON),python3) benchmarks/gpu.py --out '$(OUT)' $(GPU_ARGS)

@@ -1,4 +1,4 @@
-"""From which density on codes are better densified: the measurement behind ``kernels/_tuning.DENSE_SHARE``.
+"""From which density on codes are better densified: the measurement behind ``densified.DENSE_SHARE``.
 
     python benchmarks/crossover.py [--device cuda]
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sae_engine import functional
 from sae_engine.testing import force_dense
-from sae_kernels import _tuning
+from sae_kernels import densified
 from sae_kernels.ops import ops
 
 SIZES = {"cpu": (1024, 768, 8192, torch.float32), "cuda": (4096, 768, 32768, torch.bfloat16)}  # B, D, F, dtype
@@ -50,12 +50,12 @@ def forced(call, share: float):
     """The call with its path chosen: 0 densifies, infinity gathers."""
 
     def run():
-        kept = _tuning.DENSE_SHARE
-        _tuning.DENSE_SHARE = force_dense(share)
+        kept = densified.DENSE_SHARE
+        densified.DENSE_SHARE = force_dense(share)
         try:
             return call()
         finally:
-            _tuning.DENSE_SHARE = kept
+            densified.DENSE_SHARE = kept
 
     return run
 

@@ -1,4 +1,4 @@
-"""The encoder's product on a CPU by MKL and by oneDNN: the measurement behind ``kernels/cpu_gemm.py``.
+"""The encoder's product on a CPU by MKL and by oneDNN: the measurement behind ``kernels/stock/linear.py``.
 
     python benchmarks/gemm.py
 
@@ -17,7 +17,7 @@ import torch
 from rows import Row, device_slug, environment, now_utc, store
 from timing import OtherLoad, method, time_interleaved
 
-from sae_kernels import cpu_gemm
+from sae_kernels.stock import linear as stock_linear
 
 SHAPES = ((2048, 768, 16384), (2048, 512, 65536), (4096, 4096, 8192), (128, 768, 16384), (1, 768, 16384))  # B, d, F
 PROVIDERS = {
@@ -39,7 +39,7 @@ def measure(shape: tuple[int, int, int], by_latent: bool, seconds: float) -> lis
     load = others.cores()
     return [
         {"op": "linear", "provider": provider, "shape": dict(zip("BDF", shape, strict=True)), "dtype": "float32",
-         "weight": "latent-contiguous" if by_latent else "row-major", "chosen": cpu_gemm.by_onednn(x, weight),
+         "weight": "latent-contiguous" if by_latent else "row-major", "chosen": stock_linear.by_onednn(x, weight),
          "seed": 0, "method": method(x.device), **environment(x.device), **timing.fields(), "other_load": load,
          "utc": now_utc()}
         for provider, timing in zip(PROVIDERS, timings, strict=True)

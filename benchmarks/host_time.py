@@ -23,6 +23,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out; the repository root stays out
 
+import ahead_of_time
+import kernel_report
 import torch
 from rows import Row, device_slug, environment, now_utc, store
 from sizes import S1
@@ -31,10 +33,10 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 import sae_engine as se
-from sae_engine import _backend, functional, kernel_report
+from sae_engine import _backend, functional
 from sae_engine.losses import AuxK
 from sae_engine.training import TrainStep
-from sae_kernels import _compile, _direct
+from sae_kernels import _direct
 from sae_kernels.ops import ops
 
 TARGET = "sm_90"
@@ -65,7 +67,7 @@ class _Utilities:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132}
 
 
-class _Driver(_compile.StubDriver):
+class _Driver(ahead_of_time.StubDriver):
     launcher_cls = _Launcher
     utils = _Utilities()
 
@@ -149,7 +151,7 @@ def host_alone() -> Iterator[None]:
         stock.impl(operator.name().partition("::")[2], _remembered(operator, run), "Meta", allow_override=True)
     stock.impl("_fused_adam_.tensor_lr", _fused_adam, "Meta")
     before = driver._active
-    driver.set_active(_Driver(_compile.TARGETS[TARGET].gpu))
+    driver.set_active(_Driver(ahead_of_time.TARGETS[TARGET].gpu))
     with (
         mock.patch.dict("os.environ", {"SAE_BACKEND": "triton"}),
         mock.patch.object(_backend, "interprets_triton", return_value=True),

@@ -49,7 +49,7 @@ def encoded(i: Inputs) -> Callable[[], Output]:
 
 def group_maxima(i: Inputs) -> Callable[[], Output]:
     """The first pass of batch top-k by itself: one read of the matrix, from which everything else follows."""
-    from sae_kernels import _groups, _launch, _tuning  # device code
+    from sae_kernels.device import _groups, _launch, _tuning  # device code
 
     grouping = _tuning.batch_groups(*i.pre.shape, total(i))
     if grouping is None:

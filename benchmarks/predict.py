@@ -19,7 +19,8 @@ import json
 import sys
 from pathlib import Path
 
-from sae_engine import kernel_report as report
+import kernel_report as report
+
 from sae_engine._files import replace_file
 from sae_kernels import traffic
 
@@ -160,7 +161,7 @@ def floor_bytes(case, mode, shape, size):
 
 
 def rows(shapes, dtype, gpu="H200"):
-    from sae_kernels import _compile
+    import ahead_of_time
 
     copy = COPY[gpu]
     for shape in shapes:
@@ -171,7 +172,7 @@ def rows(shapes, dtype, gpu="H200"):
                 floor = floor_bytes(name, mode, shape, dtype.itemsize)
                 if floor is None:
                     continue
-                parts = [predict(launch, shape, copy, _compile) for at, launch in found.launches if at == mode]
+                parts = [predict(launch, shape, copy, ahead_of_time) for at, launch in found.launches if at == mode]
                 parts += [stock(*kernel, copy) for kernel in found.torch_kernels[mode]]
                 total = sum(part["microseconds"] for part in parts)
                 topk = total if name == "topk" else topk

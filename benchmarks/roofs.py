@@ -14,7 +14,7 @@ from progress import announce
 from rows import Row, environment, now_utc
 from timing import OtherLoad, Timing, method, time_interleaved
 
-from sae_kernels import cpu_gemm
+from sae_kernels.stock import linear as stock_linear
 
 SEED = 0
 STREAM_ELEMENTS = {"cuda": 1 << 30, "cpu": 1 << 26}
@@ -54,7 +54,7 @@ def _gemms(device: torch.device, seconds: float) -> Iterator[Row]:
     side = GEMM_SIDE[device.type]
     for dtype in (torch.float32, torch.bfloat16, *([torch.float16] if on_gpu else [])):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        products = [functools.partial(multiply, a, b) for multiply in (torch.matmul, cpu_gemm.linear)]
+        products = [functools.partial(multiply, a, b) for multiply in (torch.matmul, stock_linear.linear)]
         timed = min(_timed(products[: 1 if on_gpu else 2], device, seconds), key=lambda timed: timed[0].ms_p50)
         yield _row(device, "gemm", str(dtype).removeprefix("torch."), {"side": side}, timed,
                    moved=3 * side * side * a.element_size(), flops=2 * side**3)  # fmt: skip

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import _autotune, _tuning
+from . import densified
 from ._direct import Operators
+from .device import _autotune
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -22,11 +23,12 @@ ops = Operators()
 
 @functools.cache
 def _implementation(name: str, launcher: str, backend: str):
+    stem, function = launcher.split(".")
     if backend == "triton":
-        stem, function = launcher.split(".")
-    else:
-        stem, function = {"torch": "torch_backend"}.get(backend, backend), name
-    return getattr(importlib.import_module(f".{stem}", __package__), function)
+        return getattr(importlib.import_module(f".device.{stem}", __package__), function)
+    if backend == "torch":
+        return getattr(importlib.import_module(f".stock.{stem}", __package__), name)
+    return getattr(importlib.import_module(".reference", __package__), name)
 
 
 def is_dense(name: str, args: tuple) -> bool:
@@ -45,7 +47,7 @@ def is_dense(name: str, args: tuple) -> bool:
         rows, columns = grad.shape[0], latent_offsets.numel() - 1
     else:
         return False
-    return _tuning.is_dense(name, values.numel(), rows, columns, values.device.type, *(t.dtype for t in multiplied))
+    return densified.is_dense(name, values.numel(), rows, columns, values.device.type, *(t.dtype for t in multiplied))
 
 
 # Their kernels take the arrays of a code's entries without strides.
@@ -65,7 +67,7 @@ def dispatch(name: str, launcher: str, *args):
     if name in ON_ENTRIES:
         inputs = tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in inputs)
     if backend != "reference" and is_dense(name, inputs):
-        return _implementation(name, "", "densified")(*inputs)
+        return getattr(densified, name)(*inputs)
     run = _implementation(name, launcher, backend)
     if backend != "triton":
         return run(*inputs)

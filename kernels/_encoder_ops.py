@@ -2,7 +2,7 @@
 
 import torch
 
-from . import _sixteen_bit, _terms, _tuning, cpu_gemm
+from . import _terms, densified
 from ._contract import (
     define,
     differentiable,
@@ -13,11 +13,14 @@ from ._contract import (
     ops,
     sum_by_latent,
 )
+from .stock import limits
+from .stock import linear as stock_linear
+from .stock import linear_16bit as stock_16bit
 
 # --- linear: the encoder's product on a CPU -------------------------------------------------------------------------
 
 library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-implement("linear", cpu_gemm.linear)
+implement("linear", stock_linear.linear)
 
 
 @torch.library.register_fake("sae_engine::linear", lib=library)
@@ -58,7 +61,7 @@ def _linear_16bit_backward(ctx, grad):
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     with torch.autocast(x.device.type, enabled=False):
-        grads = _sixteen_bit.gradients(grad, x, weight, needs_x, needs_weight)
+        grads = stock_16bit.gradients(grad, x, weight, needs_x, needs_weight)
     grads = (None if t is None else t.to(x.dtype) for t in grads)
     grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
     return *grads, grad_bias, None, None
@@ -99,18 +102,18 @@ library.define(
 def _encoder_gradient(x, grad, latent_offsets, latent_rows, latent_positions, dtype, backend):
     """``decode_backward_weight``, row-major as (D, F). On a CPU some latents at a time, transposed in the cache."""
     turned, num_latents = (latent_offsets, latent_rows, latent_positions), latent_offsets.shape[0] - 1
-    step = max(_tuning.TRANSPOSED_IN_CACHE // max(x.shape[1], 1), 1)
+    step = max(limits.TRANSPOSED_IN_CACHE // max(x.shape[1], 1), 1)
     in_chunks = x.is_cpu and backend == "torch" and num_latents > step
     if not in_chunks or is_dense("decode_backward_weight", (x, grad, *turned)):
         return ops.decode_backward_weight(x, grad, *turned, dtype, backend).T.contiguous()
     out = x.new_empty((x.shape[1], num_latents), dtype=dtype)
-    sparse = _tuning.DENSE_CHOICE.set(False)  # of the whole; some latents alone may be denser
+    sparse = densified.DENSE_CHOICE.set(False)  # of the whole; some latents alone may be denser
     for start in range(0, num_latents, step):
         bounds = latent_offsets[start : start + step + 1]
         entries = slice(int(bounds[0]), int(bounds[-1]))
         turned = bounds - entries.start, latent_rows[entries], latent_positions[entries]
         out[:, start : start + step] = ops.decode_backward_weight(x, grad, *turned, dtype, backend).T
-    _tuning.DENSE_CHOICE.reset(sparse)
+    densified.DENSE_CHOICE.reset(sparse)
     return out
 
 

@@ -1,41 +1,41 @@
 """The operations on codes as GEMMs, for codes too dense for gathers. Torch only, any device, any back end.
 
-The same results as the sparse versions up to the order of summation; ``_tuning.is_dense`` says when they win.
+The same results as the sparse versions up to the order of summation; ``densified.is_dense`` says when they win.
 """
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
 from ._terms import GIVEN
+from .stock.dense import rows_of, to_dense
+
+# Share of stored entries above which an operation on codes densifies and uses a GEMM instead: where
+# benchmarks/crossover.py saw the GEMM overtake.
+DENSE_SHARE = {
+    # At 1/2, the densest measured, the GEMM still lost two of three.
+    "cpu": {"decode": 0.5, "decode_backward_values": 0.12, "decode_backward_weight": 0.5},
+    # Extrapolated: at 1/16, the densest measured, gathers took 0.85, 0.94 and 0.59 of the GEMM's time.
+    "cuda": {"decode": 0.07, "decode_backward_values": 0.065, "decode_backward_weight": 0.1},
+    "cuda, 16 bit": {"decode": 0.017, "decode_backward_values": 0.012, "decode_backward_weight": 0.014},
+}
+
+# Overrules the shares where the number of stored entries does not tell how dense codes are (unused capacity).
+DENSE_CHOICE: ContextVar[bool | None] = ContextVar("dense_choice", default=None)
 
 
-def entries_of_each_row(offsets: Tensor, entries: int) -> int | None:
-    """How many entries every row owns, where that is one number and on a CPU, which may look; else None."""
-    rows = offsets.numel() - 1
-    if not (offsets.is_cpu and rows and entries) or entries % rows:
-        return None
-    k = entries // rows
-    return k if torch.equal(offsets, torch.arange(0, entries + 1, k, device=offsets.device)) else None
+def is_dense(operation: str, entries: int, rows: int, columns: int, device_type: str, *dtypes: torch.dtype) -> bool:
+    """Whether ``operation`` on ``entries`` codes of a (rows, columns) matrix is better done as a GEMM.
 
-
-def rows_of(offsets: Tensor, entries: int) -> Tensor:
-    """The row (N,) int64 of each entry; entries that belong to no row get row B."""
-    k = entries_of_each_row(offsets, entries)
-    if k is not None:
-        return torch.arange(entries // k, device=offsets.device).repeat_interleave(k)
-    counts = torch.cat([offsets.diff(), entries - offsets[-1:]])
-    return torch.repeat_interleave(torch.arange(offsets.numel(), device=offsets.device), counts, output_size=entries)
-
-
-def to_dense(values: Tensor, indices: Tensor, offsets: Tensor, num_latents: int) -> Tensor:
-    """(B, F) without a host read: entries that belong to no row land in a row that is cut off."""
-    k = entries_of_each_row(offsets, values.numel())
-    if k is not None:
-        dense = values.new_zeros(values.numel() // k, num_latents)
-        return dense.scatter_(1, indices.reshape(-1, k).long(), values.reshape(-1, k))
-    rows = rows_of(offsets, values.numel())
-    dense = values.new_zeros(offsets.numel(), num_latents)
-    dense.view(-1)[rows * num_latents + indices.clamp(max=num_latents - 1)] = values
-    return dense[:-1]
+    ``dtypes``: of what it would multiply; a GPU multiplies 16-bit numbers a dozen times as fast as others.
+    """
+    choice = DENSE_CHOICE.get()
+    if choice is not None:
+        return choice
+    kind = "cpu" if device_type == "cpu" else "cuda"
+    if kind == "cuda" and dtypes and all(dtype.itemsize == 2 for dtype in dtypes):
+        kind = "cuda, 16 bit"
+    return entries > DENSE_SHARE[kind][operation] * rows * columns
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

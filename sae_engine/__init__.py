@@ -2,27 +2,33 @@
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import functional, losses, metrics, training
-from .activations import AbsTopK, Activation, AuxTopK, BatchTopK, JumpReLU, MutualChoice, ReLU, TopAFA, TopK
 from .autoencoder import EncodeInfo, SparseAutoencoder, SparseDecoder
 from .codes import ByLatent, SparseCodes, cat
+from .inference import calibrate_threshold, inference_form
+from .initial import init_as_top_afa, init_sparse
 from .rules import (
+    AbsTopK,
+    Activation,
+    AuxTopK,
     AuxZipfTopK,
+    BatchTopK,
     FeatureChoice,
     Gated,
     GradientTopK,
+    JumpReLU,
     LogJumpReLU,
     MatryoshkaBatchTopK,
+    MutualChoice,
+    ReLU,
     RunningDensity,
     SampledTopK,
     StatisticalTopK,
-    calibrate_threshold,
-    inference_form,
-    init_as_top_afa,
-    init_sparse,
+    TopAFA,
+    TopK,
 )
 
 if _TYPE_CHECKING:
-    from .interop.accelerate import CannotAccelerate, accelerate, accelerated, restore
+    from .acceleration.switch import CannotAccelerate, accelerate, accelerated, restore
 
 __version__ = "0.1.0"
 
@@ -68,7 +74,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in ("CannotAccelerate", "accelerate", "accelerated", "restore"):  # other libraries are not everyone's
-        from .interop import accelerate
+        from .acceleration import switch
 
-        return getattr(accelerate, name)
+        return getattr(switch, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

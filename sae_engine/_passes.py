@@ -7,11 +7,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sae_kernels import _tuning
+from sae_kernels import densified as dense_way
 from sae_kernels._terms import GATED, GIVEN, Term, lists_of
-from sae_kernels.densified import rows_of
 from sae_kernels.ops import ops
 from sae_kernels.reference import ordered_keys, relu, without_parallel_part
+from sae_kernels.stock import limits
+from sae_kernels.stock.dense import rows_of
 
 from .codes import ByLatent, SparseCodes
 
@@ -23,18 +24,18 @@ __all__ = [
 ]
 
 NOT_TURNED = (None, None, None)
-CHUNK_ELEMENTS, latents_in_cache = _tuning.CHUNK_ELEMENTS, _tuning.latents_in_cache  # sizes of temporaries on a CPU
-WIDE_ELEMENTS = _tuning.WIDE_ELEMENTS
+CHUNK_ELEMENTS, latents_in_cache = limits.CHUNK_ELEMENTS, limits.latents_in_cache  # sizes of temporaries on a CPU
+WIDE_ELEMENTS = limits.WIDE_ELEMENTS
 
 
 @contextmanager
 def densified(choice: bool | None) -> Iterator[None]:
     """Within it sums over codes go through GEMMs or gathers as ``choice`` says; None leaves that to their density."""
-    token = _tuning.DENSE_CHOICE.set(choice)
+    token = dense_way.DENSE_CHOICE.set(choice)
     try:
         yield
     finally:
-        _tuning.DENSE_CHOICE.reset(token)
+        dense_way.DENSE_CHOICE.reset(token)
 
 
 def is_dense(operation: str, codes: SparseCodes, *, entries: int | None = None) -> bool:
@@ -43,7 +44,7 @@ def is_dense(operation: str, codes: SparseCodes, *, entries: int | None = None) 
     ``entries``: how many there really are, where that is known to be fewer than there is room for.
     """
     entries = codes.values.shape[0] if entries is None else entries
-    return _tuning.is_dense(operation, entries, codes.rows, codes.num_latents, codes.device.type)
+    return dense_way.is_dense(operation, entries, codes.rows, codes.num_latents, codes.device.type)
 
 
 def entries_of(matrix: Tensor, codes: SparseCodes, backend: str) -> Tensor:

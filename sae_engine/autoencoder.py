@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional
-from .activations import Activation
 from .codes import SparseCodes
+from .rules.base import Activation
 
 if TYPE_CHECKING:
-    from .interop.card import SourceCard
+    from .checkpoints.card import SourceCard
 
 __all__ = ["EncodeInfo", "SparseAutoencoder", "SparseDecoder"]
 
@@ -90,7 +90,7 @@ class SparseAutoencoder(nn.Module):
     With :class:`TopAFA` and :class:`Gated` there is no encoder bias: ``b_enc`` is 0 and not trained.
 
     Attributes:
-        card: where it was loaded from and what its input has to be, a :class:`~sae_engine.interop.card.SourceCard`;
+        card: where it was loaded from and what its input has to be, a :class:`~sae_engine.checkpoints.card.SourceCard`;
             None for one made here. It is saved along.
     """
 
@@ -274,14 +274,14 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             path: a folder; of formats of one file (``"openai"``, ``"gemma_scope"``) also that file's name.
-            format: ``"saelens"``, which holds everything, or another of :data:`sae_engine.interop.formats.FORMATS`.
+            format: ``"saelens"``, which holds everything, or another of :data:`sae_engine.checkpoints.formats.FORMATS`.
                 Decoder norms, and ``b_dec`` on the input, are folded into the encoder where a format knows neither.
 
         Raises:
             ValueError: ``format`` is unknown or cannot hold this autoencoder; says what would be lost.
             TypeError: the activation is not one of this library's.
         """
-        from .interop import formats
+        from .checkpoints import formats
 
         formats.save(self, path, format=format)
 
@@ -296,7 +296,8 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             path: a folder, a file of weights, or ``owner/repository[/folder][/file]`` of the Hugging Face hub.
-            format: ``"auto"`` decides by what the files hold; or a key of :data:`sae_engine.interop.formats.FORMATS`.
+            format: ``"auto"`` decides by what the files hold; or a key of
+                :data:`sae_engine.checkpoints.formats.FORMATS`.
             device: where the parameters go; the default device.
             dtype: of the parameters; that of the file. Thresholds keep theirs.
             activation_scale: what multiplied the activations in training, for SAELens' ``expected_average_only_in``,
@@ -310,7 +311,7 @@ class SparseAutoencoder(nn.Module):
             ValueError: a file is damaged, hostile, of no known format, or describes something this class cannot be;
                 says what is wrong. Pickles are opened as tensors alone (``weights_only=True``).
         """
-        from .interop import formats
+        from .checkpoints import formats
 
         return formats.load(
             cls, path, format=format, device=device, dtype=dtype, activation_scale=activation_scale, residual=residual

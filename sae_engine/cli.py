@@ -1,6 +1,5 @@
 """The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``), how good an
-autoencoder is (``eval``), a checkpoint in another format (``convert``), what the kernels cost (``kernels``), which
-of their configurations are fastest here (``tune``).
+autoencoder is (``eval``), a checkpoint in another format (``convert``).
 
 A subcommand is one ``_add_<name>(commands)`` that declares its arguments and one ``_<name>(args) -> int`` that
 runs; it imports what it needs itself, so that ``--help`` is instant.
@@ -9,7 +8,6 @@ runs; it imports what it needs itself, so that ``--help`` is instant.
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import json
 import logging
@@ -30,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 1 after an error (one line on stderr), 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="sae-engine", description="Fast sparse autoencoders on real activations.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_collect, _add_eval, _add_convert, _add_kernels, _add_tune):
+    for add in (_add_info, _add_collect, _add_eval, _add_convert):
         add(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="sae-engine: %(levelname)s: %(message)s")
@@ -313,7 +311,7 @@ def _texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:
 
 
 def _add_convert(commands: Any) -> None:
-    from sae_engine.interop.formats import FORMATS, RESIDUALS
+    from sae_engine.checkpoints.formats import FORMATS, RESIDUALS
 
     parser = commands.add_parser(
         "convert",
@@ -333,9 +331,9 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from sae_engine.interop import formats
+    from sae_engine.checkpoints.convert import convert
 
-    written = formats.convert(
+    written = convert(
         args.source,
         args.target,
         to=args.format,
@@ -348,86 +346,6 @@ def _convert(args: argparse.Namespace) -> int:
     d_in, d_sae = written.tensors["W_enc"].shape
     print(f"{args.target}: {args.format}, {written.activation.__name__}, d_in {d_in}, d_sae {d_sae}")
     print(written.card)
-    return 0
-
-
-# ----------------------------------------------------------------------------------------------- kernels
-
-
-def _add_kernels(commands: Any) -> None:
-    parser = commands.add_parser(
-        "kernels",
-        help="registers, spills, widths of loads, occupancy of every kernel, read from its binary; needs no GPU",
-        description="Compile every launch of the public functions ahead of time and read what each binary takes. The "
-        "exit status is 1 where a kernel spills, streams with narrow loads, or compiles anew for another number of "
-        "tokens. TRITON_INTERPRET must not be set.",
-    )
-    parser.add_argument("--arch", action="append", metavar="ARCH", help="sm_80, sm_90, sm_100 or gfx942; all of them")
-    parser.add_argument("--quick", action="store_true", help="a few calls for each kernel: what the tests hold")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, not to the terminal")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, one architecture each")
-    parser.set_defaults(run=_kernels)
-
-
-def _kernels(args: argparse.Namespace) -> int:
-    from sae_engine import kernel_report
-    from sae_engine._files import replace_file
-
-    targets = tuple(dict.fromkeys(args.arch or kernel_report.TARGETS))
-    for target in targets:
-        if target not in kernel_report.TARGETS:
-            raise ValueError(f"--arch must be one of {', '.join(kernel_report.TARGETS)}, got {target!r}")
-    if args.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
-    whole = kernel_report.collect_all(targets, quick=args.quick, jobs=args.jobs)
-    tables = kernel_report.markdown(whole)
-    for path, text in ((args.json, kernel_report.as_json(whole)), (args.markdown, tables)):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
-    if args.markdown is None:
-        print(tables, end="")
-    for defect in whole["defects"]:
-        print(f"sae-engine: {defect}", file=sys.stderr)
-    return 1 if whole["defects"] else 0
-
-
-# -------------------------------------------------------------------------------------------------- tune
-
-
-def _add_tune(commands: Any) -> None:
-    parser = commands.add_parser(
-        "tune",
-        help="the fastest launch configurations on this GPU, searched for given shapes, to a table",
-        description="Search the launch configurations of every operation of a training step on the GPU that is here. "
-        "The table applies where SAE_AUTOTUNE_TABLE names it; results do not depend on it, save the rounding of sums.",
-    )
-    parser.add_argument(
-        "shapes", nargs="*", default=["4096,768,32768,32"], metavar="B,d,F,k",
-        help="tokens, width, latents, entries a token; 4096,768,32768,32",
-    )  # fmt: skip
-    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=["bf16"], help="bf16")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="SAE_AUTOTUNE_TABLE, or one in the user's cache")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 …")
-    parser.set_defaults(run=_tune)
-
-
-def _tune(args: argparse.Namespace) -> int:
-    import torch
-
-    from sae_engine import _tune
-
-    device = torch.device(args.device)
-    table = args.table or (Path(os.environ["SAE_AUTOTUNE_TABLE"]) if os.environ.get("SAE_AUTOTUNE_TABLE") else None)
-    shapes = [_tune.Shape.parse(text) for text in args.shapes]
-    path, entries = _tune.tune(shapes, args.dtype, device, table, functools.partial(print, file=sys.stderr))
-    for entry in entries:
-        arguments = ", ".join(map(str, entry["arguments"]))
-        gain = f"{entry['default_ms'] / entry['ms']:.2f}x" if entry["ms"] else ""
-        print(f"{entry['operation']:<24} {entry['dtype']:<9} batch ≤ {entry['batch']:<8} "
-              f"{entry['choice']}({arguments}): {entry['configuration']}  {entry['ms']:.4g} ms {gain}")  # fmt: skip
-    print(path)
     return 0
 
 

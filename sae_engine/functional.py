@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_kernels.cpu_gemm import by_onednn
 from sae_kernels.ops import ops, uniform_offsets
+from sae_kernels.stock.linear import by_onednn
 
 from . import _checks as check
 from ._backend import resolve_backend

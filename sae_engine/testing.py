@@ -39,7 +39,7 @@ def make_pre(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float
 
 
 def force_dense(share: float) -> dict[str, dict[str, float]]:
-    """A ``_tuning.DENSE_SHARE`` under which operations on codes always gather (inf) or always densify (0)."""
+    """A ``densified.DENSE_SHARE`` under which operations on codes always gather (inf) or always densify (0)."""
     operations = ("decode", "decode_backward_values", "decode_backward_weight")
     return {device: dict.fromkeys(operations, share) for device in ("cpu", "cuda", "cuda, 16 bit")}
 

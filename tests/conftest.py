@@ -65,13 +65,13 @@ class _Watched(types.ModuleType):
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        launch = sys.modules.get("sae_kernels._launch")
+        launch = sys.modules.get("sae_kernels.device._launch")
         if launch is not None:
             launch.forget_plans()
 
 
 def pytest_configure(config):
-    from sae_kernels import _tuning
+    from sae_kernels.device import _tuning
 
     _tuning.__class__ = _Watched
     if COMPILED_FOR:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import sae_engine as se
-from sae_engine.interop import _accelerated as core
-from sae_engine.interop import accelerate as machinery
+from sae_engine.acceleration import _base as core
+from sae_engine.acceleration import switch as machinery
 
 B, D, F = 10, 6, 40
 
@@ -24,10 +24,10 @@ def test_import_loads_none_of_it():
     code = """
 import sys
 import sae_engine as se
-wanted = ("sae_engine.interop.accelerate", "sae_lens", "dictionary_learning", "sparsify")
+wanted = ("sae_engine.acceleration.switch", "sae_lens", "dictionary_learning", "sparsify")
 assert not [name for name in wanted if name in sys.modules]
 assert callable(se.accelerate) and callable(se.restore) and callable(se.accelerated)
-assert "sae_engine.interop.accelerate" in sys.modules and not [name for name in wanted[1:] if name in sys.modules]
+assert "sae_engine.acceleration.switch" in sys.modules and not [name for name in wanted[1:] if name in sys.modules]
 try:
     se.no_such_name
 except AttributeError as error:
@@ -63,7 +63,7 @@ def test_wrapped_modules_are_pointed_at():
 
 def test_a_library_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_lens", None)
-    monkeypatch.delitem(sys.modules, "sae_engine.interop.accelerated_sae_lens", raising=False)
+    monkeypatch.delitem(sys.modules, "sae_engine.acceleration.sae_lens", raising=False)
     with pytest.raises(ImportError, match="sae_lens"):
         se.accelerate("sae_lens")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import tune
 
-from sae_engine import SparseCodes, _passes, _tune, cli
+from sae_engine import SparseCodes, _passes
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, force_dense, same_bits
-from sae_kernels import _autotune, _tuning, ops
+from sae_kernels import densified, ops
+from sae_kernels.device import _autotune, _tuning
 
 B, F, D = 4, 520, 40
 
@@ -18,7 +20,7 @@ B, F, D = 4, 520, 40
 @pytest.fixture(autouse=True)
 def _sparse(monkeypatch):
     """Operations on codes gather, and no table of this machine takes part."""
-    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(float("inf")))
+    monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(float("inf")))
     monkeypatch.delenv("SAE_AUTOTUNE_TABLE", raising=False)
     _autotune._table.cache_clear()
 
@@ -290,7 +292,7 @@ def search(tmp_path, one_choice):
         return clock.cost(name)
 
     def run(call):
-        with _autotune.searching(_autotune.Table(clock.path), functools.partial(_tune.fill, timer)):
+        with _autotune.searching(_autotune.Table(clock.path), functools.partial(tune.fill, timer)):
             call()
         return entries(clock.path)
 
@@ -376,14 +378,14 @@ def test_a_failed_write_leaves_the_old_table(search, monkeypatch):
 
 def test_the_default_place_is_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _tune.default_path() == tmp_path / "sae-engine" / f"autotune-{_autotune.fingerprint()}.json"
+    assert tune.default_path() == tmp_path / "sae-engine" / f"autotune-{_autotune.fingerprint()}.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert _tune.default_path().parent == Path.home() / ".cache" / "sae-engine"
+    assert tune.default_path().parent == Path.home() / ".cache" / "sae-engine"
 
 
 def test_the_command_fills_a_table_for_all_operations(search):
-    said, shape, device = [], _tune.Shape.parse("4,12,60,3"), torch.get_default_device()
-    path, found = _tune.tune([shape], ["fp32"], device, search.path, said.append, search.timer)
+    said, shape, device = [], tune.Shape.parse("4,12,60,3"), torch.get_default_device()
+    path, found = tune.tune([shape], ["fp32"], device, search.path, said.append, search.timer)
     assert path == search.path and found == entries(path)
     assert {entry["operation"].removesuffix(".launch") for entry in found} >= {
         "row_topk", "batch_topk", "feature_topm", "norm_match", "threshold", "decode", "backward.launch_weight",
@@ -394,10 +396,10 @@ def test_the_command_fills_a_table_for_all_operations(search):
 
 @pytest.mark.parametrize("text", ["4096", "1,2,3", "1,2,3,x", "0,2,3,1", "4,4,4,5"])
 def test_a_bad_shape_is_explained(text):
-    assert cli.main(["tune", text, "--device", "cpu"]) == 1
+    assert tune.main([text, "--device", "cpu"]) == 1
 
 
 def test_the_command_needs_a_gpu(capsys, tmp_path):
-    assert cli.main(["tune", "--device", "cpu", "--table", str(tmp_path / "table.json")]) == 1
+    assert tune.main(["--device", "cpu", "--table", str(tmp_path / "table.json")]) == 1
     assert "compares times on a GPU" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

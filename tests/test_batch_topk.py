@@ -6,11 +6,11 @@ from itertools import product
 import pytest
 import torch
 
+from sae_engine import BatchTopK
 from sae_engine import functional as f
 from sae_engine._backend import interprets_triton
-from sae_engine.activations import BatchTopK
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
-from sae_kernels import _tuning
+from sae_kernels.device import _tuning
 from sae_kernels.ops import ops
 
 FAST = ("torch", "triton")

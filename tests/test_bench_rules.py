@@ -5,20 +5,16 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-
-import sae_engine as se
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 import recipes
 import reconstruction
 import rows
 import rules
 import rules_report
+import torch
+
+import sae_engine as se
 
 CPU = torch.device("cpu")
 TINY = rules.Setting(

@@ -3,20 +3,13 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
-
-import pytest
-import torch
-
-from sae_kernels import traffic
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import checks
 import derived
 import guarded
 import operations
+import pytest
 import reconstruction
 import registry
 import report
@@ -24,6 +17,9 @@ import rows
 import run
 import sizes
 import timing
+import torch
+
+from sae_kernels import traffic
 
 BENCHMARKS = Path(run.__file__).parent
 CPU = torch.device("cpu")

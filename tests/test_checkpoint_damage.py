@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sae_engine as se
 from sae_engine import cli
-from sae_engine.interop import formats
+from sae_engine.checkpoints import formats
 
 D, F = 12, 40
 RULES = {"TopK": lambda: se.TopK(4), "BatchTopK": lambda: se.BatchTopK(4), "ReLU": se.ReLU,

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import sae_engine as se
 from sae_engine import cli
-from sae_engine.interop import formats, hub
-from sae_engine.interop.card import SourceCard, residual_of
+from sae_engine.checkpoints import formats, hub
+from sae_engine.checkpoints.card import SourceCard, residual_of
+from sae_engine.checkpoints.convert import convert
 from sae_engine.testing import assert_same
 
 D, F, B = 12, 40, 9
@@ -464,7 +465,9 @@ class TestConventions:
     @pytest.mark.parametrize("rule", RULES)
     def test_inference_form_computes_the_same(self, rule, tmp_path):
         sae = build(rule, rescale_acts_by_decoder_norm=rule == "BatchTopK").double().eval()
-        inferring = formats.to_inference(sae).eval()
+        sae.save_pretrained(tmp_path / "trained")
+        convert(tmp_path / "trained", tmp_path / "inferring", to="saelens", inference=True)
+        inferring = se.SparseAutoencoder.from_pretrained(tmp_path / "inferring").eval()
         is_batch = isinstance(sae.activation, se.BatchTopK)
         assert not (is_batch and inferring.rescale_acts_by_decoder_norm)
         assert type(inferring.activation) is (se.JumpReLU if is_batch else type(sae.activation))
@@ -472,8 +475,10 @@ class TestConventions:
         torch.testing.assert_close(inferring.encode(x).to_dense(), sae.encode(x).to_dense())
         torch.testing.assert_close(inferring(x), sae(x))
         if is_batch:
-            with pytest.raises(ValueError, match="has no threshold yet"):
-                formats.to_inference(se.SparseAutoencoder(D, F, se.BatchTopK(3)))
+            se.SparseAutoencoder(D, F, se.BatchTopK(3)).save_pretrained(tmp_path / "new")
+            with pytest.raises(RuntimeError, match="threshold is unset"):
+                convert(tmp_path / "new", tmp_path / "not made", to="saelens", inference=True)
+            assert not (tmp_path / "not made").exists()
 
 
 class TestCard:

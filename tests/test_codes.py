@@ -1,4 +1,4 @@
-"""SparseCodes: construction, conversion, indexing, turning around, and the kernels behind it (kernels/dense.py)."""
+"""SparseCodes: construction, conversion, indexing, turning around, and what is behind it (kernels/device/dense.py)."""
 import copy
 import doctest
 import subprocess

@@ -65,7 +65,7 @@ def test_masks_of_a_broadcast_comparison_are_refused(helped):
     triton = pytest.importorskip("triton")
     import triton.language as tl
 
-    from sae_kernels._device import only_if
+    from sae_kernels.device._device import only_if
 
     @triton.jit
     def kernel(out_ptr, n, BOTH: tl.constexpr):

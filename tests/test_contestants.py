@@ -4,22 +4,18 @@ import importlib
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import cub
 import others
 import peers
 import published
+import pytest
 import registry
 import report
 import sizes
 import steps
+import torch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TOPK = registry.find("topk")

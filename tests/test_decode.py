@@ -1,4 +1,4 @@
-"""functional.decode, its kernel and both its gradients (kernels/decode.py, backward.py, densified.py)."""
+"""functional.decode, its kernel and both its gradients (kernels/device/decode.py, backward.py; densified.py)."""
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,8 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sae_engine import SparseCodes
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, assert_within_budget, force_dense
-from sae_kernels import _tuning, reference, torch_codes
+from sae_kernels import densified, reference
+from sae_kernels.device import _tuning
 from sae_kernels.ops import ops
+from sae_kernels.stock import backward, limits
+from sae_kernels.stock import decode as stock_decode
 
 FAST = ("torch", "triton")
 PATHS = ("torch", "triton", "dense")
@@ -23,7 +26,7 @@ CASES = [("B5-K7-F64-D37", 5, 7, 64, 37), ("B1-K1-F1-D1", 1, 1, 1, 1), ("B3-K20-
 def path(request, monkeypatch):
     """A back end made to gather, or the dense path that serves them all."""
     share = 0.0 if request.param == "dense" else float("inf")
-    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(share))
+    monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(share))
     return "torch" if request.param == "dense" else request.param
 
 
@@ -101,7 +104,7 @@ def test_any_strides(path):
 def test_capacity_leftovers_belong_to_nobody(path):
     pre, weight = torch.randn(4, 30), torch.randn(30, 8)
     pre[:, 0] = -1.0
-    if _tuning.DENSE_SHARE["cpu"]["decode"]:  # a GEMM reads all of the weight; a gather must not read the leftovers
+    if densified.DENSE_SHARE["cpu"]["decode"]:  # a GEMM reads all of the weight; a gather must not read the leftovers
         weight[0] = torch.nan
     roomy = f.threshold(pre, 0.5, capacity=100, backend="torch")
     exact = f.threshold(pre, 0.5, backend="torch")
@@ -138,7 +141,7 @@ def test_latents_with_many_entries(path):
 
 @pytest.mark.sanitizer
 def test_small_and_complete(monkeypatch):
-    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(float("inf")))
+    monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(float("inf")))
     for name in ("SPLIT_ROW", "SPLIT_LATENT"):
         monkeypatch.setattr(_tuning, name, 8)  # so that pieces of rows and of latents are summed first
     codes, weight, bias, grad = make(6, 12, 30, 20)
@@ -303,9 +306,9 @@ def test_rows_of_none_to_hundreds_of_entries(path, width):
 @pytest.mark.interpreter
 def test_long_rows_are_summed_in_pieces(monkeypatch):
     """A row's own program adds up pieces; what it gathers itself is what lies outside of them."""
-    from sae_kernels._meter import metering
+    from meter import metering
 
-    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(float("inf")))
+    monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(float("inf")))
     split = _tuning.SPLIT_ROW
     codes = uneven(3 * split, [5, 3 * split])
     weight = torch.randn(3 * split, 16)
@@ -320,7 +323,7 @@ def test_long_rows_are_summed_in_pieces(monkeypatch):
 @pytest.mark.parametrize("entries", [3, 40])
 def test_16_bit_weights_are_widened_a_few_columns_at_a_time(entries, monkeypatch):
     """On a CPU a wide copy of the whole matrix takes several times as long as the sums."""
-    monkeypatch.setattr(_tuning, "SCORES_IN_CACHE", 64)
+    monkeypatch.setattr(limits, "SCORES_IN_CACHE", 64)
     with torch.device("cpu"):
         codes = f.topk(torch.rand(entries, 30), 1)
         weight, bias, grad = torch.randn(30, 100).bfloat16(), torch.randn(100), torch.randn(entries, 100).bfloat16()
@@ -336,8 +339,8 @@ def test_16_bit_weights_are_widened_a_few_columns_at_a_time(entries, monkeypatch
             return out
 
     with Sizes() as sizes:
-        sums = torch_codes.decode(*arguments, bias, torch.bfloat16)
-        products = torch_codes.decode_backward_values(grad, *arguments)
+        sums = stock_decode.decode(*arguments, bias, torch.bfloat16)
+        products = backward.decode_backward_values(grad, *arguments)
     assert sizes.widest < weight.numel()
     wide = codes.values.bfloat16().float(), codes.indices, codes.offsets, weight.float()
     expected = reference.decode(*wide, bias, torch.float32), reference.decode_backward_values(grad.float(), *wide)

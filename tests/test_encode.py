@@ -5,8 +5,9 @@ import torch
 import sae_engine as se
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, force_dense
-from sae_kernels import _tuning
+from sae_kernels import densified
 from sae_kernels.ops import ops
+from sae_kernels.stock import limits
 
 B, D, F = 7, 9, 40
 PATHS = ["torch", "triton", "dense"]
@@ -20,7 +21,7 @@ RULES = {
 @pytest.fixture
 def path(request, monkeypatch):
     share = 0.0 if request.param == "dense" else float("inf")
-    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(share))
+    monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(share))
     return "torch" if request.param == "dense" else request.param
 
 
@@ -268,7 +269,7 @@ def test_sixteen_bit_linear_rounds_once_and_multiplies_its_gradient_in_sixteen_b
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.sanitizer), "torch", "reference"])
 def test_sixteen_bit_product_with_its_bias_in_the_operands(dtype, by_columns, backend, monkeypatch):
     """More rows than half their width, so that the bias is cut into pieces; some latents at a time."""
-    monkeypatch.setitem(_tuning.WIDE_ELEMENTS, "cuda", 1)
+    monkeypatch.setitem(limits.WIDE_ELEMENTS, "cuda", 1)
     for rows, width, latents in ((9, 12, 300), (40, 70, 5), (3, 1, 257)):
         x, bias = torch.randn(rows, width).to(dtype), torch.randn(latents) * torch.logspace(-6, 3, latents)
         weight = torch.randn(width, latents).to(dtype)
@@ -285,7 +286,7 @@ def test_sixteen_bit_product_with_its_bias_in_the_operands(dtype, by_columns, ba
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_pieces_sum_up_to_the_bias_they_were_cut_from(dtype):
-    from sae_kernels import linear_16bit  # which imports Triton
+    from sae_kernels.device import linear_16bit  # which imports Triton
 
     bias = torch.randn(600) * torch.logspace(-6, 4, 600)
     scales = linear_16bit.with_scales(torch.zeros(1, 5, dtype=dtype))[0, 5:]
@@ -296,7 +297,7 @@ def test_pieces_sum_up_to_the_bias_they_were_cut_from(dtype):
 
 def test_a_million_latents_fit_the_grid():
     """Of a GPU's grid only the first axis takes more than 65,535 programs."""
-    from sae_kernels import _launch, linear_16bit
+    from sae_kernels.device import _launch, linear_16bit
 
     for strides in ((1, 16), (1 << 20, 1)):
         plan = linear_16bit._plan(_launch.Layout((16, 1 << 20), strides, torch.bfloat16), 64)

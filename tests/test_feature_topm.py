@@ -4,7 +4,7 @@ import torch
 
 from sae_engine import functional as f
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
-from sae_kernels import _tuning
+from sae_kernels.device import _tuning
 from sae_kernels.ops import ops
 
 FAST = ("torch", "triton")

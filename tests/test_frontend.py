@@ -132,9 +132,8 @@ def refused(dtype, shapes, target="sm_80"):
     """What Triton says of the launches it refuses, and loops that it compiles by luck."""
     import functools
 
+    import kernel_report as report
     import torch
-
-    from sae_engine import kernel_report as report
 
     strided = functools.partial(report._norm_match, weighted=False, transposed=True)  # wide rows of these spill
     for shape in shapes:
@@ -155,7 +154,7 @@ def refused(dtype, shapes, target="sm_80"):
 
 def refused_planted():
     """The same of a selection whose count of entries is left to be a constant, as it once was."""
-    from sae_kernels import row_topk
+    from sae_kernels.device import row_topk
 
     row_topk._row_wide_kernel.params[row_topk._row_wide_kernel.arg_names.index("K")].__dict__["do_not_specialize"] = 0
     return refused("bfloat16", [(2, 5, 5, 1)])

@@ -4,13 +4,7 @@ the parts that only a GPU times, run small in Triton's interpreter."""
 import contextlib
 import dataclasses
 import json
-import sys
 from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import checks
 import derived
@@ -19,6 +13,7 @@ import inputs
 import jobs
 import operations
 import ours
+import pytest
 import registry
 import report
 import roofs
@@ -26,6 +21,7 @@ import rows
 import run
 import sizes
 import timing
+import torch
 import verdicts
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

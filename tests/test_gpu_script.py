@@ -11,11 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 import gpu
+import pytest
 
 MACHINE = '{"gpu": "a GPU", "free_gib": 80.0, "operations": ["topk", "decode", "train"]}'
 # The interpreter: notes what it was asked, and does what HANG, RED or NO_GPU say of a call that has their words.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sae_engine as se
-from sae_engine.interop import _accelerated as core
+from sae_engine.acceleration import _base as core
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify chooses its decoder once, when it is imported
 REASON = "needs {}: make test-interop"

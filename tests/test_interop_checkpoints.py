@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import sae_engine as se
-from sae_engine.interop import formats
+from sae_engine.checkpoints import formats
+from sae_engine.checkpoints.convert import convert
 
 pytestmark = [
     pytest.mark.interop,
@@ -245,7 +246,7 @@ class TestSparsify:
         torch.manual_seed(3)
         theirs = randomised(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(k=5, expansion_factor=3)))
         theirs.save_to_disk(tmp_path / "theirs")
-        formats.convert(tmp_path / "theirs", tmp_path / "saelens", to="saelens")
+        convert(tmp_path / "theirs", tmp_path / "saelens", to="saelens")
         converted = sae_lens.SAE.load_from_disk(tmp_path / "saelens")
         x = inputs(torch.float32)
         assert_close(converted(x), theirs(x).sae_out, FP32)
@@ -321,7 +322,7 @@ class TestDictionaryLearning:
 
         theirs, x = self.make(name), inputs(torch.float32)
         self.write(theirs, tmp_path / "theirs")
-        formats.convert(tmp_path / "theirs", tmp_path / "ours", to="dictionary_learning")
+        convert(tmp_path / "theirs", tmp_path / "ours", to="dictionary_learning")
         again, _ = load_dictionary(str(tmp_path / "ours"), device="cpu")
         with torch.no_grad():
             assert_close(again(x), theirs(x), FP32)

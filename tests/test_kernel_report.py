@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import kernel_report
 import pytest
 
-from sae_engine import kernel_report
-
 KERNELS = Path(__file__).parents[1] / "kernels"
+TOOLS = KERNELS.parent / "benchmarks"
 
 
 def run(code, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    environment["PYTHONPATH"] = os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
 
 
@@ -25,8 +26,8 @@ def run(code, tmp_path):
 def compiled(tmp_path_factory):
     """What the command line says of all targets."""
     folder = tmp_path_factory.mktemp("kernels")
-    command = ["kernels", "--quick", "--json", str(folder / "report.json")]
-    done = run(f"from sae_engine import cli; raise SystemExit(cli.main({command}))", folder)
+    command = ["--quick", "--json", str(folder / "report.json")]
+    done = run(f"import kernel_report; raise SystemExit(kernel_report.main({command}))", folder)
     assert (folder / "report.json").exists(), done.stderr
     return json.loads((folder / "report.json").read_text()), done
 
@@ -36,7 +37,7 @@ def compiled(tmp_path_factory):
 def test_every_kernel_keeps_its_promises(target, compiled):
     whole, done = compiled
     rows = [row for row in whole["rows"] if row["target"] == target]
-    source = "".join(path.read_text() for path in KERNELS.glob("*.py"))
+    source = "".join(path.read_text() for path in KERNELS.rglob("*.py"))
     everywhere = target in ("sm_90", "gfx942")
     kernels = {row["kernel"] for row in rows}
     assert kernels == set(re.findall(r"def _(\w+)_kernel\(", source)) or not everywhere, "a kernel has no case"
@@ -52,7 +53,7 @@ def test_every_kernel_keeps_its_promises(target, compiled):
 
 
 LAUNCHES = """
-from sae_engine import kernel_report as report
+import kernel_report as report
 for shape in (report.S1, report.S2, report.S3):
     for dtype, most in ((report.BF16, 5), (report.FP32, 6)):
         found = report.run_cell((report.CASES["batch_topk"], shape, dtype), "sm_90")
@@ -81,17 +82,17 @@ def test_selections_take_few_launches(tmp_path):
 
 
 DISASSEMBLE = """
-from sae_engine import kernel_report as report
-from sae_kernels import _compile
+import kernel_report as report
+import ahead_of_time
 for target in ("sm_90", "gfx942"):
     launches = report.run_cell((report.CASES["decode"], report.S1, report.BF16), target).launches
     launch = next(launch for _, launch in launches if launch.kernel == "_decode_kernel")
-    full, quick = (_compile.read_binary(launch.compiled, target, disassemble=d) for d in (True, False))
+    full, quick = (ahead_of_time.read_binary(launch.compiled, target, disassemble=d) for d in (True, False))
     assert full[:5] == quick[:5], (full, quick)
     assert full.loads[128] >= 2 and sum(full.loads.values()) < 64, full.loads
     assert 0 < full.loop_instructions < full.instructions, full
     # four rows of 256 columns, two bytes each, shared by the threads of the program
-    threads = launch.compiled.metadata.num_warps * _compile.TARGETS[target].gpu.warp_size
+    threads = launch.compiled.metadata.num_warps * ahead_of_time.TARGETS[target].gpu.warp_size
     assert 4 * 256 * 2 // threads <= full.loop_bytes <= 4 * 256 * 2 // threads + 64, full.loop_bytes
     assert report.instructions_per_element(launch, full) < 20
 """
@@ -105,7 +106,7 @@ def test_instructions_of_the_main_loop_are_read_from_the_binary(tmp_path):
 
 PREDICT = """
 import runpy, sys
-from sae_engine import kernel_report as report
+import kernel_report as report
 predict = runpy.run_path(sys.argv[1])
 predict["rows"].__globals__["CASES"] = ("topk", "decode")
 found = list(predict["rows"]([report.S1], report.BF16))
@@ -128,7 +129,8 @@ def test_predictions_say_so_and_lie_above_the_floor(tmp_path):
 RECOMPILE = """
 import functools
 import torch
-from sae_engine import functional, kernel_report as report
+import kernel_report as report
+from sae_engine import functional
 
 def batch_in_the_kernel(shape, dtype):  # an argument that follows the number of tokens, as a launch must not have
     pre = torch.empty(shape.F, shape.B, dtype=dtype, device="meta", requires_grad=True)
@@ -146,22 +148,21 @@ def test_a_launch_that_depends_on_the_batch_is_found(tmp_path):
 
 
 def test_interpreted_kernels_have_no_binaries():
-    code = "from sae_engine import kernel_report as r; r.run_cell((r.CASES['topk'], r.S1, r.BF16), 'sm_90')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    code = "import kernel_report as r; r.run_cell((r.CASES['topk'], r.S1, r.BF16), 'sm_90')"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TOOLS)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "TRITON_INTERPRET" in done.stderr
 
 
-def test_command_line_names_what_is_wrong(capsys):
-    from sae_engine import cli
-
-    assert cli.main(["kernels", "--arch", "sm_42"]) == 1 and "sm_42" in capsys.readouterr().err
-    assert cli.main(["kernels", "--jobs", "0"]) == 1 and "--jobs" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [["--arch", "sm_42"], ["--jobs", "0"]])
+def test_command_line_names_what_is_wrong(arguments, capsys):
+    with pytest.raises(SystemExit):
+        kernel_report.main(arguments)
+    said = capsys.readouterr().err
+    assert arguments[0] in said and arguments[1] in said
 
 
 def test_defects_are_named_and_shown(monkeypatch, capsys, tmp_path):
-    from sae_engine import cli
-
     row = {
         "target": "sm_90", "kernel": "mark", "case": "threshold, forward", "shape": "S1", "dtype": "bf16", "warps": 4,
         "registers": 255, "spills": 0, "shared": 0, "occupancy": 0.125, "limited_by": "registers", "loads": {128: 2},
@@ -172,7 +173,7 @@ def test_defects_are_named_and_shown(monkeypatch, capsys, tmp_path):
     parts = {"rows": [row, *({**row, **change} for change in bad)],
              "compiled_anew": [{**{key: row[key] for key in ("target", "kernel", "case", "shape", "dtype")}, "B": 17}]}
     monkeypatch.setattr(kernel_report, "collect", lambda target, quick: parts)
-    assert cli.main(["kernels", "--arch", "sm_90", "--markdown", str(tmp_path / "new" / "report.md")]) == 1
+    assert kernel_report.main(["--arch", "sm_90", "--markdown", str(tmp_path / "new" / "report.md")]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
     for number, word in enumerate(("8 bytes a thread", "1 of 2 16-byte loads", "fp fusion", "17 tokens")):
@@ -196,14 +197,14 @@ def test_defects_are_named_and_shown(monkeypatch, capsys, tmp_path):
     ],
 )
 def test_occupancy(target, registers, shared, warps, resident):
-    from sae_kernels import _compile
+    import ahead_of_time
 
-    share, _ = _compile._occupancy(_compile.TARGETS[target], registers, shared, warps)
-    assert share * _compile.TARGETS[target].warps == resident
+    share, _ = ahead_of_time._occupancy(ahead_of_time.TARGETS[target], registers, shared, warps)
+    assert share * ahead_of_time.TARGETS[target].warps == resident
 
 
 def test_loads_of_ptx_are_counted_by_width():
-    from sae_kernels import _compile
+    import ahead_of_time
 
     ptx = """
     @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
@@ -212,12 +213,12 @@ def test_loads_of_ptx_are_counted_by_width():
     ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r5];
     @%p1 st.global.v2.b32 [ %rd1 + 0 ], { %r1, %r2 };
     """
-    assert list(_compile._ptx_accesses(ptx, "ld")) == [128, 128, 16]
-    assert list(_compile._ptx_accesses(ptx, "st")) == [64]
+    assert list(ahead_of_time._ptx_accesses(ptx, "ld")) == [128, 128, 16]
+    assert list(ahead_of_time._ptx_accesses(ptx, "st")) == [64]
 
 
 def test_loop_that_loads_most_is_the_inner_one(monkeypatch):
-    from sae_kernels import _compile
+    import ahead_of_time
 
     sass = "\n".join(
         f"        /*{16 * place:04x}*/   {text} ;"
@@ -226,10 +227,10 @@ def test_loop_that_loads_most_is_the_inner_one(monkeypatch):
             "STG.E.64 [R2], R4", "@!P0 BRA 0x20", "@P1 BRA 0x10", "EXIT", "BRA 0x80", "NOP",
         ])
     )  # fmt: skip
-    code = _compile._read_sass(sass)
+    code = ahead_of_time._read_sass(sass)
     assert len(code) == 8 and [i.jumps_to for i in code if i.jumps_to is not None] == [2, 1]
     assert [i.loads for i in code[:5]] == [0, 16, 128, 0, 0] and code[4].stores == 64
     asm = SimpleNamespace(asm={"cubin": b""}, metadata=SimpleNamespace(num_warps=4, shared=0))
-    monkeypatch.setattr(_compile, "_cuobjdump", lambda cubin, disassemble: (32, 0, sass))
-    binary = _compile.read_binary(asm, "sm_90")
+    monkeypatch.setattr(ahead_of_time, "_cuobjdump", lambda cubin, disassemble: (32, 0, sass))
+    binary = ahead_of_time.read_binary(asm, "sm_90")
     assert (binary.loop_instructions, binary.loop_bytes, binary.instructions) == (4, 16, 8)

@@ -1,4 +1,4 @@
-"""The latent pass: a step's gradients by latent, and Adam on them (kernels/latent_pass.py, torch_latent_pass.py)."""
+"""The latent pass: a step's gradients by latent, and Adam on them (latent_pass.py in device/ and stock/)."""
 import os
 from types import SimpleNamespace
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from sae_engine.testing import assert_same, assert_within_budget
-from sae_kernels import _tuning, reference
+from sae_kernels import reference
 from sae_kernels._terms import GATED, GIVEN, Term, lists_of
+from sae_kernels.device import _tuning
 from sae_kernels.ops import ops
+from sae_kernels.stock import limits
 
 FAST = ("torch", "triton")
 LAYOUTS = ("by latent", "by column")
@@ -394,10 +396,10 @@ def test_two_runs_give_the_same_bits(layout, backend, monkeypatch):
 def test_latents_in_chunks_on_a_cpu(layout, monkeypatch):
     """Chunks share no sum but those over all latents: d(center) and the norm."""
     s = make((20, 75, 13, 17), MODES["four"], DTYPES["fp32"])
-    assert _tuning.latents_in_cache(30) % 32 == 0
+    assert limits.latents_in_cache(30) % 32 == 0
     outcomes = []
     for chunk in (75, 32, 64):
-        monkeypatch.setattr(_tuning, "latents_in_cache", lambda width, chunk=chunk: chunk)
+        monkeypatch.setattr(limits, "latents_in_cache", lambda width, chunk=chunk: chunk)
         outcomes.append(adam(s, "torch", layout=layout))
     for chunked in outcomes[1:]:
         for name, whole in outcomes[0].items():

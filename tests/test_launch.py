@@ -2,15 +2,16 @@
 
 import copy
 
+import kernel_report
 import pytest
 import torch
 from torch import Tensor
 
 import sae_engine as se
-from sae_engine import functional, kernel_report
+from sae_engine import functional
 from sae_engine.losses import AuxK
 from sae_engine.training import TrainStep
-from sae_kernels import _launch
+from sae_kernels.device import _launch
 from sae_kernels.ops import ops
 
 B, D, F, K = 4096, 768, 32768, 32
@@ -117,7 +118,7 @@ def test_a_plan_is_made_once_for_each_layout(counted, monkeypatch):
 
 
 def test_plans_follow_what_tests_change(counted, monkeypatch):
-    from sae_kernels import _tuning
+    from sae_kernels.device import _tuning
 
     launched, _ = counted
     functional.topk(meta(B, F), K)

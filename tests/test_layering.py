@@ -13,29 +13,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 ENGINE = sorted((ROOT / "sae_engine").rglob("*.py"))
 
-# The files of kernels/ that a machine without Triton imports; all others hold device code.
-TORCH_ONLY = {
-    "budgets", "cpu_gemm", "ops", "_contract", "_direct", "_encoder_ops", "reference", "torch_backend", "torch_codes",
-    "torch_latent_pass", "torch_norm_match", "densified", "traffic", "_tuning", "_terms", "_autotune", "_sixteen_bit",
-}  # fmt: skip
-# Tools that look at the launches beneath the public functions. The command line alone imports them.
-TOOLS = {"sae_engine.kernel_report"}
+# Of kernels/device, what a machine without Triton imports too: how launches are configured.
+WITHOUT_TRITON = {"sae_kernels.device", "sae_kernels.device._autotune", "sae_kernels.device._tuning"}
 # functional and what it stands on. These know the package below, and none of the modules above.
 IS_FOUNDATION = re.compile(r"sae_engine\.(functional|codes|_[a-z]\w*)").fullmatch
 
 
 def module_name(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return "sae_kernels" + name.removeprefix("kernels") if within(name, "kernels") else name
+
+
+def is_device(name):
+    """Whether a module may import Triton: all others are imported by machines without it."""
+    return within(name, "sae_kernels.device") and name not in WITHOUT_TRITON
 
 
 def imports(path, *, anywhere=True):
     """Names that a file imports, ours in full: `from . import x` in kernels/ gives `sae_kernels.x`.
 
     Without ``anywhere`` only what importing the file itself imports: nothing inside functions or `if TYPE_CHECKING`.
+    With it also what ``import_module`` is called with: of a name that is not written out, all that it may become.
     """
     package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
     pending = list(ast.parse(path.read_text(encoding="utf-8")).body)
@@ -52,12 +54,27 @@ def imports(path, *, anywhere=True):
             submodule = {f"{base}.{alias.name}" for alias in node.names}
             is_file = {name for name in submodule if source_of(name) is not None}
             names.update(is_file or {base})
+        elif anywhere and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names.update(dynamic(node, package))
+            pending.extend(node.args)
         elif anywhere or not (
             isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
         ):
             pending.extend(ast.iter_child_nodes(node))
-    return {"sae_kernels" + name.removeprefix("kernels") if within(name, "kernels") else name for name in names}
+    return names
+
+
+def dynamic(call, package):
+    """The modules of ours that a call of ``import_module`` may import; a name that it is handed whole is another's."""
+    parts = [ast.unparse(part) for part in getattr(call.args[0], "values", call.args[:1])]
+    text = "".join(package if part == "{__name__}" else part.strip("'") if part[0] == "'" else "*" for part in parts)
+    if text == "*":
+        return set()
+    pattern = re.escape(package + text if text.startswith(".") else text).replace(r"\*", r"\w+")
+    return {name for name in map(module_name, [*KERNELS, *ENGINE]) if re.fullmatch(pattern, name)}
 
 
 def source_of(name):
@@ -70,7 +87,7 @@ def within(name, package):
 
 
 def kernel_files(chosen):
-    return [pytest.param(path, id=path.stem) for path in KERNELS if chosen(path.stem)]
+    return [pytest.param(path, id=module_name(path)) for path in KERNELS if chosen(module_name(path))]
 
 
 def engine_files(chosen=lambda name: True):
@@ -89,7 +106,7 @@ def test_kernels_is_no_package():
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("path", kernel_files(lambda stem: True))
+@pytest.mark.parametrize("path", kernel_files(lambda name: True))
 def test_kernels_import_relatively_and_nothing_above(path):
     assert not [name for name in imports(path) if within(name, "sae_engine")]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -99,12 +116,12 @@ def test_kernels_import_relatively_and_nothing_above(path):
             assert not {alias.name.split(".")[0] for alias in node.names} & {"kernels", "sae_kernels"}
 
 
-@pytest.mark.parametrize("path", kernel_files(TORCH_ONLY.__contains__))
+@pytest.mark.parametrize("path", kernel_files(lambda name: not is_device(name)))
 def test_torch_only_files_import_torch_only(path):
     allowed = {"torch", *sys.stdlib_module_names}
     found = imports(path, anywhere=False)
     assert {name for name in found - ours(found) if name.split(".")[0] not in allowed} == set()
-    assert ours(found) <= {f"sae_kernels.{stem}" for stem in TORCH_ONLY}
+    assert not [name for name in ours(found) if is_device(name)]
 
 
 def test_reference_stands_alone():
@@ -112,14 +129,30 @@ def test_reference_stands_alone():
     assert ours(imports(ROOT / "kernels" / "reference.py")) == {"sae_kernels._terms"}
 
 
-@pytest.mark.parametrize("path", kernel_files(lambda stem: stem not in TORCH_ONLY))
+@pytest.mark.parametrize("path", kernel_files(lambda name: within(name, "sae_kernels.device")))
 def test_kernel_files_share_underscored_files_only(path):
-    """Neither one another, nor a contract or a fallback: what two stems need lies in a file that says it is shared.
+    """Neither one another, nor a contract: what two stems need lies in a file that says it is shared.
 
-    GEMMs in place of gathers are any back end's.
+    GEMMs in place of gathers, and the ways of stock PyTorch that serve a GPU too, are any back end's.
     """
     names = ours(imports(path)) - {"sae_kernels.densified"}
-    assert [name for name in names if not name.startswith("sae_kernels._")] == []
+    assert [name for name in names if not (within(name, "sae_kernels.stock") or "._" in name)] == []
+
+
+@pytest.mark.parametrize("path", kernel_files(lambda name: within(name, "sae_kernels.stock")))
+def test_stock_pytorch_knows_no_contract_and_no_kernel(path):
+    allowed = {"sae_kernels.densified", "sae_kernels._terms"}
+    assert [name for name in ours(imports(path)) - allowed if not within(name, "sae_kernels.stock")] == []
+
+
+def test_nothing_imports_in_a_circle():
+    """At no time: neither when it is imported, nor when it is first called, nor by a name put together then."""
+    graph = {module_name(path): ours(imports(path)) - {module_name(path)} for path in [*KERNELS, *ENGINE]}
+    while leaves := {name for name, below in graph.items() if not below & graph.keys()}:
+        graph = {name: below for name, below in graph.items() if name not in leaves}
+    while tops := graph.keys() - set().union(*graph.values(), set()):  # these only stand on a circle
+        graph = {name: below for name, below in graph.items() if name not in tops}
+    assert graph == {}
 
 
 @pytest.mark.parametrize("path", engine_files(lambda name: name != "sae_engine.cli"))
@@ -133,15 +166,10 @@ def test_modules_go_through_functional(path):
     assert not [name for name in imports(path) if within(name, "sae_kernels")]
 
 
-@pytest.mark.parametrize("path", engine_files(lambda name: name not in {*TOOLS, "sae_engine.cli"}))
-def test_nothing_stands_on_the_tools(path):
-    assert not imports(path) & TOOLS
-
-
 @pytest.mark.parametrize("path", engine_files(IS_FOUNDATION))
 def test_functional_knows_contracts_and_no_launcher(path):
     below = {name for name in imports(path) if within(name, "sae_kernels")}
-    assert below <= {f"sae_kernels.{stem}" for stem in TORCH_ONLY}
+    assert not [name for name in below if is_device(name)]
 
 
 @pytest.mark.parametrize("path", engine_files(IS_FOUNDATION))

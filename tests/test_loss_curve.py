@@ -1,15 +1,10 @@
 """200 steps of TrainStep on real activations follow dense PyTorch's, from the same start on the same batches."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import curve
+import pytest
+import torch
 
 STEPS = 200
 ROUNDING = 64 * torch.finfo(torch.float32).eps  # of a mean of B * d squares: a few of each partial sum

@@ -8,8 +8,8 @@ import torch
 from sae_engine import functional as f
 from sae_engine._backend import interprets_triton
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
-from sae_kernels import torch_norm_match
 from sae_kernels.ops import ops
+from sae_kernels.stock import norm_match as stock
 
 FAST = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,8 +73,8 @@ ROWS = {
 @pytest.mark.parametrize("rounds", [0, 1, 6])
 @pytest.mark.parametrize("kind", ROWS)
 def test_stock_search_equals_reference_however_wide_the_bracket(kind, rounds, monkeypatch):
-    monkeypatch.setattr(torch_norm_match, "ROUNDS", rounds)
-    monkeypatch.setattr(torch_norm_match, "SHARE", 1)  # no row is sorted instead
+    monkeypatch.setattr(stock, "ROUNDS", rounds)
+    monkeypatch.setattr(stock, "SHARE", 1)  # no row is sorted instead
     pre, weight = ROWS[kind](), torch.rand(700) + 0.5
     for scale in (1.0, 2.0**90, 2.0**-90):
         for share in (1e-3, 0.05, 0.3, 0.8, 0.999, 1.0, 1.1):
@@ -92,10 +92,10 @@ def test_stock_search_equals_reference_however_wide_the_bracket(kind, rounds, mo
 
 def test_stock_search_finds_ordinary_rows_without_sorting_them():
     score, target = torch.randn(8, 4096).relu(), torch.tensor([1e-9, 0.5, 5.0, 20.0, 40.0, 44.0, 1e9, torch.inf])
-    assert torch_norm_match.kept(score, target)[1].all()
+    assert stock._kept_of_bracket(score, target)[1].all()
     for odd in (torch.nan, torch.inf):
         score[3, 7] = odd
-        found = torch_norm_match.kept(score, target)[1]
+        found = stock._kept_of_bracket(score, target)[1]
         assert not found[3] and found.sum() == 7
 
 

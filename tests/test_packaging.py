@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
+KERNELS = {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py")}
 NO_SOURCES = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "*.egg-info", "results")
 
 
@@ -42,7 +42,7 @@ def test_every_package_is_listed():
     listed = project["tool"]["setuptools"]["packages"]
     present = {path.parent for path in (ROOT / "sae_engine").rglob("*.py")}
     names = [".".join(folder.relative_to(ROOT).parts) for folder in present]
-    assert sorted(listed) == sorted([*names, "sae_kernels"])
+    assert sorted(listed) == sorted([*names, "sae_kernels", "sae_kernels.device", "sae_kernels.stock"])
     assert all((folder / "__init__.py").is_file() for folder in present)
 
 

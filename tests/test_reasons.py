@@ -1,8 +1,5 @@
 """benchmarks/reasons.py: no cell in which ours is slower goes without a word."""
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import reasons
 from derived import Cell
 from registry import OPS

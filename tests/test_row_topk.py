@@ -6,8 +6,11 @@ import torch
 
 from sae_engine import functional as f
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
-from sae_kernels import _tuning, reference, torch_backend
+from sae_kernels import reference
+from sae_kernels.device import _tuning
 from sae_kernels.ops import ops
+from sae_kernels.stock import _rows, limits
+from sae_kernels.stock import row_topk as stock
 
 FAST = ("torch", "triton")
 
@@ -78,8 +81,8 @@ def sorted_by_bits(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "sort", by_bits)
     monkeypatch.setattr(torch.Tensor, "topk", found)
-    monkeypatch.setattr(_tuning, "column_groups", lambda num_latents, k: ())  # a CPU's way
-    monkeypatch.setattr(torch_backend, "_sorts_nan_by_sign", lambda x: True)
+    monkeypatch.setattr(limits, "column_groups", lambda num_latents, k: ())  # a CPU's way
+    monkeypatch.setattr(_rows, "sorts_nan_by_sign", lambda x: True)
     with torch.device("cpu"):  # a GPU does it by itself, in test_equals_reference_on_hard_rows
         yield
 
@@ -209,17 +212,17 @@ def test_lists_overflow_in_these_tests(small_tiles):
 @pytest.mark.parametrize("kind", HARD_KINDS)
 def test_groups_and_chunks_of_the_cpu_path(kind, masked, chunk, monkeypatch):
     """Sizes at which groups of columns are searched first, and groups of those, in one chunk of rows and in several."""
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(_tuning, "SCORES_IN_CACHE", chunk)
+    monkeypatch.setattr(limits, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(limits, "SCORES_IN_CACHE", chunk)
     stages = set()
     for num_latents, k in ((1024, 3), (520, 2), (256, 1), (264, 8), (1024, 2), (2048, 1)):
-        stages.add(len(_tuning.column_groups(num_latents, k)))
+        stages.add(len(limits.column_groups(num_latents, k)))
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             pre = make_pre(kind, (7, num_latents), dtype)
             mask = torch.arange(num_latents) % 3 > 0 if masked else None
             for score in (None, make_pre("ties", (7, num_latents), dtype, seed=1)):
                 args = (pre, score, mask, k, False, False)
-                assert_same(torch_backend.topk(*args), reference.topk(*args))
+                assert_same(stock.topk(*args), reference.topk(*args))
     assert stages == {1, 2}
 
 
@@ -230,7 +233,7 @@ def test_a_mask_of_columns_with_few_or_many_eligible(eligible):
     for kind in ("special", "ties", "normal"):
         for relu in (True, False):
             args = (make_pre(kind, (5, 40)), None, mask, 5, False, relu)
-            assert_same(torch_backend.topk(*args), reference.topk(*args))
+            assert_same(stock.topk(*args), reference.topk(*args))
 
 
 @pytest.mark.gpu

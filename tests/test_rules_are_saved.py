@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import sae_engine as se
-from sae_engine.interop import formats
+from sae_engine.checkpoints import formats
 
 D, F = 8, 24
 
@@ -150,7 +150,7 @@ def test_a_name_of_ours_stays_ours():
         def _select(self, pre, backend):
             return se.functional.topk(pre, 2)
 
-    from sae_engine.activations import RULES as known
+    from sae_engine.rules.base import RULES as known
 
     assert known["TopK"] is se.TopK
     with pytest.raises(TypeError, match="another rule has its name"):

@@ -5,8 +5,9 @@ import torch
 from sae_engine import SparseCodes
 from sae_engine import functional as f
 from sae_engine.testing import force_dense, make_pre
-from sae_kernels import _tuning, traffic
+from sae_kernels import densified, traffic
 from sae_kernels._terms import GATED, Term, lists_of
+from sae_kernels.device import _tuning
 from sae_kernels.ops import ops
 
 pytestmark = pytest.mark.interpreter
@@ -18,7 +19,7 @@ GATHER = 1.15
 
 @pytest.fixture
 def metering():
-    from sae_kernels._meter import metering  # imports triton, which must not happen before conftest.py has spoken
+    from meter import metering  # imports triton, which must not happen before conftest.py has spoken
 
     return metering
 
@@ -111,7 +112,7 @@ def test_batch_topk_counts_one_by_one_only_what_is_near_the_cut(off, most, meter
 
 def test_batch_topk_streams_rows_of_few_positives(metering):
     """Nothing bounds the cut but zero, and no list has room: each pass reads the row once, by tiles that are wide."""
-    from sae_kernels import _launch, batch_topk  # these import triton
+    from sae_kernels.device import _launch, batch_topk  # these import triton
 
     rows, num_latents, k = 4, 8192, 16
     pre = -torch.rand(rows, num_latents).to(BF16)
@@ -241,7 +242,7 @@ def test_norm_match_reads_nothing_outside_rows_of_which_everything_is_marked(met
 @pytest.fixture
 def sparse(monkeypatch):
     """Codes of 4 rows with 32 entries each, which are gathered however dense they are, and their sizes."""
-    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(float("inf")))
+    monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(float("inf")))
     monkeypatch.setenv("SAE_BACKEND", "triton")
     return f.topk(make_pre("normal", (4, 96), BF16), 32)
 

@@ -11,7 +11,7 @@ import sae_engine as se
 from sae_engine.losses import AFA, L1, AuxK, MultiTopK
 from sae_engine.testing import assert_same, force_dense
 from sae_engine.training import CapturedStep, TrainStep
-from sae_kernels import _tuning
+from sae_kernels import densified
 
 B, D, F = 14, 6, 40
 F64 = torch.float64
@@ -683,12 +683,12 @@ def test_a_capture_is_remembered_until_a_state_is_loaded(monkeypatch):
 
 def test_the_density_of_codes_with_a_capacity_is_read_now_and_then(monkeypatch):
     """Room for every entry looks dense; how many there are says whether it is."""
-    monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(0.9))
+    monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(0.9))
     sae = make(se.TopAFA(capacity=B * F), dtype=torch.float32)
     step = TrainStep(sae, lr=1e-3, density_interval=2)
     decided = []
     for _ in range(4):
-        monkeypatch.setattr(_tuning, "DENSE_SHARE", force_dense(0.9 if len(decided) < 2 else 0.0))
+        monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(0.9 if len(decided) < 2 else 0.0))
         step(torch.randn(B, D))
         decided.append(step._dense_now)
     assert decided == [False, False, True, True]

@@ -1,19 +1,15 @@
 """The benchmarks of training steps at toy sizes: contestants that are right, parts that add up, tables and figures."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 import peers
+import pytest
 import report
 import step
 import step_report
 import steps
+import torch
 
 BENCHMARKS = Path(peers.__file__).parent
 CPU = torch.device("cpu")

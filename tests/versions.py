@@ -62,7 +62,7 @@ def checks(row: Row, *, quick: bool, with_torch: bool, jobs: int) -> Iterator[tu
     """(name, command, environment) of everything that a row runs."""
     archs = ["--arch", "sm_90"] if quick else []
     listing = KEPT / f"kernels-{row.triton}.md"
-    kernels = ["-W", "ignore", "-m", "sae_engine.cli", "kernels", "--quick", *archs, "--jobs", str(jobs)]
+    kernels = ["-W", "ignore", "benchmarks/kernel_report.py", "--quick", *archs, "--jobs", str(jobs)]
     yield "binaries", [row.python, *kernels, "--markdown", str(listing)], row.environment()
     pytest = [row.python, "-m", "pytest", "-q", "-n", str(jobs)]
     yield "launches", [*pytest, *LAUNCHES], row.environment()

@@ -6,7 +6,8 @@ The functions are the formulas: ``mse(x_hat, x)``, ``auxk(codes, W_dec, residual
 ``loss.backward()``. A loss of your own is a subclass of :class:`Loss`.
 """
 from .auxiliary import AFA, AuxK, AuxZipf, MultiTopK
-from .base import Loss, LossInput, Pull, evaluate
+from .base import Loss, LossInput, Pull
+from .evaluation import evaluate
 from .formulas import auxk, fvu, mse, norm_match
 from .reconstruction import NestedReconstruction, Reconstruction, losses_for
 from .rule_formulas import aux_zipf, gated, l1, matryoshka, step_l0, tanh_l0, target_l0

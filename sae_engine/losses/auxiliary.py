@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import _passes, functional
-from ..activations import Activation, AuxTopK
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
-from ..rules import AuxZipfTopK, RunningDensity
+from ..rules import Activation, AuxTopK, AuxZipfTopK, RunningDensity
 from .base import Loss, LossInput, Pull
 from .formulas import norm_match
 from .reconstruction import squared_error

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..activations import JumpReLU
 from ..codes import SparseCodes
+from ..rules import JumpReLU
 from .formulas import auxk, mse
 
 

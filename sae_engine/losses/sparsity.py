@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import _checks as check
-from ..activations import Activation, JumpReLU
 from ..autoencoder import SparseAutoencoder
-from ..rules import Gated
+from ..rules import Activation, Gated, JumpReLU
 from .base import Loss, LossInput
 from .rule_formulas import l1, step_l0, tanh_l0, target_l0
 

@@ -1,29 +1,35 @@
-"""Selection rules beyond the common ones: each a score, a scope and a criterion over the operations of `functional`."""
+"""Every selection rule: a score, a scope and a criterion over the operations of ``functional``, in a module."""
 from .aux_zipf import AuxZipfTopK
-from .calibrate import calibrate_threshold
+from .base import Activation
+from .batch_topk import BatchTopK, MutualChoice
 from .density import RunningDensity
 from .feature_choice import FeatureChoice
 from .gated import Gated
 from .gradient import GradientTopK
-from .inference import inference_form
-from .initial import init_as_top_afa, init_sparse
-from .jumprelu import LogJumpReLU
 from .matryoshka import MatryoshkaBatchTopK
 from .sampled import SampledTopK
 from .statistical import StatisticalTopK
+from .threshold import JumpReLU, LogJumpReLU, ReLU
+from .top_afa import TopAFA
+from .topk import AbsTopK, AuxTopK, TopK
 
 __all__ = [
+    "AbsTopK",
+    "Activation",
+    "AuxTopK",
     "AuxZipfTopK",
+    "BatchTopK",
     "FeatureChoice",
     "Gated",
     "GradientTopK",
+    "JumpReLU",
     "LogJumpReLU",
     "MatryoshkaBatchTopK",
+    "MutualChoice",
+    "ReLU",
     "RunningDensity",
     "SampledTopK",
     "StatisticalTopK",
-    "calibrate_threshold",
-    "inference_form",
-    "init_as_top_afa",
-    "init_sparse",
+    "TopAFA",
+    "TopK",
 ]

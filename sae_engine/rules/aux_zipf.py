@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..activations import Activation
 from ..codes import SparseCodes
+from .base import Activation
 
 
 class AuxZipfTopK(Activation):

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..activations import BatchTopK, _above, _apply_but, _captured_size, kept_values
 from ..codes import SparseCodes
+from .base import above, apply_but, captured_size, kept_values
+from .batch_topk import BatchTopK
 from .density import fired_share
 
 BUDGETS = ("zipf", "uniform")
@@ -91,7 +92,7 @@ class FeatureChoice(BatchTopK):
             return functional.feature_topm(pre, self.latent_budgets(tokens), total=self.total(tokens), backend=backend)
         self._require_threshold()
         return functional.threshold(
-            pre, self.inference_threshold(), capacity=_captured_size(pre), backend=backend
+            pre, self.inference_threshold(), capacity=captured_size(pre), backend=backend
         )
 
     @property
@@ -117,7 +118,7 @@ class FeatureChoice(BatchTopK):
             return super()._dense(pre)
         self._check_width(pre)
         self._require_threshold()
-        return _above(pre, self.inference_threshold())
+        return above(pre, self.inference_threshold())
 
     def inference_threshold(self) -> Tensor:
         """What ``.eval()`` compares with: () or (d_sae,) float64."""
@@ -152,4 +153,4 @@ class FeatureChoice(BatchTopK):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn, recurse: bool = True):
-        return _apply_but(self._exact, self, super()._apply, fn, recurse)
+        return apply_but(self._exact, self, super()._apply, fn, recurse)

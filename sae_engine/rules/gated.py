@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional
-from ..activations import Activation, _apply_but, _captured_size
 from ..codes import SparseCodes
+from .base import Activation, apply_but, captured_size
 
 
 class Gated(Activation):
@@ -55,7 +55,7 @@ class Gated(Activation):
     def _open(self, pre: Tensor, backend: str) -> SparseCodes:
         """The pre-activations of open gates; ``pre > -b_gate`` says the same as ``pre + b_gate > 0``."""
         self._check_width(pre)
-        return functional.threshold(pre, -self.b_gate.detach(), capacity=_captured_size(pre), backend=backend)
+        return functional.threshold(pre, -self.b_gate.detach(), capacity=captured_size(pre), backend=backend)
 
     def _check_width(self, pre: Tensor) -> None:
         check.pre_activations(pre)
@@ -68,7 +68,7 @@ class Gated(Activation):
         return (pre.to(wide) * scale + shift).relu().to(pre.dtype)
 
     def _apply(self, fn, recurse: bool = True):
-        return _apply_but(("b_gate", "b_mag", "r_mag"), self, super()._apply, fn, recurse)
+        return apply_but(("b_gate", "b_mag", "r_mag"), self, super()._apply, fn, recurse)
 
 
 class GateOf(Activation):

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..activations import TopK, kept_values
 from ..codes import SparseCodes
+from .base import kept_values
+from .topk import TopK
 
 
 class GradientTopK(TopK):

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import _checks as check
-from ..activations import BatchTopK, kept_values
 from ..codes import SparseCodes
+from .base import kept_values
+from .batch_topk import BatchTopK
 
 
 class MatryoshkaBatchTopK(BatchTopK):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..activations import BatchTopK, kept_values
 from ..codes import SparseCodes
+from .base import kept_values
+from .batch_topk import BatchTopK
 
 SCORES = ("l2", "entropy")
 CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..activations import Activation, _captured_size
 from ..codes import SparseCodes
+from .base import Activation, captured_size
 
 
 class StatisticalTopK(Activation):
@@ -31,7 +31,7 @@ class StatisticalTopK(Activation):
         return self._shifted(pre).relu()
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
-        return functional.threshold(self._shifted(pre), 0.0, capacity=_captured_size(pre), backend=backend)
+        return functional.threshold(self._shifted(pre), 0.0, capacity=captured_size(pre), backend=backend)
 
     def _shifted(self, pre: Tensor) -> Tensor:
         """pre - theta, computed in fp32 or wider, in the dtype of pre."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import _passes
-from ..activations import has_gate
 from ..codes import SparseCodes
 from ..losses import Pull
 from .forward import Forward, Kept
@@ -52,7 +51,7 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
         if at_norms is not None:  # the slope of a row's norm is its direction
             norms = sae.W_dec.to(wide).norm(dim=1)
             along = _total([along, at_norms / torch.where(norms == 0, 1.0, norms)])
-        if has_gate(kept.rule):
+        if kept.rule.has_gate:
             offered = at_values
             if at_values is not None and forward.norms is not None:
                 offered = at_values * forward.norms_at(kept.codes)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _passes, functional
-from ..activations import Activation, has_gate
 from ..codes import SparseCodes, cat
+from ..rules.base import Activation
 
 SHARE_OF_FREE_MEMORY = 4  # pre-activations get a quarter of it
 
@@ -66,7 +66,7 @@ class Parts:
 
     def __init__(self, rule: Activation, rows: int, num_latents: int, backend: str) -> None:
         self.rule, self.rows, self.num_latents, self.backend = rule, rows, num_latents, backend
-        self.wants_entries = rule.entry_values is not None and not has_gate(rule)
+        self.wants_entries = rule.entry_values is not None and not rule.has_gate
         self.codes: list[SparseCodes] = []
         self.entries: list[Tensor] = []
         self.running: tuple[Tensor, Tensor, Tensor | None] | None = None  # values, flat positions, entries

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _passes, functional
-from ..activations import PER_TOKEN, Activation
 from ..autoencoder import EncodeInfo, SparseAutoencoder
 from ..codes import SparseCodes
+from ..rules.base import PER_TOKEN, Activation
 from .chunks import Parts, PreActivations
 from .dead import DeadLatents
 

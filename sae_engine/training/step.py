@@ -13,7 +13,7 @@ from .._backend import capturing, resolve_backend
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..losses import Loss, losses_for
-from ..losses.base import checked_target
+from ..losses.evaluation import checked_target
 from .adam import Adam
 from .backward import backward
 from .chunks import PreActivations, default_budget_bytes, rows_within

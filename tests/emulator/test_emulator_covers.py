@@ -18,7 +18,7 @@ def _jitted(node):
 def launched_kernels() -> set[str]:
     """What stands before `[grid](…)` in kernels/, and every jitted function whose name ends in `_kernel`."""
     names = set()
-    for path in KERNELS.glob("*.py"):
+    for path in KERNELS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if _jitted(node) and node.name.endswith("_kernel"):
                 names.add(node.name)

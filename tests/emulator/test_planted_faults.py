@@ -79,7 +79,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_topk(fault, planted):
-    from sae_kernels.row_topk import _row_topk_kernel
+    from sae_kernels.device.row_topk import _row_topk_kernel
 
     change, finding = FAULTS[fault]
     call_topk()
@@ -89,7 +89,7 @@ def test_fault_in_topk(fault, planted):
 
 
 def test_misaligned_vector(planted):
-    from sae_kernels.decode import _decode_kernel
+    from sae_kernels.device.decode import _decode_kernel
 
     codes = f.topk(torch.randn(3, 100), 5)
     weight, bias = torch.randn(100, 512), torch.zeros(512)

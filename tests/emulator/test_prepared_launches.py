@@ -10,7 +10,7 @@ import ptx_emulator
 import sae_engine as se
 from sae_engine import functional
 from sae_engine.training import TrainStep
-from sae_kernels import _launch
+from sae_kernels.device import _launch
 
 pytestmark = pytest.mark.compiled
 

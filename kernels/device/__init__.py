@@ -1,0 +1,1 @@
+"""Triton: device code and the launchers beneath the contracts, one file a stem. Files with an underscore are shared."""

@@ -1,0 +1,52 @@
+"""Batch top-k: group maxima bound the candidates, one selection among them finds the cut."""
+import torch
+from torch import Tensor
+
+from ._rows import above_and_tied, relu
+
+GROUP = 32  # latents of a group: the k * G candidates and the F / G maxima cost about the same
+
+
+def _kth_largest(x: Tensor, k: int) -> Tensor:
+    """The k-th largest of a vector, NaN above everything."""
+    return x.kthvalue(x.numel() - k + 1).values
+
+
+def _first_k(x: Tensor, k: int) -> Tensor:
+    """Ascending positions of the k largest of a vector, ties to the lowest."""
+    above, tied = (mask.nonzero()[:, 0] for mask in above_and_tied(x, _kth_largest(x, k)))
+    return torch.cat([above, tied[: k - above.numel()]]).sort().values
+
+
+def _first_k_by_groups(flat: Tensor, k: int) -> Tensor | None:
+    """``_first_k`` of relu(flat) from group maxima; None where they do not narrow it down."""
+    groups = flat.numel() // GROUP
+    if groups < 4 * k:
+        return None
+    grouped = flat[: groups * GROUP].view(groups, GROUP)
+    maxima = grouped.amax(1)
+    bound = _kth_largest(maxima, k)
+    chosen = (~(maxima < bound)).nonzero()[:, 0]  # NaN maxima are chosen
+    if bound <= 0 or chosen.numel() > 4 * k:
+        return None
+    rest = flat[groups * GROUP :]
+    kept = _first_k(torch.cat([grouped[chosen].flatten(), rest]), k)
+    inside = kept < chosen.numel() * GROUP
+    group = chosen[(kept // GROUP).clamp(max=chosen.numel() - 1)]
+    return torch.where(
+        inside, group * GROUP + kept % GROUP, kept + (groups - chosen.numel()) * GROUP
+    )
+
+
+def batch_topk(pre: Tensor, mask: Tensor | None, total: int):
+    """Group maxima bound the candidates, one selection among them finds the cut; ties by flat position."""
+    rows, num_latents = pre.shape
+    flat = pre if mask is None else torch.where(mask.expand(pre.shape), pre.relu(), -1.0)  # masked: below every relu
+    flat = flat.reshape(-1)
+    if total in (0, flat.numel()):
+        kept = torch.arange(total, device=pre.device)
+    else:
+        by_groups = _first_k_by_groups(flat, total)
+        kept = _first_k(flat.relu() if mask is None else flat, total) if by_groups is None else by_groups
+    bounds = torch.arange(rows + 1, device=pre.device) * num_latents
+    return relu(flat[kept]), (kept % max(num_latents, 1)).int(), torch.searchsorted(kept, bounds)

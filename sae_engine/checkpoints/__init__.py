@@ -1,0 +1,1 @@
+"""Checkpoints of this library and of others: one module a format, and which is which in :mod:`.formats`."""

@@ -1,0 +1,43 @@
+"""From one format to another."""
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from ..autoencoder import SparseAutoencoder
+from ..inference import inference_form
+from ..rules import BatchTopK
+from . import _folding as folding
+from . import formats
+from ._checkpoint import Checkpoint, build, of
+
+
+def convert(
+    source: str | PathLike, target: str | PathLike, *, to: str, format: str = "auto", force: bool = False,
+    inference: bool = False, activation_scale: float | None = None, residual: str | None = None,
+) -> Checkpoint:  # fmt: skip
+    """Reads ``source`` and writes ``target`` in the format ``to``: whole, or not at all.
+
+    Args:
+        force: write where something is already; files of other names stay.
+        inference: give BatchTopK its inference form, JumpReLU.
+
+    Returns:
+        what was written.
+
+    Raises:
+        FileExistsError: there is something at ``target``.
+        ValueError: ``source`` cannot be read, or ``to`` cannot hold it: says what would be lost.
+    """
+    formats.known(to)
+    target = Path(target)
+    if not force and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"target {str(target)!r} exists: name another, or force it")
+    c, file = formats.read(source, format=format, activation_scale=activation_scale, residual=residual)
+    sae = build(SparseAutoencoder, c, file, device="cpu")  # what cannot be built is not converted
+    if inference and isinstance(sae.activation, BatchTopK):
+        c = folding.fold_decoder_norms(of(inference_form(sae)))  # as SAELens exports them
+    else:
+        c = of(sae)
+    formats.FORMATS[to].save(c, target)
+    return c

@@ -1,0 +1,123 @@
+"""The formats of the field: which one a checkpoint is in, reading it, writing it, and from one to another."""
+from __future__ import annotations
+
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from .. import _checks as check
+from . import batchtopk, dictionary_learning, gemma_scope, hub, openai, saelens, sparsify
+from ._checkpoint import Checkpoint, Files, build, of
+from ._reading import Source, WeightFile, look_at
+from .card import CENTRED, RAW, UNKNOWN
+
+FORMATS: dict[str, ModuleType] = {
+    module.NAME: module for module in (saelens, sparsify, dictionary_learning, openai, gemma_scope, batchtopk)
+}  # fmt: skip
+RESIDUALS = (RAW, CENTRED)
+
+
+def detect(path: str | PathLike) -> str:
+    """The format of the checkpoint at ``path``, a folder or a file, by what its files hold; names do not matter.
+
+    Raises:
+        FileNotFoundError: there is nothing, or one of its two files is missing.
+        ValueError: it is damaged, of no known format, or several checkpoints.
+    """
+    return _choose(look_at(Path(path)), "auto")[0].NAME
+
+
+def load(
+    cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | str | None = None,
+    activation_scale: float | None = None, residual: str | None = None,
+):  # fmt: skip
+    """An autoencoder of class ``cls``; see :meth:`sae_engine.SparseAutoencoder.from_pretrained`."""
+    dtype = None if dtype is None else check.dtype_in("dtype", dtype)
+    c, file = read(path, format=format, activation_scale=activation_scale, residual=residual)
+    return build(cls, c, file, device=device, dtype=dtype)
+
+
+def read(
+    path: str | PathLike, *, format: str = "auto", activation_scale: float | None = None, residual: str | None = None
+) -> tuple[Checkpoint, Path]:
+    """The checkpoint at ``path``, and the file to name when it cannot be built."""
+    known(format, auto=True)
+    if residual is not None and residual not in RESIDUALS:
+        raise ValueError(f"residual must be one of {RESIDUALS} or None, got {residual!r}")
+    place, repository, source = _find(path)
+    module, files = _choose(look_at(place), format)
+    if module is saelens:
+        c = saelens.load(files, activation_scale=activation_scale)
+    elif activation_scale is None:
+        c = module.load(files)
+    else:
+        raise ValueError(f"activation_scale must be None: {place} has the format {module.NAME!r}, which has none")
+    assert c.card is not None
+    card = c.card if source is None else replace(c.card, source=source)
+    if residual is None and card.residual == UNKNOWN and repository in hub.CENTRED:
+        residual = CENTRED
+    c = replace(c, card=card if residual is None else replace(card, residual=residual))
+    if residual == RAW and c.normalize_activations == "center":
+        assert c.card is not None
+        c = replace(c, normalize_activations="none", card=replace(c.card, normalization="none"))
+    return c.taking_raw_residuals() if residual == CENTRED else c, files.weights.path
+
+
+def save(sae, path: str | PathLike, *, format: str = "saelens") -> None:
+    """Writes an autoencoder; see :meth:`sae_engine.SparseAutoencoder.save_pretrained`."""
+    known(format)
+    FORMATS[format].save(of(sae), path)
+
+
+def known(format: str, *, auto: bool = False) -> None:
+    names = [*(["auto"] if auto else []), *FORMATS]
+    if format not in names:
+        raise ValueError(f"format must be one of {names}, got {format!r}")
+
+
+def _find(path: str | PathLike) -> tuple[Path, str | None, str | None]:
+    """Where it lies; of the hub also the repository and the name with the commit."""
+    place = Path(path).expanduser()
+    if place.exists() or not isinstance(path, str) or not hub.is_name(path):
+        return place, None, None
+    return hub.fetch(path)
+
+
+def _choose(source: Source, format: str) -> tuple[ModuleType, Files]:
+    """The format whose weights and configuration these are; where that is open, the clearest complaint."""
+    whole: list[tuple[ModuleType, list[WeightFile], Path | None]] = []
+    halves: list[tuple[ModuleType, list[WeightFile], Path | None]] = []
+    for module in FORMATS.values() if format == "auto" else [FORMATS[format]]:
+        fitting = [w for w in source.weights if w.kind == module.KIND]
+        own = [w for w in fitting if module.owns_weights(w.names)]
+        config = next((file for file, config in source.configs.items() if module.owns_config(config)), None)
+        if own and (config is not None or not module.CONFIG_REQUIRED):
+            whole.append((module, own, config))
+        elif config is not None:
+            halves.insert(0, (module, fitting, config))
+        elif own:
+            halves.append((module, own, None))
+    if len(whole) > 1:
+        raise ValueError(f"{source.place} may have any of the formats {[m.NAME for m, _, _ in whole]}: name one")
+    if not whole and source.damaged:
+        raise next(iter(source.damaged.values()))
+    if not whole and not halves:
+        held = sorted(w.path.name for w in source.weights) or "no weights"
+        wanted = f"of a known format ({', '.join(FORMATS)})" if format == "auto" else f"of the format {format!r}"
+        raise ValueError(f"{source.place} holds no checkpoint {wanted}: it has {held}")
+    module, weights, config = (whole or halves)[0]
+    if config is None and module.CONFIG_REQUIRED:
+        file = source.folder / module.CONFIG
+        if file.exists():
+            raise ValueError(f"{file} is no configuration of the format {module.NAME!r}: its fields are missing")
+        raise FileNotFoundError(f"{file} is missing: {weights[0].path.name} has weights of the format {module.NAME!r}")
+    if not weights:
+        file = source.folder / module.WEIGHTS
+        raise FileNotFoundError(f"{file} is missing: {config} describes a checkpoint of the format {module.NAME!r}")
+    if len(weights) > 1:
+        names = sorted(w.path.name for w in weights)
+        raise ValueError(f"{source.place} holds several checkpoints of the format {module.NAME!r}, {names}: name one")
+    return module, Files(weights[0], config, source.configs.get(config) if config else None)

@@ -1,0 +1,70 @@
+"""Gemma Scope's checkpoint layout: one ``params.npz``.
+
+Arrays W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc, b_dec, threshold (d_sae,): a JumpReLU whose input is taken as it
+is. Lower-case names (``w_enc``) are read too. Dictionaries of the embedding layer were trained on embeddings that Gemma
+multiplies by sqrt(d_in): give them those.
+"""
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import rules as act
+from . import _folding as folding
+from ._checkpoint import Checkpoint, Files, laid_out, refuse, single_file, take, write_files
+from .card import RAW, SourceCard
+
+NAME, KIND = "gemma_scope", "npz"
+CONFIG, WEIGHTS = None, "params.npz"
+CONFIG_REQUIRED = False
+LAYOUT = {"W_enc": ("W_enc", "dF"), "W_dec": ("W_dec", "Fo"), "b_enc": ("b_enc", "F"), "b_dec": ("b_dec", "o"),
+          "threshold": ("threshold", "F")}  # fmt: skip
+
+
+def owns_weights(names: frozenset[str]) -> bool:
+    return {"W_enc", "W_dec", "threshold"} <= {_capital(name) for name in names}
+
+
+def owns_config(config: dict[str, Any]) -> bool:
+    return False
+
+
+def load(files: Files) -> Checkpoint:
+    held = {_capital(name): tensor for name, tensor in files.weights.read().items()}
+    tensors = take(files.weights.path, held, LAYOUT)
+    # Gemma has RMSNorm: nothing centres its residual stream.
+    card = SourceCard(NAME, "JumpReLUSAE", residual=RAW)
+    return Checkpoint(act.JumpReLU, {}, tensors, card, apply_b_dec_to_input=False)
+
+
+def save(c: Checkpoint, path: str | PathLike) -> None:
+    """Writes one file: ``path`` if it ends in .npz, else ``params.npz`` in the folder ``path``.
+
+    ``b_dec`` moves into ``b_enc`` where it is subtracted from the input. There is no place for the training bandwidth.
+    """
+    import numpy as np
+
+    if c.activation is not act.JumpReLU:
+        refuse(NAME, f"the rule {c.activation.__name__}, only JumpReLU")
+    if c.normalize_activations != "none":
+        refuse(NAME, f"normalize_activations={c.normalize_activations!r}")
+    if "W_skip" in c.tensors:
+        refuse(NAME, "a skip connection")
+    if any(tensor.dtype == torch.bfloat16 for tensor in c.tensors.values()):
+        refuse(NAME, "the dtype bfloat16 (sae.float() can be saved)")
+    c = folding.subtract_b_dec(folding.fold_decoder_norms(c), False)
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in laid_out(c, LAYOUT).items()}
+    file = single_file(path, ".npz", WEIGHTS)
+
+    def write(name: Path) -> None:
+        with name.open("wb") as stream:  # given a name, numpy appends .npz to it
+            np.savez(stream, **arrays)
+
+    write_files(file.parent, {file.name: write})
+
+
+def _capital(name: str) -> str:
+    return f"W_{name[2:]}" if name.startswith("w_") else name

@@ -1,0 +1,270 @@
+"""SAELens' checkpoint layout: ``cfg.json`` beside ``sae_weights.safetensors``.
+
+Keys: W_enc (d_in, d_sae), W_dec (d_sae, d_out), b_enc, b_dec; ``threshold`` (d_sae,) of JumpReLU; ``topk_threshold``,
+a float64 scalar, of BatchTopK in training form; gated: b_gate, b_mag, r_mag. What SAELens has no field for stands under
+``metadata.sae_engine``. A rule that SAELens does not have is an architecture of its own name, with its tensors beside
+the weights; SAELens refuses such files. Configurations of versions before 6 are read too.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _checks as check
+from .. import rules
+from .. import rules as act
+from . import _folding as folding
+from ._checkpoint import WEIGHTS as OF_THE_AUTOENCODER
+from ._checkpoint import Checkpoint, Files, own_section, recorded, take, text, text_writer, write_files
+from .card import CENTRED, RAW, SourceCard, residual_of
+
+NAME, KIND = "saelens", "safetensors"
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG_REQUIRED = True
+LAYOUT = "6.54.12"  # the version of SAELens whose layout this is: without one it assumes that of version 5
+# Architecture → rule. Matryoshka differs from BatchTopK in its training loss alone.
+ARCHITECTURES: dict[str, type[act.Activation]] = {
+    "standard": act.ReLU, "topk": act.TopK, "abstopk": act.AbsTopK, "batchtopk": act.BatchTopK,
+    "matryoshka_batchtopk": act.BatchTopK, "jumprelu": act.JumpReLU, "gated": act.JumpReLU, "topafa": act.TopAFA,
+    "transcoder": act.ReLU, "skip_transcoder": act.ReLU, "jumprelu_transcoder": act.JumpReLU,
+}  # fmt: skip
+WRITTEN: dict[type[act.Activation], str] = {
+    act.TopK: "topk", act.AbsTopK: "abstopk", act.BatchTopK: "batchtopk", act.MutualChoice: "batchtopk",
+    act.JumpReLU: "jumprelu", act.ReLU: "standard", act.TopAFA: "topafa", rules.Gated: "gated",
+    rules.MatryoshkaBatchTopK: "matryoshka_batchtopk",
+}  # fmt: skip
+BATCH = ("batchtopk", "matryoshka_batchtopk")
+OURS = "sae_engine."  # architectures that SAELens does not have: this, and the name of our rule, or of a user's
+# SAELens rescales by decoder norms where it counts entries, nowhere else.
+COUNTING = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
+_RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}  # before version 6
+_BIASES = {"b_enc": ("b_enc", "F"), "b_dec": ("b_dec", "o")}
+_OPTIONS = {"threshold_lr": "topk_threshold_lr", "bandwidth": "jumprelu_bandwidth"}  # ours → of their training classes
+
+
+def owns_weights(names: frozenset[str]) -> bool:
+    return {"W_enc", "W_dec"} <= names
+
+
+def owns_config(config: dict[str, Any]) -> bool:
+    return "d_in" in config and ("d_sae" in config or "architecture" in config)
+
+
+def load(files: Files, *, activation_scale: float | None = None) -> Checkpoint:
+    """The checkpoint; ``expected_average_only_in`` is folded into the weights, which needs its scale."""
+    assert files.config is not None and files.config_file is not None
+    cfg = _current(files.config, files.config_file)
+    architecture, file = cfg["architecture"], files.weights.path
+    section = cfg["metadata"].get("sae_engine")
+    held = dict(files.weights.read())
+    state: dict[str, torch.Tensor] = {}
+    if architecture.startswith(OURS):
+        kind = _registered(architecture.removeprefix(OURS), files.config_file)
+        state = {name: held.pop(name) for name in held.keys() - OF_THE_AUTOENCODER}
+    elif architecture == "gated" and isinstance(section, dict) and section.get("activation") == "Gated":
+        kind = rules.Gated
+    else:
+        kind = ARCHITECTURES[architecture]
+    _drop_scaling_factor(held, file)
+    layout = {"W_enc": ("W_enc", "dF"), "W_dec": ("W_dec", "Fo"), **_BIASES}
+    if "W_skip" in held:
+        layout["W_skip"] = ("W_skip", "od")
+    if kind is act.TopAFA and "b_enc" not in held:
+        del layout["b_enc"]
+    if architecture == "gated":
+        del layout["b_enc"]
+        layout |= {name: (name, "F") for name in ("b_gate", "b_mag", "r_mag")}
+    elif kind is act.JumpReLU:
+        if "log_threshold" in held:  # of training files before version 6
+            held["threshold"] = held.pop("log_threshold").double().exp().float()
+        layout["threshold"] = ("threshold", "F")
+    elif kind is act.BatchTopK:
+        layout["topk_threshold"] = ("threshold", "")
+    tensors = take(file, held, layout, {"d": cfg["d_in"], "F": cfg["d_sae"]})
+    if architecture == "gated" and kind is not rules.Gated:
+        tensors = folding.gated_as_jumprelu(tensors)
+    elif "b_enc" not in tensors:
+        tensors["b_enc"] = torch.zeros(cfg["d_sae"], dtype=tensors["W_enc"].dtype)
+    if isinstance(section, dict) and isinstance(counters := section.get("state"), dict):
+        state |= {name: torch.tensor(float(value), dtype=torch.float64) for name, value in counters.items()}
+    c = Checkpoint(
+        activation=kind,
+        options=_options(cfg, kind, files.config_file),
+        tensors=tensors | state,
+        card=_card(cfg, architecture, cfg["metadata"]),
+        apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True),
+        normalize_activations=cfg["normalize_activations"],
+        rescale_acts_by_decoder_norm=cfg.get("rescale_acts_by_decoder_norm", False),
+    )
+    c = _scaled(c, activation_scale, files.config_file)
+    return recorded(c, section)
+
+
+def _registered(name: str, file: Path) -> type[act.Activation]:
+    if name not in act.base.RULES:
+        raise ValueError(
+            f"{file}: the rule {name!r} is not known here: import the module that defines it before loading; "
+            f"known: {sorted(act.base.RULES)}"
+        )
+    return act.base.RULES[name]
+
+
+def save(c: Checkpoint, path: str | PathLike) -> None:
+    """Writes both files under temporary names, then renames them.
+
+    SAELens rescales by decoder norms only where it counts entries: for other rules the norms are folded into the
+    encoder and the decoder's rows are written with norm 1, which computes the same. Mean-centring stands in the
+    metadata: SAELens, whose activations are then centred already, sees ``normalize_activations`` "none".
+    """
+    from safetensors.torch import save_file
+
+    architecture = _written_as(c)
+    if architecture not in COUNTING and not architecture.startswith(OURS):
+        c = folding.fold_decoder_norms(c)
+    tensors, counters = dict(c.tensors), {}
+    if architecture in BATCH:
+        tensors["topk_threshold"] = tensors.pop("threshold")
+        counters = {name: tensors.pop(name).item() for name in ("forwards",) if name in tensors}
+    elif architecture == "gated":
+        del tensors["b_enc"]  # 0: the gate's biases take its place
+    content = json.dumps(_config(c, architecture, counters), indent=2)
+    write_files(Path(path), {
+        WEIGHTS: lambda name: save_file(tensors, name, metadata={"format": "pt"}),
+        CONFIG: text_writer(content),
+    })  # fmt: skip
+
+
+def _written_as(c: Checkpoint) -> str:
+    """The architecture's name. SAELens' transcoders are ReLU or JumpReLU and never subtract ``b_dec``."""
+    if c.activation not in WRITTEN:
+        if act.base.RULES.get(c.activation.__name__) is not c.activation:
+            raise TypeError(
+                f"activation {c.activation.__name__} of {c.activation.__module__} cannot be saved: another rule has "
+                "its name; give it one of its own"
+            )
+        return OURS + c.activation.__name__
+    name = WRITTEN[c.activation]
+    narrow = c.tensors["W_enc"].shape[0] == c.tensors["W_dec"].shape[1]
+    if c.apply_b_dec_to_input or name not in ("standard", "jumprelu"):
+        return name
+    if "W_skip" in c.tensors:
+        return "skip_transcoder" if name == "standard" else name
+    return name if narrow else {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[name]
+
+
+def _config(c: Checkpoint, architecture: str, counters: dict[str, float]) -> dict[str, Any]:
+    W_dec = c.tensors["W_dec"]
+    metadata: dict[str, Any] = {"sae_lens_version": LAYOUT}
+    if c.card is not None:
+        known = {"model_name": c.card.model_name, "hook_name": c.card.hook_name}
+        metadata |= {name: value for name, value in known.items() if value is not None}
+        if c.card.residual in (RAW, CENTRED):
+            metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": c.card.residual == CENTRED}
+    cfg: dict[str, Any] = {
+        "architecture": architecture,
+        "d_in": c.tensors["W_enc"].shape[0],
+        "d_sae": W_dec.shape[0],
+        "dtype": str(W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": c.apply_b_dec_to_input,
+        "normalize_activations": "none" if c.normalize_activations == "center" else c.normalize_activations,
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": c.rescale_acts_by_decoder_norm,
+        "metadata": {**metadata, "sae_engine": own_section(c) | ({"state": counters} if counters else {})},
+    }
+    if "transcoder" in architecture or W_dec.shape[1] != cfg["d_in"]:
+        cfg["d_out"] = W_dec.shape[1]
+    if "k" in c.options:
+        cfg["k"] = c.options["k"]
+    if "widths" in c.options:
+        cfg["matryoshka_widths"] = c.options["widths"]
+    return cfg | {theirs: c.options[ours] for ours, theirs in _OPTIONS.items() if ours in c.options}
+
+
+def _current(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The configuration in the form of version 6, with what older ones leave unsaid."""
+    cfg = {_RENAMED.get(name, name): value for name, value in config.items()}
+    for key in ("d_in", "d_sae"):
+        if key not in cfg:
+            raise ValueError(f"{file} lacks {key!r}: not a SAELens configuration")
+    metadata = cfg.get("metadata")
+    if "architecture" not in cfg or "metadata" not in cfg:
+        metadata = {name: cfg.get(name) for name in ("model_name", "hook_name", "model_from_pretrained_kwargs")}
+        function, kwargs = cfg.get("activation_fn", "relu"), cfg.get("activation_fn_kwargs") or {}
+        cfg.setdefault("architecture", "standard")
+        if function == "topk" and isinstance(kwargs, dict) and "k" in kwargs:
+            cfg.update(architecture="topk", k=kwargs["k"])
+        elif function not in ("relu", "topk"):
+            raise ValueError(f"{file}: activation function {function!r} is not supported; supported: relu, topk")
+        if "hook_z" in str(cfg.get("hook_name")):
+            cfg.setdefault("reshape_activations", "hook_z")
+    cfg["metadata"] = metadata if isinstance(metadata, dict) else {}
+    normalize = cfg.get("normalize_activations") or "none"
+    cfg["normalize_activations"] = "expected_average_only_in" if normalize is True else normalize
+    if cfg.get("reshape_activations", "none") != "none":
+        raise ValueError(f"{file}: reshape_activations {cfg['reshape_activations']!r} is not supported")
+    known = isinstance(cfg["architecture"], str) and (
+        cfg["architecture"] in ARCHITECTURES or cfg["architecture"].startswith(OURS)
+    )
+    if not known:
+        raise ValueError(
+            f"{file}: architecture {cfg['architecture']!r} is not supported; supported: {sorted(ARCHITECTURES)}"
+        )
+    return cfg
+
+
+def _drop_scaling_factor(held: dict[str, Any], file: Path) -> None:
+    """Some versions wrote a factor per latent that is 1 unless the SAE was fine-tuned."""
+    factor = held.pop("scaling_factor", None)
+    if factor is not None and not bool((factor == 1).all()):
+        raise ValueError(f"{file}: scaling_factor is not 1: fine-tuned factors are not supported")
+
+
+def _options(cfg: dict[str, Any], kind: type[act.Activation], file: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if kind in (act.TopK, act.AbsTopK, act.BatchTopK):
+        if "k" not in cfg:
+            raise ValueError(f"{file} lacks 'k', which a {cfg['architecture']} SAE needs")
+        options["k"] = cfg["k"]
+    if kind is act.BatchTopK:
+        options["threshold_lr"] = cfg.get("topk_threshold_lr", 0.01)  # SAELens' default
+    if kind is act.JumpReLU and "jumprelu_bandwidth" in cfg:
+        options["bandwidth"] = cfg["jumprelu_bandwidth"]
+    return options
+
+
+def _card(cfg: dict[str, Any], architecture: str, metadata: dict[str, Any]) -> SourceCard:
+    kwargs = metadata.get("model_from_pretrained_kwargs")
+    centred = kwargs.get("center_writing_weights") if isinstance(kwargs, dict) else None
+    model, hook = text(metadata.get("model_name")), text(metadata.get("hook_name"))
+    notes = {
+        "gated": ("Read as the JumpReLU that a gated SAE is at inference.",),
+        "matryoshka_batchtopk": (f"Nested widths in training: {cfg.get('matryoshka_widths')}.",),
+    }
+    return SourceCard(
+        NAME, architecture, model_name=model, hook_name=hook, normalization=str(cfg["normalize_activations"]),
+        residual=residual_of(model, hook, centred if isinstance(centred, bool) else None),
+        notes=notes.get(architecture, ()),
+    )  # fmt: skip
+
+
+def _scaled(c: Checkpoint, scale: float | None, file: Path) -> Checkpoint:
+    if c.normalize_activations != "expected_average_only_in":
+        if scale is not None:
+            raise ValueError(f"activation_scale must be None: {file} says nothing of scaled activations; got {scale!r}")
+        return c
+    if scale is None:
+        raise ValueError(
+            f"{file}: the SAE was trained on scaled activations (normalize_activations 'expected_average_only_in'), "
+            "and not by how much: pass activation_scale = sqrt(d_in) / (mean norm of the activations)"
+        )
+    scale = check.positive("activation_scale", scale)
+    assert c.card is not None
+    said = f"expected_average_only_in: {scale!r} times the activations, folded into the weights; takes them as they are"
+    c = replace(c, normalize_activations="none", card=replace(c.card, normalization=said))
+    return folding.fold_input_scale(c, scale)

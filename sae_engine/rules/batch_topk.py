@@ -1,0 +1,152 @@
+"""Rules of one budget for the whole batch, and the threshold that they leave behind."""
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional
+from .._backend import capturing
+from ..codes import SparseCodes
+from .base import Activation, above, apply_but, captured_size, kept_values
+
+
+class BatchTopK(Activation):
+    """``int(k * tokens)`` entries of the batch in training, a learned threshold afterwards.
+
+    In ``.train()`` each forward under grad moves ``threshold`` towards its smallest positive kept value: the first
+    sets it, later ones move it by ``threshold_lr``. ``.eval()`` keeps ``pre > threshold``; before anything was
+    learned that raises RuntimeError. The threshold is saved with the module, -1 while unset, and stays float64.
+    Under activation checkpointing use ``use_reentrant=False``: the reentrant kind runs its forward without grad, which
+    learns nothing.
+
+    Args:
+        k: average entries per token, int or float.
+        threshold_lr: weight of the newest batch in the running mean, which lags about ``1 / threshold_lr`` forwards
+            behind a cut that moves while the autoencoder learns. :func:`calibrate_threshold` finds it anew.
+        threshold_start: training forwards that teach the threshold nothing.
+        initial_threshold: where the mean starts; None: at the first batch's value, and unset until then.
+        group: a ``torch.distributed`` process group to select over; see :func:`functional.batch_topk`. Shared by
+            copies, left out of pickles.
+        device: of the threshold; an autoencoder takes its rule along to its own.
+
+    SAELens' convention is ``threshold_lr=0.01, initial_threshold=0.0``; dictionary_learning's is ``threshold_lr=0.001,
+    threshold_start=1001`` (it learns once its step, counted from 0, exceeds 1000). After a few hundred forwards
+    these still hold much of the first ones, and eval keeps a quarter fewer entries than k; hence our default. In all of
+    them a batch that keeps nothing positive moves nothing.
+
+    Bussmann et al. 2024, arXiv:2412.06410.
+    """
+
+    threshold: Tensor
+    forwards: Tensor
+    scope = "batch"
+    entry_values = kept_values
+    _exact: tuple[str, ...] = ("threshold",)  # buffers that no cast of the module touches
+
+    def __init__(
+        self, k: float, *, threshold_lr: float = 0.1, threshold_start: int = 0, initial_threshold: float | None = None,
+        group=None, device=None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.k = check.number_k(k)
+        self.threshold_lr = check.positive("threshold_lr", threshold_lr)
+        if self.threshold_lr > 1:
+            raise ValueError(f"threshold_lr must satisfy 0 < threshold_lr <= 1, got {threshold_lr}")
+        self.threshold_start = check.count("threshold_start", threshold_start)
+        if initial_threshold is not None:
+            initial_threshold = check.from_zero("initial_threshold", initial_threshold)
+        self.initial_threshold = initial_threshold
+        self.group = group
+        first = -1.0 if initial_threshold is None else float(initial_threshold)
+        self.register_buffer("threshold", torch.full((), first, dtype=torch.float64, device=device))
+        if threshold_start:
+            self._count_forwards()
+        self._seen: tuple[int, int] | None = None  # the threshold last read: eval waits for the device once
+
+    def _count_forwards(self) -> None:
+        self.register_buffer("forwards", torch.zeros_like(self.threshold))
+        self._exact = (*self._exact, "forwards")
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        if self.training:
+            return functional.batch_topk(pre, self.k, group=self.group, backend=backend)
+        self._require_threshold()
+        return functional.threshold(pre, self.threshold, capacity=captured_size(pre), backend=backend)
+
+    def total(self, tokens: int) -> int:
+        """Entries kept of a training batch."""
+        return int(self.k * tokens)
+
+    def candidates(self, pre: Tensor, tokens: int, *, backend: str = "auto") -> SparseCodes:
+        """Entries of a part of a training batch of ``tokens`` that may be among those kept of it."""
+        if self.group is not None:
+            raise RuntimeError("BatchTopK(group=...) needs each rank's batch whole: raise memory_budget")
+        return functional.largest(pre, self.total(tokens), backend=backend)
+
+    def _dense(self, pre: Tensor) -> Tensor:
+        if self.training:
+            return super()._dense(pre)
+        self._require_threshold()
+        return above(pre, self.threshold)
+
+    def update(self, codes: SparseCodes) -> None:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        with torch.no_grad():
+            teaches = None
+            if "forwards" in self._exact:
+                functional.move_threshold(self.forwards, self.forwards + 1, 1.0)
+                teaches = self.forwards > self.threshold_start
+            self.move_thresholds(codes, self.threshold_lr, teaches)
+
+    def move_thresholds(self, codes: SparseCodes, rate: float, teaches: Tensor | None = None) -> None:
+        """Moves what is learned from a batch by ``rate`` towards what cut this one, unless ``teaches`` () is False."""
+        values = codes.values.detach().double()
+        smallest = torch.where(values > 0, values, torch.inf)
+        smallest = smallest.min() if smallest.shape[0] else self.threshold.new_full((), torch.inf)
+        if self.group is not None:
+            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self.group)
+        if teaches is not None:
+            smallest = torch.where(teaches, smallest, torch.inf)
+        functional.move_threshold(self.threshold, smallest, rate)
+
+    def _require_threshold(self) -> None:
+        message = "threshold is unset: train first, load a trained module, or call .train() for the batch rule"
+        if torch.compiler.is_compiling():
+            torch._assert_async(self.threshold >= 0, message)
+            return
+        seen = None if self.threshold.is_inference() else (id(self.threshold), self.threshold._version)
+        if seen is None or seen != self._seen:
+            if capturing(self.threshold):  # where the host cannot ask: the replay does
+                torch._assert_async(self.threshold >= 0, message)
+                return
+            if not bool(self.threshold >= 0):
+                raise RuntimeError(message)
+            self._seen = seen
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._seen = None  # a new tensor may have the old one's identity and version
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "group": None}  # a process group belongs to its process
+
+    def __deepcopy__(self, memo: dict) -> BatchTopK:
+        memo[id(self.group)] = self.group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def _apply(self, fn, recurse: bool = True):
+        return apply_but(self._exact, self, super()._apply, fn, recurse)
+
+
+class MutualChoice(BatchTopK):
+    """Token-feature matches chosen under one budget for the batch: the selection rule of :class:`BatchTopK`.
+
+    Ayonrinde 2024, arXiv:2411.02124.
+    """

@@ -1,0 +1,60 @@
+"""Rules that keep k entries of each token."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional
+from ..codes import SparseCodes
+from .base import Activation, kept_values
+
+
+class TopK(Activation):
+    """k entries of each token, then ReLU. Gao et al. 2024, arXiv:2406.04093."""
+
+    entry_values = kept_values
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = check.integer_k(k)
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        return functional.topk(pre, self.k, backend=backend)
+
+
+class AbsTopK(TopK):
+    """k entries of each token with the largest magnitude, sign kept. Zhu et al. 2025, arXiv:2510.00404."""
+
+    def _select(self, pre: Tensor, backend: str) -> SparseCodes:
+        return functional.topk(pre, self.k, magnitude=True, backend=backend)
+
+    def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
+        return pre  # signed: a kept 0 passes its gradient
+
+
+class AuxTopK(Activation):
+    """k entries of each token among dead latents: what AuxK reconstructs the residual with. Gao et al. 2024.
+
+    Context: ``dead_mask`` (F,), True for dead latents. Where fewer than k are dead, others are stored at value 0 and
+    get no gradient. ``relu=False`` keeps negative pre-activations too, as SAELens does.
+    """
+
+    context_keys = frozenset({"dead_mask"})
+
+    def __init__(self, k: int, *, relu: bool = True) -> None:
+        super().__init__()
+        self.k = check.integer_k(k)
+        self.relu = check.flag("relu", relu)
+
+    def _select(self, pre: Tensor, backend: str, *, dead_mask: Tensor) -> SparseCodes:
+        return functional.topk(pre, self.k, mask=dead_mask, relu=self.relu, backend=backend)
+
+    @property
+    def has_gate(self) -> bool:
+        return self.relu and type(self).entry_values is AuxTopK.entry_values
+
+    def entry_values(self, pre: Tensor, codes: SparseCodes, *, dead_mask: Tensor) -> Tensor:
+        if self.relu:
+            return kept_values(self, pre, codes)
+        return torch.where(dead_mask[codes.indices.long()], pre, 0.0)
