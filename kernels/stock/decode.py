@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..densified import error_of
-from .limits import SCORES_IN_CACHE
+from . import limits
 
 SUM = 0  # embedding_bag's mode, by number
 
@@ -38,7 +38,7 @@ def widened(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Iterator[tup
     few = indices.numel() < weight.shape[0]
     rows = indices.numel() if few else weight.shape[0]
     at = torch.arange(rows, dtype=indices.dtype, device=indices.device) if few else indices
-    width = max(SCORES_IN_CACHE // max(rows, 1), 32)  # 32 numbers of 16 bits fill a cache line
+    width = max(limits.SCORES_IN_CACHE // max(rows, 1), 32)  # 32 numbers of 16 bits fill a cache line
     table = weight.new_empty(0, dtype=dtype)
     for start in range(0, weight.shape[1], width):
         columns = slice(start, min(start + width, weight.shape[1]))
