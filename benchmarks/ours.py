@@ -44,7 +44,7 @@ def weight_gradient(i: Inputs) -> Callable[[], Output]:
 def encoded(i: Inputs) -> Callable[[], Output]:
     """Codes and pre-activations."""
     select = se.TopK(i.k)
-    return lambda: functional.encode(i.x, i.weight, i.bias, select=select, return_pre=True)
+    return lambda: functional.encode_with(i.x, i.weight, i.bias, select=select, keep_pre=True)
 
 
 def group_maxima(i: Inputs) -> Callable[[], Output]:

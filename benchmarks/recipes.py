@@ -125,7 +125,7 @@ def target_l0(
 def gated(
     sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
 ) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
-    codes, gate = sae.encode(x, select=[sae.activation, sae.activation.gate])
+    (codes, gate), *_ = sae.encode_with(x, select=[sae.activation, sae.activation.gate])
     error = se.losses.mse(sae.decode(codes), x)
     return error + se.losses.gated(gate, x, sae.W_dec, sae.b_dec, l1=level.strength), codes
 
@@ -145,7 +145,7 @@ def sparse_target(sae: se.SparseAutoencoder, k: int, x: Tensor) -> float:
     """The encoder as TopK would have it, and the strength at which the target is the norm of what TopK keeps."""
     top = se.TopK(k)
     scale_encoder(sae, x, select=top)
-    kept = sae.encode(x, select=top).values.view(len(x), k).norm(dim=1)
+    kept = sae.encode_with(x, select=top).codes[0].values.view(len(x), k).norm(dim=1)
     return ((x - sae.b_dec).norm(dim=1) / kept).mean().item()
 
 
@@ -164,7 +164,7 @@ def scale_encoder(sae: se.SparseAutoencoder, x: Tensor, **context: Any) -> None:
     A sum of k unit rows that overlap is too long, the more so the larger k; without this, short runs would compare how
     well each rule's shrinking of values happens to make up for it.
     """
-    x_hat = sae.decode(sae.encode(x, **context)) - sae.b_dec
+    x_hat = sae.decode(sae.encode_with(x, **context).codes[0]) - sae.b_dec
     factor = (x_hat * (x - sae.b_dec)).sum() / x_hat.square().sum()
     for parameter in (sae.W_enc, sae.b_enc, *sae.activation.parameters()):
         parameter.mul_(factor)
@@ -179,7 +179,7 @@ def calibrate(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
     sae.eval()
     rule = sae.activation
     learned = rule.inference_threshold() if isinstance(rule, se.FeatureChoice) else rule.threshold
-    _, pre = sae.encode(x, return_pre=True)
+    pre = sae.encode_with(x, keep_pre=True).pre
     ratios = pre.double() / learned.clamp(min=torch.finfo(torch.float32).tiny)
     # the largest that is not kept: kept entries lie above
     factor = se.functional.batch_topk(ratios, k + 1 / len(x)).values.min()

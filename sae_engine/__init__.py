@@ -2,8 +2,9 @@
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import functional, losses, metrics, training
-from .autoencoder import EncodeInfo, SparseAutoencoder, SparseDecoder
+from .autoencoder import SparseAutoencoder, SparseDecoder
 from .codes import ByLatent, SparseCodes, cat
+from .functional import Encoded, EncodeInfo
 from .inference import calibrate_threshold, inference_form
 from .initial import init_as_top_afa, init_sparse
 from .rules import (
@@ -41,6 +42,7 @@ __all__ = [
     "ByLatent",
     "CannotAccelerate",
     "EncodeInfo",
+    "Encoded",
     "FeatureChoice",
     "Gated",
     "GradientTopK",

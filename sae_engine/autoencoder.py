@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional
 from .codes import SparseCodes
+from .functional import Encoded, EncodeInfo
 from .rules.base import Activation
 
 if TYPE_CHECKING:
     from .checkpoints.card import SourceCard
 
-__all__ = ["EncodeInfo", "SparseAutoencoder", "SparseDecoder"]
+__all__ = ["SparseAutoencoder", "SparseDecoder"]
 
 NORMALIZATIONS = ("none", "layer_norm", "center")
 LAYER_NORM_EPS = 1e-5
@@ -53,14 +54,6 @@ class SparseDecoder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, d_in={self.d_in}, bias={self.b_dec is not None}"
-
-
-class EncodeInfo(NamedTuple):
-    """What decoding needs to know of the input; None where it does not."""
-
-    mean: Tensor | None = None  # (*batch_shape, 1), layer norm and centring
-    std: Tensor | None = None  # (*batch_shape, 1), layer norm
-    skipped: Tensor | None = None  # (*batch_shape, d_in), the input of the skip connection
 
 
 class SparseAutoencoder(nn.Module):
@@ -148,28 +141,53 @@ class SparseAutoencoder(nn.Module):
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in, **options)) if skip else None)
         self.activation.to(self.W_enc.device)  # its dtypes are its own: a threshold stays as exact as it was made
 
-    def encode(
-        self, x: Tensor, *, select=None, return_info: bool = False, return_pre: bool = False, backend: str = "auto",
-        **context: Tensor,
-    ) -> SparseCodes | tuple:  # fmt: skip
-        """Codes of ``x`` (*batch_shape, d_in).
+    def encode(self, x: Tensor, *, backend: str = "auto", **context: Tensor) -> SparseCodes:
+        """Codes of ``x`` (*batch_shape, d_in), over (*batch_shape, d_sae).
 
-        With ``return_info`` also what :meth:`decode` needs of the input (layer norm, skip), with ``return_pre`` also
-        the pre-activations (*batch_shape, d_sae) that the rule saw: ``codes[, info][, pre]``.
+        Args:
+            context: what the rule needs and the autoencoder does not know. ``gradient`` (*batch_shape, d_out), the
+                gradient of the language model's loss at the reconstructed activations, becomes
+                :class:`GradientTopK`'s ``attribution``.
 
-        ``select``: other rules than :attr:`activation`, one or a sequence; a sequence gives a tuple of codes from one
-        matrix product and one backward pass: ``encode(x, select=[sae.activation, AuxTopK(256)], dead_mask=dead)``.
-        ``context``: what a rule needs and the autoencoder does not know. ``gradient`` (*batch_shape, d_out), the
-        gradient of the language model's loss at the reconstructed activations, becomes :class:`GradientTopK`'s
-        ``attribution``.
+        Raises:
+            TypeError: ``x`` is no floating-point tensor, or the context is not what the rule takes.
+            ValueError: ``x`` has another width or device than the autoencoder.
+        """
+        return self.encode_with(x, select=None, keep_pre=False, backend=backend, **context).codes[0]
+
+    def encode_with(
+        self, x: Tensor, *, select: Any = None, keep_pre: bool = False, backend: str = "auto", **context: Tensor
+    ) -> Encoded:
+        """:meth:`encode` with what a pass gives beside the codes of the autoencoder's own rule.
+
+        Args:
+            select: other rules than :attr:`activation`, one or a sequence; they share one matrix product and one
+                backward pass: ``encode_with(x, select=[sae.activation, AuxTopK(256)], dead_mask=dead)``.
+            keep_pre: whether the pre-activations (*batch_shape, d_sae) that the rules saw come along, differentiable.
+                A backward pass then holds on to the whole matrix, which codes alone spare it.
+            context: as in :meth:`encode`, for all of the rules.
+
+        Returns:
+            ``codes``, a tuple with one for each rule; ``info``, what :meth:`decode` needs of the input with layer
+            norm, centring or skip; ``pre``, None without ``keep_pre``.
+
+        Raises:
+            TypeError, ValueError: as :meth:`encode`; and ValueError where ``select`` is empty.
         """
         rules = self.activation if select is None else select
-        codes, info, pre = self._encode(x, rules, backend, return_pre, **context)
-        out = (codes, *((info,) if return_info else ()), *((pre,) if return_pre else ()))
-        return out if len(out) > 1 else codes
+        x, info = self._normalized(x)
+        if "gradient" in context:
+            context["attribution"] = self._attribution(context.pop("gradient"), x, info)
+        scale = self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else None
+        b_dec = self.b_dec if self.apply_b_dec_to_input else None
+        encoded = functional.encode_with(
+            x, self.W_enc, self._encoder_bias, b_dec=b_dec, scale=scale, select=rules, keep_pre=keep_pre,
+            backend=backend, **self._context(x, rules), **context,
+        )  # fmt: skip
+        return encoded._replace(info=info)
 
     def decode(self, codes: SparseCodes, info: EncodeInfo | None = None, *, backend: str = "auto") -> Tensor:
-        """(*batch_shape, d_out). ``info`` from ``encode(x, return_info=True)`` is needed with layer norm or skip."""
+        """(*batch_shape, d_out). ``info`` from :meth:`encode_with` is needed with layer norm, centring or skip."""
         if not isinstance(codes, SparseCodes):
             raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
         if codes.num_latents != self.d_sae:
@@ -187,7 +205,7 @@ class SparseAutoencoder(nn.Module):
                 if part is None or part.shape[:-1] != codes.batch_shape:
                     raise ValueError(
                         f"info is needed because of {cause}, for the same {tuple(codes.batch_shape)} tokens as codes: "
-                        "pass the second value of encode(x, return_info=True)"
+                        "pass encode_with(x).info"
                     )
         if self.rescale_acts_by_decoder_norm:
             norms = self.W_dec.norm(dim=1)
@@ -208,22 +226,10 @@ class SparseAutoencoder(nn.Module):
 
         ``context`` as in :meth:`encode`.
         """
-        codes, info, _ = self._encode(x, self.activation, "auto", False, **context)
+        (codes,), info, _ = self.encode_with(x, select=None, keep_pre=False, backend="auto", **context)
         codes.assert_fits()
         self.activation.update(codes)
         return self.decode(codes, info)
-
-    def _encode(self, x: Tensor, select, backend: str, return_pre: bool, **context) -> tuple[Any, EncodeInfo, Any]:
-        x, info = self._normalized(x)
-        if "gradient" in context:
-            context["attribution"] = self._attribution(context.pop("gradient"), x, info)
-        scale = self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else None
-        b_dec = self.b_dec if self.apply_b_dec_to_input else None
-        encoded = functional.encode(
-            x, self.W_enc, self._encoder_bias, b_dec=b_dec, scale=scale, select=select, return_pre=return_pre,
-            backend=backend, **self._context(x, select), **context,
-        )  # fmt: skip
-        return (encoded[0], info, encoded[1]) if return_pre else (encoded, info, None)
 
     @torch.no_grad()
     def _attribution(self, gradient: Tensor, x: Tensor, info: EncodeInfo) -> Tensor:

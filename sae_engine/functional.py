@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from ._backend import resolve_backend
 from .codes import SparseCodes, at_latents, cat
 
 __all__ = [
-    "batch_topk", "decode", "decode_prefixes", "encode", "feature_budgets", "feature_topm", "norm_match", "threshold",
-    "topk", "zipf_shortfall",
+    "EncodeInfo", "Encoded", "batch_topk", "decode", "decode_prefixes", "encode", "encode_with", "feature_budgets",
+    "feature_topm", "norm_match", "threshold", "topk", "zipf_shortfall",
 ]
 
 
@@ -370,6 +370,22 @@ def decode_prefixes(
         return (out if b_dec is None else out + b_dec.to(wide)).to(dtype)
 
 
+class EncodeInfo(NamedTuple):
+    """What decoding needs to know of the input; None where it does not."""
+
+    mean: Tensor | None = None  # (*batch_shape, 1), layer norm and centring
+    std: Tensor | None = None  # (*batch_shape, 1), layer norm
+    skipped: Tensor | None = None  # (*batch_shape, d_in), the input of the skip connection
+
+
+class Encoded(NamedTuple):
+    """Everything that one pass through an encoder gives: what :func:`encode_with` returns."""
+
+    codes: tuple[SparseCodes, ...]  # one for each rule
+    info: EncodeInfo = EncodeInfo()  # for SparseAutoencoder.decode
+    pre: Tensor | None = None  # (*batch_shape, F) that the rules saw, where keep_pre asked for them
+
+
 def encode(
     x: Tensor,
     W_enc: Tensor,
@@ -379,10 +395,9 @@ def encode(
     b_dec: Tensor | None = None,
     scale: Tensor | None = None,
     pre: Tensor | None = None,
-    return_pre: bool = False,
     backend: str = "auto",
     **context: Tensor,
-) -> Any:
+) -> SparseCodes:
     """Linear encoder and selection, ``select(((x - b_dec) @ W_enc + b_enc) * scale)``, differentiated sparsely.
 
     The gradient never becomes a (tokens, F) matrix: each latent sums over the tokens that keep it, in a fixed order.
@@ -391,21 +406,57 @@ def encode(
         x: ``(*batch_shape, d_in)``. Differentiable.
         W_enc: ``(d_in, F)``, any strides. Differentiable.
         b_enc: ``(F,)`` or None. Differentiable.
-        select: an activation module, or several, which then select from the same pre-activations and share one
-            backward pass. ``select.select`` chooses; ``select.entry_values``, where the module has it, turns the
-            pre-activations at the chosen entries into values. Without it the gradient goes through the dense
+        select: an activation module. ``select.select`` chooses; ``select.entry_values``, where the module has it, turns
+            the pre-activations at the chosen entries into values. Without it the gradient goes through the dense
             pre-activations.
         b_dec: ``(d_in,)``, subtracted from ``x``, or None. Differentiable.
         scale: ``(F,)``, multiplies the pre-activations before selection (decoder norms), or None. Differentiable.
         pre: what is selected from, ``(*batch_shape, F)`` and multiplied by ``scale``, where it is known already: it is
             then taken as it is, in its own dtype. Constant for autograd: gradients go by way of the others.
-        return_pre: also return the pre-activations ``(*batch_shape, F)`` that were selected from. Differentiable, by
-            way of the matrix that the codes spare, unless ``pre`` was given.
-        context: handed to each activation that names it in its ``context_keys``.
+        context: what ``select`` names in its ``context_keys``.
 
     Returns:
-        The codes (a tuple of them where ``select`` is a sequence), or (codes, pre). Under 16-bit autocast ``pre`` is
-        the fp32 sum with the fp32 bias, rounded once.
+        The codes, over ``(*batch_shape, F)``; values have the dtype of the pre-activations.
+
+    Raises:
+        TypeError: ``select`` is no activation module, or its context is incomplete or has a name too many.
+        ValueError: a shape or a device does not fit those of ``x``.
+    """
+    if isinstance(select, list | tuple):
+        raise TypeError(f"select must be one activation module, got {len(select)}: encode_with takes several")
+    return encode_with(
+        x, W_enc, b_enc, select=select, b_dec=b_dec, scale=scale, pre=pre, keep_pre=False, backend=backend, **context
+    ).codes[0]
+
+
+def encode_with(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    select: Any,
+    b_dec: Tensor | None = None,
+    scale: Tensor | None = None,
+    pre: Tensor | None = None,
+    keep_pre: bool = False,
+    backend: str = "auto",
+    **context: Tensor,
+) -> Encoded:
+    """:func:`encode` with several rules, which select from the same pre-activations and share one backward pass.
+
+    Args:
+        select: an activation module, or a sequence of them.
+        keep_pre: whether the pre-activations come along. They are then differentiable (unless ``pre`` was given), by
+            way of the (tokens, F) matrix that the codes alone spare.
+        context: handed to each activation that names it in its ``context_keys``.
+        x, W_enc, b_enc, b_dec, scale, pre: as in :func:`encode`.
+
+    Returns:
+        ``codes``, one for each rule, and ``pre``, None without ``keep_pre``. Under 16-bit autocast ``pre`` is the fp32
+        sum with the fp32 bias, rounded once.
+
+    Raises:
+        TypeError, ValueError: as :func:`encode`; and ValueError where ``select`` is empty.
     """
     rules = tuple(select) if isinstance(select, list | tuple) else (select,)
     contexts = _contexts(rules, context)
@@ -422,7 +473,7 @@ def encode(
     dtype = _linear_dtype(x, W_enc)
     given, result_dtype = pre is not None, dtype if pre is None else pre.dtype
     turners = [getattr(rule, "entry_values", None) for rule in rules]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and (return_pre or None in turners)):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and (keep_pre or None in turners)):
         if pre is not None:
             unscaled = pre = pre.detach()
         else:
@@ -444,8 +495,7 @@ def encode(
             if scale is not None:
                 pre_entries = (pre_entries * at_latents(scale, codes[n])).to(result_dtype)
             codes[n] = codes[n].replace(values=rules[n].entry_values(pre_entries, codes[n], **contexts[n]))
-    result = tuple(codes) if isinstance(select, list | tuple) else codes[0]
-    return (result, pre) if return_pre else result
+    return Encoded(tuple(codes), pre=pre if keep_pre else None)
 
 
 def _contexts(rules: tuple, context: dict[str, Any]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def calibrate_threshold(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Sp
             threshold.fill_(-1.0)
         with torch.no_grad():
             for number, x in enumerate(batches, start=1):
-                codes = sae._encode(check.floating("batches", x), rule, "auto", False)[0]
+                codes = sae.encode(check.floating("batches", x))
                 rule.move_thresholds(codes, 1 / number)  # the plain mean of all batches so far
         if number == 0:
             raise ValueError("batches must hold at least one batch of activations, got none")

@@ -101,7 +101,7 @@ def test_afa_has_no_encoder_bias_and_matches_the_inputs_norm():
     x = torch.randn(50, D) + 0.3
     with torch.no_grad():
         sae.b_dec.fill_(0.2)
-    codes, pre = sae.encode(x, return_pre=True)
+    (codes,), _, pre = sae.encode_with(x, keep_pre=True)
     expected = se.functional.norm_match(pre, (x - sae.b_dec).norm(dim=1), weight_norm=sae.W_dec.norm(dim=1))
     assert_same(codes.detach().to_dense(), expected.detach().to_dense())
 
@@ -149,7 +149,7 @@ def test_bf16_pre_activations_are_rounded_once():
         sae.b_enc.normal_()
     x = torch.randn(B, D)
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
-        codes, pre = sae.encode(x, return_pre=True)
+        (codes,), _, pre = sae.encode_with(x, keep_pre=True)
         out = sae(x)
     exact = x.bfloat16().double() @ sae.W_enc.bfloat16().double() + sae.b_enc.double()
     assert pre.dtype == codes.values.dtype == out.dtype == torch.bfloat16
@@ -174,7 +174,7 @@ def test_afa_target_is_the_norm_of_the_centred_input(kwargs):
     with torch.no_grad():
         sae.b_dec.fill_(0.5)
     x = torch.randn(B, D)
-    codes, pre = sae.encode(x, return_pre=True)
+    (codes,), _, pre = sae.encode_with(x, keep_pre=True)
     expected = se.functional.norm_match(pre, (x - sae.b_dec).norm(dim=1), weight_norm=sae.W_dec.norm(dim=1))
     assert_same(codes.indices, expected.indices)
 
@@ -182,7 +182,7 @@ def test_afa_target_is_the_norm_of_the_centred_input(kwargs):
 def test_pre_activations_carry_their_gradient():
     """An auxiliary loss on what encode returns reaches the encoder."""
     sae = build("TopK")
-    _, pre = sae.encode(torch.randn(B, D, dtype=torch.float64), return_pre=True)
+    pre = sae.encode_with(torch.randn(B, D, dtype=torch.float64), keep_pre=True).pre
     dead = torch.arange(F) % 3 == 0
     auxiliary = se.functional.topk(pre, 3, mask=dead, relu=False)
     se.functional.decode(auxiliary, sae.W_dec.detach()).square().sum().backward()
@@ -201,7 +201,7 @@ def test_a_custom_rule_keeps_its_own_values_and_gradients():
 
     sae = se.SparseAutoencoder(D, F, Halved(4), dtype=torch.float64)
     x = torch.randn(B, D, dtype=torch.float64)
-    codes, pre = sae.encode(x, return_pre=True)
+    (codes,), _, pre = sae.encode_with(x, keep_pre=True)
     torch.testing.assert_close(codes.to_dense(), sae.activation(pre))
     sae(x).sum().backward()
     assert sae.activation.gain.grad != 0 and sae.W_enc.grad.abs().sum() > 0
@@ -269,7 +269,8 @@ def test_bf16_pre_activations_on_a_gpu():
 def test_info_is_asked_for():
     sae = build(normalize_activations="layer_norm")
     x = torch.randn(B, D, dtype=torch.float64) * 5 + 2
-    codes, info = sae.encode(x, return_info=True)
+    (codes,), info, pre = sae.encode_with(x)
+    assert pre is None
     assert_same(sae.decode(codes, info).detach(), sae(x).detach())
     with pytest.raises(ValueError, match="info"):
         sae.decode(codes)

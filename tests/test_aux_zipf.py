@@ -53,7 +53,7 @@ def test_loss_and_gradients_against_dense_autograd_in_fp64():
     sae = se.SparseAutoencoder(8, F, se.TopK(3), dtype=torch.float64)
     x, residual = (torch.randn(2, 5, 8, dtype=torch.float64) for _ in range(2))
     weight = (torch.rand(F, dtype=torch.float64) - 0.4).clamp(min=0)
-    codes = sae.encode(x, select=se.AuxZipfTopK(12), shortfall=weight)  # more than are positive
+    codes = sae.encode_with(x, select=se.AuxZipfTopK(12), shortfall=weight).codes[0]  # more than are positive
     loss = losses.aux_zipf(codes, sae.W_dec, residual)
     loss.backward()
     leaves = {n: p.detach().clone().requires_grad_() for n, p in sae.named_parameters()}

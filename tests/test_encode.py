@@ -135,7 +135,9 @@ def test_pre_is_returned_differentiable():
         torch.manual_seed(0)
         t = make()
         if sparse:
-            codes, pre = f.encode(t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], select=se.TopK(3), return_pre=True)
+            (codes,), _, pre = f.encode_with(
+                t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], select=se.TopK(3), keep_pre=True
+            )
         else:
             pre = (t["x"] - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
             codes = f.topk(pre, 3)
@@ -163,7 +165,7 @@ def test_known_pre_activations_are_taken_as_they_are(scaled, monkeypatch):
             if known:
                 patch.setattr(f, "linear", None)
                 options["pre"] = pre.detach()
-            codes = f.encode(t["x"], t["W_enc"], t["b_enc"], **options)
+            codes = f.encode_with(t["x"], t["W_enc"], t["b_enc"], **options).codes
         (codes[0].values.sum() + codes[1].values.square().sum()).backward()
         grads = [t[n].grad for n in t if scaled or n != "scale"]
         outcomes.append([*(c.indices for c in codes), *(c.values.detach() for c in codes), *grads])
@@ -187,6 +189,7 @@ def test_arguments_are_checked():
     for kwargs, error, name in (
         ({"select": torch.relu}, TypeError, "select"),
         ({"select": None}, TypeError, "select"),
+        ({"select": [se.TopK(3)]}, TypeError, "encode_with takes several"),
         ({"select": se.TopK(3), "b_dec": torch.ones(D + 1)}, ValueError, "b_dec"),
         ({"select": se.TopK(3), "scale": torch.ones(D)}, ValueError, "scale"),
         ({"select": se.TopK(3), "pre": torch.ones(B, D)}, ValueError, "pre"),
@@ -210,8 +213,9 @@ def test_several_rules_share_one_encoder_and_one_backward_pass(relu):
         torch.manual_seed(0)
         t = make()
         if sparse:
-            codes = f.encode(t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], scale=t["scale"], select=rules,
-                             dead_mask=dead)  # fmt: skip
+            codes = f.encode_with(
+                t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], scale=t["scale"], select=rules, dead_mask=dead
+            ).codes
             dense = [c.to_dense() for c in codes]
         else:
             pre = ((t["x"] - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * t["scale"]
@@ -229,7 +233,7 @@ def test_several_rules_with_a_capacity():
         torch.manual_seed(0)
         t = make()
         rules, context = [se.TopAFA(capacity=capacity), se.TopK(3)], context_for("TopAFA")
-        codes = f.encode(t["x"], t["W_enc"], t["b_enc"], select=rules, **context)
+        codes = f.encode_with(t["x"], t["W_enc"], t["b_enc"], select=rules, **context).codes
         (codes[0].to_dense().square().sum() + codes[1].to_dense().sum()).backward()
         grads.append(t["W_enc"].grad)
     torch.testing.assert_close(*grads)
@@ -238,11 +242,11 @@ def test_several_rules_with_a_capacity():
 def test_context_of_several_rules_is_checked():
     x, W = torch.randn(B, D), torch.randn(D, F)
     with pytest.raises(TypeError, match="takes target_norm"):
-        f.encode(x, W, select=[se.TopK(3), se.ReLU()], target_norm=torch.ones(B))
+        f.encode_with(x, W, select=[se.TopK(3), se.ReLU()], target_norm=torch.ones(B))
     with pytest.raises(TypeError, match="dead_mask"):
-        f.encode(x, W, select=[se.TopK(3), se.AuxTopK(3)])
+        f.encode_with(x, W, select=[se.TopK(3), se.AuxTopK(3)])
     with pytest.raises(ValueError, match="select"):
-        f.encode(x, W, select=[])
+        f.encode_with(x, W, select=[])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -30,7 +30,7 @@ def test_step_l0_counts_and_teaches_the_threshold_alone(capacity):
 def test_step_l0_through_an_autoencoder_in_any_shape():
     sae = se.SparseAutoencoder(6, F, learning())
     x = torch.randn(2, 4, 6)
-    codes, pre = sae.encode(x, return_pre=True)
+    (codes,), _, pre = sae.encode_with(x, keep_pre=True)
     losses.step_l0(codes, sae.activation).backward()
     inside = (pre.detach() - 0.4).abs() < 0.25
     torch.testing.assert_close(sae.activation.threshold.grad, -2.0 * inside.flatten(0, 1).sum(0) / 8)
@@ -101,7 +101,7 @@ def test_gated_loss_against_dense_autograd_in_fp64():
         for parameter in (rule.b_gate, rule.b_mag, rule.r_mag):
             parameter.normal_(std=0.3)
     x = torch.randn(2, 5, 6, dtype=torch.float64)
-    codes, gate = sae.encode(x, select=[rule, rule.gate])
+    codes, gate = sae.encode_with(x, select=[rule, rule.gate]).codes
     norms = sae.W_dec.norm(dim=1)
     loss = losses.mse(sae.decode(codes), x) + losses.gated(gate, x, sae.W_dec, sae.b_dec, l1=0.3, weight_norm=norms)
     loss.backward()

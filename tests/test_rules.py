@@ -293,7 +293,7 @@ def test_gradient_topk_in_an_autoencoder_knows_layer_norm_and_rescaling():
     seen = {}
     select = sae.activation._select
     sae.activation._select = lambda *args, **context: seen.update(context) or select(*args, **context)
-    _, info = sae.encode(x, gradient=gradient, return_info=True)
+    _, info, _ = sae.encode_with(x, gradient=gradient)
     probe = se.functional.topk(torch.ones(5, F), F)  # every code at 1
     values = probe.values.clone().requires_grad_()
     (sae.decode(probe.replace(values=values), info) * gradient).sum().backward()

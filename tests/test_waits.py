@@ -140,7 +140,10 @@ WITHOUT_WAITING = {
         c := codes(), w := weights(), lambda: backward(f.decode_prefixes(c, *w, widths=(4, 20, F))))[2],
     "functional.encode": lambda: (
         x := torch.randn(B, D), w := torch.randn(D, F, requires_grad=True),
-        lambda: backward(f.encode(x, w, select=[se.TopK(4), se.BatchTopK(2)])[1]))[2],
+        lambda: backward(f.encode(x, w, select=se.TopK(4))))[2],
+    "functional.encode_with": lambda: (
+        x := torch.randn(B, D), w := torch.randn(D, F, requires_grad=True),
+        lambda: backward(f.encode_with(x, w, select=[se.TopK(4), se.BatchTopK(2)]).codes[1]))[2],
     "functional.feature_budgets": lambda: (d := torch.rand(F), lambda: f.feature_budgets(d, 20, B))[1],
     "functional.zipf_shortfall": lambda: (d := torch.rand(F), lambda: f.zipf_shortfall(d, 3))[1],
     # rules: dense in every mode, codes where their number is known
@@ -285,7 +288,8 @@ WAITING = {
 # Names without tensors of their own, or whose work is reading: the host gets numbers, text or files from them, or a
 # device what the host had. And a step that is replayed as a graph, in which nothing can wait.
 APART = {
-    "Activation", "ByLatent", "EncodeInfo", "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
+    "Activation", "ByLatent", "EncodeInfo", "Encoded", "functional.EncodeInfo", "functional.Encoded",
+    "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
     "losses", "metrics", "training", "SparseCodes", "SparseCodes.cuda", "metrics.evaluate",
     "metrics.ppl_sparsity", "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes", "training.Loss",
     "losses.Loss", "losses.LossInput", "losses.Pull",

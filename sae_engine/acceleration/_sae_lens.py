@@ -61,8 +61,10 @@ class SparseSAE(Theirs):
             pre *= scale.detach()
         rules = [self._rule(x.shape[:-1].numel()), *extra]
         given = scale.detach() if scale is not None and cancels else scale
-        codes = functional.encode(x, self.W_enc, self.b_enc, b_dec=b_dec, scale=given, select=rules, pre=pre)
-        return codes, core.pre_activations(pre, x, self.W_enc, self.b_enc, b_dec, scale)
+        encoded = functional.encode_with(
+            x, self.W_enc, self.b_enc, b_dec=b_dec, scale=given, select=rules, pre=pre
+        )
+        return encoded.codes, core.pre_activations(pre, x, self.W_enc, self.b_enc, b_dec, scale)
 
     def _with_norms(self, codes: SparseCodes, scale: Tensor | None) -> SparseCodes:
         """Codes as functions of the norms too."""

@@ -108,7 +108,7 @@ class _Thresholded(_Dictionary):
         if core.too_dense(pre, theta):
             return None, pre
         rules = [core.AboveRule(theta), *others]
-        return functional.encode(x, W_enc, b_enc, b_dec=b_dec, select=rules, pre=pre), pre
+        return functional.encode_with(x, W_enc, b_enc, b_dec=b_dec, select=rules, pre=pre).codes, pre
 
     def _dense(self, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
         """Features as dictionary_learning computes them, and the post-ReLU activations. Takes ``pre`` for its own."""

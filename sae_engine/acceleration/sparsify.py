@@ -34,7 +34,7 @@ class _SparseCoder(Theirs):
         with torch.no_grad():
             pre = functional.linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
         rules = [core.TopRule(self.cfg.k, straight=not self._exact), *others]
-        return functional.encode(x, W_enc, b_enc, b_dec=b_dec, select=rules, pre=pre), pre
+        return functional.encode_with(x, W_enc, b_enc, b_dec=b_dec, select=rules, pre=pre).codes, pre
 
     def encode(self, x: Tensor) -> EncoderOutput:
         check_activation(self)

@@ -16,8 +16,8 @@ __all__ = ["CannotAccelerate", "accelerate", "accelerated", "restore"]
 
 T = TypeVar("T")
 
-# A module of ours is named as the library whose accelerated classes it holds. Each has LIBRARY, CLASSES (theirs -> ours;
-# with exact=True: EXACT where it differs) and check(obj), which raises CannotAccelerate.
+# A module of ours is named as the library whose accelerated classes it holds. Each has LIBRARY, CLASSES (theirs ->
+# ours; with exact=True: EXACT where it differs) and check(obj), which raises CannotAccelerate.
 LIBRARIES = ("sae_lens", "dictionary_learning", "sparsify")
 _originals: dict[type, Any] = {}  # class of theirs -> its __init__, None if inherited; while a library is accelerated
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..autoencoder import EncodeInfo, SparseAutoencoder
+from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
+from ..functional import EncodeInfo
 from ..rules.base import Activation
 
 if TYPE_CHECKING:

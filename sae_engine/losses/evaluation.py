@@ -60,7 +60,7 @@ def evaluate(
         context["dead_mask"] = dead
     flat = check.matrix(x)
     context = {name: _per_row(value, x, flat) for name, value in context.items()}
-    codes, info, _ = sae._encode(flat, rules, "auto", False, **context)
+    codes, info, _ = sae.encode_with(flat, select=rules, **context)
     codes[0].assert_fits()
     sae.activation.update(codes[0])
     seen, _ = sae._normalized(flat)

@@ -87,8 +87,9 @@ def gated(
 def aux_zipf(codes: SparseCodes, W_dec: Tensor, residual: Tensor, *, normalize: bool = False) -> Tensor:
     """:func:`losses.auxk` for dead and under-used latents: ``codes`` are those of :class:`AuxZipfTopK`.
 
-    ``short = functional.zipf_shortfall(density, k)``, ``codes = sae.encode(x, select=AuxZipfTopK(k_aux),
-    shortfall=short)``: each latent reconstructs the residual as far as it falls short of its share under Zipf's law.
+    ``short = functional.zipf_shortfall(density, k)`` and
+    ``(codes,), *_ = sae.encode_with(x, select=AuxZipfTopK(k_aux), shortfall=short)``: each latent reconstructs the
+    residual as far as it falls short of its share under Zipf's law.
     Equal to AuxK where only dead latents do. The name is Ayonrinde's (2024, arXiv:2411.02124), the formula ours.
     """
     return auxk(codes, W_dec, residual, normalize=normalize)

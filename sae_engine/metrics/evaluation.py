@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..autoencoder import LAYER_NORM_EPS, EncodeInfo, SparseAutoencoder
+from ..autoencoder import LAYER_NORM_EPS, SparseAutoencoder
 from ..codes import SparseCodes
 from .decoder import decoder_similarity
 from .language import NextTokenLoss, loss_recovered
@@ -234,7 +234,7 @@ class _Splice:
             found: list[Tensor] = []
 
             def look(x: Tensor, found=found) -> Tensor:
-                codes, _ = _encode(self.sae, self.normalisation.into(x)[0])
+                codes = self.sae.encode(self.normalisation.into(x)[0])
                 found.append((codes.values * functional.at_latents(norms, codes)).abs())
                 return x
 
@@ -251,7 +251,7 @@ class _Splice:
 
         def reconstruct(x: Tensor) -> Tensor:
             z, info = self.normalisation.into(x)
-            codes, encoded = _encode(self.sae, z)
+            (codes,), encoded, _ = self.sae.encode_with(z)
             tail.update(codes)
             dropped = (codes.values * functional.at_latents(norms, codes)).abs() < threshold
             codes = codes.replace(values=torch.where(dropped, 0.0, codes.values))
@@ -264,11 +264,6 @@ class _Splice:
             "threshold": threshold, "ce": loss.compute()["ce"], "cett": found["cett"][0], "l0": found["l0"],
             "l0_kept": found["l0_kept"][0], "off": found["off"][0],
         }  # fmt: skip
-
-
-def _encode(sae: SparseAutoencoder, z: Tensor) -> tuple[SparseCodes, EncodeInfo]:
-    encoded: Any = sae.encode(z, return_info=True)
-    return encoded
 
 
 def _contributing_rows(sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
@@ -326,7 +321,7 @@ class _Measures:
     def update(self, x: Tensor) -> Tensor:
         """Measures (tokens, d) of the model's activations; returns their reconstruction."""
         z, info = self.norm.into(x)
-        codes, encoded = _encode(self.sae, z)
+        (codes,), encoded, _ = self.sae.encode_with(z)
         z_hat = self.sae.decode(codes, encoded)
         self.reconstruction.update(z_hat, z)
         self.sparsity.update(codes)

@@ -18,7 +18,7 @@ class Gated(Activation):
 
     The gate itself gets no gradient from the reconstruction. :attr:`gate` is the rule ``relu(pre + b_gate)`` that
     :func:`losses.gated` trains it with, out of the same matrix product:
-    ``codes, gate = sae.encode(x, select=[sae.activation, sae.activation.gate])``.
+    ``(codes, gate), *_ = sae.encode_with(x, select=[sae.activation, sae.activation.gate])``.
 
     Rajamanoharan et al. 2024, arXiv:2404.16014.
     """

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _passes, functional
-from ..autoencoder import EncodeInfo, SparseAutoencoder
+from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
+from ..functional import EncodeInfo
 from ..rules.base import PER_TOKEN, Activation
 from .chunks import Parts, PreActivations
 from .dead import DeadLatents
