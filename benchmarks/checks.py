@@ -277,7 +277,7 @@ def check_encode(i: Inputs, provider: Provider, output: Output) -> None:
     """
     product, bias = exact_product(i), i.bias.double()
     if provider.name.startswith("ours"):
-        codes, pre = output
+        (codes,), _, pre = output
         check_product(i, provider, pre, bias)
         want = expected_topk(Inputs(pre=pre, k=i.k))
         require(torch.equal(want, as_dense(codes, pre)), "encode", provider, "other entries than those of its product")
