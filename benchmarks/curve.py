@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from progress import announce
-from reconstruction import SPACE, normalised
+from reconstruction import SPACE, normalized
 from rows import Row, environment, now_utc
 from sizes import Case
 from steps import Setup, dense, make_setup, train_step
@@ -27,7 +27,7 @@ LEARNING_RATE = 1e-3
 
 
 def activations(tokens: int, device: torch.device) -> tuple[Tensor, Row]:
-    """(tokens, d) of the embedded model, normalised, and what a row says of them."""
+    """(tokens, d) of the embedded model, normalized, and what a row says of them."""
     lm = load_language_model(device=device)
     layer = round(lm.num_layers * 2 / 3)
     found = list(stream_activations(lm, evaluation_text(), layer=layer, max_tokens=tokens))
@@ -35,7 +35,7 @@ def activations(tokens: int, device: torch.device) -> tuple[Tensor, Row]:
         "model": "embedded model (GPT-2 architecture)", "sha256": lm.sha256, "d": lm.d_model, "layer": layer,
         "space": SPACE, "tokens": tokens,
     }  # fmt: skip
-    return normalised(torch.cat(found).float().to(device)), about
+    return normalized(torch.cat(found).float().to(device)), about
 
 
 def setup_on(x: Tensor, case: Case, steps: int, *, seed: int = 0, nearby: int | None = None) -> Setup:

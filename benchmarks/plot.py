@@ -283,7 +283,7 @@ def frontier(rows: Sequence[Row]) -> Figure:
     axes.tick_params(length=0, which="both")
     first = rows[0]
     axes.set_xlabel("entries per token (L0), held-out tokens")
-    axes.set_ylabel("squared error per element, normalised space")
+    axes.set_ylabel("squared error per element, normalized space")
     axes.set_title("Reconstruction error against sparsity", pad=28)
     caption = (
         f"{first['model']}, layer {first['layer']} {first['site']}, d = {first['d']}\n{first['d_sae']} latents, "

@@ -29,7 +29,7 @@ TIMES = (
     Published(
         "NVIDIA, sparse autoencoder recipe of BioNeMo", WIDE, 134.0, "H100",
         "https://github.com/NVIDIA-BioNeMo/bionemo-recipes/pull/1613",
-        "fp32 parameters, its Triton decoder: 54 ms forward and 80 ms backward, inputs normalised on the way "
+        "fp32 parameters, its Triton decoder: 54 ms forward and 80 ms backward, inputs normalized on the way "
         "(83 and 108 ms with its dense decoder)",
     ),
     Published(

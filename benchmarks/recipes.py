@@ -52,7 +52,7 @@ class Recipe:
 
 
 def cut(k: int, d_sae: int) -> float:
-    """What k of d_sae standard normal numbers exceed: such are the pre-activations of unit rows and normalised tokens
+    """What k of d_sae standard normal numbers exceed: such are the pre-activations of unit rows and normalized tokens
     at the start, so rules with a threshold or a bias start near their L0 instead of at half of all latents."""
     return NormalDist().inv_cdf(1 - k / d_sae)
 
@@ -236,7 +236,7 @@ CLAIMS = (
     Claim("TopK", "fvu", "ReLU", "Gao et al. 2024, arXiv:2406.04093"),
 )
 
-# Squared error per element at k, GPT-2 small resid_pre, F = 12288, 82 M tokens of OpenWebText, per-token normalised:
+# Squared error per element at k, GPT-2 small resid_pre, F = 12288, 82 M tokens of OpenWebText, per-token normalized:
 # the logs of the authors of top-AFA (Lee et al. 2025, arXiv:2503.24277).
 PUBLISHED: dict[tuple[str, int], dict[int, float]] = {
     ("TopK", 6): {32: 0.0649, 64: 0.0513, 128: 0.0392, 256: 0.0264},
@@ -250,7 +250,7 @@ PUBLISHED: dict[tuple[str, int], dict[int, float]] = {
 PUBLISHED_TOP_AFA = {
     1 / 128: (1579, 0.00335), 1 / 64: (1973, 0.000184), 1 / 32: (2104, 0.000208), 1 / 16: (2419, 0.000171),
 }  # fmt: skip
-PUBLISHED_BUDGET = "F = 12288, 82 M tokens of OpenWebText, per-token normalised space (Lee et al. 2025, authors' logs)"
+PUBLISHED_BUDGET = "F = 12288, 82 M tokens of OpenWebText, per-token normalized space (Lee et al. 2025, authors' logs)"
 
 
 def find(name: str) -> Recipe:

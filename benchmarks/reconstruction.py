@@ -6,7 +6,7 @@
 
 Every rule is trained through sae_engine for each k (or afa_coeff) and seed. The control is the same training in plain
 dense PyTorch (``torch.topk``, scatter, dense matmuls) from the same initial weights on the same batches: it must reach
-the same error. Inputs are normalised token by token, (x − mean) / (std + 1e-5) with the unbiased std, and all errors
+the same error. Inputs are normalized token by token, (x − mean) / (std + 1e-5) with the unbiased std, and all errors
 are in that space. No auxiliary loss. ``benchmarks/README.md`` has the method.
 """
 
@@ -39,9 +39,9 @@ from sae_engine.data import (
 )
 
 CACHE = ROOT / ".cache" / "activations"
-SPACE = "per-token normalised: (x - mean) / (std_unbiased + 1e-5)"
+SPACE = "per-token normalized: (x - mean) / (std_unbiased + 1e-5)"
 OURS, DENSE = "sae_engine", "dense PyTorch"
-NORMALISE_EPS = 1e-5
+NORMALIZE_EPS = 1e-5
 LEARNING_RATE, BETAS = 3e-4, (0.9, 0.99)
 THRESHOLD_RATE = 0.05  # of BatchTopK's running threshold: these runs are too short for the usual 0.01 to catch up
 MEAN_TOKENS = 8192  # b_dec starts as the mean of so many
@@ -129,7 +129,7 @@ class Activations:
 
     train: ActivationStore
     held_out: ActivationStore
-    mean: Tensor  # (d,) of the first training tokens, normalised
+    mean: Tensor  # (d,) of the first training tokens, normalized
     about: Row
 
 
@@ -159,7 +159,7 @@ def collect(
         "eval_tokens": len(held_out),
     }  # fmt: skip
     first = next(train.batches(min(MEAN_TOKENS, len(train)), shuffle=False, dtype=torch.float32))
-    return Activations(train, held_out, normalised(first).mean(0), about)
+    return Activations(train, held_out, normalized(first).mean(0), about)
 
 
 def training_documents() -> list[str]:
@@ -169,9 +169,9 @@ def training_documents() -> list[str]:
     return documents
 
 
-def normalised(x: Tensor) -> Tensor:
+def normalized(x: Tensor) -> Tensor:
     """Each token minus its mean, over its unbiased standard deviation + 1e-5."""
-    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + NORMALISE_EPS)
+    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + NORMALIZE_EPS)
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -293,10 +293,10 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def batches(activations: ActivationStore, setting: Setting, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Normalised batches of one pass; the same seed gives the same."""
+    """Normalized batches of one pass; the same seed gives the same."""
     options: dict[str, Any] = {"seed": seed, "device": device, "dtype": torch.float32, "drop_last": True}
     for x in activations.batches(setting.batch_tokens, **options):
-        yield normalised(x)
+        yield normalized(x)
 
 
 def train(run: Run, data: Activations, setting: Setting, device: torch.device) -> Row:
@@ -348,7 +348,7 @@ def evaluate(
     total = square_total = torch.zeros(held_out.d_model, dtype=torch.float64, device=device)
     fired = torch.zeros(setting.d_sae, dtype=torch.bool, device=device)
     for rows in held_out.batches(setting.batch_tokens, shuffle=False, device=device, dtype=torch.float32):
-        x = normalised(rows)
+        x = normalized(rows)
         x_hat, codes = model(x)
         count, which = model.counts(codes)
         tokens, entries, fired = tokens + len(x), entries + int(count), fired | which

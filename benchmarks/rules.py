@@ -106,7 +106,7 @@ def train(
     seconds = time.perf_counter() - started
     if recipe.calibrated:
         rows = next(data.train.batches(CALIBRATION_TOKENS, seed=seed, device=device, dtype=torch.float32))
-        calibrate(sae, k, reconstruction.normalised(rows))
+        calibrate(sae, k, reconstruction.normalized(rows))
     timed = (setting.steps - WARM_STEPS) * setting.batch_tokens
     return Trained(sae, level.strength, timed / seconds, seconds)
 
@@ -144,9 +144,9 @@ def training_step(
 def batches(
     recipe: Recipe, data: Data, setting: Setting, seed: int, device: torch.device
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Normalised batches of one pass, and what else the rule needs; the same seed gives every rule the same."""
+    """Normalized batches of one pass, and what else the rule needs; the same seed gives every rule the same."""
     options: dict[str, Any] = {"seed": seed, "device": device, "dtype": torch.float32, "drop_last": True}
-    found = (reconstruction.normalised(x) for x in data.train.batches(setting.batch_tokens, **options))
+    found = (reconstruction.normalized(x) for x in data.train.batches(setting.batch_tokens, **options))
     if not recipe.gradients:
         yield from ((x, {}) for x in found)
         return
@@ -169,7 +169,7 @@ class Gradients(ActivationStore):
 
 
 def read_all_gradients(lm: LanguageModel, store: ActivationStore, layer: int, site: str) -> Tensor:
-    """(rows, d) of the store: the gradient of the summed next-token loss in the normalised space of the rows."""
+    """(rows, d) of the store: the gradient of the summed next-token loss in the normalized space of the rows."""
     from sae_engine.data import read_gradients
 
     device, found, count = next(lm.model.parameters()).device, [], 0
@@ -178,7 +178,7 @@ def read_all_gradients(lm: LanguageModel, store: ActivationStore, layer: int, si
         activations, gradients = (
             t[:, 1:].flatten(0, 1) for t in read_gradients(lm.model, ids.to(device), layer=layer, site=site)
         )
-        scale = activations.std(-1, keepdim=True) + reconstruction.NORMALISE_EPS
+        scale = activations.std(-1, keepdim=True) + reconstruction.NORMALIZE_EPS
         found.append((gradients * scale).to("cpu", torch.float16))
         count += len(gradients)
         if count >= len(store):
@@ -240,7 +240,7 @@ class SplicedModel:
         """Cross-entropies, and the share of the damage of zeros that the reconstruction repairs."""
 
         def reconstruct(x: Tensor) -> Tensor:
-            mean, scale = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + reconstruction.NORMALISE_EPS
+            mean, scale = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + reconstruction.NORMALIZE_EPS
             return sae((x - mean) / scale) * scale + mean
 
         spliced = self._run(reconstruct)
@@ -260,7 +260,7 @@ def evaluate(
     sae.eval()
     quality, sparsity = Reconstruction(space=reconstruction.SPACE), Sparsity(setting.d_sae)
     for rows in data.held_out.batches(setting.batch_tokens, shuffle=False, device=device, dtype=torch.float32):
-        x = reconstruction.normalised(rows)
+        x = reconstruction.normalized(rows)
         codes = sae.encode(x)
         quality.update(sae.decode(codes), x)
         sparsity.update(codes)

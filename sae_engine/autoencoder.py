@@ -337,6 +337,6 @@ class SparseAutoencoder(nn.Module):
 
 
 def unit_rows(rows: int, width: int, *, dtype=None, device=None) -> Tensor:
-    """Random directions, one a row: drawn and normalised in fp32."""
+    """Random directions, one a row: drawn and normalized in fp32."""
     drawn = torch.randn(rows, width, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     return (drawn / drawn.norm(dim=1, keepdim=True)).to(dtype or torch.get_default_dtype())

@@ -198,8 +198,8 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("sae", metavar="SAE", nargs="+", type=Path, help="folder with cfg.json and weights")
     _add_model_and_text(parser, text="evaluation")
     parser.add_argument(
-        "--normalise", choices=("none", "token"), default="none",
-        help="what the autoencoder was trained on: the model's activations, or each token normalised by its mean and "
+        "--normalize", choices=("none", "token"), default="none",
+        help="what the autoencoder was trained on: the model's activations, or each token normalized by its mean and "
         "standard deviation",
     )  # fmt: skip
     parser.add_argument("--ppl", type=float, default=None, metavar="P", help="also PPL-P%% sparsity (some passes more)")
@@ -223,7 +223,7 @@ def _eval(args: argparse.Namespace) -> int:
     site, layer = places.pop() if len(places) == 1 else (SITES[0], lm.num_layers * 2 // 3)
     layer, site = layer if args.layer is None else args.layer, site if args.site is None else args.site
     options: dict[str, Any] = {
-        "layer": layer, "site": site, "normalise": args.normalise, "context_length": args.context_length,
+        "layer": layer, "site": site, "normalize": args.normalize, "context_length": args.context_length,
         "batch_size": args.batch_size, "drop_first": not args.keep_first, "max_tokens": args.tokens,
     }  # fmt: skip
     results = {}

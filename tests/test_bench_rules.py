@@ -62,7 +62,7 @@ def test_every_rule_learns_and_reaches_the_l0_that_it_promises(recipe):
 
     def batch():
         weights = torch.rand(128, 40, generator=rng) * (torch.rand(128, 40, generator=rng) < 0.1)
-        return reconstruction.normalised(weights @ directions + 0.01 * torch.randn(128, 16, generator=rng))
+        return reconstruction.normalized(weights @ directions + 0.01 * torch.randn(128, 16, generator=rng))
 
     def context(x):
         return {"gradient": torch.randn(x.shape, generator=rng)} if recipe.gradients else {}
@@ -117,7 +117,7 @@ def test_the_spliced_model_agrees_with_the_metrics():
     assert spliced.tokens == 3 * 255
     sae = se.SparseAutoencoder(256, 64, se.TopK(8)).eval()
     found = spliced.measure(sae)
-    whole = evaluate(sae, lm, evaluation_text(), layer=2, normalise="token", max_tokens=spliced.tokens)["language"]
+    whole = evaluate(sae, lm, evaluation_text(), layer=2, normalize="token", max_tokens=spliced.tokens)["language"]
     for name, value in found.items():
         assert value == pytest.approx(whole[name], rel=1e-5)  # rounded to 6 digits
 

@@ -494,7 +494,7 @@ def train_toy(rule, knob, implementation, steps=60):
     errors = []
     for _ in range(steps):
         weights = torch.rand(128, 40, generator=generator) * (torch.rand(128, 40, generator=generator) < 0.1)
-        x = reconstruction.normalised(weights @ directions + 0.01 * torch.randn(128, 16, generator=generator))
+        x = reconstruction.normalized(weights @ directions + 0.01 * torch.randn(128, 16, generator=generator))
         errors.append(float(reconstruction.training_step(model, optimizer, x, job)))
     return errors, model
 

@@ -148,11 +148,11 @@ def test_eval_prints_a_table_and_writes_all_of_it(sae_folder, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
     out = tmp_path / "out"
     folders = [sae_folder("one"), sae_folder("other")]
-    assert cli.main(["eval", *folders, "--normalise", "token", "--ppl", "5", "--out", str(out), *QUICK]) == 0
+    assert cli.main(["eval", *folders, "--normalize", "token", "--ppl", "5", "--out", str(out), *QUICK]) == 0
     shown, err = capsys.readouterr()
     assert err == ""
     for word in (" one |", " other |", "FVU", "loss recovered", "epsilon-LBO", "CETT", "layer 2, resid_pre",
-                 "per-token normalised", "evaluation text, 200 tokens", weights_sha256(EMBEDDED_FOLDER)):  # fmt: skip
+                 "per-token normalized", "evaluation text, 200 tokens", weights_sha256(EMBEDDED_FOLDER)):  # fmt: skip
         assert word in shown
     names = ["density.png", "eval.json", "eval.md", "frontier.png", "zf.png"]
     assert sorted(path.name for path in out.iterdir()) == names  # and no temporary file

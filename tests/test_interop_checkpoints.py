@@ -307,7 +307,7 @@ class TestDictionaryLearning:
         again, config = load_dictionary(str(tmp_path / "ours"), device="cpu")
         assert type(again) is type(theirs) and config["trainer"]["layer"] == 3
         with torch.no_grad():
-            if name == "AutoEncoder":  # it normalises what it loads
+            if name == "AutoEncoder":  # it normalizes what it loads
                 assert_close(again(x), theirs(x), FP32)
             else:
                 for key, value in theirs.state_dict().items():

@@ -21,7 +21,7 @@ from sae_engine.metrics import (
     loss_recovered,
     ppl_sparsity,
 )
-from sae_engine.metrics.evaluation import Normalisation
+from sae_engine.metrics.evaluation import Normalization
 
 # Sums of n fp64 terms in another order differ by at most n roundings; here n < 2^17 and ratios divide two such sums.
 FP64_SUMS = 2**18 * torch.finfo(torch.float64).eps
@@ -141,7 +141,7 @@ def test_reconstruction_of_nan_and_of_nothing():
 
 def test_reconstruction_takes_16_bit_and_says_what_it_refuses():
     x = torch.randn(20, 8).bfloat16()
-    metric = Reconstruction(space="normalised")
+    metric = Reconstruction(space="normalized")
     metric.update(torch.zeros(20, 8), x)
     assert_close(metric.compute()["mse"], x.double().square().mean().item())
     for arguments, error, match in [
@@ -257,7 +257,7 @@ def test_cosines_equal_the_whole_matrix(block):
     W[8] = 2 * W[2]
     unit = W.double() / W.double().norm(dim=1, keepdim=True)
     expected = (unit @ unit.T).fill_diagonal_(-2).amax(1)
-    # A cosine of fp32 rows errs by the roundings of two normalisations and of a sum of 4 products.
+    # A cosine of fp32 rows errs by the roundings of two normalizations and of a sum of 4 products.
     torch.testing.assert_close(decoder_cosines(W, block=block).double(), expected, rtol=0, atol=8 * 2**-23)
 
 
@@ -556,22 +556,22 @@ def test_the_clean_loss_is_the_models_own(lm, ids, first):
     assert found["language"]["ce_clean"] == pytest.approx(expected, rel=2**-20)  # 127 fp32 terms, another order
 
 
-def test_normalising_is_undone():
+def test_normalizing_is_undone():
     """By the values themselves: a model with layer norms does not notice a token's mean."""
     x = 3 * torch.randn(20, 64, dtype=torch.float64) + 5
-    norm = Normalisation("token")
+    norm = Normalization("token")
     z, info = norm.into(x)
     torch.testing.assert_close(z.mean(1), torch.zeros(20, dtype=torch.float64), rtol=0, atol=1e-14)  # 64 roundings
     torch.testing.assert_close(z.std(1) * (x.std(1) + 1e-5), x.std(1))
     torch.testing.assert_close(norm.back(z, info), x)
-    assert norm.back(*Normalisation("none").into(x)) is x
+    assert norm.back(*Normalization("none").into(x)) is x
 
 
-def test_normalised_space_is_measured_there_and_undone_for_the_model(lm):
-    """The identity of the normalised space is the model's identity up to the roundings of normalising and undoing."""
+def test_normalized_space_is_measured_there_and_undone_for_the_model(lm):
+    """The identity of the normalized space is the model's identity up to the roundings of normalizing and undoing."""
     options = {"layer": 2, "max_tokens": TOKENS, "context_length": 128}
-    found = evaluate(identity(256), lm, evaluation_text(), normalise="token", **options)
-    assert found["reconstruction"]["space"].startswith("per-token normalised")
+    found = evaluate(identity(256), lm, evaluation_text(), normalize="token", **options)
+    assert found["reconstruction"]["space"].startswith("per-token normalized")
     # Squared norms are 255 (unbiased std) but for the 1e-5, beside a std of 1 or more.
     ratio = found["norms"]["norm_ratio_quantiles"][0.5]
     assert ratio == pytest.approx(1.0, rel=1e-6)
@@ -592,7 +592,7 @@ def test_normalised_space_is_measured_there_and_undone_for_the_model(lm):
 def test_batching_of_the_stream_does_not_matter(lm):
     torch.manual_seed(1)
     sae = se.SparseAutoencoder(256, 512, se.TopK(8))
-    options = {"layer": 2, "normalise": "token", "context_length": 64, "max_tokens": 800}
+    options = {"layer": 2, "normalize": "token", "context_length": 64, "max_tokens": 800}
     one, many = (evaluate(sae, lm, evaluation_text(), batch_size=size, **options) for size in (1, 7))
     one.pop("tail"), many.pop("tail")  # its thresholds are the first batch's
     # The language model's own GEMMs round differently by batch: to fp32 sums of 256 to 1024 terms, through 4 blocks.
@@ -616,7 +616,7 @@ def test_rescaled_codes_are_measured_as_the_folded_ones(lm):
 def test_ppl_sparsity_finds_the_last_threshold_that_is_allowed(lm):
     torch.manual_seed(3)
     sae = se.SparseAutoencoder(256, 512, se.TopK(16))
-    options = {"layer": 2, "normalise": "token", "context_length": 64, "max_tokens": 500}
+    options = {"layer": 2, "normalize": "token", "context_length": 64, "max_tokens": 500}
     whole = evaluate(sae, lm, evaluation_text(), **options)
     small = ppl_sparsity(sae, lm, evaluation_text(), rise=0.01, steps=6, **options)
     large = ppl_sparsity(sae, lm, evaluation_text(), rise=0.5, steps=6, **options)
@@ -639,7 +639,7 @@ def test_evaluation_restores_the_mode_and_refuses(lm):
     for change, error, match in [
         ({"layer": 7}, ValueError, "layer must be in"),
         ({"site": "attn"}, ValueError, "site must be one of"),
-        ({"normalise": "unit"}, ValueError, "normalise must be one of"),
+        ({"normalize": "unit"}, ValueError, "normalize must be one of"),
         ({"max_tokens": 0}, ValueError, "max_tokens"),
         ({"sae": se.SparseAutoencoder(128, 64, se.ReLU())}, ValueError, "d_in = d_out = 256"),
         ({"sae": torch.nn.Linear(256, 256)}, TypeError, "SparseAutoencoder"),

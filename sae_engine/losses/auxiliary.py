@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class AuxK(Loss):
     """Dead latents reconstruct what the others left of the target, without b_dec. Gao et al. 2024, arXiv:2406.04093.
 
-    With layer norm, the residual is that of the normalised target. A latent is dead that had not fired for
+    With layer norm, the residual is that of the normalized target. A latent is dead that had not fired for
     ``dead_after`` tokens before this batch; OpenAI and dictionary_learning count the batch itself too, and so spare a
     latent that has just revived.
 

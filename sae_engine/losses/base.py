@@ -35,7 +35,7 @@ class LossInput:
             :attr:`codes` stand for them. Constants, as ``sae.W_dec.detach()``, may be read.
         rule: whose codes these are.
         codes: over (B, d_sae).
-        x: (B, d_in), as the encoder sees it: normalised, with ``b_dec``.
+        x: (B, d_in), as the encoder sees it: normalized, with ``b_dec``.
         target: (B, d_out), what is to be reconstructed, fp32 or wider.
         dead: (d_sae,) bool, latents that count as dead.
     """

@@ -24,20 +24,20 @@ from .sparsity import Sparsity
 if TYPE_CHECKING:
     from ..data import LanguageModel
 
-NORMALISATIONS = {
+NORMALIZATIONS = {
     "none": "raw",
-    "token": f"per-token normalised: (x - mean) / (std_unbiased + {LAYER_NORM_EPS:g})",
+    "token": f"per-token normalized: (x - mean) / (std_unbiased + {LAYER_NORM_EPS:g})",
 }
 TAIL_QUANTILES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
-class Normalisation:
+class Normalization:
     """Between the model's activations and the space in which an autoencoder was trained."""
 
     def __init__(self, kind: str) -> None:
-        if kind not in NORMALISATIONS:
-            raise ValueError(f"normalise must be one of {tuple(NORMALISATIONS)}, got {kind!r}")
-        self.kind, self.space = kind, NORMALISATIONS[kind]
+        if kind not in NORMALIZATIONS:
+            raise ValueError(f"normalize must be one of {tuple(NORMALIZATIONS)}, got {kind!r}")
+        self.kind, self.space = kind, NORMALIZATIONS[kind]
 
     def into(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """x (tokens, d) in the autoencoder's space, and what :meth:`back` needs."""
@@ -58,7 +58,7 @@ def evaluate(
     *,
     layer: int,
     site: str = "resid_pre",
-    normalise: str = "none",
+    normalize: str = "none",
     context_length: int | None = None,
     batch_size: int = 8,
     drop_first: bool = True,
@@ -75,7 +75,7 @@ def evaluate(
         sae: in eval mode during the call, afterwards as before; d_in = d_out = the model's d_model.
         lm: from :func:`sae_engine.data.load_language_model`, on the device of ``sae``.
         texts, layer, site, context_length, batch_size: as :func:`sae_engine.data.stream_activations`.
-        normalise: what the autoencoder's input is: ``"none"``, the model's activations; ``"token"``, each token
+        normalize: what the autoencoder's input is: ``"none"``, the model's activations; ``"token"``, each token
             minus its mean over its standard deviation (unbiased) + 1e-5. Errors are measured in that space, and the
             reconstruction is brought back before it takes its place. (An autoencoder with
             ``normalize_activations="layer_norm"`` does this itself, and is measured in raw space.)
@@ -95,9 +95,9 @@ def evaluate(
             autoencoder does not know (``GradientTopK``: evaluate it with ``TopK`` as its activation).
         RuntimeError: the rule has no threshold yet (names ``threshold``), or the texts hold no token.
     """
-    splice = _Splice(sae, lm, layer, site, normalise, drop_first)
+    splice = _Splice(sae, lm, layer, site, normalize, drop_first)
     batches = splice.batches(texts, context_length, batch_size, max_tokens)
-    measures = _Measures(sae, splice.normalisation, centre)
+    measures = _Measures(sae, splice.normalization, centre)
     runs: dict[str, tuple[NextTokenLoss, Callable[[Tensor], Tensor]]] = {
         "spliced": (NextTokenLoss(), measures.update), "ablated": (NextTokenLoss(), torch.zeros_like)
     }  # fmt: skip
@@ -132,7 +132,7 @@ def ppl_sparsity(
     layer: int,
     rise: float = 0.01,
     site: str = "resid_pre",
-    normalise: str = "none",
+    normalize: str = "none",
     context_length: int | None = None,
     batch_size: int = 8,
     drop_first: bool = True,
@@ -158,7 +158,7 @@ def ppl_sparsity(
     layers; for the single layer of an autoencoder, bisecting the CETT is bisecting its threshold.
     """
     rise, steps = check.positive("rise", rise), check.integer_k(steps, name="steps")
-    splice = _Splice(sae, lm, layer, site, normalise, drop_first)
+    splice = _Splice(sae, lm, layer, site, normalize, drop_first)
     ids = list(splice.batches(texts, context_length, batch_size, max_tokens))
     with _in_eval_mode(sae):
         low, high = splice.contribution_range(ids)
@@ -188,9 +188,9 @@ class _Splice:
     """A language model with something in the place of one site's activations."""
 
     def __init__(
-        self, sae: SparseAutoencoder, lm: LanguageModel, layer: int, site: str, normalise: str, drop_first: bool
+        self, sae: SparseAutoencoder, lm: LanguageModel, layer: int, site: str, normalize: str, drop_first: bool
     ) -> None:
-        self.normalisation = Normalisation(normalise)
+        self.normalization = Normalization(normalize)
         _check_fit(sae, lm)
         self.sae, self.lm, self.layer, self.site, self.first = sae, lm, layer, site, int(drop_first)
 
@@ -234,7 +234,7 @@ class _Splice:
             found: list[Tensor] = []
 
             def look(x: Tensor, found=found) -> Tensor:
-                codes = self.sae.encode(self.normalisation.into(x)[0])
+                codes = self.sae.encode(self.normalization.into(x)[0])
                 found.append((codes.values * functional.at_latents(norms, codes)).abs())
                 return x
 
@@ -250,12 +250,12 @@ class _Splice:
         loss, tail = NextTokenLoss(), TailTruncation(rows, [threshold])
 
         def reconstruct(x: Tensor) -> Tensor:
-            z, info = self.normalisation.into(x)
+            z, info = self.normalization.into(x)
             (codes,), encoded, _ = self.sae.encode_with(z)
             tail.update(codes)
             dropped = (codes.values * functional.at_latents(norms, codes)).abs() < threshold
             codes = codes.replace(values=torch.where(dropped, 0.0, codes.values))
-            return self.normalisation.back(self.sae.decode(codes, encoded), info)
+            return self.normalization.back(self.sae.decode(codes, encoded), info)
 
         for ids in batches:
             loss.update(self.logits(ids, reconstruct), self.measured(ids))
@@ -310,7 +310,7 @@ def _limited(batches: Iterator[Tensor], first: int, max_tokens: int | None) -> I
 class _Measures:
     """The metrics that need the autoencoder alone."""
 
-    def __init__(self, sae: SparseAutoencoder, norm: Normalisation, centre: Tensor | None) -> None:
+    def __init__(self, sae: SparseAutoencoder, norm: Normalization, centre: Tensor | None) -> None:
         self.sae, self.norm = sae, norm
         self.norms, self.rows = _contributing_rows(sae)
         self.reconstruction = Reconstruction(space=norm.space, centre=centre)

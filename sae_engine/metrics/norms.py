@@ -56,7 +56,7 @@ class EpsilonLBO:
         """Adds the tokens of ``codes``; ``z``: (*batch_shape, d), what they encode. May be empty.
 
         ``scale`` (*batch_shape,) is what each token was divided by before: the plot's norms are multiplied by it, which
-        spreads out tokens that were normalised to one norm. No other result depends on it.
+        spreads out tokens that were normalized to one norm. No other result depends on it.
         """
         F = self._weights.shape[0]
         check_codes(codes, F)

@@ -20,7 +20,7 @@ class Reconstruction:
     for the device before :meth:`compute`.
 
     Args:
-        space: what ``x`` and ``x_hat`` are, in words ("raw", "per-token normalised" …): errors in two spaces do not
+        space: what ``x`` and ``x_hat`` are, in words ("raw", "per-token normalized" …): errors in two spaces do not
             compare, so every table has to name it.
         centre: (d,), a fixed mean for ``explained_variance_per_token``. Each token's ratio needs the mean before the
             stream has ended; where the literature takes the batch's own, results depend on the batching.
