@@ -11,6 +11,7 @@ import shutil
 import sys
 import types
 import warnings
+from pathlib import Path
 
 # Under pytest-xdist the processes share the cores; this has to be said before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -24,6 +25,8 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+pytest.register_assert_rewrite(*(file.stem for file in (Path(__file__).parent / "helpers").glob("*.py")))
 
 COMPILED_FOR = os.environ.get("PTX_EMULATOR_ARCH")
 if COMPILED_FOR:
@@ -55,7 +58,8 @@ ON_THE_GPU = {
     "test_activations", "test_autoencoder", "test_aux_zipf", "test_batch_topk", "test_budgets", "test_codes",
     "test_decode", "test_encode", "test_feature_choice", "test_feature_topm", "test_latent_pass",
     "test_losses", "test_norm_match", "test_prefixes", "test_registration", "test_row_topk", "test_rule_losses",
-    "test_rules", "test_threshold", "test_training", "test_autotune", "test_waits",
+    "test_rules", "test_threshold", "test_training_capture", "test_training_gradients", "test_training_step",
+    "test_training_updates", "test_autotune", "test_waits",
 }  # fmt: skip
 NOT_EMULATED = {"test_autotune", "test_waits"}  # many configurations of the same kernels; a device that is played
 

@@ -1,4 +1,5 @@
-"""What accelerates other libraries' objects, tested without them; with them: test_interop_accelerate.py."""
+"""What accelerates other libraries' objects, tested without them; with them: test_interop_accelerate.py
+and test_interop_objects.py."""
 
 import importlib.util
 import subprocess

@@ -266,6 +266,6 @@ def test_parts_fit_into_the_time():
 
 
 def test_the_lists_are_read_from_the_tests():
-    assert {"test_row_topk", "test_training"} <= gpu.on_the_gpu()
+    assert {"test_row_topk", "test_training_step"} <= gpu.on_the_gpu()
     assert {"test_row_topk", "test_latent_pass"} <= {file.stem for file in gpu.marked("sanitizer")}
     assert all((gpu.TESTS / f"{name}.py").exists() for name in gpu.on_the_gpu())

@@ -1,14 +1,13 @@
-"""Metrics: against values computed by hand, against any other batching, and spliced into the embedded model."""
+"""Metrics against values computed by hand, and against any other batching."""
 
 import itertools
 import math
 
 import pytest
 import torch
+from metric_cases import FP64_SUMS, assert_close
 
 import sae_engine as se
-from sae_engine.data import evaluation_text, load_language_model, run_with_replacement
-from sae_engine.data.activations import context_batches
 from sae_engine.metrics import (
     EpsilonLBO,
     NextTokenLoss,
@@ -17,14 +16,9 @@ from sae_engine.metrics import (
     TailTruncation,
     decoder_cosines,
     decoder_similarity,
-    evaluate,
     loss_recovered,
-    ppl_sparsity,
 )
-from sae_engine.metrics.evaluation import Normalization
 
-# Sums of n fp64 terms in another order differ by at most n roundings; here n < 2^17 and ratios divide two such sums.
-FP64_SUMS = 2**18 * torch.finfo(torch.float64).eps
 NAN = float("nan")
 
 
@@ -38,22 +32,6 @@ def splits(count, seed):
     cuts = torch.randint(0, count + 1, (6,), generator=rng).tolist()
     cuts = sorted([0, 0, 1, count, *cuts])
     return [slice(a, b) for a, b in itertools.pairwise(cuts)]
-
-
-def assert_close(a, b, tolerance=FP64_SUMS):
-    """Nested results agree: numbers to ``tolerance`` (relative), all else exactly."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert_close(a[name], b[name], tolerance)
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_close(x, y, tolerance)
-    elif isinstance(a, float):
-        assert a == pytest.approx(b, rel=tolerance, abs=tolerance, nan_ok=True)
-    else:
-        assert a == b
 
 
 # --- reconstruction ------------------------------------------------------------------------------------------------
@@ -470,265 +448,6 @@ def test_loss_recovered():
     assert loss_recovered(2.0, 3.0, 6.0) == 0.75
     assert loss_recovered(2.0, 7.0, 6.0) == -0.25
     assert math.isnan(loss_recovered(2.0, 2.0, 2.0))
-
-
-# --- spliced into the embedded model -------------------------------------------------------------------------------
-
-TOKENS = 1500
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return load_language_model()
-
-
-@pytest.fixture(scope="module")
-def ids(lm):
-    return next(context_batches(lm, evaluation_text(), 128, 4))
-
-
-def identity(d):
-    """An autoencoder that returns its input bit for bit: a latent for each sign of each dimension."""
-    sae = se.SparseAutoencoder(d, 2 * d, se.ReLU())
-    with torch.no_grad():
-        sae.W_dec.copy_(torch.cat([torch.eye(d), -torch.eye(d)]))
-        sae.W_enc.copy_(sae.W_dec.T)
-    return sae
-
-
-@pytest.mark.parametrize("site", ["resid_pre", "mlp_out", "resid_post"])
-def test_replacing_with_the_same_changes_no_bit(lm, ids, site):
-    clean = lm.model(ids).logits
-    seen = []
-
-    def read(hidden):
-        seen.append(hidden)
-        return hidden.clone()
-
-    assert torch.equal(run_with_replacement(lm.model, ids, read, layer=2, site=site), clean)
-    assert seen[0].shape == (4, 128, 256)
-    zeros = run_with_replacement(lm.model, ids, torch.zeros_like, layer=2, site=site)
-    assert not torch.allclose(zeros, clean, atol=1.0)
-    assert torch.equal(lm.model(ids).logits, clean)  # the hook is gone
-
-
-def test_replacing_reaches_the_site_that_it_names(lm, ids):
-    """Zeros for what enters the first block are zeros for its embedding; a later block's zeros are another thing."""
-    noise = torch.randn(4, 128, 256)
-    after = run_with_replacement(lm.model, ids, lambda _: noise, layer=3, site="resid_post")
-    expected = lm.model.lm_head(lm.model.transformer.ln_f(noise))
-    torch.testing.assert_close(after, expected, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="replace must return"):
-        run_with_replacement(lm.model, ids, lambda x: x[:, 1:], layer=3)
-    with pytest.raises(ValueError, match="layer"):
-        run_with_replacement(lm.model, ids, lambda x: x, layer=9)
-
-
-@pytest.mark.parametrize("drop_first", [True, False])
-def test_identity_gives_the_clean_loss_and_no_code_the_ablated_one(lm, drop_first):
-    options = {"layer": 2, "max_tokens": TOKENS, "context_length": 128, "drop_first": drop_first}
-    perfect = identity(256)
-    found = evaluate(perfect, lm, evaluation_text(), **options)
-    language = found["language"]
-    assert language["ce_spliced"] == language["ce_clean"]
-    assert language["kl_spliced"] == 0.0
-    assert language["loss_recovered"] == 1.0
-    assert found["reconstruction"]["mse"] == 0.0
-    assert found["reconstruction"]["tokens"] == found["sparsity"]["tokens"] == TOKENS
-    assert language["ce_ablated"] > language["ce_clean"] + 1
-
-    silent = se.SparseAutoencoder(256, 8, se.JumpReLU(8, threshold=1e9))
-    language = evaluate(silent, lm, evaluation_text(), **options)["language"]
-    assert language["ce_spliced"] == language["ce_ablated"]
-    assert language["kl_spliced"] == language["kl_ablated"] > 1
-    assert language["loss_recovered"] == 0.0
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_the_clean_loss_is_the_models_own(lm, ids, first):
-    text = lm.tokenizer.decode(ids[0, 1:])
-    whole = next(context_batches(lm, [text], 128, 1))
-    expected = torch.nn.functional.cross_entropy(lm.model(whole).logits[0, first:-1], whole[0, first + 1 :]).item()
-    found = evaluate(
-        identity(256), lm, [text], layer=1, context_length=128, drop_first=bool(first), max_tokens=128 - first
-    )
-    assert found["language"]["predicted"] == 127 - first
-    assert found["language"]["ce_clean"] == pytest.approx(expected, rel=2**-20)  # 127 fp32 terms, another order
-
-
-def test_normalizing_is_undone():
-    """By the values themselves: a model with layer norms does not notice a token's mean."""
-    x = 3 * torch.randn(20, 64, dtype=torch.float64) + 5
-    norm = Normalization("token")
-    z, info = norm.into(x)
-    torch.testing.assert_close(z.mean(1), torch.zeros(20, dtype=torch.float64), rtol=0, atol=1e-14)  # 64 roundings
-    torch.testing.assert_close(z.std(1) * (x.std(1) + 1e-5), x.std(1))
-    torch.testing.assert_close(norm.back(z, info), x)
-    assert norm.back(*Normalization("none").into(x)) is x
-
-
-def test_normalized_space_is_measured_there_and_undone_for_the_model(lm):
-    """The identity of the normalized space is the model's identity up to the roundings of normalizing and undoing."""
-    options = {"layer": 2, "max_tokens": TOKENS, "context_length": 128}
-    found = evaluate(identity(256), lm, evaluation_text(), normalize="token", **options)
-    assert found["reconstruction"]["space"].startswith("per-token normalized")
-    # Squared norms are 255 (unbiased std) but for the 1e-5, beside a std of 1 or more.
-    ratio = found["norms"]["norm_ratio_quantiles"][0.5]
-    assert ratio == pytest.approx(1.0, rel=1e-6)
-    assert found["language"]["loss_recovered"] == pytest.approx(1.0, abs=1e-5)
-    own = identity(256)
-    own.normalize_activations = "layer_norm"
-    again = evaluate(own, lm, evaluation_text(), **options)
-    assert again["reconstruction"]["space"] == "raw"
-    assert again["language"]["loss_recovered"] == pytest.approx(1.0, abs=1e-5)
-    for quantile in (0.05, 0.5, 0.95):  # the plot shows the same tokens at the same place
-        assert again["norms"]["norm_ratio_quantiles"][quantile] == pytest.approx(
-            found["norms"]["norm_ratio_quantiles"][quantile], rel=1e-6
-        )
-    z = torch.tensor(found["norms"]["zf_points"])[:, 0]
-    assert z.std() / z.mean() > 0.01  # at the model's scale: the tokens do not all have one norm
-
-
-def test_batching_of_the_stream_does_not_matter(lm):
-    torch.manual_seed(1)
-    sae = se.SparseAutoencoder(256, 512, se.TopK(8))
-    options = {"layer": 2, "normalize": "token", "context_length": 64, "max_tokens": 800}
-    one, many = (evaluate(sae, lm, evaluation_text(), batch_size=size, **options) for size in (1, 7))
-    one.pop("tail"), many.pop("tail")  # its thresholds are the first batch's
-    # The language model's own GEMMs round differently by batch: to fp32 sums of 256 to 1024 terms, through 4 blocks.
-    assert_close(one, many, tolerance=1e-4)
-
-
-def test_rescaled_codes_are_measured_as_the_folded_ones(lm):
-    """Codes that hold p * ||w|| over rows w / ||w|| are the codes p over rows w: norms and tails agree."""
-    torch.manual_seed(2)
-    plain = se.SparseAutoencoder(256, 64, se.ReLU(), decoder_init_norm=0.5)
-    rescaled = se.SparseAutoencoder(256, 64, se.ReLU(), rescale_acts_by_decoder_norm=True)
-    rescaled.load_state_dict(plain.state_dict())
-    a, b = (evaluate(s, lm, evaluation_text(), layer=2, context_length=64, max_tokens=300) for s in (plain, rescaled))
-    for result in (a, b):
-        result["norms"].pop("zf_points")
-    assert_close(a["norms"], b["norms"], tolerance=1e-5)  # fp32 products in another order
-    assert_close(a["tail"], b["tail"], tolerance=1e-4)
-    assert_close(a["language"], b["language"], tolerance=1e-5)
-
-
-def test_ppl_sparsity_finds_the_last_threshold_that_is_allowed(lm):
-    torch.manual_seed(3)
-    sae = se.SparseAutoencoder(256, 512, se.TopK(16))
-    options = {"layer": 2, "normalize": "token", "context_length": 64, "max_tokens": 500}
-    whole = evaluate(sae, lm, evaluation_text(), **options)
-    small = ppl_sparsity(sae, lm, evaluation_text(), rise=0.01, steps=6, **options)
-    large = ppl_sparsity(sae, lm, evaluation_text(), rise=0.5, steps=6, **options)
-    assert small["ce_whole"] == pytest.approx(whole["language"]["ce_spliced"], rel=1e-6)
-    for found in (small, large):
-        assert found["ce"] <= found["ce_whole"] + math.log1p(found["rise"])
-        assert 0 <= found["cett"] < 1
-        assert found["off"] == pytest.approx(1 - found["l0_kept"] / 512)
-        assert found["l0"] == whole["sparsity"]["l0"]
-    assert large["l0_kept"] < small["l0_kept"] <= 16
-    assert large["threshold"] > small["threshold"]
-
-
-def test_evaluation_restores_the_mode_and_refuses(lm):
-    sae = se.SparseAutoencoder(256, 64, se.BatchTopK(4)).train()
-    with pytest.raises(RuntimeError, match="threshold"):
-        evaluate(sae, lm, evaluation_text(), layer=2, max_tokens=100)
-    assert sae.training and sae.activation.training
-    good = identity(256)
-    for change, error, match in [
-        ({"layer": 7}, ValueError, "layer must be in"),
-        ({"site": "attn"}, ValueError, "site must be one of"),
-        ({"normalize": "unit"}, ValueError, "normalize must be one of"),
-        ({"max_tokens": 0}, ValueError, "max_tokens"),
-        ({"sae": se.SparseAutoencoder(128, 64, se.ReLU())}, ValueError, "d_in = d_out = 256"),
-        ({"sae": torch.nn.Linear(256, 256)}, TypeError, "SparseAutoencoder"),
-        ({"sae": se.SparseAutoencoder(256, 64, se.GradientTopK(4))}, TypeError, "attribution"),
-        ({"texts": []}, RuntimeError, "no token"),
-        ({"texts": "one string"}, TypeError, "texts"),
-    ]:
-        arguments = {"sae": good, "lm": lm, "texts": evaluation_text(), "layer": 2, "max_tokens": 50, **change}
-        with pytest.raises(error, match=match):
-            evaluate(arguments.pop("sae"), arguments.pop("lm"), arguments.pop("texts"), **arguments)
-    with pytest.raises(ValueError, match="rise"):
-        ppl_sparsity(good, lm, evaluation_text(), layer=2, rise=0)
-
-
-# --- beside SAELens' own evaluation --------------------------------------------------------------------------------
-
-
-@pytest.mark.interop
-@pytest.mark.no_poison  # SAELens makes its modules with torch.empty
-@pytest.mark.parametrize("rule", ["relu", "topk", "jumprelu"])
-@pytest.mark.parametrize("first_too", [True, False])
-@pytest.mark.filterwarnings("default")
-def test_saelens_measures_the_same(lm, tmp_path, rule, first_too):
-    """The same autoencoder, model and contexts: every number that both report, under the names that each gives it."""
-    evals = pytest.importorskip("sae_lens.evals", reason="the comparison needs sae-lens")
-    from sae_lens import SAE
-    from sae_lens.load_model import HookedProxyLM
-    from sae_lens.training.activation_scaler import ActivationScaler
-
-    torch.manual_seed(4)
-    activation = {"relu": se.ReLU(), "topk": se.TopK(8), "jumprelu": se.JumpReLU(512, threshold=0.5)}[rule]
-    ours = se.SparseAutoencoder(256, 512, activation)
-    with torch.no_grad():
-        ours.b_dec.normal_()
-        ours.b_enc.normal_(std=0.1)
-    ours.save_pretrained(tmp_path)
-    theirs = SAE.load_from_disk(tmp_path)
-    hook = theirs.cfg.metadata.hook_name = "transformer.h.1"  # what leaves block 1
-
-    text = evaluation_text()[0]  # one document, so that the beginning of the context is the only special token
-    every = next(context_batches(lm, [text], 128, 6))
-
-    class Store:
-        context_size, store_batch_size_prompts, given = 128, 3, 0
-
-        def reset_input_dataset(self):
-            self.given = 0
-
-        def get_batch_tokens(self, count):
-            self.given += count
-            return every[self.given - count : self.given]
-
-    config = evals.get_eval_everything_config(
-        batch_size_prompts=3, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2
-    )
-    model = HookedProxyLM(lm.model, lm.tokenizer, hook_names=[hook])
-    special = [] if first_too else [lm.tokenizer.bos_token_id]
-    expected, per_latent = evals.run_evals(
-        theirs, Store(), model, ActivationScaler(), config, exclude_special_tokens=special
-    )
-    found = evaluate(
-        ours, lm, [text], layer=1, site="resid_post", context_length=128, batch_size=3, drop_first=not first_too,
-        max_tokens=6 * (127 + first_too),
-    )  # fmt: skip
-    quality, shrinkage = expected["reconstruction_quality"], expected["shrinkage"]
-    performance, behaviour = expected["model_performance_preservation"], expected["model_behavior_preservation"]
-    reconstruction, language = found["reconstruction"], found["language"]
-    pairs = {
-        "mse": (reconstruction["squared_error"], quality["mse"]),
-        "explained_variance": (reconstruction["explained_variance"], quality["explained_variance"]),
-        "cossim": (reconstruction["cosine"], quality["cossim"]),
-        "l2_ratio": (reconstruction["l2_ratio"], shrinkage["l2_ratio"]),
-        "l0": (found["sparsity"]["l0"], expected["sparsity"]["l0"]),
-        "ce_loss_without_sae": (language["ce_clean"], performance["ce_loss_without_sae"]),
-        "ce_loss_with_sae": (language["ce_spliced"], performance["ce_loss_with_sae"]),
-        "kl_div_with_sae": (language["kl_spliced"], behaviour["kl_div_with_sae"]),
-    }
-    if first_too:  # otherwise theirs ablates the first position too, ours leaves it
-        pairs |= {
-            "ce_loss_with_ablation": (language["ce_ablated"], performance["ce_loss_with_ablation"]),
-            "ce_loss_score": (language["loss_recovered"], performance["ce_loss_score"]),
-            "kl_div_with_ablation": (language["kl_ablated"], behaviour["kl_div_with_ablation"]),
-        }
-    for name, (mine, other) in pairs.items():
-        # Theirs: fp32 means of fp32 terms, through fp32 GEMMs of another order. 2^-13 is 1e3 fp32 roundings.
-        assert mine == pytest.approx(other, rel=2**-13), name
-    densities = torch.tensor(per_latent["feature_density"])
-    assert found["sparsity"]["dead"] == int((densities == 0).sum())
-    assert found["sparsity"]["dense"] == int((densities > 0.1).sum())
 
 
 @pytest.mark.interop

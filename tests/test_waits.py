@@ -394,7 +394,7 @@ def test_an_autoencoder_can_be_captured(name, eval):
 def test_a_step_is_captured_after_a_warm_up():
     """Two ordinary steps load no kernel of AuxK, for nothing is dead yet: the capture would have to."""
     if HAS_GPU:
-        pytest.skip("played here; test_training captures a step on a GPU")
+        pytest.skip("played here; test_training_capture captures a step on a GPU")
     for warm in (False, True):
         with Played() as played, torch.device("cuda"):
             sae, x = se.SparseAutoencoder(D, F, se.TopK(4)), torch.randn(B, D)

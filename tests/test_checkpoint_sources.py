@@ -1,0 +1,169 @@
+"""Where checkpoints come from and go to: the hub, and `sae-engine convert`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_cases import B, D, F, write
+
+import sae_engine as se
+from sae_engine import cli
+from sae_engine.checkpoints import formats, hub
+from sae_engine.testing import assert_same
+
+
+class TestHub:
+    @pytest.fixture
+    def served(self, tmp_path, monkeypatch):
+        """A hub with one repository; what was asked of it."""
+        snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
+        write("saelens", snapshot / "layers.3", rule="ReLU")
+        write("gemma_scope", snapshot / "layer_0" / "width_16k")
+        asked = []
+
+        def snapshot_download(repository, **kwargs):
+            asked.append((repository, kwargs))
+            return str(snapshot)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        return asked
+
+    def test_a_folder_of_a_repository(self, served):
+        loaded = se.SparseAutoencoder.from_pretrained("a/b/layers.3")
+        assert loaded.card.source == "a/b@0123abc/layers.3"
+        ((repository, asked),) = served
+        assert repository == "a/b" and asked["ignore_patterns"] == ["layers.3/*/*"]
+        assert set(asked["allow_patterns"]) == {f"layers.3/*{s}" for s in (".json", ".safetensors", ".pt", ".npz")}
+
+    def test_a_file_of_a_repository(self, served):
+        loaded = se.SparseAutoencoder.from_pretrained("a/b/layer_0/width_16k/params.npz")
+        assert type(loaded.activation) is se.JumpReLU
+        assert served[0][1]["allow_patterns"] == ["layer_0/width_16k/params.npz", "layer_0/width_16k/*.json"]
+
+    def test_what_is_not_there(self, served, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"'a/b' holds no 'layers\.4'"):
+            se.SparseAutoencoder.from_pretrained("a/b/layers.4")
+        with pytest.raises(ValueError, match="holds no checkpoint of a known format"):
+            se.SparseAutoencoder.from_pretrained("a/b")  # its folders were not named
+
+    def test_known_releases_are_centred(self, served, monkeypatch):
+        assert se.SparseAutoencoder.from_pretrained("a/b/layers.3").normalize_activations == "none"
+        monkeypatch.setattr(hub, "CENTRED", {"a/b"})
+        loaded = se.SparseAutoencoder.from_pretrained("a/b/layers.3")
+        assert loaded.normalize_activations == "center" and loaded.card.residual == "mean-centred"
+        assert se.SparseAutoencoder.from_pretrained("a/b/layers.3", residual="raw").normalize_activations == "none"
+
+    @pytest.mark.parametrize(
+        "name", ["nowhere", "./a/b", "/a/b", "../a/b", "a/../b", "a/b/../../c", "~/a/b", "a/b/*", "a//b"]
+    )
+    def test_what_is_no_name_is_a_path(self, name, served):
+        with pytest.raises(FileNotFoundError, match="path must be a folder or a file of weights"):
+            se.SparseAutoencoder.from_pretrained(name)
+        with pytest.raises(FileNotFoundError):
+            se.SparseAutoencoder.from_pretrained(Path("a/b/layers.3"))  # a Path is never a name
+        assert served == []
+
+    def test_without_a_network(self, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(ConnectionError, match="path='nobody/none' is not here, and the hub did not give it"):
+            se.SparseAutoencoder.from_pretrained("nobody/none")
+
+    def test_a_refusing_hub(self, monkeypatch):
+        from huggingface_hub.errors import HFValidationError
+
+        def refuse(*args, **kwargs):
+            raise HFValidationError("no such name\nmore")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+        with pytest.raises(FileNotFoundError, match=r"neither here nor on the hub: no such name$"):
+            se.SparseAutoencoder.from_pretrained("nobody/none")
+
+
+class TestConvert:
+    def convert(self, *arguments):
+        return cli.main(["convert", *map(str, arguments)])
+
+    # A file of each format, into another that holds it.
+    @pytest.mark.parametrize(
+        ("origin", "rule", "options", "target"),
+        [
+            ("saelens", "TopK", {}, "sparsify"),
+            ("sparsify", "TopK", {}, "dictionary_learning"),
+            ("dictionary_learning", "JumpReLU", {"apply_b_dec_to_input": False}, "gemma_scope"),
+            ("gemma_scope", "JumpReLU", {"apply_b_dec_to_input": False}, "saelens"),
+            ("openai", "TopK", {"normalize_activations": "layer_norm"}, "saelens"),
+            ("batchtopk", "TopK", {}, "saelens"),
+            ("saelens", "ReLU", {}, "openai"),
+            ("saelens", "TopAFA", {"normalize_activations": "layer_norm"}, "batchtopk"),
+        ],
+    )
+    def test_there_and_back_is_exact(self, origin, rule, options, target, tmp_path, capsys):
+        sae = write(origin, tmp_path / "a", rule=rule, **options)
+        assert self.convert(tmp_path / "a", tmp_path / "b", "--format", target) == 0
+        out = capsys.readouterr().out
+        assert f"{target}, {rule}, d_in {D}, d_sae {F}" in out and f"from           {origin}" in out
+        assert formats.detect(tmp_path / "b") == target
+        assert self.convert(tmp_path / "b", tmp_path / "c", "--format", origin, "--from", target) == 0
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path / "c")
+        for name, value in sae.state_dict().items():
+            assert_same(loaded.state_dict()[name], value)
+
+    def test_batchtopk_for_inference(self, tmp_path, capsys):
+        sae = write("saelens", tmp_path / "a", rule="BatchTopK").eval()
+        assert self.convert(tmp_path / "a", tmp_path / "b.npz", "--format", "gemma_scope") == 1
+        assert "cannot hold the rule BatchTopK" in capsys.readouterr().err
+        assert not (tmp_path / "b.npz").exists()
+        assert self.convert(tmp_path / "a", tmp_path / "b.npz", "--format", "gemma_scope", "--inference") == 0
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path / "b.npz")
+        x = torch.randn(B, D)
+        # fp32, b_dec folded: one more rounding of sums of 12 terms of size 1
+        torch.testing.assert_close(loaded(x), sae(x), rtol=0, atol=1e-5)
+
+    def test_nothing_is_overwritten_unless_forced(self, tmp_path, capsys):
+        write("saelens", tmp_path / "a")
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "sae.safetensors").write_text("mine")
+        assert self.convert(tmp_path / "a", tmp_path / "b", "--format", "sparsify") == 1
+        assert "exists" in capsys.readouterr().err
+        assert (tmp_path / "b" / "sae.safetensors").read_text() == "mine"
+        assert self.convert(tmp_path / "a", tmp_path / "b", "--format", "sparsify", "--force") == 0
+        assert formats.detect(tmp_path / "b") == "sparsify"
+        (tmp_path / "empty").mkdir()
+        assert self.convert(tmp_path / "a", tmp_path / "empty", "--format", "sparsify") == 0
+
+    @pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "batchtopk", "gemma_scope"])
+    def test_whole_or_not_at_all(self, format, tmp_path, monkeypatch):
+        write("gemma_scope", tmp_path / "a") if format == "gemma_scope" else write(format, tmp_path / "a")
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "cfg.json").write_text("mine")
+
+        def fails(*args, **kwargs):
+            raise OSError("disk full")
+
+        for writer in ("safetensors.torch.save_file", "pathlib.Path.write_text", "torch.save", "numpy.savez"):
+            with monkeypatch.context() as broken:
+                broken.setattr(writer, fails)
+                for target in ("b", "new/folder"):
+                    status = self.convert(tmp_path / "a", tmp_path / target, "--format", format, "--force")
+                    if status == 0:  # a writer that this format does not use
+                        break
+                else:
+                    assert [p.name for p in (tmp_path / "b").iterdir()] == ["cfg.json"]
+                    assert (tmp_path / "b" / "cfg.json").read_text() == "mine"
+                    assert not (tmp_path / "new").exists()
+                    return
+            for file in (tmp_path / "b").iterdir():
+                file.unlink()
+            (tmp_path / "b" / "cfg.json").write_text("mine")
+        pytest.fail("no writer was used")
+
+    def test_options_of_the_source(self, tmp_path):
+        write("saelens", tmp_path / "a")
+        cfg = json.loads((tmp_path / "a" / "cfg.json").read_text()) | {"normalize_activations": True}  # of version 5
+        (tmp_path / "a" / "cfg.json").write_text(json.dumps(cfg))
+        arguments = (tmp_path / "a", tmp_path / "b", "--format", "saelens")
+        assert self.convert(*arguments) == 1
+        assert self.convert(*arguments, "--activation-scale", "0.5", "--residual", "mean-centred") == 0
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path / "b")
+        assert loaded.normalize_activations == "center" and "0.5 times" in loaded.card.normalization

@@ -1,0 +1,151 @@
+"""Language models from folders, from the hub and from its cache; and what is imported for them."""
+
+import logging
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import DOCUMENTS, MODELS, collect, tokenizer_of_bytes
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sae_engine.data import load_language_model
+from sae_engine.data._require import require
+from sae_engine.data.activations import context_batches
+
+
+@pytest.fixture
+def tokenizer():
+    return tokenizer_of_bytes()
+
+
+def test_checkpoint_of_gpt2s_sizes_end_to_end(tokenizer, tmp_path):
+    """What ``openai-community/gpt2`` is, except for its weights: 12 layers of 768, 50257 tokens, in a local folder."""
+    folder = tmp_path / "gpt2"
+    model = GPT2LMHeadModel(GPT2Config())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    lm = load_language_model(folder)
+    assert (lm.d_model, lm.num_layers, lm.max_length, lm.is_embedded) == (768, 12, 1024, False)
+    assert lm.name == str(folder)
+    assert lm.model.dtype == torch.float32
+    store = collect(lm, tmp_path / "out", DOCUMENTS[:4], layer=8, max_tokens=150)
+    assert store.tensor().shape == (150, 768)
+    tokens = next(context_batches(lm, DOCUMENTS[:4], 256, 4))
+    with torch.no_grad():
+        expected = lm.model(input_ids=tokens, output_hidden_states=True).hidden_states[8]
+    assert torch.equal(store.tensor(), expected[:, 1:].flatten(0, 1)[:150].half())
+    shutil.rmtree(folder)  # half a gigabyte that pytest would keep
+
+
+def test_hub_that_does_not_answer(monkeypatch, caplog, tmp_path):
+    import huggingface_hub
+
+    def no_network(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    with pytest.raises(OSError, match=r"hub did not answer for 'openai-community/gpt2' \(Name or service"):
+        load_language_model("openai-community/gpt2")
+    with caplog.at_level(logging.WARNING):
+        lm = load_language_model("openai-community/gpt2", fallback=True)
+    assert lm.is_embedded
+    assert lm.name == "embedded"
+    [record] = [r for r in caplog.records if r.name.startswith("sae_engine")]
+    assert "using the embedded model instead" in record.getMessage()
+
+
+def test_hub_that_refuses_is_an_error_all_the_same(monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise huggingface_hub.errors.HFValidationError("no such name")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    with pytest.raises(OSError, match=r"hub refused.*no such name"):
+        load_language_model("nobody/none", fallback=True)
+
+
+def test_hub_model_comes_from_its_cache(tokenizer, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    commit = "c" * 40
+    folder = tmp_path / commit
+    MODELS["gpt2"]().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    offline = lambda *args, **kwargs: str(folder / "config.json")  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", offline)
+    lm = load_language_model("someone/tiny", dtype=torch.bfloat16)  # HF_HUB_OFFLINE=1: no network is asked
+    assert (lm.name, lm.revision, lm.d_model, lm.model.dtype) == ("someone/tiny", commit, 32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("files", "weights"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "onnx/model.onnx"], "model*.safetensors"),
+        (["pytorch_model.bin"], "pytorch_model*.bin"),
+    ],
+)
+def test_hub_that_answers_is_asked_for_one_commit_and_one_format(tokenizer, monkeypatch, tmp_path, files, weights):
+    import huggingface_hub
+
+    def download(name, **options):
+        assert (name, options["revision"]) == ("someone/tiny", "d" * 40)
+        assert weights in options["allow_patterns"]
+        return str(tmp_path)
+
+    info = SimpleNamespace(sha="d" * 40, siblings=[SimpleNamespace(rfilename=file) for file in files])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    MODELS["gpt2"]().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_language_model("someone/tiny", revision="main").revision == "d" * 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"name_or_path": 3}, TypeError, "name_or_path"),
+        ({"name_or_path": "./nowhere"}, FileNotFoundError, "nowhere"),
+        ({"name_or_path": "a/b/c"}, ValueError, "name_or_path.*a/b/c"),
+        ({"revision": "main"}, ValueError, "revision"),
+        ({"revision": 3, "name_or_path": "a/b"}, TypeError, "revision"),
+        ({"dtype": "bf16"}, ValueError, "dtype"),
+        ({"dtype": torch.int8}, TypeError, "dtype"),
+    ],
+)
+def test_load_errors(arguments, error, match):
+    with pytest.raises(error, match=match):
+        load_language_model(**arguments, fallback=True)
+
+
+def test_folder_without_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        load_language_model(tmp_path)
+
+
+def test_import_needs_torch_alone():
+    code = """
+import sys
+for name in ("transformers", "safetensors", "tqdm", "tokenizers", "huggingface_hub"):
+    sys.modules[name] = None
+import sae_engine.data as data
+for name in data.__all__:
+    getattr(data, name)
+try:
+    data.load_language_model()
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "sae_engine.data needs the package 'transformers': pip install transformers"
+
+
+def test_require_leaves_other_errors_alone(monkeypatch, tmp_path):
+    (tmp_path / "brokenpackage.py").write_text("import surely_not_there")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="surely_not_there"):
+        require("brokenpackage")

@@ -1,0 +1,167 @@
+"""TrainStep without waiting for the device: what a captured CUDA graph may rely on, and captured steps themselves."""
+
+import copy
+
+import pytest
+import torch
+from training_cases import B, D, F, assert_parameters_close, make
+
+import sae_engine as se
+from sae_engine.losses import AuxK
+from sae_engine.testing import assert_same
+from sae_engine.training import CapturedStep, TrainStep
+
+
+def test_a_loaded_state_is_written_where_a_captured_graph_looks():
+    """Moments, counters, learning rate and 16-bit copies stay the tensors that they were."""
+
+    def build():
+        sae = make(se.BatchTopK(3.5), dtype=torch.float32)
+        return sae, TrainStep(sae, lr=1e-2, dead_after=30, compute_dtype=torch.bfloat16)
+
+    def places(sae, step):
+        moments = [t for p in sae.parameters() for t in step.optimizer.state[p].values()]
+        return [step.optimizer.options["lr"], step.dead.since_fired, *moments, *step._copies.current()]
+
+    batches = torch.randn(5, B, D)
+    sae, step = build()
+    for x in batches[:2]:
+        step(x)
+    step.optimizer.options["lr"].fill_(5e-3)
+    weights, state = copy.deepcopy(sae.state_dict()), copy.deepcopy(step.state_dict())
+    expected = [step(x)["loss"] for x in batches[2:4]]
+    other, second = build()
+    second(batches[4])
+    before = places(other, second)
+    other.load_state_dict(weights)
+    second.load_state_dict(state)
+    after = places(other, second)
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    for copied, master in zip(after[-2:], (other.W_dec, other.W_enc.T), strict=True):
+        assert torch.equal(copied, master.bfloat16())
+    assert second.optimizer.options["lr"].item() == torch.tensor(5e-3).item()
+    assert_same(tuple(second(x)["loss"] for x in batches[2:4]), tuple(expected))
+
+
+def test_copies_are_renewed_in_place_after_somebody_wrote_the_weights():
+    sae = make(se.TopK(4), dtype=torch.float32)
+    step = TrainStep(sae, lr=1e-2, compute_dtype=torch.bfloat16)
+    step(torch.randn(B, D))
+    held = step._copies.weights
+    with torch.no_grad():
+        sae.W_dec.mul_(2)
+    step.refresh()
+    assert step._copies.weights is held and torch.equal(held.decoder, sae.W_dec.bfloat16())
+
+
+def test_a_warm_up_is_a_step_that_also_makes_the_auxiliary_selection():
+    """Nothing is dead yet: an ordinary step leaves AuxK out, and a capture, which cannot know, does not."""
+    batches = torch.randn(3, B, D)
+    (plain, ordinary), (warm, warming) = ((sae, TrainStep(sae, lr=1e-2, losses=[AuxK(5)])) for sae in
+                                          (make(se.TopK(4), dtype=torch.float32) for _ in range(2)))  # fmt: skip
+    seen = []
+    rule = AuxK.rule
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AuxK, "rule", lambda aux, sae, dead: seen.append(dead) or rule(aux, sae, dead))
+        for x in batches:
+            expected, found = ordinary(x), warming.warm_up(x)
+            assert expected.keys() == found.keys()
+            torch.testing.assert_close(found["loss"], expected["loss"])
+    assert seen == [0, F] * 3
+    assert_parameters_close(plain, warm)
+    warming(batches[0])
+    with pytest.raises(ValueError, match="d_in"):
+        warming.warm_up(torch.randn(B, D + 1))
+    assert not warming._warming_up
+
+
+def test_a_capture_is_remembered_until_a_state_is_loaded(monkeypatch):
+    """The host hears of no replay: afterwards it neither asks the device each time nor trusts an old answer."""
+    dead = se.training.DeadLatents(8, dead_after=100)
+    assert dead.at_most(10) == 0
+    state = dead.state_dict()
+    monkeypatch.setattr("sae_engine.training.dead.capturing", lambda tensor: True)
+    assert dead.at_most(10) == 8
+    monkeypatch.setattr("sae_engine.training.dead.capturing", lambda tensor: False)
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: pytest.fail("the device was read"))
+    assert dead.at_most(10) == 8
+    dead.load_state_dict(state)
+    assert dead.at_most(10) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", [lambda: se.TopK(4), lambda: se.BatchTopK(3.5), lambda: se.TopAFA(capacity=B * F)],
+                         ids=["TopK", "BatchTopK", "TopAFA"])  # fmt: skip
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
+def test_nothing_waits_for_the_device(rule, dense, no_waiting):
+    sae = make(rule(), dtype=torch.float32)
+    step = TrainStep(sae, lr=1e-3, losses=[AuxK(5)], compute_dtype=torch.bfloat16, dense=dense)
+    x = torch.randn(B, D)
+    step.warm_up(x)  # compiles, reads the free memory and, with a capacity, the density
+    with no_waiting():
+        step(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["TopK", "BatchTopK", "FeatureChoice"])
+def test_a_captured_step_trains_as_the_step_does(rule):
+    """Also a batch of another shape on the way, weights that somebody else writes, and a schedule."""
+    rules = {
+        "TopK": lambda: se.TopK(4), "BatchTopK": lambda: se.BatchTopK(4),
+        "FeatureChoice": lambda: se.FeatureChoice(F, 3, mutual_steps=2),
+    }  # fmt: skip
+    saes = [make(rules[rule](), dtype=torch.float32) for _ in range(2)]
+    steps = [
+        TrainStep(sae, lr=1e-2, losses=[AuxK(5)], compute_dtype=torch.bfloat16, density_interval=3,
+                  scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+        for sae in saes
+    ]  # fmt: skip
+    captured = CapturedStep(steps[1])
+    for number, rows in enumerate([B] * 6 + [B // 2] + [B] * 4):
+        x = torch.randn(rows, D)
+        expected, report = steps[0].warm_up(x), captured(x)
+        for name, scalar in expected.items():
+            torch.testing.assert_close(report[name], scalar, msg=f"{name}, call {number}")
+        if number == 7:
+            with torch.no_grad():
+                for sae in saes:
+                    sae.W_enc.mul_(1.01)
+    assert captured._graph is not None and steps[0].calls == steps[1].calls == 11
+    assert_parameters_close(*saes)
+    lrs = [float(step.optimizer.param_groups[0]["lr"]) for step in steps]
+    assert lrs[0] == lrs[1] < 0.01
+
+
+def test_what_cannot_be_captured_is_refused():
+    sae = se.SparseAutoencoder(D, F, se.TopK(4), device="cpu")
+    with pytest.raises(ValueError, match="GPU"):
+        CapturedStep(TrainStep(sae, lr=1e-2))
+    with pytest.raises(TypeError, match="TrainStep"):
+        CapturedStep(sae)
+    if torch.cuda.is_available():
+        sae = sae.cuda()
+        with pytest.raises(ValueError, match="accumulate"):
+            CapturedStep(TrainStep(sae, lr=1e-2, accumulate=2))
+        with pytest.raises(ValueError, match="reduce"):
+            CapturedStep(TrainStep(sae, lr=1e-2, reduce=lambda tensors: None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])  # codes this small would go through GEMMs
+def test_a_step_in_a_cuda_graph(dense):
+    saes = [make(se.TopK(4), dtype=torch.float32) for _ in range(2)]
+    eager, graphed = (TrainStep(sae, lr=1e-2, losses=[AuxK(5)], dense=dense) for sae in saes)
+    batches = torch.randn(6, B, D)
+    for x in batches[:2]:  # compiles, and makes what lives on
+        eager(x)
+        graphed.warm_up(x)
+    static, graph = batches[2].clone(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        report = graphed(static)
+    for x in batches[2:]:
+        static.copy_(x)
+        graph.replay()
+        expected = eager(x)
+        torch.testing.assert_close(report["loss"], expected["loss"])
+    assert_parameters_close(*saes)
