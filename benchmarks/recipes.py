@@ -90,7 +90,7 @@ class Level:
 def plain(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
     codes = sae.encode(x, **context)
     sae.activation.update(codes)
-    return se.losses.mse(sae.decode(codes), x), codes
+    return se.losses.squared_error(sae.decode(codes), x), codes
 
 
 def l1(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
@@ -103,7 +103,7 @@ def top_afa(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tenso
     rule's own, scaled and centred: the authors' ||x|| would pull values away from where the rule cuts, without end."""
     error, codes = plain(sae, x, level, **context)
     target = sae.activation.target_scale * (x - sae.b_dec.detach())
-    return error + x.shape[-1] * AFA_COEFF * se.losses.norm_match(codes, target), codes
+    return error + x.shape[-1] * AFA_COEFF * se.losses.afa(codes, target), codes
 
 
 def matryoshka(
@@ -126,7 +126,7 @@ def gated(
     sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
 ) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
     (codes, gate), *_ = sae.encode_with(x, select=[sae.activation, sae.activation.gate])
-    error = se.losses.mse(sae.decode(codes), x)
+    error = se.losses.squared_error(sae.decode(codes), x)
     return error + se.losses.gated(gate, x, sae.W_dec, sae.b_dec, l1=level.strength), codes
 
 

@@ -199,7 +199,7 @@ class EngineModel(nn.Module):
         return self.sae
 
     def norm_gap(self, codes: se.SparseCodes, x: Tensor) -> Tensor:
-        return se.losses.norm_match(codes, x)
+        return se.losses.afa(codes, x)
 
     @staticmethod
     def counts(codes: se.SparseCodes) -> tuple[Tensor, Tensor]:

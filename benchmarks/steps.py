@@ -163,7 +163,7 @@ def train_step(*, contiguous: bool = False, aux: AuxK | None = None) -> Callable
             if aux is not None:  # dead in every step
                 step.dead.since_fired.masked_fill_(s.dead, step.dead.dead_after)
                 step.dead.tokens = max(step.dead.tokens, step.dead.dead_after)
-            return step(next(batches))["mse"]
+            return step(next(batches))["squared_error"]
 
         return run
 
@@ -172,7 +172,7 @@ def train_step(*, contiguous: bool = False, aux: AuxK | None = None) -> Callable
 
 def captured_step(s: Setup) -> Callable[[], Tensor]:
     step, batches = CapturedStep(TrainStep(s.autoencoder(), lr=s.learning_rate, compute_dtype=s.dtype)), s.batches()
-    return lambda: step(next(batches))["mse"]
+    return lambda: step(next(batches))["squared_error"]
 
 
 def plain_path(s: Setup) -> Callable[[], Tensor]:
@@ -183,7 +183,7 @@ def plain_path(s: Setup) -> Callable[[], Tensor]:
     def run() -> Tensor:
         x = next(batches)
         with s.autocast():
-            loss = se.losses.mse(sae(x), x)
+            loss = se.losses.squared_error(sae(x), x)
         loss.backward()
         step_with_unit_rows(optimizer, sae.W_dec)
         return loss.detach()
@@ -215,7 +215,7 @@ def forward_backward(error: Callable[[se.SparseAutoencoder, Tensor], Tensor]) ->
 
 
 def our_error(sae: se.SparseAutoencoder, x: Tensor) -> Tensor:
-    return se.losses.mse(sae(x), x)
+    return se.losses.squared_error(sae(x), x)
 
 
 def stock_error(sae: se.SparseAutoencoder, x: Tensor) -> Tensor:

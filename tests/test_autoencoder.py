@@ -117,7 +117,7 @@ def test_strided_encoder_trains_alike_under_every_adam():
             for _ in range(5):
                 x = torch.randn(B, D)
                 optimizer.zero_grad()
-                se.losses.mse(sae(x), x).backward()
+                se.losses.squared_error(sae(x), x).backward()
                 assert sae.W_enc.grad.stride() == sae.W_enc.stride()
                 optimizer.step()
             outcomes.append([p.detach().clone() for p in sae.parameters()])
@@ -134,7 +134,7 @@ def test_training_lowers_the_loss():
     for _ in range(60):
         x = (torch.rand(64, 20) * (torch.rand(64, 20) < 0.15)) @ basis
         optimizer.zero_grad()
-        loss = se.losses.mse(sae(x), x)
+        loss = se.losses.squared_error(sae(x), x)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

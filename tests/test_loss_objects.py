@@ -200,7 +200,7 @@ def test_a_rule_that_needs_a_loss_is_not_trained_without(rule, names):
 def test_fixed_thresholds_need_none():
     rule = jump()
     rule.threshold.requires_grad_(False)
-    assert "mse" in TrainStep(make(rule), lr=1e-3)(torch.randn(B, D, dtype=F64))
+    assert "squared_error" in TrainStep(make(rule), lr=1e-3)(torch.randn(B, D, dtype=F64))
 
 
 class Reaches(losses.Loss):
@@ -226,7 +226,7 @@ def test_a_constant_is_reported():
     report = TrainStep(make(se.TopK(4)), lr=1e-3, losses=Reaches(lambda batch: batch.target.new_ones(())))(
         torch.randn(B, D, dtype=F64)
     )
-    assert report["reaches"] == 1 and report["loss"] == report["mse"] + 1
+    assert report["reaches"] == 1 and report["loss"] == report["squared_error"] + 1
 
 
 @pytest.mark.parametrize(("make_loss", "error", "name"), [

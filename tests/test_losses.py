@@ -8,37 +8,37 @@ from sae_engine import losses
 
 def test_values_by_hand():
     x, x_hat = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0], [3.0, 6.0]])
-    assert losses.mse(x_hat, x) == (1 + 4) / 2
+    assert losses.squared_error(x_hat, x) == (1 + 4) / 2
     assert losses.fvu(x_hat, x) == 5 / 4  # around the mean (2, 3): 1 + 1 + 1 + 1
     codes = se.SparseCodes.from_dense(torch.tensor([[3.0, 0, 4.0], [0, 0, 0]]))
-    torch.testing.assert_close(losses.norm_match(codes, torch.tensor([[0.0, 3.0], [1.0, 0.0]])), torch.tensor(2.5))
+    torch.testing.assert_close(losses.afa(codes, torch.tensor([[0.0, 3.0], [1.0, 0.0]])), torch.tensor(2.5))
 
 
 def test_leading_dimensions_and_fp64():
     x, x_hat = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
-    assert losses.mse(x_hat, x).dtype == torch.float64
-    torch.testing.assert_close(losses.mse(x_hat, x), (x_hat - x).square().sum(-1).mean(), rtol=0, atol=0)
+    assert losses.squared_error(x_hat, x).dtype == torch.float64
+    torch.testing.assert_close(losses.squared_error(x_hat, x), (x_hat - x).square().sum(-1).mean(), rtol=0, atol=0)
     torch.testing.assert_close(losses.fvu(x_hat, x), losses.fvu(x_hat.view(6, 4), x.view(6, 4)))
     assert losses.fvu(x_hat[0, 0], x[0, 0]).dim() == 0
 
 
-def test_norm_match_stays_wide_under_autocast_and_reaches_the_values():
+def test_afa_stays_wide_under_autocast_and_reaches_the_values():
     dense = (torch.rand(4, 30) * 100).requires_grad_()
     codes, x = se.SparseCodes.from_dense(dense), torch.randn(4, 8)
-    plain = losses.norm_match(codes, x)
+    plain = losses.afa(codes, x)
     with torch.autocast(torch.get_default_device().type, dtype=torch.float16):
-        torch.testing.assert_close(losses.norm_match(codes, x), plain)
+        torch.testing.assert_close(losses.afa(codes, x), plain)
     plain.backward()
     assert dense.grad.isfinite().all() and dense.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("other", [(8,), (4, 1), (4, 7)], ids=str)
 def test_shapes_do_not_broadcast(other):
-    for loss in (losses.mse, losses.fvu):
+    for loss in (losses.squared_error, losses.fvu):
         with pytest.raises(ValueError, match="x_hat"):
             loss(torch.randn(other), torch.randn(4, 8))
     with pytest.raises(ValueError, match="x must"):
-        losses.norm_match(se.functional.topk(torch.randn(4, 9), 2), torch.randn(3, 8))
+        losses.afa(se.functional.topk(torch.randn(4, 9), 2), torch.randn(3, 8))
 
 
 @pytest.mark.parametrize("normalize", [False, True])

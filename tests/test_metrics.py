@@ -67,7 +67,7 @@ def test_reconstruction_agrees_with_the_losses():
     metric = Reconstruction()
     metric.update(x_hat, x)
     found = metric.compute()
-    assert_close(found["squared_error"], se.losses.mse(x_hat, x).item())
+    assert_close(found["squared_error"], se.losses.squared_error(x_hat, x).item())
     assert_close(found["fvu"], se.losses.fvu(x_hat, x).item())
     assert found["explained_variance_per_token"] is None  # without a centre
     assert found["tokens"] == 35

@@ -103,7 +103,8 @@ def test_gated_loss_against_dense_autograd_in_fp64():
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     codes, gate = sae.encode_with(x, select=[rule, rule.gate]).codes
     norms = sae.W_dec.norm(dim=1)
-    loss = losses.mse(sae.decode(codes), x) + losses.gated(gate, x, sae.W_dec, sae.b_dec, l1=0.3, weight_norm=norms)
+    loss = losses.squared_error(sae.decode(codes), x)
+    loss = loss + losses.gated(gate, x, sae.W_dec, sae.b_dec, l1=0.3, weight_norm=norms)
     loss.backward()
     leaves = {n: p.detach().clone().requires_grad_() for n, p in sae.named_parameters()}
     pre = (x - leaves["b_dec"]) @ leaves["W_enc"]
@@ -129,7 +130,7 @@ def test_gated_loss_against_dense_autograd_in_fp64():
 
 def test_the_reconstruction_alone_leaves_the_gate_alone():
     sae = se.SparseAutoencoder(6, F, se.Gated(F))
-    losses.mse(sae(torch.randn(5, 6)), torch.randn(5, 6)).backward()
+    losses.squared_error(sae(torch.randn(5, 6)), torch.randn(5, 6)).backward()
     assert sae.activation.b_gate.grad is None or not sae.activation.b_gate.grad.any()
     assert sae.activation.bfloat16().b_mag.dtype == torch.float32
 

@@ -37,7 +37,7 @@ def dense_losses(sae, x, target, dead, aux):
         context = {"target_norm": (x - sae.b_dec).norm(dim=1).detach(),
                    "weight_norm": torch.ones(F, dtype=F64) if sae.rescale_acts_by_decoder_norm else norms.detach()}
     f = rule(pre, **context)
-    losses = {"mse": (output(f) - target).square().sum() / len(x)}
+    losses = {"squared_error": (output(f) - target).square().sum() / len(x)}
     for objective in aux:
         if objective.name == "multi_topk":
             wider = copy.deepcopy(rule)

@@ -80,7 +80,7 @@ def test_report():
     out, codes = sae(x), sae.encode(x)
     report = train_step(sae, lr=1e-2)(x)
     assert not any(t.requires_grad for t in report.values()) and all(t.dim() == 0 for t in report.values())
-    torch.testing.assert_close(report["loss"], se.losses.mse(out, x).detach())
+    torch.testing.assert_close(report["loss"], se.losses.squared_error(out, x).detach())
     torch.testing.assert_close(report["fvu"], se.losses.fvu(out, x).detach())
     assert report["l0"] == codes.l0.double().mean()
 
@@ -97,8 +97,8 @@ def test_compute_dtype():
     report = step(x)
     assert_same((seen["kept"].values, seen["kept"].indices), (codes.values.detach(), codes.indices))
     assert all(p.dtype == torch.float32 for p in saes[1].parameters())
-    exact = train_step(saes[0], lr=1e-2)(x)
-    assert abs(report["mse"] - exact["mse"]) < 2**-6 * exact["mse"]  # a few roundings of 2⁻⁸
+    error, exact = report["squared_error"], train_step(saes[0], lr=1e-2)(x)["squared_error"]
+    assert abs(error - exact) < 2**-6 * exact  # a few roundings of 2⁻⁸
     copies = step._copies.current()
     assert_same(tuple(copies), (saes[1].W_dec.detach().bfloat16(), saes[1].W_enc.detach().T.bfloat16()))
     with torch.no_grad():

@@ -21,7 +21,7 @@ def plain_training(sae, batches, *, unit_rows, grad_clip=None, accumulate=1, **o
     optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], **options)
     losses = []
     for number, x in enumerate(batches):
-        loss = se.losses.mse(sae(x), x)
+        loss = se.losses.squared_error(sae(x), x)
         (loss / accumulate).backward()
         losses.append(loss.detach())
         if (number + 1) % accumulate:
@@ -153,7 +153,7 @@ def test_the_state_of_torch_adam_can_be_taken_over():
     batches = torch.randn(6, B, D, dtype=F64)
     optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2)
     for x in batches[:3]:
-        se.losses.mse(theirs(x), x).backward()
+        se.losses.squared_error(theirs(x), x).backward()
         optimizer.step()
         optimizer.zero_grad()
     ours.load_state_dict(theirs.state_dict())
@@ -161,7 +161,7 @@ def test_the_state_of_torch_adam_can_be_taken_over():
     step.optimizer.load_state_dict(optimizer.state_dict())
     for x in batches[3:]:
         step(x)
-        se.losses.mse(theirs(x), x).backward()
+        se.losses.squared_error(theirs(x), x).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert_parameters_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -200,11 +200,11 @@ WITHOUT_WAITING = {
         c := codes(), lambda: (c.shape, c.rows, c.device, c.dtype, len(c), bool(c)))[1],
     "cat": lambda: (c := codes(), lambda: se.cat([c, c]))[1],
     # losses
-    "losses.mse": lambda: (x := torch.randn(B, D), y := pre()[:, :D], lambda: losses.mse(y, x))[2],
+    "losses.squared_error": lambda: (x := torch.randn(B, D), y := pre()[:, :D], lambda: losses.squared_error(y, x))[2],
     "losses.fvu": lambda: (x := torch.randn(B, D), y := pre()[:, :D], lambda: losses.fvu(y, x))[2],
     "losses.auxk": of_codes(lambda c, _, x, W, b: losses.auxk(c, W, x, normalize=True)),
     "losses.aux_zipf": of_codes(lambda c, _, x, W, b: losses.aux_zipf(c, W, x)),
-    "losses.norm_match": of_codes(lambda c, _, x, W, b: losses.norm_match(c, x)),
+    "losses.afa": of_codes(lambda c, _, x, W, b: losses.afa(c, x)),
     "losses.gated": of_codes(lambda c, _, x, W, b: losses.gated(c, x, W, b, l1=0.1, weight_norm=W.norm(dim=1))),
     "losses.matryoshka": of_codes(lambda c, _, x, W, b: losses.matryoshka(c, x, W, b, widths=(4, F))),
     "losses.tanh_l0": of_codes(lambda c, _, x, W, b: losses.tanh_l0(c, weight_norm=W.norm(dim=1))),

@@ -1,14 +1,14 @@
 """Losses, as formulas of tensors and as objects.
 
-The functions are the formulas: ``mse(x_hat, x)``, ``auxk(codes, W_dec, residual)``, … An object (:class:`AuxK`,
-:class:`L1`, :class:`StepL0`, …) is such a formula with its weight and with the rule whose codes it reads; a
-:class:`~sae_engine.training.TrainStep` takes a list of them, and :func:`evaluate` gives the same sums for
+The functions are the formulas: ``squared_error(x_hat, x)``, ``auxk(codes, W_dec, residual)``, … An object
+(:class:`AuxK`, :class:`L1`, :class:`StepL0`, …) is such a formula with its weight and with the rule whose codes it
+reads; a :class:`~sae_engine.training.TrainStep` takes a list of them, and :func:`evaluate` gives the same sums for
 ``loss.backward()``. A loss of your own is a subclass of :class:`Loss`.
 """
 from .auxiliary import AFA, AuxK, AuxZipf, MultiTopK
 from .base import Loss, LossInput, Pull
 from .evaluation import evaluate
-from .formulas import auxk, fvu, mse, norm_match
+from .formulas import afa, auxk, fvu, squared_error
 from .reconstruction import NestedReconstruction, Reconstruction, losses_for
 from .rule_formulas import aux_zipf, gated, l1, matryoshka, step_l0, tanh_l0, target_l0
 from .sparsity import L1, GateLoss, StepL0, TanhL0
@@ -27,6 +27,7 @@ __all__ = [
     "Reconstruction",
     "StepL0",
     "TanhL0",
+    "afa",
     "aux_zipf",
     "auxk",
     "evaluate",
@@ -35,8 +36,7 @@ __all__ = [
     "l1",
     "losses_for",
     "matryoshka",
-    "mse",
-    "norm_match",
+    "squared_error",
     "step_l0",
     "tanh_l0",
     "target_l0",

@@ -14,8 +14,8 @@ from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..rules import Activation, AuxTopK, AuxZipfTopK, RunningDensity
 from .base import Loss, LossInput, Pull
-from .formulas import norm_match
-from .reconstruction import squared_error
+from .formulas import afa
+from .reconstruction import error_and_gradient
 
 if TYPE_CHECKING:
     from ..training.forward import Forward
@@ -186,7 +186,7 @@ class MultiTopK(Loss):
         return self.coefficient * (batch.output - batch.target).square().sum() / batch.tokens
 
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
-        loss, grad = squared_error(forward, number, self.coefficient)
+        loss, grad = error_and_gradient(forward, number, self.coefficient)
         return loss, Pull(number, output=grad)
 
 
@@ -205,7 +205,7 @@ class AFA(Loss):
         self._settle(coefficient=check.positive("coefficient", self.coefficient))
 
     def value(self, batch: LossInput) -> Tensor:
-        return self.coefficient * batch.target.shape[1] * norm_match(batch.codes, batch.x.to(batch.target.dtype))
+        return self.coefficient * batch.target.shape[1] * afa(batch.codes, batch.x.to(batch.target.dtype))
 
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         codes, wide = forward.kept[number].codes, forward.wide

@@ -7,8 +7,11 @@ from .. import functional
 from ..codes import SparseCodes
 
 
-def mse(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Squared error summed over d, mean over tokens, in fp32 or wider: the reconstruction loss."""
+def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Squared error summed over d, mean over tokens, in fp32 or wider: the reconstruction loss.
+
+    SAELens calls it ``mse_loss``. ``metrics.Reconstruction`` has it under this name too; its ``mse`` is per element.
+    """
     x_hat, x = _pair(x_hat, x)
     return (x_hat - x).square().sum(-1).mean()
 
@@ -30,7 +33,7 @@ def auxk(codes: SparseCodes, W_dec: Tensor, residual: Tensor, *, normalize: bool
     """
     check.floating("residual", residual)
     residual = residual.detach()
-    error = mse(functional.decode(codes, W_dec), residual)
+    error = squared_error(functional.decode(codes, W_dec), residual)
     if not normalize:
         return error
     rows = check.matrix(residual).to(error.dtype)
@@ -38,7 +41,7 @@ def auxk(codes: SparseCodes, W_dec: Tensor, residual: Tensor, *, normalize: bool
     return torch.where(spread > 0, error / spread.clamp(min=torch.finfo(error.dtype).tiny), 0.0)
 
 
-def norm_match(codes: SparseCodes, x: Tensor) -> Tensor:
+def afa(codes: SparseCodes, x: Tensor) -> Tensor:
     """Squared gap between the norms of codes and input, mean over tokens, in fp32 or wider: top-AFA's second loss term.
 
     ``mean((||f|| - ||x||)^2)``; the authors add it with a weight ``afa_coeff`` of 1/128 to 1/16 to the reconstruction

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RESERVED = frozenset({"loss", "fvu", "l0", "dead", "grad_norm", "overflow"})
 
 
-def squared_error(forward: Forward, number: int, weight: float) -> tuple[Tensor, Tensor]:
+def error_and_gradient(forward: Forward, number: int, weight: float) -> tuple[Tensor, Tensor]:
     """``weight`` times the squared error summed over d, mean over tokens; and its gradient (B, d_out)."""
     residual, squares = forward.residual(number)
     return weight * squares.sum() / forward.tokens, residual * (2 * weight / forward.tokens)
@@ -29,13 +29,13 @@ def squared_error(forward: Forward, number: int, weight: float) -> tuple[Tensor,
 class Reconstruction(Loss):
     """Squared error summed over d, mean over tokens."""
 
-    name = "mse"
+    name = "squared_error"
 
     def value(self, batch: LossInput) -> Tensor:
         return (batch.output - batch.target).square().sum() / batch.tokens
 
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
-        loss, grad = squared_error(forward, number, 1.0)
+        loss, grad = error_and_gradient(forward, number, 1.0)
         return loss, Pull(number, output=grad)
 
 

@@ -8,7 +8,7 @@ from .. import _checks as check
 from .. import functional
 from ..codes import SparseCodes
 from ..rules import JumpReLU
-from .formulas import auxk, mse
+from .formulas import auxk, squared_error
 
 
 def step_l0(codes: SparseCodes, rule: JumpReLU) -> Tensor:
@@ -80,7 +80,7 @@ def gated(
     if weight_norm is not None:
         values = values * functional.at_latents(weight_norm, gate_codes)
     frozen = None if b_dec is None else b_dec.detach()
-    error = mse(functional.decode(gate_codes, W_dec.detach(), frozen), x)
+    error = squared_error(functional.decode(gate_codes, W_dec.detach(), frozen), x)
     return l1 * values.sum() / max(gate_codes.rows, 1) + error
 
 
@@ -114,7 +114,7 @@ def matryoshka(
     x_hat = functional.decode_prefixes(codes, W_dec, b_dec, widths=widths)
     check.shaped("x", x, (*x_hat.shape[:-2], x_hat.shape[-1]), x_hat, why="that of a reconstruction")
     number = x_hat.shape[-2]
-    error = mse(x_hat, x[..., None, :].expand(x_hat.shape))  # the mean over tokens and prefixes
+    error = squared_error(x_hat, x[..., None, :].expand(x_hat.shape))  # the mean over tokens and prefixes
     return error * number if reduction == "sum" else error
 
 

@@ -136,12 +136,12 @@ class TrainStep:
             context: what the rule needs and the autoencoder does not know, as in :meth:`SparseAutoencoder.encode`.
 
         Returns:
-            Scalars on the device, none of them waited for: ``loss``, and its summands by name (``mse``, ``auxk``, …;
-            ``mse`` also where the errors of nested prefixes are summed in its place); ``fvu``, squared error over the
-            target's squared distance from its batch mean; ``l0``, mean non-zero values a token; ``dead``, share of dead
-            latents; ``grad_norm``, of all gradients as they reach Adam (before clipping), where the call updates;
-            ``overflow``, with a ``capacity``: whether it was too small, in which case parameters, optimizer and
-            counters are what they were.
+            Scalars on the device, none of them waited for: ``loss``, and its summands by name (``squared_error``,
+            ``auxk``, …; ``squared_error`` also where the errors of nested prefixes are summed in its place); ``fvu``,
+            squared error over the target's squared distance from its batch mean; ``l0``, mean non-zero values a token;
+            ``dead``, share of dead latents; ``grad_norm``, of all gradients as they reach Adam (before clipping), where
+            the call updates; ``overflow``, with a ``capacity``: whether it was too small, in which case parameters,
+            optimizer and counters are what they were.
         """
         x, target = self._checked(x, target)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -193,7 +193,7 @@ class TrainStep:
                     pulls.append(pull)
             report = {"loss": torch.stack(list(losses.values())).sum(), **losses}
             squares = forward.residual(0)[1].sum()
-            report["mse"] = squares / tokens
+            report["squared_error"] = squares / tokens
             report["fvu"] = squares / (forward.target - forward.target.mean(0)).square().sum()
             report["l0"] = (main.values != 0).sum() / tokens
             pending = backward(forward, pulls)
