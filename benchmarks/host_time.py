@@ -33,10 +33,10 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 import sae_engine as se
-from sae_engine import _backend, functional
+from sae_engine import functional
 from sae_engine.losses import AuxK
 from sae_engine.training import TrainStep
-from sae_kernels import _direct
+from sae_kernels import dispatch
 from sae_kernels.ops import ops
 
 TARGET = "sm_90"
@@ -125,8 +125,8 @@ def _in_python() -> dict[Any, Callable]:
 
 
 def _goes_straight(args: tuple) -> bool:
-    """As ``_direct`` decides for a GPU's tensors; meta tensors it leaves to the dispatcher."""
-    return not any(type(a) is list for a in args) and not _direct._is_observed()
+    """As ``dispatch`` decides for a GPU's tensors; meta tensors it leaves to the dispatcher."""
+    return not any(type(a) is list for a in args) and not dispatch._is_observed()
 
 
 def _no_autocast(kind: str) -> bool:
@@ -154,8 +154,8 @@ def host_alone() -> Iterator[None]:
     driver.set_active(_Driver(ahead_of_time.TARGETS[TARGET].gpu))
     with (
         mock.patch.dict("os.environ", {"SAE_BACKEND": "triton"}),
-        mock.patch.object(_backend, "interprets_triton", return_value=True),
-        mock.patch.object(_direct, "_goes_straight", _goes_straight),
+        mock.patch.object(dispatch, "interprets_triton", return_value=True),
+        mock.patch.object(dispatch, "_goes_straight", _goes_straight),
         mock.patch.object(torch, "is_autocast_enabled", _no_autocast),
         mock.patch.object(torch, "autocast", _autocast),
         torch.no_grad(),

@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_engine import _backend, _passes, functional
+from sae_engine import _passes, functional
 from sae_engine._files import replace_file
 from sae_engine.rules import TopK
+from sae_kernels import dispatch
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -307,7 +308,7 @@ def _as_if_on_a_gpu() -> Iterator[_Launching]:
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),
         mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()),
         mock.patch.dict(os.environ, {"SAE_BACKEND": "triton"}),
-        mock.patch.object(_backend, "interprets_triton", return_value=True),
+        mock.patch.object(dispatch, "interprets_triton", return_value=True),
         _Launching() as mode,
     ):
         yield mode

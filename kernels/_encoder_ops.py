@@ -3,16 +3,8 @@
 import torch
 
 from . import _terms, densified
-from ._contract import (
-    define,
-    differentiable,
-    implement,
-    is_dense,
-    library,
-    once_differentiable,
-    ops,
-    sum_by_latent,
-)
+from ._contract import define, differentiable, once_differentiable, sum_by_latent
+from .dispatch import implement, is_dense, library, ops, resolve
 from .stock import limits
 from .stock import linear as stock_linear
 from .stock import linear_16bit as stock_16bit
@@ -103,7 +95,7 @@ def _encoder_gradient(x, grad, latent_offsets, latent_rows, latent_positions, dt
     """``decode_backward_weight``, row-major as (D, F). On a CPU some latents at a time, transposed in the cache."""
     turned, num_latents = (latent_offsets, latent_rows, latent_positions), latent_offsets.shape[0] - 1
     step = max(limits.TRANSPOSED_IN_CACHE // max(x.shape[1], 1), 1)
-    in_chunks = x.is_cpu and backend == "torch" and num_latents > step
+    in_chunks = x.is_cpu and resolve(backend, x, grad) == "torch" and num_latents > step
     if not in_chunks or is_dense("decode_backward_weight", (x, grad, *turned)):
         return ops.decode_backward_weight(x, grad, *turned, dtype, backend).T.contiguous()
     out = x.new_empty((x.shape[1], num_latents), dtype=dtype)

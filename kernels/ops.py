@@ -6,21 +6,11 @@ Here selections and what is done with codes; in ``_encoder_ops.py`` the encoder 
 import torch
 
 from . import _encoder_ops, budgets  # noqa: F401 (registers its operations)
-from ._contract import (
-    BACKENDS,
-    define,
-    differentiable,
-    empty_rows,
-    implement,
-    library,
-    once_differentiable,
-    ops,
-    stored_entries,
-    sum_by_latent,
-    uniform_offsets,
-)
+from ._contract import define, differentiable, empty_rows, once_differentiable, stored_entries, sum_by_latent
+from .dispatch import implement, library, ops
+from .stock.dense import uniform_offsets
 
-__all__ = ["BACKENDS", "ops", "uniform_offsets"]
+__all__ = ["ops"]
 
 # --- topk: k entries of each row -----------------------------------------------------------------------------------
 

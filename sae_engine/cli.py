@@ -99,7 +99,7 @@ def _triton_status() -> dict[str, str]:
     """Whether Triton kernels run natively, interpreted or not at all, and why."""
     import torch
 
-    from sae_engine._backend import has_triton, interprets_triton
+    from sae_kernels.dispatch import has_triton, interprets_triton
 
     if not has_triton():
         return {"runs": "no", "why": "the package triton is not installed"}

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sae_kernels.ops import ops, uniform_offsets
 
-from ._backend import resolve_backend
 from ._checks import deep, floating, number_in, same_device, shaped
 
 
@@ -101,8 +100,7 @@ class SparseCodes:
         return self._turned[0]
 
     def _turn(self) -> ByLatent:
-        backend = resolve_backend("auto", self.values)
-        return ByLatent(*ops.by_latent(self.indices, self.offsets, self.num_latents, backend))
+        return ByLatent(*ops.by_latent(self.indices, self.offsets, self.num_latents, "auto"))
 
     def check(self) -> SparseCodes:
         """Raises RuntimeError where the rule asked for more entries than its capacity. Reads the device once."""
@@ -144,8 +142,7 @@ class SparseCodes:
 
     def to_dense(self) -> Tensor:
         """(*batch_shape, F) with zeros elsewhere. Differentiable."""
-        backend = resolve_backend("auto", self.values)
-        return ops.to_dense(self.values, self.indices, self.offsets, self.num_latents, backend).view(self.shape)
+        return ops.to_dense(self.values, self.indices, self.offsets, self.num_latents, "auto").view(self.shape)
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
         """(values, indices), each (*batch_shape, K) with K the longest row.
@@ -465,10 +462,9 @@ def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
     """
     floating("vector", vector, dims=1)
     shaped("vector", vector, (codes.num_latents,), codes.values, why="one per latent")
-    backend = resolve_backend("auto", vector if vector.dtype == torch.float64 else codes.values)
     learned = torch.is_grad_enabled() and vector.requires_grad
     turned = codes.by_latent if learned else (None, None, None)
-    return ops.at_latents(vector, codes.indices, codes.offsets, *turned, backend)
+    return ops.at_latents(vector, codes.indices, codes.offsets, *turned, "auto")
 
 
 def _rebuild_codes(values, indices, offsets, batch_shape, num_latents, k, required) -> SparseCodes:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_kernels.ops import ops, uniform_offsets
+from sae_kernels.ops import ops
+from sae_kernels.stock.dense import uniform_offsets
 from sae_kernels.stock.linear import by_onednn
 
 from . import _checks as check
-from ._backend import resolve_backend
 from .codes import SparseCodes, at_latents, cat
 
 __all__ = [
@@ -70,7 +70,6 @@ def topk(
     relu = not magnitude if relu is None else relu
     matrix = check.matrix(pre)
     mask = check.mask_for(mask, pre)
-    backend = _backend_for(backend, pre, score)
     values, indices = ops.topk(matrix, score, mask, k, magnitude, relu, backend)
     if sorted:
         values, indices = _by_rank(values, indices, matrix, score, mask, k, magnitude)
@@ -112,7 +111,6 @@ def batch_topk(
     k = check.number_k(k, pre.shape[-1])
     matrix = check.matrix(pre)
     mask = check.mask_for(mask, pre)
-    backend = _backend_for(backend, pre)
     if group is None:
         total = int(k * matrix.shape[0])
     else:
@@ -130,7 +128,7 @@ def _largest(pre: Tensor, matrix: Tensor, mask: Tensor | None, total: int, backe
 def largest(pre: Tensor, total: int, *, backend: str = "auto") -> SparseCodes:
     """The ``total`` entries (all, where there are fewer) of ``pre`` (*batch_shape, F) with the largest relu(pre)."""
     matrix = check.matrix(check.pre_activations(pre))
-    return _largest(pre, matrix, None, min(total, pre.numel()), _backend_for(backend, pre))
+    return _largest(pre, matrix, None, min(total, pre.numel()), backend)
 
 
 def feature_topm(
@@ -153,7 +151,6 @@ def feature_topm(
     check.pre_activations(pre)
     matrix = check.matrix(pre)
     m, total = check.budgets(m, total, matrix)
-    backend = _backend_for(backend, pre)
     values, indices, offsets = ops.feature_topm(matrix, m, total, backend)
     return SparseCodes(values, indices, offsets, tuple(pre.shape[:-1]), pre.shape[-1])
 
@@ -242,7 +239,7 @@ def norm_match(
     target = target_norm.detach().to(wide).reshape(-1)
     capacity = check.capacity_of(capacity)
     return _sized(
-        pre, capacity, ops.norm_match(check.matrix(pre), target, weight_norm, capacity, _backend_for(backend, pre))
+        pre, capacity, ops.norm_match(check.matrix(pre), target, weight_norm, capacity, backend)
     )
 
 
@@ -274,7 +271,6 @@ def threshold(
     else:
         bandwidth = float(check.positive("bandwidth", bandwidth))
     capacity = check.capacity_of(capacity)
-    backend = _backend_for(backend, pre)
     return _sized(pre, capacity, ops.threshold(check.matrix(pre), theta, bandwidth, capacity, backend))
 
 
@@ -323,7 +319,6 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
         check.floating("b_dec", b_dec, dims=1)
         check.shaped("b_dec", b_dec, W_dec.shape[1:], W_dec, why="d_out")
     dtype = _decoded_dtype(codes, W_dec)
-    backend = _backend_for(backend, codes.values, W_dec)
     turned = _turned(codes, W_dec)
     out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *turned, backend)
     return out.view(*codes.batch_shape, W_dec.shape[1])
@@ -485,7 +480,7 @@ def encode_with(
     ]
     sparse = [number for number, turner in enumerate(turners) if turner is not None]
     if sparse and torch.is_grad_enabled():  # without gradients the values are what was selected
-        matrix, backend = check.matrix(unscaled.detach()), _backend_for(backend, x, W_enc)
+        matrix = check.matrix(unscaled.detach())
         entries = [ops.gather(matrix, codes[n].indices, codes[n].offsets, backend) for n in sparse]
         if given and scale is not None:
             scales = [scale.detach()[codes[n].indices.long()] for n in sparse]
@@ -570,7 +565,7 @@ def linear(
             else:
                 out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         else:
-            out = ops.linear_16bit(flat, weight, b_enc, result_dtype, _backend_for("auto", flat))
+            out = ops.linear_16bit(flat, weight, b_enc, result_dtype, "auto")
     return out.to(result_dtype).view(*x.shape[:-1], W_enc.shape[1])
 
 
@@ -591,15 +586,6 @@ def _linear_dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return torch.promote_types(x.dtype, W_enc.dtype)
-
-
-def _backend_for(backend: str, first: Tensor, *others: Tensor | None) -> str:
-    """The back end that serves all of the tensors: one fp64 among them rules Triton out."""
-    widest = first
-    for t in others:
-        if t is not None and t.dtype == torch.float64:
-            widest = t
-    return resolve_backend(backend, widest)
 
 
 def _sized(pre: Tensor, capacity: int | None, result: tuple[Tensor, ...]) -> SparseCodes:

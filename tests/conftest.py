@@ -79,10 +79,10 @@ def pytest_configure(config):
 
     _tuning.__class__ = _Watched
     if COMPILED_FOR:
-        from sae_engine import _backend
+        from sae_kernels import dispatch
 
         # The permission to give CPU tensors to Triton, as long as no test takes it back.
-        _backend.interprets_triton = lambda: "TRITON_INTERPRET" not in os.environ
+        dispatch.interprets_triton = lambda: "TRITON_INTERPRET" not in os.environ
         config.pluginmanager.import_plugin("ptx_emulator.pytest_plugin")
 
 

@@ -8,9 +8,9 @@ import torch
 
 from sae_engine import BatchTopK
 from sae_engine import functional as f
-from sae_engine._backend import interprets_triton
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
 from sae_kernels.device import _tuning
+from sae_kernels.dispatch import interprets_triton
 from sae_kernels.ops import ops
 
 FAST = ("torch", "triton")

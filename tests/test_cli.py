@@ -49,10 +49,10 @@ def test_info_as_a_table(capsys):
 def test_why_triton_runs_or_not(monkeypatch, installed, interpreted, gpu, runs, why):
     import torch
 
-    from sae_engine import _backend
+    from sae_kernels import dispatch
 
-    monkeypatch.setattr(_backend, "has_triton", lambda: installed)
-    monkeypatch.setattr(_backend, "interprets_triton", lambda: interpreted)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: installed)
+    monkeypatch.setattr(dispatch, "interprets_triton", lambda: interpreted)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     status = cli._triton_status()

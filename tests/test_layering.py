@@ -163,7 +163,8 @@ def test_engine_never_imports_triton(path):
 
 @pytest.mark.parametrize("path", engine_files(lambda name: not IS_FOUNDATION(name)))
 def test_modules_go_through_functional(path):
-    assert not [name for name in imports(path) if within(name, "sae_kernels")]
+    """Beside it a module may ask which back end runs."""
+    assert not [name for name in imports(path) if within(name, "sae_kernels") and name != "sae_kernels.dispatch"]
 
 
 @pytest.mark.parametrize("path", engine_files(IS_FOUNDATION))

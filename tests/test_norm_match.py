@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sae_engine import functional as f
-from sae_engine._backend import interprets_triton
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
+from sae_kernels.dispatch import interprets_triton
 from sae_kernels.ops import ops
 from sae_kernels.stock import norm_match as stock
 

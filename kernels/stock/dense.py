@@ -3,6 +3,13 @@ import torch
 from torch import Tensor
 
 
+def uniform_offsets(rows: int, k: int, device: torch.device) -> Tensor:
+    """Offsets (rows + 1,) of rows that hold ``k`` entries each."""
+    if k == 0:
+        return torch.zeros(rows + 1, dtype=torch.int64, device=device)
+    return torch.arange(0, rows * k + 1, k, dtype=torch.int64, device=device)
+
+
 def entries_of_each_row(offsets: Tensor, entries: int) -> int | None:
     """How many entries every row owns, where that is one number and on a CPU, which may look; else None."""
     rows = offsets.numel() - 1

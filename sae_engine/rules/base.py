@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sae_kernels.dispatch import capturing
+
 from .. import _checks as check
 from .. import functional
-from .._backend import capturing
 from ..codes import SparseCodes
 
 PER_TOKEN = frozenset({"target_norm", "attribution"})  # context with a row for each token; other context is per latent

@@ -6,9 +6,10 @@ import copy
 import torch
 from torch import Tensor
 
+from sae_kernels.dispatch import capturing
+
 from .. import _checks as check
 from .. import functional
-from .._backend import capturing
 from ..codes import SparseCodes
 from .base import Activation, above, apply_but, captured_size, kept_values
 

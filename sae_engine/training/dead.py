@@ -4,8 +4,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_kernels.dispatch import capturing
+
 from .. import _checks as check
-from .._backend import capturing
 
 
 class DeadLatents:

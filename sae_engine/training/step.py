@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_kernels.dispatch import capturing, resolve
+
 from .. import _checks as check
 from .. import _passes
-from .._backend import capturing, resolve_backend
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..losses import Loss, losses_for
@@ -103,7 +104,7 @@ class TrainStep:
         self.memory_budget = None if memory_budget is None else check.integer_k(memory_budget, name="memory_budget")
         self.density_interval = check.integer_k(density_interval, name="density_interval")
         self.dense = dense if dense is None else check.flag("dense", dense)
-        self.backend = resolve_backend(backend, sae.W_enc)
+        self.backend = resolve(backend, sae.W_enc)
         self.optimizer = Adam(sae, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         self.dead = DeadLatents(

@@ -20,7 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
-from sae_kernels._contract import IMPLEMENTED
+from sae_kernels.dispatch import IMPLEMENTED
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)

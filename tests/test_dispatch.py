@@ -1,10 +1,10 @@
-"""kernels/_direct.py: which calls leave PyTorch's dispatcher out, and that all others do not."""
+"""kernels/dispatch.py: which calls leave PyTorch's dispatcher out, and that all others do not."""
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_kernels import _direct
+from sae_kernels import dispatch
 from sae_kernels.ops import ops
 
 
@@ -12,8 +12,8 @@ from sae_kernels.ops import ops
 def path(monkeypatch):
     """Calls ``run`` and returns how the operator in it was called: "direct" or "dispatched"."""
     taken = []
-    straight = _direct._goes_straight
-    monkeypatch.setattr(_direct, "_goes_straight", lambda args: taken.append(straight(args)) or taken[-1])
+    straight = dispatch._goes_straight
+    monkeypatch.setattr(dispatch, "_goes_straight", lambda args: taken.append(straight(args)) or taken[-1])
 
     def of(run):
         taken.clear()
