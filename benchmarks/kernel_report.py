@@ -28,10 +28,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_engine import _passes, functional
+from sae_engine import functional
 from sae_engine._files import replace_file
 from sae_engine.rules import TopK
+from sae_engine.training.backward import term_of
+from sae_engine.training.optimizer import latent_adam
 from sae_kernels import dispatch
+from sae_kernels._terms import GATED, GIVEN, Term, lists_of
+from sae_kernels.ops import ops
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -144,7 +148,8 @@ def _decode_error(shape: Shape, dtype: torch.dtype):
     weight, b_dec = _meta(shape.F, shape.d, dtype=dtype), _meta(shape.d, dtype=FP32)
     target = _meta(shape.B, shape.d, dtype=FP32)
     codes = _codes(shape, dtype).detach()
-    return lambda: _passes.decode_error(codes, codes.values, weight, b_dec, target, "triton")
+    entries = codes.values, codes.indices, codes.offsets
+    return lambda: ops.decode_error(*entries, weight, b_dec, target, FP32, "triton")
 
 
 def _encode(shape: Shape, dtype: torch.dtype):
@@ -157,13 +162,13 @@ def _to_dense(shape: Shape, dtype: torch.dtype):
     return lambda: _codes(shape, dtype).to_dense()
 
 
-def _terms(shape: Shape, dtype: torch.dtype, number: int, dense: bool) -> list[_passes.Term]:
+def _terms(shape: Shape, dtype: torch.dtype, number: int, dense: bool) -> list[Term]:
     """Terms with sparse codes, where the shape's are, and before them one that is ``dense``, however sparse it is."""
     found = []
-    for mode in (_passes.GATED, _passes.GIVEN, _passes.GATED)[:number]:
+    for mode in (GATED, GIVEN, GATED)[:number]:
         codes = _codes(shape, dtype).detach()
-        offered = None if mode == _passes.GATED else codes.values
-        found.append(_passes.term_of(codes, codes.values, _meta(shape.B, shape.d, dtype=dtype), offered, mode))
+        offered = None if mode == GATED else codes.values
+        found.append(term_of(codes, codes.values, _meta(shape.B, shape.d, dtype=dtype), offered, mode))
     if dense:
         turned = "latent_offsets", "latent_rows", "latent_positions"
         found.insert(0, found[0]._replace(**{name: getattr(found[0], name).new_empty(0) for name in turned}))
@@ -173,7 +178,7 @@ def _terms(shape: Shape, dtype: torch.dtype, number: int, dense: bool) -> list[_
 def _latent_gradients(shape: Shape, dtype: torch.dtype, *, dense: bool = False):
     x, weight = _meta(shape.B, shape.d, dtype=dtype), _meta(shape.F, shape.d, dtype=dtype)
     along = _meta(shape.F, dtype=FP32)
-    return lambda: _passes.latent_gradients(_terms(shape, dtype, 1, dense), x, weight, along, FP32, "triton")
+    return lambda: ops.latent_gradients(x, weight, along, *lists_of(_terms(shape, dtype, 1, dense)), FP32, "triton")
 
 
 def _latent_adam(
@@ -188,7 +193,7 @@ def _latent_adam(
             tensors[1] = _meta(shape.d, shape.F, dtype=FP32).t()
     copies = [] if dtype == FP32 else [_meta(shape.F, shape.d, dtype=dtype) for _ in range(2)]
     number = _meta(dtype=FP32)
-    return lambda: _passes.latent_adam(
+    return lambda: latent_adam(
         _terms(shape, dtype, terms, dense), x, None, state[0], state[1], state[2], copies, step=number, lr=number,
         betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, unit_rows=True, skip=_meta(dtype=torch.bool), backend="triton",
     )  # fmt: skip

@@ -23,8 +23,11 @@ from steps import LEARNING_RATE, SEED, TINY, DenseAutoencoder, Setup, dense, mak
 from stock import topk_dense
 from timing import method
 
-from sae_engine import SparseCodes, _passes, functional
-from sae_engine.training.chunks import PreActivations
+from sae_engine import SparseCodes, functional
+from sae_engine.training.backward import term_of
+from sae_engine.training.forward import PreActivations
+from sae_engine.training.optimizer import latent_adam
+from sae_kernels._terms import GIVEN
 from sae_kernels.ops import ops
 
 GEMM, SELECTION, DECODE = "encoder GEMM", "selection", "decode + loss"
@@ -48,18 +51,22 @@ def our_parts(s: Setup) -> tuple[Calls, SparseCodes]:
 
     def decode() -> torch.Tensor:
         """The gradient at the output; the error and the variance on the way."""
-        error = _passes.decode(codes, codes.values, decoder, torch.float32, backend).add_(b_dec).sub_(x)
+        error = ops.decode(
+            codes.values, codes.indices, codes.offsets, decoder, None, torch.float32, None, None, None, backend
+        ).add_(b_dec).sub_(x)
         error.square().sum(), (x - x.mean(0)).square().sum()
         return error.mul_(2 / len(x))
 
     def slopes() -> torch.Tensor:
-        inner = _passes.value_gradients(grad, codes, codes.values.float(), decoder, backend)
+        inner = ops.decode_backward_values(
+            grad, codes.values.float(), codes.indices, codes.offsets, decoder, backend
+        )
         return torch.where(codes.values != 0, inner, 0.0)
 
     pre = gemm()
     codes = functional.topk(pre, s.case.k)
     grad = decode().to(s.dtype)
-    term = _passes.term_of(codes, codes.values, grad, slopes(), _passes.GIVEN)
+    term = term_of(codes, codes.values, grad, slopes(), GIVEN)
     centred = (x - b_dec).to(s.dtype)
     parameters = [sae.W_dec.detach(), sae.W_enc.detach().T, b_enc]
     moments = [[torch.zeros_like(p, memory_format=torch.preserve_format) for p in parameters] for _ in range(2)]
@@ -67,7 +74,7 @@ def our_parts(s: Setup) -> tuple[Calls, SparseCodes]:
     count, rate = torch.full((), 1000.0, device=s.device), torch.tensor(LEARNING_RATE, device=s.device)
 
     def update() -> object:
-        return _passes.latent_adam(
+        return latent_adam(
             [term], centred, None, parameters, *moments, copies, step=count, lr=rate, betas=(0.9, 0.999), eps=1e-8,
             weight_decay=0.0, unit_rows=True, skip=None, backend=backend,
         )  # fmt: skip

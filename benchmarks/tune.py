@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_engine import _passes, functional
+from sae_engine import functional
+from sae_engine.training.backward import term_of
+from sae_engine.training.optimizer import latent_adam
 from sae_kernels import densified
+from sae_kernels._terms import GATED, lists_of
 from sae_kernels.device import _autotune
 from sae_kernels.ops import ops
 
@@ -74,14 +77,14 @@ def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[tu
         ops.decode_backward_weight(grad, codes.values, *codes.by_latent, dtype, "triton")
 
     yield "decode", decode
-    term = _passes.term_of(codes, codes.values, grad, None, _passes.GATED)
-    yield "latent_gradients", lambda: _passes.latent_gradients([term], x, weight, None, torch.float32, "triton")
+    term = term_of(codes, codes.values, grad, None, GATED)
+    yield "latent_gradients", lambda: ops.latent_gradients(x, weight, None, *lists_of([term]), torch.float32, "triton")
 
     def adam() -> None:
         state = [[normal(*size, dtype=torch.float32).abs_() for size in ((F, d), (F, d), (F,))] for _ in range(3)]
         copies = [] if dtype == torch.float32 else [weight.clone(), normal(F, d)]
         one = torch.ones((), device=device)
-        _passes.latent_adam(
+        latent_adam(
             [term], x, None, state[0], state[1], state[2], copies, step=one, lr=one * 1e-4, betas=(0.9, 0.999),
             eps=1e-8, weight_decay=0.0, unit_rows=True, skip=None, backend="triton",
         )  # fmt: skip

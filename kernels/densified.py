@@ -2,6 +2,8 @@
 
 The same results as the sparse versions up to the order of summation; ``densified.is_dense`` says when they win.
 """
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -22,6 +24,16 @@ DENSE_SHARE = {
 
 # Overrules the shares where the number of stored entries does not tell how dense codes are (unused capacity).
 DENSE_CHOICE: ContextVar[bool | None] = ContextVar("dense_choice", default=None)
+
+
+@contextmanager
+def choosing(choice: bool | None) -> Iterator[None]:
+    """Within it sums over codes go through GEMMs or gathers as ``choice`` says; None leaves that to their density."""
+    token = DENSE_CHOICE.set(choice)
+    try:
+        yield
+    finally:
+        DENSE_CHOICE.reset(token)
 
 
 def is_dense(operation: str, entries: int, rows: int, columns: int, device_type: str, *dtypes: torch.dtype) -> bool:

@@ -155,7 +155,8 @@ def dispatch(name: str, launcher: str, *args):
 
 # A call through ``torch.ops`` packs its arguments twice and asks a Python autograd kernel: about 40 µs, a good part of
 # what decoding a small batch takes. An eager call that needs no gradient gets nothing for that, and goes straight to
-# the registered function. Compilers, profilers, modes, transforms (``vmap``), subclasses and gradients see the operator.
+# the registered function. Compilers, profilers, modes, transforms (``vmap``), subclasses and gradients see the
+# operator.
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 

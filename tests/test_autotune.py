@@ -8,10 +8,13 @@ import pytest
 import torch
 import tune
 
-from sae_engine import SparseCodes, _passes
+from sae_engine import SparseCodes
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, force_dense, same_bits
+from sae_engine.training.backward import term_of
+from sae_engine.training.optimizer import latent_adam
 from sae_kernels import densified, ops
+from sae_kernels._terms import GATED, lists_of
 from sae_kernels.device import _autotune, _tuning
 
 B, F, D = 4, 520, 40
@@ -38,8 +41,8 @@ def adam(pre, backend):
     grad, x = torch.randn(B, D, generator=generator), torch.randn(B, D, generator=generator)
     shapes = [(pre.shape[1], D), (pre.shape[1], D), (pre.shape[1],)]
     state = [[torch.rand(shape, generator=generator) for shape in shapes] for _ in range(3)]
-    term = _passes.term_of(codes, codes.values, grad, None, _passes.GATED)
-    result = _passes.latent_adam(
+    term = term_of(codes, codes.values, grad, None, GATED)
+    result = latent_adam(
         [term], x, None, *state, [], step=torch.tensor(3.0), lr=torch.tensor(0.1), betas=(0.9, 0.99), eps=1e-8,
         weight_decay=0.0, unit_rows=True, skip=None, backend=backend,
     )  # fmt: skip
@@ -49,8 +52,8 @@ def adam(pre, backend):
 def gradients(pre, backend):
     codes, generator = codes_of(pre, 20), torch.Generator(torch.get_default_device()).manual_seed(1)
     grad, x, weight = (torch.randn(n, D, generator=generator) for n in (B, B, pre.shape[1]))
-    term = _passes.term_of(codes, codes.values, grad, None, _passes.GATED)
-    return list(_passes.latent_gradients([term], x, weight, None, torch.float32, backend))
+    term = term_of(codes, codes.values, grad, None, GATED)
+    return list(ops.ops.latent_gradients(x, weight, None, *lists_of([term]), torch.float32, backend))
 
 
 def decode(pre, backend):

@@ -6,10 +6,9 @@ reads; a :class:`~sae_engine.training.TrainStep` takes a list of them, and :func
 ``loss.backward()``. A loss of your own is a subclass of :class:`Loss`.
 """
 from .auxiliary import AFA, AuxK, AuxZipf, MultiTopK
-from .base import Loss, LossInput, Pull
+from .base import Loss, LossInput, NestedReconstruction, Pull, Reconstruction, losses_for
 from .evaluation import evaluate
 from .formulas import afa, auxk, fvu, squared_error
-from .reconstruction import NestedReconstruction, Reconstruction, losses_for
 from .rule_formulas import aux_zipf, gated, l1, matryoshka, step_l0, tanh_l0, target_l0
 from .sparsity import L1, GateLoss, StepL0, TanhL0
 

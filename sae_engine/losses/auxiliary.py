@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sae_kernels.ops import ops
+from sae_kernels.stock.dense import rows_of
+
 from .. import _checks as check
-from .. import _passes, functional
+from .. import functional
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..rules import Activation, AuxTopK, AuxZipfTopK, RunningDensity
-from .base import Loss, LossInput, Pull
+from .base import Loss, LossInput, Pull, error_and_gradient
 from .formulas import afa
-from .reconstruction import error_and_gradient
 
 if TYPE_CHECKING:
     from ..training.forward import Forward
@@ -210,8 +212,21 @@ class AFA(Loss):
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         codes, wide = forward.kept[number].codes, forward.wide
         values = codes.values.to(wide)
-        norm = _passes.sum_by_row(values.square(), codes, forward.backend).clamp(min=torch.finfo(wide).tiny).sqrt()
+        norm = _sum_by_row(values.square(), codes, forward.backend).clamp(min=torch.finfo(wide).tiny).sqrt()
         gap = norm - forward.x.to(wide).norm(dim=1)
         weight = self.coefficient * forward.target.shape[1] / forward.tokens
         slope = 2 * weight * gap / norm
-        return weight * gap.square().sum(), Pull(number, values=values * _passes.at_rows(slope, codes))
+        return weight * gap.square().sum(), Pull(number, values=values * _at_rows(slope, codes))
+
+
+def _sum_by_row(entries: Tensor, codes: SparseCodes, backend: str) -> Tensor:
+    """(rows,) sums of ``entries`` (N,), in their dtype."""
+    ones = entries.new_ones(codes.num_latents, 1)
+    sums = ops.decode(entries, codes.indices, codes.offsets, ones, None, entries.dtype, None, None, None, backend)
+    return sums[:, 0]
+
+
+def _at_rows(vector: Tensor, codes: SparseCodes) -> Tensor:
+    """(N,) of a quantity per row, read at the entries; 0 at those that belong to no row."""
+    rows = rows_of(codes.offsets, codes.values.shape[0])
+    return torch.cat([vector, vector.new_zeros(1)])[rows]

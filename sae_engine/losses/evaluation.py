@@ -10,8 +10,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder
 from ..rules import Activation
-from .base import Loss, LossInput
-from .reconstruction import losses_for
+from .base import Loss, LossInput, checked_target, losses_for
 
 
 def evaluate(
@@ -73,17 +72,6 @@ def evaluate(
         part = next((p for p in parts if p.rule is rule), None)
         values[loss.name] = target.new_zeros(()) if part is None else loss.value(part)
     return {"loss": torch.stack(list(values.values())).sum(), **values}
-
-
-def checked_target(sae: SparseAutoencoder, x: Tensor, target: Tensor | None) -> Tensor:
-    """(B, d_out) of the target, or of ``x`` where there is none; constant for autograd."""
-    if target is None:
-        if sae.d_out != sae.d_in:
-            raise ValueError(f"target is needed, (*batch_shape, {sae.d_out}): d_out differs from d_in")
-        target = x
-    check.floating("target", target)
-    check.shaped("target", target, (*x.shape[:-1], sae.d_out), x, why="d_out for each token of x")
-    return check.matrix(target.detach())
 
 
 def _per_row(value: Any, x: Tensor, flat: Tensor) -> Any:

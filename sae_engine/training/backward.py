@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _passes
-from ..codes import SparseCodes
+from sae_kernels._terms import GATED, GIVEN, Term
+from sae_kernels.densified import is_dense
+from sae_kernels.ops import ops
+
+from ..codes import ByLatent, SparseCodes
 from ..losses import Pull
 from .forward import Forward, Kept
 
@@ -22,7 +25,7 @@ class Backward(NamedTuple):
     latents between two widths, because the gradient at the decoder differs from range to range.
     """
 
-    terms: list[_passes.Term]
+    terms: list[Term]
     x: Tensor  # (B * repeats, d_in), what the encoder multiplied
     repeats: int
     along: Tensor | None  # (F,): adds along[f] * W_dec[f] to the decoder's gradient
@@ -56,10 +59,14 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
             if at_values is not None and forward.norms is not None:
                 offered = at_values * forward.norms_at(kept.codes)
                 along = _total([along, _by_latent(at_values * kept.values, kept, forward) / forward.divisors])
-            result.terms.append(_passes.term_of(codes, kept.values, grad, offered, _passes.GATED))
+            result.terms.append(term_of(codes, kept.values, grad, offered, GATED))
             continue
         decoder, values = forward.weights.decoder, kept.values.to(wide)
-        inner = _passes.value_gradients(grad, codes, values, decoder, forward.backend) if reached else values * 0
+        inner = values * 0
+        if reached:
+            inner = ops.decode_backward_values(
+                grad, values, codes.indices, codes.offsets, decoder, forward.backend
+            )
         at_codes = inner if forward.norms is None else inner / forward.norms_at(kept.codes)
         at_codes = at_codes if at_values is None else at_codes + at_values
         at_pre, parameters = _through_rule(kept, at_codes, forward.backend)
@@ -70,10 +77,22 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
             offered = torch.zeros_like(inner)
         else:
             offered = at_pre.to(wide) if forward.norms is None else at_pre.to(wide) * forward.norms_at(kept.codes)
-        result.terms.append(_passes.term_of(codes, kept.values, grad, offered, _passes.GIVEN))
+        result.terms.append(term_of(codes, kept.values, grad, offered, GIVEN))
         if forward.norms is not None:
             along = _total([along, _norm_slopes(kept, forward, at_pre, inner) / forward.divisors])
     return result._replace(along=along)
+
+
+def term_of(codes: SparseCodes, values: Tensor, grad: Tensor, offered: Tensor | None, mode: int) -> Term:
+    """One output's part in the latent pass; codes that are dense are not turned."""
+    if is_dense("decode_backward_weight", codes.values.shape[0], codes.rows, codes.num_latents, codes.device.type):
+        turned = ByLatent(codes.offsets.new_empty(0), codes.indices.new_empty(0), codes.offsets.new_empty(0))
+    else:
+        turned = codes.by_latent
+    offered = values.new_empty(0) if offered is None else offered
+    return Term(
+        grad, values, offered, codes.indices, codes.offsets, turned.offsets, turned.rows, turned.positions, mode
+    )
 
 
 def _in_rows(codes: SparseCodes, runs: SparseCodes | None, repeats: int) -> SparseCodes:
@@ -129,7 +148,12 @@ def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]
 
 
 def _by_latent(entries: Tensor, kept: Kept, forward: Forward) -> Tensor:
-    return _passes.sum_by_latent(entries.to(forward.wide), kept.codes, forward.wide, forward.backend)
+    """(F,) sums of ``entries`` (N,) in a fixed order."""
+    ones = entries.new_ones(kept.codes.rows, 1, dtype=forward.wide)
+    sums = ops.decode_backward_weight(
+        ones, entries.to(forward.wide), *kept.codes.by_latent, forward.wide, forward.backend
+    )
+    return sums[:, 0]
 
 
 def _norm_slopes(kept: Kept, forward: Forward, at_pre: Tensor, inner: Tensor) -> Tensor:

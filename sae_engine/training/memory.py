@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import torch
 
+from sae_kernels.stock import limits
+
 from .. import _checks as check
-from .. import _passes, functional
-from .chunks import rows_within
-from .update import rows_of_a_piece
+from .. import functional
+from .forward import rows_within
+from .optimizer import rows_of_a_piece
 
 OPERAND_MARGIN = 67  # columns beyond d_in of a 16-bit product's operands, at most
 
@@ -58,21 +60,21 @@ def peak_bytes(
         resident += d_sae * (d_in + d_out) * compute.itemsize
 
     encoding = 2 * tokens * d_in * wide + 2 * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
-    tile = min(rows * d_sae, _passes.CHUNK_ELEMENTS // 4)  # of top-k by groups: maxima, and what it looks among
+    tile = min(rows * d_sae, limits.CHUNK_ELEMENTS // 4)  # of top-k by groups: maxima, and what it looks among
     encoding += int(tile * min(1 / 8 + 16 * k / d_sae, 1) * compute.itemsize)
     if k_aux:  # columns of dead latents
-        encoding += min(rows * d_sae, _passes.CHUNK_ELEMENTS) * compute.itemsize
+        encoding += min(rows * d_sae, limits.CHUNK_ELEMENTS) * compute.itemsize
     if narrow and device_type == "cpu":  # fp32 copies of some weights, and fp32 sums on their way to 16 bit
-        most = _passes.WIDE_ELEMENTS["cpu"]
+        most = limits.WIDE_ELEMENTS["cpu"]
         encoding += 4 * (min(rows * d_sae, most) + min(d_sae * d_in, most))
     elif narrow:  # fp32 sums of few rows; or operands that hold the bias, the input's made in two steps, and the bias
-        most, width = _passes.WIDE_ELEMENTS["cuda"], d_in + OPERAND_MARGIN
+        most, width = limits.WIDE_ELEMENTS["cuda"], d_in + OPERAND_MARGIN
         encoding += max(4 * min(rows * d_sae, most), 2 * min(d_sae * width, most) + 4 * rows * width + 4 * d_sae)
 
     backward = tokens * (d_in + outputs * d_out) * wide + 12 * wide * entries + 8 * wide * d_sae
     width = d_in + d_out
     if device_type == "cpu":
-        chunk = min(d_sae, _passes.latents_in_cache(width)) * width * wide
+        chunk = min(d_sae, limits.latents_in_cache(width)) * width * wide
         backward += int(chunk * (max(1.5, outputs) + (2 if row_major else 0))) if not stored else 0
         if narrow:
             backward += d_sae * max(d_in, d_out) * wide

@@ -7,20 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_kernels import densified
 from sae_kernels.dispatch import capturing, resolve
 
 from .. import _checks as check
-from .. import _passes
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..losses import Loss, losses_for
-from ..losses.evaluation import checked_target
-from .adam import Adam
+from ..losses.base import checked_target
 from .backward import backward
-from .chunks import PreActivations, default_budget_bytes, rows_within
 from .dead import DeadLatents
-from .forward import Forward
-from .update import Copies, Update
+from .forward import Forward, PreActivations, default_budget_bytes, rows_within
+from .optimizer import Adam, Copies, Update
 
 Reduce = Callable[[list[Tensor]], None]
 
@@ -183,7 +181,7 @@ class TrainStep:
         forward, numbers = self._forward(x, target, context)
         main, tokens = forward.kept[0].codes, forward.tokens
         overflow = None if main.required is None else main.required > main.values.shape[0]
-        with _passes.densified(self._density(main)):
+        with densified.choosing(self._density(main)):
             losses: dict[str, Tensor] = {}
             pulls = []
             for loss, number in zip(self.losses, numbers, strict=True):
@@ -200,7 +198,7 @@ class TrainStep:
             pending = backward(forward, pulls)
             del forward, pulls  # their memory serves the update
             self.calls += 1
-            since = self._seen = _Seen(_passes.fired(main).float(), tokens, overflow).after(self._seen)
+            since = self._seen = _Seen(_fired(main).float(), tokens, overflow).after(self._seen)
             if self._update.can_be_fused(pending):
                 grad_norm = self.optimizer.step(lambda: self._update.fused(pending, since.overflow))
             else:
@@ -252,7 +250,10 @@ class TrainStep:
         if self.dense is not None or codes.required is None:
             return self.dense
         if self.calls % self.density_interval == 0 and not capturing(codes.values):
-            self._dense_now = _passes.is_dense("decode_backward_weight", codes, entries=int(codes.required))
+            entries = int(codes.required)
+            self._dense_now = densified.is_dense(
+                "decode_backward_weight", entries, codes.rows, codes.num_latents, codes.device.type
+            )
         return self._dense_now
 
     def _checked(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -301,6 +302,12 @@ class TrainStep:
         self.calls, self._dense_now, self.memory_budget = state["calls"], state["dense_now"], state["memory_budget"]
         self._seen, self._update.stored = None, {}
         self.refresh()
+
+
+def _fired(codes: SparseCodes) -> Tensor:
+    """(F,) bool: latents with a value other than 0."""
+    place = torch.where(codes.values != 0, codes.indices, codes.num_latents).long()
+    return place.new_zeros(codes.num_latents + 1, dtype=torch.bool).index_fill_(0, place, True)[:-1]
 
 
 class _Seen(NamedTuple):
