@@ -37,12 +37,12 @@ def calls(k: int, device: torch.device) -> dict[str, object]:
     codes = functional.topk(torch.randn(rows, num_latents, device=device, dtype=dtype), k, relu=False)
     weight = torch.randn(num_latents, width, device=device, dtype=dtype)
     grad = torch.randn(rows, width, device=device, dtype=dtype)
-    triple, turned = (codes.values, codes.indices, codes.offsets), codes.by_latent
+    triple, transposed = (codes.values, codes.indices, codes.offsets), codes.by_latent
     backend = "triton" if device.type == "cuda" else "torch"
     return {
         "decode": lambda: ops.decode(*triple, weight, None, dtype, None, None, None, backend),
         "decode_backward_values": lambda: ops.decode_backward_values(grad, *triple, weight, backend),
-        "decode_backward_weight": lambda: ops.decode_backward_weight(grad, codes.values, *turned, dtype, backend),
+        "decode_backward_weight": lambda: ops.decode_backward_weight(grad, codes.values, *transposed, dtype, backend),
     }
 
 

@@ -139,7 +139,7 @@ def _codes(shape: Shape, dtype: torch.dtype) -> Any:
 def _decode(shape: Shape, dtype: torch.dtype, *, weight_dtype: torch.dtype | None = None, bias: bool = True):
     weight = _meta(shape.F, shape.d, dtype=weight_dtype or dtype, learned=True)
     b_dec = _meta(shape.d, dtype=FP32, learned=True) if bias else None
-    # codes are made in the call: each call turns its own around
+    # codes are made in the call: each call transposes its own
     return lambda: functional.decode(_codes(shape, dtype), weight, b_dec)
 
 
@@ -170,8 +170,8 @@ def _terms(shape: Shape, dtype: torch.dtype, number: int, dense: bool) -> list[T
         offered = None if mode == GATED else codes.values
         found.append(term_of(codes, codes.values, _meta(shape.B, shape.d, dtype=dtype), offered, mode))
     if dense:
-        turned = "latent_offsets", "latent_rows", "latent_positions"
-        found.insert(0, found[0]._replace(**{name: getattr(found[0], name).new_empty(0) for name in turned}))
+        transposed = "latent_offsets", "latent_rows", "latent_positions"
+        found.insert(0, found[0]._replace(**{name: getattr(found[0], name).new_empty(0) for name in transposed}))
     return found
 
 

@@ -31,12 +31,12 @@ def error(i: Inputs) -> Callable[[], Output]:
 
 
 def weight_gradient(i: Inputs) -> Callable[[], Output]:
-    """Turning the codes is part of it: ``embedding_bag``'s backward sorts too."""
+    """Transposing the codes is part of it: ``embedding_bag``'s backward sorts too."""
     c, backend = i.codes, backend_of(i.grad)
 
     def run() -> Tensor:
-        turned = ops.by_latent(c.indices, c.offsets, c.num_latents, backend)
-        return ops.decode_backward_weight(i.grad, c.values, *turned, i.weight.dtype, backend)
+        transposed = ops.by_latent(c.indices, c.offsets, c.num_latents, backend)
+        return ops.decode_backward_weight(i.grad, c.values, *transposed, i.weight.dtype, backend)
 
     return run
 

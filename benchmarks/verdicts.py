@@ -113,7 +113,7 @@ def target_table(rows: Sequence[Row], device: str) -> str:
 
 # --- predictions ---------------------------------------------------------------------------------------------------
 
-# Predicted calls build a graph and turn the codes around for it; measured ones turn them in the gradient of the weight.
+# Predicted calls build a graph and transpose the codes for it; measured ones do so in the gradient of the weight.
 BOTH_WAYS = ("decode", "decode-backward_values", "decode-backward_weight")
 COMPARED: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]], ...] = (
     *((name, ((name, "forward"),), (name,)) for name in

@@ -93,18 +93,18 @@ library.define(
 
 def _encoder_gradient(x, grad, latent_offsets, latent_rows, latent_positions, dtype, backend):
     """``decode_backward_weight``, row-major as (D, F). On a CPU some latents at a time, transposed in the cache."""
-    turned, num_latents = (latent_offsets, latent_rows, latent_positions), latent_offsets.shape[0] - 1
+    transposed, num_latents = (latent_offsets, latent_rows, latent_positions), latent_offsets.shape[0] - 1
     step = max(limits.TRANSPOSED_IN_CACHE // max(x.shape[1], 1), 1)
     in_chunks = x.is_cpu and resolve(backend, x, grad) == "torch" and num_latents > step
-    if not in_chunks or is_dense("decode_backward_weight", (x, grad, *turned)):
-        return ops.decode_backward_weight(x, grad, *turned, dtype, backend).T.contiguous()
+    if not in_chunks or is_dense("decode_backward_weight", (x, grad, *transposed)):
+        return ops.decode_backward_weight(x, grad, *transposed, dtype, backend).T.contiguous()
     out = x.new_empty((x.shape[1], num_latents), dtype=dtype)
     sparse = densified.DENSE_CHOICE.set(False)  # of the whole; some latents alone may be denser
     for start in range(0, num_latents, step):
         bounds = latent_offsets[start : start + step + 1]
         entries = slice(int(bounds[0]), int(bounds[-1]))
-        turned = bounds - entries.start, latent_rows[entries], latent_positions[entries]
-        out[:, start : start + step] = ops.decode_backward_weight(x, grad, *turned, dtype, backend).T
+        transposed = bounds - entries.start, latent_rows[entries], latent_positions[entries]
+        out[:, start : start + step] = ops.decode_backward_weight(x, grad, *transposed, dtype, backend).T
     densified.DENSE_CHOICE.reset(sparse)
     return out
 

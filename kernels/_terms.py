@@ -32,7 +32,7 @@ class Term(NamedTuple):
     offered: Tensor  # (N,) or (0,)
     indices: Tensor  # (N,) int32
     offsets: Tensor  # (B + 1,) int64
-    latent_offsets: Tensor  # (F + 1,) int64; these three are empty where the codes are dense: GEMMs need no turning
+    latent_offsets: Tensor  # (F + 1,) int64; these three are empty for dense codes: GEMMs need no such index
     latent_rows: Tensor  # (N,) int32
     latent_positions: Tensor  # (N,) int64
     mode: int

@@ -140,7 +140,7 @@ def gather(dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
 
 
 def by_latent(indices: Tensor, offsets: Tensor, num_latents: int):
-    """The entries turned around: latent_offsets (F + 1,), then rows and positions sorted by (latent, row)."""
+    """The transposed (CSC) index: latent_offsets (F + 1,), then rows and positions sorted by (latent, row)."""
     rows = rows_of(offsets, indices.numel())
     latents = torch.where(rows < offsets.numel() - 1, indices.long(), num_latents)
     latents, positions = latents.sort(stable=True)
@@ -154,7 +154,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def decode(
-    values: Tensor, indices: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *_turned
+    values: Tensor, indices: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *_index
 ) -> Tensor:
     """(B, D): each row's sum of value * weight[index], plus bias."""
     wide = accumulation_dtype(values, weight)

@@ -11,7 +11,7 @@ per element; indices are int32, offsets and positions int64, norms and threshold
 from collections.abc import Sequence
 from typing import NamedTuple
 
-INDEX = 4  # int32: latents, rows of a turned code
+INDEX = 4  # int32: latents, rows of a transposed index
 OFFSET = 8  # int64: offsets, positions
 WIDE = 4  # fp32: norms, targets, thresholds
 
@@ -151,7 +151,7 @@ def latent_adam(
 
 
 def by_latent(rows: int, latents: int, entries: int) -> Traffic:
-    """The codes turned around: offsets per latent, and the row and position of each entry."""
+    """The transposed index: offsets per latent, and the row and position of each entry."""
     read = entries * INDEX + (rows + 1) * OFFSET
     return Traffic(read + (latents + 1) * OFFSET + entries * (INDEX + OFFSET), 0)
 

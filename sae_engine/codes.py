@@ -61,7 +61,7 @@ class SparseCodes:
     num_latents: int
     k: int | None = None
     required: Tensor | None = None
-    _turned: list[ByLatent] = field(default_factory=list, repr=False)  # cache of by_latent, shared by replace()
+    _transposed: list[ByLatent] = field(default_factory=list, repr=False)  # cache of by_latent, shared by replace()
 
     @property
     def shape(self) -> torch.Size:
@@ -91,15 +91,15 @@ class SparseCodes:
 
     @property
     def by_latent(self) -> ByLatent:
-        """The codes turned around. Sorted once, then cached: forward and backward passes share it."""
+        """The transposed (CSC) index of the codes. Sorted once, then cached: forward and backward passes share it."""
         if torch.compiler.is_compiling():  # the graph holds the sort once anyway; a cache would be a side effect
-            return self._turn()
-        if not self._turned:
+            return self._transpose()
+        if not self._transposed:
             with torch.inference_mode(False):  # what is cached may serve a backward pass later
-                self._turned.append(self._turn())
-        return self._turned[0]
+                self._transposed.append(self._transpose())
+        return self._transposed[0]
 
-    def _turn(self) -> ByLatent:
+    def _transpose(self) -> ByLatent:
         return ByLatent(*ops.by_latent(self.indices, self.offsets, self.num_latents, "auto"))
 
     def check(self) -> SparseCodes:
@@ -247,7 +247,7 @@ class SparseCodes:
         row = torch.searchsorted(self.offsets[1:].contiguous(), entry, right=True)
         key = row * number + run.clamp(max=number - 1)  # ascends; entries of unused capacity lie past the last row
         offsets = torch.searchsorted(key, torch.arange(self.rows * number + 1, device=self.device))
-        return replace(self, offsets=offsets, batch_shape=(*self.batch_shape, number), k=None, _turned=[])
+        return replace(self, offsets=offsets, batch_shape=(*self.batch_shape, number), k=None, _transposed=[])
 
     def detach(self) -> SparseCodes:
         """The same codes, cut off from autograd."""
@@ -266,7 +266,7 @@ class SparseCodes:
         later = kwargs.get("non_blocking", [given for given in args if isinstance(given, bool)][:1] == [True])
         moved = {name: t.to(values.device, non_blocking=later) for name in ("indices", "offsets", "required")
                  if (t := getattr(self, name)) is not None}  # fmt: skip
-        return replace(self, values=values, **moved, _turned=[])
+        return replace(self, values=values, **moved, _transposed=[])
 
     def cpu(self) -> SparseCodes:
         """The codes on the CPU; as they are where they lie there already. Waits for their device.
@@ -434,7 +434,7 @@ def cat(codes: Sequence[SparseCodes]) -> SparseCodes:
 def _trimmed(codes: SparseCodes) -> SparseCodes:
     """Without the unused end of its capacity; an overflow is reported, never carried along."""
     owned = codes._owned()
-    return replace(codes, values=codes.values[:owned], indices=codes.indices[:owned], required=None, _turned=[])
+    return replace(codes, values=codes.values[:owned], indices=codes.indices[:owned], required=None, _transposed=[])
 
 
 def _flatten(codes: SparseCodes):
@@ -462,9 +462,14 @@ def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
     """
     floating("vector", vector, dims=1)
     shaped("vector", vector, (codes.num_latents,), codes.values, why="one per latent")
-    learned = torch.is_grad_enabled() and vector.requires_grad
-    turned = codes.by_latent if learned else (None, None, None)
-    return ops.at_latents(vector, codes.indices, codes.offsets, *turned, "auto")
+    return ops.at_latents(vector, codes.indices, codes.offsets, *_transposed_for(codes, vector), "auto")
+
+
+def _transposed_for(codes: SparseCodes, *learned: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The codes' transposed index where a gradient of ``learned`` will ask for it, else three times None."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
+        return codes.by_latent
+    return None, None, None
 
 
 def _rebuild_codes(values, indices, offsets, batch_shape, num_latents, k, required) -> SparseCodes:

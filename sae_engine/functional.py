@@ -23,7 +23,7 @@ from sae_kernels.stock.dense import uniform_offsets
 from sae_kernels.stock.linear import by_onednn
 
 from . import _checks as check
-from .codes import SparseCodes, at_latents, cat
+from .codes import SparseCodes, _transposed_for, at_latents, cat
 
 __all__ = [
     "EncodeInfo", "Encoded", "batch_topk", "decode", "decode_prefixes", "encode", "encode_with", "feature_budgets",
@@ -319,8 +319,8 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
         check.floating("b_dec", b_dec, dims=1)
         check.shaped("b_dec", b_dec, W_dec.shape[1:], W_dec, why="d_out")
     dtype = _decoded_dtype(codes, W_dec)
-    turned = _turned(codes, W_dec)
-    out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *turned, backend)
+    index = _transposed_for(codes, W_dec)
+    out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *index, backend)
     return out.view(*codes.batch_shape, W_dec.shape[1])
 
 
@@ -518,7 +518,7 @@ def _as_encoded(entries, codes, x, W_enc, b_enc, b_dec, dtype, backend) -> list[
 
     def attached(x: Tensor, entries: Tensor, codes: SparseCodes) -> Tensor:
         return ops.encode_entries(
-            x, *parameters, entries, codes.indices, codes.offsets, *_turned(codes, *parameters), backend
+            x, *parameters, entries, codes.indices, codes.offsets, *_transposed_for(codes, *parameters), backend
         )
 
     if len(codes) == 1 or any(c.required is not None for c in codes):  # unused capacity cannot lie between rows
@@ -536,13 +536,6 @@ def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
     Does nothing where ``smallest`` is not finite, nor in the second run of a checkpointed forward.
     """
     ops.move_threshold(threshold, smallest, rate)
-
-
-def _turned(codes: SparseCodes, *learned: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The codes turned around where a gradient of ``learned`` will ask for them, else three times None."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
-        return codes.by_latent
-    return None, None, None
 
 
 def linear(

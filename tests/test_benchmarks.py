@@ -254,12 +254,12 @@ def test_the_truth_of_the_checks_is_the_references(dtype, indices):
     i = registry.find("decode").make_inputs(case, dtype, CPU, 0)
     c, exact = i.codes, torch.float64
     values, weight, bias, grad = (t.double() for t in (c.values, i.weight, i.bias, i.grad))
-    turned = reference.by_latent(c.indices, c.offsets, case.F)
+    transposed = reference.by_latent(c.indices, c.offsets, case.F)
     for ours, theirs in (
         (checks.expected_decode(i, exact), reference.decode(values, c.indices, c.offsets, weight, bias, exact)),
         (checks.expected_value_gradient(i, exact),
          reference.decode_backward_values(grad, values, c.indices, c.offsets, weight)),
-        (checks.expected_weight_gradient(i, exact), reference.decode_backward_weight(grad, values, *turned, exact)),
+        (checks.expected_weight_gradient(i, exact), reference.decode_backward_weight(grad, values, *transposed, exact)),
     ):  # fmt: skip
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # fp64 sums of at most 24 terms
 

@@ -1,4 +1,4 @@
-"""SparseCodes: construction, conversion, indexing, turning around, and what is behind it (kernels/device/dense.py)."""
+"""SparseCodes: construction, conversion, indexing, transposing, and what is behind it (kernels/device/dense.py)."""
 import copy
 import doctest
 import subprocess
@@ -31,21 +31,21 @@ def test_to_dense_gather_and_by_latent_equal_reference(dtype, backend):
             assert_same(ops.to_dense(*triple, shape[1], backend), ops.to_dense(*triple, shape[1], "reference"))
             matrix = torch.randn(shape).to(dtype).T.contiguous().T
             assert_same(ops.gather(matrix, *triple[1:], backend), ops.gather(matrix, *triple[1:], "reference"))
-            turned = [ops.by_latent(*triple[1:], shape[1], b) for b in (backend, "reference")]
+            transposed = [ops.by_latent(*triple[1:], shape[1], b) for b in (backend, "reference")]
             owned = int(codes.offsets[-1])
-            assert_same(turned[0][0], turned[1][0])
-            assert_same(*((t[1][:owned], t[2][:owned]) for t in turned))
+            assert_same(transposed[0][0], transposed[1][0])
+            assert_same(*((t[1][:owned], t[2][:owned]) for t in transposed))
 
 
 def test_by_latent_is_sorted_and_cached():
     codes = ragged()
-    turned = codes.by_latent
-    assert codes.by_latent is turned and codes.replace(values=codes.values * 2).by_latent is turned
+    transposed = codes.by_latent
+    assert codes.by_latent is transposed and codes.replace(values=codes.values * 2).by_latent is transposed
     rows = torch.repeat_interleave(torch.arange(5), codes.offsets.diff())
-    latents = codes.indices[turned.positions].long()
-    assert torch.equal(turned.rows, rows[turned.positions].int())
-    assert bool((torch.diff(latents * 5 + turned.rows) > 0).all())
-    assert torch.equal(turned.offsets.diff(), torch.bincount(latents, minlength=40))
+    latents = codes.indices[transposed.positions].long()
+    assert torch.equal(transposed.rows, rows[transposed.positions].int())
+    assert bool((torch.diff(latents * 5 + transposed.rows) > 0).all())
+    assert torch.equal(transposed.offsets.diff(), torch.bincount(latents, minlength=40))
 
 
 def test_properties():

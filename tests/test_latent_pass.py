@@ -30,7 +30,7 @@ SHAPES = {  # B, F, D_out, D_in
 OPTIONS = dict(beta1=0.875, beta2=1 - 2.0**-7, eps=2.0**-27, weight_decay=2.0**-7)
 
 
-def turned(values, indices, offsets, offered, num_latents, mode, grad, *, dense=False):
+def term_of(values, indices, offsets, offered, num_latents, mode, grad, *, dense=False):
     empty = [torch.empty(0, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.int64)]
     by_latent = empty if dense else reference.by_latent(indices, offsets, num_latents)
     return Term(grad, values, offered, indices, offsets, *by_latent, mode)
@@ -68,7 +68,7 @@ def drawn(shape, modes, dtypes, share, dense):
         offered = torch.randn(0 if mode == GATED and number == 0 else values.numel()).to(compute)
         grad = torch.randn(rows, d_out).to(compute)
         s.kept.append(kept)
-        s.terms.append(turned(values, indices, offsets, offered, num_latents, mode, grad, dense=number in dense))
+        s.terms.append(term_of(values, indices, offsets, offered, num_latents, mode, grad, dense=number in dense))
     return s
 
 
@@ -285,7 +285,7 @@ def test_latents_with_many_entries(split, backend, monkeypatch):
         kept[::7, 7] = True
         values, indices, offsets = reference.compress(torch.randn(s.shape[:2]), kept)
         grad = torch.randn(s.shape[0], s.shape[2])
-        s.terms.append(turned(values, indices, offsets, torch.empty(0), s.shape[1], GATED, grad))
+        s.terms.append(term_of(values, indices, offsets, torch.empty(0), s.shape[1], GATED, grad))
     hold(s, backend)
     results = gradients(cast(s, torch.float64), "reference"), gradients(s, "reference"), gradients(s, backend)
     for truth, honest, ours in zip(*results, strict=True):
@@ -301,7 +301,7 @@ def test_capacity_leftovers_belong_to_nobody(backend):
         for number, term in enumerate(s.terms):
             pad = lambda t: torch.cat([t, torch.full((70,), torch.nan)]) if t.numel() else t  # noqa: E731
             indices = torch.cat([term.indices, term.indices.new_full((70,), 12)])
-            roomy.append(turned(pad(term.values), indices, term.offsets, pad(term.offered), 13, term.mode, term.grad,
+            roomy.append(term_of(pad(term.values), indices, term.offsets, pad(term.offered), 13, term.mode, term.grad,
                                 dense=number in dense))  # fmt: skip
         padded = SimpleNamespace(**vars(s) | {"terms": roomy})
         got = adam(padded, backend), gradients(padded, backend)

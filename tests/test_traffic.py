@@ -297,10 +297,10 @@ def test_weight_gradients_gather_each_entry_once(skewed, dtype, sparse, metering
     if skewed:  # one latent takes every entry: its sum is split, and the parts are written and read
         monkeypatch.setattr(_tuning, "SPLIT_LATENT", 32)
         sparse = SparseCodes(sparse.values, torch.full_like(sparse.indices, 7), sparse.offsets, (rows,), latents)
-    grad, turned = torch.randn(rows, WIDTH).to(dtype), sparse.by_latent
+    grad, transposed = torch.randn(rows, WIDTH).to(dtype), sparse.by_latent
     with metering() as meter:
-        ops.decode_backward_weight(grad, sparse.values, *turned, dtype, "triton")
-    # the codes arrive turned around: offsets per latent; row, position and value per entry
+        ops.decode_backward_weight(grad, sparse.values, *transposed, dtype, "triton")
+    # the codes arrive transposed: offsets per latent; row, position and value per entry
     codes = (latents + 1) * 8 + entries * (4 + 8 + 2)
     once = codes + (rows + latents) * WIDTH * dtype.itemsize
     parts = 2 * 4 * WIDTH * 4 if skewed else 0
@@ -317,8 +317,8 @@ def test_the_latent_pass_moves_each_parameter_once(dtype, sparse, metering):
     grad, x = torch.randn(rows, WIDTH).to(dtype), torch.randn(rows, WIDTH).to(dtype)
     state = [[torch.rand(latents, WIDTH), torch.rand(latents, WIDTH), torch.rand(latents)] for _ in range(3)]
     copies = [] if dtype == FP32 else [p.to(dtype) for p in state[0][:2]]
-    turned = sparse.by_latent
-    term = Term(grad, sparse.values, sparse.values[:0], sparse.indices, sparse.offsets, *turned, GATED)
+    transposed = sparse.by_latent
+    term = Term(grad, sparse.values, sparse.values[:0], sparse.indices, sparse.offsets, *transposed, GATED)
     options = torch.tensor(1.0), torch.tensor(1e-3), 0.9, 0.999, 1e-8, 0.0, True, None
     with metering() as meter:
         ops.latent_adam(*state, copies, x, None, *lists_of([term]), *options, "triton")

@@ -144,7 +144,7 @@ def _launch(values, indices, offsets, weight, bias, target, dtype):
 
 
 def launch(values, indices, offsets, weight, bias, dtype, *_by_latent):
-    """out (B, D) in ``dtype``; see ``reference.decode``. The codes turned around serve the backward only."""
+    """out (B, D) in ``dtype``; see ``reference.decode``. The transposed index serves the backward only."""
     return _launch(values, indices, offsets, weight, bias, None, dtype)[0]
 
 

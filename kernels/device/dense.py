@@ -1,9 +1,9 @@
-"""Codes to a matrix, a matrix read at the codes, and the codes turned around by latent.
+"""Codes to a matrix, a matrix read at the codes, and the transposed index of codes.
 
 Math      dense[b, index] = value; out[n] = dense[row of n, index of n]
 Grid      (B,); one program owns one row's entries
 Traffic   N*(s + 4) and the matrix's zeros; the gather touches N sectors
-Numerics  copies only; turning is a stable sort of the indices, so its result is unique
+Numerics  copies only; transposing is a stable sort of the indices, so its result is unique
 Source    -
 """
 import torch

@@ -24,7 +24,7 @@ def decode_backward_values(grad, values, indices, offsets, weight):
 
 
 def decode_backward_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):
-    """``embedding_bag`` over the codes turned around: each latent is a bag of rows of the gradient."""
+    """``embedding_bag`` over the transposed codes: each latent is a bag of rows of the gradient."""
     wide = dtype if values.dtype == grad.dtype == dtype else wide_of(grad, values)
     rows = latent_rows.clamp(max=max(grad.shape[0] - 1, 0))
     return bags(values.to(wide)[latent_positions], rows, latent_offsets, grad.to(wide)).to(dtype)

@@ -1,4 +1,4 @@
-"""Between codes and matrices: a matrix at the codes, codes as a matrix, codes turned around."""
+"""Between codes and matrices: a matrix at the codes, codes as a matrix, the transposed index of codes."""
 import torch
 from torch import Tensor
 

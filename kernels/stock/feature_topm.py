@@ -1,4 +1,4 @@
-"""Feature choice: latents in chunks, turned around."""
+"""Feature choice: the transposed matrix, some latents at a time."""
 import torch
 from torch import Tensor
 
@@ -23,7 +23,7 @@ def _first_of_rows(x: Tensor, counts: Tensor, most: int) -> tuple[Tensor, Tensor
 
 
 def feature_topm(pre: Tensor, m: Tensor, total: int):
-    """Latents in chunks, turned around; those with budgets of like size together, since ``topk`` serves the largest."""
+    """The transposed matrix, some latents at a time: those of like budgets together, as ``topk`` takes one k."""
     rows, num_latents = pre.shape
     positions = [torch.zeros(0, dtype=torch.int64, device=pre.device)]
     budgets = m.clamp(0, rows).long()

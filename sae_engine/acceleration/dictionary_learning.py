@@ -26,7 +26,7 @@ from . import _base as core
 
 Theirs: Any = Any if TYPE_CHECKING else dictionary.Dictionary  # with their root, ``__class__`` can be assigned
 
-FEW_TOKENS = 64  # a matrix product reads the decoder once for all of them; turning it around costs more than that
+FEW_TOKENS = 64  # a matrix product reads the decoder once for all of them; transposing it costs more than that
 
 
 class _Dictionary(Theirs):

@@ -86,7 +86,7 @@ def take(
         if tuple(tensor.shape) != tuple(known.get(letter) for letter in dims):
             wanted = ", ".join(f"{SIZES[letter]} = {known.get(letter, 'any')}" for letter in dims)
             raise ValueError(f"{file}: {name} must have shape ({wanted}), got {tuple(tensor.shape)}")
-        taken[ours] = _turned(tensor, ours, dims)
+        taken[ours] = _transposed(tensor, ours, dims)
     unknown = tensors.keys() - layout.keys() - set(ignored)
     if unknown:
         raise ValueError(f"{file} holds what no such SAE has: {sorted(unknown)}; expected {sorted(layout)}")
@@ -180,10 +180,10 @@ def of(sae) -> Checkpoint:
 
 def laid_out(c: Checkpoint, layout: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
     """The tensors of ``c`` under their names and in their orientation: what :func:`take` undoes."""
-    return {theirs: _turned(c.tensors[ours], ours, dims).contiguous() for theirs, (ours, dims) in layout.items()}
+    return {theirs: _transposed(c.tensors[ours], ours, dims).contiguous() for theirs, (ours, dims) in layout.items()}
 
 
-def _turned(tensor: Tensor, ours: str, dims: str) -> Tensor:
+def _transposed(tensor: Tensor, ours: str, dims: str) -> Tensor:
     """From one orientation to the other, where ``dims`` is ours backwards."""
     return tensor.T if len(dims) == 2 and dims != DIMENSIONS[ours] else tensor
 

@@ -101,8 +101,8 @@ def _in_rows(codes: SparseCodes, runs: SparseCodes | None, repeats: int) -> Spar
         return codes
     if runs is None:
         ends = codes.offsets[1:].repeat_interleave(repeats, output_size=codes.rows * repeats)
-        runs = replace(codes, offsets=torch.cat([codes.offsets[:1], ends]), k=None, _turned=[])
-    return replace(runs, batch_shape=(codes.rows * repeats,), _turned=[])
+        runs = replace(codes, offsets=torch.cat([codes.offsets[:1], ends]), k=None, _transposed=[])
+    return replace(runs, batch_shape=(codes.rows * repeats,), _transposed=[])
 
 
 def _of_rows(grad: Tensor, repeats: int) -> Tensor:
