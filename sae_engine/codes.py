@@ -91,7 +91,7 @@ class SparseCodes:
 
     @property
     def by_latent(self) -> ByLatent:
-        """The transposed (CSC) index of the codes. Sorted once, then cached: forward and backward passes share it."""
+        """The transposed (CSC) index. Sorted once, then cached: forward and backward passes share it."""
         if torch.compiler.is_compiling():  # the graph holds the sort once anyway; a cache would be a side effect
             return self._transpose()
         if not self._transposed:

@@ -84,14 +84,14 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
 
 
 def term_of(codes: SparseCodes, values: Tensor, grad: Tensor, offered: Tensor | None, mode: int) -> Term:
-    """One output's part in the latent pass; codes that are dense are not turned."""
+    """One output's part in the latent pass; dense codes need no transposed index."""
     if is_dense("decode_backward_weight", codes.values.shape[0], codes.rows, codes.num_latents, codes.device.type):
-        turned = ByLatent(codes.offsets.new_empty(0), codes.indices.new_empty(0), codes.offsets.new_empty(0))
+        transposed = ByLatent(codes.offsets.new_empty(0), codes.indices.new_empty(0), codes.offsets.new_empty(0))
     else:
-        turned = codes.by_latent
+        transposed = codes.by_latent
     offered = values.new_empty(0) if offered is None else offered
     return Term(
-        grad, values, offered, codes.indices, codes.offsets, turned.offsets, turned.rows, turned.positions, mode
+        grad, values, offered, codes.indices, codes.offsets, transposed.offsets, transposed.rows, transposed.positions, mode
     )
 
 
