@@ -2,7 +2,7 @@
 
     python benchmarks/predict.py                    # Markdown and JSON in benchmarks/results/kernel-report
 
-Each launch is compiled for sm_90 and its binary read (sae_engine.kernel_report). Its predicted time is the largest of
+Each launch is compiled for sm_90 and its binary read (kernel_report.py). Its predicted time is the largest of
 
 - memory: bytes that DRAM must deliver, over the copy bandwidth, times the share of it that the loads in flight sustain
   (resident warps x bytes a pass, against bandwidth x latency: Little's law);

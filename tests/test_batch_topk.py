@@ -183,7 +183,7 @@ import os
 import sys
 import torch
 from sae_engine import functional as f
-from sae_engine.activations import BatchTopK
+from sae_engine import BatchTopK
 from sae_engine.testing import make_pre
 
 rank, folder, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]

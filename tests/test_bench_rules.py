@@ -13,6 +13,7 @@ import rows
 import rules
 import rules_report
 import torch
+from benchmark_rows import rule_row
 
 import sae_engine as se
 
@@ -37,21 +38,6 @@ def tiny(tmp_path, monkeypatch):
         return folder
 
     return run
-
-
-def row(**changes):
-    made = {
-        "kind": "rule", "rule": "TopK", "k": 32, "seed": 0, "model": "embedded model", "revision": None,
-        "sha256": "0" * 64, "d": 768, "layer": 8, "site": "resid_pre", "space": "s", "first_positions": "dropped",
-        "text": "t", "train_tokens": 100, "eval_tokens": 10, "d_sae": 64, "batch_tokens": 10, "steps": 10,
-        "loss_tokens": 10, "method": "m", "recipe": "r", "device": "cpu", "driver": None, "cuda": None, "torch": "2",
-        "triton": None, "python": "3", "commit": "a" * 40, "dirty": False, "mse": 0.1, "fvu": 0.2, "l0": 32.0,
-        "dead_fraction": 0.0, "dense_fraction": 0.0, "loss_recovered": 0.9, "ce_clean": 1.0, "ce_spliced": 1.1,
-        "ce_ablated": 2.0, "strength": None, "tokens_per_second": 1e4, "seconds": 1.0, "other_load": 0.0,
-        "utc": "2026-01-01T00:00:00Z",
-    }  # fmt: skip
-    made["l0"] = float(changes.get("k", made["k"]))
-    return {**made, **changes}
 
 
 @pytest.mark.parametrize("recipe", [pytest.param(r, id=r.name) for r in recipes.RECIPES])
@@ -181,8 +167,8 @@ def test_claims_are_judged_by_the_spread_of_seeds():
     claim = recipes.Claim("BatchTopK", "fvu", "TopK", "source")
 
     def judged(mine, other, **changes):
-        made = [row(rule="BatchTopK", seed=i, fvu=f, **changes) for i, f in enumerate(mine)]
-        made += [row(seed=i, fvu=f) for i, f in enumerate(other)]
+        made = [rule_row(rule="BatchTopK", seed=i, fvu=f, **changes) for i, f in enumerate(mine)]
+        made += [rule_row(seed=i, fvu=f) for i, f in enumerate(other)]
         summary = rules_report.summarised(made)
         return rules_report.verdict(claim, summary["BatchTopK", 32], summary["TopK", 32])
 
@@ -193,7 +179,7 @@ def test_claims_are_judged_by_the_spread_of_seeds():
     assert judged([0.10], [0.20, 0.21]) == "one seed, not judged"
     better = dataclasses.replace(claim, metric="loss_recovered")
     recovered = {"BatchTopK": 0.95, "TopK": 0.9}
-    made = [row(rule=rule, seed=i, loss_recovered=r) for rule, r in recovered.items() for i in (0, 1)]
+    made = [rule_row(rule=rule, seed=i, loss_recovered=r) for rule, r in recovered.items() for i in (0, 1)]
     summary = rules_report.summarised(made)
     assert rules_report.verdict(better, summary["BatchTopK", 32], summary["TopK", 32]) == "**held**"
 
@@ -207,15 +193,15 @@ def test_every_claim_names_rules_that_are_there():
 
 
 def test_published_numbers_stand_beside_gpt2_only(tmp_path):
-    made = [row(mse=0.0824), row(k=64, mse=0.1306), row(rule="BatchTopK", mse=0.0807)]
+    made = [rule_row(mse=0.0824), rule_row(k=64, mse=0.1306), rule_row(rule="BatchTopK", mse=0.0807)]
     assert rules_report.published(made) == ""
-    gpt2 = [{**r, "model": "openai-community/gpt2"} for r in made]
+    gpt2 = [{**r, "model": "openai-community/gpt2", "d": 768, "layer": 8} for r in made]
     text = rules_report.published(gpt2)
     assert "1.00×" in text and "2.00×" in text and "0.0653" in text and "1/128" in text
     assert "layers 6, 7, 8" in rules_report.published([{**r, "layer": 5} for r in gpt2])
     shown = rules_report.write(gpt2, tmp_path)
     assert "published" in shown and "arXiv:2412.06410" in (tmp_path / "rules.md").read_text()
-    assert "*20.0*" in rules_report.write([row(l0=20.0)], tmp_path)  # far from the wanted 32: marked
+    assert "*20.0*" in rules_report.write([rule_row(l0=20.0)], tmp_path)  # far from the wanted 32: marked
 
 
 def test_level_moves_towards_the_wanted_l0():

@@ -1,7 +1,7 @@
 """functional.decode, its kernel and both its gradients (kernels/device/decode.py, backward.py; densified.py)."""
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import Largest
 
 from sae_engine import SparseCodes
 from sae_engine import functional as f
@@ -329,19 +329,10 @@ def test_16_bit_weights_are_widened_a_few_columns_at_a_time(entries, monkeypatch
         weight, bias, grad = torch.randn(30, 100).bfloat16(), torch.randn(100), torch.randn(entries, 100).bfloat16()
     arguments = codes.values.bfloat16(), codes.indices, codes.offsets, weight
 
-    class Sizes(TorchDispatchMode):
-        widest = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.shape[:1] == (30,):
-                self.widest = max(self.widest, out.numel())
-            return out
-
-    with Sizes() as sizes:
+    with Largest(lambda tensor: tensor.dtype == torch.float32 and tensor.shape[:1] == (30,)) as widened:
         sums = stock_decode.decode(*arguments, bias, torch.bfloat16)
         products = backward.decode_backward_values(grad, *arguments)
-    assert sizes.widest < weight.numel()
+    assert widened.seen < weight.numel()
     wide = codes.values.bfloat16().float(), codes.indices, codes.offsets, weight.float()
     expected = reference.decode(*wide, bias, torch.float32), reference.decode_backward_values(grad.float(), *wide)
     for ours, true in zip((sums, products), expected, strict=True):  # rounded once: half a unit in the last place

@@ -1,6 +1,7 @@
 """functional.encode: the same codes as the dense pre-activations give, and sparse gradients of everything in it."""
 import pytest
 import torch
+from largest_tensor import Largest
 
 import sae_engine as se
 from sae_engine import functional as f
@@ -98,18 +99,6 @@ def test_each_gradient_alone(only):
 
 def test_no_gradient_is_a_matrix_of_tokens_and_latents():
     """Of all tensors of a backward pass none has tokens times latents elements."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(t, torch.Tensor):
-                    self.seen = max(self.seen, t.numel())
-            return out
-
     rows, latents = 4096, 1024
     x, W = torch.randn(rows, 4), torch.randn(4, latents, requires_grad=True)
     loss = f.encode(x, W, select=se.TopK(2)).values.sum()

@@ -23,6 +23,7 @@ import sizes
 import timing
 import torch
 import verdicts
+from benchmark_rows import operation_row, timed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DEVICE = "NVIDIA H200"  # made up: nothing here was measured
@@ -34,14 +35,9 @@ def row(op, case, ms, provider="ours", **changes):
     sizes_ = registry.find(op).sizes if op in {o.id for o in registry.OPS} else "BF"
     shape = {k: v for k, v in (S2 if case == "S2" else S1).items() if k in sizes_}
     op, _, mode = op.partition("-")
-    made = {
-        "kind": "operation", "op": op, "mode": mode or "forward", "case": case, "group": case, "shape": shape,
-        "dtype": "bfloat16", "provider": provider, "baseline": False, "note": "", "seed": 0, "method": "none",
-        "device": DEVICE, "driver": "1", "cuda": "13", "torch": "2", "triton": "3", "python": "3.11",
-        "commit": "a" * 40, "dirty": False, "ms_p50": ms, "ms_p20": ms, "ms_p80": ms, "samples": 9, "bytes": 1,
-        "flops": 0, "peak_mem_bytes": 10**6, "utc": "2026-01-01T00:00:00Z",
-    }  # fmt: skip
-    return made | changes
+    made = dict(op=op, mode=mode or "forward", case=case, group=case, shape=shape, provider=provider)
+    gpu = dict(dtype="bfloat16", device=DEVICE, driver="1", cuda="13", bytes=1, peak_mem_bytes=10**6)
+    return operation_row(**{**made, **gpu, **timed(ms), **changes})
 
 
 def roof_rows():

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from largest_tensor import Largest
 from library_objects import (
     CODERS,
     DICTIONARIES,
@@ -228,18 +229,6 @@ def test_compiled(make, compile_backend):
 
 def test_no_dense_gradient_in_a_training_step():
     """Of all tensors of the backward pass none has tokens times latents elements, AuxK included."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(t, torch.Tensor):
-                    self.seen = max(self.seen, t.numel())
-            return out
-
     rows, latents = 4096, 1024
     sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(d_in=4, d_sae=latents, k=2))
     out = sae_train(torch.arange(latents) < 100)(se.accelerate(sae), torch.randn(rows, 4))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from largest_tensor import Largest
 from metric_cases import FP64_SUMS, assert_close
 
 import sae_engine as se
@@ -259,23 +260,10 @@ def test_similarity_by_hand():
 
 def test_cosines_stay_in_bounded_memory():
     """No tensor exceeds a tile: the matrix of all cosines would have 2^22 elements."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if isinstance(tensor, torch.Tensor) and tensor._base is None:
-                    largest = max(largest, tensor.numel())
-            return out
-
     W = torch.randn(2048, 16)
-    with Watch():
+    with Largest(lambda tensor: tensor._base is None) as largest:  # views of W need no memory
         decoder_cosines(W, block=128)
-    assert largest == 128 * 128
+    assert largest.seen == 128 * 128
 
 
 # --- norms ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import step
 import step_report
 import steps
 import torch
+from benchmark_rows import ACTIVATIONS, step_row
 
 BENCHMARKS = Path(peers.__file__).parent
 CPU = torch.device("cpu")
@@ -121,32 +122,20 @@ def test_rows_of_parts():
 # --- tables and figures --------------------------------------------------------------------------------------------
 
 
-def row(**changes):
-    return {
-        "kind": "step", "case": "main", "group": "main", "dtype": "float32", "seed": 0, "method": "clock",
-        "shape": {"B": 2, "d": 3, "F": 4, "k": 1, "indices": "uniform"}, "provider": "ours", "contestant": "ours",
-        "baseline": False, "auxk": False, "note": "", "device": "test device", "driver": None, "cuda": None,
-        "torch": "2", "triton": "3", "python": "3.11", "commit": "a" * 40, "dirty": False,
-        "packages": {"sae-lens": "6"}, "ms_p50": 130.0, "ms_p20": 129.0, "ms_p80": 131.0, "samples": 5,
-        "peak_mem_bytes": None, "other_load": 0.0, "utc": "2026-01-01T00:00:00Z",
-    } | changes  # fmt: skip
-
-
 def synthetic_rows():
     made = [
-        row(provider="encoder GEMM", contestant="yardstick", ms_p50=80.0),
-        row(provider="fused Adam", contestant="yardstick", ms_p50=20.0), row(),
-        row(provider="dense PyTorch", contestant="PyTorch", baseline=True, ms_p50=390.0),
-        row(provider="SAELens", contestant="peer", ms_p50=650.0, note="gradient norm clipped"),
-        row(provider="ours + AuxK", auxk=True, ms_p50=200.0),
-        row(provider="SAELens + AuxK", contestant="peer", auxk=True, ms_p50=800.0),
+        step_row(provider="encoder GEMM", contestant="yardstick", ms_p50=80.0),
+        step_row(provider="fused Adam", contestant="yardstick", ms_p50=20.0), step_row(),
+        step_row(provider="dense PyTorch", contestant="PyTorch", baseline=True, ms_p50=390.0),
+        step_row(provider="SAELens", contestant="peer", ms_p50=650.0, note="gradient norm clipped"),
+        step_row(provider="ours + AuxK", auxk=True, ms_p50=200.0),
+        step_row(provider="SAELens + AuxK", contestant="peer", auxk=True, ms_p50=800.0),
     ]  # fmt: skip
     for provider in (step.OURS, step.DENSE):
         for part, ms in [*((part, 10.0) for part in step.PARTS), (step.WHOLE, 66.0)]:
-            made.append(row(kind="part", provider=provider, part=part, ms_p50=ms, share_of_first=0.25))
+            made.append(step_row(kind="part", provider=provider, part=part, ms_p50=ms, share_of_first=0.25))
     for provider, errors in (("sae_engine", [4.0, 2.0]), ("dense PyTorch", [4.0, 2.02])):
-        made.append(row(kind="curve", provider=provider, errors=errors, sha256="0" * 64, model="toy", d=3, d_sae=4, k=1,
-                        batch_tokens=2, layer=1, steps=2))  # fmt: skip
+        made.append(step_row(**ACTIVATIONS, kind="curve", provider=provider, errors=errors, k=1))
     return made
 
 
@@ -154,14 +143,14 @@ def test_report_from_rows():
     text = report.markdown(synthetic_rows(), [Path("step-main-float32.png"), Path("step-parts.png")])
     flat = text.replace(" ", "")
     assert "Floor (GEMM + fused Adam): 100 ms" in text
-    assert "|**ours**||130(129–131)|1.30×||" in flat
-    assert "|densePyTorch||390(129–131)|3.90×|3.00×|" in flat  # 3 times ours
-    assert "|SAELens+AuxK||800(129–131)|8.00×|4.00×|" in flat  # 4 times ours with AuxK
+    assert "|**ours**||130(124–136)|1.30×||" in flat
+    assert "|densePyTorch||390(124–136)|3.90×|3.00×|" in flat  # 3 times ours
+    assert "|SAELens+AuxK||800(124–136)|8.00×|4.00×|" in flat  # 4 times ours with AuxK
     assert "|therest|6|6|" in flat  # 66 less 6 parts of 10
     assert "0.99 % apart" in text  # 2 against 2.02
     assert "sae-lens 6" in text and "25.0 % of the tokens" in text
     assert text.count("](step-main-float32.png)") == 1
-    operation = row(kind="operation", op="topk", mode="forward", bytes=1, flops=0)
+    operation = step_row(kind="operation", op="topk", mode="forward", bytes=1, flops=0)
     assert "training step" not in report.markdown([operation], [])
 
 
