@@ -443,8 +443,9 @@ def collect_all(targets: Sequence[str] = TARGETS, *, quick: bool = False, jobs: 
 
 # Bytes a thread that a kernel's configuration keeps in memory, where that was measured to be faster than fewer warps.
 # The latent pass beats itself with more registers (480 µs with 128 of them, 530 with 144, 541 with 168: NVIDIA H200, F
-# 32,768, d 768). Norm matching's cut and a window of the latent pass keep one address by Triton 3.9.
-KNOWN_SPILLS = {"latents": 56, "norm_cut": 8, "window": 8}  # of the latents 24 on sm_90, 56 on sm_100, where nothing was measured
+# 32,768, d 768; 24 bytes on sm_90, 56 on sm_100, where nothing was measured). By Triton 3.9 norm matching's cut and the
+# windows of the latent pass keep one address, written once and read once a pass or step.
+KNOWN_SPILLS = {"latents": 56, "norm_cut": 8, "window": 8}
 
 
 def defects(whole: dict[str, Any]) -> list[str]:
