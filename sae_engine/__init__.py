@@ -1,7 +1,13 @@
 """sae-engine: exact, fast sparse activations for sparse autoencoders."""
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from . import functional, losses, metrics, training
+from . import (
+    _saved_codes,  # noqa: F401 - pickles and compiled functions know SparseCodes by it
+    functional,
+    losses,
+    metrics,
+    training,
+)
 from .autoencoder import SparseAutoencoder, SparseDecoder
 from .codes import ByLatent, SparseCodes, cat
 from .functional import Encoded, EncodeInfo

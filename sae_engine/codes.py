@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from sae_kernels.ops import ops, uniform_offsets
@@ -369,10 +368,6 @@ class SparseCodes:
     def __copy__(self) -> SparseCodes:
         return replace(self)
 
-    def __reduce__(self):
-        saved = (self.values, self.indices, self.offsets, tuple(self.batch_shape), self.num_latents, self.k)
-        return _rebuild_codes, (*saved, self.required)
-
     def __len__(self) -> int:
         if not self.batch_shape:
             raise TypeError("codes of a single row have no length")
@@ -437,24 +432,6 @@ def _trimmed(codes: SparseCodes) -> SparseCodes:
     return replace(codes, values=codes.values[:owned], indices=codes.indices[:owned], required=None, _transposed=[])
 
 
-def _flatten(codes: SparseCodes):
-    children = [codes.values, codes.indices, codes.offsets]
-    if codes.required is not None:  # None would be a leaf
-        children.append(codes.required)
-    return children, (codes.batch_shape, codes.num_latents, codes.k)
-
-
-def _unflatten(children, context) -> SparseCodes:
-    values, indices, offsets, *required = children
-    batch_shape, num_latents, k = context
-    return SparseCodes(values, indices, offsets, tuple(batch_shape), num_latents, k, *required)
-
-
-pytree.register_pytree_node(
-    SparseCodes, _flatten, _unflatten, serialized_type_name="sae_engine.SparseCodes"
-)
-
-
 def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
     """``vector[codes.indices]``: a quantity per latent (F,), read at the entries (N,).
 
@@ -470,32 +447,3 @@ def _transposed_for(codes: SparseCodes, *learned: Tensor | None) -> tuple[Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
         return codes.by_latent
     return None, None, None
-
-
-def _rebuild_codes(values, indices, offsets, batch_shape, num_latents, k, required) -> SparseCodes:
-    """Codes from a pickle, which names this function. Files may be damaged or hostile: nothing in them is believed."""
-    tensors = [values, indices, offsets] if required is None else [values, indices, offsets, required]
-    numbers = [*batch_shape, num_latents] if k is None else [*batch_shape, num_latents, k]
-    sound = (
-        all(isinstance(t, Tensor) and t.layout == torch.strided and t.device == values.device for t in tensors)
-        and all(type(n) is int and n >= 0 for n in numbers)
-        and values.is_floating_point()
-        and [t.dtype for t in tensors[1:]] == [torch.int32, torch.int64, torch.int64][: len(tensors) - 1]
-        and values.dim() == 1 and indices.shape == values.shape
-        and offsets.shape == (torch.Size(batch_shape).numel() + 1,)
-        and (required is None or required.dim() == 0)
-    )  # fmt: skip
-    if not sound:
-        raise ValueError("these are no saved SparseCodes: their tensors and sizes do not fit together")
-    codes = SparseCodes(
-        values.contiguous(), indices.contiguous(), offsets.contiguous(), tuple(batch_shape), num_latents, k, required
-    )
-    if not values.is_meta:
-        codes._check_numbers()
-        owned = values.shape[0] if required is None else min(int(required), values.shape[0])
-        if int(offsets[-1]) != owned or (k is not None and bool((offsets.diff() != k).any())):
-            raise ValueError("these are no saved SparseCodes: their offsets do not fit the number of entries")
-    return codes
-
-
-torch.serialization.add_safe_globals([_rebuild_codes])  # it checks what it is given: weights_only=True may call it

@@ -12,22 +12,21 @@ and devices are checked before anything is launched: TypeError or ValueError, na
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae_kernels.ops import ops
 from sae_kernels.stock.dense import uniform_offsets
-from sae_kernels.stock.linear import by_onednn
 
 from . import _checks as check
-from .codes import SparseCodes, _transposed_for, at_latents, cat
+from ._encoder import Encoded, EncodeInfo, encode, encode_with, linear, linear_dtype
+from .codes import SparseCodes, _transposed_for, at_latents
 
 __all__ = [
-    "EncodeInfo", "Encoded", "batch_topk", "decode", "decode_prefixes", "encode", "encode_with", "feature_budgets",
-    "feature_topm", "norm_match", "threshold", "topk", "zipf_shortfall",
+    "EncodeInfo", "Encoded", "at_latents", "batch_topk", "decode", "decode_prefixes", "encode", "encode_with",
+    "feature_budgets", "feature_topm", "largest", "linear", "move_threshold", "norm_match", "threshold", "topk",
+    "zipf_shortfall",
 ]
 
 
@@ -318,18 +317,10 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
     if b_dec is not None:
         check.floating("b_dec", b_dec, dims=1)
         check.shaped("b_dec", b_dec, W_dec.shape[1:], W_dec, why="d_out")
-    dtype = _decoded_dtype(codes, W_dec)
+    dtype = linear_dtype(codes.values, W_dec)
     index = _transposed_for(codes, W_dec)
     out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *index, backend)
     return out.view(*codes.batch_shape, W_dec.shape[1])
-
-
-def _decoded_dtype(codes: SparseCodes, W_dec: Tensor) -> torch.dtype:
-    """The autocast dtype if active, else what values and W_dec promote to."""
-    kind = codes.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return torch.promote_types(codes.values.dtype, W_dec.dtype)
 
 
 def decode_prefixes(
@@ -356,176 +347,13 @@ def decode_prefixes(
         raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
     widths = check.widths(widths, codes.num_latents)
     check.floating("W_dec", W_dec, dims=2)
-    dtype = _decoded_dtype(codes, W_dec)
+    dtype = linear_dtype(codes.values, W_dec)
     wide = torch.promote_types(dtype, torch.float32)
     runs = codes.split_latents(widths)
     with torch.autocast(codes.device.type, enabled=False):
         parts = decode(runs.replace(values=runs.values.to(wide)), W_dec, backend=backend)
         out = parts.cumsum(-2)
         return (out if b_dec is None else out + b_dec.to(wide)).to(dtype)
-
-
-class EncodeInfo(NamedTuple):
-    """What decoding needs to know of the input; None where it does not."""
-
-    mean: Tensor | None = None  # (*batch_shape, 1), layer norm and centring
-    std: Tensor | None = None  # (*batch_shape, 1), layer norm
-    skipped: Tensor | None = None  # (*batch_shape, d_in), the input of the skip connection
-
-
-class Encoded(NamedTuple):
-    """Everything that one pass through an encoder gives: what :func:`encode_with` returns."""
-
-    codes: tuple[SparseCodes, ...]  # one for each rule
-    info: EncodeInfo = EncodeInfo()  # for SparseAutoencoder.decode
-    pre: Tensor | None = None  # (*batch_shape, F) that the rules saw, where keep_pre asked for them
-
-
-def encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None = None,
-    *,
-    select: Any,
-    b_dec: Tensor | None = None,
-    scale: Tensor | None = None,
-    pre: Tensor | None = None,
-    backend: str = "auto",
-    **context: Tensor,
-) -> SparseCodes:
-    """Linear encoder and selection, ``select(((x - b_dec) @ W_enc + b_enc) * scale)``, differentiated sparsely.
-
-    The gradient never becomes a (tokens, F) matrix: each latent sums over the tokens that keep it, in a fixed order.
-
-    Args:
-        x: ``(*batch_shape, d_in)``. Differentiable.
-        W_enc: ``(d_in, F)``, any strides. Differentiable.
-        b_enc: ``(F,)`` or None. Differentiable.
-        select: an activation module. ``select.select`` chooses; ``select.entry_values``, where the module has it, turns
-            the pre-activations at the chosen entries into values. Without it the gradient goes through the dense
-            pre-activations.
-        b_dec: ``(d_in,)``, subtracted from ``x``, or None. Differentiable.
-        scale: ``(F,)``, multiplies the pre-activations before selection (decoder norms), or None. Differentiable.
-        pre: what is selected from, ``(*batch_shape, F)`` and multiplied by ``scale``, where it is known already: it is
-            then taken as it is, in its own dtype. Constant for autograd: gradients go by way of the others.
-        context: what ``select`` names in its ``context_keys``.
-
-    Returns:
-        The codes, over ``(*batch_shape, F)``; values have the dtype of the pre-activations.
-
-    Raises:
-        TypeError: ``select`` is no activation module, or its context is incomplete or has a name too many.
-        ValueError: a shape or a device does not fit those of ``x``.
-    """
-    if isinstance(select, list | tuple):
-        raise TypeError(f"select must be one activation module, got {len(select)}: encode_with takes several")
-    return encode_with(
-        x, W_enc, b_enc, select=select, b_dec=b_dec, scale=scale, pre=pre, keep_pre=False, backend=backend, **context
-    ).codes[0]
-
-
-def encode_with(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None = None,
-    *,
-    select: Any,
-    b_dec: Tensor | None = None,
-    scale: Tensor | None = None,
-    pre: Tensor | None = None,
-    keep_pre: bool = False,
-    backend: str = "auto",
-    **context: Tensor,
-) -> Encoded:
-    """:func:`encode` with several rules, which select from the same pre-activations and share one backward pass.
-
-    Args:
-        select: an activation module, or a sequence of them.
-        keep_pre: whether the pre-activations come along. They are then differentiable (unless ``pre`` was given), by
-            way of the (tokens, F) matrix that the codes alone spare.
-        context: handed to each activation that names it in its ``context_keys``.
-        x, W_enc, b_enc, b_dec, scale, pre: as in :func:`encode`.
-
-    Returns:
-        ``codes``, one for each rule, and ``pre``, None without ``keep_pre``. Under 16-bit autocast ``pre`` is the fp32
-        sum with the fp32 bias, rounded once.
-
-    Raises:
-        TypeError, ValueError: as :func:`encode`; and ValueError where ``select`` is empty.
-    """
-    rules = tuple(select) if isinstance(select, list | tuple) else (select,)
-    contexts = _contexts(rules, context)
-    _check_linear(x, W_enc, b_enc)
-    if b_dec is not None:
-        check.floating("b_dec", b_dec, dims=1)
-        check.shaped("b_dec", b_dec, x.shape[-1:], x, why="d_in")
-    if scale is not None:
-        check.floating("scale", scale, dims=1)
-        check.shaped("scale", scale, W_enc.shape[1:], x, why="one per latent")
-    if pre is not None:
-        check.floating("pre", pre)
-        check.shaped("pre", pre, (*x.shape[:-1], W_enc.shape[1]), x, why="one per token and latent")
-    dtype = _linear_dtype(x, W_enc)
-    given, result_dtype = pre is not None, dtype if pre is None else pre.dtype
-    turners = [getattr(rule, "entry_values", None) for rule in rules]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and (keep_pre or None in turners)):
-        if pre is not None:
-            unscaled = pre = pre.detach()
-        else:
-            unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
-            pre = unscaled if scale is None else (unscaled * scale).to(dtype)
-    codes = [
-        rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
-        for rule, turner, mine in zip(rules, turners, contexts, strict=True)
-    ]
-    sparse = [number for number, turner in enumerate(turners) if turner is not None]
-    if sparse and torch.is_grad_enabled():  # without gradients the values are what was selected
-        matrix = check.matrix(unscaled.detach())
-        entries = [ops.gather(matrix, codes[n].indices, codes[n].offsets, backend) for n in sparse]
-        if given and scale is not None:
-            scales = [scale.detach()[codes[n].indices.long()] for n in sparse]
-            entries = [torch.where(s == 0, 0.0, e / s).to(e.dtype) for e, s in zip(entries, scales, strict=True)]
-        entries = _as_encoded(entries, [codes[n] for n in sparse], x, W_enc, b_enc, b_dec, dtype, backend)
-        for n, pre_entries in zip(sparse, entries, strict=True):
-            if scale is not None:
-                pre_entries = (pre_entries * at_latents(scale, codes[n])).to(result_dtype)
-            codes[n] = codes[n].replace(values=rules[n].entry_values(pre_entries, codes[n], **contexts[n]))
-    return Encoded(tuple(codes), pre=pre if keep_pre else None)
-
-
-def _contexts(rules: tuple, context: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each of several rules gets of ``context``; a single rule gets, and checks, all of it."""
-    if not rules:
-        raise ValueError("select must hold at least one activation module, got none")
-    for rule in rules:
-        if not callable(getattr(rule, "select", None)):
-            raise TypeError(f"select must be an activation module such as TopK(32), got {type(rule).__name__}")
-    if len(rules) == 1:
-        return [context]
-    known: list[frozenset[str]] = [getattr(rule, "context_keys", frozenset()) for rule in rules]
-    for name in frozenset(context).difference(*known):
-        raise TypeError(f"none of the activations in select takes {name}")
-    return [{name: context[name] for name in keys.intersection(context)} for keys in known]
-
-
-def _as_encoded(entries, codes, x, W_enc, b_enc, b_dec, dtype, backend) -> list[Tensor]:
-    """Pre-activations ``entries``, a tensor for each of ``codes``, as functions of the encoder's input and parameters.
-
-    Several codes are laid below one another, over as many copies of ``x``: one pass over the latents serves them all.
-    """
-    centred = check.matrix((x if b_dec is None else x - b_dec.detach()).to(dtype))
-    parameters = W_enc, b_enc, b_dec
-
-    def attached(x: Tensor, entries: Tensor, codes: SparseCodes) -> Tensor:
-        return ops.encode_entries(
-            x, *parameters, entries, codes.indices, codes.offsets, *_transposed_for(codes, *parameters), backend
-        )
-
-    if len(codes) == 1 or any(c.required is not None for c in codes):  # unused capacity cannot lie between rows
-        return [attached(centred, e, c) for e, c in zip(entries, codes, strict=True)]
-    below = cat([replace(c.detach(), batch_shape=(c.rows,)) for c in codes])
-    together = attached(centred.repeat(len(codes), 1), torch.cat(entries), below)
-    return list(together.split([e.shape[0] for e in entries]))
 
 
 def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
@@ -536,49 +364,6 @@ def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
     Does nothing where ``smallest`` is not finite, nor in the second run of a checkpointed forward.
     """
     ops.move_threshold(threshold, smallest, rate)
-
-
-def linear(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, *, result_dtype: torch.dtype | None = None
-) -> Tensor:
-    """``x @ W_enc + b_enc``; 16-bit results (autocast, or 16-bit inputs) are rounded once, after the bias.
-
-    ``result_dtype`` wider than 16 bits leaves the fp32 sums of 16-bit operands unrounded.
-    """
-    _check_linear(x, W_enc, b_enc)
-    dtype = _linear_dtype(x, W_enc)
-    result_dtype = dtype if result_dtype is None else result_dtype
-    with torch.autocast(x.device.type, enabled=False):
-        flat, weight = check.matrix(x).to(dtype), W_enc.to(dtype)
-        if dtype in (torch.float32, torch.float64):
-            bias = None if b_enc is None else b_enc.to(dtype)
-            decided_when_run = torch.compiler.is_compiling() and flat.is_cpu
-            if decided_when_run or by_onednn(flat, weight):
-                out = ops.linear(flat, weight, bias)
-            else:
-                out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        else:
-            out = ops.linear_16bit(flat, weight, b_enc, result_dtype, "auto")
-    return out.to(result_dtype).view(*x.shape[:-1], W_enc.shape[1])
-
-
-def _check_linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:
-    check.floating("x", x)
-    check.floating("W_enc", W_enc, dims=2)
-    check.same_device("W_enc", W_enc, x)
-    if x.shape[-1] != W_enc.shape[0]:
-        raise ValueError(f"x must have d_in = {W_enc.shape[0]} in its last dimension, got shape {tuple(x.shape)}")
-    if b_enc is not None:
-        check.floating("b_enc", b_enc, dims=1)
-        check.shaped("b_enc", b_enc, W_enc.shape[1:], x, why="one per latent")
-
-
-def _linear_dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:
-    """The autocast dtype if active, else what x and W_enc promote to."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return torch.promote_types(x.dtype, W_enc.dtype)
 
 
 def _sized(pre: Tensor, capacity: int | None, result: tuple[Tensor, ...]) -> SparseCodes:

@@ -4,6 +4,7 @@ import torch
 from largest_tensor import Largest
 
 import sae_engine as se
+from sae_engine import _encoder
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, force_dense
 from sae_kernels import densified
@@ -152,7 +153,7 @@ def test_known_pre_activations_are_taken_as_they_are(scaled, monkeypatch):
         options = {"b_dec": t["b_dec"], "scale": scale, "select": [se.TopK(5), se.BatchTopK(2)]}
         with monkeypatch.context() as patch:
             if known:
-                patch.setattr(f, "linear", None)
+                patch.setattr(_encoder, "linear", None)
                 options["pre"] = pre.detach()
             codes = f.encode_with(t["x"], t["W_enc"], t["b_enc"], **options).codes
         (codes[0].values.sum() + codes[1].values.square().sum()).backward()

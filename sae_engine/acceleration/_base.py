@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import functional
 from .._checks import FLOATS
+from .._encoder import linear_dtype
 from ..codes import SparseCodes
 
 # Share of entries above which codes of data-dependent rules do not pay: their owner's dense code runs instead.
@@ -104,7 +105,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pre, x, W_enc, b_enc, b_dec, scale, relu, through):
         ctx.through = through
-        ctx.dtype = functional._linear_dtype(x, W_enc)
+        ctx.dtype = linear_dtype(x, W_enc)
         out = pre.detach()
         ctx.save_for_backward(x, W_enc, b_enc, b_dec, scale, out if relu else None)
         return out

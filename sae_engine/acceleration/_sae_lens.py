@@ -8,6 +8,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
 from .. import functional
+from .._encoder import linear_dtype
 from ..codes import SparseCodes
 from . import _base as core
 
@@ -44,7 +45,7 @@ class SparseSAE(Theirs):
         """Pre-activations without gradient, in SAELens' dtype: autocast's, promoted by a bias that it leaves alone."""
         check_activation(self, self._activation)
         with torch.no_grad():
-            wide = torch.promote_types(functional._linear_dtype(x, self.W_enc), self.b_enc.dtype)
+            wide = torch.promote_types(linear_dtype(x, self.W_enc), self.b_enc.dtype)
             return functional.linear(x if b_dec is None else x - b_dec, self.W_enc, self.b_enc, result_dtype=wide)
 
     def _codes(

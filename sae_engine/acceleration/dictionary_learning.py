@@ -21,6 +21,7 @@ from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, to
 from torch import Tensor, nn
 
 from .. import functional
+from .._encoder import linear_dtype
 from ..codes import SparseCodes
 from . import _base as core
 
@@ -46,7 +47,7 @@ class _Dictionary(Theirs):
     def _pre(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
         """Pre-activations without gradient, in the dtype of a product and a sum: autocast leaves the bias alone."""
         with torch.no_grad():
-            wide = torch.promote_types(functional._linear_dtype(x, W_enc), b_enc.dtype)
+            wide = torch.promote_types(linear_dtype(x, W_enc), b_enc.dtype)
             return functional.linear(x if b_dec is None else x - b_dec, W_enc, b_enc, result_dtype=wide)
 
     def _watches(self) -> bool:

@@ -86,13 +86,11 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
 def term_of(codes: SparseCodes, values: Tensor, grad: Tensor, offered: Tensor | None, mode: int) -> Term:
     """One output's part in the latent pass; dense codes need no transposed index."""
     if is_dense("decode_backward_weight", codes.values.shape[0], codes.rows, codes.num_latents, codes.device.type):
-        transposed = ByLatent(codes.offsets.new_empty(0), codes.indices.new_empty(0), codes.offsets.new_empty(0))
+        index = ByLatent(codes.offsets.new_empty(0), codes.indices.new_empty(0), codes.offsets.new_empty(0))
     else:
-        transposed = codes.by_latent
+        index = codes.by_latent
     offered = values.new_empty(0) if offered is None else offered
-    return Term(
-        grad, values, offered, codes.indices, codes.offsets, transposed.offsets, transposed.rows, transposed.positions, mode
-    )
+    return Term(grad, values, offered, codes.indices, codes.offsets, *index, mode)
 
 
 def _in_rows(codes: SparseCodes, runs: SparseCodes | None, repeats: int) -> SparseCodes:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_kernels.ops import ops
 from sae_kernels.reference import ordered_keys, relu
+from sae_kernels.stock.linear import by_onednn
 
 from .. import functional
 from ..autoencoder import SparseAutoencoder
@@ -207,7 +208,7 @@ class PreActivations:
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight + bias`` (rows, F), overwritten by the next call."""
-        if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or functional.by_onednn(x, weight):
+        if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or by_onednn(x, weight):
             return functional.linear(x, weight, bias)
         size = x.shape[0] * weight.shape[1]
         if self._memory is None or self._memory.dtype != x.dtype or self._memory.numel() < size:

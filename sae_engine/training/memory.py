@@ -4,9 +4,9 @@ from __future__ import annotations
 import torch
 
 from sae_kernels.stock import limits
+from sae_kernels.stock.linear import by_onednn
 
 from .. import _checks as check
-from .. import functional
 from .forward import rows_within
 from .optimizer import rows_of_a_piece
 
@@ -83,6 +83,6 @@ def peak_bytes(
         backward += 2 * piece * wide + (outputs - 1) * d_sae * width * wide
         backward += d_sae * d_in * wide if row_major else 0
     some = torch.empty(2, 1, dtype=compute)
-    if device_type == "cpu" and functional.by_onednn(some, some.T):  # allocates its result: no buffer stays
+    if device_type == "cpu" and by_onednn(some, some.T):  # allocates its result: no buffer stays
         return resident + max(pre + encoding, backward)
     return resident + pre + max(encoding, backward)
