@@ -144,6 +144,14 @@ WITHOUT_WAITING = {
     "functional.encode_with": lambda: (
         x := torch.randn(B, D), w := torch.randn(D, F, requires_grad=True),
         lambda: backward(f.encode_with(x, w, select=[se.TopK(4), se.BatchTopK(2)]).codes[1]))[2],
+    "functional.linear": lambda: (
+        x := torch.randn(B, D), w := torch.randn(D, F, requires_grad=True), b := torch.zeros(F),
+        lambda: f.linear(x, w, b).sum().backward())[3],
+    "functional.largest": selecting(lambda p: f.largest(p, 20)),
+    "functional.at_latents": lambda: (
+        c := codes(), v := torch.rand(F, requires_grad=True), lambda: f.at_latents(v, c).sum().backward())[2],
+    "functional.move_threshold": lambda: (
+        t := torch.full((), -1.0), v := torch.rand(()), lambda: f.move_threshold(t, v, 0.1))[2],
     "functional.feature_budgets": lambda: (d := torch.rand(F), lambda: f.feature_budgets(d, 20, B))[1],
     "functional.zipf_shortfall": lambda: (d := torch.rand(F), lambda: f.zipf_shortfall(d, 3))[1],
     # rules: dense in every mode, codes where their number is known
