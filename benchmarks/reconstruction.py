@@ -16,7 +16,7 @@ import functools
 import platform
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from guarded import failed
 from progress import announce
-from rows import ROOT, Row, environment, now_utc
-from timing import OtherLoad
+from rows import ROOT, Row, environment, now_utc, short
+from stock import step_with_unit_rows
+from timing import OtherLoad, synchronize
 from torch import Tensor, nn
 
 import sae_engine as se
@@ -37,6 +38,7 @@ from sae_engine.data import (
     load_language_model,
     stdlib_texts,
 )
+from sae_engine.metrics import Reconstruction, Sparsity
 
 CACHE = ROOT / ".cache" / "activations"
 SPACE = "per-token normalized: (x - mean) / (std_unbiased + 1e-5)"
@@ -201,13 +203,8 @@ class EngineModel(nn.Module):
     def norm_gap(self, codes: se.SparseCodes, x: Tensor) -> Tensor:
         return se.losses.afa(codes, x)
 
-    @staticmethod
-    def counts(codes: se.SparseCodes) -> tuple[Tensor, Tensor]:
-        """Non-zero entries, and whether each latent has any."""
-        values = codes.values
-        fired = torch.zeros(codes.num_latents, dtype=torch.bool, device=values.device)
-        fired[codes.indices[values != 0].long()] = True
-        return (values != 0).sum(), fired
+    def measured(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
+        return self(x)
 
 
 class DenseModel(nn.Module):
@@ -251,9 +248,9 @@ class DenseModel(nn.Module):
     def norm_gap(self, kept: Tensor, x: Tensor) -> Tensor:
         return (kept.norm(dim=1) - x.norm(dim=1)).square().mean()
 
-    @staticmethod
-    def counts(kept: Tensor) -> tuple[Tensor, Tensor]:
-        return (kept != 0).sum(), (kept != 0).any(0)
+    def measured(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
+        x_hat, kept = self(x)
+        return x_hat, se.SparseCodes.from_dense(kept)
 
 
 def build(run: Run, mean: Tensor, d_sae: int) -> EngineModel | DenseModel:
@@ -274,16 +271,11 @@ def build(run: Run, mean: Tensor, d_sae: int) -> EngineModel | DenseModel:
 
 def training_step(model: EngineModel | DenseModel, optimizer: torch.optim.Optimizer, x: Tensor, run: Run) -> Tensor:
     """One step; returns the squared error per element, before it."""
-    W_dec = model.parts.W_dec
     x_hat, codes = model(x)
     error = (x_hat - x).square().mean()
     loss = error if run.rule != "top-AFA" else error + run.knob * model.norm_gap(codes, x)
-    optimizer.zero_grad()
     loss.backward()
-    with torch.no_grad():
-        W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
-        optimizer.step()
-        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+    step_with_unit_rows(optimizer, model.parts.W_dec)
     return error.detach()
 
 
@@ -322,55 +314,40 @@ def _trained(run: Run, data: Activations, setting: Setting, device: torch.device
     errors, started, others = [], time.perf_counter(), OtherLoad()
     for step, x in enumerate(batches(data.train, setting, run.seed, device)):
         if step == WARM_STEPS:
-            _wait(device)
+            synchronize(device)
             started = time.perf_counter()
         errors.append(training_step(model, optimizer, x, run))
         announce(f"{where}: step {step + 1} of {setting.steps}", [about])
-    _wait(device)
+    synchronize(device)
     seconds = time.perf_counter() - started
     other_load = others.cores()
     timed_tokens = (len(errors) - WARM_STEPS) * setting.batch_tokens
     last = torch.stack(errors[-max(len(errors) // 20, 1) :]).mean().item()
     announce(f"{where}: held-out tokens", [about])
     return {
-        **evaluate(model, data.held_out, setting, device), "mse_train": _short(last),
-        "tokens_per_second": _short(timed_tokens / seconds), "seconds": _short(seconds), "other_load": other_load,
+        **quality(model.eval().measured, data.held_out, setting, device), "mse_train": short(last),
+        "tokens_per_second": short(timed_tokens / seconds), "seconds": short(seconds), "other_load": other_load,
     }  # fmt: skip
 
 
 @torch.no_grad()
-def evaluate(
-    model: EngineModel | DenseModel, held_out: ActivationStore, setting: Setting, device: torch.device
-) -> dict[str, float]:
-    """Error per element, fraction of variance unexplained, entries per token, latents that fire on no token."""
-    model.eval()
-    tokens, squared, entries = 0, 0.0, 0
-    total = square_total = torch.zeros(held_out.d_model, dtype=torch.float64, device=device)
-    fired = torch.zeros(setting.d_sae, dtype=torch.bool, device=device)
+def quality(
+    run: Callable[[Tensor], tuple[Tensor, se.SparseCodes]], held_out: ActivationStore, setting: Any,
+    device: torch.device,
+) -> dict[str, float]:  # fmt: skip
+    """Error per element, fraction of variance unexplained, entries per token, latents that fire on no token or on many.
+
+    ``run`` gives the reconstruction of a batch (tokens, d), and its codes; ``setting`` names ``d_sae`` and
+    ``batch_tokens``.
+    """
+    reconstruction, sparsity = Reconstruction(space=SPACE), Sparsity(setting.d_sae)
     for rows in held_out.batches(setting.batch_tokens, shuffle=False, device=device, dtype=torch.float32):
         x = normalized(rows)
-        x_hat, codes = model(x)
-        count, which = model.counts(codes)
-        tokens, entries, fired = tokens + len(x), entries + int(count), fired | which
-        squared += float((x_hat.double() - x.double()).square().sum())
-        total, square_total = total + x.double().sum(0), square_total + x.double().square().sum(0)
-    variance = float((square_total - total.square() / tokens).sum())
-    model.train()
-    return {
-        "mse": _short(squared / (tokens * held_out.d_model)),
-        "fvu": _short(squared / variance),
-        "l0": _short(entries / tokens),
-        "dead_fraction": _short(1 - fired.double().mean().item()),
-    }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _short(x: float) -> float:
-    return float(f"{x:.6g}")
+        x_hat, codes = run(x)
+        reconstruction.update(x_hat, x)
+        sparsity.update(codes)
+    found = reconstruction.compute() | sparsity.compute()
+    return {name: short(found[name]) for name in ("mse", "fvu", "l0", "dead_fraction", "dense_fraction")}
 
 
 @functools.lru_cache(maxsize=1)

@@ -117,6 +117,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def short(x: float) -> float:
+    """Six digits: what a measurement is worth."""
+    return float(f"{x:.6g}")
+
+
 def now_utc() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 

@@ -29,14 +29,15 @@ import torch
 from progress import ProgressBar
 from recipes import RECIPES, Level, Recipe, calibrate, find, scale_encoder
 from reconstruction import BETAS, WARM_STEPS
-from rows import ROOT, Row, cell, device_slug, environment, load, now_utc, store
-from timing import OtherLoad
+from rows import ROOT, Row, cell, device_slug, environment, load, now_utc, short, store
+from stock import step_with_unit_rows
+from timing import OtherLoad, synchronize
 from torch import Tensor
 
 import sae_engine as se
-from sae_engine.data import ActivationStore, LanguageModel, evaluation_text, load_language_model, run_with_replacement
+from sae_engine import metrics
+from sae_engine.data import ActivationStore, LanguageModel, evaluation_text, load_language_model
 from sae_engine.data.activations import context_batches
-from sae_engine.metrics import NextTokenLoss, Reconstruction, Sparsity, loss_recovered
 
 METHOD = (
     "Adam {learning_rate:g}, betas {betas}; unit-norm decoder rows, tied initial weights, the encoder scaled to the "
@@ -98,11 +99,11 @@ def train(
     started = time.perf_counter()
     for step, (x, context) in enumerate(batches(recipe, data, setting, seed, device)):
         if step == WARM_STEPS:
-            _wait(device)
+            synchronize(device)
             started = time.perf_counter()
         training_step(recipe, sae, optimizer, level, x, **context)
         bar.update()
-    _wait(device)
+    synchronize(device)
     seconds = time.perf_counter() - started
     if recipe.calibrated:
         rows = next(data.train.batches(CALIBRATION_TOKENS, seed=seed, device=device, dtype=torch.float32))
@@ -128,15 +129,8 @@ def training_step(
     if recipe.steer is not None:
         recipe.steer(sae, level.strength, level.k)
     loss, codes = recipe.loss(sae, x, level, **context)
-    optimizer.zero_grad()
     loss.backward()
-    W_dec = sae.W_dec
-    if W_dec.grad is None:
-        raise RuntimeError(f"the loss of {recipe.name} does not reach W_dec")
-    with torch.no_grad():
-        W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
-        optimizer.step()
-        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+    step_with_unit_rows(optimizer, sae.W_dec)
     level.move(codes)
     return codes
 
@@ -193,100 +187,44 @@ class Data:
         activations = reconstruction.collect(lm, layer, site, setting, cache=cache, progress=progress)
         self.train, self.held_out = activations.train, activations.held_out
         self.mean, self.about = activations.mean, activations.about
-        self._of = (lm, layer, site)
+        self.lm, self.place = lm, {"layer": layer, "site": site}
+        self.context_length = min(lm.max_length, 256)
+        measured = self.context_length - 1  # the first position of each context is left as it is
+        self.loss_tokens = -(-setting.loss_tokens // measured) * measured
 
     @functools.cached_property
     def gradients(self) -> Gradients:
-        lm, layer, site = self._of
-        return Gradients(self.train, read_all_gradients(lm, self.train, layer, site))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class SplicedModel:
-    """The language model on fixed contexts: clean and with zeros once, with a reconstruction for each autoencoder."""
-
-    def __init__(self, lm: LanguageModel, layer: int, site: str, tokens: int) -> None:
-        self.lm, self.place = lm, {"layer": layer, "site": site}
-        device = next(lm.model.parameters()).device
-        length = min(lm.max_length, 256)
-        contexts = -(-tokens // (length - 1))  # the first position of each is left as it is, and not measured
-        ids = torch.cat([
-            batch for batch in context_batches(lm, evaluation_text(), length, 8) if batch.shape[1] == length
-        ])[:contexts].to(device)  # fmt: skip
-        self.batches = ids.split(8)
-        self.clean, self.ablated = self._run(lambda x: x), self._run(torch.zeros_like)
-
-    @property
-    def tokens(self) -> int:
-        return sum(ids[:, 1:].numel() for ids in self.batches)
-
-    def _run(self, replace) -> float:
-        loss = NextTokenLoss()
-        for ids in self.batches:
-
-            def after_first(hidden: Tensor) -> Tensor:
-                rows = replace(hidden[:, 1:].flatten(0, 1)).view_as(hidden[:, 1:])
-                return torch.cat([hidden[:, :1], rows], 1)
-
-            logits = run_with_replacement(self.lm.model, ids, after_first, **self.place)
-            loss.update(logits[:, 1:], ids[:, 1:])
-        return loss.compute()["ce"]
-
-    def measure(self, sae: se.SparseAutoencoder) -> Row:
-        """Cross-entropies, and the share of the damage of zeros that the reconstruction repairs."""
-
-        def reconstruct(x: Tensor) -> Tensor:
-            mean, scale = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + reconstruction.NORMALIZE_EPS
-            return sae((x - mean) / scale) * scale + mean
-
-        spliced = self._run(reconstruct)
-        recovered = loss_recovered(self.clean, spliced, self.ablated)
-        found = {"ce_clean": self.clean, "ce_spliced": spliced, "ce_ablated": self.ablated, "loss_recovered": recovered}
-        return {name: _short(value) for name, value in found.items()}
+        return Gradients(self.train, read_all_gradients(self.lm, self.train, **self.place))
 
 
 @torch.no_grad()
-def evaluate(
-    recipe: Recipe, sae: se.SparseAutoencoder, data: Data, spliced: SplicedModel, setting: Setting,
-    device: torch.device,
-) -> Row:  # fmt: skip
-    """Held-out tokens in the form that inference has: thresholds instead of batch rules."""
+def evaluate(recipe: Recipe, sae: se.SparseAutoencoder, data: Data, setting: Setting, device: torch.device) -> Row:
+    """Held-out tokens in the form that inference has, thresholds instead of batch rules; and the spliced model."""
     if recipe.inference is not None:
         sae.activation = recipe.inference(sae)
     sae.eval()
-    quality, sparsity = Reconstruction(space=reconstruction.SPACE), Sparsity(setting.d_sae)
-    for rows in data.held_out.batches(setting.batch_tokens, shuffle=False, device=device, dtype=torch.float32):
-        x = reconstruction.normalized(rows)
+
+    def run(x: Tensor) -> tuple[Tensor, se.SparseCodes]:
         codes = sae.encode(x)
-        quality.update(sae.decode(codes), x)
-        sparsity.update(codes)
-    error, counts = quality.compute(), sparsity.compute()
-    found = {
-        "mse": error["mse"], "fvu": error["fvu"], "l0": counts["l0"], "dead_fraction": counts["dead_fraction"],
-        "dense_fraction": counts["dense_fraction"],
-    }  # fmt: skip
-    return {name: _short(value) for name, value in found.items()} | spliced.measure(sae)
+        return sae.decode(codes), codes
 
-
-def _short(x: float) -> float:
-    return float(f"{x:.6g}")
+    language = metrics.evaluate(
+        sae, data.lm, evaluation_text(), **data.place, normalize="token", context_length=data.context_length,
+        max_tokens=data.loss_tokens,
+    )["language"]  # fmt: skip
+    losses = {name: short(language[name]) for name in ("ce_clean", "ce_spliced", "ce_ablated", "loss_recovered")}
+    return reconstruction.quality(run, data.held_out, setting, device) | losses
 
 
 # --- all runs ------------------------------------------------------------------------------------------------------
 
 
-def identity(
-    recipe: Recipe, k: int, seed: int, data: Data, spliced: SplicedModel, setting: Setting, device: torch.device
-) -> Row:
+def identity(recipe: Recipe, k: int, seed: int, data: Data, setting: Setting, device: torch.device) -> Row:
     """Everything in a row that is no measurement."""
     method = METHOD.format(learning_rate=setting.learning_rate, betas=BETAS)
     return {
         "kind": "rule", "rule": recipe.name, "k": k, "seed": seed, **data.about, "d_sae": setting.d_sae,
-        "batch_tokens": setting.batch_tokens, "steps": setting.steps, "loss_tokens": spliced.tokens,
+        "batch_tokens": setting.batch_tokens, "steps": setting.steps, "loss_tokens": data.loss_tokens,
         "method": method, "recipe": recipe.method, **environment(device),
     }  # fmt: skip
 
@@ -300,13 +238,12 @@ def measure(
     lm = load_language_model(model, device=device)
     layer = round(lm.num_layers * 2 / 3) if layer is None else layer
     data = Data(lm, layer, site, setting, cache, progress)
-    spliced = SplicedModel(lm, layer, site, setting.loss_tokens)
     there = {cell(row) for row in done}
     runs = []
     for seed in setting.seeds:
         for k in setting.l0s:
             for recipe in recipes:
-                row = identity(recipe, k, seed, data, spliced, setting, device)
+                row = identity(recipe, k, seed, data, setting, device)
                 if cell(row) not in there:
                     runs.append((recipe, k, seed, row))
     with ProgressBar(total=len(runs) * setting.steps, desc="training", unit="step", disable=not progress) as bar:
@@ -316,9 +253,9 @@ def measure(
             trained = train(recipe, k, seed, data, setting, device, bar)
             yield {
                 **row, "other_load": others.cores(),
-                **evaluate(recipe, trained.sae, data, spliced, setting, device),
-                "strength": _short(trained.strength) if recipe.steered else None,
-                "tokens_per_second": _short(trained.tokens_per_second), "seconds": _short(trained.seconds),
+                **evaluate(recipe, trained.sae, data, setting, device),
+                "strength": short(trained.strength) if recipe.steered else None,
+                "tokens_per_second": short(trained.tokens_per_second), "seconds": short(trained.seconds),
                 "utc": now_utc(),
             }  # fmt: skip
 

@@ -19,8 +19,8 @@ from ours import backend_of
 from progress import announce
 from rows import Row, environment
 from sizes import MAIN, S1, Case
-from steps import LEARNING_RATE, SEED, TINY, DenseAutoencoder, Setup, dense, make_setup, step_with_unit_rows, train_step
-from stock import topk_dense
+from steps import LEARNING_RATE, SEED, TINY, DenseAutoencoder, Setup, dense, make_setup, train_step
+from stock import step_with_unit_rows, topk_dense
 from timing import method
 
 from sae_engine import SparseCodes, functional

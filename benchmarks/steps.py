@@ -22,7 +22,7 @@ from guarded import Wrong
 from inputs import normal, seeded
 from registry import Provider
 from sizes import MAIN, PUBLISHED, S1, S2, S3, SMALL, Case
-from stock import topk_dense
+from stock import step_with_unit_rows, topk_dense
 from torch import Tensor, nn
 
 import sae_engine as se
@@ -223,14 +223,6 @@ def stock_error(sae: se.SparseAutoencoder, x: Tensor) -> Tensor:
 
 
 # --- plain PyTorch -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def step_with_unit_rows(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None:
-    W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-    optimizer.step()
-    optimizer.zero_grad()
-    W_dec /= W_dec.norm(dim=1, keepdim=True)
 
 
 def dense_error(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:

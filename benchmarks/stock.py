@@ -36,6 +36,15 @@ def flat_topk_dense(pre: Tensor, total: int) -> Tensor:
     return torch.zeros_like(flat).scatter_(0, positions, values).view_as(pre)
 
 
+@torch.no_grad()
+def step_with_unit_rows(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None:
+    """A step on decoder rows of norm 1: their gradient loses its part along the row, and the rows are rescaled."""
+    W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+    optimizer.step()
+    optimizer.zero_grad()
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+
+
 def column_topk(pre: Tensor, m: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """The columns' top-k for the largest budget, of which each keeps its own."""
     values, rows = pre.relu().topk(most, dim=0)

@@ -92,11 +92,11 @@ def peak_memory_bytes(call: Call, device: torch.device) -> int | None:
     """GPU memory that one call needs beyond what was allocated before it; None on a CPU."""
     if device.type != "cuda":
         return None
-    _synchronize(device)
+    synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     result = call()
-    _synchronize(device)
+    synchronize(device)
     del result
     return torch.cuda.max_memory_allocated(device) - before
 
@@ -163,11 +163,11 @@ def _clock(call: Call, device: torch.device) -> float:
 
 def _submission_ms(call: Call, device: torch.device) -> float:
     """What the host takes to submit a call; of one that waits for the device, the whole call."""
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     call()
     taken = time.perf_counter() - started
-    _synchronize(device)
+    synchronize(device)
     return taken * 1e3
 
 
@@ -187,6 +187,7 @@ def _events(call: Call, device: torch.device, *, cycles: int) -> float:
     return start.elapsed_time(end)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU; a CPU is never behind."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -93,21 +93,6 @@ def test_the_cut_lets_so_many_through():
     assert (drawn > recipes.cut(6, 64)).sum(1).double().mean().item() == pytest.approx(6, abs=0.15)  # 4 std errors
 
 
-def test_the_spliced_model_agrees_with_the_metrics():
-    """On the same contexts, with the same autoencoder, `metrics.evaluate` finds the same losses."""
-    from sae_engine.data import evaluation_text, load_language_model
-    from sae_engine.metrics import evaluate
-
-    lm = load_language_model()
-    spliced = rules.SplicedModel(lm, 2, "resid_pre", 600)
-    assert spliced.tokens == 3 * 255
-    sae = se.SparseAutoencoder(256, 64, se.TopK(8)).eval()
-    found = spliced.measure(sae)
-    whole = evaluate(sae, lm, evaluation_text(), layer=2, normalize="token", max_tokens=spliced.tokens)["language"]
-    for name, value in found.items():
-        assert value == pytest.approx(whole[name], rel=1e-5)  # rounded to 6 digits
-
-
 def test_gradients_are_shuffled_as_their_rows_are(tmp_path):
     from sae_engine.data import collect_activations, evaluation_text, load_language_model
 
