@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 
 from rows import Row
@@ -212,6 +213,11 @@ def knob_text(row: Row) -> str:
     """``k = 32`` or ``coeff = 1/32``."""
     value = row["knob"]
     return f"{row['knob_name']} = " + (f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
+
+
+def pictures(figures: Iterable[Path], prefix: str) -> str:
+    """Markdown of the figures beside a report whose names begin so; empty where there is none."""
+    return "\n\n".join(f"![{path.stem}]({path.name})" for path in figures if path.name.startswith(prefix))
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1) -> str:

@@ -49,14 +49,18 @@ def draw_all(rows: Iterable[Row], folder: Path, *, seconds: float = math.inf) ->
             if time.monotonic() - started > seconds:
                 left.append(name)
                 continue
-            with plt.rc_context(STYLE):
-                figure, buffer = draw(), BytesIO()
-                metadata = {"Software": None, "Rows": digest}
-                figure.savefig(buffer, format="png", bbox_inches="tight", metadata=metadata)
-                plt.close(figure)
-            write_atomically(file, buffer.getvalue())
+            write_atomically(file, png(draw, Rows=digest))
         files.append(file)
     return files, left
+
+
+def png(draw: Callable[[], Figure], **metadata: str) -> bytes:
+    """The figure that ``draw`` makes, in the style of all: the same bytes for the same figure and metadata."""
+    with plt.rc_context(STYLE):
+        figure, buffer = draw(), BytesIO()
+        figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None, **metadata})
+        plt.close(figure)
+    return buffer.getvalue()
 
 
 def figures(rows: Sequence[Row]) -> dict[str, tuple[list[Row], Callable[[], Figure]]]:

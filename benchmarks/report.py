@@ -28,6 +28,7 @@ from derived import (
     note_text,
     older_text,
     op_id,
+    pictures,
     rate_tflops,
     roof_of,
     same_code,
@@ -69,7 +70,7 @@ def summary(rows: Iterable[Row]) -> str:
         versions = dict.fromkeys(f"torch {row['torch']}" for row in rows if row["kind"] == "operation")
         parts.append(f"Beside {', '.join(versions)}:\n\n{table(header, lines, left=2)}")
     parts += [target_table(rows, device) for device in _gpus(rows)]
-    parts += [_reconstruction_table(found, last) for found in _by_setting(rows).values()]
+    parts += [_reconstruction_table(found, last) for found in by_setting(rows, "reconstruction").values()]
     return "\n\n".join(parts)
 
 
@@ -87,7 +88,7 @@ def markdown(
         for device in _gpus(operations):
             parts += [f"## Targets, {device}", TARGETS_TEXT, target_table(rows, device)]
         parts += ["## Operations", _legend(rows)]
-        parts += [picture for prefix in ("roofline", "operations", "sweep") for picture in _pictures(figures, prefix)]
+        parts += [pictures(figures, prefix) for prefix in ("roofline", "operations", "sweep")]
         groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
         for cell in cells(rows):
             groups[cell.case, cell.dtype].append(cell)
@@ -103,16 +104,16 @@ def markdown(
     if compared:
         parts += ["## Predictions", PREDICTIONS_TEXT, prediction_table(compared)]
     parts += sections(rows, figures)
-    trained = _by_setting(rows)
+    trained = by_setting(rows, "reconstruction")
     if trained:
-        parts += ["## Reconstruction", *_pictures(figures, "reconstruction")]
+        parts += ["## Reconstruction", pictures(figures, "reconstruction")]
         for found in trained.values():
             parts += [setting_text(found), _reconstruction_table(found, newest(rows)), _agreement(found)]
             slower = [] if found[0]["cuda"] else reasons.training_remarks(means(found))
             parts += ["Slower than dense:\n\n" + "\n".join(f"- {line}" for line in slower)] if slower else []
     if absent:
         parts += ["## Without numbers", "\n".join(f"- {line}" for line in absent)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 TARGETS_TEXT = (
@@ -128,10 +129,6 @@ PREDICTIONS_TEXT = (
 
 def _gpus(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row["device"] for row in rows if row["kind"] == "operation" and row["cuda"]))
-
-
-def _pictures(figures: Sequence[Path], prefix: str) -> list[str]:
-    return [f"![{path.stem}]({path.name})" for path in figures if path.name.startswith(prefix)]
 
 
 def machine(rows: Sequence[Row]) -> str:
@@ -212,12 +209,12 @@ def _operations_table(found: Sequence[Cell], rows: Sequence[Row]) -> str:
     return table(header, lines, left=2)
 
 
-def _by_setting(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
-    """Reconstruction rows by what all runs of one table share."""
+def by_setting(rows: Iterable[Row], kind: str) -> dict[tuple, list[Row]]:
+    """Rows of autoencoders trained on activations, by what all runs of one table share."""
     groups: dict[tuple, list[Row]] = defaultdict(list)
     shared = ("sha256", "layer", "site", "space", "d_sae", "train_tokens", "eval_tokens", "batch_tokens", "device")
     for row in rows:
-        if row["kind"] == "reconstruction":
+        if row["kind"] == kind:
             groups[tuple(row[name] for name in shared)].append(row)
     return groups
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import importlib.util
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from pathlib import Path
 from statistics import mean
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from derived import table
 from recipes import CLAIMS, PUBLISHED, PUBLISHED_BUDGET, PUBLISHED_TOP_AFA, Claim
-from report import machine, setting_text
+from report import by_setting, machine, setting_text
 from rows import Row, latest, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MATCHED = 0.1  # relative distance of the held-out L0 from the wanted one beyond which a row is marked
 HIGHER_IS_BETTER = {"loss_recovered"}
 METRIC_NAMES = {"fvu": "FVU", "loss_recovered": "loss recovered", "dead_fraction": "dead latents"}
 AVERAGED = ("mse", "fvu", "l0", "loss_recovered", "dead_fraction", "dense_fraction", "tokens_per_second")
-SHARED = ("sha256", "layer", "site", "space", "d_sae", "train_tokens", "eval_tokens", "batch_tokens", "device")
 MARKS = "os^Dv<>pPX*hd"
 
 
@@ -26,7 +29,7 @@ def write(rows: Sequence[Row], folder: Path) -> str:
     """Writes the report of all rows, each file whole; returns the tables, for the terminal."""
     rows = latest(rows)
     parts, shown = ["# Selection rules at equal L0", machine(rows)], []
-    for number, found in enumerate(settings(rows).values()):
+    for number, found in enumerate(by_setting(rows, "rule").values()):
         tables = [*_tables(found), published(found)]
         text = "\n\n".join(part for part in tables if part)
         shown.append(text)
@@ -39,15 +42,6 @@ def write(rows: Sequence[Row], folder: Path) -> str:
         parts += ["### What the papers say, and what happened here", claims(found)]
     write_atomically(folder / "rules.md", "\n\n".join(parts) + "\n")
     return "\n\n".join([*shown, str(folder / "rules.md")])
-
-
-def settings(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
-    """Rows by what all runs of one table share."""
-    groups: dict[tuple, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["kind"] == "rule":
-            groups[tuple(row[name] for name in SHARED)].append(row)
-    return groups
 
 
 def summarised(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
@@ -164,34 +158,28 @@ def published(rows: Sequence[Row]) -> str:
 
 
 def picture(rows: Sequence[Row]) -> bytes:
-    """FVU and loss recovered against the held-out L0, a line a rule, means over seeds."""
-    import matplotlib
+    """FVU and loss recovered against the held-out L0, a line a rule, means over seeds: a PNG."""
+    import plot  # needs matplotlib
 
-    matplotlib.use("Agg")
-    import plot  # its style
-    from matplotlib import pyplot as plt
+    return plot.png(lambda: _panels(rows, plot))
 
+
+def _panels(rows: Sequence[Row], plot: ModuleType) -> Figure:
     summary = summarised(rows)
     names = list(dict.fromkeys(row["rule"] for row in rows))
-    with plt.rc_context(plot.STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(10.0, 4.4), layout="constrained")
-        colours = plt.get_cmap("tab20").colors
-        for panel, metric in zip(panels, ("fvu", "loss_recovered"), strict=True):
-            for number, name in enumerate(names):
-                line = sorted((m for m in summary.values() if m["rule"] == name), key=lambda m: m["k"])
-                middle = [m[metric] for m in line]
-                errors = [
-                    [m[metric] - m[f"{metric}_low"] for m in line], [m[f"{metric}_high"] - m[metric] for m in line]
-                ]  # fmt: skip
-                panel.errorbar([m["l0"] for m in line], middle, yerr=errors, label=name, linewidth=1.2, markersize=4,
-                               color=colours[number % 20], marker=MARKS[number % len(MARKS)], capsize=2)  # fmt: skip
-            panel.set_xscale("log", base=2)
-            panel.xaxis.set_major_formatter(plt.FuncFormatter(lambda x, _: f"{x:g}"))
-            panel.grid(color=plot.FAINT, linewidth=0.6)
-            panel.set_xlabel("entries per token (L0), held-out tokens")
-            panel.set_title(METRIC_NAMES[metric])
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
-    return buffer.getvalue()
+    figure, panels = plot.plt.subplots(1, 2, figsize=(10.0, 4.4), layout="constrained")
+    colours = plot.plt.get_cmap("tab20").colors
+    for panel, metric in zip(panels, ("fvu", "loss_recovered"), strict=True):
+        for number, name in enumerate(names):
+            line = sorted((m for m in summary.values() if m["rule"] == name), key=lambda m: m["k"])
+            errors = [[m[metric] - m[f"{metric}_low"] for m in line], [m[f"{metric}_high"] - m[metric] for m in line]]
+            panel.errorbar([m["l0"] for m in line], [m[metric] for m in line], yerr=errors, label=name, linewidth=1.2,
+                           markersize=4, color=colours[number % 20], marker=MARKS[number % len(MARKS)],
+                           capsize=2)  # fmt: skip
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(plot.FuncFormatter(lambda x, _: f"{x:g}"))
+        panel.grid(color=plot.FAINT, linewidth=0.6)
+        panel.set_xlabel("entries per token (L0), held-out tokens")
+        panel.set_title(METRIC_NAMES[metric])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    return figure

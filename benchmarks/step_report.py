@@ -17,6 +17,7 @@ from derived import (
     host_columns,
     newest,
     note_text,
+    pictures,
     shape_text,
     table,
 )
@@ -36,14 +37,14 @@ def sections(rows: Sequence[Row], figures: Sequence[Path]) -> list[str]:
     if steps:
         text.append(_how_to_read(steps))
     for found in grouped([row for row in steps if row["group"] != "published"]).values():
-        pictures = _pictures(figures, f"{figure_name(found[0])}.")
-        text += [f"### {_title(found[0])}", pictures, step_table(found, last)]
+        shown = pictures(figures, f"{figure_name(found[0])}.")
+        text += [f"### {_title(found[0])}", shown, step_table(found, last)]
     if parts:
-        text += ["### Where the time goes", _pictures(figures, "step-parts"), PARTS_TEXT]
+        text += ["### Where the time goes", pictures(figures, "step-parts"), PARTS_TEXT]
         text += [part_table(found, last) for found in grouped(parts).values()]
     text += published.section(steps, last)
     if curves:
-        text += ["### The same loss", _pictures(figures, "step-curve")]
+        text += ["### The same loss", pictures(figures, "step-curve")]
         text += [curve_text(found, last) for found in grouped_curves(curves)]
     return [paragraph for paragraph in text if paragraph]
 
@@ -166,10 +167,6 @@ def curve_text(found: Sequence[Row], last: Row) -> str:
         drift = 100 * max(others)
         beside = f"; dense PyTorch from weights sqrt(d) roundings away is up to {drift:.2g} % from itself"
     return f"{where}: TrainStep and dense PyTorch are at most {100 * gap:.2g} % apart at any step{beside}."
-
-
-def _pictures(figures: Sequence[Path], prefix: str) -> str:
-    return "\n".join(f"![{path.stem}]({path.name})" for path in figures if path.name.startswith(prefix))
 
 
 def _gap(a: Sequence[float], b: Sequence[float]) -> float:
