@@ -20,7 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
-from sae_kernels.dispatch import IMPLEMENTED
+from sae_kernels.dispatch import IMPLEMENTED, resolve
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -151,7 +151,7 @@ class Played(TorchDispatchMode):
             run = IMPLEMENTED[func.overloadpacket.__name__]
             with _again(self):
                 found = run(*args, **kwargs)
-            if args[-1] != "triton":
+            if not isinstance(args[-1], str) or resolve(args[-1], *played) != "triton":
                 return found
             return _shown(run(*pytree.tree_map(_held, args[:-1]), "reference"), {})
         if func.namespace == "aten" and func._can_decompose():  # below autograd, what is made of others comes as it is
