@@ -6,6 +6,7 @@ accumulation, another order of summation.
 """
 import functools
 import platform
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,9 +29,16 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     return plain and not is_vector and _mkl_is_slow() and bool(torch.backends.mkldnn.enabled)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight + bias``: (B, D), (D, F), (F,) of one dtype, any strides, to (B, F). No gradient: ``ops.linear``."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, memory: Callable[[int], Tensor] | None = None
+) -> Tensor:
+    """``x @ weight + bias``: (B, D), (D, F), (F,) of one dtype, any strides, to (B, F). No gradient: ``ops.linear``.
+
+    ``memory`` gives so many numbers to write the result to; oneDNN does not ask, it allocates its results itself.
+    """
     if x.numel() == 0 or weight.numel() == 0 or not by_onednn(x, weight):
-        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+        shape = x.shape[0], weight.shape[1]
+        out = None if memory is None else memory(shape[0] * shape[1]).view(shape)
+        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
     bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its stride
     return torch.ops.mkldnn._linear_pointwise(x, weight.T, bias, "none", [], "")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_kernels.ops import ops
 from sae_kernels.reference import ordered_keys, relu
-from sae_kernels.stock.linear import by_onednn
+from sae_kernels.stock.linear import linear
 
 from .. import functional
 from ..autoencoder import SparseAutoencoder
@@ -208,14 +208,16 @@ class PreActivations:
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight + bias`` (rows, F), overwritten by the next call."""
-        if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or by_onednn(x, weight):
+        if not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
             return functional.linear(x, weight, bias)
-        size = x.shape[0] * weight.shape[1]
-        if self._memory is None or self._memory.dtype != x.dtype or self._memory.numel() < size:
-            self._memory = None  # before its successor is made
-            self._memory = x.new_empty(size)
-        out = self._memory[:size].view(x.shape[0], weight.shape[1])
-        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight, out=out)
+
+        def memory(size: int) -> Tensor:
+            if self._memory is None or self._memory.dtype != x.dtype or self._memory.numel() < size:
+                self._memory = None  # before its successor is made
+                self._memory = x.new_empty(size)
+            return self._memory[:size]
+
+        return linear(x, weight, None if bias is None else bias.to(x.dtype), memory=memory)
 
 
 class Parts:
