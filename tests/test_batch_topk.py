@@ -1,10 +1,9 @@
 """functional.batch_topk and its kernels: exactly int(k * tokens) entries of the whole matrix."""
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from sae_engine import BatchTopK
 from sae_engine import functional as f
@@ -179,35 +178,24 @@ def test_k_is_checked(bad):
 
 
 RANK = """
-import os
-import sys
-import torch
-from sae_engine import functional as f
 from sae_engine import BatchTopK
+from sae_engine import functional as f
 from sae_engine.testing import make_pre
 
-rank, folder, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-pre = make_pre(kind, (7, 30), seed=3)
+pre = make_pre(sys.argv[4], (7, 30), seed=3)
 share = pre[:4] if rank == 0 else pre[4:]
-group = torch.distributed.group.WORLD
+group = dist.group.WORLD
 codes = f.batch_topk(share, 2.5, group=group)
 module = BatchTopK(2.5, group=group)
 module(share)
 torch.save((codes.values, codes.indices, codes.offsets, module.threshold), f"{folder}/{rank}.pt")
-torch.distributed.barrier(group)  # a rank that leaves early takes its connections with it
-os._exit(0)  # gloo's threads now and then abort an orderly exit
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "ties", "special"])
 def test_two_ranks_select_what_one_would(kind, tmp_path):
-    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path), kind] for rank in range(2)]
-    ranks = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    run_ranks(RANK, tmp_path, kind)
     pre = make_pre(kind, (7, 30), seed=3).cpu()
     whole = f.batch_topk(pre, 2.5, backend="reference")
     saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -8,22 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoint_cases import D, F, write
 from safetensors.torch import load_file, save_file
 
 import sae_engine as se
 from sae_engine import cli
 from sae_engine.checkpoints import formats
-
-D, F = 12, 40
-RULES = {"TopK": lambda: se.TopK(4), "BatchTopK": lambda: se.BatchTopK(4), "ReLU": se.ReLU,
-         "JumpReLU": lambda: se.JumpReLU(F)}  # fmt: skip
-DEFAULT = {"gemma_scope": "JumpReLU", "openai": "ReLU"}
-
-
-def write(format, folder, rule=None):
-    sae = se.SparseAutoencoder(D, F, RULES[rule or DEFAULT.get(format, "TopK")]())
-    sae.save_pretrained(folder, format=format)
-
 
 # Each of these makes a function of the folder.
 

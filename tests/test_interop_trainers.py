@@ -11,25 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from library_objects import MARKS, AutoEncoderTopK, BatchTopKSAE, saes, sparsify
+from ranks import run_ranks
 
 import sae_engine as se
 
-os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
-REASON = "needs {}: make test-interop"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    saes = pytest.importorskip("sae_lens.saes", reason=REASON.format("sae-lens"))
-    pytest.importorskip("dictionary_learning", reason=REASON.format("dictionary-learning"))
-    sparsify = pytest.importorskip("sparsify", reason=REASON.format("eai-sparsify"))
-    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
-    from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer
     from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
+pytestmark = MARKS
 
 ROOT = Path(__file__).resolve().parent.parent
 B, D, F, STEPS = 64, 16, 160, 50
@@ -209,15 +206,12 @@ def test_fused_adam_steps_as_plain_adam():
 
 
 RANK = """
-import copy, os, sys, warnings
+import copy, warnings
 warnings.simplefilter("ignore")
-import torch
 from torch.nn.parallel import DistributedDataParallel
 import sae_engine as se
 
-rank, size, folder, name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+name = sys.argv[4]
 torch.manual_seed(0)
 if name == "sparsify":
     from sparsify import SparseCoder, SparseCoderConfig
@@ -239,22 +233,13 @@ for module in (module, se.accelerate(copy.deepcopy(module))):  # the hooks of on
 for n, expected in grads[0].items():
     torch.testing.assert_close(grads[1][n], expected, msg=n)
 open(f"{folder}/{rank}.ok", "w").close()
-torch.distributed.barrier()
-os._exit(0)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("sparsify", 2), ("dictionary_learning", 2), ("sae_lens", 1)])
 def test_distributed_data_parallel(name, size, tmp_path):
-    commands = [[sys.executable, "-c", RANK, str(rank), str(size), str(tmp_path), name] for rank in range(size)]
-    ranks = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * size, outputs
+    run_ranks(RANK, tmp_path, name, size=size, timeout=240)
     assert all((tmp_path / f"{rank}.ok").exists() for rank in range(size))
 
 

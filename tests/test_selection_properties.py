@@ -25,11 +25,22 @@ NUMBERS = st.one_of(
 )
 
 
-def cases(number):
-    return settings(
-        max_examples=number, derandomize=True, database=None, deadline=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    )  # fmt: skip
+def on_drawn_cases(check):
+    """``check(data, backend)`` as a test of so many drawn cases on each back end."""
+
+    @pytest.mark.parametrize(("backend", "number"), BACKENDS)
+    def test(backend, number):
+        @settings(
+            max_examples=number, derandomize=True, database=None, deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+        )  # fmt: skip
+        @given(st.data())
+        def of_one_case(data):
+            check(data, backend)
+
+        of_one_case()
+
+    return test
 
 
 @st.composite
@@ -89,96 +100,71 @@ def agree(select, backend, *args, **kwargs):
     return got, expected
 
 
-@pytest.mark.parametrize(("backend", "number"), BACKENDS)
-def test_topk(backend, number):
-    @cases(number)
-    @given(st.data())
-    def check(data):
-        pre = data.draw(matrices(backend))
-        agree(f.topk, backend, pre, data.draw(counts(pre)), magnitude=data.draw(st.booleans()),
-              relu=data.draw(st.sampled_from([None, True, False])))  # fmt: skip
-
-    check()
+@on_drawn_cases
+def test_topk(data, backend):
+    pre = data.draw(matrices(backend))
+    agree(f.topk, backend, pre, data.draw(counts(pre)), magnitude=data.draw(st.booleans()),
+          relu=data.draw(st.sampled_from([None, True, False])))  # fmt: skip
 
 
-@pytest.mark.parametrize(("backend", "number"), BACKENDS)
-def test_topk_with_masks_and_scores(backend, number):
-    @cases(number)
-    @given(st.data())
-    def check(data):
-        pre = data.draw(matrices(backend))
-        score, mask = None, data.draw(masks(pre))
-        if data.draw(st.booleans()):
-            score = data.draw(tensors(tuple(pre.shape), data.draw(st.sampled_from([torch.float32, pre.dtype]))))
-        elif data.draw(st.booleans()):
-            mask = mask if mask.any() else None
-        magnitude = score is None and data.draw(st.booleans())
-        agree(f.topk, backend, pre, data.draw(counts(pre)), score=score, mask=mask, magnitude=magnitude,
-              relu=data.draw(st.sampled_from([None, True, False])))  # fmt: skip
-
-    check()
+@on_drawn_cases
+def test_topk_with_masks_and_scores(data, backend):
+    pre = data.draw(matrices(backend))
+    score, mask = None, data.draw(masks(pre))
+    if data.draw(st.booleans()):
+        score = data.draw(tensors(tuple(pre.shape), data.draw(st.sampled_from([torch.float32, pre.dtype]))))
+    elif data.draw(st.booleans()):
+        mask = mask if mask.any() else None
+    magnitude = score is None and data.draw(st.booleans())
+    agree(f.topk, backend, pre, data.draw(counts(pre)), score=score, mask=mask, magnitude=magnitude,
+          relu=data.draw(st.sampled_from([None, True, False])))  # fmt: skip
 
 
-@pytest.mark.parametrize(("backend", "number"), BACKENDS)
-def test_batch_topk(backend, number):
-    @cases(number)
-    @given(st.data())
-    def check(data):
-        pre = data.draw(matrices(backend))
-        k = data.draw(counts(pre))
-        if data.draw(st.booleans()):
-            k = max(k - data.draw(st.floats(0, 0.999)), 0.01)
-        mask = data.draw(masks(pre)) if data.draw(st.booleans()) else None
-        agree(f.batch_topk, backend, pre, k, mask=mask)
-
-    check()
+@on_drawn_cases
+def test_batch_topk(data, backend):
+    pre = data.draw(matrices(backend))
+    k = data.draw(counts(pre))
+    if data.draw(st.booleans()):
+        k = max(k - data.draw(st.floats(0, 0.999)), 0.01)
+    mask = data.draw(masks(pre)) if data.draw(st.booleans()) else None
+    agree(f.batch_topk, backend, pre, k, mask=mask)
 
 
-@pytest.mark.parametrize(("backend", "number"), BACKENDS)
-def test_threshold(backend, number):
-    @cases(number)
-    @given(st.data())
-    def check(data):
-        pre = data.draw(matrices(backend))
-        theta = data.draw(st.one_of(
-            st.floats(0, 2), NUMBERS,
-            tensors((pre.shape[-1],), data.draw(st.sampled_from([torch.float32, torch.float64]))),
-        ))  # fmt: skip
-        bandwidth = data.draw(st.sampled_from([None, 0.5, 1e-3]))
-        capacity = data.draw(st.one_of(st.none(), st.integers(0, pre.numel() + 3)))
-        agree(f.threshold, backend, pre, theta, bandwidth=bandwidth, capacity=capacity)
-
-    check()
+@on_drawn_cases
+def test_threshold(data, backend):
+    pre = data.draw(matrices(backend))
+    theta = data.draw(st.one_of(
+        st.floats(0, 2), NUMBERS,
+        tensors((pre.shape[-1],), data.draw(st.sampled_from([torch.float32, torch.float64]))),
+    ))  # fmt: skip
+    bandwidth = data.draw(st.sampled_from([None, 0.5, 1e-3]))
+    capacity = data.draw(st.one_of(st.none(), st.integers(0, pre.numel() + 3)))
+    agree(f.threshold, backend, pre, theta, bandwidth=bandwidth, capacity=capacity)
 
 
-@pytest.mark.parametrize(("backend", "number"), BACKENDS)
-def test_norm_match(backend, number):
-    @cases(number)
-    @given(st.data())
-    def check(data):
-        pre = data.draw(matrices(backend))
-        rows = pre.shape[:-1]
-        target = data.draw(st.one_of(st.floats(0, 20), st.sampled_from([0.0, math.inf, 3e38, 1e-30, math.nan])))
-        target = torch.full(rows, target, dtype=torch.float32)
-        if data.draw(st.booleans()):
-            rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-            target = torch.rand(rows, generator=rng) * 1.3 * pre.float().relu().nan_to_num(1, 1, 0).norm(dim=-1)
-        weight = None
-        if data.draw(st.booleans()):
-            weight = data.draw(tensors((pre.shape[-1],), torch.float32)).abs()
-        got, expected = (f.norm_match(pre, target, weight_norm=weight, backend=b) for b in (backend, "reference"))
-        if torch.equal(got.offsets, expected.offsets) and torch.equal(got.indices, expected.indices):
-            assert_same(got.values, expected.values)
-        else:
-            near_ties_alone(pre, target, weight, got, expected)
-        capacity = data.draw(st.integers(0, pre.numel() + 3))
-        cut = f.norm_match(pre, target, weight_norm=weight, capacity=capacity, backend=backend)
-        assert cut.values.shape == (capacity,) and int(cut.required) == got.values.numel()
-        assert torch.equal(cut.offsets, got.offsets.clamp(max=capacity))
-        stored = min(capacity, got.values.numel())
-        assert_same((cut.values[:stored], cut.indices[:stored]), (got.values[:stored], got.indices[:stored]))
-
-    check()
+@on_drawn_cases
+def test_norm_match(data, backend):
+    pre = data.draw(matrices(backend))
+    rows = pre.shape[:-1]
+    target = data.draw(st.one_of(st.floats(0, 20), st.sampled_from([0.0, math.inf, 3e38, 1e-30, math.nan])))
+    target = torch.full(rows, target, dtype=torch.float32)
+    if data.draw(st.booleans()):
+        rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        target = torch.rand(rows, generator=rng) * 1.3 * pre.float().relu().nan_to_num(1, 1, 0).norm(dim=-1)
+    weight = None
+    if data.draw(st.booleans()):
+        weight = data.draw(tensors((pre.shape[-1],), torch.float32)).abs()
+    got, expected = (f.norm_match(pre, target, weight_norm=weight, backend=b) for b in (backend, "reference"))
+    if torch.equal(got.offsets, expected.offsets) and torch.equal(got.indices, expected.indices):
+        assert_same(got.values, expected.values)
+    else:
+        near_ties_alone(pre, target, weight, got, expected)
+    capacity = data.draw(st.integers(0, pre.numel() + 3))
+    cut = f.norm_match(pre, target, weight_norm=weight, capacity=capacity, backend=backend)
+    assert cut.values.shape == (capacity,) and int(cut.required) == got.values.numel()
+    assert torch.equal(cut.offsets, got.offsets.clamp(max=capacity))
+    stored = min(capacity, got.values.numel())
+    assert_same((cut.values[:stored], cut.indices[:stored]), (got.values[:stored], got.indices[:stored]))
 
 
 def near_ties_alone(pre, target, weight, got, expected):

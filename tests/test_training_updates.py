@@ -1,11 +1,10 @@
 """TrainStep's updates: those of torch.optim.Adam, alone or on two processes, resumed bit for bit."""
 
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
+from ranks import run_ranks
 from training_cases import F64, RULES, B, D, F, assert_parameters_close, make, train_step
 
 import sae_engine as se
@@ -170,13 +169,7 @@ def test_the_state_of_torch_adam_can_be_taken_over():
 # --- several processes, density, and what only a GPU can show --------------------------------------------------------
 
 RANK = """
-import os, sys
-import torch, torch.distributed as dist
 import sae_engine as se
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 
 def mean(tensors):
     for t in tensors:
@@ -190,8 +183,6 @@ step = se.training.TrainStep(sae, lr=1e-2, reduce=mean, dead_after=10**9)
 for x in saved["batches"]:
     step(x[rank::2])
 torch.save({"sae": sae.state_dict(), "since_fired": step.dead.since_fired}, f"{folder}/{rank}.pt")
-dist.barrier()  # a rank that leaves early takes its connections with it
-os._exit(0)  # gloo's threads now and then abort an orderly exit
 """
 
 
@@ -201,10 +192,7 @@ def test_two_processes_train_as_one(tmp_path):
     batches = torch.randn(5, B, D, dtype=F64)
     start = {name: t.cpu() for name, t in sae.state_dict().items()}
     torch.save({"sae": start, "batches": batches.cpu()}, tmp_path / "start.pt")
-    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path)] for rank in range(2)]
-    ranks = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    run_ranks(RANK, tmp_path)
     step = TrainStep(sae, lr=1e-2, dead_after=10**9)
     for x in batches:
         step(x)

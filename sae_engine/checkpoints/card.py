@@ -1,7 +1,7 @@
 """SourceCard: where an autoencoder comes from, and what its input has to be. A wrong one looks like a bad SAE."""
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 RAW, CENTRED, UNKNOWN = "raw", "mean-centred", "unknown"
@@ -55,10 +55,6 @@ class SourceCard:
             *(("note", note) for note in self.notes),
         ]
         return "\n".join(f"{name:<14} {text}" for name, text in lines)
-
-    def noting(self, *notes: str) -> SourceCard:
-        """The card with these notes after its own."""
-        return replace(self, notes=self.notes + notes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON's types alone."""
