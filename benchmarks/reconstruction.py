@@ -13,6 +13,7 @@ are in that space. No auxiliary loss. ``benchmarks/README.md`` has the method.
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
 import random
 import time
@@ -45,7 +46,7 @@ SPACE = "per-token normalized: (x - mean) / (std_unbiased + 1e-5)"
 OURS, DENSE = "sae_engine", "dense PyTorch"
 NORMALIZE_EPS = 1e-5
 LEARNING_RATE, BETAS = 3e-4, (0.9, 0.99)
-THRESHOLD_RATE = 0.05  # of BatchTopK's running threshold: these runs are too short for the usual 0.01 to catch up
+CALIBRATION_BATCHES = 8  # of training tokens, from which BatchTopK's threshold is found once it is trained
 MEAN_TOKENS = 8192  # b_dec starts as the mean of so many
 WARM_STEPS = 5  # left out of tokens per second
 
@@ -53,7 +54,8 @@ WARM_STEPS = 5  # left out of tokens per second
 METHOD = f"Adam {LEARNING_RATE}, betas {BETAS}, unit-norm decoder rows, b_dec from the mean, no auxiliary loss"
 METHODS = {
     "TopK": "tied unit-norm initial weights",
-    "BatchTopK": f"tied unit-norm initial weights, threshold rate {THRESHOLD_RATE}, held-out tokens by the threshold",
+    "BatchTopK": "tied unit-norm initial weights, held-out tokens by a threshold from "
+                 f"{CALIBRATION_BATCHES} training batches",
     "top-AFA": "the authors' initial weights (Kaiming-uniform encoder, its directions as decoder)",
 }
 
@@ -188,7 +190,7 @@ class EngineModel(nn.Module):
         if run.rule == "TopK":
             activation = se.TopK(int(run.knob))
         elif run.rule == "BatchTopK":
-            activation = se.BatchTopK(int(run.knob), threshold_lr=THRESHOLD_RATE)
+            activation = se.BatchTopK(int(run.knob))
         self.sae = se.SparseAutoencoder(d, d_sae, activation, device=device)
 
     def forward(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
@@ -202,6 +204,9 @@ class EngineModel(nn.Module):
 
     def norm_gap(self, codes: se.SparseCodes, x: Tensor) -> Tensor:
         return se.losses.afa(codes, x)
+
+    def calibrate(self, batches: list[Tensor]) -> None:
+        se.calibrate_threshold(self.sae, batches)
 
     def measured(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
         return self(x)
@@ -236,9 +241,7 @@ class DenseModel(nn.Module):
         if self.run.rule == "BatchTopK":
             if not self.training:
                 return (acts > self.threshold).to(acts)
-            values, positions = acts.flatten().topk(int(self.run.knob) * len(acts))
-            smallest = values[values > 0].min().double()
-            self.threshold = smallest if self.threshold is None else self.threshold.lerp(smallest, THRESHOLD_RATE)
+            positions = acts.flatten().topk(int(self.run.knob) * len(acts)).indices
             return mask.view(-1).scatter_(0, positions, 1.0).view_as(acts)
         energy, order = (acts * self.W_dec.detach().norm(dim=1)).square().sort(dim=1, descending=True)
         norms = energy.cumsum(1).sqrt()
@@ -247,6 +250,12 @@ class DenseModel(nn.Module):
 
     def norm_gap(self, kept: Tensor, x: Tensor) -> Tensor:
         return (kept.norm(dim=1) - x.norm(dim=1)).square().mean()
+
+    def calibrate(self, batches: list[Tensor]) -> None:
+        """The threshold that cuts the batches as the batch rule does, on average."""
+        with torch.no_grad():
+            kept = [self(x)[1] for x in batches]
+        self.threshold = torch.stack([acts[acts > 0].min().double() for acts in kept]).mean()
 
     def measured(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
         x_hat, kept = self(x)
@@ -323,6 +332,9 @@ def _trained(run: Run, data: Activations, setting: Setting, device: torch.device
     other_load = others.cores()
     timed_tokens = (len(errors) - WARM_STEPS) * setting.batch_tokens
     last = torch.stack(errors[-max(len(errors) // 20, 1) :]).mean().item()
+    if run.rule == "BatchTopK":
+        once_more = batches(data.train, setting, run.seed, device)
+        model.calibrate(list(itertools.islice(once_more, CALIBRATION_BATCHES)))
     announce(f"{where}: held-out tokens", [about])
     return {
         **quality(model.eval().measured, data.held_out, setting, device), "mse_train": short(last),
