@@ -10,11 +10,18 @@ from torch import Tensor
 from sae_kernels.ops import ops
 
 from . import _checks as check
-from .codes import SparseCodes, _transposed_for, at_latents, cat
+from ._entries import at_latents, transposed_for
+from .codes import SparseCodes, cat
 
 
 class EncodeInfo(NamedTuple):
-    """What decoding needs to know of the input; None where it does not."""
+    """What decoding needs to know of the input; None where it does not.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.TopK(2), normalize_activations="center")
+        >>> sae.encode_with(torch.ones(3, 4)).info.mean.shape
+        torch.Size([3, 1])
+    """
 
     mean: Tensor | None = None  # (*batch_shape, 1), layer norm and centring
     std: Tensor | None = None  # (*batch_shape, 1), layer norm
@@ -22,7 +29,13 @@ class EncodeInfo(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Everything that one pass through an encoder gives: what :func:`encode_with` returns."""
+    """Everything that one pass through an encoder gives: what :func:`encode_with` returns.
+
+    Example:
+        >>> encoded = se.SparseAutoencoder(4, 16, se.TopK(2)).encode_with(torch.ones(3, 4))
+        >>> encoded.codes[0].shape, encoded.pre
+        (torch.Size([3, 16]), None)
+    """
 
     codes: tuple[SparseCodes, ...]  # one for each rule
     info: EncodeInfo = EncodeInfo()  # for SparseAutoencoder.decode
@@ -64,6 +77,11 @@ def encode(
     Raises:
         TypeError: ``select`` is no activation module, or its context is incomplete or has a name too many.
         ValueError: a shape or a device does not fit those of ``x``.
+
+    Example:
+        >>> W_enc = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 1.0]])
+        >>> encode(torch.tensor([[2.0, 3.0]]), W_enc, select=se.TopK(1)).to_dense()
+        tensor([[0., 3., 0.]])
     """
     if isinstance(select, list | tuple):
         raise TypeError(f"select must be one activation module, got {len(select)}: encode_with takes several")
@@ -100,6 +118,12 @@ def encode_with(
 
     Raises:
         TypeError, ValueError: as :func:`encode`; and ValueError where ``select`` is empty.
+
+    Example:
+        >>> rules = se.TopK(1), se.TopK(2)
+        >>> (one, two), _, pre = encode_with(torch.tensor([[2.0, 3.0]]), torch.eye(2), select=rules, keep_pre=True)
+        >>> one.indices.tolist(), two.indices.tolist(), pre
+        ([1], [0, 1], tensor([[2., 3.]]))
     """
     rules = tuple(select) if isinstance(select, list | tuple) else (select,)
     contexts = _contexts(rules, context)
@@ -166,7 +190,7 @@ def _as_encoded(entries, codes, x, W_enc, b_enc, b_dec, dtype, backend) -> list[
 
     def attached(x: Tensor, entries: Tensor, codes: SparseCodes) -> Tensor:
         return ops.encode_entries(
-            x, *parameters, entries, codes.indices, codes.offsets, *_transposed_for(codes, *parameters), backend
+            x, *parameters, entries, codes.indices, codes.offsets, *transposed_for(codes, *parameters), backend
         )
 
     if len(codes) == 1 or any(c.required is not None for c in codes):  # unused capacity cannot lie between rows
@@ -182,6 +206,14 @@ def linear(
     """``x @ W_enc + b_enc``; 16-bit results (autocast, or 16-bit inputs) are rounded once, after the bias.
 
     ``result_dtype`` wider than 16 bits leaves the fp32 sums of 16-bit operands unrounded.
+
+    Raises:
+        TypeError: an argument is not floating-point; names it.
+        ValueError: shapes or devices do not fit together; names the argument.
+
+    Example:
+        >>> linear(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([0.0, 1.0]))
+        tensor([[1., 3.]])
     """
     _check_linear(x, W_enc, b_enc)
     dtype = linear_dtype(x, W_enc)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sae_kernels.ops import ops, uniform_offsets
 
-from ._checks import deep, floating, number_in, same_device, shaped
+from ._checks import deep, floating, number_in, same_device
+from ._entries import at_latents, check_numbers
 
 
 class ByLatent(NamedTuple):
@@ -102,7 +103,12 @@ class SparseCodes:
         return ByLatent(*ops.by_latent(self.indices, self.offsets, self.num_latents, "auto"))
 
     def check(self) -> SparseCodes:
-        """Raises RuntimeError where the rule asked for more entries than its capacity. Reads the device once."""
+        """Raises RuntimeError where the rule asked for more entries than its capacity. Reads the device once.
+
+        Example:
+            >>> SparseCodes.from_dense(torch.eye(2)).check().l0.tolist()
+            [1, 1]
+        """
         self._owned()
         return self
 
@@ -129,18 +135,15 @@ class SparseCodes:
     def validate(self) -> None:
         """Under ``SAE_CHECK=1``: raises ValueError where indices or offsets break the format."""
         if deep():
-            self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        if bool(((self.indices < 0) | (self.indices >= self.num_latents)).any()):
-            raise ValueError(f"codes.indices must lie in [0, {self.num_latents}), got {self.indices.min().item()}"
-                             f" to {self.indices.max().item()}")  # fmt: skip
-        first, last = int(self.offsets[0]), int(self.offsets[-1])
-        if bool((self.offsets.diff() < 0).any()) or first != 0 or last > self.values.shape[0]:
-            raise ValueError(f"codes.offsets must ascend from 0 to at most {self.values.shape[0]}")
+            check_numbers(self)
 
     def to_dense(self) -> Tensor:
-        """(*batch_shape, F) with zeros elsewhere. Differentiable."""
+        """(*batch_shape, F) with zeros elsewhere. Differentiable.
+
+        Example:
+            >>> SparseCodes.from_topk(torch.tensor([[5.0]]), torch.tensor([[1]]), 3).to_dense()
+            tensor([[0., 5., 0.]])
+        """
         return ops.to_dense(self.values, self.indices, self.offsets, self.num_latents, "auto").view(self.shape)
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
@@ -148,6 +151,16 @@ class SparseCodes:
 
         Short rows end in value 0 at their lowest unused latents, so that the indices of a row stay distinct. Reads the
         device once (twice with a capacity) unless every row stores the same number of entries.
+
+        Raises:
+            RuntimeError: a capacity was too small.
+
+        Example:
+            >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 1.0, 3.0], [2.0, 0.0, 0.0]]))
+            >>> codes.to_padded()
+            (tensor([[1., 3.],
+                    [2., 0.]]), tensor([[1, 2],
+                    [0, 1]], dtype=torch.int32))
         """
         if self.k is not None:
             shape = (*self.batch_shape, self.k)
@@ -172,7 +185,17 @@ class SparseCodes:
 
     @classmethod
     def from_topk(cls, values: Tensor, indices: Tensor, num_latents: int) -> SparseCodes:
-        """Codes from (*batch_shape, k) ``values`` and integer ``indices``, distinct within a row and in any order."""
+        """Codes from (*batch_shape, k) ``values`` and integer ``indices``, distinct within a row and in any order.
+
+        Raises:
+            TypeError: ``values`` is not floating-point, or ``indices`` not of integers.
+            ValueError: their shapes or devices differ, or a row has more than ``num_latents`` entries.
+
+        Example:
+            >>> codes = SparseCodes.from_topk(torch.tensor([[5.0, 4.0]]), torch.tensor([[2, 0]]), num_latents=3)
+            >>> codes.values.tolist(), codes.indices.tolist()  # each row by ascending latent
+            ([4.0, 5.0], [0, 2])
+        """
         if values.shape != indices.shape or values.dim() == 0:
             raise ValueError(f"indices must have the shape of values {tuple(values.shape)}, got {tuple(indices.shape)}")
         if indices.is_floating_point() or indices.dtype == torch.bool:
@@ -197,7 +220,15 @@ class SparseCodes:
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> SparseCodes:
-        """The non-zero entries (NaN included) of a (*batch_shape, F) tensor. Differentiable; reads the device once."""
+        """The non-zero entries (NaN included) of a (*batch_shape, F) tensor. Differentiable; reads the device once.
+
+        Raises:
+            TypeError: ``dense`` is not floating-point.
+
+        Example:
+            >>> SparseCodes.from_dense(torch.tensor([[0.0, 5.0], [0.0, 0.0]])).offsets
+            tensor([0, 1, 1])
+        """
         floating("dense", dense)
         matrix = dense.reshape(-1, dense.shape[-1]) if dense.shape[-1] else dense.reshape(dense.shape[:-1].numel(), 0)
         row, column = (matrix.detach() != 0).nonzero(as_tuple=True)
@@ -211,7 +242,15 @@ class SparseCodes:
         )
 
     def to_sparse_csr(self) -> Tensor:
-        """A (rows, F) ``torch.sparse_csr`` tensor; stored zeros stay stored. Reads the device once with a capacity."""
+        """A (rows, F) ``torch.sparse_csr`` tensor; stored zeros stay stored. Reads the device once with a capacity.
+
+        Raises:
+            RuntimeError: a capacity was too small.
+
+        Example:
+            >>> SparseCodes.from_dense(torch.eye(2)).to_sparse_csr().col_indices()
+            tensor([0, 1])
+        """
         values, indices = self.values, self.indices
         if self.required is not None:
             owned = self._owned()
@@ -224,7 +263,18 @@ class SparseCodes:
         )
 
     def replace(self, *, values: Tensor) -> SparseCodes:
-        """The same entries with other values, (N,): steering."""
+        """The same entries with other values, (N,): steering.
+
+        Raises:
+            TypeError: ``values`` is not floating-point.
+            ValueError: its shape or device is another.
+
+        Example:
+            >>> codes = SparseCodes.from_dense(torch.eye(2))
+            >>> codes.replace(values=codes.values * 3).to_dense()
+            tensor([[3., 0.],
+                    [0., 3.]])
+        """
         floating("values", values)
         if values.shape != self.values.shape or values.device != self.device:
             raise ValueError(
@@ -237,6 +287,11 @@ class SparseCodes:
         """The same entries as rows of shape (*batch_shape, len(widths)): run i holds latents widths[i-1]..widths[i]-1.
 
         ``widths`` ascend and end with F. No entry moves and its index stays what it is: only offsets are new.
+
+        Example:
+            >>> codes = SparseCodes.from_dense(torch.tensor([[1.0, 2.0, 3.0]]))
+            >>> codes.split_latents([1, 3]).l0
+            tensor([[1, 2]])
         """
         number = len(widths)
         # Filled on the device: a tensor made of a list would come from the host, which waits and cannot be captured.
@@ -398,7 +453,17 @@ class SparseCodes:
 
 
 def cat(codes: Sequence[SparseCodes]) -> SparseCodes:
-    """Codes over the same latents, concatenated along their first leading dimension."""
+    """Codes over the same latents, concatenated along their first leading dimension.
+
+    Raises:
+        TypeError: an element is no :class:`SparseCodes`.
+        ValueError: there is none, or their shapes disagree.
+
+    Example:
+        >>> codes = SparseCodes.from_dense(torch.eye(3))
+        >>> cat([codes, codes[:1]]).shape
+        torch.Size([4, 3])
+    """
     codes = list(codes)
     if not codes:
         raise ValueError("codes must hold at least one SparseCodes, got none")
@@ -430,20 +495,3 @@ def _trimmed(codes: SparseCodes) -> SparseCodes:
     """Without the unused end of its capacity; an overflow is reported, never carried along."""
     owned = codes._owned()
     return replace(codes, values=codes.values[:owned], indices=codes.indices[:owned], required=None, _transposed=[])
-
-
-def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
-    """``vector[codes.indices]``: a quantity per latent (F,), read at the entries (N,).
-
-    Differentiable in ``vector``, with the same bits on every run, which indexing does not promise.
-    """
-    floating("vector", vector, dims=1)
-    shaped("vector", vector, (codes.num_latents,), codes.values, why="one per latent")
-    return ops.at_latents(vector, codes.indices, codes.offsets, *_transposed_for(codes, vector), "auto")
-
-
-def _transposed_for(codes: SparseCodes, *learned: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The codes' transposed index where a gradient of ``learned`` will ask for it, else three times None."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
-        return codes.by_latent
-    return None, None, None

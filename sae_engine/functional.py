@@ -21,7 +21,8 @@ from sae_kernels.stock.dense import uniform_offsets
 
 from . import _checks as check
 from ._encoder import Encoded, EncodeInfo, encode, encode_with, linear, linear_dtype
-from .codes import SparseCodes, _transposed_for, at_latents
+from ._entries import at_latents, transposed_for
+from .codes import SparseCodes
 
 __all__ = [
     "EncodeInfo", "Encoded", "at_latents", "batch_topk", "decode", "decode_prefixes", "encode", "encode_with",
@@ -57,6 +58,15 @@ def topk(
         Codes with exactly ``k * rows`` entries; values have the dtype of ``pre``.
 
     Cost: reads ``pre`` once. Source: Gao et al. 2024, arXiv:2406.04093; AbsTopK: Zhu et al. 2025, arXiv:2510.00404.
+
+    Raises:
+        TypeError: ``pre`` is not floating-point, or an argument is of the wrong kind; names it.
+        ValueError: an argument is out of range, or its shape or device does not fit ``pre``; names it.
+
+    Example:
+        >>> codes = topk(torch.tensor([[0.5, 2.0, -1.0, 3.0]]), 2)
+        >>> codes.indices.tolist(), codes.values.tolist()
+        ([1, 3], [2.0, 3.0])
     """
     check.pre_activations(pre)
     k = check.integer_k(k, pre.shape[-1])
@@ -105,6 +115,16 @@ def batch_topk(
         Codes with exactly ``int(k * tokens)`` entries, ascending in (row, latent). No host synchronisation.
 
     Source: Bussmann et al. 2024, arXiv:2412.06410; Ayonrinde 2024, arXiv:2411.02124 (mutual choice).
+
+    Raises:
+        TypeError: ``pre`` is not floating-point, or an argument is of the wrong kind; names it.
+        ValueError: an argument is out of range, or its shape or device does not fit ``pre``; names it.
+
+    Example:
+        >>> pre = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.0, 1.0]])
+        >>> batch_topk(pre, 1.5).to_dense()  # 1.5 of each token, on average
+        tensor([[1., 2., 3.],
+                [0., 0., 0.]])
     """
     check.pre_activations(pre)
     k = check.number_k(k, pre.shape[-1])
@@ -125,7 +145,17 @@ def _largest(pre: Tensor, matrix: Tensor, mask: Tensor | None, total: int, backe
 
 
 def largest(pre: Tensor, total: int, *, backend: str = "auto") -> SparseCodes:
-    """The ``total`` entries (all, where there are fewer) of ``pre`` (*batch_shape, F) with the largest relu(pre)."""
+    """The ``total`` entries (all, where there are fewer) of ``pre`` (*batch_shape, F) with the largest relu(pre).
+
+    Raises:
+        TypeError: ``pre`` is not floating-point, or an argument is of the wrong kind; names it.
+        ValueError: an argument is out of range, or its shape or device does not fit ``pre``; names it.
+
+    Example:
+        >>> largest(torch.tensor([[1.0, 2.0], [3.0, -1.0]]), 2).to_dense()
+        tensor([[0., 2.],
+                [3., 0.]])
+    """
     matrix = check.matrix(check.pre_activations(pre))
     return _largest(pre, matrix, None, min(total, pre.numel()), backend)
 
@@ -146,6 +176,16 @@ def feature_topm(
 
     Source: Ayonrinde 2024, arXiv:2411.02124 (feature choice). No code of the author's is public: that ReLU comes
     before the ranking, and how ties are broken, are ours.
+
+    Raises:
+        TypeError: ``pre`` is not floating-point, or an argument is of the wrong kind; names it.
+        ValueError: an argument is out of range, or its shape or device does not fit ``pre``; names it.
+
+    Example:
+        >>> pre = torch.tensor([[1.0, 2.0, 5.0], [3.0, 1.0, 4.0]])
+        >>> feature_topm(pre, torch.tensor([1, 2, 0])).to_dense()
+        tensor([[0., 2., 0.],
+                [3., 1., 0.]])
     """
     check.pre_activations(pre)
     matrix = check.matrix(pre)
@@ -170,6 +210,14 @@ def feature_budgets(
 
     Source: Zipf and uniform budgets are Ayonrinde's (2024, arXiv:2411.02124); the formula, the bounds and the rounding
     are ours, since no code of the author's is public.
+
+    Raises:
+        TypeError: ``density`` is not floating-point, or a number is of the wrong kind.
+        ValueError: ``density`` is not (F,), or ``total`` exceeds ``tokens * F``.
+
+    Example:
+        >>> feature_budgets(torch.tensor([0.1, 0.5, 0.2]), 11, tokens=8)
+        tensor([2, 6, 3], dtype=torch.int32)
     """
     check.floating("density", density, dims=1)
     total, tokens = check.count("total", total), check.count("tokens", tokens)
@@ -195,6 +243,14 @@ def zipf_shortfall(density: Tensor, k: float, *, exponent: float = 1.0, shift: f
         ``(F,)`` in the dtype of ``density``.
 
     Ours, after the idea of aux_zipf_loss: Ayonrinde 2024, arXiv:2411.02124.
+
+    Raises:
+        TypeError: ``density`` is not floating-point, or a number is of the wrong kind.
+        ValueError: ``density`` is not (F,), or ``k`` exceeds F.
+
+    Example:
+        >>> zipf_shortfall(torch.tensor([0.5, 0.0, 0.125]), 1)
+        tensor([0.0833, 1.0000, 0.5417])
     """
     check.floating("density", density, dims=1)
     k = check.number_k(k, density.shape[0])
@@ -224,6 +280,15 @@ def norm_match(
             and :meth:`SparseCodes.check` reports an overflow.
 
     Source: Lee et al. 2025, arXiv:2503.24277, from the authors' code.
+
+    Raises:
+        TypeError: ``pre`` is not floating-point, or an argument is of the wrong kind; names it.
+        ValueError: an argument is out of range, or its shape or device does not fit ``pre``; names it.
+
+    Example:
+        >>> codes = norm_match(torch.tensor([[3.0, 1.0, 4.0]]), torch.tensor([5.0]))
+        >>> codes.indices.tolist()  # the norm of (4, 3) is 5
+        [0, 2]
     """
     check.pre_activations(pre)
     check.floating("target_norm", target_norm, dims=pre.dim() - 1)
@@ -262,6 +327,14 @@ def threshold(
         capacity: as in :func:`norm_match`.
 
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435 (JumpReLU).
+
+    Raises:
+        TypeError: ``pre`` is not floating-point, or an argument is of the wrong kind; names it.
+        ValueError: an argument is out of range, or its shape or device does not fit ``pre``; names it.
+
+    Example:
+        >>> threshold(torch.tensor([[0.5, 2.0, 1.0]]), torch.tensor([0.0, 3.0, 0.5])).to_dense()
+        tensor([[0.5000, 0.0000, 1.0000]])
     """
     check.pre_activations(pre)
     theta = _theta(theta, pre)
@@ -306,6 +379,15 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
 
     Cost: reads N weight rows and N (value, index) pairs, writes the output once. Dense codes go through a GEMM.
     Numerics: fp32 accumulation; forward and gradients bitwise reproducible. Source: Gao et al. 2024, arXiv:2406.04093.
+
+    Raises:
+        TypeError: ``codes`` is no :class:`SparseCodes`, or a weight is not floating-point.
+        ValueError: a shape or a device does not fit the codes; names the argument.
+
+    Example:
+        >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 2.0, 1.0]]))
+        >>> decode(codes, torch.tensor([[1.0, 1.0], [0.0, 3.0], [5.0, 0.0]]))
+        tensor([[5., 6.]])
     """
     if not isinstance(codes, SparseCodes):
         raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}: SparseDecoder takes dense tensors too")
@@ -318,7 +400,7 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
         check.floating("b_dec", b_dec, dims=1)
         check.shaped("b_dec", b_dec, W_dec.shape[1:], W_dec, why="d_out")
     dtype = linear_dtype(codes.values, W_dec)
-    index = _transposed_for(codes, W_dec)
+    index = transposed_for(codes, W_dec)
     out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *index, backend)
     return out.view(*codes.batch_shape, W_dec.shape[1])
 
@@ -342,6 +424,16 @@ def decode_prefixes(
         ``(*batch_shape, len(widths), d_out)`` in the dtype of :func:`decode`; sums in fp32 or wider, rounded once.
 
     Source: Bussmann et al. 2025, arXiv:2503.17547 (Matryoshka); the pass is ours.
+
+    Raises:
+        TypeError: ``codes`` is no :class:`SparseCodes`, or a weight is not floating-point.
+        ValueError: a shape or a device does not fit the codes; names the argument.
+
+    Example:
+        >>> codes = SparseCodes.from_dense(torch.tensor([[1.0, 2.0]]))
+        >>> decode_prefixes(codes, torch.eye(2), widths=[1, 2])
+        tensor([[[1., 0.],
+                 [1., 2.]]])
     """
     if not isinstance(codes, SparseCodes):
         raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
@@ -362,6 +454,13 @@ def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
     Element by element, for any shape that both share: a threshold per latent, a running density.
 
     Does nothing where ``smallest`` is not finite, nor in the second run of a checkpointed forward.
+
+    Example:
+        >>> cut = torch.tensor(-1.0)
+        >>> for smallest in (2.0, 4.0):
+        ...     move_threshold(cut, torch.tensor(smallest), 0.25)
+        >>> cut
+        tensor(2.5000)
     """
     ops.move_threshold(threshold, smallest, rate)
 
