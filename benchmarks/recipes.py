@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import sae_engine as se
+from sae_engine.losses import AFA, L1, GateLoss, Loss, LossInput, NestedReconstruction, StepL0
 
 THRESHOLD_RATE = 0.05  # of running thresholds: these runs are too short for the usual 0.01 to catch up
 STEERING_RATE = 0.1
@@ -25,22 +27,22 @@ THRESHOLDS = "held-out tokens by the learned thresholds, scaled to the L0 on tra
 BANDWIDTH = 0.1  # of JumpReLU's estimator, beside thresholds of about 1
 
 Build = Callable[[int, int, int], se.Activation]  # k, d_sae, steps of the training
-Loss = Callable[..., tuple[Tensor, se.SparseCodes]]  # sae, x, level, **context
+Losses = Callable[[se.SparseAutoencoder, "Level"], list[Loss]]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One rule of the comparison.
 
-    ``loss`` returns what is minimised (squared error summed over d, per token, and the rule's own terms) and the codes.
-    The level's strength begins at ``start``, and steering moves it; ``steer`` puts it into the autoencoder where it is
-    no weight of the loss. ``prepare`` changes initial values.
+    ``losses`` are those beside the squared error (summed over d, per token). The level's strength begins at ``start``,
+    and steering moves it; ``steer`` puts it into the autoencoder where it is no weight of a loss. ``prepare`` changes
+    initial values.
     """
 
     name: str
     build: Build
     method: str
-    loss: Loss
+    losses: Losses = lambda sae, level: []
     steered: bool = False
     start: float = 1.0
     steer: Callable[[se.SparseAutoencoder, float, int], None] | None = None  # sae, strength, k
@@ -77,57 +79,42 @@ class Level:
     def strength(self) -> float:
         return math.exp(self.value)
 
-    def move(self, codes: se.SparseCodes) -> None:
-        """More strength where more entries than wanted were kept. Reads the device."""
+    def move(self, l0: Tensor) -> None:
+        """More strength where more entries a token than wanted were kept. Reads the device."""
         if self.recipe.steered:
-            l0 = (codes.values != 0).sum().item() / codes.rows
-            self.value += STEERING_RATE * (math.log(max(l0, 0.5)) - math.log(self.k))
+            self.value += STEERING_RATE * (math.log(max(l0.item(), 0.5)) - math.log(self.k))
 
 
-# --- losses --------------------------------------------------------------------------------------------------------
+# --- losses beside the reconstruction error ------------------------------------------------------------------------
 
 
-def plain(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
-    codes = sae.encode(x, **context)
-    sae.activation.update(codes)
-    return se.losses.squared_error(sae.decode(codes), x), codes
+class Steered(Loss):
+    """The loss that ``make`` gives for the strength of the moment."""
+
+    def __init__(self, make: Callable[[float], Loss], level: Level) -> None:
+        self._make, self._level = make, level
+        self.name, self.provides = self._now.name, self._now.provides
+
+    @property
+    def _now(self) -> Loss:
+        return self._make(self._level.strength)
+
+    def rule(self, sae: se.SparseAutoencoder, dead_at_most: int) -> se.Activation | None:
+        return self._now.rule(sae, dead_at_most)
+
+    def value(self, batch: LossInput) -> Tensor:
+        return self._now.value(batch)
 
 
-def l1(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
-    error, codes = plain(sae, x, level, **context)
-    return error + level.strength * codes.values.sum() / codes.rows, codes  # decoder rows have unit norm
+class NormOfTarget(AFA):
+    """AFA against the rule's own target, scaled and centred: the authors' ||x|| would pull values away from where the
+    rule cuts, without end."""
 
+    def value(self, batch: LossInput) -> Tensor:
+        target = batch.rule.target_scale * (batch.x - batch.sae.b_dec.detach())
+        return self.coefficient * batch.target.shape[1] * se.losses.afa(batch.codes, target)
 
-def top_afa(sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor) -> tuple[Tensor, se.SparseCodes]:
-    """The authors weigh the norm term against the error per element; here errors are summed over d. Its target is the
-    rule's own, scaled and centred: the authors' ||x|| would pull values away from where the rule cuts, without end."""
-    error, codes = plain(sae, x, level, **context)
-    target = sae.activation.target_scale * (x - sae.b_dec.detach())
-    return error + x.shape[-1] * AFA_COEFF * se.losses.afa(codes, target), codes
-
-
-def matryoshka(
-    sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
-) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
-    codes = sae.encode(x)
-    sae.activation.update(codes)
-    widths = sae.activation.widths
-    return se.losses.matryoshka(codes, x, sae.W_dec, sae.b_dec, widths=widths, reduction="mean"), codes
-
-
-def target_l0(
-    sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
-) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
-    error, codes = plain(sae, x, level)
-    return error + x.shape[-1] * se.losses.target_l0(codes, sae.activation, level.k), codes
-
-
-def gated(
-    sae: se.SparseAutoencoder, x: Tensor, level: Level, **context: Tensor
-) -> tuple[Tensor, se.SparseCodes]:  # fmt: skip
-    (codes, gate), *_ = sae.encode_with(x, select=[sae.activation, sae.activation.gate])
-    error = se.losses.squared_error(sae.decode(codes), x)
-    return error + se.losses.gated(gate, x, sae.W_dec, sae.b_dec, l1=level.strength), codes
+    pull = Loss.pull
 
 
 # --- how rules start, and are steered ------------------------------------------------------------------------------
@@ -191,35 +178,38 @@ def calibrate(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
 # --- rules ---------------------------------------------------------------------------------------------------------
 
 RECIPES: tuple[Recipe, ...] = (
-    Recipe("TopK", lambda k, F, steps: se.TopK(k), "", plain),
+    Recipe("TopK", lambda k, F, steps: se.TopK(k), ""),
     Recipe("BatchTopK", lambda k, F, steps: se.BatchTopK(k, threshold_lr=THRESHOLD_RATE),
-           f"also mutual choice; {THRESHOLDS}", plain, calibrated=True),
+           f"also mutual choice; {THRESHOLDS}", calibrated=True),
     Recipe("FeatureChoice", lambda k, F, steps: se.FeatureChoice(
                F, k, mutual_steps=steps // 2, threshold_lr=THRESHOLD_RATE, density_lr=THRESHOLD_RATE),
-           f"mutual choice in the first half, then Zipf budgets, thresholds per latent; {THRESHOLDS}", plain,
+           f"mutual choice in the first half, then Zipf budgets, thresholds per latent; {THRESHOLDS}",
            calibrated=True),
     Recipe("MatryoshkaBatchTopK", lambda k, F, steps: se.MatryoshkaBatchTopK(
                k, (F // 16, F // 4, F), threshold_lr=THRESHOLD_RATE),
-           f"mean of the errors of d_sae / 16, d_sae / 4 and all latents; {THRESHOLDS}", matryoshka, calibrated=True),
+           f"mean of the errors of d_sae / 16, d_sae / 4 and all latents; {THRESHOLDS}",
+           lambda sae, level: [NestedReconstruction(sae.activation.widths, "mean")], calibrated=True),
     Recipe("SampledTopK", lambda k, F, steps: se.SampledTopK(k, pool=4.0, threshold_lr=THRESHOLD_RATE),
-           f"pool of 4 k latents by L2 norm in training, all latents afterwards; {THRESHOLDS}", plain,
+           f"pool of 4 k latents by L2 norm in training, all latents afterwards; {THRESHOLDS}",
            calibrated=True),
     Recipe("GradientTopK", lambda k, F, steps: se.GradientTopK(k),
            "beta 1, gradient of the summed next-token loss; held-out tokens by plain TopK, without a gradient",
-           plain, gradients=True, inference=lambda sae: se.TopK(sae.activation.k)),
-    Recipe("AbsTopK", lambda k, F, steps: se.AbsTopK(k), "", plain),
-    Recipe("StatisticalTopK", lambda k, F, steps: se.StatisticalTopK(k), "the count aimed at is steered", plain,
+           gradients=True, inference=lambda sae: se.TopK(sae.activation.k)),
+    Recipe("AbsTopK", lambda k, F, steps: se.AbsTopK(k), ""),
+    Recipe("StatisticalTopK", lambda k, F, steps: se.StatisticalTopK(k), "the count aimed at is steered",
            steered=True, steer=aim),
     Recipe("top-AFA", lambda k, F, steps: se.TopAFA(),
-           f"target_scale, in rule and loss, starts at what TopK keeps, is steered; afa_coeff {AFA_COEFF}", top_afa,
+           f"target_scale, in rule and loss, starts at what TopK keeps, is steered; afa_coeff {AFA_COEFF}",
+           lambda sae, level: [NormOfTarget(AFA_COEFF)],
            steered=True, steer=scale_target, prepare=sparse_target, scaled=False),
     Recipe("JumpReLU", lambda k, F, steps: se.JumpReLU(F, threshold=cut(k, F), bandwidth=BANDWIDTH),
-           f"d (L0 / target - 1)^2 added; bandwidth {BANDWIDTH}; thresholds start where L0 latents fire", target_l0),
+           f"d (L0 / target - 1)^2 added; bandwidth {BANDWIDTH}; thresholds start where L0 latents fire",
+           lambda sae, level: [StepL0(float(sae.d_out), target=level.k)]),
     Recipe("Gated", lambda k, F, steps: se.Gated(F),
-           "L1 penalty of the gate, its weight steered; b_gate starts where L0 latents fire", gated, steered=True,
-           prepare=closed),
+           "L1 penalty of the gate, its weight steered; b_gate starts where L0 latents fire",
+           lambda sae, level: [Steered(partial(GateLoss, weigh_by_norm=False), level)], steered=True, prepare=closed),
     Recipe("ReLU", lambda k, F, steps: se.ReLU(), "L1 penalty, its weight steered; b_enc starts where L0 latents fire",
-           l1, steered=True, prepare=biased),
+           lambda sae, level: [Steered(L1, level)], steered=True, prepare=biased),
 )  # fmt: skip
 
 CLAIMS = (

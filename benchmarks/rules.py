@@ -30,7 +30,6 @@ from progress import ProgressBar
 from recipes import RECIPES, Level, Recipe, calibrate, find, scale_encoder
 from reconstruction import BETAS, WARM_STEPS
 from rows import ROOT, Row, cell, device_slug, environment, load, now_utc, short, store
-from stock import step_with_unit_rows
 from timing import OtherLoad, synchronize
 from torch import Tensor
 
@@ -38,6 +37,7 @@ import sae_engine as se
 from sae_engine import metrics
 from sae_engine.data import ActivationStore, LanguageModel, evaluation_text, load_language_model
 from sae_engine.data.activations import context_batches
+from sae_engine.training import TrainStep
 
 METHOD = (
     "Adam {learning_rate:g}, betas {betas}; unit-norm decoder rows, tied initial weights, the encoder scaled to the "
@@ -94,14 +94,13 @@ def train(
         sae.b_dec.copy_(data.mean)
     x, context = next(batches(recipe, data, setting, seed, device))
     level = prepare(recipe, sae, k, x, **context)
-    trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=setting.learning_rate, betas=BETAS)
+    step = TrainStep(sae, lr=setting.learning_rate, betas=BETAS, losses=recipe.losses(sae, level))
     started = time.perf_counter()
-    for step, (x, context) in enumerate(batches(recipe, data, setting, seed, device)):
-        if step == WARM_STEPS:
+    for number, (x, context) in enumerate(batches(recipe, data, setting, seed, device)):
+        if number == WARM_STEPS:
             synchronize(device)
             started = time.perf_counter()
-        training_step(recipe, sae, optimizer, level, x, **context)
+        training_step(step, level, x, **context)
         bar.update()
     synchronize(device)
     seconds = time.perf_counter() - started
@@ -121,18 +120,13 @@ def prepare(recipe: Recipe, sae: se.SparseAutoencoder, k: int, x: Tensor, **cont
     return Level(recipe, k, start)
 
 
-def training_step(
-    recipe: Recipe, sae: se.SparseAutoencoder, optimizer: torch.optim.Optimizer, level: Level, x: Tensor,
-    **context: Tensor,
-) -> se.SparseCodes:  # fmt: skip
-    """One step on unit-norm decoder rows; returns the codes before it."""
-    if recipe.steer is not None:
-        recipe.steer(sae, level.strength, level.k)
-    loss, codes = recipe.loss(sae, x, level, **context)
-    loss.backward()
-    step_with_unit_rows(optimizer, sae.W_dec)
-    level.move(codes)
-    return codes
+def training_step(step: TrainStep, level: Level, x: Tensor, **context: Tensor) -> dict[str, Tensor]:
+    """One step at the strength of the moment, which the step's L0 then moves; returns its report."""
+    if level.recipe.steer is not None:
+        level.recipe.steer(step.sae, level.strength, level.k)
+    report = step(x, **context)
+    level.move(report["l0"])
+    return report
 
 
 def batches(

@@ -16,6 +16,7 @@ import torch
 from benchmark_rows import rule_row
 
 import sae_engine as se
+from sae_engine.training import TrainStep
 
 CPU = torch.device("cpu")
 TINY = rules.Setting(
@@ -58,13 +59,13 @@ def test_every_rule_learns_and_reaches_the_l0_that_it_promises(recipe):
     x = batch()
     level = rules.prepare(recipe, sae, 6, x, **context(x))
     start = level.value
-    optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=3e-3)
+    step = TrainStep(sae, lr=3e-3, losses=recipe.losses(sae, level))
     errors, l0s = [], []
     for _ in range(150):
         x = batch()
-        codes = rules.training_step(recipe, sae, optimizer, level, x, **context(x))
-        errors.append((sae.decode(codes) - x).square().mean().item())
-        l0s.append((codes.values != 0).sum().item() / 128)
+        report = rules.training_step(step, level, x, **context(x))
+        errors.append(report["squared_error"].item())
+        l0s.append(report["l0"].item())
     assert sum(errors[-10:]) < 0.9 * sum(errors[:10])
     assert sum(l0s[-30:]) / 30 == pytest.approx(6, rel=0.15)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
@@ -192,10 +193,9 @@ def test_published_numbers_stand_beside_gpt2_only(tmp_path):
 def test_level_moves_towards_the_wanted_l0():
     steered = next(r for r in recipes.RECIPES if r.steered)
     level = recipes.Level(steered, 2)
-    codes = se.SparseCodes.from_dense(torch.ones(3, 8))
-    level.move(codes)
+    level.move(torch.tensor(8.0))
     assert level.value == pytest.approx(math.log(steered.start) + recipes.STEERING_RATE * math.log(8 / 2))
-    level.move(se.SparseCodes.from_dense(torch.zeros(3, 8)))  # nothing kept: still a number
+    level.move(torch.tensor(0.0))  # nothing kept: still a number
     assert math.isfinite(level.strength)
 
 
