@@ -31,6 +31,15 @@ class SparseDecoder(nn.Module):
         d_sae: number of latents.
         d_in: width of the output.
         bias: whether to have ``b_dec`` (d_in,).
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        ValueError: an input has another number of latents.
+
+    Example:
+        >>> decoder = SparseDecoder(16, 4)
+        >>> decoder(se.functional.topk(torch.ones(3, 16), 2)).shape, decoder(torch.ones(3, 16)).shape
+        (torch.Size([3, 4]), torch.Size([3, 4]))
     """
 
     b_dec: Tensor | None
@@ -85,6 +94,19 @@ class SparseAutoencoder(nn.Module):
     Attributes:
         card: where it was loaded from and what its input has to be, a :class:`~sae_engine.checkpoints.card.SourceCard`;
             None for one made here. It is saved along.
+
+    Raises:
+        TypeError: ``activation`` is no rule, or an argument is of another kind; names it.
+        ValueError: an argument is out of range, or the rule keeps more entries than there are latents.
+
+    Example:
+        >>> sae = SparseAutoencoder(4, 16, se.TopK(2))
+        >>> x = torch.randn(3, 4)
+        >>> codes = sae.encode(x)
+        >>> codes.shape, sae.decode(codes).shape
+        (torch.Size([3, 16]), torch.Size([3, 4]))
+        >>> torch.equal(sae(x), sae.decode(codes))
+        True
     """
 
     activation: Activation
@@ -152,6 +174,10 @@ class SparseAutoencoder(nn.Module):
         Raises:
             TypeError: ``x`` is no floating-point tensor, or the context is not what the rule takes.
             ValueError: ``x`` has another width or device than the autoencoder.
+
+        Example:
+            >>> SparseAutoencoder(4, 16, se.TopK(2)).encode(torch.ones(3, 4)).to_padded()[1].shape
+            torch.Size([3, 2])
         """
         return self.encode_with(x, select=None, keep_pre=False, backend=backend, **context).codes[0]
 
@@ -173,6 +199,13 @@ class SparseAutoencoder(nn.Module):
 
         Raises:
             TypeError, ValueError: as :meth:`encode`; and ValueError where ``select`` is empty.
+
+        Example:
+            >>> sae = SparseAutoencoder(4, 16, se.TopK(2))
+            >>> rules = [sae.activation, se.TopK(4)]
+            >>> (own, wider), info, pre = sae.encode_with(torch.ones(3, 4), select=rules, keep_pre=True)
+            >>> own.k, wider.k, pre.shape
+            (2, 4, torch.Size([3, 16]))
         """
         rules = self.activation if select is None else select
         x, info = self._normalized(x)
@@ -187,7 +220,18 @@ class SparseAutoencoder(nn.Module):
         return encoded._replace(info=info)
 
     def decode(self, codes: SparseCodes, info: EncodeInfo | None = None, *, backend: str = "auto") -> Tensor:
-        """(*batch_shape, d_out). ``info`` from :meth:`encode_with` is needed with layer norm, centring or skip."""
+        """(*batch_shape, d_out). ``info`` from :meth:`encode_with` is needed with layer norm, centring or skip.
+
+        Raises:
+            TypeError: ``codes`` is no :class:`SparseCodes`.
+            ValueError: it has other latents than the autoencoder, or ``info`` lacks what is needed.
+
+        Example:
+            >>> sae = SparseAutoencoder(4, 16, se.TopK(2), normalize_activations="layer_norm")
+            >>> (codes,), info, _ = sae.encode_with(torch.randn(3, 4))
+            >>> sae.decode(codes, info).shape
+            torch.Size([3, 4])
+        """
         if not isinstance(codes, SparseCodes):
             raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
         if codes.num_latents != self.d_sae:
@@ -286,6 +330,13 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: ``format`` is unknown or cannot hold this autoencoder; says what would be lost.
             TypeError: the activation is not one of this library's.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     SparseAutoencoder(4, 16, se.TopK(2)).save_pretrained(folder)
+            ...     SparseAutoencoder.from_pretrained(folder).activation
+            TopK(k=2)
         """
         from .checkpoints import formats
 
@@ -316,6 +367,10 @@ class SparseAutoencoder(nn.Module):
             ConnectionError: the hub does not answer.
             ValueError: a file is damaged, hostile, of no known format, or describes something this class cannot be;
                 says what is wrong. Pickles are opened as tensors alone (``weights_only=True``).
+
+        Example:
+            >>> path = "jbloom/GPT2-Small-SAEs-Reformatted/blocks.8.hook_resid_pre"  # doctest: +SKIP
+            >>> sae = SparseAutoencoder.from_pretrained(path)  # doctest: +SKIP
         """
         from .checkpoints import formats
 

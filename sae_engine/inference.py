@@ -32,7 +32,10 @@ def calibrate_threshold(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Sp
         ValueError: ``batches`` holds none.
 
     Example:
-        >>> calibrate_threshold(sae, activations.split(4096)).eval()
+        >>> sae, activations = se.SparseAutoencoder(4, 16, se.BatchTopK(2)), torch.randn(4096, 4)
+        >>> sae = calibrate_threshold(sae, activations.split(1024)).eval()
+        >>> 1.8 < sae.encode(activations).l0.float().mean() < 2.2
+        tensor(True)
     """
     if not isinstance(sae, SparseAutoencoder):
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
@@ -71,6 +74,12 @@ def inference_form(sae: SparseAutoencoder) -> SparseAutoencoder:
     Raises:
         TypeError: the rule has no learned threshold.
         RuntimeError: it has not learned one yet.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.BatchTopK(2))
+        >>> _ = sae(torch.randn(32, 4))  # the threshold learns from a forward in training
+        >>> type(inference_form(sae).activation).__name__
+        'JumpReLU'
     """
     rule = sae.activation
     if isinstance(rule, JumpReLU):

@@ -17,6 +17,15 @@ def init_as_top_afa(sae: SparseAutoencoder) -> SparseAutoencoder:
 
     The activations' energy then equals the input's on average, so top-AFA starts by keeping nearly half of all latents.
     Biases become 0. Source: the code of Lee et al. 2025, arXiv:2503.24277.
+
+    Raises:
+        TypeError: ``sae`` is no :class:`SparseAutoencoder`.
+        ValueError: its output is not as wide as its input.
+
+    Example:
+        >>> sae = init_as_top_afa(se.SparseAutoencoder(4, 16, se.TopAFA()))
+        >>> sae.W_dec.norm(dim=1).detach().round(decimals=4).unique()
+        tensor([1.])
     """
     _require_square(sae)
     drawn = torch.empty(sae.d_in, sae.d_sae, dtype=torch.float32, device=sae.W_enc.device)
@@ -39,6 +48,15 @@ def init_sparse(sae: SparseAutoencoder, l0: int) -> SparseAutoencoder:
 
     Args:
         l0: latents per token at the start, ``1 <= l0 < d_sae / 2``.
+
+    Raises:
+        TypeError: ``sae`` is no :class:`SparseAutoencoder`, or ``l0`` no integer.
+        ValueError: its output is not as wide as its input, or ``l0`` is out of range.
+
+    Example:
+        >>> sae = init_sparse(se.SparseAutoencoder(64, 1024, se.TopAFA()), 16)
+        >>> 8 < sae.encode(torch.randn(128, 64)).l0.float().mean() < 32
+        tensor(True)
     """
     _require_square(sae)
     l0 = check.integer_k(l0, sae.d_sae, name="l0")

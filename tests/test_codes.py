@@ -1,6 +1,5 @@
 """SparseCodes: construction, conversion, indexing, transposing, and what is behind it (kernels/device/dense.py)."""
 import copy
-import doctest
 import subprocess
 import sys
 
@@ -10,7 +9,6 @@ import torch
 import torch.utils._pytree as pytree
 
 import sae_engine as se
-import sae_engine.codes
 from sae_engine.testing import assert_same, make_pre
 from sae_kernels.ops import ops
 
@@ -214,11 +212,6 @@ def test_out_of_range_indices_are_found_when_asked(monkeypatch):
     broken = se.SparseCodes(codes.values, codes.indices + 40, codes.offsets, codes.batch_shape, 40)
     with pytest.raises(ValueError, match="indices"):
         se.functional.decode(broken, torch.randn(40, 3))
-
-
-def test_the_examples_of_codes_are_right():
-    done = doctest.testmod(sae_engine.codes, extraglobs={"torch": torch})
-    assert done.attempted >= 8 and done.failed == 0
 
 
 @pytest.mark.parametrize("make", [

@@ -32,7 +32,13 @@ DENSE_SHARE = 1 / 16
 
 
 class CannotAccelerate(TypeError):
-    """The object cannot run on sae_engine's operations; the message says why. Nothing was changed."""
+    """The object cannot run on sae_engine's operations; the message says why. Nothing was changed.
+
+    Example:
+        >>> se.accelerate(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        sae_engine.acceleration._base.CannotAccelerate: ...
+    """
 
 
 class TopRule:

@@ -51,6 +51,10 @@ def accelerate(obj: T, *, exact: bool = False) -> T:
     Raises:
         CannotAccelerate (a TypeError): says what stands in the way; nothing has been changed.
         ImportError: ``obj`` names a library that is not installed.
+
+    Example:
+        >>> from sae_lens import SAE  # doctest: +SKIP
+        >>> sae = accelerate(SAE.load_from_disk("path/to/sae"))  # doctest: +SKIP
     """
     if isinstance(obj, str):
         _accelerate_library(obj, exact)
@@ -71,6 +75,13 @@ def restore(obj: T) -> T:
 
     Objects that were made while a library was accelerated stay accelerated until they are restored themselves.
     Returns ``obj``; one that is not accelerated is returned as it is.
+
+    Raises:
+        TypeError: ``obj`` is nothing that :func:`accelerate` takes.
+        ImportError: it names a library that is not installed.
+
+    Example:
+        >>> sae = restore(accelerate(sae))  # doctest: +SKIP
     """
     if isinstance(obj, str):
         for cls in _library(obj).CLASSES:
@@ -95,6 +106,13 @@ def accelerated(*libraries: str, exact: bool = False) -> Iterator[None]:
     """``with se.accelerated():`` every object that the libraries make inside is accelerated, and stays so.
 
     Without names: those of the libraries that are installed. See :func:`accelerate`.
+
+    Raises:
+        ImportError: a library that is named is not installed.
+
+    Example:
+        >>> with accelerated("dictionary_learning"):  # doctest: +SKIP
+        ...     trainer = TopKTrainer(steps=1000, activation_dim=768, dict_size=16384, k=32, layer=8, lm_name="gpt2")
     """
     names = libraries or tuple(name for name in LIBRARIES if importlib.util.find_spec(name) is not None)
     if not names:

@@ -33,6 +33,11 @@ class SourceCard:
         normalization: what happens to an input; ``"none"``, ``"layer_norm"``, ``"center"`` or a sentence.
         residual: ``"raw"``, ``"mean-centred"`` or ``"unknown"``.
         notes: what else a user should know, one sentence each.
+
+    Example:
+        >>> card = SourceCard(format="sparsify", architecture="topk", model_name="gpt2")
+        >>> SourceCard.from_dict(card.to_dict()) == card
+        True
     """
 
     format: str

@@ -28,6 +28,14 @@ def convert(
     Raises:
         FileExistsError: there is something at ``target``.
         ValueError: ``source`` cannot be read, or ``to`` cannot hold it: says what would be lost.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     se.SparseAutoencoder(4, 16, se.TopK(2)).save_pretrained(f"{folder}/ours")
+        ...     _ = convert(f"{folder}/ours", f"{folder}/theirs", to="sparsify")
+        ...     formats.detect(f"{folder}/theirs")
+        'sparsify'
     """
     formats.known(to)
     target = Path(target)

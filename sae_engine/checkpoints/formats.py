@@ -26,6 +26,13 @@ def detect(path: str | PathLike) -> str:
     Raises:
         FileNotFoundError: there is nothing, or one of its two files is missing.
         ValueError: it is damaged, of no known format, or several checkpoints.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(se.SparseAutoencoder(4, 16, se.TopK(2)), folder, format="sparsify")
+        ...     detect(folder)
+        'sparsify'
     """
     return _choose(look_at(Path(path)), "auto")[0].NAME
 
@@ -34,7 +41,18 @@ def load(
     cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | str | None = None,
     activation_scale: float | None = None, residual: str | None = None,
 ):  # fmt: skip
-    """An autoencoder of class ``cls``; see :meth:`sae_engine.SparseAutoencoder.from_pretrained`."""
+    """An autoencoder of class ``cls``; see :meth:`sae_engine.SparseAutoencoder.from_pretrained`.
+
+    Raises:
+        As there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(se.SparseAutoencoder(4, 16, se.TopK(2)), folder)
+        ...     load(se.SparseAutoencoder, folder).d_sae
+        16
+    """
     dtype = None if dtype is None else check.dtype_in("dtype", dtype)
     c, file = read(path, format=format, activation_scale=activation_scale, residual=residual)
     return build(cls, c, file, device=device, dtype=dtype)
@@ -67,7 +85,18 @@ def read(
 
 
 def save(sae, path: str | PathLike, *, format: str = "saelens") -> None:
-    """Writes an autoencoder; see :meth:`sae_engine.SparseAutoencoder.save_pretrained`."""
+    """Writes an autoencoder; see :meth:`sae_engine.SparseAutoencoder.save_pretrained`.
+
+    Raises:
+        As there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(se.SparseAutoencoder(4, 16, se.ReLU()), folder, format="dictionary_learning")
+        ...     detect(folder)
+        'dictionary_learning'
+    """
     known(format)
     FORMATS[format].save(of(sae), path)
 

@@ -48,6 +48,13 @@ def read_activations(model: nn.Module, input_ids: Tensor, *, layer: int, site: s
         ValueError: ``layer`` or ``site`` is out of range, ``input_ids`` is not 2-D, or the model's blocks
             are not found.
         RuntimeError: the forward pass never reached the site.
+
+    Example:
+        >>> from sae_engine.data import load_language_model
+        >>> lm = load_language_model()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> read_activations(lm.model, ids, layer=1).shape == (1, 3, lm.d_model)
+        True
     """
     _check_ids(input_ids)
     target = _hook_target(model, layer, site)
@@ -87,6 +94,14 @@ def run_with_replacement(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`read_activations`; ValueError also where ``replace`` returns
             another shape.
+
+    Example:
+        >>> from sae_engine.data import load_language_model
+        >>> lm = load_language_model()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> logits = run_with_replacement(lm.model, ids, torch.zeros_like, layer=1)
+        >>> logits.shape[:2]
+        torch.Size([1, 3])
     """
     _check_ids(input_ids)
     target = _hook_target(model, layer, site)
@@ -149,6 +164,13 @@ def stream_activations(
     Raises:
         TypeError: an argument or a document is not of the kind above (documents: when they are reached).
         ValueError: an argument is out of range, or the tokenizer has no end-of-text token.
+
+    Example:
+        >>> from sae_engine.data import load_language_model
+        >>> lm = load_language_model()
+        >>> batches = stream_activations(lm, ["A text.", "Another one."], layer=1)
+        >>> [x.shape[1] == lm.d_model for x in batches]
+        [True]
     """
     context_length, batch_size, max_tokens = check_stream(
         lm, texts, layer, site, context_length, batch_size, drop_first, max_tokens

@@ -26,6 +26,14 @@ def read_gradients(
 
     Raises:
         As :func:`read_activations`.
+
+    Example:
+        >>> from sae_engine.data import load_language_model
+        >>> lm = load_language_model()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> x, gradient = read_gradients(lm.model, ids, layer=1)
+        >>> x.shape == gradient.shape, gradient[0, -1].abs().max().item()
+        (True, 0.0)
     """
     _check_ids(input_ids)
     if input_ids.shape[1] < 2:

@@ -37,6 +37,11 @@ class LanguageModel:
 
     ``revision`` is the hub's commit, None for a folder. ``sha256`` is that of the weight file; of several
     files it is the sha256 of the lines ``"<sha256>  <file name>\\n"`` in the order of their names.
+
+    Example:
+        >>> lm = load_language_model()
+        >>> lm.name, lm.d_model, lm.num_layers
+        ('embedded', 256, 4)
     """
 
     model: nn.Module = field(repr=False)
@@ -80,6 +85,10 @@ def load_language_model(
             the model does not say how long a context may be.
         OSError: no such model, the hub does not answer, or the folder has no weights.
         ImportError: transformers is not installed.
+
+    Example:
+        >>> load_language_model("embedded", dtype="bfloat16").model.dtype
+        torch.bfloat16
     """
     if name_or_path is not None and not isinstance(name_or_path, (str, Path)):
         raise TypeError(f"name_or_path must be a string, a Path or None, got {name_or_path!r}")
@@ -113,6 +122,10 @@ def weights_sha256(folder: str | Path) -> str:
 
     Raises:
         FileNotFoundError: the folder has no ``model*.safetensors`` and no ``pytorch_model*.bin``.
+
+    Example:
+        >>> len(weights_sha256(EMBEDDED_FOLDER))
+        64
     """
     files = _weight_files(Path(folder))
     if not files:

@@ -65,6 +65,14 @@ def collect_activations(
             that differs from this request (names the field); texts that differ from those of the finished
             shards; a damaged shard (names the file); no text at all; an activation that overflows ``dtype``.
         FileExistsError: ``resume=False`` and ``out_dir`` holds a manifest.
+
+    Example:
+        >>> import tempfile
+        >>> lm = se.data.load_language_model()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = collect_activations(lm, ["A text."], folder, layer=1, progress=False)
+        ...     store.complete, store.d_model == lm.d_model
+        (True, True)
     """
     context_length, batch_size, max_tokens = check_stream(
         lm, texts, layer, site, context_length, batch_size, drop_first, max_tokens
@@ -172,6 +180,14 @@ class ActivationStore:
     Raises:
         FileNotFoundError: no manifest there.
         ValueError: the manifest or a shard is damaged (names the file), or the collection is incomplete.
+
+    Example:
+        >>> import tempfile
+        >>> lm = se.data.load_language_model()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = collect_activations(lm, ["A text."], folder, layer=1, progress=False)
+        ...     sum(len(x) for x in ActivationStore(folder).batches(2)) == len(ActivationStore(folder))
+        True
     """
 
     def __init__(self, path: str | Path, *, allow_incomplete: bool = False) -> None:

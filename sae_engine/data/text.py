@@ -45,6 +45,13 @@ def iter_text_files(
     Raises:
         FileNotFoundError: a path does not exist. Checked for all of them before the first file is read.
         ValueError: a folder has no such file, ``suffixes`` is empty or lacks a dot, or a file is not UTF-8.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "a.txt").write_text("A text.")
+        ...     list(iter_text_files(folder))
+        ['A text.']
     """
     if isinstance(suffixes, str) or not suffixes or not all(s.startswith(".") for s in suffixes):
         raise ValueError(f"suffixes must be a non-empty collection of '.ext' strings, got {suffixes!r}")
@@ -85,6 +92,10 @@ def stdlib_texts(exclude: Collection[str] = HELD_OUT_MODULES, *, include_tests: 
 
     Raises:
         TypeError: ``exclude`` is one string.
+
+    Example:
+        >>> len(next(stdlib_texts())) > 0
+        True
     """
     if isinstance(exclude, str):
         raise TypeError(f"exclude must be a collection of module paths, got the string {exclude!r}")
@@ -128,6 +139,10 @@ def evaluation_text() -> list[str]:
 
     It ships with the package, so it is the same on every machine and for every Python version, and the
     embedded model was not trained on it. Python Software Foundation License.
+
+    Example:
+        >>> 100_000 < sum(map(len, evaluation_text())) < 400_000
+        True
     """
     file = resources.files("sae_engine.assets") / "embedded_model" / "evaluation.txt"
     return file.read_text(encoding="utf-8").split(END_OF_TEXT + "\n")

@@ -40,6 +40,15 @@ class AuxK(Loss):
 
     The defaults are those of OpenAI, but for their k = 512; :meth:`openai`, :meth:`saelens` and
     :meth:`dictionary_learning` are the three conventions.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.TopK(2))
+        >>> step = se.training.TrainStep(sae, lr=1e-3, losses=AuxK(k=4))
+        >>> sorted(step(torch.randn(8, 4)))
+        ['auxk', 'dead', 'fvu', 'grad_norm', 'l0', 'loss', 'squared_error']
     """
 
     k: int | None = None
@@ -126,6 +135,16 @@ class AuxZipf(AuxK):
         exponent, shift: of Zipf's law: ``1 / (rank + shift)^exponent``.
 
     After the abstract of Ayonrinde 2024, arXiv:2411.02124, which names aux_zipf_loss; the formula is ours.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        TypeError: in a step, where neither it nor the rule has a density or a number of latents per token.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.FeatureChoice(16, 2))
+        >>> step = se.training.TrainStep(sae, lr=1e-3, losses=AuxZipf(k=4))
+        >>> sorted(step(torch.randn(8, 4)))
+        ['aux_zipf', 'dead', 'fvu', 'grad_norm', 'l0', 'loss', 'squared_error']
     """
 
     density: RunningDensity | None = None
@@ -165,6 +184,16 @@ class MultiTopK(Loss):
     """The error with ``factor`` times as many entries, so that a latent's worth does not hang on k: L(k) + L(4k) / 8.
 
     For rules with a ``k``, at most d_sae. Gao et al. 2024, arXiv:2406.04093.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        TypeError: in a step, where the rule has no ``k``.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.TopK(2))
+        >>> step = se.training.TrainStep(sae, lr=1e-3, losses=MultiTopK())
+        >>> sorted(step(torch.randn(8, 4)))
+        ['dead', 'fvu', 'grad_norm', 'l0', 'loss', 'multi_topk', 'squared_error']
     """
 
     factor: int = 4
@@ -198,6 +227,15 @@ class AFA(Loss):
 
     ``coefficient`` is the authors' afa_coeff (1/128 to 1/16), which stands beside an error per element. Beside ours,
     summed over d, the term is multiplied by d_out.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.TopAFA())
+        >>> step = se.training.TrainStep(sae, lr=1e-3, losses=AFA(1 / 64))
+        >>> sorted(step(torch.randn(8, 4)))
+        ['afa', 'dead', 'fvu', 'grad_norm', 'l0', 'loss', 'squared_error']
     """
 
     coefficient: float = 1 / 32

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 class Pull(NamedTuple):
-    """The gradient of one loss at the codes of one number. What is None is 0."""
+    """The gradient of one loss at the codes of one number. What is None is 0.
+
+    Example:
+        >>> Pull(0, values=torch.ones(3)).output is None  # its gradient at the output is 0
+        True
+    """
 
     number: int
     output: Tensor | None = None  # (B, d_out), at the autoencoder's output; (B, widths, d_out) of nested prefixes
@@ -41,6 +46,15 @@ class LossInput:
         x: (B, d_in), as the encoder sees it: normalized, with ``b_dec``.
         target: (B, d_out), what is to be reconstructed, fp32 or wider.
         dead: (d_sae,) bool, latents that count as dead.
+
+    Example:
+        >>> class Largest(se.losses.Loss):
+        ...     name = "largest"
+        ...     def value(self, batch):
+        ...         return batch.codes.values.max() / batch.tokens
+        >>> sae, x = se.SparseAutoencoder(4, 16, se.TopK(2)), torch.randn(8, 4)
+        >>> sorted(se.losses.evaluate(sae, x, [Largest()]))
+        ['largest', 'loss', 'squared_error']
     """
 
     def __init__(
@@ -223,7 +237,12 @@ def error_and_gradient(forward: Forward, number: int, weight: float) -> tuple[Te
 
 
 class Reconstruction(Loss):
-    """Squared error summed over d, mean over tokens."""
+    """Squared error summed over d, mean over tokens.
+
+    Example:
+        >>> se.losses.losses_for(se.SparseAutoencoder(4, 16, se.TopK(2)))
+        (Reconstruction(),)
+    """
 
     name = "squared_error"
 
@@ -244,6 +263,14 @@ class NestedReconstruction(Loss):
         reduction: ``"sum"`` of the prefixes' errors, as SAELens, or their ``"mean"``, as dictionary_learning.
 
     Source: Bussmann et al. 2025, arXiv:2503.17547.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> rule = se.MatryoshkaBatchTopK(2, widths=[4, 16])
+        >>> se.losses.losses_for(se.SparseAutoencoder(4, 16, rule))
+        (NestedReconstruction(widths=(4, 16), reduction='sum'),)
     """
 
     widths: tuple[int, ...]
@@ -284,6 +311,11 @@ def losses_for(sae: SparseAutoencoder, added: Sequence[Loss] | Loss = ()) -> tup
     Raises:
         TypeError: something in ``added`` is no loss, or the rule has a need (:attr:`Activation.needs`) that none meets.
         ValueError: a loss is there twice.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.TopK(2))
+        >>> [loss.name for loss in losses_for(sae, se.losses.AuxK(4))]
+        ['squared_error', 'auxk']
     """
     others: tuple[Loss, ...] = tuple(added) if isinstance(added, list | tuple) else (added,)  # type: ignore[assignment]
     for loss in others:

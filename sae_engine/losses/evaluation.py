@@ -35,6 +35,12 @@ def evaluate(
 
     Raises:
         TypeError: the rule needs a loss that is not among them (:func:`losses_for`).
+
+    Example:
+        >>> sae, x = se.SparseAutoencoder(4, 16, se.TopK(2)), torch.randn(8, 4)
+        >>> found = evaluate(sae, x, [se.losses.L1(0.1)])
+        >>> sorted(found), found["loss"].requires_grad
+        (['l1', 'loss', 'squared_error'], True)
     """
     if not isinstance(sae, SparseAutoencoder):
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")

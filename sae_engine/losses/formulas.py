@@ -11,13 +11,31 @@ def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
     """Squared error summed over d, mean over tokens, in fp32 or wider: the reconstruction loss.
 
     SAELens calls it ``mse_loss``. ``metrics.Reconstruction`` has it under this name too; its ``mse`` is per element.
+
+    Raises:
+        TypeError: an argument is not floating-point, or of the wrong kind; names it.
+        ValueError: a shape or a device does not fit the others; names the argument.
+
+    Example:
+        >>> squared_error(torch.zeros(2, 3), torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 1.0]]))
+        tensor(3.)
     """
     x_hat, x = _pair(x_hat, x)
     return (x_hat - x).square().sum(-1).mean()
 
 
 def fvu(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Fraction of variance unexplained: squared error over the squared distance from the batch mean."""
+    """Fraction of variance unexplained: squared error over the squared distance from the batch mean.
+
+    Raises:
+        TypeError: an argument is not floating-point, or of the wrong kind; names it.
+        ValueError: a shape or a device does not fit the others; names the argument.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> fvu(x / 2, x)
+        tensor(0.2500)
+    """
     x_hat, x = (check.matrix(t) for t in _pair(x_hat, x))
     return (x_hat - x).square().sum() / (x - x.mean(0)).square().sum()
 
@@ -30,6 +48,15 @@ def auxk(codes: SparseCodes, W_dec: Tensor, residual: Tensor, *, normalize: bool
     ``normalize`` divides by the residual's own squared distance from its batch mean, as OpenAI and dictionary_learning
     do; where that is 0 the loss is 0. Weights (1/32 with ``normalize``) and scales (min(dead / k_aux, 1) in SAELens and
     sparsify) are the caller's; :class:`AuxK` knows them. Source: Gao et al. 2024, arXiv:2406.04093.
+
+    Raises:
+        TypeError: an argument is not floating-point, or of the wrong kind; names it.
+        ValueError: a shape or a device does not fit the others; names the argument.
+
+    Example:
+        >>> codes = se.SparseCodes.from_dense(torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
+        >>> auxk(codes, torch.eye(2), torch.tensor([[1.0, 1.0], [2.0, 3.0]]))
+        tensor(0.5000)
     """
     check.floating("residual", residual)
     residual = residual.detach()
@@ -47,6 +74,15 @@ def afa(codes: SparseCodes, x: Tensor) -> Tensor:
     ``mean((||f|| - ||x||)^2)``; the authors add it with a weight ``afa_coeff`` of 1/128 to 1/16 to the reconstruction
     error per element, and take x as it is, not centred by b_dec. Differentiable in the codes' values.
     Source: Lee et al. 2025, arXiv:2503.24277.
+
+    Raises:
+        TypeError: an argument is not floating-point, or of the wrong kind; names it.
+        ValueError: a shape or a device does not fit the others; names the argument.
+
+    Example:
+        >>> codes = se.SparseCodes.from_dense(torch.tensor([[3.0, 4.0]]))
+        >>> afa(codes, torch.tensor([[0.0, 3.0]]))  # the norms are 5 and 3
+        tensor(4.)
     """
     check.floating("x", x)
     check.shaped("x", x, (*codes.batch_shape, x.shape[-1]), codes.values, why="one row per row of codes")

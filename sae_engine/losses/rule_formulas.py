@@ -17,6 +17,17 @@ def step_l0(codes: SparseCodes, rule: JumpReLU) -> Tensor:
     The rectangle estimator: ``d(theta_j) = -(1 / bandwidth)`` for each entry with ``|pre - theta_j| < bandwidth / 2``,
     nothing to the pre-activations. ``codes`` must come from ``rule`` in training, which then stores that window.
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435.
+
+    Raises:
+        TypeError: ``rule`` is no :class:`JumpReLU`.
+        RuntimeError: it is in eval mode, or its threshold learns nothing.
+
+    Example:
+        >>> rule = se.JumpReLU(3, threshold=1.0, bandwidth=0.5)
+        >>> loss = step_l0(rule.select(torch.tensor([[0.5, 2.0, 1.1]])), rule)
+        >>> loss.backward()
+        >>> loss.item(), rule.threshold.grad
+        (2.0, tensor([ 0.,  0., -2.]))
     """
     _check_rule(rule)
     theta = functional.at_latents(rule._theta(), codes)
@@ -29,7 +40,16 @@ def step_l0(codes: SparseCodes, rule: JumpReLU) -> Tensor:
 
 
 def target_l0(codes: SparseCodes, rule: JumpReLU, target: float) -> Tensor:
-    """``(L0 / target - 1)^2`` with the L0 of :func:`step_l0`: dictionary_learning's sparsity loss, unweighted."""
+    """``(L0 / target - 1)^2`` with the L0 of :func:`step_l0`: dictionary_learning's sparsity loss, unweighted.
+
+    Raises:
+        As :func:`step_l0`; and ValueError where ``target`` is not positive.
+
+    Example:
+        >>> rule = se.JumpReLU(3, threshold=1.0)
+        >>> target_l0(rule.select(torch.tensor([[0.5, 2.0, 3.0]])), rule, 4.0).item()
+        0.25
+    """
     return (step_l0(codes, rule) / check.positive("target", target) - 1).square()
 
 
@@ -37,6 +57,15 @@ def l1(codes: SparseCodes, *, weight_norm: Tensor | None = None) -> Tensor:
     """``sum over entries of |value| * weight_norm``, mean over tokens, in fp32 or wider.
 
     Differentiable in the values and in ``weight_norm`` (F,), the norms of the decoder rows; None is 1.
+
+    Raises:
+        TypeError: an argument is not floating-point, or of the wrong kind; names it.
+        ValueError: a shape or a device does not fit the others; names the argument.
+
+    Example:
+        >>> codes = se.SparseCodes.from_dense(torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
+        >>> l1(codes, weight_norm=torch.tensor([1.0, 2.0]))
+        tensor(4.5000)
     """
     values = codes.values.to(torch.promote_types(codes.values.dtype, torch.float32))
     values = torch.where(values < 0, -values, values)  # slope 1 at a stored 0, by which a threshold learns; abs has 0
@@ -50,6 +79,15 @@ def tanh_l0(codes: SparseCodes, *, scale: float = 4.0, weight_norm: Tensor | Non
 
     Differentiable in the values (and through them in a threshold) and in ``weight_norm`` (F,), the norms of the decoder
     rows; None is 1. SAELens' tanh mode, after Anthropic's update of January 2025.
+
+    Raises:
+        TypeError: an argument is not floating-point, or of the wrong kind; names it.
+        ValueError: a shape or a device does not fit the others; names the argument.
+
+    Example:
+        >>> codes = se.SparseCodes.from_dense(torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
+        >>> tanh_l0(codes, scale=100.0)  # three entries of two tokens
+        tensor(1.5000)
     """
     scale = check.positive("scale", scale)
     values = codes.values.to(torch.promote_types(codes.values.dtype, torch.float32))
@@ -74,6 +112,16 @@ def gated(
         weight_norm: ``(F,)``, norms of the decoder rows where they are not held at 1 (SAELens); None is 1.
 
     Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
+
+    Raises:
+        TypeError: an argument is not floating-point, or of the wrong kind; names it.
+        ValueError: a shape or a device does not fit the others; names the argument.
+
+    Example:
+        >>> rule = se.Gated(2)
+        >>> gate = rule.gate.select(torch.tensor([[1.0, -1.0]]))
+        >>> gated(gate, torch.tensor([[1.0, 2.0]]), torch.eye(2), l1=0.5).item()
+        4.5
     """
     l1 = check.positive("l1", l1)
     values = gate_codes.values.to(torch.promote_types(gate_codes.values.dtype, torch.float32))
@@ -91,6 +139,15 @@ def aux_zipf(codes: SparseCodes, W_dec: Tensor, residual: Tensor, *, normalize: 
     ``(codes,), *_ = sae.encode_with(x, select=AuxZipfTopK(k_aux), shortfall=short)``: each latent reconstructs the
     residual as far as it falls short of its share under Zipf's law.
     Equal to AuxK where only dead latents do. The name is Ayonrinde's (2024, arXiv:2411.02124), the formula ours.
+
+    Raises:
+        TypeError: an argument is not floating-point, or of the wrong kind; names it.
+        ValueError: a shape or a device does not fit the others; names the argument.
+
+    Example:
+        >>> codes = se.SparseCodes.from_dense(torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
+        >>> aux_zipf(codes, torch.eye(2), torch.tensor([[1.0, 1.0], [2.0, 3.0]]))
+        tensor(0.5000)
     """
     return auxk(codes, W_dec, residual, normalize=normalize)
 
@@ -107,6 +164,16 @@ def matryoshka(
         reduction: ``"sum"`` of the prefixes' errors, as SAELens, or their ``"mean"``, as dictionary_learning.
 
     Source: Bussmann et al. 2025, arXiv:2503.17547.
+
+    Raises:
+        TypeError: an argument is not floating-point, or of the wrong kind; names it.
+        ValueError: a shape or a device does not fit the others; names the argument.
+        ValueError: ``widths`` do not ascend to F, or ``reduction`` is unknown.
+
+    Example:
+        >>> codes = se.SparseCodes.from_dense(torch.tensor([[1.0, 2.0]]))
+        >>> matryoshka(codes, torch.tensor([[1.0, 2.0]]), torch.eye(2), widths=[1, 2])
+        tensor(4.)
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")

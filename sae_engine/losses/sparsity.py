@@ -18,6 +18,15 @@ class L1(Loss):
 
     With rows held at norm 1 (``normalize_decoder``) that is the plain L1 norm. Bricken et al. 2023; the norms are
     those of Anthropic's update of April 2024, without which values shrink and rows grow.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.ReLU())
+        >>> step = se.training.TrainStep(sae, lr=1e-3, losses=L1(0.1))
+        >>> sorted(step(torch.randn(8, 4)))
+        ['dead', 'fvu', 'grad_norm', 'l0', 'l1', 'loss', 'squared_error']
     """
 
     coefficient: float
@@ -37,6 +46,16 @@ class StepL0(Loss):
 
     With ``target`` it is ``coefficient * (L0 / target - 1)^2``, as in dictionary_learning.
     Rajamanoharan et al. 2024, arXiv:2407.14435.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        TypeError: in a step, where the rule is no :class:`JumpReLU`.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.JumpReLU(16))
+        >>> step = se.training.TrainStep(sae, lr=1e-3, losses=StepL0(0.1))
+        >>> sorted(step(torch.randn(8, 4)))
+        ['dead', 'fvu', 'grad_norm', 'l0', 'loss', 'squared_error', 'step_l0']
     """
 
     coefficient: float
@@ -60,6 +79,15 @@ class TanhL0(Loss):
     """``coefficient`` times the sum of ``tanh(scale * value * norm of the decoder row)``, mean over tokens.
 
     SAELens' sparsity loss for JumpReLU, after Anthropic's update of January 2025.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.JumpReLU(16))
+        >>> step = se.training.TrainStep(sae, lr=1e-3, losses=TanhL0(0.1))
+        >>> sorted(step(torch.randn(8, 4)))
+        ['dead', 'fvu', 'grad_norm', 'l0', 'loss', 'squared_error', 'tanh_l0']
     """
 
     coefficient: float
@@ -80,6 +108,16 @@ class GateLoss(Loss):
 
     ``l1`` is the weight of the first; ``weigh_by_norm`` multiplies each value by the norm of its decoder row, for
     decoders whose rows are not held at norm 1. Rajamanoharan et al. 2024, arXiv:2404.16014.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        TypeError: in a step, where the rule is not :class:`Gated`.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, se.Gated(16))
+        >>> step = se.training.TrainStep(sae, lr=1e-3, losses=GateLoss(l1=0.1))
+        >>> sorted(step(torch.randn(8, 4)))
+        ['dead', 'fvu', 'gate', 'grad_norm', 'l0', 'loss', 'squared_error']
     """
 
     l1: float

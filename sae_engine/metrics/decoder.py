@@ -26,6 +26,13 @@ def decoder_cosines(W_dec: Tensor, *, block: int = 4096) -> Tensor:
         NaN. NaN in a row makes every cosine with it, and so every result, NaN.
 
     Cost: half of the d_sae x d_sae products, since a tile serves its rows and its columns.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> decoder_cosines(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))
+        tensor([1., 0., 1.])
     """
     check.floating("W_dec", W_dec, dims=2)
     block = check.integer_k(block, name="block")
@@ -59,6 +66,13 @@ def decoder_similarity(W_dec: Tensor, *, block: int = 4096) -> dict[str, Any]:
 
     ``max_cosine_mean``, ``max_cosine_quantiles`` by level, ``max_cosine_max``, and ``share_above``: the share of the
     latents with another one whose cosine exceeds 0.5, 0.7, 0.9.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> decoder_similarity(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))["share_above"]
+        {0.5: 0.6666666666666666, 0.7: 0.6666666666666666, 0.9: 0.6666666666666666}
     """
     cosines = decoder_cosines(W_dec, block=block).double().cpu()
     levels = torch.tensor(QUANTILES, dtype=torch.float64)

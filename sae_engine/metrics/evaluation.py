@@ -94,6 +94,14 @@ def evaluate(
         TypeError, ValueError: an argument is not as above; names it. TypeError also where the rule needs what an
             autoencoder does not know (``GradientTopK``: evaluate it with ``TopK`` as its activation).
         RuntimeError: the rule has no threshold yet (names ``threshold``), or the texts hold no token.
+
+    Example:
+        >>> from sae_engine.data import evaluation_text, load_language_model
+        >>> lm = load_language_model()
+        >>> sae, options = se.SparseAutoencoder(lm.d_model, 512, se.TopK(8)), {"layer": 2, "max_tokens": 32}
+        >>> found = evaluate(sae, lm, evaluation_text()[:1], context_length=32, **options)
+        >>> found["reconstruction"]["tokens"]
+        32
     """
     splice = _Splice(sae, lm, layer, site, normalize, drop_first)
     batches = splice.batches(texts, context_length, batch_size, max_tokens)
@@ -154,8 +162,19 @@ def ppl_sparsity(
         ``rise``, ``threshold`` (0 where even the smallest is too much), ``ce`` with it, ``ce_whole``, and, as
         :class:`TailTruncation` has them, ``cett``, ``l0``, ``l0_kept`` and ``off``.
 
+    Raises:
+        As :func:`evaluate`; ValueError also where ``rise`` or ``steps`` is not positive.
+
     Source: Luo et al. 2024, arXiv:2411.02335 (Sparsing Law), for the MLPs of a whole model, with one CETT for all
     layers; for the single layer of an autoencoder, bisecting the CETT is bisecting its threshold.
+
+    Example:
+        >>> from sae_engine.data import evaluation_text, load_language_model
+        >>> lm = load_language_model()
+        >>> sae, options = se.SparseAutoencoder(lm.d_model, 512, se.TopK(8)), {"layer": 2, "max_tokens": 32}
+        >>> found = ppl_sparsity(sae, lm, evaluation_text()[:1], context_length=32, steps=1, **options)
+        >>> found["l0_kept"] <= found["l0"]
+        True
     """
     rise, steps = check.positive("rise", rise), check.integer_k(steps, name="steps")
     splice = _Splice(sae, lm, layer, site, normalize, drop_first)

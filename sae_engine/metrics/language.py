@@ -18,6 +18,16 @@ class NextTokenLoss:
     One of these for each run: the clean model, the model with the reconstruction in place, and with zeros in place
     (:func:`sae_engine.data.run_with_replacement` gives the logits). Token losses are computed in fp32 and summed in
     fp64 on the device; nothing waits for it before :meth:`compute`.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        RuntimeError: ``compute()`` before any token was predicted.
+
+    Example:
+        >>> loss = NextTokenLoss()
+        >>> loss.update(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]]))
+        >>> round(loss.compute()["ce"], 4)  # log 4
+        1.3863
     """
 
     def __init__(self) -> None:
@@ -80,5 +90,10 @@ class NextTokenLoss:
 
 def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
     """(ablated - spliced) / (ablated - clean) of cross-entropies: 1 for a perfect reconstruction, 0 for one that is as
-    bad as zeros, below 0 for worse. NaN where zeros cost nothing."""
+    bad as zeros, below 0 for worse. NaN where zeros cost nothing.
+
+    Example:
+        >>> loss_recovered(clean=3.0, spliced=3.5, ablated=5.0)
+        0.75
+    """
     return (ablated - spliced) / (ablated - clean) if ablated != clean else float("nan")

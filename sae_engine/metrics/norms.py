@@ -36,6 +36,16 @@ class EpsilonLBO:
         points: tokens to keep.
 
     Source: Lee et al. 2025, arXiv:2503.24277.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        RuntimeError: ``compute()`` before any token was seen.
+
+    Example:
+        >>> metric = EpsilonLBO(torch.ones(3))
+        >>> metric.update(se.SparseCodes.from_dense(torch.tensor([[3.0, 4.0, 0.0]])), torch.tensor([[0.0, 5.0]]))
+        >>> metric.compute()["epsilon_lbo"]
+        0.0
     """
 
     def __init__(self, decoder_norm: Tensor, b_dec: Tensor | None = None, *, points: int = 16384) -> None:
@@ -134,6 +144,16 @@ class TailTruncation:
         thresholds: ascending norms, at least one.
 
     Source: Luo et al. 2024, arXiv:2411.02335 (Sparsing Law), for the neurons of an MLP; taken to autoencoders here.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        RuntimeError: ``compute()`` before any token was seen.
+
+    Example:
+        >>> metric = TailTruncation(torch.eye(2), [2.0])
+        >>> metric.update(se.SparseCodes.from_dense(torch.tensor([[1.0, 3.0]])))
+        >>> metric.compute()["l0_kept"]
+        [1.0]
     """
 
     def __init__(self, W_dec: Tensor, thresholds: Sequence[float]) -> None:

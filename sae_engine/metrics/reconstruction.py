@@ -24,6 +24,17 @@ class Reconstruction:
             compare, so every table has to name it.
         centre: (d,), a fixed mean for ``explained_variance_per_token``. Each token's ratio needs the mean before the
             stream has ended; where the literature takes the batch's own, results depend on the batching.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        RuntimeError: ``compute()`` before any token was seen.
+
+    Example:
+        >>> metric, x = Reconstruction(), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> metric.update(x / 2, x)
+        >>> found = metric.compute()
+        >>> found["mse"], found["squared_error"], found["fvu"]
+        (0.125, 0.25, 0.25)
     """
 
     def __init__(self, *, space: str = "raw", centre: Tensor | None = None) -> None:

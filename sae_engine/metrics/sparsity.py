@@ -24,6 +24,17 @@ class Sparsity:
     Args:
         d_sae: number of latents.
         dense_above: a latent that fires on a larger share of the tokens counts as dense.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        RuntimeError: ``compute()`` before any token was seen.
+
+    Example:
+        >>> metric = Sparsity(3)
+        >>> metric.update(se.SparseCodes.from_dense(torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 0.0]])))
+        >>> found = metric.compute()
+        >>> found["l0"], found["dead"]
+        (1.5, 1)
     """
 
     def __init__(self, d_sae: int, *, dense_above: float = 0.1) -> None:

@@ -18,6 +18,15 @@ class AuxZipfTopK(Activation):
     keeps negative pre-activations too.
 
     After the abstract of Ayonrinde 2024, arXiv:2411.02124; the weighting is ours.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        TypeError: a call lacks ``shortfall``, and none was given here.
+
+    Example:
+        >>> short = torch.tensor([1.0, 0.0, 0.5, 0.5])
+        >>> AuxZipfTopK(2)(torch.tensor([[0.5, 2.0, -3.0, 4.0]]), shortfall=short)
+        tensor([[0.5000, 0.0000, 0.0000, 2.0000]])
     """
 
     shortfall: Tensor | None

@@ -59,6 +59,18 @@ class Activation(nn.Module):
     ``latent_budgets(tokens)`` (F,) how many are: those with the largest values, ties to the lowest flat index.
     ``encoder_bias`` is False for rules under which an autoencoder's ``b_enc`` stays 0. ``settled`` is False while what
     the rule does may still change by a count of forwards, which a CUDA graph cannot follow.
+
+    Raises:
+        TypeError: a call lacks something of ``context_keys``, or gives something else.
+
+    Example:
+        >>> class Largest(Activation):
+        ...     def _select(self, pre, backend):
+        ...         return functional.topk(pre, 1, backend=backend)
+        >>> Largest()(torch.tensor([[1.0, 3.0, 2.0]]))
+        tensor([[0., 3., 0.]])
+        >>> se.SparseAutoencoder(4, 16, Largest()).encode(torch.ones(2, 4)).k
+        1
     """
 
     context_keys: ClassVar[frozenset[str]] = frozenset()

@@ -39,6 +39,19 @@ class BatchTopK(Activation):
     them a batch that keeps nothing positive moves nothing.
 
     Bussmann et al. 2024, arXiv:2412.06410.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        RuntimeError: in eval, where no threshold was learned yet.
+
+    Example:
+        >>> pre = torch.tensor([[0.5, 2.0, -3.0, 1.0], [0.0, 4.0, 3.0, 1.0]])
+        >>> rule = BatchTopK(1)
+        >>> rule(pre)
+        tensor([[0., 0., 0., 0.],
+                [0., 4., 3., 0.]])
+        >>> rule.eval()(torch.tensor([[5.0, 1.0, 3.5, 0.0]])), rule.threshold.item()
+        (tensor([[5.0000, 0.0000, 3.5000, 0.0000]]), 3.0)
     """
 
     threshold: Tensor
@@ -150,4 +163,11 @@ class MutualChoice(BatchTopK):
     """Token-feature matches chosen under one budget for the batch: the selection rule of :class:`BatchTopK`.
 
     Ayonrinde 2024, arXiv:2411.02124.
+
+    Raises:
+        As :class:`BatchTopK`.
+
+    Example:
+        >>> MutualChoice(1).select(torch.tensor([[1.0, 2.0], [0.0, -1.0]])).l0
+        tensor([2, 0])
     """

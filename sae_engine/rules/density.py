@@ -20,6 +20,16 @@ class RunningDensity(nn.Module):
     """The share of tokens on which each latent fires, as a running mean over batches.
 
     ``density`` (d_sae,) float64 is -1 while unset; the first :meth:`update` sets it, later ones move it by ``rate``.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> density = RunningDensity(2, rate=0.5)
+        >>> for rows in ([[1.0, 0.0], [1.0, 2.0]], [[0.0, 1.0], [0.0, 1.0]]):
+        ...     density.update(se.SparseCodes.from_dense(torch.tensor(rows)))
+        >>> density.density
+        tensor([0.5000, 0.7500], dtype=torch.float64)
     """
 
     density: Tensor

@@ -40,6 +40,16 @@ class FeatureChoice(BatchTopK):
 
     Ayonrinde 2024, arXiv:2411.02124. No code of the author's is public: the formula of the budgets, their rounding,
     the running densities and the thresholds are ours.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        RuntimeError: in eval, where no threshold was learned yet.
+
+    Example:
+        >>> pre = torch.tensor([[1.0, 2.0], [3.0, 1.0]])
+        >>> FeatureChoice(2, 1, budgets="uniform")(pre)  # each latent keeps its strongest token
+        tensor([[0., 2.],
+                [3., 0.]])
     """
 
     latent_threshold: Tensor

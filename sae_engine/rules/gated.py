@@ -21,6 +21,15 @@ class Gated(Activation):
     ``(codes, gate), *_ = sae.encode_with(x, select=[sae.activation, sae.activation.gate])``.
 
     Rajamanoharan et al. 2024, arXiv:2404.16014.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> rule = Gated(3)
+        >>> _ = torch.nn.init.constant_(rule.b_gate, -1.0)
+        >>> rule(torch.tensor([[0.5, 2.0, 1.5]])).detach()
+        tensor([[0.0000, 2.0000, 1.5000]])
     """
 
     b_gate: Tensor

@@ -19,6 +19,15 @@ class GradientTopK(TopK):
     ``sae(x, gradient=g)``, with g from :func:`sae_engine.data.read_gradients`. A constant for autograd.
 
     Olmo et al. 2024, arXiv:2411.10397 (g-SAE). The form of the score is ours.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        TypeError: a call lacks ``attribution``.
+
+    Example:
+        >>> pre, attribution = torch.tensor([[2.0, 3.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+        >>> GradientTopK(1)(pre, attribution=attribution)
+        tensor([[2., 0., 0.]])
     """
 
     context_keys = frozenset({"attribution"})

@@ -22,6 +22,14 @@ class MatryoshkaBatchTopK(BatchTopK):
         options: of :class:`BatchTopK`.
 
     Bussmann et al. 2025, arXiv:2503.17547.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> sae = se.SparseAutoencoder(4, 16, MatryoshkaBatchTopK(2, widths=[4, 16]))
+        >>> [loss.name for loss in se.losses.losses_for(sae)]
+        ['matryoshka']
     """
 
     entry_values = kept_values

@@ -32,6 +32,16 @@ class SampledTopK(BatchTopK):
 
     Oozeer et al. 2025, arXiv:2508.21324 (Sampled-SAE), from its abstract: that high entropy ranks first, the rounding
     of the pool and the rule in eval are ours.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        RuntimeError: in eval, where no threshold was learned yet.
+
+    Example:
+        >>> pre = torch.tensor([[1.0, 2.0, 0.5], [3.0, 1.0, 0.6]])
+        >>> SampledTopK(1, pool=1)(pre)  # of the one latent of largest norm
+        tensor([[1., 0., 0.],
+                [3., 0., 0.]])
     """
 
     scope = "latent"

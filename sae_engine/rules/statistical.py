@@ -21,6 +21,13 @@ class StatisticalTopK(Activation):
         k: entries aimed at, int or float, ``0 < k < F``.
 
     You et al. 2025, arXiv:2506.06644 (Spark Transformer).
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> StatisticalTopK(1).select(torch.tensor([[0.0, 0.0, 0.0, 8.0]])).indices
+        tensor([3], dtype=torch.int32)
     """
 
     def __init__(self, k: float) -> None:

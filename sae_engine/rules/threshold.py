@@ -13,7 +13,12 @@ from .base import Activation, above, apply_but, captured_size, kept_values
 
 
 class ReLU(Activation):
-    """Keeps what is positive. Codes of a NaN hold it, as ``nn.ReLU`` does."""
+    """Keeps what is positive. Codes of a NaN hold it, as ``nn.ReLU`` does.
+
+    Example:
+        >>> ReLU().select(torch.tensor([[-1.0, 2.0, 0.0]])).indices
+        tensor([1], dtype=torch.int32)
+    """
 
     entry_values = kept_values
 
@@ -34,6 +39,13 @@ class JumpReLU(Activation):
         d_sae: number of latents.
         threshold: initial value, >= 0. The parameter ``threshold`` (d_sae,) stays fp32 whatever the module's dtype.
         bandwidth: width of the rectangle that gives the threshold its gradient.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> JumpReLU(3, threshold=1.0)(torch.tensor([[0.5, 2.0, 1.5]])).detach()
+        tensor([[0.0000, 2.0000, 1.5000]])
     """
 
     threshold: Tensor
@@ -90,6 +102,14 @@ class LogJumpReLU(JumpReLU):
 
     SAELens' parametrisation. The gradient reaches it through the exponential, so a step moves a threshold by a share of
     itself. ``threshold`` is a derived tensor; :func:`inference_form` gives the rule with the threshold stored.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> rule = LogJumpReLU(3, threshold=1.0)
+        >>> rule(torch.tensor([[0.5, 2.0, 1.5]])).detach(), rule.log_threshold.tolist()
+        (tensor([[0.0000, 2.0000, 1.5000]]), [0.0, 0.0, 0.0])
     """
 
     def __init__(self, d_sae: int, *, threshold: float = 0.01, bandwidth: float = 0.05, device=None) -> None:

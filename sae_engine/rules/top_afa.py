@@ -15,6 +15,15 @@ class TopAFA(Activation):
     Context: ``target_norm`` (*batch_shape,), the norm of the centred input; ``weight_norm`` (F,), the norms of the
     decoder rows. ``capacity`` as in :func:`functional.norm_match`. ``target_scale`` multiplies the target: below 1 it
     keeps fewer entries. The authors have no such factor; it is ours, as is :func:`init_sparse`, which starts sparse.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        TypeError: a call lacks part of the context.
+
+    Example:
+        >>> rule, context = TopAFA(), {"target_norm": torch.tensor([5.0]), "weight_norm": torch.ones(3)}
+        >>> rule(torch.tensor([[3.0, 1.0, 4.0]]), **context)
+        tensor([[3., 0., 4.]])
     """
 
     context_keys = frozenset({"target_norm", "weight_norm"})

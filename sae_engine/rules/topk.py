@@ -11,7 +11,15 @@ from .base import Activation, kept_values
 
 
 class TopK(Activation):
-    """k entries of each token, then ReLU. Gao et al. 2024, arXiv:2406.04093."""
+    """k entries of each token, then ReLU. Gao et al. 2024, arXiv:2406.04093.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> TopK(2)(torch.tensor([[0.5, 2.0, -3.0, 1.0]]))
+        tensor([[0., 2., 0., 1.]])
+    """
 
     entry_values = kept_values
 
@@ -24,7 +32,15 @@ class TopK(Activation):
 
 
 class AbsTopK(TopK):
-    """k entries of each token with the largest magnitude, sign kept. Zhu et al. 2025, arXiv:2510.00404."""
+    """k entries of each token with the largest magnitude, sign kept. Zhu et al. 2025, arXiv:2510.00404.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> AbsTopK(2).select(torch.tensor([[0.5, 2.0, -3.0, 1.0]])).values
+        tensor([ 2., -3.])
+    """
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.topk(pre, self.k, magnitude=True, backend=backend)
@@ -38,6 +54,15 @@ class AuxTopK(Activation):
 
     Context: ``dead_mask`` (F,), True for dead latents. Where fewer than k are dead, others are stored at value 0 and
     get no gradient. ``relu=False`` keeps negative pre-activations too, as SAELens does.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        TypeError: a call lacks ``dead_mask``.
+
+    Example:
+        >>> dead = torch.tensor([True, False, False, True])
+        >>> AuxTopK(1)(torch.tensor([[0.5, 2.0, -3.0, 1.0]]), dead_mask=dead)
+        tensor([[0., 0., 0., 1.]])
     """
 
     context_keys = frozenset({"dead_mask"})

@@ -21,6 +21,15 @@ class DeadLatents:
     Attributes:
         since_fired: (d_sae,) int64.
         tokens: seen so far, on the host.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> dead = DeadLatents(3, dead_after=10)
+        >>> dead.count(torch.tensor([True, False, False]), batch_tokens=10)
+        >>> dead.mask
+        tensor([False,  True,  True])
     """
 
     def __init__(self, d_sae: int, *, dead_after: int = 10_000_000, read_interval: int = 100, device=None) -> None:

@@ -43,6 +43,13 @@ def peak_bytes(
         k_aux: entries a token of an auxiliary selection.
         row_major: ``contiguous_parameters=True``.
         stored: whether gradients are stored (``grad_clip``, ``reduce``, ``accumulate``).
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> peak_bytes(4096, 768, 16384, 32, memory_budget=2**28) < 2**30
+        True
     """
     sizes = {"tokens": tokens, "d_in": d_in, "d_sae": d_sae, "k": k, "memory_budget": memory_budget}
     tokens, d_in, d_sae, k, memory_budget = (check.integer_k(size, name=name) for name, size in sizes.items())

@@ -65,6 +65,18 @@ class TrainStep:
     :class:`FeatureChoice`'s phase) stands still while it is replayed; :meth:`replayed` moves the first two on.
     :meth:`load_state_dict` writes into the same tensors; whoever else writes parameters between replays calls
     :meth:`refresh` afterwards.
+
+    Raises:
+        TypeError: the rule cannot be trained without a loss that is missing, or an argument is of another kind.
+        ValueError: an argument is out of range; names it.
+        RuntimeError: in a call, where ``sae`` is in eval mode, or a parameter has a ``.grad``.
+
+    Example:
+        >>> sae = SparseAutoencoder(4, 16, se.TopK(2))
+        >>> step = TrainStep(sae, lr=1e-3, losses=se.losses.AuxK(4))
+        >>> report = step(torch.randn(8, 4))
+        >>> sorted(report)
+        ['auxk', 'dead', 'fvu', 'grad_norm', 'l0', 'loss', 'squared_error']
     """
 
     def __init__(
