@@ -24,7 +24,7 @@ CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia",
 
 
 class Target(NamedTuple):
-    """A GPU to compile for, and what one of its processors (SM, CU) shares among the programs it holds."""
+    """A GPU to compile for, and what one of its SMs (CUs, on AMD) shares among the programs it holds."""
 
     gpu: GPUTarget
     shared: int  # bytes, less what the driver keeps of each program
@@ -129,7 +129,7 @@ class Binary(NamedTuple):
     registers: int
     spills: int
     shared: int
-    occupancy: float  # resident warps over the most that a processor holds
+    occupancy: float  # resident warps over the most that an SM holds
     limited_by: str
     loads: dict[int, int]  # bits a thread -> instructions that load from global memory
     stores: dict[int, int]

@@ -477,8 +477,8 @@ def markdown(whole: dict[str, Any]) -> str:
         "Compiled ahead of time by Triton " + whole["versions"]["triton"] + "; no GPU took part and nothing here is a "
         "time. One row for each binary, under the first call that launches it. Spills: bytes a thread. Shared: bytes a "
         "program. Loads and stores: instructions on global memory by bits a thread. Instructions per element: those of "
-        "the loop that loads most, for each element that a thread loads there. Occupancy: resident warps over a "
-        "processor's most, and what limits them. `make kernel-report` makes this file.",
+        "the loop that loads most, for each element that a thread loads there. Occupancy: resident warps over an "
+        "SM's most, and what limits them. `make kernel-report` makes this file.",
         "",
         f"{len(rows)} binaries, {len(whole['defects'])} defects (spills, loads narrower than 16 bytes where rows are "
         "streamed, compilation anew when only the number of tokens changes)" + (":" if whole["defects"] else "."),

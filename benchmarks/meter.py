@@ -3,8 +3,8 @@
 What counts: the lanes of a load or store that its mask lets through, in bytes of the pointer's element; lanes of one
 instruction of one program that share an address count once, as the hardware fetches it once. An atomic counts as a
 load and a store. Every instruction of every program counts anew (``loaded``, ``stored``): what caches and memory
-together must deliver. ``loaded_once`` and ``stored_once`` count each address once: what memory must deliver to a
-processor whose cache forgets nothing. Stock operators between the kernels are not seen.
+together must deliver. ``loaded_once`` and ``stored_once`` count each address once: what memory must deliver to an
+SM whose cache forgets nothing. Stock operators between the kernels are not seen.
 """
 import contextlib
 from collections.abc import Iterator

@@ -6,9 +6,9 @@ Each launch is compiled for sm_90 and its binary read (kernel_report.py). Its pr
 
 - memory: bytes that DRAM must deliver, over the copy bandwidth, times the share of it that the loads in flight sustain
   (resident warps x bytes a pass, against bandwidth x latency: Little's law);
-- L2: bytes that the kernel asks for, repeats included, over the rate from L2 to the processors;
+- L2: bytes that the kernel asks for, repeats included, over the rate from L2 to the SMs;
 - issue: instructions of its warps (once through, the main loop as often as its stream needs, searches once for each
-  bit of a key) over four a cycle and processor;
+  bit of a key) over four a cycle and SM;
 
 plus a gap between dependent launches. Stock operators cost the gap or their bytes. Code behind a branch that uniform
 codes do not take is counted as issued, so what "issue" binds is a bound from above. A prediction is confirmed when the
@@ -29,7 +29,7 @@ from sae_kernels import traffic
 COPY = {"H200": 4.3e12, "H100": 3.0e12}
 # Of the chip, which is the same. The GEMM rate was measured on an H200; the others are assumed.
 L2, GEMM = 5.5e12, 790e12  # bytes, flops per second
-PROCESSORS, CLOCK, LATENCY = 132, 1.98e9, 700e-9
+SMS, CLOCK, LATENCY = 132, 1.98e9, 700e-9
 GAP = 2.5e-6  # seconds from one dependent launch to the next inside a queue
 SORT = 8 * GAP  # a radix sort is several launches
 REACHING, SURVIVORS = 1.15, 1.17  # groups and entries that reach the bound, over those kept, of normal bf16 entries
@@ -126,11 +126,11 @@ def predict(launch, shape, copy, compile_):
         once *= -(-shape.F // (32 * launch.arguments["WORDS"]))
     issued = programs * warps * (once + passes * binary.loop_instructions + rounds * binary.search_instructions)
     in_flight = binary.occupancy * 64 * 32 * binary.loop_bytes
-    share = min(in_flight / (copy / PROCESSORS * LATENCY), 1) if in_flight else 1
+    share = min(in_flight / (copy / SMS * LATENCY), 1) if in_flight else 1
     waits = {
         "memory": dram / (copy * share),
         "L2": asked / L2,
-        "issue": issued / (PROCESSORS * 4 * CLOCK),
+        "issue": issued / (SMS * 4 * CLOCK),
     }
     bound = max(waits, key=waits.__getitem__)
     return {"kernel": launch.kernel, "microseconds": round(1e6 * (waits[bound] + GAP), 2), "bound": bound,

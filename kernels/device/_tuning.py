@@ -168,7 +168,7 @@ def wide_row(rows: int, num_latents: int, k: int) -> WideRow:
     return WideRow(groups, sets, capacity, min(capacity, MAX_TILE // 2), num_warps(sets))
 
 
-# Rows below which their maxima are taken by several programs each. A processor needs some 23 KB in flight (4.3 TB/s,
+# Rows below which their maxima are taken by several programs each. An SM needs some 23 KB in flight (4.3 TB/s,
 # 700 ns, 132 of them: from arithmetic, not measured); a program of 4 warps, 4 loads of 16 bytes a thread, has 8.
 SPLIT_ROWS = 4 * 132
 
@@ -236,7 +236,7 @@ def row_groups(num_latents: int, k: int) -> Groups | None:
     if size == 1 or lanes > MAX_TILE:
         return None
     warps = max(num_warps(lanes), 8 if num_latents > 65536 else 1)
-    # 64 latents a thread: eight loads in flight, since the selection's registers leave few programs to a processor.
+    # 64 latents a thread: eight loads in flight, since the selection's registers leave few programs to an SM.
     # Rows that are not aligned load latent by latent; beside the widest selection 32 of them spill on sm_80.
     latents = 8 if num_latents % 16 and lanes == MAX_TILE else 64
     return Groups(size, number, max(stream_block(num_latents, 32 * latents * warps), size), warps)
@@ -305,7 +305,7 @@ def mark_tile(num_latents: int, itemsize: int) -> Tile:
     return Tile(block, num_warps(block * 4 // itemsize))
 
 
-# Segments into which few rows are cut, about: the warps of the writer that share 132 processors, 24 each.
+# Segments into which few rows are cut, about: the warps of the writer that share 132 SMs, 24 each.
 MARKED_SEGMENTS = 24 * 132
 
 
@@ -326,7 +326,7 @@ class MarkedTile(NamedTuple):
     ]
 )
 def marked_tile(num_latents: int) -> MarkedTile:
-    """One warp a row, which needs no barrier: 80 registers, so that 24 rows share a processor and hide their latencies.
+    """One warp a row, which needs no barrier: 80 registers, so that 24 rows share an SM and hide their latencies.
 
     4 words a thread, a 16-byte load of marks; 8 columns where many are marked, whose positions fill the registers.
     """
@@ -353,7 +353,7 @@ class NormTile(NamedTuple):
     warps: int
 
 
-NORM_REGISTERS = 128  # of a thread of norm matching's cut: 16 warps share a processor; left to itself it takes 168
+NORM_REGISTERS = 128  # of a thread of norm matching's cut: 16 warps share an SM; left to itself it takes 168
 
 
 def norm_tile(num_latents: int) -> NormTile:
@@ -372,7 +372,7 @@ def norm_tile(num_latents: int) -> NormTile:
 
 
 def shares_of_row(rows: int) -> int:
-    """Programs for one row in passes whose rows can be divided: a few per processor, however few the rows."""
+    """Programs for one row in passes whose rows can be divided: a few per SM, however few the rows."""
     return -(-1024 // rows)
 
 
@@ -404,7 +404,7 @@ def weight_warps(block: int, itemsize: int) -> int:
 
 
 PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps
-PASS_REGISTERS = 128  # of a thread, so that 16 warps share a processor; left to itself the compiler takes 168
+PASS_REGISTERS = 128  # of a thread, so that 16 warps share an SM; left to itself the compiler takes 168
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
 SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
 SLOPES_TILE = 4, 256  # entries and columns of the inner products that precede the pass of wider rows

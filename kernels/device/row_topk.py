@@ -204,7 +204,7 @@ def _plan(pre: Layout, score: Layout, mask: Layout | None, k: int, magnitude: bo
     )
     taken = functools.partial(plan_maxima, score, mask, magnitude=magnitude, relu=False)
     groups = _tuning.row_groups(num_latents, k)
-    if groups is None:  # the rows' maxima by as many programs as fill the processors, then a program for each row
+    if groups is None:  # the rows' maxima by as many programs as fill the SMs, then a program for each row
         wide = _tuning.wide_row(rows, num_latents, k)
         groups = wide.groups
         select = Launch(
