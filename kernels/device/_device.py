@@ -131,6 +131,19 @@ def keep_first(key, cut, quota):
     return keep, (scan >> 16) + tl.minimum(equal_rank, quota) - 1
 
 
+@triton.jit
+def owner_end(offsets_ptr, entry, owners):
+    """Where the row (or latent) ends to which an entry belongs, of ``owners`` that offsets separate: by bisection."""
+    lo = tl.full((), 0, tl.int32)  # offsets[lo] <= entry < offsets[hi], or hi is owners
+    hi = lo + owners
+    while hi - lo > 1:
+        mid = (lo + hi) // 2
+        before = tl.load(offsets_ptr + mid) <= entry
+        lo = tl.where(before, mid, lo)
+        hi = tl.where(before, hi, mid)
+    return tl.load(offsets_ptr + hi)
+
+
 def at_most(registers: int) -> dict:
     """The launch option that limits the registers of a thread; AMD's compiler and the interpreter have none."""
     if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from . import _tuning
+from ._device import owner_end
 from ._launch import Launch, Layout, layout, planned
 
 
@@ -68,14 +69,7 @@ def _chunk_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * SPLIT
     end = first + SPLIT
-    lo = tl.full((), 0, tl.int32)  # offsets[lo] <= first < offsets[hi], or hi is F
-    hi = lo + F
-    while hi - lo > 1:
-        mid = (lo + hi) // 2
-        before = tl.load(offsets_ptr + mid) <= first
-        lo = tl.where(before, mid, lo)
-        hi = tl.where(before, hi, mid)
-    if end <= tl.load(offsets_ptr + hi):
+    if end <= owner_end(offsets_ptr, first, F):
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         acc = _weighted_rows(tl.zeros((BLOCK_D,), tl.float32), grad_ptr, values_ptr, rows_ptr, positions_ptr,
                              first, end, offs_d, offs_d < D, stride_gb, IN_FLIGHT)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import _tuning
+from ._device import owner_end
 from ._launch import Launch, Layout, layout, planned, strides_of
 
 
@@ -49,14 +50,7 @@ def _piece_kernel(
     piece = tl.program_id(0).to(tl.int64)
     first = piece * SPLIT
     end = first + SPLIT
-    lo = tl.full((), 0, tl.int32)  # offsets[lo] <= first < offsets[hi], or hi is B
-    hi = lo + B
-    while hi - lo > 1:
-        mid = (lo + hi) // 2
-        before = tl.load(offsets_ptr + mid) <= first
-        lo = tl.where(before, mid, lo)
-        hi = tl.where(before, hi, mid)
-    if end <= tl.load(offsets_ptr + hi):
+    if end <= owner_end(offsets_ptr, first, B):
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         column = offs_d.to(tl.int64) * stride_wd
