@@ -61,22 +61,28 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all runs of one table share."""
+class Budget:
+    """The size of an autoencoder, and the tokens that it is trained and measured on."""
 
     d_sae: int
     batch_tokens: int
     train_tokens: int
     eval_tokens: int | None  # None: all of the evaluation text
+
+    @property
+    def steps(self) -> int:
+        return self.train_tokens // self.batch_tokens
+
+
+@dataclass(frozen=True)
+class Setting(Budget):
+    """What all runs of one table share."""
+
     seeds: tuple[int, ...]
     ks: tuple[int, ...]
     afa_coeffs: tuple[float, ...]
     control_ks: tuple[int, ...]  # the control is trained at these only, or at all with --full
     control_afa_coeffs: tuple[float, ...]
-
-    @property
-    def steps(self) -> int:
-        return self.train_tokens // self.batch_tokens
 
 
 QUICK = Setting(512, 256, 256 * 40, 4096, (0,), (16,), (1 / 32,), (16,), (1 / 32,))
@@ -138,7 +144,7 @@ class Activations:
 
 
 def collect(
-    lm: LanguageModel, layer: int, site: str, setting: Setting, *, cache: Path | None = None, progress: bool = False
+    lm: LanguageModel, layer: int, site: str, budget: Budget, *, cache: Path | None = None, progress: bool = False
 ) -> Activations:
     """Activations of the standard library's text to train on and of the fixed evaluation text to test on; cached."""
     documents = training_documents()
@@ -147,15 +153,15 @@ def collect(
     folder = (cache or CACHE) / f"{lm.sha256[:12]}-layer{layer}-{site}"
     options: dict[str, Any] = {"layer": layer, "site": site, "batch_size": 16, "progress": progress}
     train = collect_activations(
-        lm, documents, folder / f"train-{setting.train_tokens}-python{python}", max_tokens=setting.train_tokens,
+        lm, documents, folder / f"train-{budget.train_tokens}-python{python}", max_tokens=budget.train_tokens,
         text_source=text, **options,
     )  # fmt: skip
     held_out = collect_activations(
-        lm, evaluation_text(), folder / f"evaluation-{setting.eval_tokens or 'all'}", max_tokens=setting.eval_tokens,
+        lm, evaluation_text(), folder / f"evaluation-{budget.eval_tokens or 'all'}", max_tokens=budget.eval_tokens,
         text_source="sae_engine.data.evaluation_text()", **options,
     )  # fmt: skip
-    if len(train) < setting.train_tokens:
-        raise ValueError(f"the text has {len(train)} tokens, {setting.train_tokens} were asked for")
+    if len(train) < budget.train_tokens:
+        raise ValueError(f"the text has {len(train)} tokens, {budget.train_tokens} were asked for")
     name = "embedded model (GPT-2 architecture)" if lm.is_embedded else lm.name
     about = {
         "model": name, "revision": lm.revision, "sha256": lm.sha256, "d": lm.d_model, "layer": layer, "site": site,
@@ -344,16 +350,15 @@ def _trained(run: Run, data: Activations, setting: Setting, device: torch.device
 
 @torch.no_grad()
 def quality(
-    run: Callable[[Tensor], tuple[Tensor, se.SparseCodes]], held_out: ActivationStore, setting: Any,
+    run: Callable[[Tensor], tuple[Tensor, se.SparseCodes]], held_out: ActivationStore, budget: Budget,
     device: torch.device,
 ) -> dict[str, float]:  # fmt: skip
     """Error per element, fraction of variance unexplained, entries per token, latents that fire on no token or on many.
 
-    ``run`` gives the reconstruction of a batch (tokens, d), and its codes; ``setting`` names ``d_sae`` and
-    ``batch_tokens``.
+    ``run`` gives the reconstruction of a batch (tokens, d), and its codes.
     """
-    reconstruction, sparsity = Reconstruction(space=SPACE), Sparsity(setting.d_sae)
-    for rows in held_out.batches(setting.batch_tokens, shuffle=False, device=device, dtype=torch.float32):
+    reconstruction, sparsity = Reconstruction(space=SPACE), Sparsity(budget.d_sae)
+    for rows in held_out.batches(budget.batch_tokens, shuffle=False, device=device, dtype=torch.float32):
         x = normalized(rows)
         x_hat, codes = run(x)
         reconstruction.update(x_hat, x)

@@ -28,7 +28,7 @@ import reconstruction
 import torch
 from progress import ProgressBar
 from recipes import RECIPES, Level, Recipe, calibrate, find, scale_encoder
-from reconstruction import BETAS, WARM_STEPS
+from reconstruction import BETAS, WARM_STEPS, Budget
 from rows import ROOT, Row, cell, device_slug, environment, load, now_utc, short, store
 from timing import OtherLoad, synchronize
 from torch import Tensor
@@ -48,21 +48,13 @@ CALIBRATION_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Budget):
     """What all runs of one table share."""
 
-    d_sae: int
-    batch_tokens: int
-    train_tokens: int
-    eval_tokens: int | None  # None: all of the evaluation text
     loss_tokens: int  # of the evaluation text, for the spliced model
     l0s: tuple[int, ...]
     seeds: tuple[int, ...]
     learning_rate: float
-
-    @property
-    def steps(self) -> int:
-        return self.train_tokens // self.batch_tokens
 
 
 QUICK = Setting(512, 256, 256 * 30, 2048, 512, (16,), (0,), 1e-3)

@@ -143,7 +143,6 @@ lane("cvt.rn.tf32.f32", "u32", "u32", "tf32_rn(a)")
 lane("cvt.rz.tf32.f32", "u32", "u32", "a&0xffffe000u")
 
 # Conversions of integers between registers of different widths, the common ones; all others are the slow `cvt`.
-FAST_CVT = {}
 for d in S + U:
     for s in S + U + ("u8", "s8"):
         for reg in (16, 32, 64):
