@@ -45,8 +45,9 @@ DTYPE_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 STREAMS = {"_group_max_kernel", "_column_group_max_kernel", "_row_topk_kernel", "_norm_cut_kernel",
            "_mark_kernel"}  # fmt: skip
 # What a kernel's main loop loads for each element, where that is not its first argument and vectors along it.
-MAIN_OPERANDS = {"_decode_kernel": ("weight_ptr",), "_piece_kernel": ("weight_ptr",), "_values_kernel": ("weight_ptr",),
-                 "_scatter_kernel": ("indices_ptr", "values_ptr"), "_gather_kernel": ("indices_ptr", "dense_ptr"),
+MAIN_OPERANDS = {"_decode_kernel": ("weight_ptr",), "_row_split_kernel": ("weight_ptr",),
+                 "_values_kernel": ("weight_ptr",), "_scatter_kernel": ("indices_ptr", "values_ptr"),
+                 "_gather_kernel": ("indices_ptr", "dense_ptr"),
                  "_entry_rows_kernel": ("indices_ptr",), "_encode_kernel": ()}  # fmt: skip
 ALONG_THE_ROW = ("mask_ptr", "weight_ptr", "floor_ptr", "theta_ptr")
 
@@ -444,8 +445,8 @@ def collect_all(targets: Sequence[str] = TARGETS, *, quick: bool = False, jobs: 
 # Bytes a thread that a kernel's configuration keeps in memory, where that was measured to be faster than fewer warps.
 # The latent pass beats itself with more registers (480 µs with 128 of them, 530 with 144, 541 with 168: NVIDIA H200, F
 # 32,768, d 768; 24 bytes on sm_90, 56 on sm_100, where nothing was measured). By Triton 3.9 norm matching's cut and the
-# windows of the latent pass keep one address, written once and read once a pass or step.
-KNOWN_SPILLS = {"latents": 56, "norm_cut": 8, "window": 8}
+# splits of the latent pass keep one address, written once and read once a pass or step.
+KNOWN_SPILLS = {"latents": 56, "norm_cut": 8, "pass_split": 8}
 
 
 def defects(whole: dict[str, Any]) -> list[str]:

@@ -101,7 +101,7 @@ def moved(launch, shape):
         case "_weight_kernel":
             gathered = entries * width * a["grad_ptr"].element_size()
             return size("grad_ptr") + size("out_ptr"), gathered + size("out_ptr")
-        case "_chunk_kernel" | "_piece_kernel":
+        case "_latent_split_kernel" | "_row_split_kernel":
             return 0, 0  # uniform latents and rows: none is split
         case "_scatter_kernel" | "_gather_kernel":
             return entries * SECTOR, entries * SECTOR

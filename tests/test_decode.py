@@ -304,8 +304,8 @@ def test_rows_of_none_to_hundreds_of_entries(path, width):
 
 
 @pytest.mark.interpreter
-def test_long_rows_are_summed_in_pieces(monkeypatch):
-    """A row's own program adds up pieces; what it gathers itself is what lies outside of them."""
+def test_long_rows_are_summed_in_splits(monkeypatch):
+    """A row's own program adds up splits; what it gathers itself is what lies outside of them."""
     from meter import metering
 
     monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(float("inf")))
@@ -314,10 +314,10 @@ def test_long_rows_are_summed_in_pieces(monkeypatch):
     weight = torch.randn(3 * split, 16)
     with metering() as meter:
         f.decode(codes, weight, backend="triton")
-    pieces, rows = meter.launches
-    assert (pieces.kernel, rows.kernel) == ("_piece_kernel", "_decode_kernel")
-    assert pieces.loaded["weight_ptr"] == 2 * split * 16 * 4 and rows.loaded["weight_ptr"] == (split + 5) * 16 * 4
-    assert _tuning.parts_of_row(codes.values.numel(), 2) >= 8
+    splits, rows = meter.launches
+    assert (splits.kernel, rows.kernel) == ("_row_split_kernel", "_decode_kernel")
+    assert splits.loaded["weight_ptr"] == 2 * split * 16 * 4 and rows.loaded["weight_ptr"] == (split + 5) * 16 * 4
+    assert _tuning.splits_of_row(codes.values.numel(), 2) >= 8
 
 
 @pytest.mark.parametrize("entries", [3, 40])

@@ -54,15 +54,15 @@ def _add_entries(
 
 
 @triton.jit
-def _window_kernel(
+def _pass_split_kernel(
     x_ptr, indices_ptr, term, stride_gb, weight,  # [B, D_in], [N] int32 in; partial sums of the term out, fp32
     F, D_OUT, D_IN, stride_xb,
     MODE: tl.constexpr, OFFERED: tl.constexpr, SPLIT: tl.constexpr, IN_FLIGHT: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):
     """SPLIT entries from a multiple of SPLIT on: their sums, where they all belong to one latent."""
-    window = tl.program_id(0).to(tl.int64)
-    entry = window * SPLIT
+    split = tl.program_id(0).to(tl.int64)
+    entry = split * SPLIT
     end = entry + SPLIT
     if end <= tl.load(term[3] + F):
         latent = tl.load(indices_ptr + tl.load(term[5] + entry))
@@ -76,9 +76,9 @@ def _window_kernel(
                 dec, enc, bias = _add_entries(dec, enc, bias, term, stride_gb, x_ptr, stride_xb, row, entry, end,
                                               offs_out, mask_out, offs_in, mask_in, MODE, OFFERED, IN_FLIGHT)
                 entry += IN_FLIGHT
-            tl.store(term[6] + window * D_OUT + offs_out, dec, mask=mask_out)
-            tl.store(term[7] + window * D_IN + offs_in, enc, mask=mask_in)
-            tl.store(term[8] + window, bias)
+            tl.store(term[6] + split * D_OUT + offs_out, dec, mask=mask_out)
+            tl.store(term[7] + split * D_IN + offs_in, enc, mask=mask_in)
+            tl.store(term[8] + split, bias)
 
 
 @triton.jit
@@ -157,12 +157,12 @@ def _latents_kernel(
             entry = tl.load(term[3] + latent)
             end = tl.load(term[3] + latent + 1)
             while entry < end:
-                window = entry // SPLIT
-                border = (window + 1) * SPLIT
-                if (entry == window * SPLIT) & (border <= end):
-                    dec += tl.load(term[6] + window * D_OUT + offs_out, mask=mask_out, other=0.0)
-                    enc += tl.load(term[7] + window * D_IN + offs_in, mask=mask_in, other=0.0)
-                    slopes += tl.load(term[8] + window)
+                split = entry // SPLIT
+                border = (split + 1) * SPLIT
+                if (entry == split * SPLIT) & (border <= end):
+                    dec += tl.load(term[6] + split * D_OUT + offs_out, mask=mask_out, other=0.0)
+                    enc += tl.load(term[7] + split * D_IN + offs_in, mask=mask_in, other=0.0)
+                    slopes += tl.load(term[8] + split)
                     entry = border
                 else:
                     border = tl.minimum(border, end)

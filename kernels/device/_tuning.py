@@ -437,7 +437,7 @@ def pass_entries(block: int, replicated: bool) -> int:
 
 
 @searched(lambda entries, block: _around(entries, 1, 4))
-def window_entries(block: int) -> int:
+def split_entries(block: int) -> int:
     """The same of the pass that only sums."""
     return 2 if block <= 4096 else 1
 
@@ -468,7 +468,7 @@ SPLIT_LATENT = 128  # entries of one latent that its gradient has summed by a pr
 VALUES_BLOCK = 8  # entries that share one load of their row's gradient: with 4 it is a fifth of what is loaded
 
 
-def parts_of_row(entries: int, rows: int) -> int:
+def splits_of_row(entries: int, rows: int) -> int:
     """Programs for the value gradients of one row: a step each for common rows; a row of thousands has several.
 
     They share nothing: every VALUES_BLOCK entries load the row's gradient anew as it is.

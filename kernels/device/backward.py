@@ -1,7 +1,7 @@
 """Gradients of the sparse decode: of the values row by row, of the weight latent by latent.
 
 Math      grad_values[n] = <grad[row], weight[index]>; grad_weight[f] = sum over f's entries of value * grad[row]
-Grid      values: (B, parts); weight: (F, cdiv(D, BLOCK_D)), after (N / SPLIT, cdiv(D, BLOCK_D)) for latents of many
+Grid      values: (B, splits); weight: (F, cdiv(D, BLOCK_D)), after (N / SPLIT, cdiv(D, BLOCK_D)) for latents of many
 Traffic   values: N*D*s_w + B*D*s_g; weight: N*D*s_g + F*D*s_w written
 Numerics  fp32 accumulation in fixed order, no atomics: bitwise reproducible
 Source    -
@@ -20,9 +20,9 @@ from ._launch import Launch, Layout, layout, planned
 @triton.jit
 def _values_kernel(
     grad_ptr, indices_ptr, offsets_ptr, weight_ptr, out_ptr,  # [B, D], [N] int32, [B + 1] int64, [F, D] in; [N] out
-    D, stride_gb, stride_wf, stride_wd, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D, stride_gb, stride_wf, stride_wd, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """One of a row's parts: its gradient against the weight rows of every so many BLOCK_N entries."""
+    """One of a row's splits: its gradient against the weight rows of every so many BLOCK_N entries."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(offsets_ptr + row) + tl.program_id(1) * BLOCK_N
     end = tl.load(offsets_ptr + row + 1)
@@ -38,7 +38,7 @@ def _values_kernel(
             weight = tl.load(weight_ptr + at, mask=both, other=0.0).to(tl.float32)
             acc += weight * grad[None, :]
         tl.store(out_ptr + entry, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=entry < end)
-        start += PARTS * BLOCK_N
+        start += SPLITS * BLOCK_N
 
 
 @triton.jit
@@ -60,20 +60,20 @@ def _weighted_rows(
 
 
 @triton.jit
-def _chunk_kernel(
+def _latent_split_kernel(
     grad_ptr, values_ptr, offsets_ptr, rows_ptr, positions_ptr,  # [F + 1] int64 offsets
     partial_ptr,  # [N / SPLIT, D] out, fp32
     F, D, stride_gb, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):
     """One tile of SPLIT entries from a multiple of SPLIT on, where all belong to one latent, found by bisection."""
-    chunk = tl.program_id(0).to(tl.int64)
-    first = chunk * SPLIT
+    split = tl.program_id(0).to(tl.int64)
+    first = split * SPLIT
     end = first + SPLIT
     if end <= owner_end(offsets_ptr, first, F):
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         acc = _weighted_rows(tl.zeros((BLOCK_D,), tl.float32), grad_ptr, values_ptr, rows_ptr, positions_ptr,
                              first, end, offs_d, offs_d < D, stride_gb, IN_FLIGHT)
-        tl.store(partial_ptr + chunk * D + offs_d, acc, mask=offs_d < D)
+        tl.store(partial_ptr + split * D + offs_d, acc, mask=offs_d < D)
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def _weight_kernel(
     out_ptr,  # [F, D] out
     D, stride_gb, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):
-    """One tile of one latent: the sum over its entries, and over the chunks that lie inside it."""
+    """One tile of one latent: the sum over its entries, and over the splits that lie inside it."""
     latent = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -101,11 +101,11 @@ def _weight_kernel(
 
 
 @planned
-def _plan_values(grad: Layout, weight: Layout, parts: int) -> Launch:
+def _plan_values(grad: Layout, weight: Layout, splits: int) -> Launch:
     rows, width = grad.shape
     return Launch(
-        _values_kernel, (rows, parts), warps=4, D=width, stride_gb=grad.strides[0], stride_wf=weight.strides[0],
-        stride_wd=weight.strides[1], PARTS=parts, BLOCK_N=_tuning.VALUES_BLOCK,
+        _values_kernel, (rows, splits), warps=4, D=width, stride_gb=grad.strides[0], stride_wf=weight.strides[0],
+        stride_wd=weight.strides[1], SPLITS=splits, BLOCK_N=_tuning.VALUES_BLOCK,
         BLOCK_D=_tuning.decode_block(width),
     )
 
@@ -115,8 +115,8 @@ def launch_values(grad, values, indices, offsets, weight):
     rows = grad.shape[0]
     out = torch.zeros_like(values)
     if rows and values.shape[0]:
-        parts = _tuning.parts_of_row(values.shape[0], rows)
-        _plan_values(layout(grad), layout(weight), parts)(grad, indices, offsets, weight, out)
+        splits = _tuning.splits_of_row(values.shape[0], rows)
+        _plan_values(layout(grad), layout(weight), splits)(grad, indices, offsets, weight, out)
     return out
 
 
@@ -124,7 +124,7 @@ class _WeightPlan(NamedTuple):
     """The launches in their order."""
 
     tiles: int  # of a row of the gradient
-    chunks: Launch
+    splits: Launch
     weight: Launch
 
 
@@ -137,9 +137,9 @@ def _plan_weight(grad: Layout, num_latents: int) -> _WeightPlan:
         D=width, stride_gb=grad.strides[0], SPLIT=_tuning.SPLIT_LATENT, BLOCK_D=block,
         IN_FLIGHT=_tuning.ENTRIES_IN_FLIGHT,
     )
-    chunks = Launch(_chunk_kernel, (0, tiles), warps=_tuning.decode_warps(block), F=num_latents, **common)
+    splits = Launch(_latent_split_kernel, (0, tiles), warps=_tuning.decode_warps(block), F=num_latents, **common)
     warps = _tuning.weight_warps(block, grad.dtype.itemsize)
-    return _WeightPlan(tiles, chunks, Launch(_weight_kernel, (num_latents, tiles), warps=warps, **common))
+    return _WeightPlan(tiles, splits, Launch(_weight_kernel, (num_latents, tiles), warps=warps, **common))
 
 
 def launch_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):
@@ -148,10 +148,10 @@ def launch_weight(grad, values, latent_offsets, latent_rows, latent_positions, d
     out = torch.empty(num_latents, width, dtype=dtype, device=device)
     if num_latents and width:
         plan = _plan_weight(layout(grad), num_latents)
-        chunks = values.shape[0] // _tuning.SPLIT_LATENT
-        partial = torch.empty(chunks, width, dtype=torch.float32, device=device)
+        splits = values.shape[0] // _tuning.SPLIT_LATENT
+        partial = torch.empty(splits, width, dtype=torch.float32, device=device)
         entries = grad, values, latent_offsets, latent_rows, latent_positions, partial
-        if chunks:
-            plan.chunks(*entries, grid=(chunks, plan.tiles))
+        if splits:
+            plan.splits(*entries, grid=(splits, plan.tiles))
         plan.weight(*entries, out)
     return out

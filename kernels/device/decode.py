@@ -2,9 +2,9 @@
 
 Math      out[b] = sum over row b's entries of value * weight[index] (+ bias); residual = out - target, squares = |.|^2
 Grid      (B, cdiv(D, BLOCK_D)); one program owns one tile of one row, so no atomics; rows of many entries are summed
-          in pieces before, by (N / SPLIT, cdiv(D, BLOCK_D))
+          in splits before, by (N / SPLIT, cdiv(D, BLOCK_D))
 Traffic   reads N*(s_v + 4) and N*D*s_w (rows reused through L2 only), writes B*D*s_o; the target is read once
-Numerics  fp32 accumulation, IN_FLIGHT entries at a time in entry order, pieces in order; bitwise reproducible
+Numerics  fp32 accumulation, IN_FLIGHT entries at a time in entry order, splits in order; bitwise reproducible
 Source    Gao et al. 2024, arXiv:2406.04093 (sparse decoder)
 """
 from typing import NamedTuple
@@ -41,14 +41,14 @@ def _add_entries(
 
 
 @triton.jit(do_not_specialize=["B"])
-def _piece_kernel(
+def _row_split_kernel(
     values_ptr, indices_ptr, offsets_ptr, weight_ptr,  # [N] in, [N] in int32, [B + 1] in int64, [F, D] in
     partial_ptr,  # [N / SPLIT, D] out, fp32
     B, D, stride_wf, stride_wd, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):
     """One tile of SPLIT entries from a multiple of SPLIT on, where all belong to one row, found by bisection."""
-    piece = tl.program_id(0).to(tl.int64)
-    first = piece * SPLIT
+    split = tl.program_id(0).to(tl.int64)
+    first = split * SPLIT
     end = first + SPLIT
     if end <= owner_end(offsets_ptr, first, B):
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -58,7 +58,7 @@ def _piece_kernel(
         for step in range(0, SPLIT, IN_FLIGHT):
             entries = first + step + tl.arange(0, IN_FLIGHT)
             acc += _sum_of(values_ptr, indices_ptr, weight_ptr, entries, entries >= 0, column, mask_d, stride_wf)
-        tl.store(partial_ptr + piece * D + offs_d, acc, mask=mask_d)
+        tl.store(partial_ptr + split * D + offs_d, acc, mask=mask_d)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _decode_kernel(
     HAS_BIAS: tl.constexpr, HAS_TARGET: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):
-    """One tile of one row: the sum over its entries, and over the pieces that lie inside it."""
+    """One tile of one row: the sum over its entries, and over the splits that lie inside it."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -100,7 +100,7 @@ class _Plan(NamedTuple):
     """The launches in their order."""
 
     tiles: int  # of a row
-    pieces: Launch
+    splits: Launch
     decode: Launch
 
 
@@ -119,7 +119,7 @@ def _plan(rows: int, weight: Layout, bias: Layout | None, target: Layout | None)
         stride_td=target_strides[1], stride_ob=width, HAS_BIAS=bias is not None, HAS_TARGET=target is not None,
         **common,
     )
-    return _Plan(tiles, Launch(_piece_kernel, (0, tiles), B=rows, **common), decode)
+    return _Plan(tiles, Launch(_row_split_kernel, (0, tiles), B=rows, **common), decode)
 
 
 def _launch(values, indices, offsets, weight, bias, target, dtype):
@@ -129,10 +129,10 @@ def _launch(values, indices, offsets, weight, bias, target, dtype):
     out = torch.empty(rows, width, dtype=dtype, device=device)
     squares = None if target is None else torch.empty(rows, plan.tiles, dtype=torch.float32, device=device)
     if rows and width:
-        pieces = values.shape[0] // _tuning.SPLIT_ROW
-        partial = torch.empty(pieces, width, dtype=torch.float32, device=device)
-        if pieces:
-            plan.pieces(values, indices, offsets, weight, partial, grid=(pieces, plan.tiles))
+        splits = values.shape[0] // _tuning.SPLIT_ROW
+        partial = torch.empty(splits, width, dtype=torch.float32, device=device)
+        if splits:
+            plan.splits(values, indices, offsets, weight, partial, grid=(splits, plan.tiles))
         plan.decode(values, indices, offsets, weight, bias, target, partial, out, squares)
     return out, squares
 

@@ -22,8 +22,8 @@ from ._latent_kernels import (
     _corrections_kernel,
     _latents_kernel,
     _matrix_kernel,
+    _pass_split_kernel,
     _slopes_kernel,
-    _window_kernel,
 )
 from ._launch import Launch, Layout, layout, planned
 
@@ -56,11 +56,11 @@ def _tile(d_out: int, d_in: int, stride_xb: int) -> tuple[dict, tuple[bool, bool
 
 
 @planned
-def _windows(widths: tuple, windows: int, num_latents: int, mode: int, offered: bool) -> Launch:
+def _splits(widths: tuple, splits: int, num_latents: int, mode: int, offered: bool) -> Launch:
     shared = _tile(*widths)[0]
-    in_flight = _tuning.window_entries(max(shared["BLOCK_OUT"], shared["BLOCK_IN"]))
+    in_flight = _tuning.split_entries(max(shared["BLOCK_OUT"], shared["BLOCK_IN"]))
     return Launch(
-        _window_kernel, (windows,), F=num_latents, MODE=mode, OFFERED=offered, IN_FLIGHT=in_flight, **shared
+        _pass_split_kernel, (splits,), F=num_latents, MODE=mode, OFFERED=offered, IN_FLIGHT=in_flight, **shared
     )
 
 
@@ -122,13 +122,13 @@ class _Sums:
         return term.grad, term.values, term.offered, term.latent_offsets, term.latent_rows, term.latent_positions
 
     def _partial(self, term: Term, num_latents: int):
-        """Sums of windows of SPLIT entries that belong to one latent, so that no program walks far through one."""
-        windows = term.values.numel() // _tuning.SPLIT_PASS
-        room = max(windows, 1)  # without any there would be another kernel to compile
+        """Sums of splits of SPLIT entries that belong to one latent, so that no program walks far through one."""
+        splits = term.values.numel() // _tuning.SPLIT_PASS
+        room = max(splits, 1)  # without any there would be another kernel to compile
         shapes = (room, self.widths[0]), (room, self.widths[1]), (room,)
         partial = tuple(torch.empty(shape, dtype=torch.float32, device=self.x.device) for shape in shapes)
-        if windows:
-            launch = _windows(self.widths, windows, num_latents, term.mode, term.offered.numel() > 0)
+        if splits:
+            launch = _splits(self.widths, splits, num_latents, term.mode, term.offered.numel() > 0)
             launch(self.x, term.indices, (*self._arguments(term), *partial), term.grad.stride(0), self.weight)
         return partial
 

@@ -8,7 +8,7 @@ from sae_kernels.stock.linear import by_onednn
 
 from .. import _checks as check
 from .forward import rows_within
-from .optimizer import rows_of_a_piece
+from .optimizer import rows_of_a_chunk
 
 OPERAND_MARGIN = 67  # columns beyond d_in of a 16-bit product's operands, at most
 
@@ -86,8 +86,8 @@ def peak_bytes(
         if narrow:
             backward += d_sae * max(d_in, d_out) * wide
     if stored:
-        piece = min(rows_of_a_piece(d_sae, d_out, device_type), d_sae) * d_out
-        backward += 2 * piece * wide + (outputs - 1) * d_sae * width * wide
+        chunk = min(rows_of_a_chunk(d_sae, d_out, device_type), d_sae) * d_out
+        backward += 2 * chunk * wide + (outputs - 1) * d_sae * width * wide
         backward += d_sae * d_in * wide if row_major else 0
     some = torch.empty(2, 1, dtype=compute)
     if device_type == "cpu" and by_onednn(some, some.T):  # allocates its result: no buffer stays

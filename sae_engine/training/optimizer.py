@@ -16,10 +16,10 @@ from ..autoencoder import SparseAutoencoder
 from .backward import Backward
 from .forward import Weights
 
-ON_GPU = 1 << 26  # elements of a temporary: a piece costs a GPU a dozen launches, and fills it many times over
+ON_GPU = 1 << 26  # elements of a temporary: a chunk costs a GPU a dozen launches, and fills it many times over
 
 
-def rows_of_a_piece(d_sae: int, d_out: int, device_type: str) -> int:
+def rows_of_a_chunk(d_sae: int, d_out: int, device_type: str) -> int:
     """Rows of the decoder's gradient that are worked on at a time, lest temporaries be as large as itself."""
     return -(-d_sae // 16) if device_type == "cpu" else max(ON_GPU // d_out, 1)
 
@@ -232,7 +232,7 @@ class Update:
         if self.reduce is not None:
             self.reduce([*gradients.values(), *also_reduce])
         if self.unit_rows and sae.W_dec in gradients:
-            size = rows_of_a_piece(sae.d_sae, sae.d_out, sae.W_dec.device.type)
+            size = rows_of_a_chunk(sae.d_sae, sae.d_out, sae.W_dec.device.type)
             for grad, rows in zip(gradients[sae.W_dec].split(size), sae.W_dec.detach().split(size), strict=True):
                 grad.copy_(without_parallel_part(grad, rows))
         norm = torch.nn.utils.get_total_norm(gradients.values())
