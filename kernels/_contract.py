@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from .dispatch import dispatch, implement, library, ops
+from .operations import OPERATIONS
 
 
-def define(signature: str, launcher: str):
-    """Registers ``signature`` (its `str backend` is appended) and returns the decorator for its fake."""
+def define(signature: str):
+    """Registers ``signature`` (its `str backend` is appended) and returns the decorator for its fake.
+
+    What the operator runs follows from its row in ``operations.py``.
+    """
     name, arguments = signature.split("(", 1)
     library.define(f"{name}({arguments.replace(') ->', ', str backend) ->', 1)}")
-    implement(name, functools.partial(dispatch, name, launcher))
+    implement(name, functools.partial(dispatch, OPERATIONS[name]))
     return torch.library.register_fake(f"sae_engine::{name}", lib=library)
 
 

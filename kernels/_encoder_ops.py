@@ -5,6 +5,7 @@ import torch
 from . import _terms, densified
 from ._contract import define, differentiable, once_differentiable, sum_by_latent
 from .dispatch import implement, is_dense, library, ops, resolve
+from .operations import OPERATIONS
 from .stock import limits
 from .stock import linear as stock_linear
 from .stock import linear_16bit as stock_16bit
@@ -38,7 +39,7 @@ differentiable("linear", _linear_context, _linear_backward)
 
 # --- linear_16bit: the encoder's product of 16-bit operands ----------------------------------------------------------
 
-@define("linear_16bit(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", "linear_16bit.launch")
+@define("linear_16bit(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor")
 def _(x, weight, bias, dtype, backend):
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
 
@@ -96,7 +97,7 @@ def _encoder_gradient(x, grad, latent_offsets, latent_rows, latent_positions, dt
     transposed, num_latents = (latent_offsets, latent_rows, latent_positions), latent_offsets.shape[0] - 1
     step = max(limits.TRANSPOSED_IN_CACHE // max(x.shape[1], 1), 1)
     in_chunks = x.is_cpu and resolve(backend, x, grad) == "torch" and num_latents > step
-    if not in_chunks or is_dense("decode_backward_weight", (x, grad, *transposed)):
+    if not in_chunks or is_dense(OPERATIONS["decode_backward_weight"], (x, grad, *transposed)):
         return ops.decode_backward_weight(x, grad, *transposed, dtype, backend).T.contiguous()
     out = x.new_empty((x.shape[1], num_latents), dtype=dtype)
     sparse = densified.DENSE_CHOICE.set(False)  # of the whole; some latents alone may be denser
@@ -159,7 +160,6 @@ differentiable("encode_entries", _encode_entries_context, _encode_entries_backwa
 @define(
     f"latent_gradients(Tensor x, Tensor weight, Tensor? along, {_terms.SCHEMA}, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
-    "latent_pass.launch_gradients",
 )
 def _(x, weight, along, *terms_dtype_backend):
     """Gradients of W_dec (F, D_out), W_enc.T (F, D_in) and b_enc (F,) in ``dtype``, summed over all terms."""
@@ -175,7 +175,6 @@ def _(x, weight, along, *terms_dtype_backend):
     "latent_adam(Tensor(a!)[] parameters, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies,"
     f" Tensor x, Tensor? along, {_terms.SCHEMA}, Tensor step, Tensor lr, float beta1, float beta2, float eps,"
     " float weight_decay, bool unit_rows, Tensor? skip) -> (Tensor, Tensor)",
-    "latent_pass.launch_adam",
 )
 def _(parameters, exp_avgs, exp_avg_sqs, copies, x, *rest):
     """Adam's step of W_dec, W_enc.T and b_enc in place; returns d(center) (D_in,) and the squared gradient norm ()."""

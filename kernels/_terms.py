@@ -51,8 +51,9 @@ class Term(NamedTuple):
 
 
 def terms_of(lists: Sequence) -> list[Term]:
-    """The terms whose elements the operator received as lists."""
-    return [Term(*elements) for elements in zip(*lists, strict=True)]
+    """The terms whose elements the operator received as lists; the arrays of their codes without strides."""
+    packed = [[t.contiguous() if isinstance(t, Tensor) and t.dim() == 1 else t for t in elements] for elements in lists]
+    return [Term(*elements) for elements in zip(*packed, strict=True)]
 
 
 def lists_of(terms: list[Term]) -> tuple[list, ...]:

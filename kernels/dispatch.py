@@ -19,6 +19,7 @@ from torch.autograd import _profiler_enabled
 
 from . import densified
 from .device import _autotune
+from .operations import Operation
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -85,7 +86,7 @@ def capturing(tensor: Tensor) -> bool:
 
 
 @functools.cache
-def _implementation(name: str, launcher: str, backend: str):
+def _implementation(name: str, launcher: str, backend: str) -> Callable:
     stem, function = launcher.split(".")
     if backend == "triton":
         return getattr(importlib.import_module(f".device.{stem}", __package__), function)
@@ -94,29 +95,9 @@ def _implementation(name: str, launcher: str, backend: str):
     return getattr(importlib.import_module(".reference", __package__), name)
 
 
-def is_dense(name: str, args: tuple) -> bool:
+def is_dense(operation: Operation, args: tuple) -> bool:
     """Whether an operation on codes does better as a GEMM: decided by shapes alone, hence alike on every run."""
-    if name in ("decode", "decode_error"):
-        values, _, offsets, weight = args[:4]
-        name, multiplied = "decode", (values, weight)
-        rows, columns = offsets.numel() - 1, weight.shape[0]
-    elif name == "decode_backward_values":
-        grad, values, _, _, weight = args[:5]
-        multiplied = grad, weight
-        rows, columns = grad.shape[0], weight.shape[0]
-    elif name == "decode_backward_weight":
-        grad, values, latent_offsets = args[:3]
-        multiplied = grad, values
-        rows, columns = grad.shape[0], latent_offsets.numel() - 1
-    else:
-        return False
-    return densified.is_dense(name, values.numel(), rows, columns, values.device.type, *(t.dtype for t in multiplied))
-
-
-# Their kernels take the arrays of a code's entries without strides.
-ON_ENTRIES = {
-    "decode", "decode_error", "decode_backward_values", "decode_backward_weight", "to_dense", "gather", "by_latent",
-}  # fmt: skip
+    return operation.gemm is not None and densified.is_dense(*operation.gemm(*args))
 
 
 def _tensors(args: tuple) -> Iterator[Tensor]:
@@ -127,24 +108,24 @@ def _tensors(args: tuple) -> Iterator[Tensor]:
             yield from (t for t in a if isinstance(t, Tensor))
 
 
-def dispatch(name: str, launcher: str, *args):
-    """Calls the implementation of ``name`` by the back end that the last argument names."""
+def dispatch(operation: Operation, *args):
+    """Calls the implementation of ``operation`` by the back end that the last argument names."""
     first = next(_tensors(args))
     kind = first.device.type
     if torch.is_autocast_enabled(kind):  # dtypes were decided by the caller; a GEMM in here must not decide anew
         with torch.autocast(kind, enabled=False):
-            return dispatch(name, launcher, *args)
+            return dispatch(operation, *args)
     inputs = args[:-1]
     backend = resolve(args[-1], *_tensors(inputs))
-    if name in ON_ENTRIES:
+    if operation.packed_vectors:
         inputs = tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in inputs)
-    if backend != "reference" and is_dense(name, inputs):
-        return getattr(densified, name)(*inputs)
-    run = _implementation(name, launcher, backend)
+    if backend != "reference" and is_dense(operation, inputs):
+        return getattr(densified, operation.name)(*inputs)
+    run = _implementation(operation.name, operation.launcher, backend)
     if backend != "triton":
         return run(*inputs)
     if _autotune.is_on():
-        run = functools.partial(_autotune.run, launcher, run)
+        run = functools.partial(_autotune.run, operation.launcher, run)
     if first.is_cuda and first.get_device() != torch.cuda.current_device():  # on which Triton launches
         with torch.cuda.device_of(first):
             return run(*inputs)

@@ -15,10 +15,7 @@ __all__ = ["ops"]
 # --- topk: k entries of each row -----------------------------------------------------------------------------------
 
 
-@define(
-    "topk(Tensor pre, Tensor? score, Tensor? mask, SymInt k, bool magnitude, bool relu) -> (Tensor, Tensor)",
-    "row_topk.launch",
-)
+@define("topk(Tensor pre, Tensor? score, Tensor? mask, SymInt k, bool magnitude, bool relu) -> (Tensor, Tensor)")
 def _(pre, score, mask, k, magnitude, relu, backend):
     values, indices, _ = empty_rows(pre, pre.shape[0] * k)
     return values, indices
@@ -51,7 +48,7 @@ differentiable("topk", _topk_context, _topk_backward)
 # --- batch_topk: `total` entries of the whole matrix ---------------------------------------------------------------
 
 
-@define("batch_topk(Tensor pre, Tensor? mask, SymInt total) -> (Tensor, Tensor, Tensor)", "batch_topk.launch")
+@define("batch_topk(Tensor pre, Tensor? mask, SymInt total) -> (Tensor, Tensor, Tensor)")
 def _(pre, mask, total, backend):
     return empty_rows(pre, total)
 
@@ -76,7 +73,7 @@ differentiable("batch_topk", _compressed_context, lambda ctx, grad, *_: (_compre
 # --- feature_topm: m[j] entries of each latent j -------------------------------------------------------------------
 
 
-@define("feature_topm(Tensor pre, Tensor m, SymInt total) -> (Tensor, Tensor, Tensor)", "feature_topm.launch")
+@define("feature_topm(Tensor pre, Tensor m, SymInt total) -> (Tensor, Tensor, Tensor)")
 def _(pre, m, total, backend):
     return empty_rows(pre, total)
 
@@ -89,7 +86,6 @@ differentiable("feature_topm", _compressed_context, lambda ctx, grad, *_: (_comp
 @define(
     "norm_match(Tensor pre, Tensor target_norm, Tensor? weight_norm, SymInt? capacity)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    "norm_match.launch",
 )
 def _(pre, target_norm, weight_norm, capacity, backend):
     return *empty_rows(pre, stored_entries(capacity)), pre.new_empty((), dtype=torch.int64)
@@ -100,10 +96,7 @@ differentiable("norm_match", _compressed_context, lambda ctx, grad, *_: (_compre
 # --- threshold: entries above theta --------------------------------------------------------------------------------
 
 
-@define(
-    "threshold(Tensor pre, Tensor theta, float? bandwidth, SymInt? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
-    "threshold.launch",
-)
+@define("threshold(Tensor pre, Tensor theta, float? bandwidth, SymInt? capacity) -> (Tensor, Tensor, Tensor, Tensor)")
 def _(pre, theta, bandwidth, capacity, backend):
     return *empty_rows(pre, stored_entries(capacity)), pre.new_empty((), dtype=torch.int64)
 
@@ -148,16 +141,12 @@ differentiable("threshold", _threshold_context, _threshold_backward)
 @define(
     "decode(Tensor values, Tensor indices, Tensor offsets, Tensor weight, Tensor? bias, ScalarType dtype,"
     " Tensor? latent_offsets, Tensor? latent_rows, Tensor? latent_positions) -> Tensor",
-    "decode.launch",
 )
 def _(values, indices, offsets, weight, bias, dtype, latent_offsets, latent_rows, latent_positions, backend):
     return weight.new_empty((offsets.shape[0] - 1, weight.shape[1]), dtype=dtype)
 
 
-@define(
-    "decode_backward_values(Tensor grad, Tensor values, Tensor indices, Tensor offsets, Tensor weight) -> Tensor",
-    "backward.launch_values",
-)
+@define("decode_backward_values(Tensor grad, Tensor values, Tensor indices, Tensor offsets, Tensor weight) -> Tensor")
 def _(grad, values, indices, offsets, weight, backend):
     return torch.empty_like(values)
 
@@ -165,7 +154,6 @@ def _(grad, values, indices, offsets, weight, backend):
 @define(
     "decode_backward_weight(Tensor grad, Tensor values, Tensor latent_offsets, Tensor latent_rows,"
     " Tensor latent_positions, ScalarType dtype) -> Tensor",
-    "backward.launch_weight",
 )
 def _(grad, values, latent_offsets, latent_rows, latent_positions, dtype, backend):
     return grad.new_empty((latent_offsets.shape[0] - 1, grad.shape[1]), dtype=dtype)
@@ -204,7 +192,6 @@ differentiable("decode", _decode_context, _decode_backward)
 @define(
     "decode_error(Tensor values, Tensor indices, Tensor offsets, Tensor weight, Tensor? bias, Tensor target,"
     " ScalarType dtype) -> (Tensor, Tensor)",
-    "decode.launch_error",
 )
 def _(values, indices, offsets, weight, bias, target, dtype, backend):
     wide = torch.promote_types(torch.promote_types(values.dtype, weight.dtype), torch.float32)
@@ -234,14 +221,12 @@ once_differentiable("decode_backward_weight")
 # --- to_dense and gather: codes to a matrix, a matrix at the codes -------------------------------------------------
 
 
-@define(
-    "to_dense(Tensor values, Tensor indices, Tensor offsets, SymInt num_latents) -> Tensor", "dense.launch_to_dense"
-)
+@define("to_dense(Tensor values, Tensor indices, Tensor offsets, SymInt num_latents) -> Tensor")
 def _(values, indices, offsets, num_latents, backend):
     return values.new_empty((offsets.shape[0] - 1, num_latents))
 
 
-@define("gather(Tensor dense, Tensor indices, Tensor offsets) -> Tensor", "dense.launch_gather")
+@define("gather(Tensor dense, Tensor indices, Tensor offsets) -> Tensor")
 def _(dense, indices, offsets, backend):
     return dense.new_empty(indices.shape[0])
 
@@ -271,10 +256,7 @@ differentiable(
 # --- by_latent: rows -> latents, once per step ---------------------------------------------------------------------
 
 
-@define(
-    "by_latent(Tensor indices, Tensor offsets, SymInt num_latents) -> (Tensor, Tensor, Tensor)",
-    "dense.launch_by_latent",
-)
+@define("by_latent(Tensor indices, Tensor offsets, SymInt num_latents) -> (Tensor, Tensor, Tensor)")
 def _(indices, offsets, num_latents, backend):
     latent_offsets = offsets.new_empty(num_latents + 1)
     return latent_offsets, torch.empty_like(indices), indices.new_empty(indices.shape[0], dtype=torch.int64)

@@ -93,7 +93,7 @@ def test_a_failure_is_shown_and_is_the_exit_status(broken, versions, monkeypatch
     """Nothing is installed or run here: pip and the checks are played by one function."""
 
     def play(command, **options):
-        failed = broken and {"binaries": "benchmarks/kernel_report.py", "install": "pip"}[broken] in command
+        failed = bool(broken) and {"binaries": "benchmarks/kernel_report.py", "install": "pip"}[broken] in command
         said = "7 passed in 1 s" if "pytest" in command else "what is wrong"
         return SimpleNamespace(returncode=int(failed), stdout=said)
 

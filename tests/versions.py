@@ -33,13 +33,13 @@ ENDS = (MATRIX[0][1], MATRIX[-1][1])  # the oldest and the newest Triton
 BESIDE_TRITON = {"3.6.0": ["numpy<2.4"]}
 
 DRAWN = ["tests/test_selection_properties.py", "-k", "triton"]
-SELECTIONS = [f"tests/test_{stem}.py" for stem in ("row_topk", "batch_topk", "feature_topm", "norm_match", "threshold")]
 LAUNCHES = ["tests/test_frontend.py", "-m", "not slow"]
-HARD_CASES = [*SELECTIONS, "tests/test_decode.py", "tests/test_latent_pass.py",
+OF_STEMS = [f"tests/test_{file.stem}.py" for file in sorted((ROOT / "kernels" / "device").glob("[a-z]*.py"))]
+HARD_CASES = [*(test for test in OF_STEMS if (ROOT / test).exists()), "tests/test_operations.py",
               "tests/test_selection_properties.py", "-m", "not slow and not serial"]  # fmt: skip
 ON_TORCH = [*(f"tests/test_{stem}.py" for stem in (
-    "registration", "layering", "gradients", "codes", "activations", "autoencoder", "encode", "decode", "losses",
-    "memory")), "-k", "not triton", "-m", "not serial"]  # fmt: skip
+    "operations", "registration", "layering", "gradients", "codes", "activations", "autoencoder", "encode", "decode",
+    "losses", "memory")), "-k", "not triton", "-m", "not serial"]  # fmt: skip
 
 
 class Row(NamedTuple):

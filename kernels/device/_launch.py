@@ -35,6 +35,11 @@ def mask_layout(mask: torch.Tensor | None, matrix: torch.Tensor) -> Layout | Non
     return None if mask is None else layout(mask.expand(matrix.shape))
 
 
+def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """Itself where its rows are contiguous, else a copy: for kernels that take one stride of a matrix."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 _NO_STRIDES = 0, 0
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import _tuning
 from ._device import owner_end
-from ._launch import Launch, Layout, layout, planned
+from ._launch import Launch, Layout, layout, planned, with_unit_stride
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _plan_values(grad: Layout, weight: Layout, splits: int) -> Launch:
 
 def launch_values(grad, values, indices, offsets, weight):
     """(N,); see ``reference.decode_backward_values``."""
-    rows = grad.shape[0]
+    rows, grad = grad.shape[0], with_unit_stride(grad)
     out = torch.zeros_like(values)
     if rows and values.shape[0]:
         splits = _tuning.splits_of_row(values.shape[0], rows)
@@ -145,6 +145,7 @@ def _plan_weight(grad: Layout, num_latents: int) -> _WeightPlan:
 def launch_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):
     """(F, D) in ``dtype``; see ``reference.decode_backward_weight``."""
     num_latents, width, device = latent_offsets.shape[0] - 1, grad.shape[1], grad.device
+    grad = with_unit_stride(grad)
     out = torch.empty(num_latents, width, dtype=dtype, device=device)
     if num_latents and width:
         plan = _plan_weight(layout(grad), num_latents)

@@ -25,7 +25,7 @@ from ._latent_kernels import (
     _pass_split_kernel,
     _slopes_kernel,
 )
-from ._launch import Launch, Layout, layout, planned
+from ._launch import Launch, Layout, layout, planned, with_unit_stride
 
 
 def _matrix(tensor):
@@ -36,10 +36,6 @@ def _matrix(tensor):
 def _side_by_side(matrices) -> tuple:
     """Several as kernels take them; the first stands in the place of one that is None."""
     return tuple(part for one in matrices for part in (matrices[0] if one is None else one))
-
-
-def _with_unit_stride(tensor):
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @planned
@@ -159,8 +155,8 @@ def _slopes(weight, term: Term):
 
 def _sums(x, weight, along, lists) -> list[tuple[slice, _Sums]]:
     """The sums in one piece where a tile holds the rows; else by columns, with slopes that are there before."""
-    terms = [Term._make((*map(_with_unit_stride, term[:-1]), term.mode)) for term in terms_of(lists)]
-    x, along = _with_unit_stride(x), None if along is None else along.contiguous()
+    terms = [Term._make((*map(with_unit_stride, term[:-1]), term.mode)) for term in terms_of(lists)]
+    x, along = with_unit_stride(x), None if along is None else along.contiguous()
     dense = [term for term in terms if term.is_dense]
     terms = [term for term in terms if not term.is_dense]
     base = densified.latent_gradients(x, weight, dense, torch.float32) if dense else None
