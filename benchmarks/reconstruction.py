@@ -187,41 +187,33 @@ def normalized(x: Tensor) -> Tensor:
 # --- models --------------------------------------------------------------------------------------------------------
 
 
-class EngineModel(nn.Module):
+RULES: dict[str, Callable[[float], se.Activation]] = {
+    "TopK": lambda knob: se.TopK(int(knob)), "BatchTopK": lambda knob: se.BatchTopK(int(knob)),
+    "top-AFA": lambda knob: se.TopAFA(),
+}  # fmt: skip
+
+
+class EngineModel(se.SparseAutoencoder):
     """An autoencoder of sae_engine: codes all the way."""
 
-    def __init__(self, run: Run, d: int, d_sae: int, device: torch.device) -> None:
-        super().__init__()
-        activation: se.Activation = se.TopAFA()
-        if run.rule == "TopK":
-            activation = se.TopK(int(run.knob))
-        elif run.rule == "BatchTopK":
-            activation = se.BatchTopK(int(run.knob))
-        self.sae = se.SparseAutoencoder(d, d_sae, activation, device=device)
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
+        codes = self.encode(x)
+        self.activation.update(codes)
+        return self.decode(codes), codes
 
-    def forward(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
-        codes = self.sae.encode(x)
-        self.sae.activation.update(codes)
-        return self.sae.decode(codes), codes
-
-    @property
-    def parts(self) -> nn.Module:
-        return self.sae
+    measured = reconstruct
 
     def norm_gap(self, codes: se.SparseCodes, x: Tensor) -> Tensor:
         return se.losses.afa(codes, x)
 
     def calibrate(self, batches: list[Tensor]) -> None:
-        se.calibrate_threshold(self.sae, batches)
-
-    def measured(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
-        return self(x)
+        se.calibrate_threshold(self, batches)
 
 
 class DenseModel(nn.Module):
     """The same autoencoder as people write it: stock operators, dense activations, dense matmuls."""
 
-    def __init__(self, run: Run, start: nn.Module) -> None:
+    def __init__(self, run: Run, start: se.SparseAutoencoder) -> None:
         super().__init__()
         self.run = run
         self.W_enc = nn.Parameter(start.W_enc.detach().clone(memory_format=torch.contiguous_format))
@@ -230,15 +222,11 @@ class DenseModel(nn.Module):
         self.b_dec = nn.Parameter(start.b_dec.detach().clone())
         self.threshold: Tensor | None = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         centred = x - self.b_dec
         acts = torch.relu(centred @ self.W_enc + self.b_enc)
         kept = acts * self._mask(acts.detach(), centred.detach())
         return kept @ self.W_dec + self.b_dec, kept
-
-    @property
-    def parts(self) -> nn.Module:
-        return self
 
     def _mask(self, acts: Tensor, centred: Tensor) -> Tensor:
         mask = torch.zeros_like(acts)
@@ -260,25 +248,24 @@ class DenseModel(nn.Module):
     def calibrate(self, batches: list[Tensor]) -> None:
         """The threshold that cuts the batches as the batch rule does, on average."""
         with torch.no_grad():
-            kept = [self(x)[1] for x in batches]
+            kept = [self.reconstruct(x)[1] for x in batches]
         self.threshold = torch.stack([acts[acts > 0].min().double() for acts in kept]).mean()
 
     def measured(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
-        x_hat, kept = self(x)
+        x_hat, kept = self.reconstruct(x)
         return x_hat, se.SparseCodes.from_dense(kept)
 
 
 def build(run: Run, mean: Tensor, d_sae: int) -> EngineModel | DenseModel:
     """Initial weights depend on rule, seed and ``mean`` (d,), where b_dec starts: run and control start alike."""
     torch.manual_seed(run.seed)
-    model = EngineModel(run, len(mean), d_sae, mean.device)
+    model = EngineModel(len(mean), d_sae, RULES[run.rule](run.knob), device=mean.device)
     with torch.no_grad():
-        model.sae.b_dec.copy_(mean)
-    if run.rule == "top-AFA":  # the authors' start: at it, the norm of the activations is the input's
-        with torch.no_grad():
-            nn.init.kaiming_uniform_(model.sae.W_enc)
-            model.sae.W_dec.copy_(model.sae.W_enc.T / model.sae.W_enc.norm(dim=0)[:, None])
-    return model if run.implementation == OURS else DenseModel(run, model.sae)
+        model.b_dec.copy_(mean)
+        if run.rule == "top-AFA":  # the authors' start: at it, the norm of the activations is the input's
+            nn.init.kaiming_uniform_(model.W_enc)
+            model.W_dec.copy_(model.W_enc.T / model.W_enc.norm(dim=0)[:, None])
+    return model if run.implementation == OURS else DenseModel(run, model)
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -286,11 +273,11 @@ def build(run: Run, mean: Tensor, d_sae: int) -> EngineModel | DenseModel:
 
 def training_step(model: EngineModel | DenseModel, optimizer: torch.optim.Optimizer, x: Tensor, run: Run) -> Tensor:
     """One step; returns the squared error per element, before it."""
-    x_hat, codes = model(x)
+    x_hat, codes = model.reconstruct(x)
     error = (x_hat - x).square().mean()
     loss = error if run.rule != "top-AFA" else error + run.knob * model.norm_gap(codes, x)
     loss.backward()
-    step_with_unit_rows(optimizer, model.parts.W_dec)
+    step_with_unit_rows(optimizer, model.W_dec)
     return error.detach()
 
 

@@ -302,13 +302,13 @@ def test_training_learns_and_equals_the_dense_control(rule, knob):
     # the other way, which moves a token's error by a few percent and the mean over 128 tokens by less than 3e-3.
     assert ours[:5] == pytest.approx(dense[:5], rel=1e-5)
     assert ours == pytest.approx(dense, rel=3e-3)
-    assert model.parts.W_dec.norm(dim=1).sub(1).abs().max() < 1e-5
-    assert control.parts.W_dec.norm(dim=1).sub(1).abs().max() < 1e-5
+    assert model.W_dec.norm(dim=1).sub(1).abs().max() < 1e-5
+    assert control.W_dec.norm(dim=1).sub(1).abs().max() < 1e-5
 
 
 def test_top_afa_starts_with_the_norm_of_its_input():
     job = reconstruction.Run("top-AFA", 1 / 32, reconstruction.OURS, seed=0)
     model = reconstruction.build(job, torch.zeros(64), d_sae=1024)
     x = torch.randn(32, 64)
-    norms = torch.relu(x @ model.sae.W_enc).norm(dim=1)
+    norms = torch.relu(x @ model.W_enc).norm(dim=1)
     assert (norms / x.norm(dim=1)).mean().item() == pytest.approx(1.0, abs=0.05)  # 32 tokens, std of each about 0.05
