@@ -121,6 +121,13 @@ def _norm_match(shape: Shape, dtype: torch.dtype, *, weighted: bool, transposed:
     )  # fmt: skip
 
 
+def _energy_share(shape: Shape, dtype: torch.dtype, *, weighted: bool):
+    return functools.partial(
+        functional.energy_share, _meta(shape.B, shape.F, dtype=dtype, learned=True), 0.9,
+        weight_norm=_meta(shape.F, dtype=FP32) if weighted else None, capacity=shape.B * shape.k,
+    )  # fmt: skip
+
+
 def _threshold(shape: Shape, dtype: torch.dtype, *, scalar: bool = False, bandwidth: float | None = None):
     return functools.partial(
         functional.threshold, _meta(shape.B, shape.F, dtype=dtype, learned=True),
@@ -224,6 +231,8 @@ CASES = {
         Case("feature_topm transposed", functools.partial(_feature_topm, transposed=True), gradient=False),
         Case("norm_match", functools.partial(_norm_match, weighted=True)),
         Case("norm_match unweighted", functools.partial(_norm_match, weighted=False), gradient=False),
+        Case("energy_share", functools.partial(_energy_share, weighted=True), gradient=False),
+        Case("energy_share unweighted", functools.partial(_energy_share, weighted=False), gradient=False),
         Case("threshold", _threshold),
         Case("threshold scalar", functools.partial(_threshold, scalar=True), gradient=False),
         Case("threshold window", functools.partial(_threshold, bandwidth=0.1)),
@@ -261,7 +270,7 @@ def quick_cells(target: str) -> list[Cell]:
               ("topk k=4096", S2, BF16), ("topk few rows", S1, BF16), ("topk few rows F=2^21 k=64", S1, FP32),
               ("topk", PRIMES, FP16), ("batch_topk", PRIMES, BF16), ("batch_topk", S3, FP32),
               ("batch_topk quarter kept", S1, BF16),
-              ("norm_match unweighted", S2, FP32),
+              ("norm_match unweighted", S2, FP32), ("energy_share unweighted", S1, BF16),
               ("latent_adam two terms", S1, BF16), ("latent_adam", S3, BF16), ("feature_topm", S1, FP32)]  # fmt: skip
     if target in ("sm_90", "gfx942"):  # one of each make looks closer
         chosen += [("encode", S1, BF16), ("threshold scalar", S1, BF16), ("topk score", S1, FP32), ("topk", S3, BF16),

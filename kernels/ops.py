@@ -80,18 +80,18 @@ def _(pre, m, total, backend):
 
 differentiable("feature_topm", _compressed_context, lambda ctx, grad, *_: (_compressed_grad(ctx, grad), *(None,) * 3))
 
-# --- norm_match: the prefix of each row whose norm is nearest to a target ------------------------------------------
+# --- norm_match: the prefix of each row whose norm is nearest to a target, or that holds a share of its energy -----
 
 
 @define(
-    "norm_match(Tensor pre, Tensor target_norm, Tensor? weight_norm, SymInt? capacity)"
+    "norm_match(Tensor pre, Tensor target, Tensor? weight_norm, bool is_share, SymInt? capacity)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _(pre, target_norm, weight_norm, capacity, backend):
+def _(pre, target, weight_norm, is_share, capacity, backend):
     return *empty_rows(pre, stored_entries(capacity)), pre.new_empty((), dtype=torch.int64)
 
 
-differentiable("norm_match", _compressed_context, lambda ctx, grad, *_: (_compressed_grad(ctx, grad), *(None,) * 4))
+differentiable("norm_match", _compressed_context, lambda ctx, grad, *_: (_compressed_grad(ctx, grad), *(None,) * 5))
 
 # --- threshold: entries above theta --------------------------------------------------------------------------------
 

@@ -74,18 +74,26 @@ def feature_topm(pre: Tensor, m: Tensor, total: int):
     return compress(relu(pre), torch.empty_like(order).scatter_(0, order, place) < m)
 
 
-def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, capacity: int | None):
-    """The prefix of each row, ranked by relu(pre) * weight_norm, whose norm lies nearest to ``target_norm``."""
+def norm_match(pre: Tensor, target: Tensor, weight_norm: Tensor | None, is_share: bool, capacity: int | None):
+    """The prefix of each row, ranked by relu(pre) * weight_norm, whose norm lies nearest to ``target`` (B,).
+
+    With ``is_share`` the smallest whose energy reaches ``target`` times the row's.
+    """
     wide = torch.float64 if pre.dtype == torch.float64 else torch.float32
     score = relu(pre).to(wide)
     if weight_norm is not None:
         score = score * weight_norm.to(wide)
-    target = target_norm.double()
+    target = target.double()
     order = ordered_keys(score).sort(dim=-1, descending=True, stable=True).indices
     energy = score.gather(1, order).double().square().cumsum(-1)
-    count = (energy.sqrt() - target[:, None]).abs().argmin(-1) + 1
+    if is_share:
+        count = (energy < (target * energy[:, -1])[:, None]).sum(-1) + 1
+        everything = (target >= 1) & score.isfinite().all(-1)
+    else:
+        count = (energy.sqrt() - target[:, None]).abs().argmin(-1) + 1
+        everything = target >= energy[:, -1].sqrt()
     positive = (score > 0) | score.isnan()
-    count = torch.where(target >= energy[:, -1].sqrt(), pre.shape[1], count)
+    count = torch.where(everything, pre.shape[1], count)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(pre.shape[1], device=pre.device).expand_as(order))
     return with_capacity(compress(relu(pre), (rank < count[:, None]) & positive), capacity)
 

@@ -26,8 +26,8 @@ from .codes import SparseCodes
 
 __all__ = [
     "EncodeInfo", "Encoded", "at_latents", "batch_topk", "decode", "decode_prefixes", "encode", "encode_with",
-    "feature_budgets", "feature_topm", "largest", "linear", "move_threshold", "norm_match", "threshold", "topk",
-    "zipf_shortfall",
+    "energy_share", "feature_budgets", "feature_topm", "largest", "linear", "move_threshold", "norm_match", "threshold",
+    "topk", "zipf_shortfall",
 ]
 
 
@@ -293,18 +293,58 @@ def norm_match(
     check.pre_activations(pre)
     check.floating("target_norm", target_norm, dims=pre.dim() - 1)
     check.shaped("target_norm", target_norm, pre.shape[:-1], pre, why="one per row of pre")
+    check.not_negative("target_norm", target_norm)
+    return _prefix(pre, target_norm.detach(), weight_norm, False, capacity, backend)
+
+
+def energy_share(
+    pre: Tensor,
+    share: float | Tensor,
+    *,
+    weight_norm: Tensor | None = None,
+    capacity: int | None = None,
+    backend: str = "auto",
+) -> SparseCodes:
+    """The smallest prefix of each row that holds a share of the row's energy: top-p of the squares.
+
+    Rank by ``r = fp32(relu(pre)) * fp32(weight_norm)``; keep the first prefix with ``sum r^2 >= share * (the row's sum
+    of r^2)``, unscaled; ties go to the lowest index. A share of 1 keeps every positive entry; entries with r = 0 are
+    never kept. A row whose largest r is not finite keeps that entry alone. Sums and shares are rounded, so what lacks
+    no more than 2^-21 of its goal counts as reaching it: 0.3 of ten equal entries are three. Where a prefix's energy
+    lies within 1e-6 (relative) of the goal, the one that ends there or the next may be kept.
+
+    Args:
+        pre: ``(*batch_shape, F)`` pre-activations. Differentiable.
+        share: ``0 < share <= 1``, a number, or a tensor ``()`` or ``(*batch_shape,)``. Constant for autograd.
+        weight_norm: ``(F,)`` norms of the decoder rows, which makes the energy that of the decoded latents one by one;
+            default 1. Constant for autograd.
+        capacity: as in :func:`norm_match`.
+
+    Example:
+        >>> energy_share(torch.tensor([[3.0, -9.0, 1.0, 2.0]]), 0.9).indices.tolist()  # 9 + 4 of 14
+        [0, 3]
+
+    Source: after the top-p rule of Szatkowski et al. 2025, arXiv:2509.00454. Squares, of what a ReLU leaves, and the
+    decoder norms are ours.
+    """
+    check.pre_activations(pre)
+    share = check.share("share", share, pre)
+    share = torch.where(share < 1, share * (1 - 2**-21), share)
+    return _prefix(pre, share, weight_norm, True, capacity, backend)
+
+
+def _prefix(pre: Tensor, target: Tensor, weight_norm, is_share: bool, capacity, backend: str) -> SparseCodes:
+    """What the two rules that rank by relu(pre) * weight_norm share; ``target`` (*batch_shape,)."""
     wide = torch.promote_types(pre.dtype, torch.float32)
     if weight_norm is not None:
         check.floating("weight_norm", weight_norm, dims=1)
         check.shaped("weight_norm", weight_norm, pre.shape[-1:], pre, why="one per latent")
+        check.not_negative("weight_norm", weight_norm)
         weight_norm = weight_norm.detach().to(wide)
-    check.not_negative("target_norm", target_norm)
-    check.not_negative("weight_norm", weight_norm)
-    target = target_norm.detach().to(wide).reshape(-1)
     capacity = check.capacity_of(capacity)
-    return _sized(
-        pre, capacity, ops.norm_match(check.matrix(pre), target, weight_norm, capacity, backend)
-    )
+    target = target.to(wide).reshape(-1).contiguous()
+    kept = ops.norm_match(check.matrix(pre), target, weight_norm, is_share, capacity, backend)
+    return _sized(pre, capacity, kept)
 
 
 def threshold(

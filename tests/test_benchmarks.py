@@ -249,7 +249,7 @@ def test_the_truth_of_the_checks_is_the_references(dtype, indices):
         kept = reference.feature_topm(pre, i.m, int(i.m.sum()))
         assert torch.equal(checks.expected_feature_topm(i), reference.to_dense(*kept, case.F))
     i = registry.find("norm_match").make_inputs(case, dtype, CPU, 0)
-    kept = reference.norm_match(i.pre, i.target, i.weight_norm, None)
+    kept = reference.norm_match(i.pre, i.target, i.weight_norm, False, None)
     assert torch.equal(checks.nearest_prefix(i)[1], kept[2].diff())
     i = registry.find("decode").make_inputs(case, dtype, CPU, 0)
     c, exact = i.codes, torch.float64

@@ -56,7 +56,7 @@ def test_equals_reference_on_hard_rows(shape, dtype, backend):
     if backend == "triton" and interprets_triton():  # slowly: each kind with one target, weighted or not in turn
         cases = [(kind, targets[n % 3], (None, weight)[n % 2]) for n, kind in enumerate(HARD_KINDS)]
     for kind, target, by in cases:
-        args = (make_pre(kind, shape, dtype), target, by, None)
+        args = (make_pre(kind, shape, dtype), target, by, False, None)
         assert_same(ops.norm_match(*args, backend), ops.norm_match(*args, "reference"))
 
 
@@ -187,13 +187,19 @@ def test_targets_far_below_and_above_the_row():
     assert_nearest(*args[:3], f.norm_match(*args[:2], backend="triton"))
 
 
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_numbers_near_the_largest_of_fp32(backend):
+    pre = torch.tensor([[0.9, 2.5, 0.5, 1.0]]) * 1e38
+    assert f.norm_match(pre, torch.tensor([2.6e38]), backend=backend).indices.tolist() == [1, 3]  # 2.69 is nearer
+
+
 def test_long_rows_that_are_not_finite():
     pre = torch.randn(6, LONG)
     pre[0, 5000], pre[1, 4000], pre[2, 17] = torch.inf, torch.nan, torch.inf
     pre[2, 3000] = -torch.nan
     target = torch.tensor([5.0, 5.0, torch.inf, torch.inf, 0.0, torch.nan])
     pre[3, 9] = torch.inf
-    args = pre, target, None, None
+    args = pre, target, None, False, None
     assert_same(ops.norm_match(*args, "triton"), ops.norm_match(*args, "reference"))
 
 
@@ -222,7 +228,7 @@ def test_capacity(backend):
 @pytest.mark.sanitizer
 def test_small_and_complete():
     pre = make_pre("special", (2, 300), torch.bfloat16)
-    args = (pre, torch.rand(2) * 5, None, 600)
+    args = (pre, torch.rand(2) * 5, None, False, 600)
     assert_same(ops.norm_match(*args, "triton"), ops.norm_match(*args, "reference"))
 
 
@@ -257,6 +263,13 @@ def test_leading_dimensions():
     codes = f.norm_match(pre, torch.ones(2, 3))
     assert codes.shape == pre.shape
     assert_same(codes.to_dense().view(6, 20), f.norm_match(pre.view(6, 20), torch.ones(6)).to_dense())
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_targets_may_have_strides(backend):
+    pre, target = torch.randn(6, 20), torch.rand(12)[::2] * 4
+    strided, plain = (f.norm_match(pre, t, backend=backend) for t in (target, target.contiguous()))
+    assert_same(strided.to_dense(), plain.to_dense())
 
 
 @pytest.mark.parametrize(

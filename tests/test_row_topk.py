@@ -99,7 +99,7 @@ def test_nan_of_either_sign_ranks_first_where_rows_are_sorted_by_their_bits(sort
             m = torch.arange(130) % 5
             args = (pre, m, int(m.sum()))
             assert_same(ops.feature_topm(*args, "torch"), ops.feature_topm(*args, "reference"))
-            args = (pre, torch.full((4,), 3.0), None, None)
+            args = (pre, torch.full((4,), 3.0), None, False, None)
             assert_same(ops.norm_match(*args, "torch"), ops.norm_match(*args, "reference"))
 
 

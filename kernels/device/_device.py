@@ -4,6 +4,7 @@ import triton.language as tl
 
 KEY_MAX = tl.constexpr(2**31 - 1)  # every NaN
 INF_KEY = tl.constexpr(0x7F800000)
+ONE_KEY = tl.constexpr(0x3F800000)
 # Below the key of every number, also once shifted: lanes outside the row; masked entries are one above.
 ABSENT = tl.constexpr(-(2**31))
 

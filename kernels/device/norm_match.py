@@ -1,12 +1,16 @@
-"""Norm matching (top-AFA): each row keeps the prefix whose norm lies nearest to a target; no sort.
+"""Prefixes of ranked rows that end at an energy; no sort. Two criteria: norm matching (top-AFA), and a share.
 
-Math      rank by r = relu(pre) * weight_norm; keep the prefix that minimises |sqrt(sum r^2) - target|
+Math      rank by r = relu(pre) * weight_norm; keep the prefix that minimises |sqrt(sum r^2) - target|, or the smallest
+          whose sum of r^2 reaches a share of the row's
 Grid      (B,); one program owns one row, first to find its cut, then to write what it keeps
 Traffic   a sample of the row says between which two r the energy will cross the target; one pass checks it exactly,
           sets aside what lies between, and marks what may be kept. Where the sample cannot tell (targets near the
           row's norm, a few entries that hold most of it), that pass takes the row's energy and sets the largest aside,
           for one or two more to work from. Where ties end a row it is read up to the last that is kept. Then the marked
-          entries again, or the tiles where they are many; a bit an entry is written and read; writes N*(s + 4)
+          entries again, or the tiles where they are many; a bit an entry is written and read; writes N*(s + 4).
+          A share says what to look for once the row's energy is known, so its first pass is always of the latter kind:
+          one where the share lies in the largest few hundred entries or the row is short, else two, seldom three; and
+          one more where the first was measured in a unit that does not suit the row
 Numerics  r rounded once to fp32; energies of 8 entries in fp32, summed in fp64, always in the same order: same bits on
           every run. The sample decides how many passes there are, never the result
 Source    Lee et al. 2025, arXiv:2503.24277 (nearest prefix, compared in norm space); narrowing by a sample as in
@@ -20,7 +24,7 @@ import triton.language as tl
 
 from . import _tuning
 from ._compact import SHARE_ROWS
-from ._device import INF_KEY, middle, scores
+from ._device import INF_KEY, ONE_KEY, middle, scores
 from ._launch import Launch, Layout, layout, planned
 from ._marks import NEIGHBOURS, MarksPlan, lane_marks, nothing_marked, plan_marks, plan_write, write
 
@@ -29,6 +33,7 @@ SAMPLE_ROUNDS = tl.constexpr(8)  # the sample's resolution: its range over 256, 
 # Standard errors on either side: with 2, one row in twenty takes another pass; with 1, where 2 do not fit, one in 3.
 MOST_ERRORS, LEAST_ERRORS = tl.constexpr(2.0), tl.constexpr(1.0)
 ODD_ERRORS = tl.constexpr(3.0)  # off what is known of the row: then a sample says nothing of where its energy lies
+FEWEST_OCTAVES, MOST_OCTAVES = tl.constexpr(-20), tl.constexpr(60)  # of the largest r over a unit: squares are fp32
 UNSEEN = tl.constexpr(3.0)  # times a sampled entry's share of the row: what may lie above where the sample has nothing
 DEPTH = tl.constexpr(16 << 23)  # octaves below the target
 
@@ -53,8 +58,8 @@ def _columns(tile):
 
 @triton.jit
 def _scaled(r, scale):
-    """r * scale, cut at 2^60, which reaches any target: neither it nor its square overflows."""
-    return tl.minimum(r, 2.0**60 / tl.maximum(scale, 2.0**-67)) * scale
+    """r * scale, cut near 2^61, which reaches any target: neither it nor its square overflows."""
+    return tl.minimum(r, (2.0**61 - 2.0**37) / tl.maximum(scale, 2.0**-67)) * scale
 
 
 @triton.jit
@@ -150,16 +155,17 @@ def _counted_bound(r, first, last, b, most):
 
 @triton.jit
 def _guess(
-    pre_ptr, weight_ptr, F, stride_pf, stride_wf, scale, lo, hi, magnitude, missing, known, energy_between,
+    pre_ptr, weight_ptr, F, stride_pf, stride_wf, scale, lo, hi, magnitude, missing, known, energy_between, blind,
     HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, SAMPLE: tl.constexpr, PLACES: tl.constexpr,
 ):
     """Keys [a, b] within [lo, hi] between which the row's energy should cross; the key from which on the pass should
-    count as well, and whether what lies between will fit.
+    count as well; whether what lies between will fit; and the largest key that the sample has there.
 
     `missing`: the energy still wanted of the keys up to hi; `energy_between`: theirs from lo on, where `known`.
     A few large entries, of which a sample sees hardly any, can hold most of a row's energy. Where it tells nothing, as
     many of the largest as fit are taken, and the energy from lo on is measured: either it crosses among them, or what
-    they leave is a row that samples can tell about.
+    they leave is a row that samples can tell about. So it is where the row is read `blind`: before what is wanted of it
+    is known, when `magnitude` and the energies mean nothing.
     """
     chunk = tl.arange(0, SAMPLE // NEIGHBOURS) * (F // SAMPLE * NEIGHBOURS)
     cols = chunk[:, None] + tl.arange(0, NEIGHBOURS)[None, :]
@@ -171,10 +177,10 @@ def _guess(
     share = tl.where(known, (missing / tl.where(known, energy_between, 1.0)).to(tl.float32), 0.0)
     wanted = tl.where(known, share * _sum(energy), missing.to(tl.float32) * (SAMPLE / F))
     # far below target / sqrt(F) entries add nothing: the range searched is some octaves, not all that fp32 has
-    first = tl.minimum(tl.maximum(magnitude - DEPTH, lo), hi)
-    last = tl.max(tl.max(tl.where(inside, r, 0.0), axis=1), axis=0).to(tl.int32, bitcast=True)
-    last = tl.maximum(last, first)
-    errors = share * 0 + MOST_ERRORS
+    seen = tl.max(tl.max(tl.where(inside, r, 0.0), axis=1), axis=0).to(tl.int32, bitcast=True)
+    first = tl.minimum(tl.maximum(tl.where(blind, seen, magnitude) - DEPTH, lo), hi)
+    last = tl.maximum(seen, first)
+    errors = share * 0 + tl.where(blind, 0.0, MOST_ERRORS)
     fits = errors < 0
     a = lo
     b = hi
@@ -194,7 +200,7 @@ def _guess(
         b = hi
         bar = lo - 1
         fits = fits | (fits == 0)
-    return a, b, bar, fits
+    return a, b, bar, fits, seen
 
 
 @triton.jit
@@ -204,6 +210,12 @@ def _sums_from(r, least, scale):
     scaled = tl.where(wanted, _scaled(r, scale), 0.0)
     energy = tl.sum(tl.sum(scaled * scaled, axis=0), axis=0)
     return energy.to(tl.float64), tl.sum(tl.sum(wanted.to(tl.int32), axis=0), axis=0)
+
+
+@triton.jit
+def _unit(magnitude):
+    """A power of two near the inverse of the number that has these bits."""
+    return (tl.maximum(254 - (magnitude >> 23), 1) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -230,26 +242,33 @@ def _column_of(
 def _norm_cut_kernel(
     pre_ptr,      # [B, F] in
     weight_ptr,   # [F] in, fp32, or unused
-    target_ptr,   # [B] in, fp32
+    target_ptr,   # [B] in, fp32: norms, or shares
     scratch_ptr,  # [B, SLOTS * BLOCK / 8] scratch, fp32
     cut_ptr, last_ptr, count_ptr,  # [B] out each, int32: keep r above cut, and equal to it up to a column; their number
     marks_ptr, sums_ptr,           # [B, ROW_MARKS] out, int8; in/out: see _marks.Marks
     F, ROW_MARKS, stride_pb, stride_pf, stride_wf,
-    HAS_WEIGHT: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, IS_SHARE: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr, SAMPLE: tl.constexpr,
 ):
-    """One row: narrow down the key at which the energy crosses the target, then take the nearer side."""
+    """One row: narrow down the key at which the energy crosses the target, then take the side that is asked for."""
     row = tl.program_id(0).to(tl.int64)
     LANES: tl.constexpr = BLOCK // NEIGHBOURS
     pre_ptr += row * stride_pb
     scratch_ptr += row * (SLOTS * LANES)
     marks_ptr += row * ROW_MARKS
     target = tl.load(target_ptr + row)
-    ordinary = (target > 0) & (target < float("inf"))
-    # A power of two near 1 / target.
-    magnitude = tl.where(ordinary, target, 1.0).to(tl.int32, bitcast=True)
-    scale = (tl.maximum(254 - (magnitude >> 23), 1) << 23).to(tl.float32, bitcast=True)
-    norm = tl.where(ordinary, target, 1.0).to(tl.float64) * scale.to(tl.float64)
+    # Energies are of r * scale, which is near 1 at the target: at the row's, until the target of a share is known.
+    if IS_SHARE:
+        ordinary = (target > 0) & (target < 1)
+        share = target.to(tl.float64)
+        magnitude = tl.full((), ONE_KEY, tl.int32)
+        scale = _unit(magnitude)
+        norm = tl.full((), 1.0, tl.float64)
+    else:
+        ordinary = (target > 0) & (target < float("inf"))
+        magnitude = tl.where(ordinary, target, 1.0).to(tl.int32, bitcast=True)
+        scale = _unit(magnitude)
+        norm = tl.where(ordinary, target, 1.0).to(tl.float64) * scale.to(tl.float64)
     wanted = norm * norm
 
     # The only tensor that the search carries comes first. The result of `searching`, which nobody reads, is dropped
@@ -265,6 +284,7 @@ def _norm_cut_kernel(
     known = energy_lo > 0  # whether energy_lo and count_lo are those of key >= lo
     keep_all = known
     searching = lo > 0
+    blind = searching & IS_SHARE
     top = tl.full((), 0, tl.int32)
     a = lo
     b = tl.where(ordinary, hi, 0)  # with other targets the pass counts what is positive
@@ -276,10 +296,13 @@ def _norm_cut_kernel(
         if SAMPLE > 0:
             if ordinary:
                 if passes < GUIDED_PASSES:
-                    a, b, bar, fits = _guess(
+                    a, b, bar, fits, seen = _guess(
                         pre_ptr, weight_ptr, F, stride_pf, stride_wf, scale, lo, hi, magnitude, wanted - energy_hi,
-                        known, energy_lo - energy_hi, HAS_WEIGHT, WIDE, SAMPLE, SLOTS * LANES)
+                        known, energy_lo - energy_hi, blind, HAS_WEIGHT, WIDE, SAMPLE, SLOTS * LANES)
                     limit = tl.where(fits, SLOTS, 0)
+                    if IS_SHARE:
+                        magnitude = tl.where(blind & (passes == 0) & (seen > 0), seen, magnitude)
+                        scale = _unit(magnitude)
                 else:
                     a = middle(lo, hi)
                     b = hi
@@ -290,16 +313,40 @@ def _norm_cut_kernel(
             pre_ptr, weight_ptr, scratch_ptr, marks_ptr, F, ROW_MARKS, stride_pf, stride_wf, scale, a, b, bar, limit,
             HAS_WEIGHT, WIDE, LANES)
         from_lo = bar < a  # then b is hi
+        if IS_SHARE:
+            if blind:
+                octaves = (top >> 23) - (magnitude >> 23)
+                blind = (top > 0) & (top < INF_KEY) & ((octaves < FEWEST_OCTAVES) | (octaves >= MOST_OCTAVES))
+                if blind:  # once more, in a unit near the row's largest r; of this pass only that is used
+                    a = lo
+                    magnitude = top
+                    scale = _unit(magnitude)
+                else:
+                    wanted = tl.where(ordinary & (top < INF_KEY), share * tl.where(from_lo, energy_above, energy), 1.0)
+                    # what is left is to find this energy; in its own unit, a power of two, so that nothing is rounded
+                    octaves = tl.sqrt(wanted).to(tl.float32).to(tl.int32, bitcast=True) - ONE_KEY
+                    magnitude = tl.maximum(magnitude + tl.minimum(octaves, -(magnitude - INF_KEY) - 1), 0)
+                    change = _unit(magnitude).to(tl.float64) / scale.to(tl.float64)
+                    scale = _unit(magnitude)
+                    change *= change
+                    wanted *= change
+                    energy *= change
+                    energy_above *= change
         energy_lo = tl.where(from_lo, energy_above, energy_lo)
         count_lo = tl.where(from_lo, above, count_lo)
         energy_above = tl.where(from_lo, energy_hi, energy_above)
         above = tl.where(from_lo, count_hi, above)
         both = above + tl.sum(number, axis=0)
-        whole = (lo == 1) & (from_lo | (a == 1)) & (norm >= tl.sqrt(tl.where(from_lo, energy_lo, energy)))
+        total = tl.where(from_lo, energy_lo, energy)
         special = (top >= INF_KEY) | (ordinary == 0)
-        keep_all = tl.where(special, (target == float("inf")) & (top <= INF_KEY), whole)
-        beyond = energy_above >= wanted
-        reached = energy >= wanted
+        if IS_SHARE:
+            whole = (lo == 1) & (from_lo | (a == 1)) & (wanted >= total) & (blind == 0)
+            keep_all = tl.where(special, (target >= 1) & (top < INF_KEY), whole)
+        else:
+            whole = (lo == 1) & (from_lo | (a == 1)) & (norm >= tl.sqrt(total))
+            keep_all = tl.where(special, (target == float("inf")) & (top <= INF_KEY), whole)
+        beyond = (energy_above >= wanted) & (blind == 0)
+        reached = (energy >= wanted) | blind
         count_lo = tl.where(keep_all & (from_lo == 0), both, count_lo)
         count_lo = tl.where(keep_all, count_lo, tl.where(beyond, above, tl.where(reached, both, count_lo)))
         lo = tl.where(whole, lo, tl.where(beyond, b + 1, tl.where(reached, a, lo)))
@@ -308,8 +355,8 @@ def _norm_cut_kernel(
         count_hi = tl.where(beyond, count_hi, tl.where(reached, above, both))
         hi = tl.where(beyond, hi, tl.where(reached, b, a - 1))
         hi = tl.minimum(hi, tl.maximum(top, lo))  # above the largest there is nothing
-        known = known | reached | from_lo
-        aside = reached & (beyond == 0) & (tl.max(number, axis=0) <= limit)
+        known = (known | reached | from_lo) & (blind == 0)
+        aside = reached & (beyond == 0) & (blind == 0) & (tl.max(number, axis=0) <= limit)
         ends = special | whole | aside | (known & (lo >= hi))
         searching = ends == 0
 
@@ -348,15 +395,19 @@ def _norm_cut_kernel(
         count_hi = count_b + count
         tied = tl.sum(tl.sum((key == lo).to(tl.int32), axis=0), axis=0)
 
-    # Of the entries tied at the crossing, the number that ends nearest in norm; the first minimum, and at least one.
+    # Of the entries tied at the crossing, the number that reaches what is wanted, or that ends nearest in norm (of two
+    # that are as near, the smaller); and at least one.
     r = _scaled(_from_bits(tl.where(search, lo, 0)), scale)
     unit = tl.where(search, (r * r).to(tl.float64), 1.0)
     energy_hi = tl.where(search, energy_hi, 0.0)  # it may be infinite
     before = tl.floor((wanted - energy_hi) / unit)
     before = tl.minimum(tl.maximum(before, 0.0), tl.maximum(tied, 1).to(tl.float64) - 1.0)
-    below = tl.abs(tl.sqrt(energy_hi + before * unit) - norm)
-    beyond = tl.abs(tl.sqrt(energy_hi + (before + 1.0) * unit) - norm)
-    quota = before.to(tl.int32) + (beyond < below).to(tl.int32)
+    if IS_SHARE:
+        quota = before.to(tl.int32) + (energy_hi + before * unit < wanted).to(tl.int32)
+    else:
+        below = tl.abs(tl.sqrt(energy_hi + before * unit) - norm)
+        beyond = tl.abs(tl.sqrt(energy_hi + (before + 1.0) * unit) - norm)
+        quota = before.to(tl.int32) + (beyond < below).to(tl.int32)
     quota = tl.maximum(quota, (count_hi == 0).to(tl.int32))
     quota = tl.where(search, tl.minimum(quota, tied), quota)  # what is counted is there to be written
     tl.store(cut_ptr + row, tl.where(search, lo, tl.where(keep_all, 1, tl.minimum(top, INF_KEY + 1))))
@@ -379,7 +430,7 @@ class _Plan(NamedTuple):
 
 
 @planned
-def _plan(pre: Layout, weight_norm: Layout | None) -> _Plan:
+def _plan(pre: Layout, weight_norm: Layout | None, is_share: bool) -> _Plan:
     rows, num_latents = pre.shape
     marks = plan_marks(pre)
     tile = _tuning.norm_tile(num_latents)
@@ -387,21 +438,21 @@ def _plan(pre: Layout, weight_norm: Layout | None) -> _Plan:
         _norm_cut_kernel, (rows,), warps=tile.warps, most_registers=_tuning.NORM_REGISTERS, F=num_latents,
         ROW_MARKS=marks.row_marks, stride_pb=pre.strides[0], stride_pf=pre.strides[1],
         stride_wf=0 if weight_norm is None else weight_norm.strides[0], HAS_WEIGHT=weight_norm is not None,
-        SHIFT=0 if weight_norm is not None else _tuning.key_shift(pre.dtype),
+        IS_SHARE=is_share, SHIFT=0 if weight_norm is not None else _tuning.key_shift(pre.dtype),
         WIDE=_tuning.is_wide(num_latents * pre.strides[1]), BLOCK=tile.block, SLOTS=tile.slots, SAMPLE=tile.sample,
     )
     write = plan_write(pre, marks, weight=weight_norm, has_cut=True)
     return _Plan(marks, (rows, tile.slots * tile.block // 8), cut, write)
 
 
-def launch(pre, target_norm, weight_norm, capacity):
+def launch(pre, target, weight_norm, is_share, capacity):
     """values (N,), indices (N,), offsets (B + 1,), required (); see ``reference.norm_match``."""
     rows, device = pre.shape[0], pre.device
     if rows == 0:
         return nothing_marked(pre, capacity)
-    plan = _plan(layout(pre), layout(weight_norm))
+    plan = _plan(layout(pre), layout(weight_norm), is_share)
     marks = plan.marks.unmarked(device)
     cut, last = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
     scratch = torch.empty(plan.scratch, dtype=torch.float32, device=device)
-    plan.cut(pre, weight_norm, target_norm, scratch, cut, last, marks.counts, marks.bits, marks.sums)
+    plan.cut(pre, weight_norm, target, scratch, cut, last, marks.counts, marks.bits, marks.sums)
     return write(plan.write, pre, marks, capacity, weight_norm, cut, last, None)

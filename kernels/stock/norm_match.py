@@ -1,4 +1,8 @@
-"""Norm matching in stock PyTorch: a few passes over cached rows bracket each row's cut, and what is left is sorted."""
+"""Prefixes by energy in stock PyTorch: a few passes over cached rows bracket each row's cut; what is left is sorted.
+
+The two criteria, nearest in norm and a share of the row's energy, differ in the energy that is wanted, and in the last
+step: which of the prefixes around it is kept.
+"""
 import torch
 from torch import Tensor
 
@@ -10,7 +14,7 @@ MARGIN = 1e-5  # of an energy: its fp32 sum is nearer to the truth than that
 RUN = 64  # squares that are summed in fp32 before fp64 takes over
 
 
-def _kept_of_bracket(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _kept_of_bracket(score: Tensor, target: Tensor, is_share: bool = False) -> tuple[Tensor, Tensor]:
     """Mask (rows, F) of what each row of ``score`` (fp32, none below 0) keeps, and whether that was found (rows,).
 
     Not found: rows whose largest score is not finite or whose target is not positive, and rows with too many ties.
@@ -19,12 +23,16 @@ def _kept_of_bracket(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     finite = top.isfinite()
     exponent = torch.where(finite, top, 1.0).frexp().exponent.clamp(min=-126)
     scale = torch.ldexp(torch.ones_like(top), -exponent)  # a power of two: squares stay finite, nothing is rounded
-    scaled, target = score * scale[:, None], target.double() * scale
+    scaled = score * scale[:, None]
     squares = scaled.square()
-    total = _energy(squares).sqrt()
-    everything = finite & (target >= total)
+    total = _energy(squares)
+    if is_share:
+        wanted, everything = target.double() * total, finite & ((target >= 1) | (total == 0))
+    else:
+        target = target.double() * scale
+        wanted, everything = target.square(), finite & (target >= total.sqrt())
     found = finite & (target > 0) & ~everything
-    lo, hi = _bracket(scaled, squares, torch.where(found, target, 0.0).float().square(), top * scale)
+    lo, hi = _bracket(scaled, squares, torch.where(found, wanted, 0.0).float(), top * scale)
 
     beyond = _at_least(scaled, hi)
     inside = _at_least(scaled, torch.where(found, lo, torch.inf)).sub_(beyond)
@@ -32,7 +40,8 @@ def _kept_of_bracket(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     found &= lengths * SHARE <= score.shape[1]
     lengths = torch.where(found, lengths, 0.0).long()
     ranked = _ranked(scaled, inside.mul_(found[:, None].float()) != 0, lengths)
-    length, cut = _nearest(ranked, _energy(beyond.mul_(squares)), target)
+    energy_before = _energy(beyond.mul_(squares))
+    length, cut = _reaching(ranked, energy_before, wanted) if is_share else _nearest(ranked, energy_before, target)
     count = number_beyond.long() + length
     cut = torch.where(length == 0, hi, cut)
     keep = scaled >= cut[:, None]
@@ -106,6 +115,13 @@ def _nearest(ranked: Tensor, energy_before: Tensor, target: Tensor) -> tuple[Ten
     return length[:, 0], ranked.gather(1, (length - 1).clamp(min=0))[:, 0]
 
 
+def _reaching(ranked: Tensor, energy_before: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """How many entries of ``ranked``, after those of ``energy_before``, reach ``wanted``; the last of them."""
+    energies = energy_before[:, None] + ranked.double().square().cumsum_(1)
+    length = torch.searchsorted(energies, wanted[:, None]).add_(1).clamp_(max=ranked.shape[1])
+    return length[:, 0], ranked.gather(1, length - 1)[:, 0]
+
+
 def _nearest_prefix(ranked: Tensor, target: Tensor) -> Tensor:
     """Length (rows, 1) of the first prefix whose norm is nearest to ``target``; ``ranked`` descends in each row."""
     norms = ranked.double().square().cumsum_(1).sqrt_()
@@ -120,10 +136,18 @@ def _nearest_prefix(ranked: Tensor, target: Tensor) -> Tensor:
     return torch.where(target >= norms[:, -1:], ranked.shape[1], count)
 
 
-def _kept_of_sorted(score: Tensor, target: Tensor) -> Tensor:
+def _reaching_prefix(ranked: Tensor, share: Tensor) -> Tensor:
+    """Length (rows, 1) of the first prefix whose energy is this share of the row's; ``ranked`` descends in each row."""
+    energies, share = ranked.double().square().cumsum_(1), share.double()[:, None]
+    count = torch.searchsorted(energies, share * energies[:, -1:]).add_(1).clamp_(max=ranked.shape[1])
+    count = torch.where(share >= 1, ranked.shape[1], count)
+    return torch.where(ranked[:, :1].isfinite() & (share > 0), count, 1)
+
+
+def _kept_of_sorted(score: Tensor, target: Tensor, is_share: bool) -> Tensor:
     """Mask of what each row keeps, by one sort of its scores; any scores."""
     ranked, _ = descending(score)
-    count = _nearest_prefix(ranked, target)
+    count = _reaching_prefix(ranked, target) if is_share else _nearest_prefix(ranked, target)
     cut = ranked.gather(1, count - 1)
     above, tied = above_and_tied(score, cut)
     quota = count - above.sum(1, keepdim=True)
@@ -132,19 +156,19 @@ def _kept_of_sorted(score: Tensor, target: Tensor) -> Tensor:
     return (above | tied) & ~(score <= 0)
 
 
-def norm_match(pre: Tensor, target_norm: Tensor, weight_norm: Tensor | None, capacity: int | None):
+def norm_match(pre: Tensor, target: Tensor, weight_norm: Tensor | None, is_share: bool, capacity: int | None):
     kept = []
     wide = torch.float64 if pre.dtype == torch.float64 else torch.float32
     for rows in rows_in_cache(pre):
-        score, target = pre[rows].contiguous().to(wide).relu(), target_norm[rows]
+        score, goal = pre[rows].contiguous().to(wide).relu(), target[rows]
         if weight_norm is not None:
             score = score * weight_norm.to(wide)
         if wide == torch.float64:
-            keep = _kept_of_sorted(score, target)
+            keep = _kept_of_sorted(score, goal, is_share)
         else:
-            keep, found = _kept_of_bracket(score, target)
+            keep, found = _kept_of_bracket(score, goal, is_share)
             if not bool(found.all()):
-                keep[~found] = _kept_of_sorted(score[~found], target[~found])
+                keep[~found] = _kept_of_sorted(score[~found], goal[~found], is_share)
         kept.append(places(keep, rows.start))
     values, *rest = compress(pre, kept, capacity)
     return values.relu_(), *rest  # an infinite weight makes NaN, which ranks first, of an entry that is not positive
