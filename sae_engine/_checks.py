@@ -152,21 +152,21 @@ def not_negative(name: str, t: Tensor | None) -> None:
         raise ValueError(f"{name} must not be negative, got a minimum of {t.min().item()}")
 
 
-def share(name: str, value, pre: Tensor) -> Tensor:
-    """Numbers with 0 < share <= 1, one per row of ``pre``; a tensor's elements are looked at under SAE_CHECK=1."""
+def share(name: str, value, pre: Tensor) -> float | Tensor:
+    """0 < share <= 1, a number or one per row of ``pre``; a tensor's elements are looked at under SAE_CHECK=1."""
     if not isinstance(value, Tensor):
         if (number := number_in(value)) is None:
             raise TypeError(f"{name} must be a number or a tensor, got {value!r} of type {type(value).__name__}")
         if not 0 < number <= 1:
             raise ValueError(f"{name} must satisfy 0 < {name} <= 1, got {value}")
-        return torch.full(pre.shape[:-1], number, dtype=torch.float64, device=pre.device)
+        return float(number)
     floating(name, value, dims=value.dim())
     if value.dim() > 0:
         shaped(name, value, pre.shape[:-1], pre, why="one per row of pre, or a single number")
     same_device(name, value, pre)
     if deep() and not bool(((value > 0) & (value <= 1)).all()):
         raise ValueError(f"{name} must satisfy 0 < {name} <= 1, got {value.min().item()}..{value.max().item()}")
-    return value.detach().double().expand(pre.shape[:-1])
+    return value.detach()
 
 
 def count(name: str, value) -> int:

@@ -29,6 +29,7 @@ ENTRY_POINTS = {
     "feature_budgets": lambda i, x: f.feature_budgets(torch.rand(F), i(30), i(B), exponent=x(0.5), shift=i(1)),
     "zipf_shortfall": lambda i, x: f.zipf_shortfall(torch.rand(F), i(3), exponent=x(0.5)),
     "norm_match": lambda i, x: f.norm_match(pre(), torch.ones(B), capacity=i(60)).to_dense(),
+    "energy_share": lambda i, x: f.energy_share(pre(), x(0.5), capacity=i(60)).to_dense(),
     "threshold": lambda i, x: f.threshold(pre(), x(0.25), bandwidth=x(0.5), capacity=i(90)).to_dense(),
     "decode_prefixes": lambda i, x: f.decode_prefixes(
         f.topk(pre(), 3), torch.rand(F, D), widths=(i(4), i(F))),

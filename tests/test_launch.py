@@ -37,6 +37,7 @@ CALLS = {
     "batch_topk": (lambda: functional.batch_topk(meta(B, F), K), 5, 0),
     "batch_topk, fp32": (lambda: functional.batch_topk(meta(B, F, dtype=torch.float32), K), 6, 0),
     "norm_match": (lambda: functional.norm_match(meta(B, F), meta(B, dtype=torch.float32), capacity=B * K), 2, 1),
+    "energy_share": (lambda: functional.energy_share(meta(B, F), 0.9, capacity=B * K), 2, 2),  # and fills in the shares
     "threshold": (lambda: functional.threshold(meta(B, F), meta(F, dtype=torch.float32), capacity=B * K), 2, 1),
     "feature_topm": (
         lambda: functional.feature_topm(meta(B, F), meta(F, dtype=torch.int32), total=B * K), 3, 9),

@@ -44,6 +44,8 @@ FUNCTIONS = {
     "feature_topm": lambda p: f.feature_topm(p, columns(p) % 3, total=p.shape[-1]),
     "norm_match": lambda p: f.norm_match(p, p.norm(dim=-1) * 0.5),
     "norm_match_capacity": lambda p: f.norm_match(p, p.norm(dim=-1) * 0.5, capacity=90),
+    "energy_share": lambda p: f.energy_share(p, 0.7),
+    "energy_share_capacity": lambda p: f.energy_share(p, p.new_tensor(0.7), capacity=90),
     "threshold": lambda p: f.threshold(p, 0.5), "threshold_window": lambda p: f.threshold(p, 0.5, bandwidth=0.2),
 }  # fmt: skip
 

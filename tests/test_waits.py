@@ -131,6 +131,7 @@ WITHOUT_WAITING = {
         p := pre(), m := torch.full((F,), 2), lambda: backward(f.feature_topm(p, m, total=2 * F)))[2],
     "functional.norm_match, capacity": lambda: (
         p := pre(), t := torch.ones(B), lambda: backward(f.norm_match(p, t, capacity=ROOM)))[2],
+    "functional.energy_share, capacity": selecting(lambda p: f.energy_share(p, 0.9, capacity=ROOM)),
     "functional.threshold, capacity": selecting(lambda p: f.threshold(p, 0.0, capacity=ROOM)),
     "functional.threshold, bandwidth": lambda: (
         p := pre(), t := torch.rand(F, requires_grad=True),
@@ -259,6 +260,7 @@ WITHOUT_WAITING = {
 
 # What the README's list says of them. Each does wait, so that the list stays true.
 WAITING = {
+    "functional.energy_share": selecting(lambda p: f.energy_share(p, 0.9)),
     "functional.norm_match": lambda: (p := torch.randn(B, F), t := torch.ones(B), lambda: f.norm_match(p, t))[2],
     "functional.threshold": lambda: (p := torch.randn(B, F), lambda: f.threshold(p, 0.0))[1],
     "functional.feature_topm": lambda: (

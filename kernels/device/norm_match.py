@@ -314,6 +314,7 @@ def _norm_cut_kernel(
             HAS_WEIGHT, WIDE, LANES)
         from_lo = bar < a  # then b is hi
         if IS_SHARE:
+            total = tl.where(from_lo, energy_above, energy)
             if blind:
                 octaves = (top >> 23) - (magnitude >> 23)
                 blind = (top > 0) & (top < INF_KEY) & ((octaves < FEWEST_OCTAVES) | (octaves >= MOST_OCTAVES))
@@ -322,7 +323,7 @@ def _norm_cut_kernel(
                     magnitude = top
                     scale = _unit(magnitude)
                 else:
-                    wanted = tl.where(ordinary & (top < INF_KEY), share * tl.where(from_lo, energy_above, energy), 1.0)
+                    wanted = tl.where(ordinary & (top < INF_KEY), share * total, 1.0)
                     # what is left is to find this energy; in its own unit, a power of two, so that nothing is rounded
                     octaves = tl.sqrt(wanted).to(tl.float32).to(tl.int32, bitcast=True) - ONE_KEY
                     magnitude = tl.maximum(magnitude + tl.minimum(octaves, -(magnitude - INF_KEY) - 1), 0)
