@@ -245,7 +245,7 @@ class Operation:
 def _norm_match(make: Maker, *, weighted: bool = True) -> Arguments:
     pre, weight_norm = make.pre(), 1 + make.uniform(make.F) if weighted else None
     score = pre if weight_norm is None else pre.float() * weight_norm
-    return pre, make.strongest(score).norm(dim=1), weight_norm, make.B * make.k
+    return pre, make.strongest(score).norm(dim=1), weight_norm, False, make.B * make.k
 
 
 def _threshold(make: Maker, bandwidth: float | None = None, *, scalar: bool = False) -> Arguments:
@@ -317,9 +317,13 @@ _ROWS = (
     ),
     Operation(
         "norm_match", "norm_match.launch", gradients=("pre",), packed_vectors=True,
-        examples={"": _norm_match, "unweighted": lambda make: _norm_match(make, weighted=False)},
+        examples={
+            "": _norm_match,
+            "unweighted": lambda make: _norm_match(make, weighted=False),
+            "share": lambda make: (make.pre(), make.uniform(make.B), None, True, make.B * make.F),
+        },
         # score, square, sum of every element
-        flops=lambda pre, target, weight_norm, capacity: (2 + (weight_norm is not None)) * pre.numel(),
+        flops=lambda pre, target, weight_norm, is_share, capacity: (2 + (weight_norm is not None)) * pre.numel(),
     ),
     Operation(
         "threshold", "threshold.launch", gradients=("pre", "theta"),

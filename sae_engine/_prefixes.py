@@ -105,7 +105,7 @@ def _prefix(pre: Tensor, target: Tensor, weight_norm, is_share: bool, capacity, 
         check.not_negative("weight_norm", weight_norm)
         weight_norm = weight_norm.detach().to(wide)
     capacity = check.capacity_of(capacity)
-    target = target.to(wide).reshape(-1).contiguous()
+    target = target.to(wide).reshape(-1)
     kept = ops.norm_match(check.matrix(pre), target, weight_norm, is_share, capacity, backend)
     return sized(pre, capacity, kept)
 
