@@ -29,14 +29,14 @@ REASONS: dict[tuple[str, str], str] = {
 # On a GPU, by operation.
 GPU_REASONS = {
     "threshold": "without a capacity the host waits for the number of entries, which small matrices do not hide",
-    "decode-backward_weight": "ours turns the codes around first; the product is given them dense, and at few latents "
-    "multiplies them in less time than the turning takes",
+    "decode-backward_weight": "ours transposes the codes first; the product is given them dense, and at few latents "
+    "multiplies them in less time than transposing takes",
 }
 
 # Of training on a CPU, by rule.
 TRAINING_REASONS = {
     "top-AFA": "with its authors' initial weights the first steps keep two fifths of all latents; above a fifth or so, "
-    "dense products are faster than sums over codes, which also have to be turned around for the weights' gradients",
+    "dense products are faster than sums over codes, which also have to be transposed for the weights' gradients",
 }
 
 

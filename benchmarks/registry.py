@@ -350,7 +350,7 @@ OPS: tuple[Op, ...] = (
     Op(
         "decode", "backward_weight", "decode, gradient of weight", "BdFki", codes_inputs,
         (
-            Provider("ours", weight_gradient, note="turning included"),
+            Provider("ours", weight_gradient, note="transposing included"),
             Provider("embedding_bag backward", bag_gradient("weight"), baseline=True),
             Provider("dense matmul", dense_weight_gradient, note="dense codes given"),
         ),

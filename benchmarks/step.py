@@ -31,8 +31,8 @@ from sae_kernels._terms import GIVEN
 from sae_kernels.ops import ops
 
 GEMM, SELECTION, DECODE = "encoder GEMM", "selection", "decode + loss"
-TURNING, VALUES, WEIGHTS = "turning the codes", "value gradients", "weight gradients + Adam"
-PARTS = (GEMM, SELECTION, DECODE, TURNING, VALUES, WEIGHTS)
+TRANSPOSING, VALUES, WEIGHTS = "transposing the codes", "value gradients", "weight gradients + Adam"
+PARTS = (GEMM, SELECTION, DECODE, TRANSPOSING, VALUES, WEIGHTS)
 WHOLE = "whole step"
 OURS, DENSE = "ours", "dense PyTorch"
 BUDGET_SECONDS = {"quick": 0.2, "default": 8.0, "full": 30.0}
@@ -81,7 +81,7 @@ def our_parts(s: Setup) -> tuple[Calls, SparseCodes]:
 
     calls: Calls = {
         GEMM: gemm, SELECTION: lambda: functional.topk(pre, s.case.k), DECODE: decode,
-        TURNING: lambda: ops.by_latent(codes.indices, codes.offsets, s.case.F, backend), VALUES: slopes,
+        TRANSPOSING: lambda: ops.by_latent(codes.indices, codes.offsets, s.case.F, backend), VALUES: slopes,
         WEIGHTS: update, WHOLE: train_step()(s),
     }  # fmt: skip
     return calls, codes

@@ -14,7 +14,7 @@ from step_report import REST, WHOLE, _title, figure_name, floor_ms, grouped, gro
 OURS_COLOUR, BASELINE_COLOUR, OTHER_COLOUR, INK, FAINT = "#0f6fb4", "#8a8f98", "#cdd2d9", "#22262b", "#d9dde2"
 COLOURS = {"ours": OURS_COLOUR, "PyTorch": BASELINE_COLOUR, "peer": OTHER_COLOUR}
 PART_COLOURS = {
-    "encoder GEMM": "#8a8f98", "selection": "#0f6fb4", "decode + loss": "#58a5d8", "turning the codes": "#a8cfe8",
+    "encoder GEMM": "#8a8f98", "selection": "#0f6fb4", "decode + loss": "#58a5d8", "transposing the codes": "#a8cfe8",
     "value gradients": "#f0b35c", "weight gradients + Adam": "#c8501e", REST: "#d9dde2",
 }  # fmt: skip
 
