@@ -169,12 +169,13 @@ def _versions(device_type: str) -> Row:
         "driver": _driver() if on_gpu else None,
         "cuda": (torch.version.cuda or torch.version.hip) if on_gpu else None,
         "torch": torch.__version__,
-        "triton": _installed("triton"),
+        "triton": installed("triton"),
         "python": platform.python_version(),
     }
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package; None where it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

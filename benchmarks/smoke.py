@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import steps
 import torch
 from registry import OPS, Op, check_provider, find
+from rows import installed
 from sizes import BF16, S1
 
 TRAIN = "train"
@@ -33,15 +34,10 @@ def names() -> list[str]:
 
 def describe(file: Path) -> None:
     """Versions, GPU and its memory; ``file`` gets what decides how many processes follow."""
-    from importlib import metadata
-
     cuda, hip = torch.version.cuda, torch.version.hip
     print(f"python {platform.python_version()} · torch {torch.__version__} · CUDA {cuda} · HIP {hip}")
     for package in ("triton", "pytest"):
-        try:
-            print(package, metadata.version(package))
-        except metadata.PackageNotFoundError:
-            print(package, "is not installed")
+        print(package, installed(package) or "is not installed")
     facts = {"gpu": None, "free_gib": None, "operations": names()}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()

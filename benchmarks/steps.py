@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 
 import stock
 import torch
 from guarded import Wrong
 from inputs import normal, seeded
 from registry import Provider
+from rows import installed
 from sizes import MAIN, PUBLISHED, S1, S2, S3, SMALL, Case
 from stock import step_with_unit_rows, topk_dense
 from torch import Tensor, nn
@@ -454,10 +454,4 @@ def true_error(s: Setup) -> float:
 
 def peer_versions() -> dict[str, str]:
     """Of the installed ones."""
-    found = {}
-    for name in PEERS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name in PEERS if (version := installed(name)) is not None}
