@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -236,7 +237,7 @@ def write_files(folder: Path, writes: dict[str, Callable[[Path], object]]) -> No
         replace_files({folder / name: write for name, write in writes.items()})
     except BaseException:
         for parent in made:
-            if parent.is_dir():
+            with suppress(OSError):  # another writer may have put something there, or taken it away
                 parent.rmdir()
         raise
 

@@ -66,6 +66,8 @@ class Source:
 def look_at(place: Path) -> Source:
     """Everything at ``place`` that may belong to a checkpoint, by content.
 
+    Hidden files are passed over unless ``place`` is one: temporaries of a save that was killed, ``.DS_Store`` and such.
+
     Raises:
         FileNotFoundError: there is nothing at ``place``.
         ValueError: ``place`` is a file, and not one of tensors.
@@ -77,7 +79,7 @@ def look_at(place: Path) -> Source:
     configs: dict[Path, dict[str, Any]] = {}
     damaged: dict[Path, ValueError] = {}
     for file in sorted(folder.iterdir()):
-        if not file.is_file():
+        if not file.is_file() or (file.name.startswith(".") and file != place):
             continue
         try:
             kind = _kind(file)
