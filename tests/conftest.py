@@ -23,10 +23,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy as np
 import pytest
 import torch
+from on_the_gpu import NOT_EMULATED, ON_THE_GPU
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-pytest.register_assert_rewrite(*(file.stem for file in (Path(__file__).parent / "helpers").glob("*.py")))
+HELPERS = {file.stem for file in (Path(__file__).parent / "helpers").glob("*.py")}
+pytest.register_assert_rewrite(*sorted(HELPERS - sys.modules.keys()))  # so that their assertions tell values, too
 
 COMPILED_FOR = os.environ.get("PTX_EMULATOR_ARCH")
 if COMPILED_FOR:
@@ -51,18 +53,6 @@ UNWRITTEN_INT = {
     torch.int32: -0x5A5A5A5B,
     torch.int64: -0x5A5A5A5A5A5A5A5B,
 }
-
-
-# What these files hold to the reference runs where the kernels do: in the interpreter without a GPU, on it with one.
-# Every operation's own file is among them.
-ON_THE_GPU = {f"test_{file.stem}" for file in (Path(__file__).parent.parent / "kernels" / "device").glob("[a-z]*.py")}
-ON_THE_GPU |= {
-    "test_activations", "test_autoencoder", "test_aux_zipf", "test_budgets", "test_codes", "test_encode",
-    "test_energy_share", "test_feature_choice", "test_losses", "test_operations", "test_prefixes", "test_registration",
-    "test_rule_losses", "test_rules", "test_training_capture", "test_training_gradients", "test_training_step",
-    "test_training_updates", "test_autotune", "test_waits",
-}  # fmt: skip
-NOT_EMULATED = {"test_autotune", "test_waits"}  # many configurations of the same kernels; a device that is played
 
 
 class _Watched(types.ModuleType):
