@@ -257,10 +257,11 @@ class SparseAutoencoder(nn.Module):
             values = codes.values / functional.at_latents(norms, codes)
             codes = codes.replace(values=values.to(codes.values.dtype))
         out = functional.decode(codes, self.W_dec, self.b_dec, backend=backend)
+        dtype = out.dtype
         if info.std is not None:
             out = out * info.std
         if info.mean is not None:
-            out = out + info.mean
+            out = (out + info.mean).to(dtype)
         if self.W_skip is not None and info.skipped is not None:
             out = out + functional.linear(info.skipped, self.W_skip.T)
         return out
@@ -297,14 +298,17 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"x must have d_in = {self.d_in} in its last dimension, got shape {tuple(x.shape)}")
         check.same_device("x", x, self.W_enc)
         info = EncodeInfo(skipped=x if self.W_skip is not None else None)
+        if self.normalize_activations == "none":
+            return x, info
+        # In fp32 or wider: in 16 bits an offset that all of a token's numbers share would leave few bits of the rest.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = wide.mean(-1, keepdim=True)
         if self.normalize_activations == "layer_norm":
-            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
-            info = info._replace(mean=mean, std=std)
-            x = (x - mean) / (std + LAYER_NORM_EPS)
-        elif self.normalize_activations == "center":
-            mean = x.mean(-1, keepdim=True)
-            info, x = info._replace(mean=mean), x - mean
-        return x, info
+            std = wide.std(-1, keepdim=True)
+            info, wide = info._replace(mean=mean, std=std), (wide - mean) / (std + LAYER_NORM_EPS)
+        else:
+            info, wide = info._replace(mean=mean), wide - mean
+        return wide.to(torch.promote_types(x.dtype, self.W_enc.dtype)), info
 
     def _context(self, x: Tensor, select) -> dict[str, Tensor]:
         """What the rules asked for and the autoencoder knows, constant for autograd, in fp32 or wider."""

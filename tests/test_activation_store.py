@@ -38,6 +38,16 @@ def test_store_round_trip(lm, tmp_path, dtype, max_tokens):
     store.verify()
 
 
+def test_activations_that_are_not_finite_are_not_stored(lm, tmp_path):
+    with torch.no_grad():
+        lm.model.transformer.wte.weight[lm.tokenizer("17")["input_ids"][0]] = torch.inf
+    said = r"texts: \d+ of \d+ activations are not finite, the first at token \d+ .*float32"
+    with pytest.raises(ValueError, match=said):
+        collect(lm, tmp_path)
+    with pytest.raises(ValueError, match="cut off"):
+        ActivationStore(tmp_path)
+
+
 def test_shuffled_batches_hold_every_row_once(lm, tmp_path):
     store = collect(lm, tmp_path)
     rows = store.tensor()

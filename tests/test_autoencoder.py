@@ -459,3 +459,18 @@ def rename(folder, old, new, dtype=None):
     if new:
         tensors[new] = moved.to(dtype or moved.dtype)
     save_file(tensors, file)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalization", ["none", "layer_norm", "center"])
+def test_16_bit_inputs_are_normalized_as_wider_ones(normalization, dtype):
+    """Into a 16-bit module too: its input is rounded after it was normalized, and not before."""
+    sae = se.SparseAutoencoder(D, F, se.TopK(4), normalize_activations=normalization).eval()
+    x = (torch.randn(30, D) + 20).to(dtype)
+    assert torch.equal(sae(x), sae(x.float()))
+    narrow = copy.deepcopy(sae).to(dtype)
+    seen, info = narrow._normalized(x)
+    expected, wide = sae._normalized(x.float())
+    assert narrow(x).dtype == seen.dtype == dtype and torch.equal(seen, expected.to(dtype))
+    for ours, theirs in zip(info[:2], wide[:2], strict=True):
+        assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))

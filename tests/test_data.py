@@ -16,7 +16,7 @@ from sae_engine.data import (
     stdlib_texts,
     stream_activations,
 )
-from sae_engine.data.activations import context_batches
+from sae_engine.data.activations import context_batches, run_with_replacement
 
 FINAL_NORM = {
     "gpt2": "transformer.ln_f",
@@ -106,6 +106,72 @@ def test_hooks_and_mode_are_restored_even_after_an_error():
                 read_activations(model, tokens, layer=2, site="mlp_out")
         assert [module.training for module in model.modules()] == modes
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Block(nn.Module):
+    """A block whose output takes one of the forms that libraries have given it."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, x):
+        return self.form(x + 1)
+
+
+class Blocks(nn.Module):
+    """Two blocks over (batch, tokens, 4), in the order of dimensions that ``lead`` makes."""
+
+    def __init__(self, form, lead=lambda x: x):
+        super().__init__()
+        self.layers, self.lead = nn.ModuleList([Block(form), Block(form)]), lead
+        self.model = nn.Module()
+        self.model.layers = self.layers
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        x = self.lead(input_ids[..., None].float().expand(*input_ids.shape, 4))
+        for block in self.layers:
+            x = block(x)
+            x = x[0] if isinstance(x, (tuple, list)) else x
+        return SimpleNamespace(logits=x)
+
+
+FORMS = {"tensor": lambda x: x, "tuple": lambda x: (x, None), "list": lambda x: [x, None]}
+ORDERS = {"time first": lambda x: x.transpose(0, 1), "streams": lambda x: x.expand(4, *x.shape)}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("shape", [(2, 9), (3, 3), (1, 1)])
+def test_blocks_may_return_tensors_tuples_and_lists(form, shape):
+    model, input_ids = Blocks(form), ids(shape)
+    expected = input_ids[..., None].float().expand(*shape, 4) + 2
+    assert torch.equal(read_activations(model, input_ids, layer=1, site="resid_post"), expected)
+    replaced = run_with_replacement(model, input_ids, lambda x: 2 * x, layer=0, site="resid_post")
+    assert torch.equal(replaced, 2 * (expected - 1) + 1)
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
+@pytest.mark.parametrize("lead", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("shape", [(2, 9), (3, 3)])
+def test_hidden_states_in_another_order_are_refused(site, lead, shape):
+    model = Blocks(lambda x: x, lead)
+    said = r"Block has hidden states of shape .*only \(batch, tokens, d_model\)"
+    with pytest.raises(ValueError, match=said):
+        read_activations(model, ids(shape), layer=1, site=site)
+    with pytest.raises(ValueError, match=said):
+        run_with_replacement(model, ids(shape), torch.zeros_like, layer=1, site=site)
+
+
+def test_an_output_that_says_not_what_it_holds_is_refused():
+    model = Blocks(lambda x: SimpleNamespace(hidden=x))
+    with pytest.raises(TypeError, match="a Block returns a SimpleNamespace at site 'resid_post'"):
+        read_activations(model, ids(), layer=0, site="resid_post")
+
+
+def test_text_that_is_no_text_is_named(lm):
+    texts = ["good text "] * 3 + ["bad \ud83d text"]
+    with pytest.raises(ValueError, match=r"texts: document 3 holds '\\ud83d' at position 4"):
+        list(stream_activations(lm, texts, layer=1))
 
 
 def test_activations_can_be_trained_on(lm):

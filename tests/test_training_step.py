@@ -33,6 +33,17 @@ def test_no_gradient_is_left_and_none_may_be_there():
         step(x)
 
 
+def plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+@pytest.mark.parametrize(("scheduler", "named"), [(plateau, "ReduceLROnPlateau.step needs metrics"),
+                                                  (lambda optimizer: None, "learning-rate scheduler")])  # fmt: skip
+def test_a_scheduler_that_cannot_step_alone_is_refused_before_anything_is_updated(scheduler, named):
+    with pytest.raises(TypeError, match=f"scheduler must make .*{named}"):
+        train_step(make(se.TopK(4)), lr=1e-2, scheduler=scheduler)
+
+
 # --- capacity, dead latents, reports ---------------------------------------------------------------------------------
 
 

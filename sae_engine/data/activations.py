@@ -45,8 +45,8 @@ def read_activations(model: nn.Module, input_ids: Tensor, *, layer: int, site: s
 
     Raises:
         TypeError: ``input_ids`` or ``layer`` is not of integers.
-        ValueError: ``layer`` or ``site`` is out of range, ``input_ids`` is not 2-D, or the model's blocks
-            are not found.
+        ValueError: ``layer`` or ``site`` is out of range, ``input_ids`` is not 2-D, the model's blocks are not found,
+            or hidden states there are not (batch, tokens, d_model), as XLNet's and Gemma 3n's.
         RuntimeError: the forward pass never reached the site.
 
     Example:
@@ -58,6 +58,9 @@ def read_activations(model: nn.Module, input_ids: Tensor, *, layer: int, site: s
     """
     _check_ids(input_ids)
     target = _hook_target(model, layer, site)
+    if input_ids.shape[0] == input_ids.shape[1] > 1:  # (tokens, batch, d_model) would have the same shape
+        parts = input_ids[:1], input_ids[1:]
+        return torch.cat([read_activations(model, part, layer=layer, site=site) for part in parts])
     found: list[Tensor] = []
 
     def read(hidden: Tensor) -> Tensor:
@@ -69,7 +72,7 @@ def read_activations(model: nn.Module, input_ids: Tensor, *, layer: int, site: s
     if not found:
         raise _never_reached(model, layer, site)
     # The copy, made outside inference mode, is an ordinary tensor: autograd may save it, an SAE may train on it.
-    return found[0].clone().reshape(*input_ids.shape, -1)  # OPT's MLP sees its tokens flattened
+    return _by_token(found[0], input_ids, target).clone()
 
 
 def run_with_replacement(
@@ -105,12 +108,14 @@ def run_with_replacement(
     """
     _check_ids(input_ids)
     target = _hook_target(model, layer, site)
+    if input_ids.shape[0] == input_ids.shape[1] > 1:  # as (tokens, batch, d_model) would be: one row tells
+        read_activations(model, input_ids[:1], layer=layer, site=site)
     reached = False
 
     def write(hidden: Tensor) -> Tensor:
         nonlocal reached
         reached = True
-        before = hidden.reshape(*input_ids.shape, -1)  # OPT's MLP sees its tokens flattened
+        before = _by_token(hidden, input_ids, target)
         after = replace(before)
         if not isinstance(after, Tensor) or after.shape != before.shape:
             got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
@@ -240,8 +245,8 @@ def context_batches(
     run = context_length - 1
     size = batch_size * run
     pending: list[int] = []
-    for document in texts:
-        pending += _tokenize(lm, document)
+    for number, document in enumerate(texts):
+        pending += _tokenize(lm, document, number)
         for start in range(0, len(pending) - size + 1, size):
             yield _contexts(pending[start : start + size], first, run)
         del pending[: len(pending) // size * size]
@@ -283,12 +288,30 @@ def _contexts(block: list[int], first: int, run: int) -> Tensor:
     return torch.cat([torch.full((len(runs), 1), first), runs], dim=1)
 
 
-def _tokenize(lm: LanguageModel, document: str) -> list[int]:
+def _tokenize(lm: LanguageModel, document: str, number: int) -> list[int]:
     if not isinstance(document, str):
         raise TypeError(f"texts must yield strings, got {type(document).__name__}: {document!r:.80}")
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which scraped text may hold
+        raise ValueError(
+            f"texts: document {number} holds {document[error.start]!a} at position {error.start}, which is no "
+            "character: clean it, as by document.encode(errors='replace').decode()"
+        ) from None
     # verbose=False: the warning about documents longer than the model's context does not apply to a stream.
     ids = lm.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if document else []
     return [*ids, lm.tokenizer.eos_token_id] if ids else []
+
+
+def _by_token(hidden: Tensor, input_ids: Tensor, target: nn.Module) -> Tensor:
+    """(B, T, d_model) of hidden states of that shape, or of (B * T, d_model), as OPT's MLP sees them; no others."""
+    if hidden.shape[:-1] == input_ids.shape or hidden.shape[:-1] == (input_ids.numel(),):
+        return hidden.reshape(*input_ids.shape, -1)
+    raise ValueError(
+        f"layer: a {type(target).__name__} has hidden states of shape {tuple(hidden.shape)} for "
+        f"{tuple(input_ids.shape)} (batch, tokens): only (batch, tokens, d_model) can be read, since rows in another "
+        "order would belong to other tokens"
+    )
 
 
 def _check_ids(input_ids: Tensor) -> None:
@@ -328,7 +351,14 @@ def _hooked(target: nn.Module, site: str, use: Callable[[Tensor], Tensor]) -> It
         return args, {**kwargs, "hidden_states": use(kwargs["hidden_states"])}
 
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        return (use(output[0]), *output[1:]) if isinstance(output, tuple) else use(output)
+        if isinstance(output, (tuple, list)) and not hasattr(output, "_fields"):
+            return type(output)((use(output[0]), *output[1:]))
+        if isinstance(output, Tensor):
+            return use(output)
+        raise TypeError(
+            f"layer: a {type(target).__name__} returns a {type(output).__name__} at site {site!r}, in which nothing "
+            "says what the hidden states are: tensors, tuples and lists that begin with them can be read"
+        )
 
     if site == "resid_pre":
         handle = target.register_forward_pre_hook(before, with_kwargs=True)

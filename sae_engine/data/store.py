@@ -148,6 +148,7 @@ def _collect(
                 # The whole batch is run even if part of it is stored: a row's last bits depend on its batch.
                 rows = batch_rows(lm, ids, manifest["layer"], manifest["site"], manifest["drop_first"])
                 rows = rows[max(0, stored - before) : None if limit is None else limit - before]
+                _check_finite(rows, max(before, stored), lm, texts_at=ids)
                 buffer.append(_cast(rows, dtype))
                 buffered += len(rows)
                 bar.update(len(rows))
@@ -340,10 +341,25 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     replace_file(folder / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def _check_finite(rows: Tensor, first: int, lm: LanguageModel, texts_at: Tensor) -> None:
+    """ValueError that says where in the texts the first row that is not finite lies, and how many there are."""
+    finite = rows.isfinite().all(1)
+    if bool(finite.all()):
+        return
+    wrong, row = int((~finite).sum()), int((~finite).nonzero()[0])
+    text = lm.tokenizer.decode(texts_at.flatten().tolist())
+    dtype = _dtype_name(next(lm.model.parameters()).dtype)
+    raise ValueError(
+        f"texts: {wrong} of {len(rows)} activations are not finite, the first at token {first + row} of the stream, in "
+        f"the contexts that begin with {text[:60]!r}: {lm.name!r} computes in {dtype}; load it in bfloat16 or float32, "
+        "or leave this text out"
+    )
+
+
 def _cast(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """To the stored dtype, on the CPU; an overflow is an error, since a clipped or infinite value would go unseen."""
     stored = rows.to(device="cpu", dtype=dtype)
-    if not bool(stored.isfinite().all()) and bool(rows.isfinite().all()):
+    if not bool(stored.isfinite().all()):
         largest = f"{float(rows.abs().max()):.6g}"
         raise ValueError(f"dtype: an activation of {largest} overflows {_dtype_name(dtype)}; use bfloat16 or float32")
     return stored

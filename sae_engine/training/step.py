@@ -1,6 +1,7 @@
 """TrainStep: one optimizer step of a sparse autoencoder, sparse from the selection to the last moment of Adam."""
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -116,7 +117,7 @@ class TrainStep:
         self.dense = dense if dense is None else check.flag("dense", dense)
         self.backend = resolve(backend, sae.W_enc)
         self.optimizer = Adam(sae, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        self.scheduler = None if scheduler is None else _checked_scheduler(scheduler(self.optimizer))
         self.dead = DeadLatents(
             sae.d_sae, dead_after=dead_after, read_interval=density_interval, device=sae.W_enc.device
         )
@@ -314,6 +315,20 @@ class TrainStep:
         self.calls, self._dense_now, self.memory_budget = state["calls"], state["dense_now"], state["memory_budget"]
         self._seen, self._update.stored = None, {}
         self.refresh()
+
+
+def _checked_scheduler(scheduler: Any) -> Any:
+    """A scheduler whose ``step`` can be called after an update, which knows of no metric."""
+    if not callable(getattr(scheduler, "step", None)):
+        raise TypeError(f"scheduler must make a learning-rate scheduler of the optimizer, got {scheduler!r}")
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed:
+        raise TypeError(
+            f"scheduler must make one that steps without arguments: {type(scheduler).__name__}.step needs "
+            f"{', '.join(needed)}; leave it out, and step one of your own on step.optimizer where the metric is known"
+        )
+    return scheduler
 
 
 def _fired(codes: SparseCodes) -> Tensor:
