@@ -43,7 +43,7 @@ DTYPE_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 # Streaming passes: kernels that read contiguous rows of their first argument, which 16-byte loads are due to serve.
 STREAMS = {"_group_max_kernel", "_column_group_max_kernel", "_row_topk_kernel", "_norm_cut_kernel",
-           "_mark_kernel"}  # fmt: skip
+           "_bitmask_kernel"}  # fmt: skip
 # What a kernel's main loop loads for each element, where that is not its first argument and vectors along it.
 MAIN_OPERANDS = {"_decode_kernel": ("weight_ptr",), "_row_split_kernel": ("weight_ptr",),
                  "_values_kernel": ("weight_ptr",), "_scatter_kernel": ("indices_ptr", "values_ptr"),

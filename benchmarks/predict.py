@@ -83,14 +83,14 @@ def moved(launch, shape):
             written = entries * (4 + a["pre_ptr"].element_size())
             return whole + written, whole + written
         case "_norm_cut_kernel":  # one pass and the sample, where few are kept; two passes where half are
-            once = size("pre_ptr") + size("marks_ptr")
+            once = size("pre_ptr") + size("bits_ptr")
             return once, once + size("pre_ptr") * a["SAMPLE"] / shape.F
-        case "_mark_kernel":
-            return size("pre_ptr") + size("marks_ptr"), size("pre_ptr") + size("marks_ptr")
-        case "_write_marked_kernel":
+        case "_bitmask_kernel":
+            return size("pre_ptr") + size("bits_ptr"), size("pre_ptr") + size("bits_ptr")
+        case "_write_kept_kernel":
             written = size("values_ptr") + size("indices_ptr")
             gathered = entries * SECTOR * (1 + a["HAS_CUT"])
-            return size("marks_ptr") + gathered, size("marks_ptr") + gathered + written + rows * SHARE
+            return size("bits_ptr") + gathered, size("bits_ptr") + gathered + written + rows * SHARE
         case "_decode_kernel":
             row = width * a["weight_ptr"].element_size()
             tiles = size("out_ptr") + (size("target_ptr") if a["HAS_TARGET"] else 0)
@@ -122,7 +122,7 @@ def predict(launch, shape, copy, compile_):
     passes = max(asked / (threads * binary.loop_bytes), 1) if binary.loop_bytes and asked else 1
     rounds = 32 - launch.arguments.get("SHIFT", 0)
     once = max(binary.instructions - binary.loop_instructions - binary.search_instructions, 0)
-    if launch.kernel == "_write_marked_kernel":  # tiles of marks, around the loop over columns where many are marked
+    if launch.kernel == "_write_kept_kernel":  # words of bits, around the loop over columns where many are set
         once *= -(-shape.F // (32 * launch.arguments["WORDS"]))
     issued = programs * warps * (once + passes * binary.loop_instructions + rounds * binary.search_instructions)
     in_flight = binary.occupancy * 64 * 32 * binary.loop_bytes

@@ -46,9 +46,9 @@ def test_every_kernel_keeps_its_promises(target, compiled):
     assert not [row for row in rows if row["wide_loads"] < row["wide_loads_due"]]
     assert not [row for row in rows if row["fp_fusion"] is not True]
     streams = {row["kernel"] for row in rows if row["wide_loads_due"]}
-    expected = {"row_topk", "group_max", "column_group_max", "norm_cut", "mark"}
-    # with 64 threads a warp a thread of the marking pass has four columns, 16 bytes in fp32 alone: no quick cell
-    assert streams == (expected - {"mark"} if target == "gfx942" else expected)
+    expected = {"row_topk", "group_max", "column_group_max", "norm_cut", "bitmask"}
+    # with 64 threads a warp a thread of the streaming pass has four columns, 16 bytes in fp32 alone: no quick cell
+    assert streams == (expected - {"bitmask"} if target == "gfx942" else expected)
     assert f"## {target}" in done.stdout and done.returncode == (1 if whole["defects"] else 0)
 
 
@@ -61,10 +61,10 @@ for shape in (report.S1, report.S2, report.S3):
         assert len(kernels + found.torch_kernels["forward"]) == most, (kernels, found.torch_kernels)
     found = report.run_cell((report.CASES["topk"], shape, report.BF16), "sm_90")
     assert [launch.kernel for mode, launch in found.launches if mode == "forward"] == ["_row_topk_kernel"]
-    for name, first in (("threshold", "_mark_kernel"), ("norm_match", "_norm_cut_kernel")):
+    for name, first in (("threshold", "_bitmask_kernel"), ("norm_match", "_norm_cut_kernel")):
         found = report.run_cell((report.CASES[name], shape, report.BF16), "sm_90")
         kernels = [launch.kernel for mode, launch in found.launches if mode == "forward"]
-        assert kernels == [first, "_write_marked_kernel"]
+        assert kernels == [first, "_write_kept_kernel"]
         assert [name for name, _ in found.torch_kernels["forward"]] == ["aten.zeros.default"]
 few = report.run_cell((report.CASES["topk few rows"], report.S1, report.BF16), "sm_90").launches
 assert [(one.kernel, one.grid) for _, one in few] == [("_group_max_kernel", (1, 32)), ("_row_topk_kernel", (1,))]
@@ -164,9 +164,10 @@ def test_command_line_names_what_is_wrong(arguments, capsys):
 
 def test_defects_are_named_and_shown(monkeypatch, capsys, tmp_path):
     row = {
-        "target": "sm_90", "kernel": "mark", "case": "threshold, forward", "shape": "S1", "dtype": "bf16", "warps": 4,
-        "registers": 255, "spills": 0, "shared": 0, "occupancy": 0.125, "limited_by": "registers", "loads": {128: 2},
-        "wide_loads": 2, "wide_loads_due": 2, "stores": {}, "instructions": None, "instructions_per_element": None,
+        "target": "sm_90", "kernel": "bitmask", "case": "threshold, forward", "shape": "S1", "dtype": "bf16",
+        "warps": 4, "registers": 255, "spills": 0, "shared": 0, "occupancy": 0.125, "limited_by": "registers",
+        "loads": {128: 2}, "wide_loads": 2, "wide_loads_due": 2, "stores": {}, "instructions": None,
+        "instructions_per_element": None,
         "fp_fusion": True,
     }  # fmt: skip
     bad = [{"spills": 8}, {"wide_loads": 1}, {"fp_fusion": None}]

@@ -145,9 +145,9 @@ def test_wide_rows_are_read_hardly_more_than_once(num_latents, k, most, dtype, m
     assert scratch <= 3 * size * groups.number + 1.6 * k * (size * (1 + groups.size) + 5 * 4)
 
 
-def marks_moved(meter) -> int:
+def bitmask_moved(meter) -> int:
     """Bytes of a bit for each latent, written and read back."""
-    return sum(launch.stored.get("marks_ptr", 0) + launch.loaded.get("marks_ptr", 0) for launch in meter.launches)
+    return sum(launch.stored.get("bits_ptr", 0) + launch.loaded.get("bits_ptr", 0) for launch in meter.launches)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
@@ -163,8 +163,8 @@ def test_threshold_reads_the_pre_activations_once(num_latents, bandwidth, dtype,
     assert meter.of(pre).loaded == pre.nbytes + entries * dtype.itemsize
     written = meter.of(codes.values, codes.indices)
     assert written.stored == written.stored_once == entries * (dtype.itemsize + 4) and written.loaded == 0
-    assert marks_moved(meter) <= 2.02 * pre.numel() / 8
-    moved = meter.of(pre).loaded + written.stored + marks_moved(meter)
+    assert bitmask_moved(meter) <= 2.02 * pre.numel() / 8
+    moved = meter.of(pre).loaded + written.stored + bitmask_moved(meter)
     assert moved <= 1.16 * traffic.threshold(2, num_latents, entries, dtype.itemsize).bytes
 
 
@@ -185,7 +185,7 @@ def test_threshold_reads_dense_rows_twice(metering):
 def test_norm_match_reads_the_pre_activations_once_where_few_are_kept(
     share, passes, write, most, num_latents, dtype, metering
 ):
-    """The sample can tell where sparse rows end, and marks tell the writer what it keeps.
+    """The sample can tell where sparse rows end, and the bitmask tells the writer what it keeps.
 
     Where half of all latents are kept, the cut takes the row's energy, some rows another pass, and the writer reads all
     of it. A cache that holds a row reads it from memory once a launch.
@@ -204,7 +204,7 @@ def test_norm_match_reads_the_pre_activations_once_where_few_are_kept(
     assert meter.of(codes.values, codes.indices).stored == entries * (dtype.itemsize + 4)
     floor = traffic.norm_match(rows, num_latents, entries, dtype.itemsize, weight_norm=False).bytes
     read = cut.loaded["pre_ptr"] + writer.loaded["pre_ptr"]
-    assert read + aside + marks_moved(meter) + entries * (dtype.itemsize + 4) <= most * floor
+    assert read + aside + bitmask_moved(meter) + entries * (dtype.itemsize + 4) <= most * floor
     assert meter.of(pre).loaded_once == pre.nbytes
 
 
@@ -224,8 +224,8 @@ def test_norm_match_needs_few_passes_where_the_sample_tells_nothing(share, kind,
     assert meter.launches[0].loaded["pre_ptr"] <= passes * pre.nbytes
 
 
-def test_norm_match_reads_nothing_outside_rows_of_which_everything_is_marked(metering):
-    """Ties that no lane can set aside; the last tile of marks holds so few columns that it is read mark by mark.
+def test_norm_match_reads_nothing_outside_rows_of_which_everything_may_be_kept(metering):
+    """Ties that no lane can set aside; the last words of the bitmask hold so few columns that they are read bit by bit.
 
     The meter refuses loads outside of the arguments.
     """

@@ -295,9 +295,9 @@ def stream_block(num_latents: int, most: int = 4096) -> int:
     return max(min(next_power_of_2(num_latents), most), 16)
 
 
-@searched(lambda tile, num_latents, itemsize: [t for t in _tiles_around(tile) if t.block >= 32])  # whole words of marks
-def mark_tile(num_latents: int, itemsize: int) -> Tile:
-    """Columns and warps of the pass that marks what a threshold keeps.
+@searched(lambda tile, num_latents, itemsize: [t for t in _tiles_around(tile) if t.block >= 32])  # whole words
+def bitmask_tile(num_latents: int, itemsize: int) -> Tile:
+    """Columns and warps of the pass that sets the bits of what a threshold keeps.
 
     8 columns of 16 bits a thread, or 16 of 32: on an H200 either takes a sixth less so than the other way round.
     """
@@ -305,33 +305,34 @@ def mark_tile(num_latents: int, itemsize: int) -> Tile:
     return Tile(block, num_warps(block * 4 // itemsize))
 
 
-# Segments into which few rows are cut, about: the warps of the writer that share 132 SMs, 24 each.
-MARKED_SEGMENTS = 24 * 132
+# Splits into which few rows are cut, about: the warps of the writer that share 132 SMs, 24 each.
+BITMASK_SPLITS = 24 * 132
 
 
-class MarkedTile(NamedTuple):
-    """Tiles of the pass that writes what is marked."""
+class WriteTile(NamedTuple):
+    """Tiles of the pass that writes the entries whose bits are set."""
 
-    words: int  # of marks, 32 columns each
-    dense: int  # lanes of 8 columns in one step, where many are marked
+    words: int  # of the bitmask, 32 columns each
+    dense: int  # lanes of 8 columns in one step, where many bits are set
     warps: int
 
 
 @searched(
     lambda tile, num_latents: [
-        MarkedTile(words, dense, warps)
+        WriteTile(words, dense, warps)
         for words in _around(tile.words, 2, 1024)
         for dense in _around(tile.dense, 2, 256)
         for warps in _around(tile.warps, 1, 4)
     ]
 )
-def marked_tile(num_latents: int) -> MarkedTile:
+def write_tile(num_latents: int) -> WriteTile:
     """One warp a row, which needs no barrier: 80 registers, so that 24 rows share an SM and hide their latencies.
 
-    4 words a thread, a 16-byte load of marks; 8 columns where many are marked, whose positions fill the registers.
+    4 words a thread, a 16-byte load of the bitmask; 8 columns where many bits are set:
+    their positions fill the registers.
     """
     words = max(min(next_power_of_2(-(-num_latents // 32)), 128), 2)
-    return MarkedTile(words, min(4 * words, 32), 1)
+    return WriteTile(words, min(4 * words, 32), 1)
 
 
 @searched(_tiles_around)

@@ -4,9 +4,9 @@ Math      rank by r = relu(pre) * weight_norm; keep the prefix that minimises |s
           whose sum of r^2 reaches a share of the row's
 Grid      (B,); one program owns one row, first to find its cut, then to write what it keeps
 Traffic   a sample of the row says between which two r the energy will cross the target; one pass checks it exactly,
-          sets aside what lies between, and marks what may be kept. Where the sample cannot tell (targets near the
+          sets aside what lies between, and a bit for what may be kept. Where the sample cannot tell (targets near the
           row's norm, a few entries that hold most of it), that pass takes the row's energy and sets the largest aside,
-          for one or two more to work from. Where ties end a row it is read up to the last that is kept. Then the marked
+          for one or two more to work from. Where ties end a row it is read up to the last that is kept. Then these
           entries again, or the tiles where they are many; a bit an entry is written and read; writes N*(s + 4).
           A share says what to look for once the row's energy is known, so its first pass is always of the latter kind:
           one where the share lies in the largest few hundred entries or the row is short, else two, seldom three; and
@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 
 from . import _tuning
+from ._bitmask import NEIGHBOURS, BitmaskPlan, lane_bits, nothing_kept, plan_bitmask, plan_write, write
 from ._compact import SHARE_ROWS
 from ._device import INF_KEY, ONE_KEY, middle, scores
 from ._launch import Launch, Layout, layout, planned
-from ._marks import NEIGHBOURS, MarksPlan, lane_marks, nothing_marked, plan_marks, plan_write, write
 
 GUIDED_PASSES = tl.constexpr(4)  # that a sample narrows down; then bisection, which always ends
 SAMPLE_ROUNDS = tl.constexpr(8)  # the sample's resolution: its range over 256, finer than its standard error
@@ -76,12 +76,12 @@ def _set_aside(scratch_ptr, tile, lo, hi, place, end):
 
 @triton.jit
 def _measure(
-    pre_ptr, weight_ptr, scratch_ptr, marks_ptr, F, ROW_MARKS, stride_pf, stride_wf, scale, lo, hi, bar, limit,
+    pre_ptr, weight_ptr, scratch_ptr, bits_ptr, F, ROW_BYTES, stride_pf, stride_wf, scale, lo, hi, bar, limit,
     HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
 ):
     """One pass over a row: its largest r; count and energy of the r above `bar`; the energy of those from lo on.
 
-    What lies from lo on is marked, and up to hi set aside: a lane has `limit` places; `number` is how many it would
+    What lies from lo on gets a bit, and up to hi is set aside: a lane has `limit` places; `number` is how many it would
     have needed. NaN is above everything. The energy from a key on is the same number in every pass and falls with the
     key, as its sum runs over all columns, with 0 for what is below.
     """
@@ -98,17 +98,17 @@ def _measure(
         cols = (tile * LANES + lane[:, None]) * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, :]
         r = scores(pre_ptr, weight_ptr, cols, cols < F, stride_pf, stride_wf, HAS_WEIGHT, WIDE)[1]
         beyond = (r <= bar) == 0
-        marked = (r < lo) == 0
+        from_lo = (r < lo) == 0
         scaled = _scaled(r, scale)
         upper = tl.where(beyond, scaled, 0.0)
-        lower = tl.where(marked, scaled, 0.0)
+        lower = tl.where(from_lo, scaled, 0.0)
         above += tl.sum(beyond.to(tl.int32), axis=1)
         energy_above += tl.sum(upper * upper, axis=1).to(tl.float64)
         energy_from += tl.sum(lower * lower, axis=1).to(tl.float64)
         for column in tl.static_range(NEIGHBOURS):
             top = tl.maximum(top, _columns(r)[column], propagate_nan=tl.PropagateNan.ALL)
         place = _set_aside(scratch_ptr, r, lo, hi, place, limit * LANES)
-        tl.store(marks_ptr + tile * LANES + lane, lane_marks(marked).to(tl.int8), mask=tile * LANES + lane < ROW_MARKS)
+        tl.store(bits_ptr + tile * LANES + lane, lane_bits(from_lo).to(tl.int8), mask=tile * LANES + lane < ROW_BYTES)
     top = tl.where(top != top, INF_KEY + 1, top.to(tl.int32, bitcast=True))
     return (tl.max(top, axis=0), place // LANES, tl.sum(above, axis=0),
             tl.sum(energy_above, axis=0), tl.sum(energy_from, axis=0))
@@ -245,8 +245,8 @@ def _norm_cut_kernel(
     target_ptr,   # [B] in, fp32: norms, or shares
     scratch_ptr,  # [B, SLOTS * BLOCK / 8] scratch, fp32
     cut_ptr, last_ptr, count_ptr,  # [B] out each, int32: keep r above cut, and equal to it up to a column; their number
-    marks_ptr, sums_ptr,           # [B, ROW_MARKS] out, int8; in/out: see _marks.Marks
-    F, ROW_MARKS, stride_pb, stride_pf, stride_wf,
+    bits_ptr, sums_ptr,            # [B, ROW_BYTES] out, int8; in/out: see _bitmask.Bitmask
+    F, ROW_BYTES, stride_pb, stride_pf, stride_wf,
     HAS_WEIGHT: tl.constexpr, IS_SHARE: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr, SAMPLE: tl.constexpr,
 ):
@@ -255,7 +255,7 @@ def _norm_cut_kernel(
     LANES: tl.constexpr = BLOCK // NEIGHBOURS
     pre_ptr += row * stride_pb
     scratch_ptr += row * (SLOTS * LANES)
-    marks_ptr += row * ROW_MARKS
+    bits_ptr += row * ROW_BYTES
     target = tl.load(target_ptr + row)
     # Energies are of r * scale, which is near 1 at the target: at the row's, until the target of a share is known.
     if IS_SHARE:
@@ -310,7 +310,7 @@ def _norm_cut_kernel(
                     limit = tl.full((), SLOTS, tl.int32)
             passes += 1
         top, number, above, energy_above, energy = _measure(
-            pre_ptr, weight_ptr, scratch_ptr, marks_ptr, F, ROW_MARKS, stride_pf, stride_wf, scale, a, b, bar, limit,
+            pre_ptr, weight_ptr, scratch_ptr, bits_ptr, F, ROW_BYTES, stride_pf, stride_wf, scale, a, b, bar, limit,
             HAS_WEIGHT, WIDE, LANES)
         from_lo = bar < a  # then b is hi
         if IS_SHARE:
@@ -361,12 +361,12 @@ def _norm_cut_kernel(
         ends = special | whole | aside | (known & (lo >= hi))
         searching = ends == 0
 
-    if (lo < a) & (top < INF_KEY):  # the last pass has not marked what is kept: all may be
-        tl.debug_barrier()  # its marks are overwritten by other lanes
-        for first in range(0, ROW_MARKS, LANES):
+    if (lo < a) & (top < INF_KEY):  # the last pass has set no bits for what is kept: all may be
+        tl.debug_barrier()  # its bits are overwritten by other lanes
+        for first in range(0, ROW_BYTES, LANES):
             place = first + tl.arange(0, LANES)
             columns = tl.minimum(tl.maximum(F - place * NEIGHBOURS, 0), NEIGHBOURS)  # none outside the row
-            tl.store(marks_ptr + place, ((1 << columns) - 1).to(tl.int8), mask=place < ROW_MARKS)
+            tl.store(bits_ptr + place, ((1 << columns) - 1).to(tl.int8), mask=place < ROW_BYTES)
 
     # A row whose first entry is not finite, or a target that is not a positive number, keeps that one entry.
     search = ordinary & (top > 0) & (top < INF_KEY) & (keep_all == 0)
@@ -424,7 +424,7 @@ def _norm_cut_kernel(
 class _Plan(NamedTuple):
     """Sizes, and the launches in their order."""
 
-    marks: MarksPlan
+    bitmask: BitmaskPlan
     scratch: tuple[int, int]
     cut: Launch
     write: Launch
@@ -433,27 +433,27 @@ class _Plan(NamedTuple):
 @planned
 def _plan(pre: Layout, weight_norm: Layout | None, is_share: bool) -> _Plan:
     rows, num_latents = pre.shape
-    marks = plan_marks(pre)
+    bitmask = plan_bitmask(pre)
     tile = _tuning.norm_tile(num_latents)
     cut = Launch(
         _norm_cut_kernel, (rows,), warps=tile.warps, most_registers=_tuning.NORM_REGISTERS, F=num_latents,
-        ROW_MARKS=marks.row_marks, stride_pb=pre.strides[0], stride_pf=pre.strides[1],
+        ROW_BYTES=bitmask.row_bytes, stride_pb=pre.strides[0], stride_pf=pre.strides[1],
         stride_wf=0 if weight_norm is None else weight_norm.strides[0], HAS_WEIGHT=weight_norm is not None,
         IS_SHARE=is_share, SHIFT=0 if weight_norm is not None else _tuning.key_shift(pre.dtype),
         WIDE=_tuning.is_wide(num_latents * pre.strides[1]), BLOCK=tile.block, SLOTS=tile.slots, SAMPLE=tile.sample,
     )
-    write = plan_write(pre, marks, weight=weight_norm, has_cut=True)
-    return _Plan(marks, (rows, tile.slots * tile.block // 8), cut, write)
+    write = plan_write(pre, bitmask, weight=weight_norm, has_cut=True)
+    return _Plan(bitmask, (rows, tile.slots * tile.block // 8), cut, write)
 
 
 def launch(pre, target, weight_norm, is_share, capacity):
     """values (N,), indices (N,), offsets (B + 1,), required (); see ``reference.norm_match``."""
     rows, device = pre.shape[0], pre.device
     if rows == 0:
-        return nothing_marked(pre, capacity)
+        return nothing_kept(pre, capacity)
     plan = _plan(layout(pre), layout(weight_norm), is_share)
-    marks = plan.marks.unmarked(device)
+    bitmask = plan.bitmask.unwritten(device)
     cut, last = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
     scratch = torch.empty(plan.scratch, dtype=torch.float32, device=device)
-    plan.cut(pre, weight_norm, target, scratch, cut, last, marks.counts, marks.bits, marks.sums)
-    return write(plan.write, pre, marks, capacity, weight_norm, cut, last, None)
+    plan.cut(pre, weight_norm, target, scratch, cut, last, bitmask.counts, bitmask.bits, bitmask.sums)
+    return write(plan.write, pre, bitmask, capacity, weight_norm, cut, last, None)

@@ -1,7 +1,7 @@
 """Threshold: every entry above its latent's theta; NaN is kept and counted.
 
 Math      keep pre > theta_j (or > theta_j - bandwidth / 2, entries up to theta_j then holding 0)
-Grid      (B * parts of a row,); few rows have several parts
+Grid      (B * splits of a row,); few rows have several splits
 Traffic   reads B*F*s once, and again the entries that are kept, or the tiles where they are many; a bit an entry is
           written and read; writes N*(s + 4)
 Numerics  compared in fp32; exact
@@ -13,34 +13,34 @@ import triton
 import triton.language as tl
 
 from . import _tuning
-from ._compact import SHARE_ROWS
-from ._launch import Launch, Layout, layout, planned
-from ._marks import (
+from ._bitmask import (
     NEIGHBOURS,
-    MarksPlan,
-    lane_marks,
-    nothing_marked,
+    BitmaskPlan,
+    lane_bits,
+    nothing_kept,
     number_of,
-    plan_marks,
+    plan_bitmask,
     plan_write,
-    segment_of,
+    split_of,
     theta_of,
     write,
 )
+from ._compact import SHARE_ROWS
+from ._launch import Launch, Layout, layout, planned
 
 
-@triton.jit(do_not_specialize=["parts", "part"])
-def _mark_kernel(
+@triton.jit(do_not_specialize=["row_splits", "units"])
+def _bitmask_kernel(
     pre_ptr, theta_ptr,              # [B, F] in, [F] in, fp32
-    marks_ptr, count_ptr, sums_ptr,  # [B, ROW_MARKS] out, int8, [B * parts] out, int32, in/out: see _marks.Marks
-    parts, part, F, ROW_MARKS, half_window, stride_pb, stride_pf, STRIDE_TF: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    bits_ptr, count_ptr, sums_ptr,   # [B, ROW_BYTES] out, int8, [B * splits] out, int32, in/out: see _bitmask.Bitmask
+    row_splits, units, F, ROW_BYTES, half_window, stride_pb, stride_pf, STRIDE_TF: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One segment of a row: which entries it stores, and how many."""
-    segment = tl.program_id(0).to(tl.int64)
-    row, begin, end = segment_of(segment, parts, part, F)
+    """One split of a row: which entries it stores, and how many."""
+    split = tl.program_id(0).to(tl.int64)
+    row, begin, end = split_of(split, row_splits, units, F)
     pre_ptr += row * stride_pb
-    marks_ptr += row * ROW_MARKS
+    bits_ptr += row * ROW_BYTES
     lane = tl.arange(0, BLOCK // NEIGHBOURS)
     counts = tl.zeros((BLOCK // NEIGHBOURS,), tl.int32)
     for tile in range(begin, end, BLOCK):
@@ -51,41 +51,42 @@ def _mark_kernel(
         floor = theta_of(theta_ptr, cols, cols < F, STRIDE_TF)
         if HAS_WINDOW:
             floor -= half_window
-        marks = lane_marks((value > floor) | (value != value))
-        counts += number_of(marks)
-        tl.store(marks_ptr + tile // NEIGHBOURS + lane, marks.to(tl.int8), mask=tile // NEIGHBOURS + lane < ROW_MARKS)
+        bits = lane_bits((value > floor) | (value != value))
+        counts += number_of(bits)
+        tl.store(bits_ptr + tile // NEIGHBOURS + lane, bits.to(tl.int8), mask=tile // NEIGHBOURS + lane < ROW_BYTES)
     count = tl.sum(counts, axis=0)
-    tl.store(count_ptr + segment, count)
-    tl.atomic_add(sums_ptr + segment // SHARE_ROWS, count.to(tl.int64), sem="relaxed")
+    tl.store(count_ptr + split, count)
+    tl.atomic_add(sums_ptr + split // SHARE_ROWS, count.to(tl.int64), sem="relaxed")
 
 
 class _Plan(NamedTuple):
     """Sizes, and the launches in their order."""
 
-    marks: MarksPlan
-    mark: Launch
+    bitmask: BitmaskPlan
+    stream: Launch
     write: Launch
 
 
 @planned
 def _plan(pre: Layout, theta: Layout, bandwidth: float | None) -> _Plan:
     num_latents = pre.shape[1]
-    marks = plan_marks(pre, _tuning.MARKED_SEGMENTS)
-    block, warps = _tuning.mark_tile(num_latents, pre.dtype.itemsize)
-    mark = Launch(
-        _mark_kernel, (marks.rows * marks.parts,), warps=warps, parts=marks.parts, part=marks.part, F=num_latents,
-        ROW_MARKS=marks.row_marks, half_window=0.0 if bandwidth is None else bandwidth / 2, stride_pb=pre.strides[0],
-        stride_pf=pre.strides[1], STRIDE_TF=theta.strides[0], HAS_WINDOW=bandwidth is not None,
+    bitmask = plan_bitmask(pre, _tuning.BITMASK_SPLITS)
+    block, warps = _tuning.bitmask_tile(num_latents, pre.dtype.itemsize)
+    stream = Launch(
+        _bitmask_kernel, (bitmask.rows * bitmask.row_splits,), warps=warps, row_splits=bitmask.row_splits,
+        units=bitmask.units, F=num_latents, ROW_BYTES=bitmask.row_bytes,
+        half_window=0.0 if bandwidth is None else bandwidth / 2, stride_pb=pre.strides[0], stride_pf=pre.strides[1],
+        STRIDE_TF=theta.strides[0], HAS_WINDOW=bandwidth is not None,
         WIDE=_tuning.is_wide(num_latents * pre.strides[1]), BLOCK=block,
     )
-    return _Plan(marks, mark, plan_write(pre, marks, theta=None if bandwidth is None else theta))
+    return _Plan(bitmask, stream, plan_write(pre, bitmask, theta=None if bandwidth is None else theta))
 
 
 def launch(pre, theta, bandwidth, capacity):
     """values (N,), indices (N,), offsets (B + 1,), required (); see ``reference.threshold``."""
     if pre.shape[0] == 0:
-        return nothing_marked(pre, capacity)
+        return nothing_kept(pre, capacity)
     plan = _plan(layout(pre), layout(theta), bandwidth)
-    marks = plan.marks.unmarked(pre.device)
-    plan.mark(pre, theta, marks.bits, marks.counts, marks.sums)
-    return write(plan.write, pre, marks, capacity, None, None, None, None if bandwidth is None else theta)
+    bitmask = plan.bitmask.unwritten(pre.device)
+    plan.stream(pre, theta, bitmask.bits, bitmask.counts, bitmask.sums)
+    return write(plan.write, pre, bitmask, capacity, None, None, None, None if bandwidth is None else theta)

@@ -28,7 +28,7 @@ def launched_kernels() -> set[str]:
 
 
 def test_kernels_are_found_in_the_sources():
-    assert {"_row_topk_kernel", "_latents_kernel", "_write_marked_kernel"} <= launched_kernels()
+    assert {"_row_topk_kernel", "_latents_kernel", "_write_kept_kernel"} <= launched_kernels()
 
 
 @pytest.mark.compiled
