@@ -10,7 +10,7 @@ from sae_engine.checkpoints import formats
 D, F = 8, 24
 
 
-class TopP(se.Activation):
+class SortedShare(se.Activation):
     """A user's rule: the fewest entries of a token, largest first, whose squares sum up to a share p of all."""
 
     def __init__(self, p):
@@ -35,7 +35,7 @@ RULES = {
     "StatisticalTopK": lambda: se.StatisticalTopK(3), "GradientTopK": lambda: se.GradientTopK(3, beta=0.5),
     "TopAFA": lambda: se.TopAFA(target_scale=0.5), "Gated": lambda: se.Gated(F),
     "JumpReLU": lambda: se.JumpReLU(F, threshold=0.02, bandwidth=0.1),
-    "LogJumpReLU": lambda: se.LogJumpReLU(F, threshold=0.02, bandwidth=0.1), "TopP": lambda: TopP(0.7),
+    "LogJumpReLU": lambda: se.LogJumpReLU(F, threshold=0.02, bandwidth=0.1), "SortedShare": lambda: SortedShare(0.7),
 }  # fmt: skip
 APART = {"AuxTopK", "AuxZipfTopK"}  # of a training step; an autoencoder's own rule they could be, and are saved alike
 ADDED = {"Gated": [se.losses.GateLoss(0.1)], "ReLU": [se.losses.L1(0.1)],
@@ -109,7 +109,7 @@ def test_thresholds_below_zero_are_the_zeros_that_they_stand_for(tmp_path):
 
 
 def test_a_rule_that_nobody_defined_is_named(tmp_path):
-    trained("TopP").save_pretrained(tmp_path)
+    trained("SortedShare").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     config["architecture"] = "sae_engine.TopQ"
     (tmp_path / "cfg.json").write_text(json.dumps(config))
@@ -120,7 +120,7 @@ def test_a_rule_that_nobody_defined_is_named(tmp_path):
 def test_states_of_another_shape_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    trained("TopP").save_pretrained(tmp_path)
+    trained("SortedShare").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "sae_weights.safetensors")
     save_file({**tensors, "seen": torch.zeros(7)}, tmp_path / "sae_weights.safetensors")
     with pytest.raises(ValueError, match=r"seen must have shape \(2, 3\), got \(7,\)"):
