@@ -11,8 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 from rows import Row
-
-from sae_kernels import traffic
+from traffic import gathered_bytes
 
 GROUP_MAXIMA, GEMM_ALONE = "group maxima alone", "GEMM alone"  # yardsticks: parts that targets are stated in
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -142,7 +141,7 @@ def roof_of(rows: Iterable[Row], device: str, op: str, dtype: str | None = None)
 def gathered_gbps(row: Row) -> float:
     """Rows of the decoder (or of the gradient) that an operation on codes asks for, repeats included, over time."""
     shape = row["shape"]
-    moved = traffic.decode_gathered_bytes(shape["d"], shape["B"] * shape["k"], ITEMSIZE[row["dtype"]])
+    moved = gathered_bytes(shape["d"], shape["B"] * shape["k"], ITEMSIZE[row["dtype"]])
     return moved / row["ms_p50"] / 1e6
 
 

@@ -2,17 +2,17 @@
 
     python benchmarks/host_time.py [NAME …]
 
-A GPU whose host takes longer to submit a call than the GPU takes to run it stands idle. Here the public functions and
-training steps run as they would on one, at the benchmarks' first size: on meta tensors of true shapes, with kernels
-compiled for an H100 (minutes, the first time) and launches that end where the driver would be called. Stock operators
-are counted, and run on meta tensors, which takes about as long as their dispatch on a GPU and leaves out what the
-driver adds, a few microseconds for each. Rows go to ``results/<device>/host-time.jsonl``.
-"""
+A GPU whose host takes longer to submit a call than the GPU takes to run it stands idle. Here the operations, public
+functions on top of them, and training steps run as they would on one, at the benchmarks' first size: on meta tensors of
+true shapes, with kernels compiled for an H100 (minutes, the first time) and launches that end where the driver would be
+called. Stock operators are counted, and run on meta tensors, which takes about as long as their dispatch on a GPU and
+leaves out what the driver adds, a few microseconds for each. Rows go to ``results/<device>/host-time.jsonl``. """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import statistics
 import sys
 import time
@@ -37,6 +37,7 @@ from sae_engine import functional
 from sae_engine.losses import AuxK
 from sae_engine.training import TrainStep
 from sae_kernels import dispatch
+from sae_kernels.operations import OPERATIONS, Maker
 from sae_kernels.ops import ops
 
 TARGET = "sm_90"
@@ -171,41 +172,31 @@ def host_alone() -> Iterator[None]:
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def _step(rule: se.activations.Activation, **options: Any) -> Callable[[], object]:
     with torch.device("meta"):
         sae = se.SparseAutoencoder(S1.d, S1.F, rule)
-    step, x = TrainStep(sae, lr=1e-4, compute_dtype=torch.bfloat16, **options), _meta(S1.B, S1.d, dtype=torch.float32)
+    step, x = TrainStep(sae, lr=1e-4, compute_dtype=torch.bfloat16, **options), torch.empty(S1.B, S1.d, device="meta")
     return lambda: step.warm_up(x)  # with all that a step can contain: no latent can be dead yet
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """Public functions and training steps at S1 in bf16, by name."""
-    rows, width, latents, k = S1.B, S1.d, S1.F, S1.k
-    pre, x, W_enc, W_dec = _meta(rows, latents), _meta(rows, width), _meta(latents, width).T, _meta(latents, width)
-    norms, weight_norms, theta = (_meta(size, dtype=torch.float32) for size in (rows, latents, latents))
-    budgets = _meta(latents, dtype=torch.int32)
-    codes = functional.topk(pre, k)
-    entries = codes.values, codes.indices, codes.offsets
-    room = rows * 16 * k
+    """Operations, public functions and training steps at S1 in bf16, by name."""
+    found: dict[str, Callable[[], object]] = {
+        name: functools.partial(getattr(ops, name), *row.example(S1, torch.bfloat16, "meta"), "triton")
+        for name, row in OPERATIONS.items()
+    }
+    make = Maker(S1, torch.bfloat16, "meta")
+    pre, x, W_dec = make.pre(), make.normal(S1.B, S1.d), make.weight()
+    codes = functional.topk(pre, S1.k)
     return {
-        "topk": lambda: functional.topk(pre, k),
-        "batch_topk": lambda: functional.batch_topk(pre, k),
-        "norm_match": lambda: functional.norm_match(pre, norms, weight_norm=weight_norms, capacity=room),
-        "threshold": lambda: functional.threshold(pre, theta, capacity=room),
-        "feature_topm": lambda: functional.feature_topm(pre, budgets, total=rows * k),
-        "encode": lambda: functional.encode(x, W_enc, select=se.TopK(k)),
-        "decode": lambda: functional.decode(codes, W_dec),
-        "to_dense": lambda: codes.to_dense(),
-        "by_latent": lambda: ops.by_latent(codes.indices, codes.offsets, latents, "triton"),
-        "value gradients": lambda: ops.decode_backward_values(x, *entries, W_dec, "triton"),
-        "step, TopK": _step(se.TopK(k)),
-        "step, BatchTopK": _step(se.BatchTopK(k)),
-        "step, TopK + AuxK": _step(se.TopK(k), losses=AuxK()),
-        "step, TopK, stored gradients": _step(se.TopK(k), grad_clip=1.0),
+        **found,
+        "functional.topk": lambda: functional.topk(pre, S1.k),
+        "functional.encode": lambda: functional.encode(x, W_dec.T, select=se.TopK(S1.k)),
+        "functional.decode": lambda: functional.decode(codes, W_dec),
+        "step, TopK": _step(se.TopK(S1.k)),
+        "step, BatchTopK": _step(se.BatchTopK(S1.k)),
+        "step, TopK + AuxK": _step(se.TopK(S1.k), losses=AuxK()),
+        "step, TopK, stored gradients": _step(se.TopK(S1.k), grad_clip=1.0),
     }
 
 

@@ -87,7 +87,6 @@ def codes_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int
         codes=codes, values=values, columns=columns, weight=weight, case=case,
         bias=normal(case.d, dtype=dtype, generator=generator),
         grad=normal(case.B, case.d, dtype=dtype, generator=generator),
-        distinct=int(codes.indices.unique().numel()),
     )
 
 

@@ -20,9 +20,10 @@ import sys
 from pathlib import Path
 
 import kernel_report as report
+import traffic
 
 from sae_engine._files import replace_file
-from sae_kernels import traffic
+from sae_kernels.operations import OPERATIONS
 
 # Bytes a second that a copy reads and writes. The H200's was measured on such a card (kernel plan); the H100's is the
 # same share, nine tenths, of what its memory is specified for.
@@ -37,7 +38,7 @@ FOUND = 256 * 8  # bytes of a histogram in which a program finds a digit
 SHARE = 256 * 4  # bytes of the counts from which a program finds its place
 SECTOR = 32  # bytes that a gather of a few moves
 
-CASES = ("topk", "batch_topk", "norm_match", "threshold", "decode", "decode error", "to_dense")
+CASES = ("topk", "batch_topk", "norm_match", "threshold", "decode", "decode_error", "to_dense")
 
 
 def moved(launch, shape):
@@ -144,20 +145,17 @@ def stock(name, size, copy):
     return {"kernel": name, "microseconds": round(1e6 * seconds, 2), "bound": "stock", "dram_bytes": size}
 
 
-def floor_bytes(case, mode, shape, size):
-    entries = shape.B * shape.k
-    codes = (shape.B, shape.F, shape.d, entries, size, size)
-    return {
-        ("topk", "forward"): lambda: traffic.topk(shape.B, shape.F, shape.k, size),
-        ("batch_topk", "forward"): lambda: traffic.batch_topk(shape.B, shape.F, entries, size),
-        ("norm_match", "forward"): lambda: traffic.norm_match(shape.B, shape.F, entries, size),
-        ("threshold", "forward"): lambda: traffic.threshold(shape.B, shape.F, entries, size),
-        ("decode", "forward"): lambda: traffic.decode(*codes) + traffic.by_latent(shape.B, shape.F, entries),
-        ("decode error", "forward"): lambda: traffic.decode_error(*codes),
-        ("decode", "backward"): lambda: traffic.decode_backward_values(*codes, size)
-        + traffic.decode_backward_weight(*codes, size),
-        ("to_dense", "forward"): lambda: traffic.to_dense(shape.B, shape.F, entries, size),
-    }.get((case, mode), lambda: None)()
+def floor(name, mode, shape, dtype):
+    """What an operation cannot avoid, its backward by way of the operators that it calls; None where nothing is."""
+    def of(operation):
+        row = OPERATIONS[operation]
+        return row.traffic(*row.example(shape, dtype, "meta"))
+
+    if name == "decode":  # the codes by latent are made in its forward
+        forward, backward = ("decode", "by_latent"), ("decode_backward_values", "decode_backward_weight")
+        parts = forward if mode == "forward" else backward
+        return of(parts[0]) + of(parts[1])
+    return of(name) if mode == "forward" else None
 
 
 def rows(shapes, dtype, gpu="H200"):
@@ -169,14 +167,14 @@ def rows(shapes, dtype, gpu="H200"):
         for name in CASES:
             found = report.run_cell((report.CASES[name], shape, dtype), "sm_90")
             for mode in ("forward", "backward"):
-                floor = floor_bytes(name, mode, shape, dtype.itemsize)
-                if floor is None:
+                least = floor(name, mode, shape, dtype)
+                if least is None:
                     continue
                 parts = [predict(launch, shape, copy, ahead_of_time) for at, launch in found.launches if at == mode]
                 parts += [stock(*kernel, copy) for kernel in found.torch_kernels[mode]]
                 total = sum(part["microseconds"] for part in parts)
                 topk = total if name == "topk" else topk
-                yield row(gpu, name, mode, shape, dtype, total, 1e6 * floor.bytes / copy, parts)
+                yield row(gpu, name, mode, shape, dtype, total, 1e6 * least.bytes / copy, parts)
         gemm = traffic.linear(shape.B, shape.d, shape.F, dtype.itemsize)
         least = 1e6 * max(gemm.flops / GEMM, gemm.bytes / copy)
         # the tensor cores' fp32 sums are written, biased in place and rounded: 14 bytes beside the product
@@ -203,10 +201,10 @@ def markdown(found):
         "# Predicted times on an H200 and an H100: predictions, not measurements",
         "",
         "From bytes, instructions and occupancy of the binaries compiled for sm_90, by the model at the top of "
-        "`benchmarks/predict.py`; no GPU took part. Floor: the unavoidable bytes of `kernels/traffic.py` over the copy "
-        "bandwidth (H200: 4.3 TB/s; H100: 3.0 TB/s, assumed), or the flops over the GEMM rate. Longest: the launch "
-        "that takes most of the time, and what it waits for. A measured time within a factor of 1.5 confirms a row; "
-        "what differs more refutes the model or shows a defect, and is to be explained.",
+        "`benchmarks/predict.py`; no GPU took part. Floor: the unavoidable bytes (`kernels/operations.py`) over the "
+        "copy bandwidth (H200: 4.3 TB/s; H100: 3.0 TB/s, assumed), or the flops over the GEMM rate. Longest: the "
+        "launch that takes most of the time, and what it waits for. A measured time within a factor of 1.5 confirms a "
+        "row; what differs more refutes the model or shows a defect, and is to be explained.",
         "",
         "| " + " | ".join(c.replace("_microseconds", ", µs") for c in COLUMNS) + " | predicted / floor |",
         "|" + "---|" * (len(COLUMNS) + 1),

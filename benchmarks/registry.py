@@ -12,11 +12,14 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 import cub
+import plain
 import torch
+import traffic
 from checks import (
     check_autoencoder,
     check_dense,
@@ -77,8 +80,7 @@ from stock import (
 from torch import Tensor
 
 from sae_engine import functional
-from sae_kernels import traffic
-from sae_kernels.traffic import Traffic
+from sae_kernels.operations import OPERATIONS, Traffic
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation in one mode."""
+    """One operation in one mode. ``is_plain``: it has no baseline but what defines it."""
 
     name: str
     mode: str
@@ -147,6 +149,12 @@ class Op:
     providers: tuple[Provider, ...]
     traffic: Callable[[Inputs], Traffic]
     check: Callable[[Inputs, Provider, Output], None]
+    is_plain: bool = False
+
+    @property
+    def operator(self) -> str:
+        """Of the table, if it is one."""
+        return self.name if self.mode == "forward" else f"{self.name}_{self.mode}"
 
     @property
     def id(self) -> str:
@@ -166,15 +174,13 @@ def distinct(i: Inputs) -> int:
     return int(pre.topk(i.k, sorted=False).indices.unique().numel())
 
 
-def codes_traffic(function: Callable[..., Traffic], **options: str) -> Callable[[Inputs], Traffic]:
-    """Values, weight and output or gradient have one itemsize; an option is read from the inputs' attribute."""
+def moved(name: str, arguments: Callable[[Inputs], tuple]) -> Callable[[Inputs], Traffic]:
+    """What an operation of the table moves, given the arguments of its operator."""
+    return lambda i: OPERATIONS[name].traffic(*arguments(i))
 
-    def of(i: Inputs) -> Traffic:
-        itemsizes = [i.weight.element_size()] * 3
-        named = {name: getattr(i, attribute) for name, attribute in options.items()}
-        return function(i.case.B, i.case.F, i.case.d, i.codes.values.numel(), *itemsizes, **named)
 
-    return of
+def entries(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return i.codes.values, i.codes.indices, i.codes.offsets
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -208,7 +214,7 @@ OPS: tuple[Op, ...] = (
             ),
             Provider("SAELens TopK", saelens_topk, package="sae_lens", note=DENSE),
         ),
-        lambda i: traffic.topk(i.case.B, i.case.F, i.k, i.pre.element_size()),
+        moved("topk", lambda i: (i.pre, None, None, i.k, False, True)),
         check_selection("topk", expected_topk, batch=False),
     ),
     Op(
@@ -223,7 +229,7 @@ OPS: tuple[Op, ...] = (
                 note="one pass, no selection",
             ),
         ),
-        lambda i: traffic.batch_topk(i.case.B, i.case.F, total(i), i.pre.element_size()),
+        moved("batch_topk", lambda i: (i.pre, None, total(i))),
         check_selection("batch_topk", expected_batch_topk, batch=True),
     ),
     Op(
@@ -235,7 +241,7 @@ OPS: tuple[Op, ...] = (
                 note="not sorted by token",
             ),
         ),
-        lambda i: traffic.feature_topm(i.case.B, i.case.F, i.total, i.pre.element_size()),
+        moved("feature_topm", lambda i: (i.pre, i.m, i.total)),
         check_selection("feature_topm", expected_feature_topm, batch=True),
     ),
     Op(
@@ -258,9 +264,7 @@ OPS: tuple[Op, ...] = (
                 compiled=True, note=DENSE,
             ),
         ),
-        lambda i: traffic.norm_match(
-            i.case.B, i.case.F, int(nearest_prefix(i)[1].sum()), i.pre.element_size()
-        ),
+        moved("norm_match", lambda i: (i.pre, i.target, i.weight_norm, False, int(nearest_prefix(i)[1].sum()))),
         check_norm_match,
     ),
     Op(
@@ -275,9 +279,7 @@ OPS: tuple[Op, ...] = (
             Provider("nonzero + index", lambda i: lambda: above_compressed(i.pre, i.theta), baseline=True),
             Provider("torch.where", lambda i: lambda: above_dense(i.pre, i.theta), note=DENSE),
         ),
-        lambda i: traffic.threshold(
-            i.case.B, i.case.F, int((i.pre > i.theta).sum()), i.pre.element_size()
-        ),
+        moved("threshold", lambda i: (i.pre, i.theta, None, int((i.pre > i.theta).sum()))),
         check_selection("threshold", expected_threshold, batch=False),
     ),
     Op(
@@ -316,7 +318,7 @@ OPS: tuple[Op, ...] = (
             ),
             Provider("sparsify", sparsify_decode, package="sparsify", distribution="eai-sparsify"),
         ),
-        codes_traffic(traffic.decode, distinct="distinct"),
+        moved("decode", lambda i: (*entries(i), i.weight, i.bias, i.weight.dtype, None, None, None)),
         check_sum("decode", expected_decode),
     ),
     Op(
@@ -328,9 +330,7 @@ OPS: tuple[Op, ...] = (
                 lambda i: bound(bag_error, i.values, i.columns, i.weight, i.bias, i.grad), baseline=True,
             ),
         ),
-        lambda i: traffic.decode_error(
-            i.case.B, i.case.F, i.case.d, i.codes.values.numel(), *[i.weight.element_size()] * 4, distinct=i.distinct
-        ),
+        moved("decode_error", lambda i: (*entries(i), i.weight, i.bias, i.grad, i.weight.dtype)),
         check_error,
     ),
     Op(
@@ -344,7 +344,7 @@ OPS: tuple[Op, ...] = (
                 baseline=True,  # in bfloat16 on a GPU: torch has no gradient of embedding_bag's weights there
             ),
         ),
-        codes_traffic(traffic.decode_backward_values, distinct="distinct"),
+        moved("decode_backward_values", lambda i: (i.grad, *entries(i), i.weight)),
         check_flat(check_sum("decode-backward_values", expected_value_gradient)),
     ),
     Op(
@@ -354,7 +354,7 @@ OPS: tuple[Op, ...] = (
             Provider("embedding_bag backward", bag_gradient("weight"), baseline=True),
             Provider("dense matmul", dense_weight_gradient, note="dense codes given"),
         ),
-        codes_traffic(traffic.decode_backward_weight),
+        moved("decode_backward_weight", lambda i: (i.grad, i.values.flatten(), *i.codes.by_latent, i.weight.dtype)),
         check_sum("decode-backward_weight", expected_weight_gradient),
     ),
     Op(
@@ -367,7 +367,7 @@ OPS: tuple[Op, ...] = (
                 baseline=True,
             ),
         ),
-        lambda i: traffic.to_dense(i.case.B, i.case.F, i.codes.values.numel(), i.values.element_size()),
+        moved("to_dense", lambda i: (*entries(i), i.case.F)),
         check_dense,
     ),
     Op(
@@ -387,6 +387,20 @@ OPS: tuple[Op, ...] = (
         ),
         check_autoencoder,
     ),
+)  # fmt: skip
+
+
+OPS += tuple(
+    Op(
+        row.name, "forward", row.name, "BdFk", partial(plain.inputs_of, row),
+        (
+            Provider("ours", partial(plain.run_by, row, "auto")),
+            Provider("reference", partial(plain.run_by, row, "reference"), baseline=True, note="the definition"),
+            Provider("stock PyTorch", partial(plain.run_by, row, "torch"), gpu_only=True),
+        ),
+        lambda i, row=row: row.traffic(*i.arguments), partial(plain.check, row), is_plain=True,
+    )
+    for row in OPERATIONS.values() if row.name not in {op.operator for op in OPS}
 )  # fmt: skip
 
 

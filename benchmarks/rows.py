@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # whoever only reads rows needs no torch
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
-# What a row reports; all other fields identify it. Bytes and flops come from the model in kernels/traffic.py.
+# What a row reports; all other fields identify it. Bytes and flops: kernels/operations.py.
 MEASURED = frozenset({
     "ms_p50", "ms_p20", "ms_p80", "samples", "bytes", "flops", "peak_mem_bytes", "other_load", "utc",
     "mse", "mse_train", "fvu", "l0", "dead_fraction", "tokens_per_second", "seconds",

@@ -20,6 +20,8 @@ def cases(op: Op, device: torch.device, extent: str = "default") -> list[tuple[C
     """What to time: ``extent`` is "quick" (a smoke run), "default" or "full"."""
     if extent not in ("quick", "default", "full"):
         raise ValueError(f"extent must be quick, default or full, got {extent!r}")
+    if op.is_plain:  # the definition, its baseline, makes matrices of codes
+        return [(S1, BF16)] if device.type == "cuda" else [(SMALL, FP32)]
     if device.type != "cuda":
         chosen = [(SMALL, FP32)] if extent == "quick" else [(MAIN, FP32), (SMALL, FP32)]
         if op.name in BF16_ON_CPU and op.mode == "forward" and extent != "quick":

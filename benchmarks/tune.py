@@ -1,7 +1,7 @@
 """Fills a table of launch configurations for the shapes that one names, on the GPU that is here: ``make tune``.
 
-Every operation of a training step runs at each shape with every candidate for what the table lacks. What a table means,
-and how it applies, is in ``kernels/device/_autotune.py``.
+Every operation of the table (``kernels/operations.py``) runs at each shape with every candidate for what the table
+lacks. What a table means, and how it applies, is in ``kernels/device/_autotune.py``.
 """
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from sae_engine import functional
-from sae_engine.training.backward import term_of
-from sae_engine.training.optimizer import latent_adam
 from sae_kernels import densified
-from sae_kernels._terms import GATED, lists_of
 from sae_kernels.device import _autotune
+from sae_kernels.operations import OPERATIONS
 from sae_kernels.ops import ops
 
 
@@ -50,46 +46,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The operations of a training step, each under its name, on normal pre-activations and uniform codes."""
-    B, d, F, k = shape
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(size, dtype=torch.float32, device=device, generator=generator).to(dtype)
-
-    pre = normal(B, F)
-    strongest = pre.relu().float().topk(k).values
-    target, level = strongest.norm(dim=1), strongest[:, -1].mean().expand(F)
-    budgets = functional.feature_budgets(torch.rand(F, device=device, generator=generator), B * k, B)
-    yield "topk", lambda: functional.topk(pre, k, backend="triton")
-    yield "batch_topk", lambda: functional.batch_topk(pre, k, backend="triton")
-    yield "feature_topm", lambda: functional.feature_topm(pre, budgets, total=B * k, backend="triton")
-    yield "norm_match", lambda: functional.norm_match(pre, target, capacity=4 * B * k, backend="triton")
-    yield "threshold", lambda: functional.threshold(pre, level, capacity=4 * B * k, backend="triton")
-    codes = functional.topk(pre, k, backend="torch").detach()
-    yield "to_dense", lambda: codes.to_dense()
-    grad, x, weight, bias = normal(B, d), normal(B, d), normal(F, d), normal(d)
-
-    def decode() -> None:
-        functional.decode(codes, weight, bias, backend="triton")
-        # called here: autograd's thread on a GPU does not know that a search is on
-        ops.decode_backward_values(grad, codes.values, codes.indices, codes.offsets, weight, "triton")
-        ops.decode_backward_weight(grad, codes.values, *codes.by_latent, dtype, "triton")
-
-    yield "decode", decode
-    term = term_of(codes, codes.values, grad, None, GATED)
-    yield "latent_gradients", lambda: ops.latent_gradients(x, weight, None, *lists_of([term]), torch.float32, "triton")
-
-    def adam() -> None:
-        state = [[normal(*size, dtype=torch.float32).abs_() for size in ((F, d), (F, d), (F,))] for _ in range(3)]
-        copies = [] if dtype == torch.float32 else [weight.clone(), normal(F, d)]
-        one = torch.ones((), device=device)
-        latent_adam(
-            [term], x, None, state[0], state[1], state[2], copies, step=one, lr=one * 1e-4, betas=(0.9, 0.999),
-            eps=1e-8, weight_decay=0.0, unit_rows=True, skip=None, backend="triton",
-        )  # fmt: skip
-
-    yield "latent_adam", adam
+    """Every operation under its name, on normal pre-activations and uniform codes."""
+    for name, row in OPERATIONS.items():
+        yield name, functools.partial(getattr(ops, name), *row.example(shape, dtype, device), "triton")
 
 
 # --- the search ----------------------------------------------------------------------------------------------------
@@ -168,7 +127,7 @@ def tune(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Search the launch configurations of every operation of a training step on the GPU that is here. "
+        description="Search the launch configurations of every operation on the GPU that is here. "
         "The table applies where SAE_AUTOTUNE_TABLE names it; results do not depend on it, save the rounding of sums."
     )
     parser.add_argument(

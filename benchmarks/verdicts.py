@@ -115,12 +115,18 @@ def target_table(rows: Sequence[Row], device: str) -> str:
 
 # Predicted calls build a graph and transpose the codes for it; measured ones do so in the gradient of the weight.
 BOTH_WAYS = ("decode", "decode-backward_values", "decode-backward_weight")
-COMPARED: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]], ...] = (
-    *((name, ((name, "forward"),), (name,)) for name in
-      ("topk", "batch_topk", "feature_topm", "norm_match", "threshold", "to_dense", "encode")),
+Compared = tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]  # name; predicted calls; measured operations
+TOGETHER: tuple[Compared, ...] = (
     ("encode", (("encoder GEMM and topk", "forward"),), ("encode",)),
     ("decode and its gradients", (("decode", "forward"), ("decode", "backward")), BOTH_WAYS),
-)  # fmt: skip
+)
+
+
+def compared(predicted: Iterable[dict[str, Any]]) -> list[Compared]:
+    """What predictions and measurements have in common: operations by themselves, and those that belong together."""
+    parts = {call for _, calls, _ in TOGETHER for call in calls}
+    alone = dict.fromkeys(p["op"] for p in predicted if p["mode"] == "forward" and (p["op"], "forward") not in parts)
+    return [*((name, ((name, "forward"),), (name,)) for name in alone), *TOGETHER]
 
 
 def predictions(rows: Sequence[Row], predicted: Iterable[dict[str, Any]]) -> list[list[str]]:
@@ -131,7 +137,7 @@ def predictions(rows: Sequence[Row], predicted: Iterable[dict[str, Any]]) -> lis
     for device in dict.fromkeys(row["device"] for row in rows):
         there = {(cell.case, cell.dtype, cell.op_id): cell for cell in cells(_of_last_commit(rows, device))}
         for gpu, case, dtype in dict.fromkeys(place[:3] for place in expected if place[0] in device):
-            for name, calls, op_ids in COMPARED:
+            for name, calls, op_ids in compared(expected.values()):
                 parts = [expected.get((gpu, case, dtype, *call)) for call in calls]
                 found = [there.get((case, dtype, op_id)) for op_id in op_ids]
                 measured = [cell.of(*NO_HOST_READ) if cell else None for cell in found]

@@ -5,7 +5,7 @@ launch configurations. A row says where an operation's implementations lie, what
 back ends agree bit for bit, and what it cannot avoid moving. What it means stands in ``reference.py``; schema, fake and
 gradient in ``ops.py``.
 """
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -220,9 +220,23 @@ class Operation:
     def operator(self) -> Any:
         return getattr(torch.ops.sae_engine, self.name).default
 
-    def example(self, sizes: Any, dtype: torch.dtype, device: torch.device | str = "cpu", name: str = "") -> Arguments:
+    def example(
+        self, sizes: Any, dtype: torch.dtype, device: torch.device | str = "cpu", name: str = "", seed: int = 0
+    ) -> Arguments:
         """Arguments, less the back end, at ``sizes`` (attributes B, d, F, k)."""
-        return self.examples[name](Maker(sizes, dtype, device))
+        return self.examples[name](Maker(sizes, dtype, device, seed))
+
+    def apart(self, arguments: Arguments) -> list:
+        """The arguments with copies of those that a call writes in place."""
+        parameters = self.operator._schema.arguments
+        return [pytree.tree_map(torch.clone, a) if p.alias_info else a
+                for a, p in zip(arguments, parameters, strict=False)]  # fmt: skip
+
+    def outcome(self, results: Any, arguments: Sequence) -> list[Tensor]:
+        """Every tensor that a call has left: its results, and what it has written in place."""
+        parameters = self.operator._schema.arguments
+        written = [a for a, p in zip(arguments, parameters, strict=False) if p.alias_info]
+        return [leaf for leaf in pytree.tree_leaves((results, written)) if isinstance(leaf, Tensor)]
 
     def results_on_meta(self, *arguments: Any) -> Any:
         """Results of a call in shape and dtype alone.
@@ -429,6 +443,17 @@ def _linear_16bit(make: Maker, bias: Tensor | None) -> Arguments:
 
 def _latent_gradients(make: Maker, terms: tuple[list, ...], along: Tensor | None = None) -> Arguments:
     return make.normal(make.B, make.d), make.weight(), along, *terms, torch.promote_types(make.dtype, FP32)
+
+
+def in_fp64(arguments: Sequence) -> Any:
+    """The same arguments in double precision, the dtype of the result among them."""
+
+    def wide(a: Any) -> Any:
+        if isinstance(a, Tensor) and a.is_floating_point():
+            return a.double()
+        return torch.float64 if isinstance(a, torch.dtype) else a
+
+    return pytree.tree_map(wide, arguments)
 
 
 OPERATIONS = {operation.name: operation for operation in _ROWS}

@@ -6,7 +6,7 @@ from torch.utils import _pytree as pytree
 
 from sae_engine.testing import assert_same, assert_within_budget, force_dense
 from sae_kernels import densified, reference
-from sae_kernels.operations import OPERATIONS, Operation
+from sae_kernels.operations import OPERATIONS, Operation, in_fp64
 from sae_kernels.ops import ops
 
 BACKENDS = ("reference", "torch", "triton")
@@ -45,20 +45,8 @@ def tensors(tree):
 
 def called(row: Operation, args, backend):
     """The results, and after them the arguments that the operation has written in place."""
-    schema = row.operator._schema.arguments
-    args = [pytree.tree_map(torch.clone, a) if said.alias_info else a for a, said in zip(args, schema, strict=False)]
-    results = getattr(ops, row.name)(*args, backend)
-    written = [a for a, said in zip(args, schema, strict=False) if said.alias_info and said.alias_info.is_write]
-    return tensors((results, written))
-
-
-def widened(args):
-    def wide(a):
-        if isinstance(a, torch.Tensor) and a.is_floating_point():
-            return a.double()
-        return torch.float64 if isinstance(a, torch.dtype) else a
-
-    return pytree.tree_map(wide, args)
+    args = row.apart(args)
+    return row.outcome(getattr(ops, row.name)(*args, backend), args)
 
 
 def compare(row, found, args):
@@ -68,7 +56,7 @@ def compare(row, found, args):
     if row.is_exact:
         assert_same(tuple(found), tuple(honest))
         return
-    for ours, truth, yardstick in zip(found, called(row, widened(args), "reference"), honest, strict=True):
+    for ours, truth, yardstick in zip(found, called(row, in_fp64(args), "reference"), honest, strict=True):
         assert_within_budget(ours, truth, yardstick)
 
 
@@ -153,7 +141,7 @@ def test_gradients_agree(row, name, backend):
         return torch.autograd.grad(outputs, [t for t in tensors(leaves) if t.requires_grad], given, allow_unused=True)
 
     args = arguments(row, name)
-    runs = gradients(args, backend), gradients(widened(args), "reference"), gradients(args, "reference")
+    runs = gradients(args, backend), gradients(in_fp64(args), "reference"), gradients(args, "reference")
     for ours, truth, honest in zip(*runs, strict=True):
         assert (ours is None) == (honest is None)
         if ours is not None:
@@ -184,6 +172,48 @@ def test_traffic_grows_with_every_size(row):
         assert small.bytes <= on_meta.bytes, "codes may name fewer latents than they could"
     every = row.traffic(*row.example(Sizes(10, 24, 80, 14), torch.float32, "meta"))
     assert every.bytes > small.bytes and (every.flops > small.flops or small.flops == 0)
+
+
+# Of 2 tokens, width 7, 10 latents, 3 entries a token. Codes are 6 values, 6 int32 indices and 3 int64 offsets.
+BY_HAND = {
+    # the matrix read, values and indices written
+    "topk": (40 + 12 + 24, 0),
+    "batch_topk": (40 + 12 + 24 + 24, 0),
+    "feature_topm": (40 + 40 + 12 + 24 + 24, 0),
+    # targets 2 x 4, weight norms 10 x 4, `required` 8; scale, square, add of 20 elements
+    "norm_match": (40 + 8 + 40 + 60 + 8, 60),
+    "threshold": (40 + 40 + 60 + 8, 0),
+    # codes; 6 rows of the weight, the bias in fp32; 2 x 7 out; 6 x 7 multiply-adds and the bias
+    "decode": (60 + 6 * 14 + 28 + 28, 84 + 14),
+    # a target of 2 x 7 less, the residual in fp32, its two squared norms; subtract, square, add of 14 elements
+    "decode_error": (60 + 6 * 14 + 28 + 56 + 56 + 8, 98 + 42),
+    "decode_backward_values": (28 + 6 * 14 + 24 + 24 + 12, 84),
+    "decode_backward_weight": (28 + 60 + 140, 84),
+    "to_dense": (60 + 40, 0),
+    "gather": (24 + 24 + 12 + 12, 0),
+    "by_latent": (24 + 24 + 88 + 72, 0),
+    "linear_16bit": (28 + 140 + 40 + 40, 2 * 2 * 7 * 10 + 20),
+    # codes, gradient, x, 6 rows of the weight; 10 x (7 + 7 + 1) fp32 sums; two products of 7 and one of 7 an entry
+    "latent_gradients": (60 + 28 + 28 + 84 + 600, 6 * (28 + 14 + 1)),
+    # 24 bytes for each of 150 parameters, 2 more for each of 140 weights; d(center) of 7 and the norm
+    "latent_adam": (60 + 28 + 28 + 84 + 3600 + 280 + 32, 6 * (28 + 14 + 1) + 17 * 150 + 2 * 70 + 9 * 70),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TYPICAL)
+def test_traffic_by_hand(row):
+    """In bf16, each latent named once."""
+    assert row.name in BY_HAND, "count its bytes and flops"
+    assert row.traffic(*row.example(Sizes(2, 7, 10, 3), torch.bfloat16, "meta")) == BY_HAND[row.name]
+
+
+def test_traffic_counts_latents_that_are_named_and_parameters_that_serve_as_weights():
+    row = OPERATIONS["decode"]
+    args = list(row.example(Sizes(2, 7, 10, 3), torch.float32))
+    args[1] = torch.tensor([1, 2, 3, 2, 3, 4], dtype=torch.int32)
+    assert row.traffic(*args) == (72 + 4 * 28 + 28 + 56, 84 + 14)
+    in_fp32 = OPERATIONS["latent_adam"].example(Sizes(2, 7, 10, 3), torch.float32, "meta")  # without copies
+    assert OPERATIONS["latent_adam"].traffic(*in_fp32).bytes == 72 + 56 + 56 + 3600 + 32
 
 
 def test_traffic_asks_for_a_count_that_follows_from_the_data():

@@ -1,13 +1,14 @@
-"""The bytes that kernels load and store, counted in the interpreter, against the unavoidable ones of traffic.py."""
+"""The bytes that kernels load and store, counted in the interpreter, against the unavoidable ones."""
 import pytest
 import torch
 
 from sae_engine import SparseCodes
 from sae_engine import functional as f
 from sae_engine.testing import force_dense, make_pre
-from sae_kernels import densified, traffic
+from sae_kernels import densified
 from sae_kernels._terms import GATED, Term, lists_of
 from sae_kernels.device import _tuning
+from sae_kernels.operations import OPERATIONS
 from sae_kernels.ops import ops
 
 pytestmark = pytest.mark.interpreter
@@ -15,6 +16,16 @@ pytestmark = pytest.mark.interpreter
 FP32, BF16 = torch.float32, torch.bfloat16
 ONCE = 1.10  # an input that is streamed once and whose candidates are read again
 GATHER = 1.15
+
+
+def floor_of(name, *arguments):
+    """The bytes that a call of the operator cannot avoid."""
+    return OPERATIONS[name].traffic(*arguments).bytes
+
+
+def repeated(entries, weight):
+    """Bytes of the rows of a matrix that are asked for again."""
+    return entries * weight.shape[1] * weight.element_size()
 
 
 @pytest.fixture
@@ -64,7 +75,7 @@ def test_meter_sees_nothing_outside(metering):
 @pytest.mark.parametrize(("num_latents", "k"), [(8192, 32), (8192, 8), (4096, 1), (16384, 48)])
 def test_topk_reads_the_pre_activations_once(num_latents, k, dtype, metering):
     pre = make_pre("normal", (2, num_latents), dtype)
-    floor = traffic.topk(2, num_latents, k, dtype.itemsize).bytes
+    floor = floor_of("topk", pre, None, None, k, False, True)
     with metering() as meter:
         codes = f.topk(pre, k, backend="triton")
     read, written = meter.of(pre), meter.of(codes.values, codes.indices)
@@ -81,7 +92,7 @@ def test_topk_reads_the_pre_activations_once(num_latents, k, dtype, metering):
 def test_batch_topk_reads_the_pre_activations_once(num_latents, k, dtype, metering):
     rows = 4
     pre = make_pre("normal", (rows, num_latents), dtype)
-    floor = traffic.batch_topk(rows, num_latents, rows * k, dtype.itemsize).bytes
+    floor = floor_of("batch_topk", pre, None, rows * k)
     with metering() as meter:
         codes = f.batch_topk(pre, k, backend="triton")
     read, written = meter.of(pre), meter.of(codes.values, codes.indices)
@@ -138,7 +149,7 @@ def test_wide_rows_are_read_hardly_more_than_once(num_latents, k, most, dtype, m
         codes = f.topk(pre, k, backend="triton")
     read, written = meter.of(pre), meter.of(codes.values, codes.indices)
     assert written.stored == written.stored_once == k * (dtype.itemsize + 4)
-    assert read.loaded + written.moved <= most * traffic.topk(1, num_latents, k, dtype.itemsize).bytes
+    assert read.loaded + written.moved <= most * floor_of("topk", pre, None, None, k, False, True)
     # beside it: maxima, written once and read twice; chosen groups; columns, read again for entries beyond a tile
     size = 2 if dtype == BF16 and groups.number <= 2**15 else 4
     scratch = meter.total.moved - read.moved - written.moved
@@ -165,7 +176,7 @@ def test_threshold_reads_the_pre_activations_once(num_latents, bandwidth, dtype,
     assert written.stored == written.stored_once == entries * (dtype.itemsize + 4) and written.loaded == 0
     assert bitmask_moved(meter) <= 2.02 * pre.numel() / 8
     moved = meter.of(pre).loaded + written.stored + bitmask_moved(meter)
-    assert moved <= 1.16 * traffic.threshold(2, num_latents, entries, dtype.itemsize).bytes
+    assert moved <= 1.16 * floor_of("threshold", pre, theta, bandwidth, entries)
 
 
 def test_threshold_reads_dense_rows_twice(metering):
@@ -202,7 +213,7 @@ def test_norm_match_reads_the_pre_activations_once_where_few_are_kept(
     aside = cut.stored.get("scratch_ptr", 0) + cut.loaded.get("scratch_ptr", 0)
     assert aside <= 0.35 * pre.nbytes
     assert meter.of(codes.values, codes.indices).stored == entries * (dtype.itemsize + 4)
-    floor = traffic.norm_match(rows, num_latents, entries, dtype.itemsize, weight_norm=False).bytes
+    floor = floor_of("norm_match", pre, target, None, False, entries)
     read = cut.loaded["pre_ptr"] + writer.loaded["pre_ptr"]
     assert read + aside + bitmask_moved(meter) + entries * (dtype.itemsize + 4) <= most * floor
     assert meter.of(pre).loaded_once == pre.nbytes
@@ -256,8 +267,9 @@ def test_decode_gathers_each_entry_once(dtype, sparse, metering):
     distinct = sparse.indices.unique().numel()
     with metering() as meter:
         out = f.decode(sparse, weight, bias)
-    floor = traffic.decode(4, 96, WIDTH, 128, 2, dtype.itemsize, distinct=distinct).bytes
-    once, repeats = meter.total, traffic.decode_gathered_bytes(WIDTH, 128 - distinct, dtype.itemsize)
+    codes = sparse.values, sparse.indices, sparse.offsets
+    floor = floor_of("decode", *codes, weight, bias, out.dtype, None, None, None)
+    once, repeats = meter.total, repeated(128 - distinct, weight)
     assert once.loaded_once + once.stored_once <= GATHER * floor
     assert once.moved <= GATHER * (floor + repeats)
     assert meter.of(out).stored == out.nbytes
@@ -269,8 +281,8 @@ def test_decode_error_reads_the_target_once_and_writes_the_residual_once(sparse,
     codes = sparse.values, sparse.indices, sparse.offsets
     with metering() as meter:
         residual, squares = ops.decode_error(*codes, weight, bias, target, FP32, "triton")
-    floor = traffic.decode_error(4, 96, WIDTH, 128, 2, 2, distinct=distinct).bytes + 2 * WIDTH  # the bias is in fp32
-    repeats = traffic.decode_gathered_bytes(WIDTH, 128 - distinct, 2)
+    floor = floor_of("decode_error", *codes, weight, bias, target, FP32)
+    repeats = repeated(128 - distinct, weight)
     assert meter.total.loaded_once + meter.total.stored_once <= GATHER * floor
     assert meter.total.moved <= GATHER * (floor + repeats) + 3 * bias.nbytes  # a row each reads the bias
     assert meter.of(target).loaded == target.nbytes and meter.of(residual).stored == residual.nbytes
@@ -283,9 +295,8 @@ def test_value_gradients_gather_each_entry_once(dtype, sparse, metering):
     distinct = sparse.indices.unique().numel()
     with metering() as meter:
         ops.decode_backward_values(grad, sparse.values, sparse.indices, sparse.offsets, weight, "triton")
-    size = dtype.itemsize
-    floor = traffic.decode_backward_values(4, 96, WIDTH, 128, 2, size, size, distinct=distinct).bytes
-    repeats = traffic.decode_gathered_bytes(WIDTH, 128 - distinct, dtype.itemsize)
+    floor = floor_of("decode_backward_values", grad, sparse.values, sparse.indices, sparse.offsets, weight)
+    repeats = repeated(128 - distinct, weight)
     assert meter.total.loaded_once + meter.total.stored_once <= GATHER * floor
     assert meter.total.moved <= GATHER * (floor + repeats)
 
@@ -304,7 +315,7 @@ def test_weight_gradients_gather_each_entry_once(skewed, dtype, sparse, metering
     codes = (latents + 1) * 8 + entries * (4 + 8 + 2)
     once = codes + (rows + latents) * WIDTH * dtype.itemsize
     parts = 2 * 4 * WIDTH * 4 if skewed else 0
-    repeats = traffic.decode_gathered_bytes(WIDTH, entries - rows, dtype.itemsize)
+    repeats = repeated(entries - rows, grad)
     assert meter.total.moved <= GATHER * (once + repeats + parts)
     chunks = (latents + 1) * 8  # counted per latent, by stock operators
     assert meter.total.loaded_once + meter.total.stored_once <= GATHER * (once + parts + chunks)
@@ -320,13 +331,14 @@ def test_the_latent_pass_moves_each_parameter_once(dtype, sparse, metering):
     transposed = sparse.by_latent
     term = Term(grad, sparse.values, sparse.values[:0], sparse.indices, sparse.offsets, *transposed, GATED)
     options = torch.tensor(1.0), torch.tensor(1e-3), 0.9, 0.999, 1e-8, 0.0, True, None
+    arguments = *state, copies, x, None, *lists_of([term]), *options
     with metering() as meter:
-        ops.latent_adam(*state, copies, x, None, *lists_of([term]), *options, "triton")
+        ops.latent_adam(*arguments, "triton")
     # the kernel reads the decoder's copy of every latent; a row of gradient and one of input come for each entry
-    floor = traffic.latent_adam(
-        rows, latents, WIDTH, WIDTH, [entries], dtype.itemsize, copies=bool(copies), distinct=latents
-    ).bytes
-    repeats = 2 * traffic.decode_gathered_bytes(WIDTH, entries - rows, dtype.itemsize)
+    floor = floor_of("latent_adam", *arguments)
+    if copies:
+        floor += repeated(latents - sparse.indices.unique().numel(), copies[0])
+    repeats = 2 * repeated(entries - rows, grad)
     center = -(-latents // _tuning.PASS_GROUP) * (WIDTH + 1) * 4
     assert meter.total.moved <= GATHER * (floor + repeats + center)
     assert meter.total.loaded_once + meter.total.stored_once <= GATHER * (floor + center)
