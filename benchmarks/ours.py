@@ -35,7 +35,7 @@ def weight_gradient(i: Inputs) -> Callable[[], Output]:
     c, backend = i.codes, backend_of(i.grad)
 
     def run() -> Tensor:
-        transposed = ops.by_latent(c.indices, c.offsets, c.d_sae, backend)
+        transposed = ops.by_latent(c.indices, c.offsets, c.num_latents, backend)
         return ops.decode_backward_weight(i.grad, c.values, *transposed, i.weight.dtype, backend)
 
     return run

@@ -29,7 +29,7 @@ def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
         tensor([20., 30., 10.])
     """
     floating("vector", vector, dims=1)
-    shaped("vector", vector, (codes.d_sae,), codes.values, why="one per latent")
+    shaped("vector", vector, (codes.num_latents,), codes.values, why="one per latent")
     return ops.at_latents(vector, codes.indices, codes.offsets, *transposed_for(codes, vector), "auto")
 
 
@@ -42,8 +42,8 @@ def transposed_for(codes: SparseCodes, *learned: Tensor | None) -> tuple[Tensor 
 
 def check_numbers(codes: SparseCodes) -> None:
     """Raises ValueError where indices or offsets break the format. Reads the device."""
-    if bool(((codes.indices < 0) | (codes.indices >= codes.d_sae)).any()):
-        raise ValueError(f"codes.indices must lie in [0, {codes.d_sae}), got {codes.indices.min().item()}"
+    if bool(((codes.indices < 0) | (codes.indices >= codes.num_latents)).any()):
+        raise ValueError(f"codes.indices must lie in [0, {codes.num_latents}), got {codes.indices.min().item()}"
                          f" to {codes.indices.max().item()}")  # fmt: skip
     first, last = int(codes.offsets[0]), int(codes.offsets[-1])
     if bool((codes.offsets.diff() < 0).any()) or first != 0 or last > codes.values.shape[0]:

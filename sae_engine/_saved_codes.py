@@ -15,13 +15,13 @@ def _flatten(codes: SparseCodes):
     children = [codes.values, codes.indices, codes.offsets]
     if codes.required is not None:  # None would be a leaf
         children.append(codes.required)
-    return children, (codes.batch_shape, codes.d_sae, codes.k)
+    return children, (codes.batch_shape, codes.num_latents, codes.k)
 
 
 def _unflatten(children, context) -> SparseCodes:
     values, indices, offsets, *required = children
-    batch_shape, d_sae, k = context
-    return SparseCodes(values, indices, offsets, tuple(batch_shape), d_sae, k, *required)
+    batch_shape, num_latents, k = context
+    return SparseCodes(values, indices, offsets, tuple(batch_shape), num_latents, k, *required)
 
 
 pytree.register_pytree_node(
@@ -31,14 +31,14 @@ pytree.register_pytree_node(
 
 def _reduce(codes: SparseCodes):
     """What a pickle says of codes: the function that makes them again, and its arguments. No cache is saved."""
-    saved = (codes.values, codes.indices, codes.offsets, tuple(codes.batch_shape), codes.d_sae, codes.k)
+    saved = (codes.values, codes.indices, codes.offsets, tuple(codes.batch_shape), codes.num_latents, codes.k)
     return _rebuild_codes, (*saved, codes.required)
 
 
-def _rebuild_codes(values, indices, offsets, batch_shape, d_sae, k, required) -> SparseCodes:
+def _rebuild_codes(values, indices, offsets, batch_shape, num_latents, k, required) -> SparseCodes:
     """Codes from a pickle, which names this function. Files may be damaged or hostile: nothing in them is believed."""
     tensors = [values, indices, offsets] if required is None else [values, indices, offsets, required]
-    numbers = [*batch_shape, d_sae] if k is None else [*batch_shape, d_sae, k]
+    numbers = [*batch_shape, num_latents] if k is None else [*batch_shape, num_latents, k]
     sound = (
         all(isinstance(t, Tensor) and t.layout == torch.strided and t.device == values.device for t in tensors)
         and all(type(n) is int and n >= 0 for n in numbers)
@@ -51,7 +51,7 @@ def _rebuild_codes(values, indices, offsets, batch_shape, d_sae, k, required) ->
     if not sound:
         raise ValueError("these are no saved SparseCodes: their tensors and sizes do not fit together")
     codes = SparseCodes(
-        values.contiguous(), indices.contiguous(), offsets.contiguous(), tuple(batch_shape), d_sae, k, required
+        values.contiguous(), indices.contiguous(), offsets.contiguous(), tuple(batch_shape), num_latents, k, required
     )
     if not values.is_meta:
         check_numbers(codes)

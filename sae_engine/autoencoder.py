@@ -234,8 +234,8 @@ class SparseAutoencoder(nn.Module):
         """
         if not isinstance(codes, SparseCodes):
             raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
-        if codes.d_sae != self.d_sae:
-            raise ValueError(f"codes must have d_sae = {self.d_sae} latents, got {codes.d_sae}")
+        if codes.num_latents != self.d_sae:
+            raise ValueError(f"codes must have d_sae = {self.d_sae} latents, got {codes.num_latents}")
         info = EncodeInfo() if info is None else info
         needed: dict[str, tuple[Tensor | None, ...]] = {}
         if self.normalize_activations == "layer_norm":

@@ -49,7 +49,7 @@ class SparseCodes:
         indices: ``(N,)`` int32 latents.
         offsets: ``(rows + 1,)`` int64.
         batch_shape: leading dimensions of the pre-activations; their product is ``rows``.
-        d_sae: number of latents, F in the shapes.
+        num_latents: F.
         k: entries per row where every row stores the same number, otherwise None.
         required: entries that the rule asked for, a device scalar, where a capacity was given; see :meth:`check`.
     """
@@ -58,7 +58,7 @@ class SparseCodes:
     indices: Tensor
     offsets: Tensor
     batch_shape: tuple[int, ...]
-    d_sae: int
+    num_latents: int
     k: int | None = None
     required: Tensor | None = None
     _transposed: list[ByLatent] = field(default_factory=list, repr=False)  # cache of by_latent, shared by replace()
@@ -66,7 +66,7 @@ class SparseCodes:
     @property
     def shape(self) -> torch.Size:
         """(*batch_shape, F)."""
-        return torch.Size((*self.batch_shape, self.d_sae))
+        return torch.Size((*self.batch_shape, self.num_latents))
 
     @property
     def rows(self) -> int:
@@ -100,7 +100,7 @@ class SparseCodes:
         return self._transposed[0]
 
     def _transpose(self) -> ByLatent:
-        return ByLatent(*ops.by_latent(self.indices, self.offsets, self.d_sae, "auto"))
+        return ByLatent(*ops.by_latent(self.indices, self.offsets, self.num_latents, "auto"))
 
     def check(self) -> SparseCodes:
         """Raises RuntimeError where the rule asked for more entries than its capacity. Reads the device once.
@@ -144,7 +144,7 @@ class SparseCodes:
             >>> SparseCodes.from_topk(torch.tensor([[5.0]]), torch.tensor([[1]]), 3).to_dense()
             tensor([[0., 5., 0.]])
         """
-        return ops.to_dense(self.values, self.indices, self.offsets, self.d_sae, "auto").view(self.shape)
+        return ops.to_dense(self.values, self.indices, self.offsets, self.num_latents, "auto").view(self.shape)
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
         """(values, indices), each (*batch_shape, K) with K the longest row.
@@ -184,15 +184,15 @@ class SparseCodes:
         return values.view(shape), torch.where(present, indices, fill.int()).view(shape)
 
     @classmethod
-    def from_topk(cls, values: Tensor, indices: Tensor, d_sae: int) -> SparseCodes:
+    def from_topk(cls, values: Tensor, indices: Tensor, num_latents: int) -> SparseCodes:
         """Codes from (*batch_shape, k) ``values`` and integer ``indices``, distinct within a row and in any order.
 
         Raises:
             TypeError: ``values`` is not floating-point, or ``indices`` not of integers.
-            ValueError: their shapes or devices differ, or a row has more than ``d_sae`` entries.
+            ValueError: their shapes or devices differ, or a row has more than ``num_latents`` entries.
 
         Example:
-            >>> codes = SparseCodes.from_topk(torch.tensor([[5.0, 4.0]]), torch.tensor([[2, 0]]), d_sae=3)
+            >>> codes = SparseCodes.from_topk(torch.tensor([[5.0, 4.0]]), torch.tensor([[2, 0]]), num_latents=3)
             >>> codes.values.tolist(), codes.indices.tolist()  # each row by ascending latent
             ([4.0, 5.0], [0, 2])
         """
@@ -203,18 +203,18 @@ class SparseCodes:
         floating("values", values)
         same_device("indices", indices, values)
         k = values.shape[-1]
-        if k > d_sae:
-            raise ValueError(f"values must have at most d_sae = {d_sae} entries a row, got {k}")
+        if k > num_latents:
+            raise ValueError(f"values must have at most num_latents = {num_latents} entries a row, got {k}")
         rows = values.shape[:-1].numel()
         indices, order = indices.reshape(rows, k).sort(dim=1)
-        if deep() and not bool(((indices >= 0) & (indices < d_sae)).all() & (indices.diff(dim=1) > 0).all()):
-            raise ValueError(f"indices must lie in [0, {d_sae}) and be distinct within a row")
+        if deep() and not bool(((indices >= 0) & (indices < num_latents)).all() & (indices.diff(dim=1) > 0).all()):
+            raise ValueError(f"indices must lie in [0, {num_latents}) and be distinct within a row")
         return cls(
             values=values.reshape(rows, k).gather(1, order).flatten(),
             indices=indices.int().flatten(),
             offsets=uniform_offsets(rows, k, values.device),
             batch_shape=tuple(values.shape[:-1]),
-            d_sae=d_sae,
+            num_latents=num_latents,
             k=k,
         )
 
@@ -238,7 +238,7 @@ class SparseCodes:
             indices=column.int(),
             offsets=torch.searchsorted(row, bounds),
             batch_shape=tuple(dense.shape[:-1]),
-            d_sae=dense.shape[-1],
+            num_latents=dense.shape[-1],
         )
 
     def to_sparse_csr(self) -> Tensor:
@@ -255,7 +255,7 @@ class SparseCodes:
         if self.required is not None:
             owned = self._owned()
             values, indices = values[:owned], indices[:owned]
-        size = (self.rows, self.d_sae)
+        size = (self.rows, self.num_latents)
         # The operator itself: in front of it, torch 2.11's constructor warns that nothing was said about checking the
         # tensor's invariants even where that was said. Who switches these checks on for all tensors has them here too.
         return torch.ops.aten.sparse_compressed_tensor(
@@ -395,20 +395,20 @@ class SparseCodes:
         if isinstance(other, Tensor) and not other.is_complex():
             if other.dim() == 0:
                 return other
-            if other.shape != (self.d_sae,):
-                raise ValueError(f"codes are multiplied and divided by a scalar or a tensor ({self.d_sae},), one "
+            if other.shape != (self.num_latents,):
+                raise ValueError(f"codes are multiplied and divided by a scalar or a tensor ({self.num_latents},), one "
                                  f"number per latent, got shape {tuple(other.shape)}; use codes.replace(values=…)")
             return at_latents(other if other.is_floating_point() else other.to(self.dtype), self)
         if (number := number_in(other)) is None:
             kind = other.dtype if isinstance(other, Tensor) else type(other).__name__
             raise TypeError(f"codes are multiplied and divided by a number or a real tensor, () or "
-                            f"({self.d_sae},), got {kind}")  # fmt: skip
+                            f"({self.num_latents},), got {kind}")  # fmt: skip
         return number
 
     def __repr__(self) -> str:
         """Sizes, and the mean L0: without waiting for a device, where only a bound on it is known."""
         rows, stored = self.rows, self.values.shape[0]
-        parts = [f"batch_shape={self.batch_shape}, d_sae={self.d_sae}"]
+        parts = [f"batch_shape={self.batch_shape}, d_sae={self.num_latents}"]
         if rows and self.values.is_cpu and type(self.values) in (Tensor, torch.nn.Parameter):  # numbers are there
             parts.append(f"mean_l0={float(self.l0.double().mean()):.4g}")
         elif rows and self.required is None:
@@ -449,7 +449,7 @@ class SparseCodes:
             number = int(offsets[-1])
             shift = torch.repeat_interleave(self.offsets[chosen] - offsets[:-1], counts, output_size=number)
             entry = torch.arange(number, device=self.device) + shift
-        return SparseCodes(self.values[entry], self.indices[entry], offsets, batch_shape, self.d_sae, self.k)
+        return SparseCodes(self.values[entry], self.indices[entry], offsets, batch_shape, self.num_latents, self.k)
 
 
 def cat(codes: Sequence[SparseCodes]) -> SparseCodes:
@@ -473,7 +473,7 @@ def cat(codes: Sequence[SparseCodes]) -> SparseCodes:
             raise TypeError(f"codes must hold SparseCodes, got {type(other).__name__}")
         if not other.batch_shape:
             raise ValueError("codes of a single row cannot be concatenated: they have no leading dimension")
-        if other.d_sae != first.d_sae or other.batch_shape[1:] != first.batch_shape[1:]:
+        if other.num_latents != first.num_latents or other.batch_shape[1:] != first.batch_shape[1:]:
             raise ValueError(f"codes disagree in shape: {tuple(first.shape)} and {tuple(other.shape)}")
     k = first.k if all(c.k == first.k for c in codes) else None
     pieces = [c if c.required is None else _trimmed(c) for c in codes]
@@ -486,7 +486,7 @@ def cat(codes: Sequence[SparseCodes]) -> SparseCodes:
         indices=torch.cat([c.indices for c in pieces]),
         offsets=torch.cat([first.offsets[:1], *offsets]),
         batch_shape=(sum(c.batch_shape[0] for c in codes), *first.batch_shape[1:]),
-        d_sae=first.d_sae,
+        num_latents=first.num_latents,
         k=k,
     )
 

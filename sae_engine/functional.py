@@ -345,8 +345,8 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
     check.floating("W_dec", W_dec, dims=2)
     check.same_device("W_dec", W_dec, codes.values)
     codes.validate()
-    if W_dec.shape[0] != codes.d_sae:
-        raise ValueError(f"W_dec must have {codes.d_sae} rows (one per latent), got {tuple(W_dec.shape)}")
+    if W_dec.shape[0] != codes.num_latents:
+        raise ValueError(f"W_dec must have {codes.num_latents} rows (one per latent), got {tuple(W_dec.shape)}")
     if b_dec is not None:
         check.floating("b_dec", b_dec, dims=1)
         check.shaped("b_dec", b_dec, W_dec.shape[1:], W_dec, why="d_out")
@@ -388,7 +388,7 @@ def decode_prefixes(
     """
     if not isinstance(codes, SparseCodes):
         raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
-    widths = check.widths(widths, codes.d_sae)
+    widths = check.widths(widths, codes.num_latents)
     check.floating("W_dec", W_dec, dims=2)
     dtype = linear_dtype(codes.values, W_dec)
     wide = torch.promote_types(dtype, torch.float32)

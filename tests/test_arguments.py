@@ -50,7 +50,7 @@ ENTRY_POINTS = {
     "Gated": lambda i, x: se.Gated(i(F))(pre()),
     "TopAFA": lambda i, x: built(se.TopAFA(capacity=i(60), target_scale=x(0.5)))(torch.randn(B, D)),
     "init_sparse": lambda i, x: se.init_sparse(built(se.TopAFA()), i(4)).W_enc,
-    "RunningDensity": lambda i, x: updated(se.RunningDensity(i(F), lr=x(0.5))).density,
+    "RunningDensity": lambda i, x: updated(se.RunningDensity(i(F), rate=x(0.5))).density,
     "losses.evaluate": lambda i, x: losses.evaluate(
         built(se.TopK(2)), torch.randn(B, D),
         [losses.AuxK(k=i(3), coefficient=x(0.5)), losses.MultiTopK(factor=i(2), coefficient=x(0.5)),

@@ -327,7 +327,7 @@ def test_choices_that_follow_from_others_are_searched_too(search):
     """decode_warps is asked with the tile that was found, 32 columns, not with the default's 64."""
     search.cost = lambda name: 0.5 if name == "32" else 1.0
     codes = codes_of(sample("decode"), 5)
-    found = search.run(lambda: f.decode(codes, torch.randn(codes.d_sae, D), backend="triton"))
+    found = search.run(lambda: f.decode(codes, torch.randn(codes.num_latents, D), backend="triton"))
     assert {entry["choice"]: entry["configuration"] for entry in found}["decode_block"] == "32"
     asked = {tuple(entry["arguments"]) for entry in found if entry["choice"] == "decode_warps"}
     assert asked == {(32,)}

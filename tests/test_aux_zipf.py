@@ -70,7 +70,7 @@ def test_loss_and_gradients_against_dense_autograd_in_fp64():
 
 
 def test_running_density_by_hand():
-    density = se.RunningDensity(3, lr=0.5)
+    density = se.RunningDensity(3, rate=0.5)
     codes = se.SparseCodes.from_dense(torch.tensor([[1.0, 0, 0], [2.0, -1.0, 0]]))
     density.update(codes)
     assert density.density.tolist() == [1, 0.5, 0]
@@ -93,7 +93,7 @@ def steps(aux, dead, number=3, rule=None, **options):
 @pytest.mark.parametrize("convention", ["openai", "saelens"])
 def test_a_training_step_with_auxk_as_the_special_case(convention):
     dead = torch.arange(F) % 4 == 0
-    density = se.RunningDensity(F, lr=1e-12)
+    density = se.RunningDensity(F, rate=1e-12)
     density.density.copy_((~dead).double())
     auxk = losses.AuxK.openai(5) if convention == "openai" else losses.AuxK.saelens()
     options = {name: getattr(auxk, name) for name in ("k", "coefficient", "relu", "normalize", "scale_by_dead")}
@@ -137,7 +137,7 @@ def test_densities_are_state():
         (lambda: se.AuxZipfTopK(2, shortfall=torch.ones(3, dtype=torch.bool)), "shortfall"),
         (lambda: se.AuxZipfTopK(2).select(torch.randn(3, 5)), "shortfall"),
         (lambda: se.AuxZipfTopK(2).select(torch.randn(3, 5), shortfall=torch.ones(4)), "shortfall"),
-        (lambda: se.RunningDensity(3, lr=0), "lr"), (lambda: se.RunningDensity(0), "d_sae"),
+        (lambda: se.RunningDensity(3, rate=0), "rate"), (lambda: se.RunningDensity(0), "d_sae"),
         (lambda: losses.AuxZipf(density=torch.rand(3)), "density"),
         (lambda: losses.AuxZipf(latents=0), "latents"), (lambda: losses.AuxZipf(shift=-1), "shift"),
     ],

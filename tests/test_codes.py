@@ -48,7 +48,7 @@ def test_by_latent_is_sorted_and_cached():
 
 def test_properties():
     codes = se.functional.topk(torch.randn(2, 3, 20) - 1.5, 4)
-    assert codes.shape == (2, 3, 20) and codes.rows == 6 and codes.d_sae == 20
+    assert codes.shape == (2, 3, 20) and codes.rows == 6 and codes.num_latents == 20
     assert torch.equal(codes.l0, (codes.to_dense() != 0).sum(-1))
     roomy = ragged(capacity=90)
     assert torch.equal(roomy.l0, (roomy.to_dense() != 0).sum(-1))
@@ -81,7 +81,7 @@ def test_to_padded_of_ragged_rows():
     assert all(len(set(row)) == len(row) for row in indices.tolist())
     for rows in ([[3.0, 0, 0, 0, 0], [1.0, 1, 1, 1, 0]], [[0.0, 0], [1, 1]], [[0.0, 0]]):
         codes = se.SparseCodes.from_dense(torch.tensor(rows))
-        again = se.SparseCodes.from_topk(*codes.to_padded(), codes.d_sae)
+        again = se.SparseCodes.from_topk(*codes.to_padded(), codes.num_latents)
         assert torch.equal(again.to_dense(), torch.tensor(rows))
 
 
@@ -188,7 +188,7 @@ def test_is_a_pytree():
         (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 2), 9), ValueError, "indices"),
         (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 3), 9), TypeError, "indices"),
         (lambda: se.SparseCodes.from_topk(torch.ones(2, 3).long(), torch.zeros(2, 3).long(), 9), TypeError, "values"),
-        (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 3).long(), 2), ValueError, "d_sae"),
+        (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 3).long(), 2), ValueError, "num_latents"),
         (lambda: se.SparseCodes.from_topk(torch.ones(2, 3), torch.zeros(2, 3, device="meta").long(), 9), ValueError,
          "indices"),
         (lambda: ragged().replace(values=torch.zeros_like(ragged().indices)), TypeError, "values"),
@@ -342,13 +342,13 @@ assert torch.equal(codes.to_dense(), dense) and codes.k == 3, codes
     {"indices": torch.tensor([0, 40, 2], dtype=torch.int32)}, {"indices": torch.tensor([-1, 1, 2], dtype=torch.int32)},
     {"indices": torch.zeros(2, dtype=torch.int32)}, {"indices": torch.zeros(3)}, {"offsets": torch.tensor([0, 3])},
     {"offsets": torch.tensor([0, 4, 3])}, {"offsets": torch.tensor([-1, 2, 3])}, {"offsets": torch.tensor([0, 1, 2])},
-    {"values": torch.ones(3).long()}, {"values": "ones"}, {"batch_shape": (3,)}, {"d_sae": 2}, {"k": 2},
-    {"required": torch.tensor(2)}, {"required": torch.tensor(2.0)}, {"d_sae": "40"},
+    {"values": torch.ones(3).long()}, {"values": "ones"}, {"batch_shape": (3,)}, {"num_latents": 2}, {"k": 2},
+    {"required": torch.tensor(2)}, {"required": torch.tensor(2.0)}, {"num_latents": "40"},
 ], ids=str)  # fmt: skip
 def test_a_broken_file_of_codes_is_refused(broken, tmp_path):
     sound = {
         "values": torch.ones(3), "indices": torch.arange(3, dtype=torch.int32), "offsets": torch.tensor([0, 1, 3]),
-        "batch_shape": (2,), "d_sae": 40, "k": None, "required": None,
+        "batch_shape": (2,), "num_latents": 40, "k": None, "required": None,
     }  # fmt: skip
     torch.save(se.SparseCodes(**sound), tmp_path / "codes.pt")
     torch.load(tmp_path / "codes.pt", weights_only=True)

@@ -235,7 +235,7 @@ def of_latents(codes: SparseCodes, start: int, stop: int) -> SparseCodes:
     before = torch.cat([codes.offsets.new_zeros(1), inside.cumsum(0)])
     entries = inside.nonzero()[:, 0]
     return SparseCodes(
-        codes.values[entries], codes.indices[entries], before[codes.offsets], codes.batch_shape, codes.d_sae
+        codes.values[entries], codes.indices[entries], before[codes.offsets], codes.batch_shape, codes.num_latents
     )
 
 

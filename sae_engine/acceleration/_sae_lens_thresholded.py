@@ -155,4 +155,4 @@ class JumpReLUTrainingSAE(_Thresholded, Training, jumprelu_sae.JumpReLUTrainingS
 
 def _row_sums(codes: SparseCodes, entries: Tensor) -> Tensor:
     """Sum of each row's ``entries`` (N,), differentiable: (*batch_shape,)."""
-    return core.decode(codes.replace(values=entries), entries.new_ones(codes.d_sae, 1), None)[..., 0]
+    return core.decode(codes.replace(values=entries), entries.new_ones(codes.num_latents, 1), None)[..., 0]

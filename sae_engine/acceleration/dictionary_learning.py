@@ -234,8 +234,8 @@ def _per_row(codes: SparseCodes) -> tuple[Tensor, Tensor]:
 
 def _fired(codes: SparseCodes) -> Tensor:
     """Latents that are positive somewhere, (F,)."""
-    fired = torch.zeros(codes.d_sae + 1, dtype=torch.bool, device=codes.device)
-    fired[torch.where(codes.values > 0, codes.indices.long(), codes.d_sae)] = True
+    fired = torch.zeros(codes.num_latents + 1, dtype=torch.bool, device=codes.device)
+    fired[torch.where(codes.values > 0, codes.indices.long(), codes.num_latents)] = True
     return fired[:-1]
 
 

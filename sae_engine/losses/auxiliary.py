@@ -259,7 +259,7 @@ class AFA(Loss):
 
 def _sum_by_row(entries: Tensor, codes: SparseCodes, backend: str) -> Tensor:
     """(rows,) sums of ``entries`` (N,), in their dtype."""
-    ones = entries.new_ones(codes.d_sae, 1)
+    ones = entries.new_ones(codes.num_latents, 1)
     sums = ops.decode(entries, codes.indices, codes.offsets, ones, None, entries.dtype, None, None, None, backend)
     return sums[:, 0]
 

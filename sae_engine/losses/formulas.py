@@ -88,7 +88,7 @@ def afa(codes: SparseCodes, x: Tensor) -> Tensor:
     check.shaped("x", x, (*codes.batch_shape, x.shape[-1]), codes.values, why="one row per row of codes")
     wide = torch.promote_types(codes.values.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        ones = torch.ones(codes.d_sae, 1, dtype=wide, device=codes.device)
+        ones = torch.ones(codes.num_latents, 1, dtype=wide, device=codes.device)
         energy = functional.decode(codes.replace(values=codes.values.to(wide).square()), ones)[..., 0]
         norm = energy.clamp(min=torch.finfo(wide).tiny).sqrt()  # the root's slope at 0 is infinite
         return (norm - x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1)).square().mean()

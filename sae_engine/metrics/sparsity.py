@@ -117,8 +117,8 @@ class Sparsity:
 def check_codes(codes: SparseCodes, d_sae: int) -> None:
     if not isinstance(codes, SparseCodes):
         raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}: SparseCodes.from_dense makes them")
-    if codes.d_sae != d_sae:
-        raise ValueError(f"codes must have d_sae = {d_sae} latents, got {codes.d_sae}")
+    if codes.num_latents != d_sae:
+        raise ValueError(f"codes must have d_sae = {d_sae} latents, got {codes.num_latents}")
 
 
 def owned_entries(codes: SparseCodes) -> tuple[Tensor, Tensor]:

@@ -12,20 +12,20 @@ from ..codes import SparseCodes
 def fired_share(codes: SparseCodes) -> Tensor:
     """(F,) float64: the share of rows in which each latent's value is not 0. Sums of ones, exact in any order."""
     fired = (codes.values.detach() != 0).double()
-    counts = fired.new_zeros(codes.d_sae).scatter_add_(0, codes.indices.long(), fired)
+    counts = fired.new_zeros(codes.num_latents).scatter_add_(0, codes.indices.long(), fired)
     return counts / codes.rows
 
 
 class RunningDensity(nn.Module):
     """The share of tokens on which each latent fires, as a running mean over batches.
 
-    ``density`` (d_sae,) float64 is -1 while unset; the first :meth:`update` sets it, later ones move it by ``lr``.
+    ``density`` (d_sae,) float64 is -1 while unset; the first :meth:`update` sets it, later ones move it by ``rate``.
 
     Raises:
         TypeError, ValueError: an argument is of another kind or out of range; names it.
 
     Example:
-        >>> density = RunningDensity(2, lr=0.5)
+        >>> density = RunningDensity(2, rate=0.5)
         >>> for rows in ([[1.0, 0.0], [1.0, 2.0]], [[0.0, 1.0], [0.0, 1.0]]):
         ...     density.update(se.SparseCodes.from_dense(torch.tensor(rows)))
         >>> density.density
@@ -34,11 +34,11 @@ class RunningDensity(nn.Module):
 
     density: Tensor
 
-    def __init__(self, d_sae: int, *, lr: float = 0.01, device=None) -> None:
+    def __init__(self, d_sae: int, *, rate: float = 0.01, device=None) -> None:
         super().__init__()
-        self.lr = check.positive("lr", lr)
-        if self.lr > 1:
-            raise ValueError(f"lr must satisfy 0 < lr <= 1, got {lr}")
+        self.rate = check.positive("rate", rate)
+        if self.rate > 1:
+            raise ValueError(f"rate must satisfy 0 < rate <= 1, got {rate}")
         d_sae = check.integer_k(d_sae, name="d_sae")
         self.register_buffer("density", torch.full((d_sae,), -1.0, dtype=torch.float64, device=device))
 
@@ -46,4 +46,4 @@ class RunningDensity(nn.Module):
     def update(self, codes: SparseCodes) -> None:
         """With what a batch kept; an empty one changes nothing."""
         if codes.rows:
-            functional.move_threshold(self.density, fired_share(codes), self.lr)
+            functional.move_threshold(self.density, fired_share(codes), self.rate)

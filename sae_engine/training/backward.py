@@ -85,7 +85,7 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
 
 def term_of(codes: SparseCodes, values: Tensor, grad: Tensor, offered: Tensor | None, mode: int) -> Term:
     """One output's part in the latent pass; dense codes need no transposed index."""
-    if is_dense("decode_backward_weight", codes.values.shape[0], codes.rows, codes.d_sae, codes.device.type):
+    if is_dense("decode_backward_weight", codes.values.shape[0], codes.rows, codes.num_latents, codes.device.type):
         index = ByLatent(codes.offsets.new_empty(0), codes.indices.new_empty(0), codes.offsets.new_empty(0))
     else:
         index = codes.by_latent

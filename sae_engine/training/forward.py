@@ -251,7 +251,7 @@ class Parts:
             raise self._needs_whole(pre)
         codes = self.rule.candidates(pre, self.rows, backend=self.backend, **context)
         row = torch.repeat_interleave(codes.offsets.diff(), output_size=codes.values.shape[0])
-        flat = (start + row) * codes.d_sae + codes.indices
+        flat = (start + row) * codes.num_latents + codes.indices
         entries = ops.gather(pre, codes.indices, codes.offsets, self.backend) if self.wants_entries else None
         self._keep(codes.values, flat, entries)
 
@@ -322,7 +322,7 @@ def _below_within_capacity(codes: list[SparseCodes], entries: list[Tensor]) -> t
         base = base + part.required
     first = codes[0]
     merged = SparseCodes(
-        out[0][:capacity], out[1][:capacity], torch.cat(offsets), (sum(c.rows for c in codes),), first.d_sae,
+        out[0][:capacity], out[1][:capacity], torch.cat(offsets), (sum(c.rows for c in codes),), first.num_latents,
         required=base,
     )  # fmt: skip
     return merged, out[2][:capacity] if entries else None

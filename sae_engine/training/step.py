@@ -265,7 +265,7 @@ class TrainStep:
         if self.calls % self.density_interval == 0 and not capturing(codes.values):
             entries = int(codes.required)
             self._dense_now = densified.is_dense(
-                "decode_backward_weight", entries, codes.rows, codes.d_sae, codes.device.type
+                "decode_backward_weight", entries, codes.rows, codes.num_latents, codes.device.type
             )
         return self._dense_now
 
@@ -333,8 +333,8 @@ def _checked_scheduler(scheduler: Any) -> Any:
 
 def _fired(codes: SparseCodes) -> Tensor:
     """(F,) bool: latents with a value other than 0."""
-    place = torch.where(codes.values != 0, codes.indices, codes.d_sae).long()
-    return place.new_zeros(codes.d_sae + 1, dtype=torch.bool).index_fill_(0, place, True)[:-1]
+    place = torch.where(codes.values != 0, codes.indices, codes.num_latents).long()
+    return place.new_zeros(codes.num_latents + 1, dtype=torch.bool).index_fill_(0, place, True)[:-1]
 
 
 class _Seen(NamedTuple):
