@@ -235,6 +235,23 @@ def test_norm_match_needs_few_passes_where_the_sample_tells_nothing(share, kind,
     assert meter.launches[0].loaded["pre_ptr"] <= passes * pre.nbytes
 
 
+@pytest.mark.parametrize(("kind", "passes"), [("giants", 1.1), ("normal", 2.2), ("short", 1.0), ("far from 1", 2.2)])
+def test_energy_share_reads_a_row_once_or_twice(kind, passes, metering):
+    """And its sample, a thirty-second of it, with each pass. Short rows take one, and those whose share lies in their
+    largest entries; others one more, as do sparse rows of which the sample sees nothing and whose unit had to be found.
+    In fp32: where entries tie at the cut, as in bf16 they often do, a row is read again up to the last that it keeps.
+    """
+    pre = torch.randn(2, 4096 if kind == "short" else 32768)
+    if kind in ("giants", "far from 1"):
+        pre = pre * 0.05 if kind == "giants" else -pre.abs()
+        giants = torch.rand(2, 2, 32).log().sum(0) * (-2 if kind == "giants" else -(2**50))
+        pre.scatter_(1, torch.rand(2, 32768).topk(32, 1).indices, giants)
+    with metering() as meter:
+        codes = f.energy_share(pre, 0.7, backend="triton")
+    assert torch.equal(codes.indices, f.energy_share(pre, 0.7, backend="reference").indices)
+    assert meter.launches[0].loaded["pre_ptr"] <= passes * pre.nbytes
+
+
 def test_norm_match_reads_nothing_outside_rows_of_which_everything_may_be_kept(metering):
     """Ties that no lane can set aside; the last words of the bitmask hold so few columns that they are read bit by bit.
 
