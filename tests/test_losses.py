@@ -9,6 +9,7 @@ from sae_engine import losses
 def test_values_by_hand():
     x, x_hat = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0], [3.0, 6.0]])
     assert losses.squared_error(x_hat, x) == (1 + 4) / 2
+    assert losses.mse(x_hat, x) == (1 + 4) / 4
     assert losses.fvu(x_hat, x) == 5 / 4  # around the mean (2, 3): 1 + 1 + 1 + 1
     codes = se.SparseCodes.from_dense(torch.tensor([[3.0, 0, 4.0], [0, 0, 0]]))
     torch.testing.assert_close(losses.afa(codes, torch.tensor([[0.0, 3.0], [1.0, 0.0]])), torch.tensor(2.5))
@@ -34,7 +35,7 @@ def test_afa_stays_wide_under_autocast_and_reaches_the_values():
 
 @pytest.mark.parametrize("other", [(8,), (4, 1), (4, 7)], ids=str)
 def test_shapes_do_not_broadcast(other):
-    for loss in (losses.squared_error, losses.fvu):
+    for loss in (losses.squared_error, losses.mse, losses.fvu):
         with pytest.raises(ValueError, match="x_hat"):
             loss(torch.randn(other), torch.randn(4, 8))
     with pytest.raises(ValueError, match="x must"):

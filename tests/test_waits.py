@@ -210,6 +210,7 @@ WITHOUT_WAITING = {
     "cat": lambda: (c := codes(), lambda: se.cat([c, c]))[1],
     # losses
     "losses.squared_error": lambda: (x := torch.randn(B, D), y := pre()[:, :D], lambda: losses.squared_error(y, x))[2],
+    "losses.mse": lambda: (x := torch.randn(B, D), y := pre()[:, :D], lambda: losses.mse(y, x))[2],
     "losses.fvu": lambda: (x := torch.randn(B, D), y := pre()[:, :D], lambda: losses.fvu(y, x))[2],
     "losses.auxk": of_codes(lambda c, _, x, W, b: losses.auxk(c, W, x, normalize=True)),
     "losses.aux_zipf": of_codes(lambda c, _, x, W, b: losses.aux_zipf(c, W, x)),

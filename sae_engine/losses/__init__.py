@@ -8,7 +8,7 @@ reads; a :class:`~sae_engine.training.TrainStep` takes a list of them, and :func
 from .auxiliary import AFA, AuxK, AuxZipf, MultiTopK
 from .base import Loss, LossInput, NestedReconstruction, Pull, Reconstruction, losses_for
 from .evaluation import evaluate
-from .formulas import afa, auxk, fvu, squared_error
+from .formulas import afa, auxk, fvu, mse, squared_error
 from .rule_formulas import aux_zipf, gated, l1, matryoshka, step_l0, tanh_l0, target_l0
 from .sparsity import L1, GateLoss, StepL0, TanhL0
 
@@ -35,6 +35,7 @@ __all__ = [
     "l1",
     "losses_for",
     "matryoshka",
+    "mse",
     "squared_error",
     "step_l0",
     "tanh_l0",

@@ -24,6 +24,21 @@ def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
     return (x_hat - x).square().sum(-1).mean()
 
 
+def mse(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Squared error per element, in fp32 or wider: :func:`squared_error` over d, as ``metrics`` has it too.
+
+    Raises:
+        TypeError: an argument is not floating-point, or of the wrong kind; names it.
+        ValueError: a shape or a device does not fit the others; names the argument.
+
+    Example:
+        >>> mse(torch.zeros(2, 3), torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 1.0]]))
+        tensor(1.)
+    """
+    x_hat, x = _pair(x_hat, x)
+    return (x_hat - x).square().mean()
+
+
 def fvu(x_hat: Tensor, x: Tensor) -> Tensor:
     """Fraction of variance unexplained: squared error over the squared distance from the batch mean.
 
