@@ -177,3 +177,31 @@ def near_ties_alone(pre, target, weight, got, expected):
             wanted = float(target.reshape(-1)[number])
             off = [abs(float(score[number, kept].square().sum().sqrt()) - wanted) for kept in (ours, theirs)]
             assert abs(off[0] - off[1]) < 1e-6 * wanted, (number, ours, theirs, off, wanted)
+
+
+@on_drawn_cases
+def test_energy_share(data, backend):
+    pre = data.draw(matrices(backend))
+    share = data.draw(st.one_of(st.floats(1e-6, 1), st.sampled_from([1.0, 0.5, 0.999999, 1e-30])))
+    weight = data.draw(st.one_of(st.none(), tensors((pre.shape[-1],), torch.float32)))
+    weight = weight if weight is None else weight.abs()
+    got, expected = (f.energy_share(pre, share, weight_norm=weight, backend=b) for b in (backend, "reference"))
+    if torch.equal(got.offsets, expected.offsets) and torch.equal(got.indices, expected.indices):
+        assert_same(got.values, expected.values)
+    else:
+        either_side_of_the_goal(pre, share, weight, got, expected)
+
+
+def either_side_of_the_goal(pre, share, weight, got, expected):
+    """Rows that differ keep prefixes one of which is part of the other, and end within 1e-6 of the goal."""
+    score = pre.reshape(-1, pre.shape[-1]).to(torch.promote_types(pre.dtype, torch.float32)).relu()
+    score = (score if weight is None else score * weight.to(score.dtype)).double()
+    rows = [[codes.indices[a:b].tolist() for a, b in pairwise(codes.offsets.tolist())] for codes in (got, expected)]
+    for number, kept in enumerate(zip(*rows, strict=True)):
+        if kept[0] != kept[1]:
+            fewer, more = sorted(map(set, kept), key=len)
+            goal = float(score[number].square().sum()) * share
+            low, high = (float(score[number, list(part)].square().sum()) for part in (fewer, more))
+            last = float(score[number, list(more)].min()) ** 2
+            assert fewer < more, (number, kept)
+            assert low >= goal * (1 - 1e-6) and high - last < goal * (1 + 1e-6), (number, kept, low, high, goal)
