@@ -361,8 +361,9 @@ class SparseAutoencoder(nn.Module):
                 :data:`sae_engine.checkpoints.formats.FORMATS`.
             device: where the parameters go; the default device.
             dtype: of the parameters; that of the file. Thresholds keep theirs.
-            activation_scale: what multiplied the activations in training, for SAELens' ``expected_average_only_in``,
-                whose files do not say it: sqrt(d_in) over their mean norm. It is folded into the weights.
+            activation_scale: what multiplied the activations in training, for SAELens' ``expected_average_only_in``:
+                sqrt(d_in) over their mean norm; by default what ``activation_scaler.json`` beside the files says. It
+                is folded into the weights.
             residual: ``"mean-centred"`` or ``"raw"``, what it was trained on, where the card would be wrong.
                 One trained on mean-centred activations is loaded with ``normalize_activations="center"``.
 

@@ -109,6 +109,60 @@ class TestDefinitions:
         torch.testing.assert_close(sae.encode(x).to_dense(), acts)
         torch.testing.assert_close(sae(x), acts @ W_dec + b_dec)
 
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_gemma_scope_2(self, skip, tmp_path):
+        g = torch.Generator().manual_seed(3)
+        shapes = {"w_enc": (D, F), "w_dec": (F, D), "b_enc": (F,), "b_dec": (D,)}
+        t = {name: torch.randn(shape, generator=g).double() for name, shape in shapes.items()}
+        t["threshold"] = torch.rand(F, generator=g) * 2
+        extra = {"affine_skip_connection": torch.randn(D, D, generator=g).double()} if skip else {}
+        save_file(t | extra, tmp_path / "params.safetensors")
+        cfg = {"architecture": "jump_relu", "type": "transcoder", "width": F, "model_name": "google/gemma-3-1b-pt",
+               "hf_hook_point_in": "model.layers.3.mlp.input",
+               "hf_hook_point_out": "model.layers.3.mlp.output"}  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(cfg))
+        x = torch.randn(B, D, dtype=torch.float64)
+        pre = x @ t["w_enc"] + t["b_enc"]
+        out = torch.where(pre > t["threshold"], pre, 0) @ t["w_dec"] + t["b_dec"]
+        sae = se.SparseAutoencoder.from_pretrained(tmp_path)
+        torch.testing.assert_close(sae(x), out + x @ extra["affine_skip_connection"] if skip else out)
+        assert (sae.card.model_name, sae.card.hook_name) == ("google/gemma-3-1b-pt", "model.layers.3.mlp.input")
+        assert "its target is model.layers.3.mlp.output" in str(sae.card)
+        (tmp_path / "config.json").unlink()
+        assert_same(se.SparseAutoencoder.from_pretrained(tmp_path).W_enc.detach(), sae.W_enc.detach())
+        save_file(t | {"w_dec": torch.randn(F, 3, D).double()}, tmp_path / "params.safetensors")
+        with pytest.raises(ValueError, match=r"w_dec must have shape .*, got \(40, 3, 12\)"):  # across layers
+            se.SparseAutoencoder.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("fields", [
+        {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}, {"activation_fn": "topk", "k": 4},
+        {"activation_fn_str": "TopK", "k": 4, "activation_fn_kwargs": {}}, {"architecture": "topk", "k": 4},
+        {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}, "architecture": "standard", "metadata": {}},
+    ], ids=str)  # fmt: skip
+    def test_saelens_top_k_wherever_its_k_is(self, fields, tmp_path):
+        write("saelens", tmp_path)
+        (tmp_path / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": F, **fields}))
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path)
+        assert type(loaded.activation) is se.TopK and loaded.activation.k == 4
+
+    @pytest.mark.parametrize(("fields", "complaint"), [
+        ({"activation_fn_str": "topk"}, "says top-k and not how many"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {}}, "says top-k and not how many"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": "{'k': 4}"}, r"put the number .* \(activation_fn_k"),
+        ({"activation_fn": "topk", "k": None}, "says top-k and not how many"),
+        ({"activation_fn": "topk", "k": "four"}, "k must be an int"),
+        ({"architecture": "jumprelu", "activation_fn": "topk", "k": 4}, "contradicts architecture 'jumprelu'"),
+        ({"k": 4}, "says k = 4 and architecture 'standard'"),
+        ({"activation_fn_str": "relu", "activation_fn_kwargs": {"k": 4}}, "says k = 4 and architecture 'standard'"),
+        ({"architecture": "standard", "metadata": {}, "k": 4}, "says k = 4 and architecture 'standard'"),
+        ({"architecture": "standard", "metadata": {}, "activation_fn": "tanh-relu"}, "'tanh-relu' is not supported"),
+    ], ids=str)  # fmt: skip
+    def test_saelens_top_k_never_becomes_another_rule(self, fields, complaint, tmp_path):
+        write("saelens", tmp_path)
+        (tmp_path / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": F, **fields}))
+        with pytest.raises(ValueError, match=complaint):
+            se.SparseAutoencoder.from_pretrained(tmp_path)
+
     def test_saelens_before_version_6(self, tmp_path):
         """As the GPT-2 releases of 2024 are: no architecture, hook_point, a scaling_factor of 1."""
         sae = write("saelens", tmp_path, rule="ReLU")
@@ -143,7 +197,56 @@ class TestDefinitions:
         assert_same(loaded.activation.threshold.detach(), sae.activation.threshold.detach())
 
 
+    @pytest.mark.parametrize("absent", [("threshold",), ("k", "threshold")], ids=str)
+    @pytest.mark.parametrize("said", ["AutoEncoderTopK", "BatchTopKSAE", "MatroyshkaBatchTopKSAE"])
+    def test_dictionary_learning_of_2024(self, said, absent, tmp_path):
+        """Without buffers that came later, and with a class's name as it was spelt."""
+        rule = "TopK" if said == "AutoEncoderTopK" else "BatchTopK"
+        sae = write("dictionary_learning", tmp_path, rule=rule)
+        held = torch.load(tmp_path / "ae.pt", weights_only=True)
+        if said == "MatroyshkaBatchTopKSAE":
+            held = {"W_enc": held["encoder.weight"].T, "W_dec": held["decoder.weight"].T, "b_enc": held["encoder.bias"],
+                    "b_dec": held["b_dec"], "k": held["k"], "group_sizes": torch.tensor([10, 30])}  # fmt: skip
+        torch.save({name: value for name, value in held.items() if name not in absent}, tmp_path / "ae.pt")
+        trainer = {"trainer_class": "Trainer", "dict_class": said, "k": sae.activation.k}
+        (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path)
+        assert type(loaded.activation) is type(sae.activation) and loaded.activation.k == sae.activation.k
+        assert_same(loaded.W_enc.detach(), sae.W_enc.detach())
+        if rule == "BatchTopK":
+            assert loaded.activation.threshold == -1  # never learned: .eval() says so
+        del trainer["k"]
+        (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+        if "k" in absent:
+            with pytest.raises(ValueError, match=r"holds no k: put it into config\.json beside it, as trainer\.k"):
+                se.SparseAutoencoder.from_pretrained(tmp_path)
+        else:
+            assert se.SparseAutoencoder.from_pretrained(tmp_path).activation.k == sae.activation.k
+
+
 class TestConventions:
+    def test_the_factor_of_a_training_run_lies_beside_its_weights(self, tmp_path):
+        sae = write("saelens", tmp_path, rule="ReLU")
+        cfg = {"architecture": "standard", "d_in": D, "d_sae": F, "metadata": {},
+               "normalize_activations": "expected_average_only_in"}  # fmt: skip
+        (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+        scaler = tmp_path / "activation_scaler.json"
+        scaler.write_text('{"scaling_factor": 0.25}')
+        x = torch.randn(B, D)
+        loaded = se.SparseAutoencoder.from_pretrained(tmp_path)
+        # a power of 2 changes no rounding
+        torch.testing.assert_close(loaded(x), sae(x * 0.25) / 0.25, rtol=0, atol=0)
+        assert "0.25 times" in loaded.card.normalization
+        by_argument = se.SparseAutoencoder.from_pretrained(tmp_path, activation_scale=0.5)
+        torch.testing.assert_close(by_argument(x), sae(x * 0.5) / 0.5, rtol=0, atol=0)
+        scaler.write_text('{"scaling_factor": null}')
+        with pytest.raises(ValueError, match=r"neither it nor activation_scaler\.json says by how much: pass"):
+            se.SparseAutoencoder.from_pretrained(tmp_path)
+        for wrong in ('"0.25"', "0", "-1", "NaN", "true"):
+            scaler.write_text(f'{{"scaling_factor": {wrong}}}')
+            with pytest.raises(ValueError, match=r"activation_scaler\.json: scaling_factor must be a positive number"):
+                se.SparseAutoencoder.from_pretrained(tmp_path)
+
     def test_centring_takes_raw_and_centred_residuals(self, tmp_path):
         """An SAE of a mean-centred stream, given the raw one, computes what it was trained to, plus the mean."""
         sae = build("TopK").double()

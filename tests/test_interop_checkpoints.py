@@ -83,6 +83,7 @@ class TestSAELens:
         ("transcoder", {"d_out": 9, "apply_b_dec_to_input": False}),
         ("skip_transcoder", {"d_out": 9, "apply_b_dec_to_input": False}),
         ("jumprelu_transcoder", {"d_out": 9, "apply_b_dec_to_input": False}),
+        *(("jumprelu_skip_transcoder", {"d_out": width, "apply_b_dec_to_input": False}) for width in (9, D)),
     )  # fmt: skip
     COUNTING = (
         ("topk", {"k": 5}), ("abstopk", {"k": 5}), ("batchtopk", {"k": 4.5, "topk_threshold_lr": 0.3}),
@@ -155,7 +156,7 @@ class TestSAELens:
         if architecture == "jumprelu":
             assert ours.activation.bandwidth == 0.2
         exported = sae_lens.SAE.load_from_disk(tmp_path / "inference")
-        inferring = formats.to_inference(se.SparseAutoencoder.from_pretrained(tmp_path / "training")).eval()
+        inferring = se.inference_form(se.SparseAutoencoder.from_pretrained(tmp_path / "training")).eval()
         read = se.SparseAutoencoder.from_pretrained(tmp_path / "inference").eval()
         if batched:
             exported.threshold.data = exported.threshold.data.float().double()

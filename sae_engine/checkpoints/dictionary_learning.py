@@ -4,7 +4,8 @@ Its classes differ in their keys: encoder.weight (d_sae, d_in), encoder.bias and
 ``bias`` (AutoEncoder), decoder.bias (AutoEncoderNew), or b_dec, ``k``, ``threshold`` (AutoEncoderTopK, BatchTopKSAE);
 W_enc (d_in, d_sae), W_dec, b_enc, b_dec and a threshold, with ``k`` and ``group_sizes`` (MatryoshkaBatchTopKSAE) or
 without (JumpReluAutoEncoder); gate_bias, mag_bias, r_mag and decoder_bias (GatedAutoEncoder). AutoEncoderTopK and
-BatchTopKSAE are told apart by ``trainer.dict_class`` alone. A threshold of -1 is one that was never learned.
+BatchTopKSAE are told apart by ``trainer.dict_class`` alone. A threshold of -1 is one that was never learned. Files of
+2024 have no ``threshold``, and older ones no ``k`` either: it stands in the configuration.
 """
 from __future__ import annotations
 
@@ -59,11 +60,12 @@ RULES: dict[str, type[act.Activation]] = {
 _RAW_INPUT = ("AutoEncoderNew", "JumpReluAutoEncoder")  # these never take b_dec from the input
 _MARKS = {"bias": "AutoEncoder", "decoder.bias": "AutoEncoderNew", "group_sizes": "MatryoshkaBatchTopKSAE",
           "gate_bias": "GatedAutoEncoder"}  # fmt: skip
+_MISSPELT = {"MatroyshkaBatchTopKSAE": "MatryoshkaBatchTopKSAE"}  # its name there until 2025
 
 
 def owns_weights(names: frozenset[str]) -> bool:
     linear = {"encoder.weight", "decoder.weight"} <= names and "pre_bias" not in names
-    return linear or {"W_enc", "W_dec", "threshold"} <= names
+    return linear or ({"W_enc", "W_dec"} <= names and bool({"threshold", "group_sizes"} & names))
 
 
 def owns_config(config: dict[str, Any]) -> bool:
@@ -77,12 +79,16 @@ def load(files: Files) -> Checkpoint:
     rule = RULES[name]
     options: dict[str, Any] = {}
     counted = rule in (act.TopK, act.BatchTopK)
+    if counted:
+        held = {"threshold": torch.tensor(-1.0), **held}
     tensors = take(file, held, LAYOUTS[name], ignored=("k", "group_sizes") if counted else ())
     if tensors["W_enc"].shape[0] != tensors["W_dec"].shape[1]:
         raise ValueError(f"{file}: encoder and decoder must have the same width")
     notes: list[str] = []
     if counted:
-        options["k"] = scalar(file, held, "k")
+        options["k"] = scalar(file, held, "k") if "k" in held else trainer.get("k")
+        if options["k"] is None:
+            raise ValueError(f"{file} holds no k: put it into {CONFIG} beside it, as trainer.k")
         if trainer.get("k", options["k"]) != options["k"]:
             raise ValueError(f"{file} says k = {options['k']} and {files.config_file} says {trainer['k']!r}")
     if rule is act.TopK:
@@ -147,6 +153,7 @@ def _trainer(config: dict[str, Any]) -> dict[str, Any]:
 def _dict_class(held: dict[str, Any], trainer: dict[str, Any], files: Files) -> str:
     """The class whose keys these are: by the keys, and where they leave it open by the configuration."""
     said = trainer.get("dict_class")
+    said = _MISSPELT.get(said, said) if isinstance(said, str) else said
     if said is not None and said not in LAYOUTS:
         raise ValueError(f"{files.config_file}: dict_class {said!r} is not supported; supported: {sorted(LAYOUTS)}")
     by_keys = next((name for mark, name in _MARKS.items() if mark in held), None)

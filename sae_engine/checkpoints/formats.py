@@ -9,13 +9,14 @@ from types import ModuleType
 import torch
 
 from .. import _checks as check
-from . import batchtopk, dictionary_learning, gemma_scope, hub, openai, saelens, sparsify
+from . import batchtopk, dictionary_learning, gemma_scope, gemma_scope_2, hub, openai, saelens, sparsify
 from ._checkpoint import Checkpoint, Files, build, of
 from ._reading import Source, WeightFile, look_at
 from .card import CENTRED, RAW, UNKNOWN
 
 FORMATS: dict[str, ModuleType] = {
-    module.NAME: module for module in (saelens, sparsify, dictionary_learning, openai, gemma_scope, batchtopk)
+    module.NAME: module
+    for module in (saelens, sparsify, dictionary_learning, openai, gemma_scope, gemma_scope_2, batchtopk)
 }  # fmt: skip
 RESIDUALS = (RAW, CENTRED)
 

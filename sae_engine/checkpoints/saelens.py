@@ -3,12 +3,14 @@
 Keys: W_enc (d_in, d_sae), W_dec (d_sae, d_out), b_enc, b_dec; ``threshold`` (d_sae,) of JumpReLU; ``topk_threshold``,
 a float64 scalar, of BatchTopK in training form; gated: b_gate, b_mag, r_mag. What SAELens has no field for stands under
 ``metadata.sae_engine``. A rule that SAELens does not have is an architecture of its own name, with its tensors beside
-the weights; SAELens refuses such files. Configurations of versions before 6 are read too.
+the weights; SAELens refuses such files. Configurations of versions before 6 are read too. The factor that a training
+run's activations were scaled by lies beside them, in ``activation_scaler.json``.
 """
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import inf
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,20 @@ from .. import rules as act
 from . import _folding as folding
 from ._checkpoint import WEIGHTS as OF_THE_AUTOENCODER
 from ._checkpoint import Checkpoint, Files, own_section, recorded, take, text, text_writer, write_files
+from ._reading import read_json
 from .card import CENTRED, RAW, SourceCard, residual_of
 
 NAME, KIND = "saelens", "safetensors"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 CONFIG_REQUIRED = True
+SCALER = "activation_scaler.json"
 LAYOUT = "6.54.12"  # the version of SAELens whose layout this is: without one it assumes that of version 5
 # Architecture → rule. Matryoshka differs from BatchTopK in its training loss alone.
 ARCHITECTURES: dict[str, type[act.Activation]] = {
     "standard": act.ReLU, "topk": act.TopK, "abstopk": act.AbsTopK, "batchtopk": act.BatchTopK,
     "matryoshka_batchtopk": act.BatchTopK, "jumprelu": act.JumpReLU, "gated": act.JumpReLU, "topafa": act.TopAFA,
     "transcoder": act.ReLU, "skip_transcoder": act.ReLU, "jumprelu_transcoder": act.JumpReLU,
+    "jumprelu_skip_transcoder": act.JumpReLU,
 }  # fmt: skip
 WRITTEN: dict[type[act.Activation], str] = {
     act.TopK: "topk", act.AbsTopK: "abstopk", act.BatchTopK: "batchtopk", act.MutualChoice: "batchtopk",
@@ -56,7 +61,7 @@ def owns_config(config: dict[str, Any]) -> bool:
 
 
 def load(files: Files, *, activation_scale: float | None = None) -> Checkpoint:
-    """The checkpoint; ``expected_average_only_in`` is folded into the weights, which needs its scale."""
+    """The checkpoint; ``expected_average_only_in`` is folded into the weights, by the argument or the file's factor."""
     assert files.config is not None and files.config_file is not None
     cfg = _current(files.config, files.config_file)
     architecture, file = cfg["architecture"], files.weights.path
@@ -153,7 +158,7 @@ def _written_as(c: Checkpoint) -> str:
     if c.apply_b_dec_to_input or name not in ("standard", "jumprelu"):
         return name
     if "W_skip" in c.tensors:
-        return "skip_transcoder" if name == "standard" else name
+        return {"standard": "skip_transcoder", "jumprelu": "jumprelu_skip_transcoder"}[name]
     return name if narrow else {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[name]
 
 
@@ -195,14 +200,10 @@ def _current(config: dict[str, Any], file: Path) -> dict[str, Any]:
     metadata = cfg.get("metadata")
     if "architecture" not in cfg or "metadata" not in cfg:
         metadata = {name: cfg.get(name) for name in ("model_name", "hook_name", "model_from_pretrained_kwargs")}
-        function, kwargs = cfg.get("activation_fn", "relu"), cfg.get("activation_fn_kwargs") or {}
         cfg.setdefault("architecture", "standard")
-        if function == "topk" and isinstance(kwargs, dict) and "k" in kwargs:
-            cfg.update(architecture="topk", k=kwargs["k"])
-        elif function not in ("relu", "topk"):
-            raise ValueError(f"{file}: activation function {function!r} is not supported; supported: relu, topk")
         if "hook_z" in str(cfg.get("hook_name")):
             cfg.setdefault("reshape_activations", "hook_z")
+    _take_activation_function(cfg, file)
     cfg["metadata"] = metadata if isinstance(metadata, dict) else {}
     normalize = cfg.get("normalize_activations") or "none"
     cfg["normalize_activations"] = "expected_average_only_in" if normalize is True else normalize
@@ -216,6 +217,28 @@ def _current(config: dict[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: architecture {cfg['architecture']!r} is not supported; supported: {sorted(ARCHITECTURES)}"
         )
     return cfg
+
+
+def _take_activation_function(cfg: dict[str, Any], file: Path) -> None:
+    """Top-k was an activation function of "standard" before version 6, its k among the function's arguments."""
+    function, kwargs = str(cfg.get("activation_fn") or "relu").lower(), cfg.get("activation_fn_kwargs")
+    k = kwargs["k"] if isinstance(kwargs, dict) and "k" in kwargs else cfg.get("k")
+    if function not in ("relu", "topk"):
+        raise ValueError(f"{file}: activation function {function!r} is not supported; supported: relu, topk")
+    if function == "topk":
+        if cfg["architecture"] not in ("standard", *COUNTING):
+            raise ValueError(f"{file}: activation function 'topk' contradicts architecture {cfg['architecture']!r}")
+        if k is None:
+            raise ValueError(
+                f"{file} says top-k and not how many: put the number that it was trained with there as \"k\" "
+                f"(activation_fn_kwargs is {kwargs!r})"
+            )
+        cfg.update(architecture="topk" if cfg["architecture"] == "standard" else cfg["architecture"], k=k)
+    elif cfg["architecture"] == "standard" and k is not None:
+        raise ValueError(
+            f"{file} says k = {k!r} and architecture 'standard', a ReLU: put \"topk\" or another architecture of "
+            f"{COUNTING} there, or take k away"
+        )
 
 
 def _drop_scaling_factor(held: dict[str, Any], file: Path) -> None:
@@ -258,10 +281,16 @@ def _scaled(c: Checkpoint, scale: float | None, file: Path) -> Checkpoint:
         if scale is not None:
             raise ValueError(f"activation_scale must be None: {file} says nothing of scaled activations; got {scale!r}")
         return c
+    scaler = file.with_name(SCALER)
+    if scale is None and scaler.is_file():
+        scale = read_json(scaler).get("scaling_factor")
+        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < inf):
+            raise ValueError(f"{scaler}: scaling_factor must be a positive number or null, got {scale!r}")
     if scale is None:
         raise ValueError(
             f"{file}: the SAE was trained on scaled activations (normalize_activations 'expected_average_only_in'), "
-            "and not by how much: pass activation_scale = sqrt(d_in) / (mean norm of the activations)"
+            f"and neither it nor {SCALER} says by how much: pass activation_scale = "
+            "sqrt(d_in) / (mean norm of the activations)"
         )
     scale = check.positive("activation_scale", scale)
     assert c.card is not None

@@ -32,7 +32,7 @@ def build(rule, *, format=None, **options):
 
 def write(format, folder, rule=None, **options):
     """A checkpoint of a format, in ``folder``."""
-    rules = {"gemma_scope": "JumpReLU", "openai": "ReLU"}
+    rules = {"gemma_scope": "JumpReLU", "gemma_scope_2": "JumpReLU", "openai": "ReLU"}
     sae = build(rule or rules.get(format, "TopK"), format=format, **options)
     sae.save_pretrained(folder, format=format)
     return sae
