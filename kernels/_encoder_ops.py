@@ -4,8 +4,7 @@ import torch
 
 from . import _terms, densified
 from ._contract import define, differentiable, once_differentiable, sum_by_latent
-from .dispatch import implement, is_dense, library, ops, resolve
-from .operations import OPERATIONS
+from .dispatch import implement, library, ops, resolve
 from .stock import limits
 from .stock import linear as stock_linear
 from .stock import linear_16bit as stock_16bit
@@ -97,7 +96,7 @@ def _encoder_gradient(x, grad, latent_offsets, latent_rows, latent_positions, dt
     transposed, num_latents = (latent_offsets, latent_rows, latent_positions), latent_offsets.shape[0] - 1
     step = max(limits.TRANSPOSED_IN_CACHE // max(x.shape[1], 1), 1)
     in_chunks = x.is_cpu and resolve(backend, x, grad) == "torch" and num_latents > step
-    if not in_chunks or is_dense(OPERATIONS["decode_backward_weight"], (x, grad, *transposed)):
+    if not in_chunks or densified.pays("decode_backward_weight", (x, grad, *transposed)):
         return ops.decode_backward_weight(x, grad, *transposed, dtype, backend).T.contiguous()
     out = x.new_empty((x.shape[1], num_latents), dtype=dtype)
     sparse = densified.DENSE_CHOICE.set(False)  # of the whole; some latents alone may be denser

@@ -2,7 +2,7 @@
 
 The same results as the sparse versions up to the order of summation; ``densified.is_dense`` says when they win.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -48,6 +48,32 @@ def is_dense(operation: str, entries: int, rows: int, columns: int, device_type:
     if kind == "cuda" and dtypes and all(dtype.itemsize == 2 for dtype in dtypes):
         kind = "cuda, 16 bit"
     return entries > DENSE_SHARE[kind][operation] * rows * columns
+
+
+def _sizes_of_decode(values, indices, offsets, weight, *_) -> tuple:
+    sizes = values.numel(), offsets.numel() - 1, weight.shape[0], values.device.type, values.dtype, weight.dtype
+    return "decode", *sizes
+
+
+def _sizes_of_values(grad, values, indices, offsets, weight) -> tuple:
+    sizes = values.numel(), grad.shape[0], weight.shape[0], grad.device.type, grad.dtype, weight.dtype
+    return "decode_backward_values", *sizes
+
+
+def _sizes_of_weight(grad, values, latent_offsets, *_) -> tuple:
+    sizes = values.numel(), grad.shape[0], latent_offsets.numel() - 1, grad.device.type, grad.dtype, values.dtype
+    return "decode_backward_weight", *sizes
+
+
+SIZES: dict[str, Callable[..., tuple]] = {  # of the operations that an operator's call may replace, from its arguments
+    "decode": _sizes_of_decode, "decode_error": _sizes_of_decode, "decode_backward_values": _sizes_of_values,
+    "decode_backward_weight": _sizes_of_weight,
+}  # fmt: skip
+
+
+def pays(operator: str, args: tuple) -> bool:
+    """Whether the call of an operator does better as a GEMM: decided by shapes alone, hence alike on every run."""
+    return operator in SIZES and is_dense(*SIZES[operator](*args))
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -95,11 +95,6 @@ def _implementation(name: str, launcher: str, backend: str) -> Callable:
     return getattr(importlib.import_module(".reference", __package__), name)
 
 
-def is_dense(operation: Operation, args: tuple) -> bool:
-    """Whether an operation on codes does better as a GEMM: decided by shapes alone, hence alike on every run."""
-    return operation.gemm is not None and densified.is_dense(*operation.gemm(*args))
-
-
 def _tensors(args: tuple) -> Iterator[Tensor]:
     for a in args:
         if isinstance(a, Tensor):
@@ -119,7 +114,7 @@ def dispatch(operation: Operation, *args):
     backend = resolve(args[-1], *_tensors(inputs))
     if operation.packed_vectors:
         inputs = tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in inputs)
-    if backend != "reference" and is_dense(operation, inputs):
+    if backend != "reference" and densified.pays(operation.name, inputs):
         return getattr(densified, operation.name)(*inputs)
     run = _implementation(operation.name, operation.launcher, backend)
     if backend != "triton":

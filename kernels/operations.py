@@ -197,7 +197,6 @@ class Operation:
         packed_vectors: its kernels take one-dimensional arguments without strides.
         reads: bytes read, and written in place, where those are not all arguments once.
         flops: of the arguments; 0 by default.
-        gemm: how it is done as a matrix product (``densified.is_dense``'s arguments), if it can be.
         regimes: sizes that its kernels treat in another way, by name: what differs from usual ones.
     """
 
@@ -209,7 +208,6 @@ class Operation:
     packed_vectors: bool = False
     reads: Callable[..., int] = nbytes
     flops: Callable[..., int] = lambda *_: 0
-    gemm: Callable[..., tuple] | None = None
     regimes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
@@ -293,11 +291,6 @@ def _decode_flops(values, indices, offsets, weight, bias, *_) -> int:
     return weight.shape[1] * (2 * values.numel() + (0 if bias is None else offsets.numel() - 1))
 
 
-def _decode_gemm(values, indices, offsets, weight, *_) -> tuple:
-    dtypes = values.dtype, weight.dtype
-    return "decode", values.numel(), offsets.numel() - 1, weight.shape[0], values.device.type, *dtypes
-
-
 ROW_TOPK_REGIMES = {
     "few rows": {"B": 1}, "k=512": {"k": 512}, "k=2048": {"k": 2048}, "k=4096": {"k": 4096},
     "few rows F=2^21 k=64": {"B": 1, "F": 2**21, "k": 64}, "F=2^21 k=512": {"B": 1024, "F": 2**21, "k": 512},
@@ -355,7 +348,7 @@ _ROWS = (
             "no bias": lambda make: _decode(make, plain=True),
         },
         reads=lambda values, indices, offsets, weight, bias, *_: _decode_reads(values, indices, offsets, weight, bias),
-        flops=_decode_flops, gemm=_decode_gemm,
+        flops=_decode_flops,
     ),
     Operation(
         "decode_error", "decode.launch_error", gradients=("values", "weight", "bias", "target"), is_exact=False,
@@ -367,7 +360,7 @@ _ROWS = (
         },
         reads=_decode_reads,
         # of each output: subtract, square, sum
-        flops=lambda *arguments: _decode_flops(*arguments) + 3 * arguments[5].numel(), gemm=_decode_gemm,
+        flops=lambda *arguments: _decode_flops(*arguments) + 3 * arguments[5].numel(),
     ),
     Operation(
         "decode_backward_values", "backward.launch_values", is_exact=False, packed_vectors=True,
@@ -375,18 +368,12 @@ _ROWS = (
         reads=lambda grad, values, indices, offsets, weight: (
             nbytes(grad, indices, offsets) + _named_bytes(weight, indices)),
         flops=lambda grad, values, *_: 2 * values.numel() * grad.shape[1],
-        gemm=lambda grad, values, indices, offsets, weight: (
-            "decode_backward_values", values.numel(), grad.shape[0], weight.shape[0], grad.device.type, grad.dtype,
-            weight.dtype),
     ),
     Operation(
         "decode_backward_weight", "backward.launch_weight", is_exact=False, packed_vectors=True,
         examples={"": lambda make: (make.normal(make.B, make.d), *make.transposed_codes(), make.dtype)},
         reads=lambda grad, values, *_: nbytes(grad) + _code_bytes(values, grad.shape[0]),
         flops=lambda grad, values, *_: 2 * values.numel() * grad.shape[1],
-        gemm=lambda grad, values, latent_offsets, *_: (
-            "decode_backward_weight", values.numel(), grad.shape[0], latent_offsets.numel() - 1, grad.device.type,
-            grad.dtype, values.dtype),
     ),
     Operation(
         "to_dense", "dense.launch_to_dense", gradients=("values",), packed_vectors=True,

@@ -11,10 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-ENGINE = sorted((ROOT / "sae_engine").rglob("*.py"))
+from structure import ENGINE, KERNELS, ROOT, circles, imports, module_name, ours, within
 
 # Of kernels/device, what a machine without Triton imports too: how launches are configured.
 WITHOUT_TRITON = {"sae_kernels.device", "sae_kernels.device._autotune", "sae_kernels.device._tuning"}
@@ -25,68 +22,9 @@ LONG = {"benchmarks/kernel_report.py"}  # its cases are about to move into the t
 IS_FOUNDATION = re.compile(r"sae_engine\.(functional|codes|_[a-z]\w*)").fullmatch
 
 
-def module_name(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-    return "sae_kernels" + name.removeprefix("kernels") if within(name, "kernels") else name
-
-
 def is_device(name):
     """Whether a module may import Triton: all others are imported by machines without it."""
     return within(name, "sae_kernels.device") and name not in WITHOUT_TRITON
-
-
-def imports(path, *, anywhere=True):
-    """Names that a file imports, ours in full: `from . import x` in kernels/ gives `sae_kernels.x`.
-
-    Without ``anywhere`` only what importing the file itself imports: nothing inside functions or `if TYPE_CHECKING`.
-    With it also what ``import_module`` is called with: of a name that is not written out, all that it may become.
-    """
-    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
-    pending = list(ast.parse(path.read_text(encoding="utf-8")).body)
-    names = set()
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, *filter(None, [node.module])])
-            submodule = {f"{base}.{alias.name}" for alias in node.names}
-            is_file = {name for name in submodule if source_of(name) is not None}
-            names.update(is_file or {base})
-        elif anywhere and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            pending.extend(node.orelse)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            names.update(dynamic(node, package))
-            pending.extend(node.args)
-        elif anywhere or not (
-            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
-        ):
-            pending.extend(ast.iter_child_nodes(node))
-    return names
-
-
-def dynamic(call, package):
-    """The modules of ours that a call of ``import_module`` may import; a name that it is handed whole is another's."""
-    parts = [ast.unparse(part) for part in getattr(call.args[0], "values", call.args[:1])]
-    text = "".join(package if part == "{__name__}" else part.strip("'") if part[0] == "'" else "*" for part in parts)
-    if text == "*":
-        return set()
-    pattern = re.escape(package + text if text.startswith(".") else text).replace(r"\*", r"\w+")
-    return {name for name in map(module_name, [*KERNELS, *ENGINE]) if re.fullmatch(pattern, name)}
-
-
-def source_of(name):
-    place = ROOT.joinpath(*name.replace("sae_kernels", "kernels", 1).split("."))
-    return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
-
-
-def within(name, package):
-    return name == package or name.startswith(package + ".")
 
 
 def kernel_files(chosen):
@@ -95,10 +33,6 @@ def kernel_files(chosen):
 
 def engine_files(chosen=lambda name: True):
     return [pytest.param(path, id=module_name(path)) for path in ENGINE if chosen(module_name(path))]
-
-
-def ours(names):
-    return {name for name in names if within(name, "sae_kernels") or within(name, "sae_engine")}
 
 
 # --- in the sources ------------------------------------------------------------------------------------------------
@@ -159,12 +93,7 @@ def test_stock_pytorch_knows_no_contract_and_no_kernel(path):
 
 def test_nothing_imports_in_a_circle():
     """At no time: neither when it is imported, nor when it is first called, nor by a name put together then."""
-    graph = {module_name(path): ours(imports(path)) - {module_name(path)} for path in [*KERNELS, *ENGINE]}
-    while leaves := {name for name, below in graph.items() if not below & graph.keys()}:
-        graph = {name: below for name, below in graph.items() if name not in leaves}
-    while tops := graph.keys() - set().union(*graph.values(), set()):  # these only stand on a circle
-        graph = {name: below for name, below in graph.items() if name not in tops}
-    assert graph == {}
+    assert circles() == {}
 
 
 @pytest.mark.parametrize("path", engine_files(lambda name: name != "sae_engine.cli"))

@@ -1,0 +1,60 @@
+"""The shape of the code, as ``make structure`` prints it: short ways, few files for an operation, no long file."""
+
+import pytest
+import structure
+from structure import ROOT, files_of_operations, folders, lines, ways
+
+from sae_kernels.operations import OPERATIONS
+
+FILES = files_of_operations()
+# Of one call, in files above the implementations. Whoever shortens a way lowers its number.
+LONGEST_WAYS = {"sae(x), no gradient": 10, "sae(x)": 12, "TrainStep": 15}
+MOST_FILES = 7  # reference, contract, row, stock, device, who calls it, and one more: its GEMM or its baselines
+# Targets, predictions, sizes and reasons of the benchmarks speak of these by name, which adding one does not need.
+SINGLED_OUT = {"topk", "batch_topk", "norm_match", "threshold", "decode", "decode_error", "decode_backward_values",
+               "decode_backward_weight", "to_dense", "gather"}  # fmt: skip
+
+
+def test_the_ways_are_short():
+    assert {name: len(found.files) <= LONGEST_WAYS[name] for name, found in ways().items()} == dict.fromkeys(
+        LONGEST_WAYS, True
+    ), {name: found.files for name, found in ways().items()}
+
+
+def test_a_way_holds_what_is_entered_and_nothing_else():
+    from sae_kernels import densified
+
+    found = structure.way(lambda: densified.is_dense("decode", 1, 1, 1, "cpu"))
+    assert found == (["kernels/densified.py"], 0)
+    assert structure.way(lambda: None) == ([], 0)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_adding_an_operation_touches_few_files(name):
+    """In the packages; and with the benchmarks, where they do not single it out."""
+    files = FILES[name]
+    assert files.to_add <= MOST_FILES, files
+    if name not in SINGLED_OUT:
+        assert files.to_add + len(files.benchmarks) <= MOST_FILES, files
+
+
+def test_what_defines_an_operation_is_found():
+    files = FILES["feature_topm"]
+    assert set(files.kernels) == {f"kernels/{name}.py" for name in (
+        "reference", "ops", "operations", "stock/feature_topm", "device/feature_topm")}  # fmt: skip
+    assert (files.callers, files.benchmarks) == (["sae_engine/functional.py"], ["benchmarks/registry.py"])
+
+
+def test_an_operation_in_another_list_would_be_seen(tmp_path):
+    """Calls are uses; a set, a dictionary's key or a function of the name is one more place to touch."""
+    file = tmp_path / "other.py"
+    for text, seen in (('KINDS = {"topk", "other"}', True), ('RUN = {"topk": 1}', True), ("def topk(): pass", True),
+                       ('define("topk(Tensor pre) -> Tensor")', True), ('Operation("topk", "row_topk.launch")', True),
+                       ("functional.topk(pre)", False), ('find("topk")', False), ('RUN["topk"]', False)):  # fmt: skip
+        file.write_text(text)
+        assert ("topk" in set(structure._said(file))) is seen, text
+
+
+def test_no_file_is_long():
+    long = {str(path.relative_to(ROOT)): lines(path) for paths in folders().values() for path in paths}
+    assert {name: count for name, count in long.items() if count > structure.LONGEST} == {}
