@@ -26,7 +26,8 @@ def relu(x):
 def scores(pre_ptr, weight_ptr, cols, present, stride_pf, stride_wf, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr):
     """A tile of a row of pre, and of r = relu(pre) * weight.
 
-    Without weights r is pre: who compares it with positive numbers needs no ReLU.
+    Without weights r is pre itself, negative numbers included: a caller that only asks whether r exceeds a positive
+    number gets the same answer as after a ReLU, and is spared one.
     """
     at = cols.to(tl.int64) if WIDE else cols
     value = tl.load(pre_ptr + at * stride_pf, mask=present, other=0.0)
