@@ -28,9 +28,18 @@ def imported(file):
 TopP = imported(FILE).TopP
 
 
-def sparse_autoencoder(dtype=torch.float32, **options):
+def sparse_autoencoder(dtype=torch.float32):
     torch.manual_seed(0)
-    return se.SparseAutoencoder(D, F, TopP(P), dtype=dtype, **options)
+    return se.SparseAutoencoder(D, F, TopP(P), dtype=dtype)
+
+
+def exact():
+    """An autoencoder and an input of small multiples of a half: products are exact, in whatever order."""
+    sae = sparse_autoencoder()
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.copy_(torch.randint(-40, 41, p.shape) / 2)
+    return sae, torch.randint(-2, 3, (B, D)).float()
 
 
 def dense(pre):
@@ -53,16 +62,15 @@ def test_selects_as_codes_and_dense(backend):
     codes = TopP(P).select(pre, backend=backend)
     assert_same(codes.to_dense(), dense(pre))
     assert_same(TopP(P)(pre), dense(pre))
-    sae, x = sparse_autoencoder(), torch.randn(B, D)
+    sae, x = exact()
     assert_same(sae.encode(x, backend=backend).to_dense(), dense((x - sae.b_dec) @ sae.W_enc + sae.b_enc))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_an_autoencoder_are_those_of_the_dense_one(backend):
-    if backend == "triton" and not torch.cuda.is_available():
-        dtype, tolerance = torch.float32, {"rtol": 1e-4, "atol": 1e-5}  # Triton takes no fp64: sums of 40 fp32 products
-    else:
-        dtype, tolerance = torch.float64, {}
+    dtype, tolerance = torch.float64, {}
+    if backend == "triton":  # which takes no fp64: sums of at most 40 products in fp32, in two orders
+        dtype, tolerance = torch.float32, {"rtol": 1e-4, "atol": 1e-5}
     sae, x = sparse_autoencoder(dtype), torch.randn(B, D, dtype=dtype)
     codes = sae.encode(x, backend=backend)
     (sae.decode(codes, backend=backend) - x).square().sum().backward()
@@ -92,15 +100,11 @@ def test_training_steps_are_those_of_autograd_and_adam_in_fp64():
 
 
 def test_chunks_of_rows_give_the_same_bits():
-    """Weights and inputs are small multiples of a half: products are exact, whatever the chunk's size."""
     results = []
     for rows in (B, 1, 5):
-        sae = sparse_autoencoder()
-        with torch.no_grad():
-            for p in sae.parameters():
-                p.copy_(torch.randint(-40, 41, p.shape) / 2)
+        sae, x = exact()
         step = se.training.TrainStep(sae, lr=1e-2, memory_budget=rows * F * 4)
-        report = step(torch.randint(-2, 3, (B, D)).float())
+        report = step(x)
         results.append((*report.values(), *sae.state_dict().values()))
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
@@ -139,7 +143,7 @@ def test_saved_and_loaded_it_has_the_same_bits(tmp_path):
 
 
 def test_evaluates():
-    lm = load_language_model()
+    lm = load_language_model(device=torch.get_default_device())
     torch.manual_seed(0)
     sae = se.SparseAutoencoder(256, 512, TopP(P))
     found = se.metrics.evaluate(sae, lm, evaluation_text(), layer=2, max_tokens=200, context_length=64)
