@@ -30,20 +30,17 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-peers bench-step test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report structure tune dist-check gpu clean \
+.PHONY: help bench bench-peers test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report structure tune dist-check gpu clean \
   given-environment
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
 
-bench: $(READY) ## the main job: operations, training steps, reconstruction; a report in under five minutes (BENCH_ARGS=…)
-	@$(PY) benchmarks/run.py $(BENCH_ARGS)
+bench: $(READY) ## the main job: operations, training steps, reconstruction; a report in under five minutes (ONLY=operations|training|quality …, BENCH_ARGS=…)
+	@$(PY) benchmarks/run.py $(if $(ONLY),--only $(ONLY)) $(BENCH_ARGS)
 
 bench-peers: $(PEERS_VENV)/.installed ## whole training steps beside other libraries, in their own environment (BENCH_ARGS=…)
 	@$(PEERS_VENV)/bin/python benchmarks/run.py --only steps $(BENCH_ARGS)
-
-bench-step: $(READY) ## where a training step's time goes, part by part (BENCH_ARGS=…)
-	@$(PY) benchmarks/run.py --only parts $(BENCH_ARGS)
 
 test: $(READY) ## the whole test suite (PYTEST_ARGS=…, JOBS=2)
 	$(PY) -m pytest $(WORKERS) -m 'not serial' $(PYTEST_ARGS)

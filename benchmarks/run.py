@@ -32,6 +32,7 @@ from terminal import Terminal
 HERE = Path(__file__).resolve().parent
 # Roughly in the order of a run, in which what is quoted comes first: jobs.plan.
 STAGES = ("operations", "steps", "reconstruction", "parts", "sizes", "curve", "compiled", "sweeps")
+TOGETHER = {"training": ("steps", "parts", "curve"), "quality": ("reconstruction",)}
 SECONDS = 240.0
 FILES = {"operation": "operations", "roof": "operations", "step": "peers", "part": "step", "curve": "curve",
          "reconstruction": "reconstruction"}  # fmt: skip
@@ -45,8 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="small sizes, a minute or two; kept apart")
     extent.add_argument("--full", action="store_true", help="longer timings, larger autoencoders, every control")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE",
-                        help=f"of {', '.join(STAGES)}")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=(*STAGES, *TOGETHER), default=STAGES, metavar="STAGE",
+                        help=f"of {', '.join(STAGES)}; training: {', '.join(TOGETHER['training'])}; quality: "
+                        "reconstruction")  # fmt: skip
     parser.add_argument("--seconds", type=float, metavar="S",
                         help=f"begin nothing after so long (default: {SECONDS:g}; with --full no end)")  # fmt: skip
     parser.add_argument("--report-only", action="store_true", help="measure nothing: the report from stored rows")
@@ -56,7 +58,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="reconstruction: hub name or folder (default: the embedded model)")
     parser.add_argument("--layer", type=int, help="reconstruction: default two thirds of the depth")
     parser.add_argument("--site", default="resid_pre", choices=("resid_pre", "mlp_out", "resid_post"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    chosen = {stage for name in options.only for stage in TOGETHER.get(name, (name,))}
+    options.only = tuple(stage for stage in STAGES if stage in chosen)
+    return options
 
 
 def main(arguments: list[str] | None = None, worker: Sequence[str] = WORKER) -> None:

@@ -1,6 +1,6 @@
 """Where a training step's time goes: its parts one by one on the same inputs, ours beside dense PyTorch's.
 
-``make bench-step`` runs this alone, ``make bench`` among the rest.
+``make bench ONLY=parts`` runs this alone, ``make bench`` among the rest.
 
 Parts are timed alone, in turn with the whole steps; what the whole takes beyond the sum of its parts (counters, the
 report, small gradients) is shown as the rest, and is negative where data stays in a cache from one part to the next.

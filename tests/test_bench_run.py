@@ -291,6 +291,14 @@ def test_devices_that_are_not_there_are_refused(tmp_path, device, said):
             run.main(["--device", device, "--out", str(tmp_path)])
 
 
+@pytest.mark.parametrize(("only", "stages"), [
+    ([], run.STAGES), (["--only", "training"], ("steps", "parts", "curve")), (["--only", "quality"], ("reconstruction",)),
+    (["--only", "sizes", "quality", "operations"], ("operations", "reconstruction", "sizes")),
+], ids=str)  # fmt: skip
+def test_stages_are_chosen_alone_or_together(only, stages):
+    assert run.parse(only).only == stages
+
+
 def test_bad_arguments_are_explained(capsys):
     with pytest.raises(SystemExit):
         run.main(["--only", "everything"])
