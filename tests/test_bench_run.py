@@ -292,7 +292,8 @@ def test_devices_that_are_not_there_are_refused(tmp_path, device, said):
 
 
 @pytest.mark.parametrize(("only", "stages"), [
-    ([], run.STAGES), (["--only", "training"], ("steps", "parts", "curve")), (["--only", "quality"], ("reconstruction",)),
+    ([], run.STAGES), (["--only", "training"], ("steps", "parts", "curve")),
+    (["--only", "quality"], ("reconstruction",)),
     (["--only", "sizes", "quality", "operations"], ("operations", "reconstruction", "sizes")),
 ], ids=str)  # fmt: skip
 def test_stages_are_chosen_alone_or_together(only, stages):
