@@ -176,7 +176,7 @@ def captured_step(s: Setup) -> Callable[[], Tensor]:
 
 
 def plain_path(s: Setup) -> Callable[[], Tensor]:
-    """``sae(x)``, ``loss.backward()`` and torch's optimizer, which needs contiguous parameters on a CPU."""
+    """``sae(x)``, ``loss.backward()`` and torch's optimizer, whose parameters lie row-major."""
     sae, batches = s.autoencoder(contiguous_parameters=True), s.batches()
     optimizer = torch.optim.Adam(sae.parameters(), lr=s.learning_rate, fused=True)
 

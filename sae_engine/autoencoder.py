@@ -86,8 +86,10 @@ class SparseAutoencoder(nn.Module):
         decoder_init_norm: norm of the decoder rows at the start. ``W_enc`` starts as ``W_dec.T``, biases as 0.
         dtype: of the parameters, as ``torch.bfloat16`` or ``"bfloat16"``.
         device: of the parameters. The rule's parameters and buffers go to the device too, in their own dtypes.
-        contiguous_parameters: lay ``W_enc`` out row-major. By default it is latent-contiguous, stride (1, d_in),
-            which the kernels prefer; FSDP2 needs contiguous parameters.
+        contiguous_parameters: how ``W_enc`` lies in memory; results are the same to rounding. True: row-major, which
+            LBFGS, ``parameters_to_vector`` and FSDP2 need of every parameter. False: latent-contiguous, strides
+            (1, d_in), with which a :class:`~sae_engine.training.TrainStep` is 3 to 19 % faster; all else hardly
+            notices. None: row-major, until a ``TrainStep`` lays it out anew for itself.
 
     With :class:`TopAFA` and :class:`Gated` there is no encoder bias: ``b_enc`` is 0 and not trained.
 
@@ -125,7 +127,7 @@ class SparseAutoencoder(nn.Module):
         normalize_activations: str = "none",
         rescale_acts_by_decoder_norm: bool = False,
         decoder_init_norm: float = 1.0,
-        contiguous_parameters: bool = False,
+        contiguous_parameters: bool | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -144,6 +146,8 @@ class SparseAutoencoder(nn.Module):
         dtype = None if dtype is None else check.dtype_in("dtype", dtype)
         decoder_init_norm = check.positive("decoder_init_norm", decoder_init_norm)
         check.flag("skip", skip)
+        if contiguous_parameters is not None:
+            check.flag("contiguous_parameters", contiguous_parameters)
         k = getattr(activation, "k", None)
         if k is not None and k > d_sae:
             raise ValueError(f"activation keeps k={k} of d_sae={d_sae} latents: k must not exceed d_sae")
@@ -156,11 +160,13 @@ class SparseAutoencoder(nn.Module):
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         W_dec = unit_rows(d_sae, self.d_out, **options) * decoder_init_norm
         W_enc = W_dec.clone() if self.d_out == d_in else unit_rows(d_sae, d_in, **options) * decoder_init_norm
-        self.W_enc = nn.Parameter(W_enc.T.contiguous() if contiguous_parameters else W_enc.T)
+        self.W_enc = nn.Parameter(W_enc.T if contiguous_parameters is False else W_enc.T.contiguous())
+        self._may_lay_out = contiguous_parameters is None
         self.W_dec = nn.Parameter(W_dec)
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **options), requires_grad=activation.encoder_bias)
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, **options))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in, **options)) if skip else None)
+        self.register_state_dict_post_hook(_contiguous)
         self.activation.to(self.W_enc.device)  # its dtypes are its own: a threshold stays as exact as it was made
 
     def encode(self, x: Tensor, *, backend: str = "auto", **context: Tensor) -> SparseCodes:
@@ -291,6 +297,15 @@ class SparseAutoencoder(nn.Module):
     def _encoder_bias(self) -> Tensor | None:
         return self.b_enc if self.activation.encoder_bias else None
 
+    @torch.no_grad()
+    def _lay_out_by_latent(self) -> None:
+        """Makes ``W_enc`` latent-contiguous, in other memory, unless ``contiguous_parameters=True`` forbids it.
+
+        The parameter stays the same object. For a moment there are two of it.
+        """
+        if self._may_lay_out and self.W_enc.is_contiguous():
+            self.W_enc.data = self.W_enc.data.T.contiguous().T
+
     def _normalized(self, x: Tensor) -> tuple[Tensor, EncodeInfo]:
         """What the encoder sees of ``x``, and what decoding needs to know of it."""
         check.floating("x", x)
@@ -394,6 +409,14 @@ class SparseAutoencoder(nn.Module):
         }  # fmt: skip
         unusual = "".join(f", {name}={value}" for name, value in options.items() if value)
         return f"d_in={self.d_in}, d_sae={self.d_sae}{unusual}"
+
+
+def _contiguous(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """``state_dict`` holds a row-major copy of a latent-contiguous ``W_enc``: safetensors takes no other layout."""
+    name = f"{prefix}W_enc"
+    tensor = state.get(name)
+    if tensor is not None and not isinstance(tensor, nn.Parameter):  # keep_vars=True asks for the parameter itself
+        state[name] = tensor.contiguous()
 
 
 def unit_rows(rows: int, width: int, *, dtype=None, device=None) -> Tensor:

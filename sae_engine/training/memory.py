@@ -41,7 +41,7 @@ def peak_bytes(
     Args:
         memory_budget: of the step.
         k_aux: entries a token of an auxiliary selection.
-        row_major: ``contiguous_parameters=True``.
+        row_major: whether the autoencoder was made with ``contiguous_parameters=True``.
         stored: whether gradients are stored (``grad_clip``, ``reduce``, ``accumulate``).
 
     Raises:

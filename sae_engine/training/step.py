@@ -32,7 +32,8 @@ class TrainStep:
     ``loss.backward()`` and ``torch.optim.Adam`` with exact dense semantics, latents that did not fire included.
 
     Args:
-        sae: in training mode, on the device to train on; its parameters may have no ``.grad``.
+        sae: in training mode, on the device to train on; its parameters may have no ``.grad``. Its ``W_enc`` is laid
+            out latent by latent, unless it was made with ``contiguous_parameters=True``.
         lr: learning rate. It lies on the device, in ``step.optimizer.param_groups[0]["lr"]``.
         betas, eps, weight_decay: as in ``torch.optim.Adam``; weight decay is coupled (L2).
         losses: added to the reconstruction error, as ``losses.AuxK()``, ``losses.L1(3.0)`` or one of your own
@@ -116,6 +117,7 @@ class TrainStep:
         self.density_interval = check.integer_k(density_interval, name="density_interval")
         self.dense = dense if dense is None else check.flag("dense", dense)
         self.backend = resolve(backend, sae.W_enc)
+        sae._lay_out_by_latent()
         self.optimizer = Adam(sae, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.scheduler = None if scheduler is None else _checked_scheduler(scheduler(self.optimizer))
         self.dead = DeadLatents(
