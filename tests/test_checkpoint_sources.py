@@ -26,7 +26,12 @@ class TestHub:
             asked.append((repository, kwargs))
             return str(snapshot)
 
+        def list_repo_files(api, repository, *, revision):
+            assert (repository, revision) == ("a/b", "0123abc")
+            return [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
+
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", list_repo_files)
         return asked
 
     def test_a_folder_of_a_repository(self, served):
@@ -41,11 +46,27 @@ class TestHub:
         assert type(loaded.activation) is se.JumpReLU
         assert served[0][1]["allow_patterns"] == ["layer_0/width_16k/params.npz", "layer_0/width_16k/*.json"]
 
-    def test_what_is_not_there(self, served, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"'a/b' holds no 'layers\.4'"):
-            se.SparseAutoencoder.from_pretrained("a/b/layers.4")
-        with pytest.raises(ValueError, match="holds no checkpoint of a known format"):
-            se.SparseAutoencoder.from_pretrained("a/b")  # its folders were not named
+    @pytest.mark.parametrize(("name", "listed"), [
+        ("a/b/layers.4", r"no weights in 'layers\.4'; .*'layer_0/width_16k', 'layers\.3'\]: .* a/b/layer_0/width_16k"),
+        ("a/b/layer_0", r"no weights in 'layer_0'; weights are in \['layer_0/width_16k'\]"),
+        ("a/b", r"holds no weights; weights are in \['layer_0/width_16k', 'layers\.3'\]"),
+        ("a/b/layers.3/other.safetensors", r"no weights in 'layers\.3/other\.safetensors'"),
+    ])  # fmt: skip
+    def test_what_is_not_there(self, name, listed, served):
+        with pytest.raises(FileNotFoundError, match=listed):
+            se.SparseAutoencoder.from_pretrained(name)
+
+    @pytest.mark.parametrize("name", ["a/b/layers.3", "a/b/layers.4", "a/b"])
+    def test_part_of_a_repository_in_the_cache(self, name, served, tmp_path, monkeypatch):
+        """Without a network the client gives what it has: that says nothing of what the repository has."""
+
+        def offline(*arguments, **options):
+            raise OSError("no route to host")
+
+        monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", offline)
+        (tmp_path / "models--a--b" / "snapshots" / "0123abc" / "layers.3" / "sae_weights.safetensors").unlink()
+        with pytest.raises(ConnectionError, match=r"the cache has this repository without .* \(no route to host\)"):
+            se.SparseAutoencoder.from_pretrained(name)
 
     def test_known_releases_are_centred(self, served, monkeypatch):
         assert se.SparseAutoencoder.from_pretrained("a/b/layers.3").normalize_activations == "none"

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NoReturn
 
 # A repository, then a folder or a file in it. No part begins with a dot, so none leads out of it.
 _NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)((?:/[\w=+-][\w.=+-]*)*)")
 _WEIGHTS = (".safetensors", ".pt", ".npz")
 TIMEOUT_SECONDS = 10
+LISTED = 20  # folders that an error names
 # Trained on mean-centred activations, by the account of SAELens' list of releases; their files do not say so.
 CENTRED = frozenset({
     "jbloom/GPT2-Small-SAEs-Reformatted", "jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8",
@@ -27,8 +29,8 @@ def fetch(name: str) -> tuple[Path, str, str]:
         where it lies, the repository, and the name with the commit.
 
     Raises:
-        FileNotFoundError: the hub has no such repository, or nothing of that name in it.
-        ConnectionError: the hub does not answer and its cache has none of it.
+        FileNotFoundError: the hub has no such repository, or nothing of that name in it; says what it has.
+        ConnectionError: the hub does not answer and its cache does not have all of it.
     """
     try:
         import huggingface_hub as hub
@@ -58,9 +60,29 @@ def fetch(name: str) -> tuple[Path, str, str]:
         reason = _first_line(error)
         raise ConnectionError(f"path={name!r} is not here, and the hub did not give it: {reason}") from error
     place = snapshot / inside
-    if not place.exists():
-        raise FileNotFoundError(f"path={name!r}: the repository {repository!r} holds no {inside!r}")
+    if not place.is_file() and not any(file.suffix in _WEIGHTS for file in place.glob("*")):
+        _refuse(name, repository, inside, snapshot.name)
     return place, repository, f"{repository}@{snapshot.name}" + (f"/{inside}" if inside else "")
+
+
+def _refuse(name: str, repository: str, inside: str, commit: str) -> NoReturn:
+    """Why nothing came: without a network the client hands out whatever part of a repository lies in its cache."""
+    import huggingface_hub as hub
+
+    try:
+        files = hub.HfApi().list_repo_files(repository, revision=commit)
+    except Exception as error:
+        raise ConnectionError(
+            f"path={name!r}: the cache has this repository without {inside or 'weights'!r}, and the hub did not answer "
+            f"({_first_line(error)}): load it once with a network"
+        ) from error
+    folders = sorted({file.rpartition("/")[0] for file in files if file.endswith(_WEIGHTS)} - {""})
+    below = [folder for folder in folders if folder.startswith(f"{inside}/")] if inside else folders
+    listed = below or folders
+    more = f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
+    hint = f"; weights are in {listed[:LISTED]}{more}: name one, as {repository}/{listed[0]}" if listed else ""
+    where = f" in {inside!r}" if inside else ""
+    raise FileNotFoundError(f"path={name!r}: the repository {repository!r} holds no weights{where}{hint}")
 
 
 def _first_line(error: Exception) -> str:
