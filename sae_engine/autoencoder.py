@@ -364,7 +364,7 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def from_pretrained(
         cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | str | None = None,
-        activation_scale: float | None = None, residual: str | None = None,
+        activation_scale: float | None = None, residual: str | None = None, fold_decoder_norms: bool = False,
     ):  # fmt: skip
         """An autoencoder from a checkpoint of SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope or BatchTopK.
 
@@ -381,6 +381,8 @@ class SparseAutoencoder(nn.Module):
                 is folded into the weights.
             residual: ``"mean-centred"`` or ``"raw"``, what it was trained on, where the card would be wrong.
                 One trained on mean-centred activations is loaded with ``normalize_activations="center"``.
+            fold_decoder_norms: give the decoder's rows norm 1, and encoder and thresholds their norms, so that a latent
+                is as large as what it adds; for ReLU and JumpReLU, whose reconstruction stays the same.
 
         Raises:
             FileNotFoundError: the folder or a file in it is missing.
@@ -395,8 +397,9 @@ class SparseAutoencoder(nn.Module):
         from .checkpoints import formats
 
         return formats.load(
-            cls, path, format=format, device=device, dtype=dtype, activation_scale=activation_scale, residual=residual
-        )
+            cls, path, format=format, device=device, dtype=dtype, activation_scale=activation_scale, residual=residual,
+            fold_decoder_norms=fold_decoder_norms,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         square = self.d_in == self.d_out

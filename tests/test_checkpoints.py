@@ -1,5 +1,7 @@
 """Checkpoints of every format: round trips, what a format cannot hold, how formats are told apart."""
 
+import warnings
+
 import pytest
 import torch
 from checkpoint_cases import RULES, B, D, F, build, write
@@ -126,6 +128,48 @@ class TestRoundTrips:
         with pytest.raises(ValueError, match=f"'{format}' cannot hold .*{lost}"):
             sae.save_pretrained(tmp_path / "new" / "sae", format=format)
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("rule", ["BatchTopK", "MutualChoice"])
+    def test_what_saelens_loads_as_a_training_form_alone_is_said(self, rule, tmp_path):
+        sae = build(rule)
+        with pytest.warns(UserWarning, match=r"SAE\.load_from_disk refuses 'batchtopk'.* save inference_form\(sae\)"):
+            sae.save_pretrained(tmp_path / "sae")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            se.inference_form(sae).save_pretrained(tmp_path / "inference")
+            build("TopK").save_pretrained(tmp_path / "other")
+
+    @pytest.mark.parametrize(("rule", "options"), [
+        ("ReLU", {}), ("ReLU", {"apply_b_dec_to_input": False}), ("JumpReLU", {}), ("JumpReLU", {"d_out": 7, "skip": True}),
+        ("TopK", {"rescale_acts_by_decoder_norm": True}), ("BatchTopK", {"rescale_acts_by_decoder_norm": True}),
+    ], ids=str)  # fmt: skip
+    def test_decoder_norms_folded_on_loading(self, rule, options, tmp_path):
+        sae = build(rule, **options).double()
+        with torch.no_grad():
+            sae.W_dec.mul_(torch.rand(F, 1, dtype=torch.float64) + 0.5)
+            sae.W_dec[3] = 0
+            if rule == "JumpReLU":
+                sae.activation.threshold.fill_(0.25)
+        sae.save_pretrained(tmp_path)
+        plain = se.SparseAutoencoder.from_pretrained(tmp_path).eval()
+        folded = se.SparseAutoencoder.from_pretrained(tmp_path, fold_decoder_norms=True).eval()
+        norms = torch.ones(F, dtype=torch.float64)
+        norms[3] = 0
+        torch.testing.assert_close(folded.W_dec.detach().norm(dim=1), norms)
+        assert not folded.rescale_acts_by_decoder_norm
+        x = torch.randn(200, D, dtype=torch.float64)
+        torch.testing.assert_close(folded(x), plain(x), rtol=0, atol=1e-13)  # as in what is folded
+        scale = 1 if options.get("rescale_acts_by_decoder_norm") else plain.W_dec.norm(dim=1)
+        latents = plain.encode(x).to_dense() * scale
+        kept = norms.bool()
+        torch.testing.assert_close(folded.encode(x).to_dense()[:, kept], latents[:, kept], rtol=0, atol=1e-13)
+
+    def test_decoder_norms_that_cannot_be_folded(self, tmp_path):
+        write("saelens", tmp_path, rule="TopK")
+        with pytest.raises(ValueError, match="fold_decoder_norms must be False: TopK would keep other latents"):
+            se.SparseAutoencoder.from_pretrained(tmp_path, fold_decoder_norms=True)
+        with pytest.raises(TypeError, match="fold_decoder_norms"):
+            se.SparseAutoencoder.from_pretrained(tmp_path, fold_decoder_norms="yes")
 
     @pytest.mark.parametrize("format", ["dictionary_learning", "batchtopk"])
     def test_integer_k_only(self, format, tmp_path):

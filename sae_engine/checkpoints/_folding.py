@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .. import rules
 from ._checkpoint import Checkpoint
 
 
@@ -24,6 +25,27 @@ def fold_decoder_norms(c: Checkpoint) -> Checkpoint:
     wide["W_dec"] = wide["W_dec"] / torch.where(norms == 0, 1.0, norms)[:, None]
     wide["W_enc"], wide["b_enc"] = wide["W_enc"] * norms, wide["b_enc"] * norms
     return replace(c, tensors=_rounded(c, wide), rescale_acts_by_decoder_norm=False)
+
+
+def unit_decoder_rows(c: Checkpoint) -> Checkpoint:
+    """Decoder rows of norm 1 and latents as large as what they add to the output; the reconstruction is the same.
+
+    Raises:
+        ValueError: under another rule than ReLU and JumpReLU other latents would be kept.
+    """
+    if c.rescale_acts_by_decoder_norm:
+        return fold_decoder_norms(c)
+    if c.activation not in (rules.ReLU, rules.JumpReLU):
+        raise ValueError(
+            f"fold_decoder_norms must be False: {c.activation.__name__} would keep other latents; it can be True for "
+            "ReLU, JumpReLU, and whatever has rescale_acts_by_decoder_norm"
+        )
+    scaled = [name for name in ("W_enc", "b_enc", "threshold") if name in c.tensors]
+    W_dec = c.tensors["W_dec"].double()
+    norms = W_dec.norm(dim=1)
+    norms = torch.where(norms == 0, 1.0, norms)
+    wide = {name: c.tensors[name].double() * norms for name in scaled}
+    return replace(c, tensors=_rounded(c, {**wide, "W_dec": W_dec / norms[:, None]}))
 
 
 def fold_input_scale(c: Checkpoint, scale: float) -> Checkpoint:

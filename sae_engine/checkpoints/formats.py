@@ -11,6 +11,7 @@ import torch
 from .. import _checks as check
 from . import batchtopk, dictionary_learning, gemma_scope, gemma_scope_2, hub, openai, saelens, sparsify
 from ._checkpoint import Checkpoint, Files, build, of
+from ._folding import unit_decoder_rows
 from ._reading import Source, WeightFile, look_at
 from .card import CENTRED, RAW, UNKNOWN
 
@@ -40,7 +41,7 @@ def detect(path: str | PathLike) -> str:
 
 def load(
     cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | str | None = None,
-    activation_scale: float | None = None, residual: str | None = None,
+    activation_scale: float | None = None, residual: str | None = None, fold_decoder_norms: bool = False,
 ):  # fmt: skip
     """An autoencoder of class ``cls``; see :meth:`sae_engine.SparseAutoencoder.from_pretrained`.
 
@@ -55,7 +56,10 @@ def load(
         16
     """
     dtype = None if dtype is None else check.dtype_in("dtype", dtype)
+    check.flag("fold_decoder_norms", fold_decoder_norms)
     c, file = read(path, format=format, activation_scale=activation_scale, residual=residual)
+    if fold_decoder_norms:
+        c = unit_decoder_rows(c)
     return build(cls, c, file, device=device, dtype=dtype)
 
 

@@ -9,6 +9,7 @@ run's activations were scaled by lies beside them, in ``activation_scaler.json``
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from math import inf
 from os import PathLike
@@ -129,6 +130,12 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
     from safetensors.torch import save_file
 
     architecture = _written_as(c)
+    if architecture in BATCH:
+        warnings.warn(
+            f"SAELens' SAE.load_from_disk refuses {architecture!r}, which only trains there: use its TrainingSAE, or "
+            "save inference_form(sae)",
+            stacklevel=5,
+        )
     if architecture not in COUNTING and not architecture.startswith(OURS):
         c = folding.fold_decoder_norms(c)
     tensors, counters = dict(c.tensors), {}
