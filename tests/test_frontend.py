@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,8 @@ SMALL = [(3, 5, 37, 7), (3, 5, 200, 7), (3, 5, 208, 7), (3, 5, 1500, 7)]
 def lowered(arguments):
     kept = "TRITON_CACHE_DIR"
     environment = {name: value for name, value in os.environ.items() if name == kept or not name.startswith("TRITON_")}
+    tools = str(Path(__file__).resolve().parent.parent / "benchmarks")
+    environment["PYTHONPATH"] = os.pathsep.join([tools, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-W", "ignore", __file__, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
