@@ -140,7 +140,8 @@ class TestRoundTrips:
             build("TopK").save_pretrained(tmp_path / "other")
 
     @pytest.mark.parametrize(("rule", "options"), [
-        ("ReLU", {}), ("ReLU", {"apply_b_dec_to_input": False}), ("JumpReLU", {}), ("JumpReLU", {"d_out": 7, "skip": True}),
+        ("ReLU", {}), ("ReLU", {"apply_b_dec_to_input": False}), ("JumpReLU", {}),
+        ("JumpReLU", {"d_out": 7, "skip": True}),
         ("TopK", {"rescale_acts_by_decoder_norm": True}), ("BatchTopK", {"rescale_acts_by_decoder_norm": True}),
     ], ids=str)  # fmt: skip
     def test_decoder_norms_folded_on_loading(self, rule, options, tmp_path):

@@ -40,12 +40,12 @@ def unit_decoder_rows(c: Checkpoint) -> Checkpoint:
             f"fold_decoder_norms must be False: {c.activation.__name__} would keep other latents; it can be True for "
             "ReLU, JumpReLU, and whatever has rescale_acts_by_decoder_norm"
         )
-    scaled = [name for name in ("W_enc", "b_enc", "threshold") if name in c.tensors]
     W_dec = c.tensors["W_dec"].double()
     norms = W_dec.norm(dim=1)
     norms = torch.where(norms == 0, 1.0, norms)
-    wide = {name: c.tensors[name].double() * norms for name in scaled}
-    return replace(c, tensors=_rounded(c, {**wide, "W_dec": W_dec / norms[:, None]}))
+    wide = {name: t.double() * norms for name, t in c.tensors.items() if name in ("W_enc", "b_enc", "threshold")}
+    wide["W_dec"] = W_dec / norms[:, None]
+    return replace(c, tensors=_rounded(c, wide))
 
 
 def fold_input_scale(c: Checkpoint, scale: float) -> Checkpoint:
