@@ -138,6 +138,11 @@ def _choose(source: Source, format: str) -> tuple[ModuleType, Files]:
         raise ValueError(f"{source.place} may have any of the formats {[m.NAME for m, _, _ in whole]}: name one")
     if not whole and source.damaged:
         raise next(iter(source.damaged.values()))
+    if not whole and (layout := _foreign(source)) is not None:
+        raise ValueError(
+            f"{source.place} has the layout of {layout}, which is not read here: load it with SAELens "
+            "(SAE.from_pretrained) and name the folder that its save_model writes"
+        )
     if not whole and not halves:
         held = sorted(w.path.name for w in source.weights) or "no weights"
         wanted = f"of a known format ({', '.join(FORMATS)})" if format == "auto" else f"of the format {format!r}"
@@ -155,3 +160,16 @@ def _choose(source: Source, format: str) -> tuple[ModuleType, Files]:
         names = sorted(w.path.name for w in weights)
         raise ValueError(f"{source.place} holds several checkpoints of the format {module.NAME!r}, {names}: name one")
     return module, Files(weights[0], config, source.configs.get(config) if config else None)
+
+
+def _foreign(source: Source) -> str | None:
+    """Whose files these are, of libraries whose layout is known and not read."""
+    held = {name for weights in source.weights for name in weights.names}
+    if any("jump_relu_threshold" in config for config in source.configs.values()) or {
+        "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"
+    } <= held:  # fmt: skip
+        return "Llama Scope"
+    settings = any((source.folder / name).exists() for name in ("config.yaml", "wandb-config.yaml"))
+    if "activation_function.threshold" in held or (settings and {"W_enc", "W_dec"} <= held):
+        return "circuit-tracer's transcoder sets (W_enc transposed)"
+    return None
