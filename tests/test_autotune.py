@@ -10,13 +10,10 @@ import tune
 
 from sae_engine import SparseCodes
 from sae_engine import functional as f
-from sae_engine.testing import assert_same, force_dense, same_bits
-from sae_engine.training.backward import term_of
-from sae_engine.training.optimizer import latent_adam
+from sae_engine.testing import assert_same, assert_within_budget, force_dense, same_bits
 from sae_kernels import densified, ops
-from sae_kernels._terms import GATED, lists_of
 from sae_kernels.device import _autotune, _tuning
-from sae_kernels.operations import OPERATIONS
+from sae_kernels.operations import OPERATIONS, in_fp64
 
 B, F, D = 4, 520, 40
 
@@ -36,36 +33,16 @@ def codes_of(pre, k):
     return f.topk(pre, k, backend="torch").detach()
 
 
-def adam(pre, backend):
-    """One step of Adam over the latent pass; what it leaves in parameters, moments and copies."""
-    codes, generator = codes_of(pre, 5), torch.Generator(torch.get_default_device()).manual_seed(1)
-    grad, x = torch.randn(B, D, generator=generator), torch.randn(B, D, generator=generator)
-    shapes = [(pre.shape[1], D), (pre.shape[1], D), (pre.shape[1],)]
-    state = [[torch.rand(shape, generator=generator) for shape in shapes] for _ in range(3)]
-    term = term_of(codes, codes.values, grad, None, GATED)
-    result = latent_adam(
-        [term], x, None, *state, [], step=torch.tensor(3.0), lr=torch.tensor(0.1), betas=(0.9, 0.99), eps=1e-8,
-        weight_decay=0.0, unit_rows=True, skip=None, backend=backend,
-    )  # fmt: skip
-    return [*state[0], *state[1], *state[2], *result]
+def of_row(name):
+    """Every tensor that a call of the operation leaves, by back end; the same numbers in fp64 by ``None``."""
+    row = OPERATIONS[name]
+    args = row.example(SimpleNamespace(B=B, d=D, F=60, k=20), torch.float32, torch.get_default_device())
 
+    def run(backend):
+        given = row.apart(in_fp64(args) if backend is None else args)
+        return row.outcome(getattr(ops.ops, name)(*given, backend or "reference"), given)
 
-def gradients(pre, backend):
-    codes, generator = codes_of(pre, 20), torch.Generator(torch.get_default_device()).manual_seed(1)
-    grad, x, weight = (torch.randn(n, D, generator=generator) for n in (B, B, pre.shape[1]))
-    term = term_of(codes, codes.values, grad, None, GATED)
-    return list(ops.ops.latent_gradients(x, weight, None, *lists_of([term]), torch.float32, backend))
-
-
-def decode(pre, backend):
-    """The sum and both gradients."""
-    codes, weight = codes_of(pre, 5), torch.linspace(-1, 1, pre.shape[1] * D).view(-1, D).sin()
-    out = f.decode(codes, weight, backend=backend)
-    entries = codes.values, codes.indices, codes.offsets
-    return [  # called here: what a test forces is not known to the thread that autograd runs on a GPU
-        out, ops.ops.decode_backward_values(2 * out, *entries, weight, backend),
-        ops.ops.decode_backward_weight(2 * out, codes.values, *codes.by_latent, torch.float32, backend),
-    ]  # fmt: skip
+    return run
 
 
 def budgets():
@@ -82,16 +59,16 @@ SELECTIONS = {
     "norm_match": lambda pre, backend: f.norm_match(pre, torch.full((len(pre),), 6.0), backend=backend),
     "threshold": lambda pre, backend: f.threshold(pre, 1.5, backend=backend),
 }
-SUMS = {"decode": decode, "latent_gradients": gradients, "latent_adam": adam}
+SUMS = [name for name, row in OPERATIONS.items() if not row.is_exact]
 
 
 def sample(name):
     """Ties, infinities and NaN among normal numbers; many rows where groups are of rows."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(0)
-    shape = (200, 24) if name == "feature_topm" else (B, 60) if name in SUMS else (B, F)
+    shape = (200, 24) if name == "feature_topm" else (B, F)
     pre = torch.randn(shape, generator=generator)
     pre[:, ::7] = pre[:, ::7].round()
-    if name in SELECTIONS and name != "norm_match":
+    if name != "norm_match":
         pre[1, 3], pre[2, 5], pre[3, 7] = float("nan"), float("inf"), -float("inf")
     return pre
 
@@ -134,21 +111,20 @@ def test_a_selection_is_the_same_under_every_configuration(name, dtype):
 
 @pytest.mark.parametrize("name", SUMS)
 def test_a_sum_is_the_same_to_rounding_under_every_configuration(name):
-    pre, run = sample(name), SUMS[name]
-    expected = run(pre, "reference")
-    for choice, labels in asked(lambda: run(pre, "triton")).items():
+    run = of_row(name)
+    truth, honest = run(None), run("reference")
+    for choice, labels in asked(lambda: run("triton")).items():
         for chosen in labels:
             with _autotune.choosing(_autotune.Forced({choice.name: chosen})):
-                found = run(pre, "triton")
-            for ours, right in zip(found, expected, strict=True):  # 5 terms of size 1, in any order: a few roundings
-                torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5, msg=f"{choice.name}: {chosen}")
+                found = run("triton")
+            for ours, exact, yardstick in zip(found, truth, honest, strict=True):
+                assert_within_budget(ours, exact, yardstick)
 
 
 def test_every_choice_is_swept():
-    reached = set()
-    for name, call in {**SELECTIONS, **SUMS}.items():
-        reached |= {choice.name for choice in asked(lambda call=call, name=name: call(sample(name), "triton"))}
-    assert reached == set(_autotune.CHOICES)
+    calls = {name: lambda name=name: SELECTIONS[name](sample(name), "triton") for name in SELECTIONS}
+    calls |= {name: lambda name=name: of_row(name)("triton") for name in SUMS}
+    assert {choice.name for call in calls.values() for choice in asked(call)} == set(_autotune.CHOICES)
 
 
 def test_candidates_differ_and_the_default_comes_first():
