@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 
 from rows import Row
-from traffic import gathered_bytes
 
 GROUP_MAXIMA, GEMM_ALONE = "group maxima alone", "GEMM alone"  # yardsticks: parts that targets are stated in
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -141,7 +140,7 @@ def roof_of(rows: Iterable[Row], device: str, op: str, dtype: str | None = None)
 def gathered_gbps(row: Row) -> float:
     """Rows of the decoder (or of the gradient) that an operation on codes asks for, repeats included, over time."""
     shape = row["shape"]
-    moved = gathered_bytes(shape["d"], shape["B"] * shape["k"], ITEMSIZE[row["dtype"]])
+    moved = shape["B"] * shape["k"] * shape["d"] * ITEMSIZE[row["dtype"]]
     return moved / row["ms_p50"] / 1e6
 
 

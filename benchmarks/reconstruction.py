@@ -259,7 +259,8 @@ class DenseModel(nn.Module):
 def build(run: Run, mean: Tensor, d_sae: int) -> EngineModel | DenseModel:
     """Initial weights depend on rule, seed and ``mean`` (d,), where b_dec starts: run and control start alike."""
     torch.manual_seed(run.seed)
-    model = EngineModel(len(mean), d_sae, RULES[run.rule](run.knob), device=mean.device)
+    options: dict[str, Any] = {"contiguous_parameters": False, "device": mean.device}
+    model = EngineModel(len(mean), d_sae, RULES[run.rule](run.knob), **options)
     with torch.no_grad():
         model.b_dec.copy_(mean)
         if run.rule == "top-AFA":  # the authors' start: at it, the norm of the activations is the input's

@@ -19,11 +19,6 @@ def encode_topk(rows: int, width: int, latents: int, k: int, itemsize: int, *, b
     return linear(rows, width, latents, itemsize, bias=bias) + Traffic(rows * k * (itemsize + INDEX), 0)
 
 
-def gathered_bytes(width: int, entries: int, itemsize: int) -> int:
-    """Bytes of matrix rows that an operation on codes asks for, repeats included: what caches deliver."""
-    return entries * width * itemsize
-
-
 def autoencoder_forward(
     rows: int, latents: int, width: int, entries: int, itemsize: int, *, distinct: int | None = None
 ) -> Traffic:

@@ -303,7 +303,8 @@ class SparseAutoencoder(nn.Module):
 
         The parameter stays the same object. For a moment there are two of it.
         """
-        if self._may_lay_out and self.W_enc.is_contiguous():
+        plain = type(self.W_enc) is nn.Parameter  # a subclass may keep its numbers elsewhere
+        if plain and self._may_lay_out and self.W_enc.is_contiguous():
             self.W_enc.data = self.W_enc.data.T.contiguous().T
 
     def _normalized(self, x: Tensor) -> tuple[Tensor, EncodeInfo]:

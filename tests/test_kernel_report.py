@@ -67,7 +67,8 @@ for shape in (report.S1, report.S2, report.S3):
         assert kernels == [first, "_write_kept_kernel"]
         assert [name for name, _ in found.torch_kernels["forward"]] == ["aten.zeros.default"]
 few = report.run_cell((report.CASES["topk few rows"], report.S1, report.BF16), "sm_90").launches
-assert [(one.kernel, one.grid) for _, one in few] == [("_group_max_kernel", (1, 32)), ("_row_topk_kernel", (1,))]
+few = [(one.kernel, one.grid) for mode, one in few if mode == "forward"]
+assert few == [("_group_max_kernel", (1, 32)), ("_row_topk_kernel", (1,))]
 """
 
 

@@ -113,6 +113,21 @@ def emulated_triton(_):
     ptx_emulator.install(arch=90)
 
 
+def on_the_device(dispatch):
+    """Within an operator tensors say where they lie; back ends are chosen as for the device that they play."""
+    import torch
+
+    resolve = dispatch.resolve
+
+    def resolved(backend, *tensors):
+        is_wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+        if not is_wide and (backend or os.environ.get("SAE_BACKEND") or "auto") in ("auto", "triton"):
+            return "triton"
+        return resolve(backend, *tensors)
+
+    dispatch.resolve = resolved
+
+
 def small_sizes(sizes):
     from dataclasses import replace
 
@@ -141,8 +156,8 @@ def small_roofs(roofs):
 
 
 AFTER = {
-    "torch": emulate, "triton": emulated_triton, "sizes": small_sizes, "steps": small_steps,
-    "registry": few_operations, "roofs": small_roofs,
+    "torch": emulate, "triton": emulated_triton, "sae_kernels.dispatch": on_the_device, "sizes": small_sizes,
+    "steps": small_steps, "registry": few_operations, "roofs": small_roofs,
 }  # fmt: skip
 
 
@@ -150,9 +165,9 @@ class Follow(importlib.abc.MetaPathFinder):
     """Calls what ``AFTER`` has for a module once that has been imported."""
 
     def find_spec(self, name, path=None, target=None):
-        if name not in AFTER or path is not None:
+        if name not in AFTER:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
             spec.loader.exec_module = lambda module: (execute(module), AFTER.pop(name)(module))
