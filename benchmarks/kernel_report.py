@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out, in worker processes too
+
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree

@@ -1,5 +1,7 @@
 """The shape of the code, as ``make structure`` prints it: short ways, few files for an operation, no long file."""
 
+import re
+
 import pytest
 import structure
 from structure import ROOT, files_of_operations, folders, lines, ways
@@ -53,6 +55,16 @@ def test_an_operation_in_another_list_would_be_seen(tmp_path):
                        ("functional.topk(pre)", False), ('find("topk")', False), ('RUN["topk"]', False)):  # fmt: skip
         file.write_text(text)
         assert ("topk" in set(structure._said(file))) is seen, text
+
+
+def test_programs_find_the_files_beside_them():
+    """`make` sets PYTHONSAFEPATH, with which Python looks for no module beside the program that it runs."""
+    programs = {path: path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
+    siblings = "|".join(path.stem for path in programs)
+    needing = [path.name for path, text in programs.items() if '__name__ == "__main__"' in text and re.search(
+        rf'^ *(?:import|from) (?:{siblings})\b|import_module\("(?:{siblings})"\)', text, re.MULTILINE)]  # fmt: skip
+    assert "kernel_report.py" in needing and "run.py" in needing
+    assert [name for name in needing if "sys.path.insert(0, " not in (ROOT / "benchmarks" / name).read_text()] == []
 
 
 def test_no_file_is_long():
