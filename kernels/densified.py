@@ -1,6 +1,6 @@
 """The operations on codes as GEMMs, for codes too dense for gathers. Torch only, any device, any back end.
 
-The same results as the sparse versions up to the order of summation; ``densified.is_dense`` says when they win.
+The same results as the sparse versions up to the order of summation; ``is_dense`` says when they win.
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
