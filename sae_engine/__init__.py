@@ -13,6 +13,7 @@ from .codes import ByLatent, SparseCodes, cat
 from .functional import Encoded, EncodeInfo
 from .inference import calibrate_threshold, inference_form
 from .initial import init_as_top_afa, init_sparse
+from .provenance import Provenance
 from .rules import (
     AbsTopK,
     Activation,
@@ -56,6 +57,7 @@ __all__ = [
     "LogJumpReLU",
     "MatryoshkaBatchTopK",
     "MutualChoice",
+    "Provenance",
     "ReLU",
     "RunningDensity",
     "SampledTopK",

@@ -11,6 +11,7 @@ from . import _checks as check
 from . import functional
 from .codes import SparseCodes
 from .functional import Encoded, EncodeInfo
+from .provenance import Provenance
 from .rules.base import Activation
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class SparseAutoencoder(nn.Module):
     Attributes:
         card: where it was loaded from and what its input has to be, a :class:`~sae_engine.checkpoints.card.SourceCard`;
             None for one made here. It is saved along.
+        provenance: where it belongs and what it was trained on, a :class:`Provenance`; None where nothing says so. Set
+            it after training on a store: ``sae.provenance = store.provenance``. It is saved along.
 
     Raises:
         TypeError: ``activation`` is no rule, or an argument is of another kind; names it.
@@ -114,6 +117,7 @@ class SparseAutoencoder(nn.Module):
     activation: Activation
     W_skip: Tensor | None
     card: SourceCard | None
+    _provenance: Provenance | None = None
 
     def __init__(
         self,
@@ -292,6 +296,20 @@ class SparseAutoencoder(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             out = functional.linear(gradient, self.W_dec.T)
             return out / self.W_dec.norm(dim=1).clamp(min=1e-30) if self.rescale_acts_by_decoder_norm else out
+
+    @property
+    def provenance(self) -> Provenance | None:
+        return self._provenance
+
+    @provenance.setter
+    def provenance(self, value: Provenance | None) -> None:
+        if value is not None:
+            if not isinstance(value, Provenance):
+                raise TypeError(f"provenance must be a Provenance or None, got {type(value).__name__}")
+            for name, got, width in (("d", value.d, self.d_in), ("d_target", value.d_target, self.d_out)):
+                if got not in (None, width):
+                    raise ValueError(f"provenance has {name} = {got}, the autoencoder {width}: it is another place's")
+        self._provenance = value
 
     @property
     def _encoder_bias(self) -> Tensor | None:

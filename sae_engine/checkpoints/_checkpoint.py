@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import rules as act
 from .._checks import FLOATS
 from .._files import replace_files
+from ..provenance import Provenance
 from ._reading import WeightFile
 from .card import CENTRED, SourceCard
 
@@ -47,6 +48,7 @@ class Checkpoint:
     apply_b_dec_to_input: bool = True
     normalize_activations: str = "none"
     rescale_acts_by_decoder_norm: bool = False
+    provenance: Provenance | None = None
 
     def taking_raw_residuals(self) -> Checkpoint:
         """Where the card says that it was trained on mean-centred activations, take away means that are there."""
@@ -150,8 +152,16 @@ def build(cls, c: Checkpoint, file: Path, *, device=None, dtype: torch.dtype | N
             else:
                 parameter.zero_()  # b_enc of rules that have none
         sae.activation.load_state_dict(state)
-    sae.card = c.card
+    sae.card, sae.provenance = c.card, _fitting(c.provenance, sae)
     return sae if dtype is None else sae.to(dtype)
+
+
+def _fitting(provenance: Provenance | None, sae) -> Provenance | None:
+    """``provenance`` without widths that are not the autoencoder's: the weights know better than words about them."""
+    if provenance is None:
+        return None
+    d = provenance.d if provenance.d == sae.d_in else None
+    return replace(provenance, d=d, d_target=provenance.d_target if provenance.d_target == sae.d_out else None)
 
 
 def of(sae) -> Checkpoint:
@@ -176,6 +186,7 @@ def of(sae) -> Checkpoint:
         apply_b_dec_to_input=sae.apply_b_dec_to_input,
         normalize_activations=sae.normalize_activations,
         rescale_acts_by_decoder_norm=sae.rescale_acts_by_decoder_norm,
+        provenance=sae.provenance,
     )
 
 
@@ -201,6 +212,8 @@ def own_section(c: Checkpoint) -> dict[str, Any]:
         section["normalize_activations"] = c.normalize_activations
     if c.card is not None:
         section["card"] = c.card.to_dict()
+    if c.provenance is not None:
+        section["provenance"] = c.provenance.to_dict()
     return section
 
 
@@ -222,6 +235,7 @@ def recorded(c: Checkpoint, section: object) -> Checkpoint:
         options={**c.options, **(options if isinstance(options, dict) else {}), **k},
         normalize_activations=normalize,
         card=SourceCard.from_dict(section.get("card")) or c.card,
+        provenance=Provenance.from_dict(section.get("provenance")) or c.provenance,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._checks import dtype_in
 from .._files import replace_file
+from ..provenance import Provenance
 from ._require import require
 from .activations import batch_rows, check_int, check_stream, context_batches, progress_bar
 from .models import LanguageModel, file_sha256
@@ -176,7 +177,7 @@ class ActivationStore:
         allow_incomplete: also open a collection that was cut off.
 
     Attributes:
-        path, manifest, d_model, dtype, complete; ``len(store)`` is the number of rows.
+        path, manifest, d_model, dtype, complete, provenance; ``len(store)`` is the number of rows.
 
     Raises:
         FileNotFoundError: no manifest there.
@@ -214,6 +215,17 @@ class ActivationStore:
         shape = f"{len(self)} x {self.d_model} {m['dtype']}"
         cut_off = "" if self.complete else ", incomplete"
         return f"ActivationStore({shape}, {m['model']} layer {m['layer']} {m['site']}{cut_off})"
+
+    @property
+    def provenance(self) -> Provenance:
+        """Which activations these are, for the autoencoder that is trained on them."""
+        m = self.manifest
+        return Provenance(
+            model=m["model"], revision=m["revision"], sha256=m["sha256"], layer=m["layer"], site=m["site"],
+            d=m["d_model"], normalize="none", model_dtype=m["model_dtype"], dtype=m["dtype"], tokenizer=m["model"],
+            text=m["text_source"], context_length=m["context_length"], separator="eos",
+            excluded=("first",) if m["drop_first"] else (),
+        )  # fmt: skip
 
     def verify(self) -> None:
         """Read every shard and compare its sha256 with the manifest; ValueError names the first that differs."""

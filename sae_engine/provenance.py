@@ -1,0 +1,114 @@
+"""Provenance: which activations an autoencoder was trained on, in the terms of :mod:`sae_engine.data`."""
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from . import _checks as check
+
+__all__ = ["Provenance"]
+
+_INTEGERS = {"layer": 0, "target_layer": 0, "d": 1, "d_target": 1, "context_length": 1}  # name → the least it can be
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where an autoencoder belongs, and what it has seen. None stands for what is not known; nothing is guessed.
+
+    :attr:`ActivationStore.provenance <sae_engine.data.ActivationStore.provenance>` makes it from a manifest,
+    ``sae.provenance = store.provenance`` gives it to an autoencoder, every checkpoint keeps what its format can hold,
+    and ``sae-engine eval`` takes model and place from it.
+
+    Attributes:
+        model: hub name or folder of the language model; ``"embedded"`` for the one in this package.
+        revision: commit of a hub model.
+        sha256: of the model's weights, as :class:`~sae_engine.data.LanguageModel` has it.
+        layer, site: the place in the model, as :func:`~sae_engine.data.read_activations` takes it.
+        target_layer, target_site: of a transcoder, the place that its output belongs to; None for an autoencoder.
+        d, d_target: width of the input and, of a transcoder, of the target.
+        normalize: what was done to a row before the autoencoder saw it, as :func:`~sae_engine.metrics.evaluate` takes
+            it: ``"none"`` or ``"token"``.
+        model_dtype, dtype: of the model that computed the activations, and of the activations as stored: ``"float16"``.
+        tokenizer, text: where token ids and text come from, in words.
+        context_length: tokens per context.
+        separator: what stood between documents: ``"eos"``, ``"none"``.
+        excluded: tokens whose rows were left out: ``"first"`` for each context's first position, ``"bos"``, ``"eos"``,
+            ``"pad"``, or an id in digits.
+
+    Raises:
+        TypeError, ValueError: an attribute is of another kind or out of range; names it.
+
+    Example:
+        >>> place = Provenance(model="openai-community/gpt2", layer=8, site="resid_pre", d=768)
+        >>> print(place)
+        openai-community/gpt2, layer 8, resid_pre, d = 768
+        >>> Provenance.from_dict(place.to_dict()) == place
+        True
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    layer: int | None = None
+    site: str | None = None
+    target_layer: int | None = None
+    target_site: str | None = None
+    d: int | None = None
+    d_target: int | None = None
+    normalize: str | None = None
+    model_dtype: str | None = None
+    dtype: str | None = None
+    tokenizer: str | None = None
+    text: str | None = None
+    context_length: int | None = None
+    separator: str | None = None
+    excluded: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if value is None:
+                continue
+            if name in _INTEGERS:
+                number = check.integer_in(value)
+                if number is None:
+                    raise TypeError(f"{name} must be an int or None, got {value!r}")
+                if number < _INTEGERS[name]:
+                    raise ValueError(f"{name} must be at least {_INTEGERS[name]}, got {value!r}")
+                object.__setattr__(self, name, number)
+            elif name == "excluded":
+                if isinstance(value, str) or not all(isinstance(token, str) for token in value):
+                    raise TypeError(f"excluded must be a sequence of strings or None, got {value!r}")
+                object.__setattr__(self, name, tuple(value))
+            elif not isinstance(value, str):
+                raise TypeError(f"{name} must be a string or None, got {value!r}")
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        layer = "layer not known" if self.layer is None else f"layer {self.layer}"
+        target = ""
+        if self.target_site is not None:
+            other = f"layer {self.target_layer}, " if self.target_layer not in (None, self.layer) else ""
+            target = f" to {other}{self.target_site}"
+        width = "" if self.d is None else f", d = {self.d}"
+        return f"{self.model or 'model not known'}{revision}, {layer}, {self.site or 'site not known'}{target}{width}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known, in JSON's types alone."""
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return known | ({"excluded": list(self.excluded)} if self.excluded is not None else {})
+
+    @classmethod
+    def from_dict(cls, value: object) -> Provenance | None:
+        """What :meth:`to_dict` made; unknown names are passed over. None where it is no such thing.
+
+        Example:
+            >>> Provenance.from_dict({"layer": "eight"}) is None
+            True
+        """
+        if not isinstance(value, dict):
+            return None
+        try:
+            return cls(**{field.name: value[field.name] for field in fields(cls) if field.name in value})
+        except (TypeError, ValueError):
+            return None
