@@ -186,7 +186,12 @@ def test_token_ids_are_checked():
     model = MODELS["gpt2"]()
     with pytest.raises(ValueError, match=r"input_ids.*\(9,\)"):
         read_activations(model, ids((9,)), layer=1)
-    for wrong in (torch.zeros(2, 3), [[1, 2]]):
+    with pytest.raises(ValueError, match=r"input_ids.*at least one token.*\(2, 0\)"):
+        read_activations(model, ids((2, 0)), layer=1)
+    for number in (300, -1):
+        with pytest.raises(ValueError, match=rf"input_ids: {number} is no token of GPT2LMHeadModel.* 0\.\.299"):
+            read_activations(model, torch.full((1, 2), number), layer=1)
+    for wrong in (torch.zeros(2, 3), [[1, 2]], torch.ones(2, 3, dtype=torch.bool)):
         with pytest.raises(TypeError, match="input_ids"):
             read_activations(model, wrong, layer=1)
 

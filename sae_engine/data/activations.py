@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .._checks import dtype_in, integer_in
 from ._require import require
 from .models import LanguageModel
+from .padding import padding_of
 
 SITES = ("resid_pre", "mlp_out", "resid_post")
 
@@ -31,21 +32,27 @@ class _Reached(Exception):
     """Raised by the hook to leave the forward pass: what comes after is not needed."""
 
 
-def read_activations(model: nn.Module, input_ids: Tensor, *, layer: int, site: str = "resid_pre") -> Tensor:
+def read_activations(
+    model: nn.Module, input_ids: Tensor, *, layer: int, site: str = "resid_pre", attention_mask: Tensor | None = None
+) -> Tensor:
     """Activations of one batch of token ids; the forward pass stops there, later layers are not computed.
 
     Args:
         model: a Hugging Face causal language model. Its mode and hooks are as before afterwards.
-        input_ids: ``(B, T)`` integers on the model's device, without padding.
+        input_ids: ``(B, T)`` integers on the model's device.
         layer: block, ``0 <= layer < num_hidden_layers``.
         site: one of :data:`SITES`.
+        attention_mask: ``(B, T)``, 1 or True for tokens and 0 or False for padding, on the left, on the right or on
+            both sides of each row's tokens; None: nothing is padding. Padding changes no token's activations: left
+            padding is moved to the right before the model sees it, so a row's first token has position 0.
 
     Returns:
-        ``(B, T, d_model)``, in the model's dtype, outside autograd.
+        ``(B, T, d_model)``, in the model's dtype, outside autograd; 0 at padding.
 
     Raises:
-        TypeError: ``input_ids`` or ``layer`` is not of integers.
-        ValueError: ``layer`` or ``site`` is out of range, ``input_ids`` is not 2-D, the model's blocks are not found,
+        TypeError: ``input_ids``, ``attention_mask`` or ``layer`` is not of integers.
+        ValueError: ``layer`` or ``site`` is out of range, ``input_ids`` is not 2-D, ``attention_mask`` has another
+            shape, padding between tokens or a row of padding alone, the model's blocks are not found,
             or hidden states there are not (batch, tokens, d_model), as XLNet's and Gemma 3n's.
         RuntimeError: the forward pass never reached the site.
 
@@ -57,10 +64,17 @@ def read_activations(model: nn.Module, input_ids: Tensor, *, layer: int, site: s
         True
     """
     _check_ids(input_ids)
+    padding = padding_of(input_ids, attention_mask)
+    if padding is None:
+        return _read(model, input_ids, torch.ones_like(input_ids), layer, site)
+    return padding.back(_read(model, padding.input_ids, padding.attention_mask, layer, site))
+
+
+def _read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, layer: int, site: str) -> Tensor:
     target = _hook_target(model, layer, site)
     if input_ids.shape[0] == input_ids.shape[1] > 1:  # (tokens, batch, d_model) would have the same shape
-        parts = input_ids[:1], input_ids[1:]
-        return torch.cat([read_activations(model, part, layer=layer, site=site) for part in parts])
+        parts = slice(None, 1), slice(1, None)
+        return torch.cat([_read(model, input_ids[part], attention_mask[part], layer, site) for part in parts])
     found: list[Tensor] = []
 
     def read(hidden: Tensor) -> Tensor:
@@ -68,7 +82,7 @@ def read_activations(model: nn.Module, input_ids: Tensor, *, layer: int, site: s
         raise _Reached
 
     with _evaluating(model), _hooked(target, site, read), torch.inference_mode(), suppress(_Reached):
-        _forward(model, input_ids)
+        _forward(model, input_ids, attention_mask)
     if not found:
         raise _never_reached(model, layer, site)
     # The copy, made outside inference mode, is an ordinary tensor: autograd may save it, an SAE may train on it.
@@ -82,17 +96,18 @@ def run_with_replacement(
     *,
     layer: int,
     site: str = "resid_pre",
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Logits of the model with the site's activations replaced on the way: ``replace`` maps (B, T, d_model) to itself.
 
     What ``replace`` returns is cast to the model's dtype, so that returning its argument changes no bit.
 
     Args:
-        model, input_ids, layer, site: as :func:`read_activations` has them.
-        replace: called once, outside autograd; it must not write to its argument.
+        model, input_ids, layer, site, attention_mask: as :func:`read_activations` has them.
+        replace: called once, outside autograd; it must not write to its argument, which is 0 at padding.
 
     Returns:
-        ``(B, T, vocabulary)``, in the model's dtype.
+        ``(B, T, vocabulary)``, in the model's dtype; 0 at padding.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`read_activations`; ValueError also where ``replace`` returns
@@ -107,23 +122,43 @@ def run_with_replacement(
         torch.Size([1, 3])
     """
     _check_ids(input_ids)
+    if (padding := padding_of(input_ids, attention_mask)) is not None:
+        def on_tokens(hidden: Tensor) -> Tensor:
+            return padding.into(_checked(replace, padding.back(hidden)), hidden)
+
+        logits = _replaced(model, padding.input_ids, padding.attention_mask, on_tokens, layer, site)
+        return padding.back(logits)
+    return _replaced(model, input_ids, torch.ones_like(input_ids), lambda x: _checked(replace, x), layer, site)
+
+
+def _checked(replace: Callable[[Tensor], Tensor], before: Tensor) -> Tensor:
+    after = replace(before)
+    if not isinstance(after, Tensor) or after.shape != before.shape:
+        got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+        raise ValueError(f"replace must return a tensor of shape {tuple(before.shape)}, got {got}")
+    return after
+
+
+def _replaced(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    replace: Callable[[Tensor], Tensor],
+    layer: int,
+    site: str,
+) -> Tensor:
     target = _hook_target(model, layer, site)
     if input_ids.shape[0] == input_ids.shape[1] > 1:  # as (tokens, batch, d_model) would be: one row tells
-        read_activations(model, input_ids[:1], layer=layer, site=site)
+        _read(model, input_ids[:1], attention_mask[:1], layer, site)
     reached = False
 
     def write(hidden: Tensor) -> Tensor:
         nonlocal reached
         reached = True
-        before = _by_token(hidden, input_ids, target)
-        after = replace(before)
-        if not isinstance(after, Tensor) or after.shape != before.shape:
-            got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
-            raise ValueError(f"replace must return a tensor of shape {tuple(before.shape)}, got {got}")
-        return after.to(hidden).reshape(hidden.shape)
+        return replace(_by_token(hidden, input_ids, target)).to(hidden).reshape(hidden.shape)
 
     with _evaluating(model), _hooked(target, site, write), torch.no_grad():
-        logits = _forward(model, input_ids).logits
+        logits = _forward(model, input_ids, attention_mask).logits
     if not reached:
         raise _never_reached(model, layer, site)
     return logits
@@ -315,14 +350,26 @@ def _by_token(hidden: Tensor, input_ids: Tensor, target: nn.Module) -> Tensor:
 
 
 def _check_ids(input_ids: Tensor) -> None:
-    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise TypeError(f"input_ids must be a tensor of integers, got {getattr(input_ids, 'dtype', type(input_ids))}")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be (B, T), got shape {tuple(input_ids.shape)}")
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids must be (B, T) with at least one token, got shape {tuple(input_ids.shape)}")
 
 
-def _forward(model: nn.Module, input_ids: Tensor) -> Any:
-    return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+def _forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    vocabulary = _vocabulary(model)
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):  # on a GPU, an assertion that ends the process
+        wrong, most = low if low < 0 else high, "" if vocabulary is None else f"..{vocabulary - 1}"
+        raise ValueError(f"input_ids: {wrong} is no token of {type(model).__name__}, whose ids are 0{most}")
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _never_reached(model: nn.Module, layer: int, site: str) -> RuntimeError:
