@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from sae_engine import functional
 from sae_engine.testing import force_dense
-from sae_kernels import densified
 from sae_kernels.ops import ops
+from sae_kernels.stock import densified
 
 SIZES = {"cpu": (1024, 768, 8192, torch.float32), "cuda": (4096, 768, 32768, torch.bfloat16)}  # B, D, F, dtype
 SHARES = [1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]

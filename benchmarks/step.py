@@ -27,7 +27,7 @@ from sae_engine import SparseCodes, functional
 from sae_engine.training.backward import term_of
 from sae_engine.training.forward import PreActivations
 from sae_engine.training.optimizer import latent_adam
-from sae_kernels._terms import GIVEN
+from sae_kernels._terms import GIVEN, lists_of
 from sae_kernels.ops import ops
 
 GEMM, SELECTION, DECODE = "encoder GEMM", "selection", "decode + loss"
@@ -75,8 +75,8 @@ def our_parts(s: Setup) -> tuple[Calls, SparseCodes]:
 
     def update() -> object:
         return latent_adam(
-            [term], centred, None, parameters, *moments, copies, step=count, lr=rate, betas=(0.9, 0.999), eps=1e-8,
-            weight_decay=0.0, unit_rows=True, skip=None, backend=backend,
+            lists_of([term]), centred, None, parameters, *moments, copies, step=count, lr=rate, betas=(0.9, 0.999),
+            eps=1e-8, weight_decay=0.0, unit_rows=True, skip=None, backend=backend,
         )  # fmt: skip
 
     calls: Calls = {

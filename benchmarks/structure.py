@@ -3,8 +3,8 @@
     python benchmarks/structure.py
 
 Ways: the files of the packages that one call enters above the implementations (``kernels/stock``, ``kernels/device``,
-the reference), and how often it goes from one file to another. Operations: the files in which each is named, and which
-adding one like it would touch. Tests hold all of it but the number of lines.
+the reference; what these call is below them), and how often it goes from one file to another. Operations: the files in
+which each is named, and which adding one like it would touch. Tests hold all of it but the number of lines.
 """
 
 from __future__ import annotations
@@ -116,12 +116,23 @@ def way(call: Callable[[], object]) -> Way:
     implementations = tuple(str(ROOT / "kernels" / name) for name in ("stock/", "device/", "reference.py"))
     packages = str(ROOT / "kernels") + "/", str(ROOT / "sae_engine") + "/"
 
-    def note(frame: FrameType, event: str, argument: Any) -> None:
+    def source(frame: FrameType) -> str:
         name = frame.f_code.co_filename
-        if event == "call" and not frame.f_code.co_name.startswith("<"):  # a comprehension is no step
-            name = name if name.startswith("/") else str(Path(name).resolve())
-            if name.startswith(packages) and not name.startswith(implementations):
-                entered.append(str(Path(name).relative_to(ROOT)))
+        return name if name.startswith("/") else str(Path(name).resolve())
+
+    def is_implementation(frame: FrameType) -> bool:
+        return source(frame).startswith(implementations)
+
+    def callers(frame: FrameType | None) -> Iterator[FrameType]:
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        name = source(frame)
+        is_step = event == "call" and not frame.f_code.co_name.startswith("<")  # as a comprehension's is
+        if is_step and name.startswith(packages) and not any(map(is_implementation, callers(frame))):
+            entered.append(str(Path(name).relative_to(ROOT)))
 
     before = sys.getprofile()
     sys.setprofile(note)

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae_kernels import densified
 from sae_kernels.device import _autotune
 from sae_kernels.operations import OPERATIONS
 from sae_kernels.ops import ops
+from sae_kernels.stock import densified
 
 
 class Shape(NamedTuple):

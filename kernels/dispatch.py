@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled
 
-from . import densified
 from .device import _autotune
 from .operations import Operation
+from .stock import densified
 
 BACKENDS = ("triton", "torch", "reference")
 

@@ -8,8 +8,9 @@ from . import (
     metrics,
     training,
 )
+from ._cat import cat
 from .autoencoder import SparseAutoencoder, SparseDecoder
-from .codes import ByLatent, SparseCodes, cat
+from .codes import ByLatent, SparseCodes
 from .functional import Encoded, EncodeInfo
 from .inference import calibrate_threshold, inference_form
 from .initial import init_as_top_afa, init_sparse

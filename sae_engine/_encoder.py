@@ -10,8 +10,8 @@ from torch import Tensor
 from sae_kernels.ops import ops
 
 from . import _checks as check
-from ._entries import at_latents, transposed_for
-from .codes import SparseCodes, cat
+from ._cat import cat
+from .codes import SparseCodes, at_latents
 
 
 class EncodeInfo(NamedTuple):
@@ -190,7 +190,7 @@ def _as_encoded(entries, codes, x, W_enc, b_enc, b_dec, dtype, backend) -> list[
 
     def attached(x: Tensor, entries: Tensor, codes: SparseCodes) -> Tensor:
         return ops.encode_entries(
-            x, *parameters, entries, codes.indices, codes.offsets, *transposed_for(codes, *parameters), backend
+            x, *parameters, entries, codes.indices, codes.offsets, *codes.transposed_for(*parameters), backend
         )
 
     if len(codes) == 1 or any(c.required is not None for c in codes):  # unused capacity cannot lie between rows

@@ -7,7 +7,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ._entries import check_numbers
 from .codes import SparseCodes
 
 
@@ -54,7 +53,7 @@ def _rebuild_codes(values, indices, offsets, batch_shape, num_latents, k, requir
         values.contiguous(), indices.contiguous(), offsets.contiguous(), tuple(batch_shape), num_latents, k, required
     )
     if not values.is_meta:
-        check_numbers(codes)
+        codes._check_numbers()
         owned = values.shape[0] if required is None else min(int(required), values.shape[0])
         if int(offsets[-1]) != owned or (k is not None and bool((offsets.diff() != k).any())):
             raise ValueError("these are no saved SparseCodes: their offsets do not fit the number of entries")

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sae_kernels.ops import ops, uniform_offsets
 
-from ._checks import deep, floating, number_in, same_device
-from ._entries import at_latents, check_numbers
+from ._checks import deep, floating, number_in, same_device, shaped
 
 
 class ByLatent(NamedTuple):
@@ -102,6 +101,17 @@ class SparseCodes:
     def _transpose(self) -> ByLatent:
         return ByLatent(*ops.by_latent(self.indices, self.offsets, self.num_latents, "auto"))
 
+    def transposed_for(self, *learned: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The transposed index where a gradient of ``learned`` will ask for it, else three times None.
+
+        Example:
+            >>> SparseCodes.from_dense(torch.eye(2)).transposed_for(torch.ones(2))
+            (None, None, None)
+        """
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
+            return self.by_latent
+        return None, None, None
+
     def check(self) -> SparseCodes:
         """Raises RuntimeError where the rule asked for more entries than its capacity. Reads the device once.
 
@@ -135,7 +145,15 @@ class SparseCodes:
     def validate(self) -> None:
         """Under ``SAE_CHECK=1``: raises ValueError where indices or offsets break the format."""
         if deep():
-            check_numbers(self)
+            self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if bool(((self.indices < 0) | (self.indices >= self.num_latents)).any()):
+            raise ValueError(f"codes.indices must lie in [0, {self.num_latents}), got {self.indices.min().item()}"
+                             f" to {self.indices.max().item()}")  # fmt: skip
+        first, last = int(self.offsets[0]), int(self.offsets[-1])
+        if bool((self.offsets.diff() < 0).any()) or first != 0 or last > self.values.shape[0]:
+            raise ValueError(f"codes.offsets must ascend from 0 to at most {self.values.shape[0]}")
 
     def to_dense(self) -> Tensor:
         """(*batch_shape, F) with zeros elsewhere. Differentiable.
@@ -452,46 +470,20 @@ class SparseCodes:
         return SparseCodes(self.values[entry], self.indices[entry], offsets, batch_shape, self.num_latents, self.k)
 
 
-def cat(codes: Sequence[SparseCodes]) -> SparseCodes:
-    """Codes over the same latents, concatenated along their first leading dimension.
+def at_latents(vector: Tensor, codes: SparseCodes) -> Tensor:
+    """``vector[codes.indices]``: a quantity per latent (F,), read at the entries (N,).
+
+    Differentiable in ``vector``, with the same bits on every run, which indexing does not promise.
 
     Raises:
-        TypeError: an element is no :class:`SparseCodes`.
-        ValueError: there is none, or their shapes disagree.
+        TypeError: ``vector`` is not floating-point.
+        ValueError: it is not (F,), or on another device.
 
     Example:
-        >>> codes = SparseCodes.from_dense(torch.eye(3))
-        >>> cat([codes, codes[:1]]).shape
-        torch.Size([4, 3])
+        >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 1.0, 3.0], [2.0, 0.0, 0.0]]))
+        >>> at_latents(torch.tensor([10.0, 20.0, 30.0]), codes)
+        tensor([20., 30., 10.])
     """
-    codes = list(codes)
-    if not codes:
-        raise ValueError("codes must hold at least one SparseCodes, got none")
-    first = codes[0]
-    for other in codes:
-        if not isinstance(other, SparseCodes):
-            raise TypeError(f"codes must hold SparseCodes, got {type(other).__name__}")
-        if not other.batch_shape:
-            raise ValueError("codes of a single row cannot be concatenated: they have no leading dimension")
-        if other.num_latents != first.num_latents or other.batch_shape[1:] != first.batch_shape[1:]:
-            raise ValueError(f"codes disagree in shape: {tuple(first.shape)} and {tuple(other.shape)}")
-    k = first.k if all(c.k == first.k for c in codes) else None
-    pieces = [c if c.required is None else _trimmed(c) for c in codes]
-    sizes = [0]
-    for piece in pieces:
-        sizes.append(sizes[-1] + piece.values.shape[0])
-    offsets = [c.offsets[1:] + start for c, start in zip(pieces, sizes, strict=False)]
-    return SparseCodes(
-        values=torch.cat([c.values for c in pieces]),
-        indices=torch.cat([c.indices for c in pieces]),
-        offsets=torch.cat([first.offsets[:1], *offsets]),
-        batch_shape=(sum(c.batch_shape[0] for c in codes), *first.batch_shape[1:]),
-        num_latents=first.num_latents,
-        k=k,
-    )
-
-
-def _trimmed(codes: SparseCodes) -> SparseCodes:
-    """Without the unused end of its capacity; an overflow is reported, never carried along."""
-    owned = codes._owned()
-    return replace(codes, values=codes.values[:owned], indices=codes.indices[:owned], required=None, _transposed=[])
+    floating("vector", vector, dims=1)
+    shaped("vector", vector, (codes.num_latents,), codes.values, why="one per latent")
+    return ops.at_latents(vector, codes.indices, codes.offsets, *codes.transposed_for(vector), "auto")

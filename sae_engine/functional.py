@@ -21,9 +21,8 @@ from sae_kernels.stock.dense import uniform_offsets
 
 from . import _checks as check
 from ._encoder import Encoded, EncodeInfo, encode, encode_with, linear, linear_dtype
-from ._entries import at_latents, transposed_for
 from ._prefixes import energy_share, norm_match, sized
-from .codes import SparseCodes
+from .codes import SparseCodes, at_latents
 
 __all__ = [
     "EncodeInfo", "Encoded", "at_latents", "batch_topk", "decode", "decode_prefixes", "encode", "encode_with",
@@ -351,7 +350,7 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
         check.floating("b_dec", b_dec, dims=1)
         check.shaped("b_dec", b_dec, W_dec.shape[1:], W_dec, why="d_out")
     dtype = linear_dtype(codes.values, W_dec)
-    index = transposed_for(codes, W_dec)
+    index = codes.transposed_for(W_dec)
     out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *index, backend)
     return out.view(*codes.batch_shape, W_dec.shape[1])
 

@@ -11,9 +11,10 @@ import tune
 from sae_engine import SparseCodes
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, assert_within_budget, force_dense, same_bits
-from sae_kernels import densified, ops
+from sae_kernels import ops
 from sae_kernels.device import _autotune, _tuning
 from sae_kernels.operations import OPERATIONS, in_fp64
+from sae_kernels.stock import densified
 
 B, F, D = 4, 520, 40
 

@@ -6,10 +6,10 @@ from largest_tensor import Largest
 from sae_engine import SparseCodes
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, assert_within_budget, force_dense
-from sae_kernels import densified, reference
+from sae_kernels import reference
 from sae_kernels.device import _tuning
 from sae_kernels.ops import ops
-from sae_kernels.stock import backward, limits
+from sae_kernels.stock import backward, densified, limits
 from sae_kernels.stock import decode as stock_decode
 
 FAST = ("torch", "triton")

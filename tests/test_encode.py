@@ -7,9 +7,8 @@ import sae_engine as se
 from sae_engine import _encoder
 from sae_engine import functional as f
 from sae_engine.testing import assert_same, force_dense
-from sae_kernels import densified
 from sae_kernels.ops import ops
-from sae_kernels.stock import limits
+from sae_kernels.stock import densified, limits
 
 B, D, F = 7, 9, 40
 PATHS = ["torch", "triton", "dense"]

@@ -81,14 +81,14 @@ def test_kernel_files_share_underscored_files_only(path):
 
     GEMMs in place of gathers, and the ways of stock PyTorch that serve a GPU too, are any back end's.
     """
-    names = ours(imports(path)) - {"sae_kernels.densified"}
+    names = ours(imports(path))
     assert [name for name in names if not (within(name, "sae_kernels.stock") or "._" in name)] == []
 
 
 @pytest.mark.parametrize("path", kernel_files(lambda name: within(name, "sae_kernels.stock")))
 def test_stock_pytorch_knows_no_contract_and_no_kernel(path):
-    allowed = {"sae_kernels.densified", "sae_kernels._terms"}
-    assert [name for name in ours(imports(path)) - allowed if not within(name, "sae_kernels.stock")] == []
+    names = ours(imports(path)) - {"sae_kernels._terms"}
+    assert [name for name in names if not within(name, "sae_kernels.stock")] == []
 
 
 def test_nothing_imports_in_a_circle():

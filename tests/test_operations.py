@@ -5,9 +5,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sae_engine.testing import assert_same, assert_within_budget, force_dense
-from sae_kernels import densified, reference
+from sae_kernels import reference
 from sae_kernels.operations import OPERATIONS, Operation, in_fp64
 from sae_kernels.ops import ops
+from sae_kernels.stock import densified
 
 BACKENDS = ("reference", "torch", "triton")
 FAST = ("torch", "triton")

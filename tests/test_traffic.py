@@ -5,11 +5,11 @@ import torch
 from sae_engine import SparseCodes
 from sae_engine import functional as f
 from sae_engine.testing import force_dense, make_pre
-from sae_kernels import densified
 from sae_kernels._terms import GATED, Term, lists_of
 from sae_kernels.device import _tuning
 from sae_kernels.operations import OPERATIONS
 from sae_kernels.ops import ops
+from sae_kernels.stock import densified
 
 pytestmark = pytest.mark.interpreter
 

@@ -10,7 +10,7 @@ import sae_engine as se
 from sae_engine.losses import AFA, L1, MultiTopK
 from sae_engine.testing import assert_same, force_dense
 from sae_engine.training import TrainStep
-from sae_kernels import densified
+from sae_kernels.stock import densified
 
 
 def test_state_is_checked():

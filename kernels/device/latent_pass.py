@@ -15,8 +15,8 @@ import math
 import torch
 import triton
 
-from .. import densified
 from .._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
+from ..stock import densified
 from . import _tuning
 from ._latent_kernels import (
     _corrections_kernel,

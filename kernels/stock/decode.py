@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..densified import error_of
 from . import limits
+from .densified import error_of
 
 SUM = 0  # embedding_bag's mode, by number
 

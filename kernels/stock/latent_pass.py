@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from .. import densified
 from .._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
-from . import limits
+from . import densified, limits
 from .backward import decode_backward_values
 from .decode import bags, wide_of
 from .dense import to_dense

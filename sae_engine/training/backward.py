@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_kernels._terms import GATED, GIVEN, Term
-from sae_kernels.densified import is_dense
+from sae_kernels._terms import GATED, GIVEN, NUMBER_OF_LISTS, Term
 from sae_kernels.ops import ops
+from sae_kernels.stock.densified import is_dense
 
 from ..codes import ByLatent, SparseCodes
 from ..losses import Pull
@@ -25,7 +25,7 @@ class Backward(NamedTuple):
     latents between two widths, because the gradient at the decoder differs from range to range.
     """
 
-    terms: list[Term]
+    terms: tuple[list, ...]  # the elements of all terms, as an operator takes them
     x: Tensor  # (B * repeats, d_in), what the encoder multiplied
     repeats: int
     along: Tensor | None  # (F,): adds along[f] * W_dec[f] to the decoder's gradient
@@ -36,7 +36,8 @@ class Backward(NamedTuple):
 def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
     sae, wide, x = forward.sae, forward.wide, forward.encoded
     repeats = max((runs.batch_shape[-1] for runs in forward.runs.values()), default=1)
-    result = Backward([], x if repeats == 1 else x.repeat_interleave(repeats, 0), repeats, None, [], {})
+    terms: tuple[list, ...] = tuple([] for _ in range(NUMBER_OF_LISTS))
+    result = Backward(terms, x if repeats == 1 else x.repeat_interleave(repeats, 0), repeats, None, [], {})
     along = None
     for number, kept in enumerate(forward.kept):
         mine = [pull for pull in pulls if pull.number == number]
@@ -59,7 +60,7 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
             if at_values is not None and forward.norms is not None:
                 offered = at_values * forward.norms_at(kept.codes)
                 along = _total([along, _by_latent(at_values * kept.values, kept, forward) / forward.divisors])
-            result.terms.append(term_of(codes, kept.values, grad, offered, GATED))
+            _append(terms, term_of(codes, kept.values, grad, offered, GATED))
             continue
         decoder, values = forward.weights.decoder, kept.values.to(wide)
         inner = values * 0
@@ -77,7 +78,7 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
             offered = torch.zeros_like(inner)
         else:
             offered = at_pre.to(wide) if forward.norms is None else at_pre.to(wide) * forward.norms_at(kept.codes)
-        result.terms.append(term_of(codes, kept.values, grad, offered, GIVEN))
+        _append(terms, term_of(codes, kept.values, grad, offered, GIVEN))
         if forward.norms is not None:
             along = _total([along, _norm_slopes(kept, forward, at_pre, inner) / forward.divisors])
     return result._replace(along=along)
@@ -91,6 +92,11 @@ def term_of(codes: SparseCodes, values: Tensor, grad: Tensor, offered: Tensor | 
         index = codes.by_latent
     offered = values.new_empty(0) if offered is None else offered
     return Term(grad, values, offered, codes.indices, codes.offsets, *index, mode)
+
+
+def _append(lists: tuple[list, ...], term: Term) -> None:
+    for elements, element in zip(lists, term, strict=True):
+        elements.append(element)
 
 
 def _in_rows(codes: SparseCodes, runs: SparseCodes | None, repeats: int) -> SparseCodes:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from sae_kernels._terms import Term, lists_of
 from sae_kernels.ops import ops
 from sae_kernels.reference import without_parallel_part
 
@@ -25,13 +24,13 @@ def rows_of_a_chunk(d_sae: int, d_out: int, device_type: str) -> int:
 
 
 def latent_adam(
-    terms: list[Term], x: Tensor, along: Tensor | None, parameters: list[Tensor], exp_avgs: list[Tensor],
+    terms: tuple[list, ...], x: Tensor, along: Tensor | None, parameters: list[Tensor], exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor], copies: list[Tensor], *, step: Tensor, lr: Tensor, betas: tuple[float, float],
     eps: float, weight_decay: float, unit_rows: bool, skip: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients that ``terms`` add up to, used up by Adam as they come: ``reference.latent_adam``."""
     center, square = ops.latent_adam(
-        parameters, exp_avgs, exp_avg_sqs, copies, x, along, *lists_of(terms), step, lr, *betas, eps, weight_decay,
+        parameters, exp_avgs, exp_avg_sqs, copies, x, along, *terms, step, lr, *betas, eps, weight_decay,
         unit_rows, skip, backend,
     )  # fmt: skip
     # Kernels write through pointers: whoever caches by version has to hear of it.
@@ -213,7 +212,7 @@ class Update:
         sae, weights = self.sae, self.copies.current()
         wide = torch.promote_types(weights.decoder.dtype, torch.float32)
         decoder, encoder, bias = ops.latent_gradients(
-            pending.x, weights.decoder, pending.along, *lists_of(pending.terms), wide, self.backend
+            pending.x, weights.decoder, pending.along, *pending.terms, wide, self.backend
         )
         for dense in pending.dense:
             encoder += dense.to(wide).T @ pending.x[:: pending.repeats].to(wide)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_kernels import densified
 from sae_kernels.dispatch import capturing, resolve
+from sae_kernels.stock import densified
 
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder
@@ -17,8 +17,7 @@ from ..codes import SparseCodes
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
 from .backward import backward
-from .dead import DeadLatents
-from .forward import Forward, PreActivations, default_budget_bytes, rows_within
+from .forward import DeadLatents, Forward, PreActivations, default_budget_bytes, rows_within
 from .optimizer import Adam, Copies, Update
 
 Reduce = Callable[[list[Tensor]], None]

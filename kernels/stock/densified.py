@@ -9,8 +9,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from ._terms import GIVEN
-from .stock.dense import rows_of, to_dense
+from .._terms import GIVEN
+from .dense import rows_of, to_dense
 
 # Share of stored entries above which an operation on codes densifies and uses a GEMM instead: where
 # benchmarks/crossover.py saw the GEMM overtake.

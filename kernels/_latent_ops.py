@@ -1,0 +1,72 @@
+"""Contracts of what works latent by latent: the encoder's gradient at the codes, and a training step's pass."""
+import torch
+
+from . import _terms
+from ._contract import define, once_differentiable
+from .dispatch import implement, library, ops, resolve
+from .stock import densified, limits
+
+# --- encoder_gradient: of the encoder's weight, in its own layout ----------------------------------------------------
+
+library.define(
+    "encoder_gradient(Tensor x, Tensor grad, Tensor latent_offsets, Tensor latent_rows, Tensor latent_positions,"
+    " ScalarType dtype, str backend) -> Tensor"
+)
+
+
+def _encoder_gradient(x, grad, latent_offsets, latent_rows, latent_positions, dtype, backend):
+    """``decode_backward_weight``, row-major as (D, F). On a CPU some latents at a time, transposed in the cache."""
+    transposed, num_latents = (latent_offsets, latent_rows, latent_positions), latent_offsets.shape[0] - 1
+    step = max(limits.TRANSPOSED_IN_CACHE // max(x.shape[1], 1), 1)
+    in_chunks = x.is_cpu and resolve(backend, x, grad) == "torch" and num_latents > step
+    if not in_chunks or densified.pays("decode_backward_weight", (x, grad, *transposed)):
+        return ops.decode_backward_weight(x, grad, *transposed, dtype, backend).T.contiguous()
+    out = x.new_empty((x.shape[1], num_latents), dtype=dtype)
+    with densified.choosing(False):  # decided above for the whole; some latents alone may be denser
+        for start in range(0, num_latents, step):
+            bounds = latent_offsets[start : start + step + 1]
+            entries = slice(int(bounds[0]), int(bounds[-1]))
+            transposed = bounds - entries.start, latent_rows[entries], latent_positions[entries]
+            out[:, start : start + step] = ops.decode_backward_weight(x, grad, *transposed, dtype, backend).T
+    return out
+
+
+implement("encoder_gradient", _encoder_gradient)
+
+
+@torch.library.register_fake("sae_engine::encoder_gradient", lib=library)
+def _(x, grad, latent_offsets, latent_rows, latent_positions, dtype, backend):
+    return x.new_empty((x.shape[1], latent_offsets.shape[0] - 1), dtype=dtype)
+
+
+once_differentiable("encoder_gradient")
+
+# --- the latent pass: every gradient of a training step that belongs to a latent, latent by latent -------------------
+
+
+@define(
+    f"latent_gradients(Tensor x, Tensor weight, Tensor? along, {_terms.SCHEMA}, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _(x, weight, along, *terms_dtype_backend):
+    """Gradients of W_dec (F, D_out), W_enc.T (F, D_in) and b_enc (F,) in ``dtype``, summed over all terms."""
+    dtype, num_latents = terms_dtype_backend[-2], weight.shape[0]
+    return (
+        weight.new_empty(weight.shape, dtype=dtype),
+        weight.new_empty((num_latents, x.shape[1]), dtype=dtype),
+        weight.new_empty(num_latents, dtype=dtype),
+    )
+
+
+@define(
+    "latent_adam(Tensor(a!)[] parameters, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies,"
+    f" Tensor x, Tensor? along, {_terms.SCHEMA}, Tensor step, Tensor lr, float beta1, float beta2, float eps,"
+    " float weight_decay, bool unit_rows, Tensor? skip) -> (Tensor, Tensor)",
+)
+def _(parameters, exp_avgs, exp_avg_sqs, copies, x, *rest):
+    """Adam's step of W_dec, W_enc.T and b_enc in place; returns d(center) (D_in,) and the squared gradient norm ()."""
+    wide = torch.promote_types(parameters[0].dtype, torch.float32)
+    return x.new_empty(x.shape[1], dtype=wide), x.new_empty((), dtype=wide)
+
+
+once_differentiable("latent_gradients")
