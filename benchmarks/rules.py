@@ -36,7 +36,7 @@ from torch import Tensor
 import sae_engine as se
 from sae_engine import metrics
 from sae_engine.data import ActivationStore, LanguageModel, evaluation_text, load_language_model
-from sae_engine.data.activations import context_batches
+from sae_engine.data.contexts import context_batches
 from sae_engine.training import TrainStep
 
 METHOD = (

@@ -215,6 +215,22 @@ def dtype_in(name: str, value) -> torch.dtype:
     return chosen
 
 
+def device_in(name: str, value) -> torch.device:
+    """A device, given as such or by its name, that this machine has."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
+        raise TypeError(f"{name} must be a torch.device or its name, as 'cpu' or 'cuda:0', got {value!r}")
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        raise ValueError(f"{name} must be a device's name, as 'cpu' or 'cuda:0', got {value!r}") from None
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each back end has its own; that of a PyTorch without CUDA is an AssertionError
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise ValueError(f"{name}: {str(value)!r} cannot be used on this machine: {why}") from None
+    return device
+
+
 def capacity_of(capacity) -> int | None:
     return None if capacity is None else count("capacity", capacity)
 

@@ -108,12 +108,12 @@ def test_errors_are_one_line_and_status_1(tmp_path, capsys):
 
 
 def test_interrupt_is_status_130(monkeypatch, text_file, tmp_path, capsys):
-    import sae_engine.data.store as store
+    import sae_engine.data.collecting as collecting
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "batch_rows", interrupt)
+    monkeypatch.setattr(collecting, "batch_rows", interrupt)
     assert cli.main(["collect", str(tmp_path / "out"), "--text", text_file, "--device", "cpu", "--quiet"]) == 130
     assert "run the same command again" in capsys.readouterr().err
 

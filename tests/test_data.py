@@ -16,7 +16,8 @@ from sae_engine.data import (
     stdlib_texts,
     stream_activations,
 )
-from sae_engine.data.activations import context_batches, run_with_replacement
+from sae_engine.data.activations import run_with_replacement
+from sae_engine.data.contexts import context_batches
 
 FINAL_NORM = {
     "gpt2": "transformer.ln_f",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sae_engine.data import EMBEDDED_FOLDER, evaluation_text, load_language_model, weights_sha256
-from sae_engine.data.activations import context_batches
+from sae_engine.data.contexts import context_batches
 
 ASSET_LIMIT = 12 * 10**6
 

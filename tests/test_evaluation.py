@@ -8,7 +8,7 @@ from metric_cases import assert_close
 
 import sae_engine as se
 from sae_engine.data import evaluation_text, load_language_model, run_with_replacement
-from sae_engine.data.activations import context_batches
+from sae_engine.data.contexts import context_batches
 from sae_engine.metrics import evaluate, ppl_sparsity
 from sae_engine.metrics.evaluation import Normalization
 

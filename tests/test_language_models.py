@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_engine.data import load_language_model
 from sae_engine.data._require import require
-from sae_engine.data.activations import context_batches
+from sae_engine.data.contexts import context_batches
 
 
 @pytest.fixture

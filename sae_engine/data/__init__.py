@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .activations import SITES, read_activations, run_with_replacement, stream_activations
+    from .collecting import collect_activations
     from .gradients import read_gradients
     from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
-    from .store import ActivationStore, collect_activations
+    from .store import ActivationStore, RowTokens
     from .text import HELD_OUT_MODULES, evaluation_text, iter_text_files, stdlib_texts
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SITES",
     "ActivationStore",
     "LanguageModel",
+    "RowTokens",
     "collect_activations",
     "evaluation_text",
     "iter_text_files",
@@ -33,9 +35,10 @@ __all__ = [
 
 _MODULES = {
     "activations": {"SITES", "read_activations", "run_with_replacement", "stream_activations"},
+    "collecting": {"collect_activations"},
     "gradients": {"read_gradients"},
     "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
-    "store": {"ActivationStore", "collect_activations"},
+    "store": {"ActivationStore", "RowTokens"},
     "text": {"HELD_OUT_MODULES", "evaluation_text", "iter_text_files", "stdlib_texts"},
 }
 

@@ -9,15 +9,16 @@ Sites, for block ``layer`` of ``num_layers``:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import dtype_in, integer_in
+from .._checks import dtype_in
 from ._require import require
+from .contexts import Contexts, TokenBatch, check_int, contexts_of, token_batches
 from .models import LanguageModel
 from .padding import padding_of
 
@@ -166,34 +167,49 @@ def _replaced(
 
 def stream_activations(
     lm: LanguageModel,
-    texts: Iterable[str],
+    texts: Iterable[Any],
     *,
     layer: int,
     site: str = "resid_pre",
     context_length: int | None = None,
     batch_size: int = 8,
     drop_first: bool = True,
+    separator: str | int | None = "eos",
+    first_token: str | int | None = "bos",
+    exclude_tokens: Collection[str | int] = (),
+    exclude_positions: Collection[int] = (),
     dtype: torch.dtype | str | None = None,
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> Iterator[Tensor]:
     """Activations of texts, batch by batch, in the order of the text.
 
-    The tokens of each non-empty document are followed by the end-of-text token, and all documents form one
-    stream, which is cut into runs of ``context_length - 1`` tokens. A context is the beginning-of-text token
-    (end-of-text where the tokenizer has no other, as GPT-2) followed by one run, so every token of the stream
+    The tokens of each non-empty document are followed by the separator, and all documents form one
+    stream, which is cut into runs of ``context_length - 1`` tokens. A context is ``first_token``
+    followed by one run, so every token of the stream
     is in exactly one context. The last run may be shorter; it is a context of its own length, alone in its
     batch. Nothing is padded.
 
+    Batches of token ids are run as they are given, padded or not: nothing is put before their rows or between them.
+
     Args:
         lm: from :func:`load_language_model`.
-        texts: documents; consumed lazily.
+        texts: documents, each a string or its token ids in one dimension; or batches, each a mapping with
+            ``input_ids`` (B, T) and, where some are padding, ``attention_mask``, as tokenizers and data loaders give
+            them, or ``input_ids`` alone. Consumed lazily.
         layer: block, ``0 <= layer < lm.num_layers``.
         site: one of :data:`SITES`.
-        context_length: tokens per context, at least 2; default ``min(lm.max_length, 256)``.
+        context_length: tokens per context, at least 2; default ``min(lm.max_length, 256)``. Batches may be shorter.
         batch_size: contexts per forward pass.
         drop_first: leave out each context's first position, whose activations are far larger than all others
-            and the same everywhere. One row per token of the stream remains.
+            and the same everywhere. With ``first_token``, one row per token of the stream remains.
+        separator: what stands behind each document: ``"eos"``, ``"bos"``, ``"pad"``, a token id, or None for nothing.
+        first_token: what stands before each context, likewise; ``"bos"`` is the end-of-text token where the
+            tokenizer has no other, as GPT-2. None: nothing, and a run has ``context_length`` tokens.
+        exclude_tokens: leave out the rows of these tokens, by name or id: ``["bos", "eos", "pad", 198]``. The model
+            sees them all the same.
+        exclude_positions: leave out these positions of each context, counted from 0 at its first token that is no
+            padding. ``drop_first`` leaves out position 0.
         dtype: of the result; None is the model's.
         max_tokens: stop after exactly so many rows; None is all.
         progress: show a bar on standard error.
@@ -203,7 +219,8 @@ def stream_activations(
 
     Raises:
         TypeError: an argument or a document is not of the kind above (documents: when they are reached).
-        ValueError: an argument is out of range, or the tokenizer has no end-of-text token.
+        ValueError: an argument is out of range, the tokenizer has no such token or there is none, or an activation is
+            not finite (names the text, and the module that was first).
 
     Example:
         >>> from sae_engine.data import load_language_model
@@ -211,21 +228,28 @@ def stream_activations(
         >>> batches = stream_activations(lm, ["A text.", "Another one."], layer=1)
         >>> [x.shape[1] == lm.d_model for x in batches]
         [True]
+        >>> padded = {"input_ids": torch.tensor([[0, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+        >>> next(stream_activations(lm, [padded], layer=1, drop_first=False)).shape[0]
+        2
     """
-    context_length, batch_size, max_tokens = check_stream(
-        lm, texts, layer, site, context_length, batch_size, drop_first, max_tokens
-    )
+    contexts, max_tokens = check_stream(
+        lm, texts, layer, site, max_tokens, context_length=context_length, batch_size=batch_size,
+        drop_first=drop_first, separator=separator, first_token=first_token, exclude_tokens=exclude_tokens,
+        exclude_positions=exclude_positions,
+    )  # fmt: skip
     dtype = None if dtype is None else dtype_in("dtype", dtype)
 
     def generate() -> Iterator[Tensor]:
         done = 0
         with progress_bar(progress, max_tokens) as bar:
-            for ids in context_batches(lm, texts, context_length, batch_size):
-                rows = batch_rows(lm, ids, layer, site, drop_first)
-                rows = rows[: None if max_tokens is None else max_tokens - done].to(dtype or rows.dtype)
+            for batch in token_batches(lm, texts, contexts):
+                rows = batch_rows(lm, batch, layer, site)[: None if max_tokens is None else max_tokens - done]
+                if not len(rows):
+                    continue
+                check_finite(rows, done, lm, batch)
                 done += len(rows)
                 bar.update(len(rows))
-                yield rows
+                yield rows.to(dtype or rows.dtype)
                 if done == max_tokens:
                     return
 
@@ -236,67 +260,86 @@ def stream_activations(
 
 
 def check_stream(
-    lm: LanguageModel,
-    texts: Iterable[str],
-    layer: int,
-    site: str,
-    context_length: int | None,
-    batch_size: int,
-    drop_first: bool,
-    max_tokens: int | None,
-) -> tuple[int, int, int | None]:
-    """Every check of :func:`stream_activations` that needs no text: context length, batch size, most tokens."""
+    lm: LanguageModel, texts: Iterable[Any], layer: int, site: str, max_tokens: int | None, **settings: Any
+) -> tuple[Contexts, int | None]:
+    """Every check of :func:`stream_activations` that needs no text: its settings and the most rows."""
     if not isinstance(lm, LanguageModel):
         raise TypeError(f"lm must be a LanguageModel (see load_language_model), got {type(lm).__name__}")
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-        raise TypeError(f"texts must be an iterable of strings, got {type(texts).__name__}")
-    if not isinstance(drop_first, bool):
-        raise TypeError(f"drop_first must be a bool, got {drop_first!r}")
+    if isinstance(texts, (str, bytes, Mapping, Tensor)) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts must be an iterable of documents or batches, got {type(texts).__name__}")
     _hook_target(lm.model, layer, site)
-    if context_length is None:
-        context_length = min(lm.max_length, 256)
-    context_length = check_int("context_length", context_length, 2, lm.max_length)
-    batch_size = check_int("batch_size", batch_size, 1)
-    max_tokens = None if max_tokens is None else check_int("max_tokens", max_tokens, 1)
-    if lm.tokenizer.eos_token_id is None:
-        raise ValueError(f"lm: the tokenizer of {lm.name!r} has no end-of-text token to put between documents")
-    return context_length, batch_size, max_tokens
+    contexts = contexts_of(lm, **settings)
+    return contexts, None if max_tokens is None else check_int("max_tokens", max_tokens, 1)
 
 
-def check_int(name: str, value: int, low: int, high: int | None = None) -> int:
-    if (number := integer_in(value)) is None:
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in {low}..{high}'}, got {value}")
-    return number
-
-
-def context_batches(
-    lm: LanguageModel, texts: Iterable[str], context_length: int, batch_size: int
-) -> Iterator[Tensor]:
-    """``(contexts, length)`` int64 token ids on the CPU, packed as :func:`stream_activations` says."""
-    bos, eos = lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id
-    first = eos if bos is None else bos
-    run = context_length - 1
-    size = batch_size * run
-    pending: list[int] = []
-    for number, document in enumerate(texts):
-        pending += _tokenize(lm, document, number)
-        for start in range(0, len(pending) - size + 1, size):
-            yield _contexts(pending[start : start + size], first, run)
-        del pending[: len(pending) // size * size]
-    whole = len(pending) // run * run
-    if whole:
-        yield _contexts(pending[:whole], first, run)
-    if whole < len(pending):
-        yield _contexts(pending[whole:], first, len(pending) - whole)
-
-
-def batch_rows(lm: LanguageModel, ids: Tensor, layer: int, site: str, drop_first: bool) -> Tensor:
-    """``(rows, d_model)`` of one batch of contexts."""
+def batch_rows(lm: LanguageModel, batch: TokenBatch, layer: int, site: str) -> Tensor:
+    """``(rows, d_model)`` of one batch: of the tokens that are kept."""
     device = next(lm.model.parameters()).device
-    activations = read_activations(lm.model, ids.to(device), layer=layer, site=site)
-    return activations[:, int(drop_first) :].flatten(0, 1)
+    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+    if not len(batch.kept):
+        return torch.empty(0, lm.d_model, dtype=next(lm.model.parameters()).dtype, device=device)
+    activations = read_activations(lm.model, batch.input_ids.to(device), layer=layer, site=site, attention_mask=mask)
+    return activations.flatten(0, 1)[batch.kept.to(device)]
+
+
+def check_finite(rows: Tensor, first: int, lm: LanguageModel, batch: TokenBatch, skipped: int = 0) -> None:
+    """ValueError that says where in the texts the first row that is not finite lies, and which module was first.
+
+    ``first`` is the number in the stream of the first of ``rows``, before which ``skipped`` of the batch were left out.
+    """
+    finite = rows.isfinite().all(1)
+    if bool(finite.all()):
+        return
+    wrong, row = int((~finite).sum()), int((~finite).nonzero()[0])
+    context, at = divmod(int(batch.kept[skipped + row]), batch.input_ids.shape[1])
+    module, place = _first_overflow(lm, batch, context)
+    document = int(batch.documents[context, at])  # what was put before the context is of none
+    at = at if place is None else place
+    near = batch.input_ids[context, max(0, at - 8) : at + 1].tolist()
+    text = f"token ids {near}" if lm.tokenizer is None else repr(lm.tokenizer.decode(near))
+    dtype = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
+    way_out = "load it in bfloat16 or float32" if dtype == "float16" else "its weights may be damaged"
+    raise ValueError(
+        f"texts: {wrong} of {len(rows)} activations are not finite, the first is row {first + row} of the stream. In "
+        f"{dtype}, {lm.name!r} makes such numbers of document {document} after {text}, first in "
+        f"{module}; {way_out}, or leave this text out"
+    )
+
+
+def _first_overflow(lm: LanguageModel, batch: TokenBatch, context: int) -> tuple[str, int | None]:
+    """Which module is the first to return a number that is not finite, of one context, and at which of its tokens.
+
+    Rows do not say it: where one token's values are infinite, attention makes NaN of them before that token too.
+    """
+    device = next(lm.model.parameters()).device
+    ids = batch.input_ids[context : context + 1]
+    mask = None if batch.attention_mask is None else batch.attention_mask[context : context + 1]
+    if (padding := padding_of(ids, mask)) is not None:
+        ids, mask = padding.input_ids, padding.attention_mask
+    found: list[tuple[str, int | None]] = []
+
+    def look(name: str, output: Any) -> None:
+        hidden = output[0] if isinstance(output, (tuple, list)) and output else output
+        if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or bool(hidden.isfinite().all()):
+            return
+        place = None
+        if hidden.shape[:2] == ids.shape:
+            place = int((~hidden[0].isfinite()).flatten(1).any(1).nonzero()[0])
+            place += 0 if padding is None else int(padding.first)
+        found.append((f"module {name!r}", place))
+        raise _Reached
+
+    handles = [
+        module.register_forward_hook(lambda _module, _args, output, name=name: look(name, output))
+        for name, module in lm.model.named_modules()
+    ]
+    try:
+        with _evaluating(lm.model), torch.inference_mode(), suppress(_Reached):
+            _forward(lm.model, ids.to(device), (torch.ones_like(ids) if mask is None else mask).to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ("no module, where this context is alone in its batch", None)
 
 
 def progress_bar(show: bool, total: int | None, done: int = 0) -> Any:
@@ -316,26 +359,6 @@ class _NoBar:
 
 
 # ------------------------------------------------------------------------------------------ inside a model
-
-
-def _contexts(block: list[int], first: int, run: int) -> Tensor:
-    runs = torch.tensor(block, dtype=torch.int64).view(-1, run)
-    return torch.cat([torch.full((len(runs), 1), first), runs], dim=1)
-
-
-def _tokenize(lm: LanguageModel, document: str, number: int) -> list[int]:
-    if not isinstance(document, str):
-        raise TypeError(f"texts must yield strings, got {type(document).__name__}: {document!r:.80}")
-    try:
-        document.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which scraped text may hold
-        raise ValueError(
-            f"texts: document {number} holds {document[error.start]!a} at position {error.start}, which is no "
-            "character: clean it, as by document.encode(errors='replace').decode()"
-        ) from None
-    # verbose=False: the warning about documents longer than the model's context does not apply to a stream.
-    ids = lm.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if document else []
-    return [*ids, lm.tokenizer.eos_token_id] if ids else []
 
 
 def _by_token(hidden: Tensor, input_ids: Tensor, target: nn.Module) -> Tensor:

@@ -1,176 +1,51 @@
-"""Activations on disk: safetensors shards and a manifest, written so that a cut-off run can be resumed."""
+"""Activations on disk: a folder of safetensors shards and a manifest, read back row by row."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import dtype_in
-from .._files import replace_file
+from .._checks import device_in, dtype_in, flag
 from ..provenance import Provenance
 from ._require import require
-from .activations import batch_rows, check_int, check_stream, context_batches, progress_bar
-from .models import LanguageModel, file_sha256
+from .contexts import check_int
+from .models import file_sha256
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_KEY = "activations"
-_PROGRESS_FIELDS = ("sae_engine", "shards", "tokens", "complete")  # the rest of a manifest is the request
+KEY = "activations"
+_IN_FILES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+# What format 1 did not say: there was no choice.
+_OF_FORMAT_1 = {"separator": "eos", "first_token": "bos", "exclude_tokens": [], "exclude_positions": [],
+                "token_ids": False, "earlier": []}  # fmt: skip
 
 
-def collect_activations(
-    lm: LanguageModel,
-    texts: Iterable[str],
-    out_dir: str | Path,
-    *,
-    layer: int,
-    site: str = "resid_pre",
-    context_length: int | None = None,
-    batch_size: int = 8,
-    drop_first: bool = True,
-    max_tokens: int | None = None,
-    dtype: torch.dtype | str = torch.float16,
-    shard_tokens: int = 65536,
-    text_source: str | None = None,
-    resume: bool = True,
-    progress: bool = True,
-) -> ActivationStore:
-    """Write the rows of :func:`stream_activations` to a folder of shards, and return the store.
+class RowTokens(NamedTuple):
+    """Which token each row is of: four tensors ``(rows,)`` of int32.
 
-    The folder holds ``shard-00000.safetensors`` … (one tensor ``activations`` (tokens, d_model) each) and
-    ``manifest.json``. Every file is written to a temporary name and renamed, so an interrupted run leaves
-    whole shards only. The same call again tokenizes the texts anew, runs no forward pass for what is already
-    there, and ends with the same bits as a run that was never interrupted. On a complete folder it does
-    nothing and does not read ``texts``.
-
-    Args:
-        lm, texts, layer, site, context_length, batch_size, drop_first, max_tokens: as
-            :func:`stream_activations` has them.
-        out_dir: folder; made when missing.
-        dtype: of the shards: float16, bfloat16 or float32.
-        shard_tokens: rows per shard; the last has the rest.
-        text_source: what the texts are, in words, for the manifest.
-        resume: carry on with an earlier run's shards. False: an earlier run in ``out_dir`` is an error.
-        progress: show a bar on standard error.
-
-    Raises:
-        TypeError, ValueError: as :func:`stream_activations`; also ``dtype`` or ``shard_tokens``; a manifest
-            that differs from this request (names the field); texts that differ from those of the finished
-            shards; a damaged shard (names the file); no text at all; an activation that overflows ``dtype``.
-        FileExistsError: ``resume=False`` and ``out_dir`` holds a manifest.
-
-    Example:
-        >>> import tempfile
-        >>> lm = se.data.load_language_model()
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     store = collect_activations(lm, ["A text."], folder, layer=1, progress=False)
-        ...     store.complete, store.d_model == lm.d_model
-        (True, True)
+    ``token_ids``: the token. ``documents``: the number of its document (in batches: of its row) among all that were
+    collected, from 0. ``offsets``: its place among that document's tokens, from 0; the separator's is behind them.
+    ``positions``: its place in the context that the model saw, from 0 at the first token that is no padding. What was
+    put before a context is of document -1 and has offset -1.
     """
-    context_length, batch_size, max_tokens = check_stream(
-        lm, texts, layer, site, context_length, batch_size, drop_first, max_tokens
-    )
-    dtype = dtype_in("dtype", dtype)
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    shard_tokens = check_int("shard_tokens", shard_tokens, 1)
-    if text_source is not None and not isinstance(text_source, str):
-        raise TypeError(f"text_source must be a string or None, got {text_source!r}")
-    require("safetensors.torch")  # before any work, not after the first shard's
-    folder = Path(out_dir)
-    request = {
-        "format": FORMAT,
-        "model": lm.name,
-        "revision": lm.revision,
-        "sha256": lm.sha256,
-        "model_dtype": _dtype_name(next(lm.model.parameters()).dtype),
-        "layer": int(layer),
-        "site": site,
-        "d_model": lm.d_model,
-        "context_length": context_length,
-        "batch_size": batch_size,
-        "drop_first": drop_first,
-        "max_tokens": max_tokens,
-        "dtype": _dtype_name(dtype),
-        "shard_tokens": shard_tokens,
-        "text_source": text_source,
-    }
-    manifest = _start(folder, request, resume)
-    if manifest["complete"]:
-        return ActivationStore(folder)
-    _collect(lm, texts, folder, manifest, progress)
-    return ActivationStore(folder)
 
-
-def _start(folder: Path, request: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """The manifest to go on from: an earlier run's, compared with the request and its shards checked, or a new one."""
-    if not (folder / MANIFEST).exists():
-        manifest = {**request, "sae_engine": _version(), "shards": [], "tokens": 0, "complete": False}
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_manifest(folder, manifest)
-        return manifest
-    if not resume:
-        raise FileExistsError(f"out_dir: {str(folder)!r} already holds a collection, and resume=False")
-    manifest = _read_manifest(folder)
-    for field in {**request, **manifest}:
-        if field not in _PROGRESS_FIELDS and manifest.get(field) != request.get(field):
-            there, asked = manifest.get(field), request.get(field)
-            raise ValueError(f"{field}: {folder / MANIFEST} has {there!r}, this call asks for {asked!r}")
-    for shard in manifest["shards"]:
-        _check_shard(folder, shard, manifest)
-    return manifest
-
-
-def _collect(
-    lm: LanguageModel, texts: Iterable[str], folder: Path, manifest: dict[str, Any], progress: bool
-) -> None:
-    """Run the model from the first missing row on, a shard at a time."""
-    dtype, limit, size = DTYPES[manifest["dtype"]], manifest["max_tokens"], manifest["shard_tokens"]
-    stored = manifest["tokens"]
-    seen = 0  # rows of the stream so far, stored or not
-    text_hash = hashlib.sha256()
-    buffer: list[Tensor] = []
-    buffered = 0
-    with progress_bar(progress, limit, stored) as bar:
-        for ids in context_batches(lm, texts, manifest["context_length"], manifest["batch_size"]):
-            text_hash.update(ids.numpy().tobytes())
-            before, seen = seen, seen + ids[:, int(manifest["drop_first"]) :].numel()
-            if before < stored <= seen and manifest["shards"][-1]["text_sha256"] != text_hash.hexdigest():
-                raise ValueError(f"texts are not those that the shards in {str(folder)!r} were made from")
-            if seen > stored:
-                # The whole batch is run even if part of it is stored: a row's last bits depend on its batch.
-                rows = batch_rows(lm, ids, manifest["layer"], manifest["site"], manifest["drop_first"])
-                rows = rows[max(0, stored - before) : None if limit is None else limit - before]
-                _check_finite(rows, max(before, stored), lm, texts_at=ids)
-                buffer.append(_cast(rows, dtype))
-                buffered += len(rows)
-                bar.update(len(rows))
-            while buffered >= size:
-                merged = torch.cat(buffer)
-                _write_shard(folder, manifest, merged[:size], text_hash.hexdigest())
-                buffer, buffered = [merged[size:]], buffered - size
-            if limit is not None and seen >= limit:
-                break
-    if seen < stored:
-        raise ValueError(f"texts are shorter than those that the shards in {str(folder)!r} were made from")
-    if buffered:
-        _write_shard(folder, manifest, torch.cat(buffer), text_hash.hexdigest())
-    if not manifest["tokens"]:
-        raise ValueError("texts: there is no text in them")
-    manifest["complete"] = True
-    _write_manifest(folder, manifest)
+    token_ids: Tensor
+    documents: Tensor
+    offsets: Tensor
+    positions: Tensor
 
 
 class ActivationStore:
     """Collected activations: rows of shape (d_model,), read shard by shard.
+
+    Opening compares every file's size and header with the manifest and reads no activations; :meth:`verify` reads
+    all of them and compares checksums.
 
     Args:
         path: folder written by :func:`collect_activations`.
@@ -180,6 +55,7 @@ class ActivationStore:
         path, manifest, d_model, dtype, complete, provenance; ``len(store)`` is the number of rows.
 
     Raises:
+        TypeError: ``path`` is no path.
         FileNotFoundError: no manifest there.
         ValueError: the manifest or a shard is damaged (names the file), or the collection is incomplete.
 
@@ -187,14 +63,14 @@ class ActivationStore:
         >>> import tempfile
         >>> lm = se.data.load_language_model()
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = collect_activations(lm, ["A text."], folder, layer=1, progress=False)
+        ...     _ = se.data.collect_activations(lm, ["A text."], folder, layer=1, progress=False)
         ...     sum(len(x) for x in ActivationStore(folder).batches(2)) == len(ActivationStore(folder))
         True
     """
 
     def __init__(self, path: str | Path, *, allow_incomplete: bool = False) -> None:
-        self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
+        self.path = folder_in("path", path)
+        self.manifest = read_manifest(self.path)
         self.d_model: int = self.manifest["d_model"]
         self.dtype = DTYPES[self.manifest["dtype"]]
         self.complete: bool = self.manifest["complete"]
@@ -220,18 +96,19 @@ class ActivationStore:
     def provenance(self) -> Provenance:
         """Which activations these are, for the autoencoder that is trained on them."""
         m = self.manifest
+        sources = [part["text_source"] for part in (*m["earlier"], m)]
         return Provenance(
             model=m["model"], revision=m["revision"], sha256=m["sha256"], layer=m["layer"], site=m["site"],
             d=m["d_model"], normalize="none", model_dtype=m["model_dtype"], dtype=m["dtype"], tokenizer=m["model"],
-            text=m["text_source"], context_length=m["context_length"], separator="eos",
-            excluded=("first",) if m["drop_first"] else (),
+            text="; ".join(source or "not named" for source in sources) if any(sources) else None,
+            context_length=m["context_length"], separator=m["separator"],
+            excluded=(*(["first"] if m["drop_first"] else []), *m["exclude_tokens"],
+                      *(f"position {position}" for position in m["exclude_positions"])),
         )  # fmt: skip
 
     def verify(self) -> None:
         """Read every shard and compare its sha256 with the manifest; ValueError names the first that differs."""
-        for shard in self.manifest["shards"]:
-            if file_sha256(self.path / shard["file"]) != shard["sha256"]:
-                raise ValueError(f"{self.path / shard['file']} is damaged: its sha256 is not the manifest's")
+        verify_shards(self.path, self.manifest)
 
     def tensor(self, dtype: torch.dtype | str | None = None) -> Tensor:
         """All rows in the order of the text, ``(len(self), d_model)``, on the CPU; ``dtype=None`` as stored."""
@@ -239,17 +116,45 @@ class ActivationStore:
         rows = torch.cat(shards) if shards else torch.empty(0, self.d_model, dtype=self.dtype)
         return rows if dtype is None else rows.to(dtype_in("dtype", dtype))
 
+    def row_tokens(self, start: int = 0, stop: int | None = None) -> RowTokens:
+        """Which tokens the rows ``start`` to ``stop`` are of, in the order of the text; no activations are read.
+
+        Raises:
+            ValueError: the collection holds no token ids, or ``start`` and ``stop`` are no range of rows.
+
+        Example:
+            >>> import tempfile
+            >>> lm = se.data.load_language_model()
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     store = se.data.collect_activations(lm, ["A text."], folder, layer=1, progress=False)
+            ...     lm.tokenizer.decode(store.row_tokens(0, len(store) - 1).token_ids)
+            'A text.'
+        """
+        stop = len(self) if stop is None else check_int("stop", stop, 0, len(self))
+        start = check_int("start", start, 0, stop)
+        self._check_tokens()
+        found, first = [torch.empty(4, 0, dtype=torch.int32)], 0
+        for index, shard in enumerate(self.manifest["shards"]):
+            low, high = max(start - first, 0), min(stop - first, shard["tokens"])
+            if low < high:
+                found.append(self._load_tokens(index, slice(low, high)))
+            first += shard["tokens"]
+        return RowTokens(*torch.cat(found, 1))
+
     def batches(
         self,
         batch_size: int,
         *,
         shuffle: bool = True,
         seed: int = 0,
+        start: int = 0,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         drop_last: bool = False,
         buffer_shards: int = 4,
-    ) -> Iterator[Tensor]:
+        with_tokens: bool = False,
+        check_finite: bool = True,
+    ) -> Iterator[Any]:
         """One pass over all rows, each exactly once.
 
         Args:
@@ -257,132 +162,197 @@ class ActivationStore:
             shuffle: take the shards in random order, ``buffer_shards`` at a time, and shuffle the rows of
                 those together. False: the order of the text.
             seed: of the shuffle; the same seed gives the same batches. Use another for each epoch.
+            start: leave out so many rows at the beginning of the pass, as where training was interrupted: the rest
+                comes in the order that it has in the whole pass (of the same ``batch_size``, ``seed`` and
+                ``buffer_shards``), and what comes before is not read.
             device, dtype: of the batches; None is the CPU, and the stored dtype.
             drop_last: leave out a last, smaller batch.
             buffer_shards: how many shards are in memory at once (twice that for a moment, while they are mixed).
+            with_tokens: also say which tokens the rows are of.
+            check_finite: refuse rows that are not finite, which nothing can learn from. False: hand them on.
 
         Yields:
-            ``(batch_size, d_model)``.
+            ``(batch_size, d_model)``; with ``with_tokens`` a pair of that and :class:`RowTokens`.
 
         Raises:
-            TypeError, ValueError: ``batch_size``, ``buffer_shards`` or ``seed`` is not a fit integer.
+            TypeError, ValueError: ``batch_size``, ``buffer_shards``, ``seed`` or ``start`` is not a fit integer,
+                ``device`` or ``dtype`` is none, or there are no token ids. When it is reached: a shard that is damaged
+                or holds a row that is not finite (names both).
         """
         batch_size, seed = check_int("batch_size", batch_size, 1), check_int("seed", seed, 0)
+        start = check_int("start", start, 0, len(self))
         buffer_shards = check_int("buffer_shards", buffer_shards, 1)
         dtype = self.dtype if dtype is None else dtype_in("dtype", dtype)
-        return self._batches(batch_size, shuffle, seed, device, dtype, drop_last, buffer_shards)
+        device = torch.device("cpu") if device is None else device_in("device", device)
+        for name, value in (("shuffle", shuffle), ("drop_last", drop_last), ("with_tokens", with_tokens),
+                            ("check_finite", check_finite)):  # fmt: skip
+            flag(name, value)
+        if with_tokens:
+            self._check_tokens()
+        blocks = self._blocks(batch_size, shuffle, seed, start, buffer_shards, with_tokens, check_finite)
+        return (
+            (x.to(device, dtype), RowTokens(*tokens.to(device))) if with_tokens else x.to(device, dtype)
+            for x, tokens in _cut(blocks, batch_size, drop_last)
+        )
 
-    def _batches(
-        self,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        device: str | torch.device | None,
-        dtype: torch.dtype,
-        drop_last: bool,
-        buffer_shards: int,
-    ) -> Iterator[Tensor]:
+    def _blocks(
+        self, batch_size: int, shuffle: bool, seed: int, start: int, buffer_shards: int, tokens: bool, finite: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows in the order of the pass and, if asked for, their tokens (4, rows), from row ``start`` on.
+
+        Rows that fill no batch are mixed with the shards that follow, so which rows those are has to be known before
+        the first that is asked for; they alone are read.
+        """
         generator = torch.Generator().manual_seed(seed)
-        count = len(self.manifest["shards"])
-        order = torch.randperm(count, generator=generator).tolist() if shuffle else range(count)
+        sizes = [shard["tokens"] for shard in self.manifest["shards"]]
+        order = torch.randperm(len(sizes), generator=generator).tolist() if shuffle else list(range(len(sizes)))
         step = buffer_shards if shuffle else 1
-        rest = torch.empty(0, self.d_model, dtype=self.dtype)
-        for first in range(0, count, step):
-            rows = torch.cat([rest, *(self._load(index) for index in order[first : first + step])])
-            if shuffle:
-                rows = rows[torch.randperm(len(rows), generator=generator)]
-            whole = len(rows) // batch_size * batch_size
-            for start in range(0, whole, batch_size):
-                yield rows[start : start + batch_size].to(device=device, dtype=dtype)
-            rest = rows[whole:].clone()  # a view would keep the whole buffer alive
-        if len(rest) and not drop_last:
-            yield rest.to(device=device, dtype=dtype)
+        passed = 0
+        rest = torch.empty(2, 0, dtype=torch.int64)  # of rows that were passed over: the shard and the place in it
+        carried: tuple[Tensor, Tensor] | None = None  # the same once rows are read
+        for first in range(0, len(order), step):
+            group = order[first : first + step]
+            count = (rest.shape[1] if carried is None else len(carried[0])) + sum(sizes[index] for index in group)
+            mix = torch.randperm(count, generator=generator) if shuffle else slice(None)
+            whole = count // batch_size * batch_size
+            if carried is None and passed + whole <= start:
+                places = [torch.stack([torch.full((sizes[i],), i), torch.arange(sizes[i])]) for i in group]
+                rest = torch.cat([rest, *places], 1)[:, mix][:, whole:]
+                passed += whole
+                continue
+            x, tokens_of = self._read(group, tokens, finite)
+            before = self._at(rest, tokens, finite) if carried is None else carried
+            x = torch.cat([before[0], x])[mix]
+            tokens_of = torch.cat([before[1], tokens_of], 1)[:, mix]
+            skip = max(start - passed, 0)
+            yield x[skip:whole], tokens_of[:, skip:whole]
+            passed += whole
+            carried = x[whole:].clone(), tokens_of[:, whole:].clone()  # a view would keep the whole buffer alive
+        x, tokens_of = self._at(rest, tokens, finite) if carried is None else carried
+        skip = max(start - passed, 0)
+        yield x[skip:], tokens_of[:, skip:]
+
+    def _read(self, group: list[int], tokens: bool, finite: bool) -> tuple[Tensor, Tensor]:
+        shards = [self._load(index) for index in group]
+        for index, x in zip(group, shards, strict=True):
+            if finite:
+                self._check_finite(index, x)
+        # Where tokens are not asked for, as many columns of none: what is done with rows is done with both.
+        found = zip(group, shards, strict=True)
+        columns = [self._load_tokens(index) if tokens else torch.empty(0, len(x)) for index, x in found]
+        return torch.cat(shards), torch.cat(columns, 1)
+
+    def _at(self, places: Tensor, tokens: bool, finite: bool) -> tuple[Tensor, Tensor]:
+        """Rows by shard and place, in that order."""
+        count = places.shape[1]
+        x = torch.empty(count, self.d_model, dtype=self.dtype)
+        columns = torch.empty(4, count, dtype=torch.int32) if tokens else torch.empty(0, count)
+        for index in places[0].unique().tolist():
+            here = places[0] == index
+            read, read_tokens = self._read([index], tokens, finite)
+            x[here], columns[:, here] = read[places[1, here]], read_tokens[:, places[1, here]]
+        return x, columns
+
+    def _check_finite(self, index: int, x: Tensor) -> None:
+        if bool(x.sum(dtype=torch.float32).isfinite()):  # most often; a sum that overflows is no proof
+            return
+        wrong = (~x.isfinite().all(1)).nonzero()
+        if len(wrong):
+            row = sum(shard["tokens"] for shard in self.manifest["shards"][:index]) + int(wrong[0])
+            raise ValueError(
+                f"{self.path / self.manifest['shards'][index]['file']}: {len(wrong)} of {len(x)} rows are not finite, "
+                f"the first is row {row} of the store; collect them anew with the model in bfloat16 or float32, or "
+                "pass check_finite=False to have them all the same"
+            )
+
+    def _check_tokens(self) -> None:
+        if not self.manifest["token_ids"]:
+            raise ValueError(f"{str(self.path)!r} holds no token ids: it was collected with token_ids=False")
 
     def _load(self, index: int) -> Tensor:
+        return self._opened(index, lambda file: file.get_tensor(KEY))
+
+    def _load_tokens(self, index: int, rows: slice = slice(None)) -> Tensor:
+        """(4, rows) int32 of one shard."""
+        return self._opened(index, lambda file: torch.stack([file.get_slice(name)[rows] for name in RowTokens._fields]))
+
+    def _opened(self, index: int, read: Any) -> Tensor:
         file = self.path / self.manifest["shards"][index]["file"]
         try:
-            return require("safetensors.torch").load_file(file)[_KEY]
+            with require("safetensors").safe_open(file, framework="pt") as opened:
+                return read(opened)
         except Exception as error:  # the file was sound when the store was opened
             raise ValueError(f"{file} is missing or damaged: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------- files
+def _cut(blocks: Iterator[tuple[Tensor, Tensor]], size: int, drop_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of rows and columns to batches of ``size``."""
+    left: tuple[Tensor, Tensor] | None = None
+    for x, tokens in blocks:
+        if left is not None and len(left[0]):
+            x, tokens = torch.cat([left[0], x]), torch.cat([left[1], tokens], 1)
+        whole = len(x) // size * size
+        for first in range(0, whole, size):
+            yield x[first : first + size], tokens[:, first : first + size]
+        left = x[whole:].clone(), tokens[:, whole:].clone()
+    if left is not None and len(left[0]) and not drop_last:
+        yield left
 
 
-def _write_shard(folder: Path, manifest: dict[str, Any], rows: Tensor, text_sha256: str) -> None:
-    name = f"shard-{len(manifest['shards']):05d}.safetensors"
-    data = require("safetensors.torch").save({_KEY: rows.contiguous()})
-    replace_file(folder / name, lambda temporary: temporary.write_bytes(data))
-    shard = {"file": name, "tokens": len(rows), "sha256": hashlib.sha256(data).hexdigest()}
-    # text_sha256: of all token ids that had been read when this shard was full; resuming compares it.
-    manifest["shards"].append({**shard, "text_sha256": text_sha256})
-    manifest["tokens"] += len(rows)
-    _write_manifest(folder, manifest)
+# ------------------------------------------------------------------------------- what collecting shares with this
+
+
+def folder_in(name: str, path: str | Path) -> Path:
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"{name} must be a string or a Path, got {path!r}")
+    if not str(path):
+        raise ValueError(f"{name} must name a folder, got an empty string")
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{name}: {str(path)!r} is a file, and must be a folder")
+    return folder
+
+
+def verify_shards(folder: Path, manifest: dict[str, Any]) -> None:
+    """Every shard is what the manifest says, by header and by sha256."""
+    for shard in manifest["shards"]:
+        _check_shard(folder, shard, manifest)
+        if file_sha256(folder / shard["file"]) != shard["sha256"]:
+            raise ValueError(
+                f"{folder / shard['file']} is damaged: its sha256 is not the manifest's; copy it again from where it "
+                "is sound, or collect into another folder"
+            )
 
 
 def _check_shard(folder: Path, shard: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Compare a shard's header, and so its length, with the manifest. Reads no activations."""
     file = folder / shard["file"]
-    expected = [shard["tokens"], manifest["d_model"]]
+    expected = {KEY: (_IN_FILES[manifest["dtype"]], [shard["tokens"], manifest["d_model"]])}
+    if manifest["token_ids"]:
+        expected |= dict.fromkeys(RowTokens._fields, ("I32", [shard["tokens"]]))
     try:
         with require("safetensors").safe_open(file, framework="pt") as opened:
-            part = opened.get_slice(_KEY)
-            shape, dtype = part.get_shape(), part.get_dtype()
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, it is no dictionary
+            found = {name: (part.get_dtype(), list(part.get_shape())) for name, part in parts.items()}
     except Exception as error:  # safetensors has its own exceptions for truncated files and foreign headers
         raise ValueError(f"{file} is missing or damaged: {error}") from error
-    if shape != expected or dtype != {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[manifest["dtype"]]:
-        raise ValueError(f"{file} is damaged: it holds {dtype} {shape}, the manifest says {expected}")
+    for name, there in expected.items():
+        if found.get(name) != there:
+            raise ValueError(f"{file} is damaged: its {name} are {found.get(name)}, the manifest says {there}")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(f"path: {str(folder)!r} has no {MANIFEST}")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["format"]
+        if version == 1:
+            manifest = {**_OF_FORMAT_1, **manifest}
         sound = manifest["dtype"] in DTYPES and manifest["tokens"] == sum(s["tokens"] for s in manifest["shards"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
-    if not sound or manifest.get("format") != FORMAT:
+    if not sound or version not in (1, FORMAT):
         raise ValueError(f"{file} is damaged, or of another format than {FORMAT}")
     return manifest
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest, indent=2) + "\n"
-    replace_file(folder / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _check_finite(rows: Tensor, first: int, lm: LanguageModel, texts_at: Tensor) -> None:
-    """ValueError that says where in the texts the first row that is not finite lies, and how many there are."""
-    finite = rows.isfinite().all(1)
-    if bool(finite.all()):
-        return
-    wrong, row = int((~finite).sum()), int((~finite).nonzero()[0])
-    text = lm.tokenizer.decode(texts_at.flatten().tolist())
-    dtype = _dtype_name(next(lm.model.parameters()).dtype)
-    raise ValueError(
-        f"texts: {wrong} of {len(rows)} activations are not finite, the first at token {first + row} of the stream, in "
-        f"the contexts that begin with {text[:60]!r}: {lm.name!r} computes in {dtype}; load it in bfloat16 or float32, "
-        "or leave this text out"
-    )
-
-
-def _cast(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """To the stored dtype, on the CPU; an overflow is an error, since a clipped or infinite value would go unseen."""
-    stored = rows.to(device="cpu", dtype=dtype)
-    if not bool(stored.isfinite().all()):
-        largest = f"{float(rows.abs().max()):.6g}"
-        raise ValueError(f"dtype: an activation of {largest} overflows {_dtype_name(dtype)}; use bfloat16 or float32")
-    return stored
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _version() -> str:
-    try:
-        return metadata.version("sae-engine")
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -217,12 +217,15 @@ class _Splice:
         self, texts: Iterable[str], context_length: int | None, batch_size: int, max_tokens: int | None
     ) -> Iterator[Tensor]:
         """Token ids on the device; arguments are checked now, texts are read when asked for."""
-        from ..data.activations import check_stream, context_batches
+        from ..data.activations import check_stream
+        from ..data.contexts import context_batches
 
-        self.context_length, batch_size, max_tokens = check_stream(
-            self.lm, texts, self.layer, self.site, context_length, batch_size, bool(self.first), max_tokens
-        )
-        found = context_batches(self.lm, texts, self.context_length, batch_size)
+        contexts, max_tokens = check_stream(
+            self.lm, texts, self.layer, self.site, max_tokens, context_length=context_length, batch_size=batch_size,
+            drop_first=bool(self.first),
+        )  # fmt: skip
+        self.context_length = contexts.length
+        found = context_batches(self.lm, texts, contexts.length, contexts.batch_size)
         return (ids.to(self.sae.W_dec.device) for ids in _limited(found, self.first, max_tokens))
 
     @staticmethod

@@ -1,0 +1,277 @@
+"""Documents to contexts: what the language model is given, and which of its tokens become rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import integer_in
+from .models import LanguageModel
+from .padding import padding_of
+
+WORDS = ("bos", "eos", "pad")  # tokens that a tokenizer knows by name
+
+
+class TokenBatch(NamedTuple):
+    """One forward pass: token ids (B, T) int64, their mask where some are padding, and which become rows.
+
+    ``documents`` and ``offsets`` (B, T) say which document a token is of and where in it, from 0; both are -1 for what
+    stands before a context, and mean nothing at padding. ``positions`` (B, T) count from each row's first token.
+    ``kept`` (rows,) are the places in (B * T) that become rows, ascending. All on the CPU.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    documents: Tensor
+    offsets: Tensor
+    positions: Tensor
+    kept: Tensor
+
+    def hashed(self) -> bytes:
+        """What tells this batch from another."""
+        return b"".join(t.numpy().tobytes() for t in (self.input_ids, self.attention_mask) if t is not None)
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """How documents become contexts and which tokens become rows, as :func:`stream_activations` says it. Checked.
+
+    ``words`` is the same as a manifest has it: a token is ``"bos"``, ``"eos"``, ``"pad"`` or its id in digits.
+    """
+
+    length: int
+    batch_size: int
+    first_token: int | None
+    separator: int | None
+    excluded_tokens: tuple[int, ...]
+    excluded_positions: tuple[int, ...]
+    documents_before: int
+    words: dict[str, Any]
+
+    def kept(self, input_ids: Tensor, positions: Tensor, present: Tensor) -> Tensor:
+        keep = present
+        for excluded, these in ((self.excluded_tokens, input_ids), (self.excluded_positions, positions)):
+            if excluded:
+                keep = keep & ~torch.isin(these, torch.tensor(excluded))
+        return keep.flatten().nonzero().squeeze(1)
+
+
+def contexts_of(
+    lm: LanguageModel,
+    *,
+    context_length: int | None = None,
+    batch_size: int = 8,
+    drop_first: bool = True,
+    separator: str | int | None = "eos",
+    first_token: str | int | None = "bos",
+    exclude_tokens: Collection[str | int] = (),
+    exclude_positions: Collection[int] = (),
+    documents_before: int = 0,
+) -> Contexts:
+    """The settings of :func:`stream_activations` that say what a batch is, checked. ``lm`` is one."""
+    if context_length is None:
+        context_length = min(lm.max_length, 256)
+    context_length = check_int("context_length", context_length, 2, lm.max_length)
+    batch_size = check_int("batch_size", batch_size, 1)
+    if not isinstance(drop_first, bool):
+        raise TypeError(f"drop_first must be a bool, got {drop_first!r}")
+    excluded = {"exclude_tokens": exclude_tokens, "exclude_positions": exclude_positions}
+    for name, value in excluded.items():
+        if isinstance(value, (str, bytes)) or not isinstance(value, Collection):
+            raise TypeError(f"{name} must be a collection, as [0, 1], got {value!r}")
+    positions = sorted({check_int("exclude_positions", value, 0, context_length - 1) for value in exclude_positions})
+    tokens = tuple(_token(lm, "exclude_tokens", value) for value in exclude_tokens)
+    first = _token(lm, "first_token", first_token)
+    return Contexts(
+        length=context_length,
+        batch_size=batch_size,
+        first_token=first,
+        separator=_token(lm, "separator", separator),
+        excluded_tokens=tuple(token for token in tokens if token is not None),
+        excluded_positions=tuple(sorted({*positions, *([0] if drop_first else [])})),
+        documents_before=documents_before,
+        words={
+            "context_length": context_length,
+            "batch_size": batch_size,
+            "drop_first": drop_first,
+            "separator": _word(separator),
+            "first_token": _word(first_token),
+            "exclude_tokens": sorted({_word(value) for value in exclude_tokens}),
+            "exclude_positions": positions,
+        },
+    )
+
+
+def token_batches(lm: LanguageModel, texts: Iterable[Any], contexts: Contexts) -> Iterator[TokenBatch]:
+    """Batches in the order of the texts: of documents packed, or as they are given. Read lazily."""
+    run = contexts.length - (contexts.first_token is not None)
+    size = contexts.batch_size * run
+    pending = torch.empty(3, 0, dtype=torch.int64)  # token ids, documents, offsets
+    are_given: bool | None = None  # as batches
+    rows = 0  # of batches that were given
+    for number, item in enumerate(texts):
+        is_given = isinstance(item, Mapping) or getattr(item, "ndim", 1) == 2
+        if are_given not in (None, is_given):
+            kind = "a batch" if is_given else "a document"
+            raise TypeError(f"texts: item {number} is {kind}, and what stands before it is not: {_AS}")
+        are_given = is_given
+        if is_given:
+            batch = _given(item, number, contexts, rows)
+            rows += len(batch.input_ids)
+            yield batch
+            continue
+        ids = _token_ids(lm, item, number, contexts.separator)
+        document = torch.full_like(ids, number + contexts.documents_before)
+        pending = torch.cat([pending, torch.stack([ids, document, torch.arange(len(ids))])], 1)
+        for start in range(0, pending.shape[1] - size + 1, size):
+            yield _packed(pending[:, start : start + size], contexts, run)
+        pending = pending[:, pending.shape[1] // size * size :]
+    whole = pending.shape[1] // run * run
+    if whole:
+        yield _packed(pending[:, :whole], contexts, run)
+    if whole < pending.shape[1]:
+        yield _packed(pending[:, whole:], contexts, pending.shape[1] - whole)
+
+
+def context_batches(
+    lm: LanguageModel, texts: Iterable[str], context_length: int, batch_size: int
+) -> Iterator[Tensor]:
+    """``(contexts, length)`` int64 token ids on the CPU, packed as :func:`stream_activations` does by default."""
+    contexts = contexts_of(lm, context_length=context_length, batch_size=batch_size)
+    for number, batch in enumerate(token_batches(lm, texts, contexts)):
+        if batch.attention_mask is not None:
+            raise ValueError(f"texts: batch {number} is padded, which is for activations alone: give documents here")
+        yield batch.input_ids
+
+
+def check_int(name: str, value: int, low: int, high: int | None = None) -> int:
+    if (number := integer_in(value)) is None:
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in {low}..{high}'}, got {value}")
+    return number
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def _token(lm: LanguageModel, name: str, value: str | int | None) -> int | None:
+    """The id of a token that is given by name or by id; None, of ``first_token`` and ``separator``, is none."""
+    if value is None and name != "exclude_tokens":
+        return None
+    if not isinstance(value, str):
+        if integer_in(value) is None:
+            raise TypeError(f"{name} must be a token id or one of {WORDS}, got {value!r}")
+        return check_int(name, value, 0)  # type: ignore[arg-type]
+    if value not in WORDS:
+        raise ValueError(f"{name} must be a token id or one of {WORDS}, got {value!r}")
+    otherwise = "name it by its id" + ("" if name == "exclude_tokens" else f", or pass {name}=None for none")
+    if lm.tokenizer is None:
+        raise ValueError(f"{name}: {lm.name!r} has no tokenizer to say what {value!r} is; {otherwise}")
+    found = getattr(lm.tokenizer, f"{value}_token_id", None)
+    if found is None and name == "first_token" and value == "bos":
+        found = lm.tokenizer.eos_token_id  # as GPT-2 was trained
+    if found is None:
+        raise ValueError(f"{name}: the tokenizer of {lm.name!r} has no {value.upper()} token; {otherwise}")
+    return found
+
+
+def _word(value: str | int | None) -> str:
+    return "none" if value is None else str(value)
+
+
+# -------------------------------------------------------------------------------------------------- batches
+
+
+_AS = "texts are all documents (strings, or token ids in one dimension) or all batches (input_ids in two)"
+
+
+def _packed(block: Tensor, contexts: Contexts, run: int) -> TokenBatch:
+    ids, documents, offsets = block.view(3, -1, run)
+    if contexts.first_token is not None:
+        front = (len(ids), 1)
+        ids = torch.cat([torch.full(front, contexts.first_token), ids], 1)
+        documents, offsets = (torch.cat([torch.full(front, -1), t], 1) for t in (documents, offsets))
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    kept = contexts.kept(ids, positions, torch.ones_like(ids, dtype=torch.bool))
+    return TokenBatch(ids, None, documents, offsets, positions, kept)
+
+
+def _given(item: Any, number: int, contexts: Contexts, rows: int) -> TokenBatch:
+    """A batch that the caller made; each of its rows is a document."""
+    fields = item if isinstance(item, Mapping) else {"input_ids": item}
+    if "input_ids" not in fields:
+        raise ValueError(f"texts: batch {number} has no 'input_ids', only {sorted(map(str, fields))}")
+    ids, mask = _integers(fields["input_ids"], f"texts: batch {number}: input_ids"), fields.get("attention_mask")
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(
+            f"texts: batch {number}: input_ids must be (B, T) with at least one token, got {tuple(ids.shape)}; token "
+            "ids of one document are given as they are, without a name"
+        )
+    if ids.shape[1] > contexts.length:
+        raise ValueError(
+            f"texts: batch {number} has {ids.shape[1]} tokens a row, more than context_length={contexts.length}"
+        )
+    try:
+        mask = None if mask is None else _integers(mask, "attention_mask")
+        padding = padding_of(ids, mask)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"texts: batch {number}: {error}") from None
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    present = torch.ones_like(ids, dtype=torch.bool)
+    if padding is not None:
+        assert mask is not None
+        mask = mask.to(torch.int64)
+        positions, present = positions - padding.first[:, None], mask.bool()
+        ids = ids.masked_fill(~present, 0)  # whatever stands there: the same batch is the same batch
+    documents = (torch.arange(len(ids)) + rows + contexts.documents_before)[:, None].expand(ids.shape)
+    kept = contexts.kept(ids, positions, present)
+    return TokenBatch(ids, mask if padding is not None else None, documents, positions, positions, kept)
+
+
+def _token_ids(lm: LanguageModel, document: Any, number: int, separator: int | None) -> Tensor:
+    """(tokens,) int64 of one document, with the separator behind it; an empty document has none."""
+    if isinstance(document, str):
+        ids = torch.tensor(_tokenize(lm, document, number), dtype=torch.int64)
+    else:
+        ids = _integers(document, f"texts: document {number}")
+        if ids.ndim != 1:
+            raise ValueError(f"texts: document {number} has shape {tuple(ids.shape)}: {_AS}")
+    if separator is None or not len(ids):
+        return ids
+    return torch.cat([ids, torch.tensor([separator])])
+
+
+def _integers(value: Any, name: str) -> Tensor:
+    """int64 on the CPU; TypeError for anything but integers."""
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} must be token ids, got {type(value).__name__}")
+    try:
+        t = torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        t = None
+    if t is not None and not t.numel():  # of an empty list torch makes floats
+        return t.to(torch.int64)
+    if t is None or t.is_floating_point() or t.is_complex():
+        got = type(value).__name__ if t is None or not isinstance(value, Tensor) else value.dtype
+        said = "strings or token ids" if name.startswith("texts: document") else "integers"
+        raise TypeError(f"{name} must be {said}, got {got}: {value!r:.80}")
+    return t.to(torch.int64)
+
+
+def _tokenize(lm: LanguageModel, document: str, number: int) -> list[int]:
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which scraped text may hold
+        raise ValueError(
+            f"texts: document {number} holds {document[error.start]!a} at position {error.start}, which is no "
+            "character: clean it, as by document.encode(errors='replace').decode()"
+        ) from None
+    if lm.tokenizer is None:
+        raise ValueError(f"texts: {lm.name!r} has no tokenizer, so its documents must be token ids, not strings")
+    # verbose=False: the warning about documents longer than the model's context does not apply to a stream.
+    return lm.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if document else []
