@@ -221,7 +221,7 @@ class SparseAutoencoder(nn.Module):
         x, info = self._normalized(x)
         if "gradient" in context:
             context["attribution"] = self._attribution(context.pop("gradient"), x, info)
-        scale = self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else None
+        scale = decoder_norms(self.W_dec) if self.rescale_acts_by_decoder_norm else None
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
         encoded = functional.encode_with(
             x, self.W_enc, self._encoder_bias, b_dec=b_dec, scale=scale, select=rules, keep_pre=keep_pre,
@@ -262,7 +262,7 @@ class SparseAutoencoder(nn.Module):
                         "pass encode_with(x).info"
                     )
         if self.rescale_acts_by_decoder_norm:
-            norms = self.W_dec.norm(dim=1)
+            norms = decoder_norms(self.W_dec)
             norms = torch.where(norms == 0, 1.0, norms)  # a zero row decodes to zero, whatever it is divided by
             values = codes.values / functional.at_latents(norms, codes)
             codes = codes.replace(values=values.to(codes.values.dtype))
@@ -295,7 +295,7 @@ class SparseAutoencoder(nn.Module):
             gradient = gradient * info.std
         with torch.autocast(x.device.type, enabled=False):
             out = functional.linear(gradient, self.W_dec.T)
-            return out / self.W_dec.norm(dim=1).clamp(min=1e-30) if self.rescale_acts_by_decoder_norm else out
+            return out / decoder_norms(self.W_dec).clamp(min=1e-30) if self.rescale_acts_by_decoder_norm else out
 
     @property
     def provenance(self) -> Provenance | None:
@@ -350,10 +350,11 @@ class SparseAutoencoder(nn.Module):
         wanted = frozenset().union(*(getattr(rule, "context_keys", ()) for rule in rules))
         context = {}
         if "target_norm" in wanted:
-            centred = x.detach() - self.b_dec.detach() if self.d_out == self.d_in else x.detach()
-            context["target_norm"] = centred.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1)
+            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            centred = wide - self.b_dec.detach() if self.d_out == self.d_in else wide
+            context["target_norm"] = centred.norm(dim=-1)
         if "weight_norm" in wanted:
-            norms = self.W_dec.detach().to(torch.promote_types(self.W_dec.dtype, torch.float32)).norm(dim=1)
+            norms = decoder_norms(self.W_dec.detach())
             context["weight_norm"] = torch.ones_like(norms) if self.rescale_acts_by_decoder_norm else norms
         return context
 
@@ -439,6 +440,11 @@ def _contiguous(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
     tensor = state.get(name)
     if tensor is not None and not isinstance(tensor, nn.Parameter):  # keep_vars=True asks for the parameter itself
         state[name] = tensor.contiguous()
+
+
+def decoder_norms(W_dec: Tensor) -> Tensor:
+    """(F,) norms of the decoder's rows in fp32 or wider, differentiable: rounded to 16 bits they would bias selection."""
+    return torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.promote_types(W_dec.dtype, torch.float32))
 
 
 def unit_rows(rows: int, width: int, *, dtype=None, device=None) -> Tensor:

@@ -453,3 +453,28 @@ def test_16_bit_inputs_are_normalized_as_wider_ones(normalization, dtype):
     assert narrow(x).dtype == seen.dtype == dtype and torch.equal(seen, expected.to(dtype))
     for ours, theirs in zip(info[:2], wide[:2], strict=True):
         assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_16_bit_modules_are_those_of_the_same_numbers_in_fp32(dtype):
+    """What a rule compares with, and what multiplies its pre-activations, is taken in fp32 and not rounded before."""
+    afa, scaled = (se.SparseAutoencoder(D, F, rule, rescale_acts_by_decoder_norm=rescaled, decoder_init_norm=0.7)
+                   for rule, rescaled in ((se.TopAFA(), False), (se.TopK(4), True)))  # fmt: skip
+    x = (torch.randn(30, D) + 20).to(dtype)
+    for sae in (afa, scaled):
+        torch.nn.init.normal_(sae.b_dec, 20)
+        sae.to(dtype)
+    context = afa._context(x, afa.activation)
+    centred = x.double() - afa.b_dec.double()
+    norms = afa.W_dec.double().norm(dim=1)
+    for name, exact in (("target_norm", centred.norm(dim=1)), ("weight_norm", norms)):
+        torch.testing.assert_close(context[name], exact.float(), rtol=1e-5, atol=0)  # D sums in fp32, at most D * eps
+    # One rounding each: of the product, of its multiple by the norm, and of what is divided by the norm again.
+    (codes,), _, pre = scaled.encode_with(x, keep_pre=True)
+    plain = copy.deepcopy(scaled)
+    plain.rescale_acts_by_decoder_norm = False
+    unscaled = plain.encode_with(x, keep_pre=True).pre
+    norms = scaled.W_dec.float().norm(dim=1)
+    assert torch.equal(pre, (unscaled.float() * norms).to(dtype))
+    divided = codes.replace(values=(codes.values.float() / norms[codes.indices.long()]).to(dtype))
+    assert torch.equal(scaled.decode(codes), se.functional.decode(divided, scaled.W_dec, scaled.b_dec))

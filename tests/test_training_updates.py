@@ -81,6 +81,17 @@ def test_fused_and_stored_steps_agree():
     assert_parameters_close(fused, stored)
 
 
+@pytest.mark.parametrize("grad_clip", [None, 1e9], ids=["fused", "stored"])
+def test_unit_rows_of_16_bit_parameters_are_rounded_once(grad_clip):
+    """Each number by at most half an ulp, and so the norm; a norm rounded to 16 bits before would add as much again."""
+    sae = make(se.TopK(4), dtype=torch.bfloat16)
+    step = train_step(sae, lr=1e-2, grad_clip=grad_clip)
+    torch.manual_seed(0)
+    for _ in range(3):
+        step(torch.randn(B, D).bfloat16())
+    assert (sae.W_dec.double().norm(dim=1) - 1).abs().max() <= torch.finfo(torch.bfloat16).eps / 2
+
+
 def test_frozen_parameters_stay():
     for frozen in ("W_enc", "W_dec", "b_dec", "b_enc"):
         sae = make(se.TopK(4))

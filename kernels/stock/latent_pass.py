@@ -108,7 +108,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
             amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
         )  # fmt: skip
         if unit_rows:
-            norms = torch.linalg.vector_norm(state[0][0], dim=1, keepdim=True)
+            norms = torch.linalg.vector_norm(state[0][0], dim=1, keepdim=True, dtype=wide)
             unchanged = norms == 0 if skip is None else (norms == 0) | (skip != 0)
             state[0][0] /= torch.where(unchanged, 1.0, norms)
         for before, after in zip(places, state, strict=True):

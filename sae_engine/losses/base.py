@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..autoencoder import SparseAutoencoder
+from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
 from ..functional import EncodeInfo
 from ..rules.base import Activation
@@ -106,7 +106,7 @@ class LossInput:
         """The codes as the decoder multiplies them: where they hold values times norm, the norms are divided out."""
         if not self.sae.rescale_acts_by_decoder_norm:
             return self.codes
-        norms = W_dec.norm(dim=1)
+        norms = decoder_norms(W_dec)
         values = self.codes.values / functional.at_latents(torch.where(norms == 0, 1.0, norms), self.codes)
         return self.codes.replace(values=values.to(self.codes.values.dtype))
 

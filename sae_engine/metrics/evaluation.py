@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
-from ..autoencoder import LAYER_NORM_EPS, SparseAutoencoder
+from ..autoencoder import LAYER_NORM_EPS, SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
 from .decoder import decoder_similarity
 from .language import NextTokenLoss, loss_recovered
@@ -291,9 +291,9 @@ class _Splice:
 def _contributing_rows(sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
     """Norms (F,) and rows (F, d) that the values of the codes multiply."""
     rows = sae.W_dec.detach()
-    norms = rows.to(torch.promote_types(rows.dtype, torch.float32)).norm(dim=1)
+    norms = decoder_norms(rows)
     if sae.rescale_acts_by_decoder_norm:  # the codes hold the norms
-        rows = rows / torch.where(norms == 0, 1.0, norms).to(rows.dtype)[:, None]
+        rows = (rows / torch.where(norms == 0, 1.0, norms)[:, None]).to(rows.dtype)
         norms = torch.ones_like(norms)
     return norms, rows
 

@@ -11,7 +11,7 @@ from sae_kernels.ops import ops
 from sae_kernels.reference import without_parallel_part
 
 from .. import _checks as check
-from ..autoencoder import SparseAutoencoder
+from ..autoencoder import SparseAutoencoder, decoder_norms
 from .backward import Backward
 from .forward import Weights
 
@@ -241,7 +241,7 @@ class Update:
             gradients[sae.W_enc] = gradients[sae.W_enc].T
         self.optimizer.apply(gradients, skip)
         if self.unit_rows and sae.W_dec.requires_grad:
-            rows = sae.W_dec.norm(dim=1, keepdim=True)
+            rows = decoder_norms(sae.W_dec)[:, None]
             unchanged = rows == 0 if skip is None else (rows == 0) | skip
             sae.W_dec.div_(torch.where(unchanged, 1.0, rows))
         return norm

@@ -12,7 +12,7 @@ from sae_kernels.dispatch import capturing, resolve
 from sae_kernels.stock import densified
 
 from .. import _checks as check
-from ..autoencoder import SparseAutoencoder
+from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
@@ -242,7 +242,7 @@ class TrainStep:
             gradient = check.matrix(check.floating("gradient", context.pop("gradient")))
             context["attribution"] = sae._attribution(gradient, seen, info)
         forward = Forward(
-            sae=sae, weights=weights, norms=sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None,
+            sae=sae, weights=weights, norms=decoder_norms(sae.W_dec) if sae.rescale_acts_by_decoder_norm else None,
             x=seen, target=target.to(wide), info=info, counters=self.dead, buffer=self._pre_activations,
             backend=self.backend,
         )  # fmt: skip
