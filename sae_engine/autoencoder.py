@@ -443,7 +443,7 @@ def _contiguous(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
 
 
 def decoder_norms(W_dec: Tensor) -> Tensor:
-    """(F,) norms of the decoder's rows in fp32 or wider, differentiable: rounded to 16 bits they would bias selection."""
+    """(F,) norms of the rows in fp32 or wider, differentiable: rounded to 16 bits they would bias what is selected."""
     return torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.promote_types(W_dec.dtype, torch.float32))
 
 
