@@ -115,11 +115,68 @@ def test_hub_that_answers_is_asked_for_one_commit_and_one_format(tokenizer, monk
         ({"revision": 3, "name_or_path": "a/b"}, TypeError, "revision"),
         ({"dtype": "bf16"}, ValueError, "dtype"),
         ({"dtype": torch.int8}, TypeError, "dtype"),
+        ({"name_or_path": ""}, ValueError, "name_or_path.*empty"),
+        ({"name_or_path": __file__}, NotADirectoryError, "name_or_path.*is a file"),
+        ({"device": "gpu"}, ValueError, "device.*'gpu'"),
+        ({"device": "cuda:99"}, ValueError, "device: 'cuda:99' cannot be used on this machine"),
+        ({"device": 1.5}, TypeError, "device"),
     ],
 )
 def test_load_errors(arguments, error, match):
     with pytest.raises(error, match=match):
         load_language_model(**arguments, fallback=True)
+    with pytest.raises(TypeError, match="fallback"):
+        load_language_model(fallback=1)
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    """A folder with a model of several files of weights."""
+    MODELS["gpt2"]().save_pretrained(tmp_path, max_shard_size="60KB")
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def changed_tensor(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if (key := "transformer.h.1.mlp.c_proj.weight") in tensors:
+            change(tensors, key)
+            save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "said"),
+    [
+        (lambda f: (f / "model-00002-of-00004.safetensors").write_bytes(b"\0"), ValueError, r"model-00002.* cut off"),
+        (lambda f: (f / "model-00004-of-00004.safetensors").unlink(), OSError, "model-00004"),
+        (lambda f: changed_tensor(f, lambda t, key: t.pop(key)), ValueError,
+         r"lack 1 parameters of GPT2LMHeadModel, .* random numbers: transformer\.h\.1\.mlp\.c_proj\.weight"),
+        (lambda f: changed_tensor(f, lambda t, key: t.update({key: torch.zeros(3, 3)})), ValueError,
+         r"have in another shape 1 parameters .*transformer\.h\.1\.mlp\.c_proj\.weight"),
+        (lambda f: (f / "config.json").write_text("{}"), ValueError, "cannot be loaded as a causal language model"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), ValueError, "the tokenizer of .* cannot be read"),
+    ],
+    ids=["cut off", "missing file", "missing parameter", "other shape", "no architecture", "tokenizer"],
+)  # fmt: skip
+def test_damage_to_a_model_is_named(saved, damage, error, said):
+    assert len(list(saved.glob("*.safetensors"))) == 4
+    damage(saved)
+    with pytest.raises(error, match=said):
+        load_language_model(saved)
+
+
+def test_a_folder_without_a_tokenizer_has_none(saved, tokenizer, tmp_path):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (saved / file).unlink()
+    lm = load_language_model(saved)  # transformers would make one that knows no token
+    assert lm.tokenizer is None
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        collect(lm, tmp_path / "out")
+    ids = [tokenizer(text, verbose=False)["input_ids"] for text in DOCUMENTS]
+    assert collect(lm, tmp_path / "out", ids, first_token=0, separator=0).complete
 
 
 def test_folder_without_weights(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._checks import dtype_in
+from .._checks import device_in, dtype_in, flag
 from ._require import require
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "embedded_model"
@@ -77,12 +77,15 @@ def load_language_model(
             exist, is an error all the same.
 
     Returns:
-        :class:`LanguageModel`, in eval mode, parameters not requiring gradients.
+        :class:`LanguageModel`, in eval mode, parameters not requiring gradients. Where the folder holds no tokenizer,
+        ``tokenizer`` is None, and texts have to be token ids.
 
     Raises:
-        TypeError: ``name_or_path``, ``dtype`` or ``revision`` is not of the kind above.
-        ValueError: ``name_or_path`` is neither folder nor hub name, or ``revision`` comes with no hub name; or
-            the model does not say how long a context may be.
+        TypeError: an argument is not of the kind above.
+        ValueError: ``name_or_path`` is neither folder nor hub name, or ``revision`` comes with no hub name; there is no
+            such ``device`` or ``dtype``; weights or tokenizer are damaged (names the file where it is one of
+            safetensors), weights lack parameters of the model, or the model is not causal or does not say how long a
+            context may be.
         OSError: no such model, the hub does not answer, or the folder has no weights.
         ImportError: transformers is not installed.
 
@@ -95,14 +98,19 @@ def load_language_model(
     if revision is not None and not isinstance(revision, str):
         raise TypeError(f"revision must be a string or None, got {revision!r}")
     dtype = torch.float32 if dtype is None else dtype_in("dtype", dtype)
-    device = torch.device("cpu" if device is None else device)
+    device = torch.device("cpu") if device is None else device_in("device", device)
+    flag("fallback", fallback)
 
+    if name_or_path == "":
+        raise ValueError("name_or_path must name a folder or a hub model, got an empty string")
     name = EMBEDDED if name_or_path is None else str(name_or_path)
     folder = EMBEDDED_FOLDER if name == EMBEDDED else Path(name).expanduser()
     if name == EMBEDDED or folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision is for hub models, got {revision!r} with name_or_path={name!r}")
         return _load_folder(folder, name, None, device, dtype)
+    if folder.is_file():
+        raise NotADirectoryError(f"name_or_path: {name!r} is a file; name the folder that holds the model")
     if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"name_or_path: the folder {name!r} does not exist")
     if not _HUB_NAME.fullmatch(name):
@@ -155,10 +163,10 @@ def _load_folder(
     transformers = require("transformers")
     sha256 = weights_sha256(folder)
     with _no_progress_bar(transformers) if folder == EMBEDDED_FOLDER else nullcontext():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        model = _model_in(transformers, folder, name)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     config = model.config.get_text_config()  # of a multimodal model, the language part
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = _tokenizer_in(transformers, folder, name)
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
@@ -170,6 +178,51 @@ def _load_folder(
         max_length=_max_length(config, tokenizer, name),
         is_embedded=folder == EMBEDDED_FOLDER,
     )
+
+
+def _model_in(transformers: Any, folder: Path, name: str) -> Any:
+    """The model with all of its weights: transformers fills what a file lacks with random numbers."""
+    for file in folder.glob(_SAFETENSORS):
+        try:
+            with require("safetensors").safe_open(file, framework="pt"):
+                pass
+        except Exception as error:  # safetensors has its own exceptions
+            raise ValueError(f"name_or_path: {str(file)!r} is cut off or damaged: {error}") from error
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # of torch, safetensors, pickle, json and transformers
+        raise ValueError(
+            f"name_or_path: {name!r} cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from error
+    # transformers names a weight of another shape with both shapes.
+    for key, what in (("missing_keys", "lack"), ("mismatched_keys", "have in another shape")):
+        if wrong := sorted(map(str, info[key])):
+            raise ValueError(
+                f"name_or_path: the weights of {name!r} {what} {len(wrong)} parameters of {type(model).__name__}, "
+                f"which would be random numbers: {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}"
+            )
+    return model
+
+
+def _tokenizer_in(transformers: Any, folder: Path, name: str) -> Any:
+    """The folder's tokenizer; None where it holds none, for which transformers makes one that knows no token."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        if not any(folder.glob("*token*")) and not any(folder.glob("*vocab*")):
+            return None
+        raise ValueError(f"name_or_path: the tokenizer of {name!r} cannot be read: {_first_line(error)}") from error
+    files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
+    is_of_bytes = len(files) == 1  # such a tokenizer, ByT5's among them, has no file
+    return tokenizer if is_of_bytes or any((folder / file).is_file() for file in files) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _max_length(config: Any, tokenizer: Any, name: str) -> int:
@@ -217,12 +270,11 @@ def _hub_folder(name: str, revision: str | None) -> tuple[Path, str]:
         )
         return folder, info.sha
     except refusals as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"the hub refused name_or_path={name!r}, revision={revision!r}: {reason}") from error
+        refused = f"the hub refused name_or_path={name!r}, revision={revision!r}: {_first_line(error)}"
+        raise OSError(refused) from error
     except Exception as error:  # each version of the hub's client has its own network errors
         cached = hub.try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(cached, str) and _weight_files(Path(cached).parent):
             folder = Path(cached).parent
             return folder, folder.name
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _HubUnavailable(f"the hub did not answer for {name!r} ({reason})") from error
+        raise _HubUnavailable(f"the hub did not answer for {name!r} ({_first_line(error)})") from error
