@@ -42,6 +42,21 @@ def once_differentiable(name: str) -> None:
     not_differentiable(name, "is itself a gradient and cannot be differentiated again")
 
 
+def weight_gradient_backward(ctx, outer: Tensor):
+    """Of each latent's sum of value * grad[row], from ``outer`` (F, D): the sum is a decoder's, of rows ``grad``."""
+    grad, values, latent_offsets, latent_rows, positions = ctx.saved_tensors
+    outer, turned = outer.contiguous(), values[positions]
+    latent_rows = latent_rows.clamp(max=max(grad.shape[0] - 1, 0))  # entries of unused capacity belong to no row
+    at_grad = at_values = None
+    if ctx.needs_input_grad[0]:
+        by_row = ops.by_latent(latent_rows, latent_offsets, grad.shape[0], ctx.backend)
+        at_grad = ops.decode_backward_weight(outer, turned, *by_row, grad.dtype, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        inner = ops.decode_backward_values(outer, turned, latent_rows, latent_offsets, grad, ctx.backend)
+        at_values = torch.zeros_like(values).index_put((positions,), inner)
+    return at_grad, at_values, *(None,) * (len(ctx.needs_input_grad) - 2)
+
+
 def stored_entries(count: int | None):
     """The number of entries that a data-dependent rule stores: its capacity, or unknown until it has run."""
     return torch.library.get_ctx().new_dynamic_size() if count is None else count

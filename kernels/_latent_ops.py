@@ -2,7 +2,7 @@
 import torch
 
 from . import _terms
-from ._contract import define, once_differentiable
+from ._contract import define, differentiable, once_differentiable, weight_gradient_backward
 from .dispatch import implement, library, ops, resolve
 from .stock import densified, limits
 
@@ -39,7 +39,15 @@ def _(x, grad, latent_offsets, latent_rows, latent_positions, dtype, backend):
     return x.new_empty((x.shape[1], latent_offsets.shape[0] - 1), dtype=dtype)
 
 
-once_differentiable("encoder_gradient")
+
+def _encoder_gradient_context(ctx, inputs, output):
+    *tensors, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+differentiable(
+    "encoder_gradient", _encoder_gradient_context, lambda ctx, outer: weight_gradient_backward(ctx, outer.T)
+)
 
 # --- the latent pass: every gradient of a training step that belongs to a latent, latent by latent -------------------
 

@@ -6,7 +6,7 @@ Here what an autoencoder's forward calls; in ``_latent_ops.py`` what works laten
 import torch
 
 from . import _latent_ops, budgets  # noqa: F401 (registers its operations)
-from ._contract import define, differentiable, empty_rows, once_differentiable, stored_entries, sum_by_latent
+from ._contract import define, differentiable, empty_rows, stored_entries, sum_by_latent, weight_gradient_backward
 from .dispatch import implement, library, ops
 from .stock import linear as stock_linear
 from .stock import linear_16bit as stock_16bit
@@ -269,8 +269,35 @@ def _decode_error_backward(ctx, grad, grad_squares):
 
 
 differentiable("decode_error", _decode_error_context, _decode_error_backward)
-once_differentiable("decode_backward_values")
-once_differentiable("decode_backward_weight")
+
+
+# Gradients of gradients are sums of the same kinds: where autograd builds a graph of a backward pass, it meets these.
+
+
+def _values_context(ctx, inputs, output):
+    grad, _, indices, offsets, weight, ctx.backend = inputs
+    ctx.save_for_backward(grad, indices, offsets, weight)
+
+
+def _values_backward(ctx, outer):
+    """Of <grad[row], weight[index]>, from ``outer`` (N,)."""
+    grad, indices, offsets, weight = ctx.saved_tensors
+    at_grad = at_weight = None
+    if ctx.needs_input_grad[0]:
+        at_grad = ops.decode(outer, indices, offsets, weight, None, grad.dtype, None, None, None, ctx.backend)
+    if ctx.needs_input_grad[4]:
+        by_latent = ops.by_latent(indices, offsets, weight.shape[0], ctx.backend)
+        at_weight = ops.decode_backward_weight(grad, outer, *by_latent, weight.dtype, ctx.backend)
+    return at_grad, None, None, None, at_weight, None
+
+
+def _weight_context(ctx, inputs, output):
+    *tensors, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+differentiable("decode_backward_values", _values_context, _values_backward)
+differentiable("decode_backward_weight", _weight_context, weight_gradient_backward)
 
 # --- to_dense and gather: codes to a matrix, a matrix at the codes -------------------------------------------------
 
@@ -371,12 +398,14 @@ def _(x, weight, bias, center, entries, *_):
 def _encode_entries_context(ctx, inputs, output):
     x, weight, bias, center, _, indices, offsets, *by_latent, ctx.backend = inputs
     ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, center)]
-    ctx.save_for_backward(x, weight, indices, offsets, *by_latent)
+    ctx.save_for_backward(x, weight, center, indices, offsets, *by_latent)
 
 
 def _encode_entries_backward(ctx, grad):
-    x, weight, indices, offsets, *by_latent = ctx.saved_tensors
+    x, weight, center, indices, offsets, *by_latent = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_center = ctx.needs_input_grad[:4]
+    if needs_center and needs_weight and torch.is_grad_enabled():  # the weight's gradient is a function of the center
+        x = x - (center - center.detach()).to(x.dtype)
     num_latents = weight.shape[1]
     wide = torch.promote_types(grad.dtype, torch.float32)
     grad_x = grad_weight = grad_bias = grad_center = None

@@ -189,14 +189,6 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda v, w, b: f.decode(codes.replace(values=v), w, b), args)
 
 
-def test_a_second_derivative_is_refused():
-    codes, weight, _, _ = make(3, 4, 10, 6)
-    w = weight.requires_grad_()
-    (grad,) = torch.autograd.grad(f.decode(codes, w).square().sum(), w, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated again"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("path", PATHS, indirect=True)
 def test_autocast_decides_the_result_and_nothing_else(path):
     codes, weight, _, grad = make(20, 24, 128, 40)
