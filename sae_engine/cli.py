@@ -191,17 +191,18 @@ def _add_eval(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="how good an autoencoder is: reconstruction, sparsity, loss recovered",
-        description="Measure autoencoders (folders in SAELens' layout) on the activations of a language model and in "
-        "their place, print a table, and write JSON, Markdown and pictures. Layer and site are, unless given, those "
-        "that the configuration names, as SAELens writes them.",
+        description="Measure autoencoders and transcoders, of any format that can be read, on the activations of a "
+        "language model and in their place, print a table, and write JSON, Markdown and pictures. Model, layer and site "
+        "are, unless given, those that each one's files name; where they name none, they have to be given.",
     )
-    parser.add_argument("sae", metavar="SAE", nargs="+", type=Path, help="folder with cfg.json and weights")
+    parser.add_argument("sae", metavar="SAE", nargs="+", help="folder, file of weights, or hub owner/repository[/folder]")
     _add_model_and_text(parser, text="evaluation")
     parser.add_argument(
-        "--normalize", choices=("none", "token"), default="none",
+        "--normalize", choices=("none", "token"), default=None,
         help="what the autoencoder was trained on: the model's activations, or each token normalized by its mean and "
-        "standard deviation",
+        "standard deviation; what its files say, none",
     )  # fmt: skip
+    parser.add_argument("--target-site", choices=SITES, default=None, help="of a transcoder: where its output belongs")
     parser.add_argument("--ppl", type=float, default=None, metavar="P", help="also PPL-P%% sparsity (some passes more)")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for eval.json, eval.md and PNGs")
     parser.add_argument("--no-figures", action="store_true", help="no PNGs; matplotlib is then not needed")
@@ -211,23 +212,26 @@ def _add_eval(commands: Any) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from sae_engine import SparseAutoencoder
     from sae_engine.metrics import evaluate, ppl_sparsity, report
+    from sae_engine.metrics.place import place_of
 
     if args.out is not None and not args.no_figures and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the pictures need the package matplotlib: pip install matplotlib, or give --no-figures")
     names = _names(args.sae)
     saes = {name: SparseAutoencoder.from_pretrained(path) for name, path in zip(names, args.sae, strict=True)}
-    places = {place for path in args.sae if (place := _place(path)) is not None}
-    if len(places) > 1 and (args.layer is None or args.site is None):
-        raise ValueError(f"SAE: the folders name different places, {sorted(places)}: give --layer and --site")
-    lm = _load_model(args, fallback=False)
-    site, layer = places.pop() if len(places) == 1 else (SITES[0], lm.num_layers * 2 // 3)
-    layer, site = layer if args.layer is None else args.layer, site if args.site is None else args.site
-    options: dict[str, Any] = {
-        "layer": layer, "site": site, "normalize": args.normalize, "context_length": args.context_length,
-        "batch_size": args.batch_size, "drop_first": not args.keep_first, "max_tokens": args.tokens,
-    }  # fmt: skip
-    results = {}
-    for name, sae in saes.items():
+    said = {"model": args.model, "revision": args.revision, "layer": args.layer, "site": args.site,
+            "target_site": args.target_site, "normalize": args.normalize}  # fmt: skip
+    places = {name: place_of(sae, name, **said) for name, sae in saes.items()}  # all of them before any is measured
+    measured: dict[str, Any] = {}
+    for name in sorted(names, key=lambda name: names.index(_first_of_model(name, places))):
+        sae, place = saes[name], places[name]
+        if not measured or (place.model, place.revision) != loaded:
+            lm, loaded = _load_model(args, place.model, place.revision), (place.model, place.revision)
+        _check_model(name, sae, place, lm)
+        options = {
+            "layer": place.layer, "site": place.site, "target_layer": place.target_layer,
+            "target_site": place.target_site, "normalize": place.normalize, "context_length": args.context_length,
+            "batch_size": args.batch_size, "drop_first": not args.keep_first, "max_tokens": args.tokens,
+        }  # fmt: skip
         sae.to(next(lm.model.parameters()).device)
         texts, source = _texts(args.text, args.suffixes)
         result = evaluate(sae, lm, texts, progress=not args.quiet, **options)
@@ -235,32 +239,44 @@ def _eval(args: argparse.Namespace) -> int:
         if args.ppl is not None:
             texts, _ = _texts(args.text, args.suffixes)
             result["ppl_sparsity"] = ppl_sparsity(sae, lm, texts, rise=args.ppl / 100, **options)
-        results[name] = result
-    measured = next(iter(results.values()))["reconstruction"]["tokens"]
-    if args.tokens is not None and measured < args.tokens:
-        print(f"sae-engine: the text had {measured} tokens, fewer than --tokens {args.tokens}", file=sys.stderr)
+        measured[name] = result
+    results = {name: measured[name] for name in names}
+    tokens = min(result["reconstruction"]["tokens"] for result in results.values())
+    if args.tokens is not None and tokens < args.tokens:
+        print(f"sae-engine: the text had {tokens} tokens, fewer than --tokens {args.tokens}", file=sys.stderr)
     print(f"{report.setting_text(results)}\n\n{report.table(results)}")
     if args.out is not None:
         print(*report.write(results, args.out, figures=not args.no_figures), sep="\n")
     return 0
 
 
-def _place(folder: Path) -> tuple[str, int] | None:
-    """Site and layer that an autoencoder was trained on, where its configuration says so in SAELens' words."""
-    metadata = json.loads((folder / "cfg.json").read_text()).get("metadata")
-    name = metadata.get("hook_name") if isinstance(metadata, dict) else None
-    found = re.fullmatch(rf"blocks\.(\d+)\.hook_({'|'.join(SITES)})", str(name))
-    return (found[2], int(found[1])) if found else None
+def _first_of_model(name: str, places: dict[str, Any]) -> str:
+    """The first autoencoder that belongs to the model of ``name``: each model is loaded once."""
+    return next(n for n, p in places.items() if (p.model, p.revision) == (places[name].model, places[name].revision))
 
 
-def _names(paths: list[Path]) -> list[str]:
-    """What the columns are called: the folders' names, or their paths where two are called alike."""
-    short = [path.resolve().name for path in paths]
+def _check_model(name: str, sae: Any, place: Any, lm: Any) -> None:
+    """That the model is the one that the autoencoder was trained on, where nobody has named it but its files."""
+    if place.sha256 is not None and place.sha256 != lm.sha256:
+        raise ValueError(
+            f"{name} was trained on a model {lm.name!r} whose weights had the sha256 {place.sha256}, and these have "
+            f"{lm.sha256}: give --model to evaluate it there all the same"
+        )
+    if place.model is None and sae.d_in != lm.d_model:
+        raise ValueError(
+            f"{name}: its files do not say which model it belongs to, and it is {sae.d_in} wide, while {lm.name!r} is "
+            f"{lm.d_model}: give --model"
+        )
+
+
+def _names(sources: list[str]) -> list[str]:
+    """What the columns are called: the last part of folders and hub names, or all of it where two are called alike."""
+    short = [Path(source).resolve().name for source in sources]
     if len(set(short)) == len(short):
         return short
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError(f"SAE: the same folder was given twice: {', '.join(map(str, paths))}")
-    return [str(path) for path in paths]
+    if len({Path(source).resolve() for source in sources}) < len(sources):
+        raise ValueError(f"SAE: the same autoencoder was given twice: {', '.join(sources)}")
+    return sources
 
 
 # ------------------------------------------------------------------------------- what two commands share

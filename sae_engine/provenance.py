@@ -24,7 +24,8 @@ class Provenance:
         revision: commit of a hub model.
         sha256: of the model's weights, as :class:`~sae_engine.data.LanguageModel` has it.
         layer, site: the place in the model, as :func:`~sae_engine.data.read_activations` takes it.
-        target_layer, target_site: of a transcoder, the place that its output belongs to; None for an autoencoder.
+        target_layer, target_site: of a transcoder, the place that its output belongs to; None for an autoencoder,
+            the site ``"unknown"`` for a transcoder whose files do not name it.
         d, d_target: width of the input and, of a transcoder, of the target.
         normalize: what was done to a row before the autoencoder saw it, as :func:`~sae_engine.metrics.evaluate` takes
             it: ``"none"`` or ``"token"``.

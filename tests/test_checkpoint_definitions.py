@@ -131,7 +131,7 @@ class TestDefinitions:
         (tmp_path / "config.json").unlink()
         assert_same(se.SparseAutoencoder.from_pretrained(tmp_path).W_enc.detach(), sae.W_enc.detach())
         save_file(t | {"w_dec": torch.randn(F, 3, D).double()}, tmp_path / "params.safetensors")
-        with pytest.raises(ValueError, match=r"w_dec must have shape .*, got \(40, 3, 12\)"):  # across layers
+        with pytest.raises(ValueError, match=r"w_dec has shape \(40, 3, 12\): this is a crosscoder or cross-layer"):
             se.SparseAutoencoder.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize("fields", [

@@ -16,8 +16,9 @@ from .. import rules as act
 from .._checks import FLOATS
 from .._files import replace_files
 from ..provenance import Provenance
+from . import _places as places
 from ._reading import WeightFile
-from .card import CENTRED, SourceCard
+from .card import CENTRED, UNKNOWN, SourceCard
 
 # One letter a dimension: d = d_in, F = d_sae, o = d_out.
 DIMENSIONS = {
@@ -83,6 +84,11 @@ def take(
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{file}: {name} must be a tensor of a floating-point dtype, got {got}")
+        if tensor.dim() > len(dims) and ours in ("W_enc", "W_dec"):
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(tensor.shape)}: this is a crosscoder or cross-layer transcoder, and "
+                "reads or writes several places at a time; only one of each is held here"
+            )
         if tensor.dim() == len(dims):
             for letter, size in zip(dims, tensor.shape, strict=True):
                 known.setdefault(letter, size)
@@ -217,6 +223,19 @@ def own_section(c: Checkpoint) -> dict[str, Any]:
     return section
 
 
+def words(c: Checkpoint) -> tuple[str | None, str | None, str | None]:
+    """The model, the place and a transcoder's target as formats name them: as they were read, or as SAELens would."""
+    known = c.provenance or Provenance()
+    model, hook = known.model, places.spelled(known.layer, known.site)
+    if c.card is not None:
+        read = c.card.hook_name
+        if read is not None and (hook is None or places.split(read) == (known.layer, known.site)):
+            hook = read
+        model = model or c.card.model_name
+    target = None if known.target_site == UNKNOWN else places.spelled(known.target_layer, known.target_site)
+    return model, hook, target
+
+
 def recorded(c: Checkpoint, section: object) -> Checkpoint:
     """``c`` with what :func:`own_section` recorded of it, where that is a kind of the same rule."""
     if not isinstance(section, dict):
@@ -235,7 +254,7 @@ def recorded(c: Checkpoint, section: object) -> Checkpoint:
         options={**c.options, **(options if isinstance(options, dict) else {}), **k},
         normalize_activations=normalize,
         card=SourceCard.from_dict(section.get("card")) or c.card,
-        provenance=Provenance.from_dict(section.get("provenance")) or c.provenance,
+        provenance=places.agreed(Provenance.from_dict(section.get("provenance")), c.provenance),
     )
 
 

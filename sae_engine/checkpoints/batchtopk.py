@@ -8,7 +8,6 @@ be given one by training, or used with its batch rule.
 from __future__ import annotations
 
 import json
-import re
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,10 @@ from ._checkpoint import (
     text,
     text_writer,
     torch_writer,
+    words,
     write_files,
 )  # fmt: skip
+from ._places import said, split
 from .card import SourceCard, residual_of
 
 NAME, KIND = "batchtopk", "torch"
@@ -93,8 +94,9 @@ def load(files: Files) -> Checkpoint:
         residual=residual_of(model, hook, None if model is None else True), notes=tuple(notes),
     )  # fmt: skip
     c = Checkpoint(
-        rule, options, tensors, card, apply_b_dec_to_input=name != "jumprelu", normalize_activations=normalize
-    )
+        rule, options, tensors, card, apply_b_dec_to_input=name != "jumprelu", normalize_activations=normalize,
+        provenance=said(model, hook, layer=cfg.get("layer"), text=text(cfg.get("dataset_path"))),
+    )  # fmt: skip
     return recorded(c, own)
 
 
@@ -142,8 +144,7 @@ def _config(c: Checkpoint, name: str) -> dict[str, Any]:
         config["top_k"] = c.options["k"]
     if "bandwidth" in c.options:
         config["bandwidth"] = c.options["bandwidth"]
-    if c.card is not None:
-        layer = re.search(r"\d+", c.card.hook_name or "")
-        config |= {"model_name": c.card.model_name, "hook_point": c.card.hook_name}
-        config["layer"] = int(layer.group()) if layer else None
+    model, hook, _ = words(c)
+    if (model, hook) != (None, None):
+        config |= {"model_name": model, "hook_point": hook, "layer": hook and split(hook)[0]}
     return config

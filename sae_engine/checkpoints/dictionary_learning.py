@@ -10,7 +10,6 @@ BatchTopKSAE are told apart by ``trainer.dict_class`` alone. A threshold of -1 i
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -32,8 +31,10 @@ from ._checkpoint import (
     text,
     text_writer,
     torch_writer,
+    words,
     write_files,
 )  # fmt: skip
+from ._places import said, split
 from .card import RAW, SourceCard
 
 NAME, KIND = "dictionary_learning", "torch"
@@ -111,8 +112,9 @@ def load(files: Files) -> Checkpoint:
         factor = trainer["norm_factor"]
         notes.append(f"Trained on activations over {factor:.6g}; its trainer has scaled the biases back.")
     c = Checkpoint(
-        rule, options, tensors, _card(name, trainer, notes), apply_b_dec_to_input=name not in _RAW_INPUT
-    )
+        rule, options, tensors, _card(name, trainer, notes), apply_b_dec_to_input=name not in _RAW_INPUT,
+        provenance=said(text(trainer.get("lm_name")), text(trainer.get("submodule_name")), layer=trainer.get("layer")),
+    )  # fmt: skip
     return recorded(c, (files.config or {}).get("sae_engine"))
 
 
@@ -171,9 +173,7 @@ def _dict_class(held: dict[str, Any], trainer: dict[str, Any], files: Files) -> 
 
 
 def _card(name: str, trainer: dict[str, Any], notes: list[str]) -> SourceCard:
-    layer, submodule = trainer.get("layer"), text(trainer.get("submodule_name"))
-    hook = submodule or (f"residual stream after layer {layer}" if isinstance(layer, int) else None)
-    model = text(trainer.get("lm_name"))
+    model, hook = text(trainer.get("lm_name")), text(trainer.get("submodule_name"))
     return SourceCard(NAME, name, model_name=model, hook_name=hook, residual=RAW, notes=tuple(notes))
 
 
@@ -184,8 +184,7 @@ def _trainer_of(c: Checkpoint, name: str) -> dict[str, Any]:
         trainer["k"] = c.options["k"]
     if "threshold_lr" in c.options:
         trainer["threshold_beta"] = 1 - c.options["threshold_lr"]
-    if c.card is not None:
-        layer = re.search(r"\d+", c.card.hook_name or "")
-        trainer |= {"lm_name": c.card.model_name, "submodule_name": c.card.hook_name}
-        trainer["layer"] = int(layer.group()) if layer else None
+    model, hook, _ = words(c)
+    if (model, hook) != (None, None):
+        trainer |= {"lm_name": model, "submodule_name": hook, "layer": hook and split(hook)[0]}
     return trainer

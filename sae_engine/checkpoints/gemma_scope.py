@@ -6,6 +6,7 @@ multiplies by sqrt(d_in): give them those.
 """
 from __future__ import annotations
 
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import rules as act
+from ..provenance import Provenance
 from . import _folding as folding
 from ._checkpoint import Checkpoint, Files, laid_out, refuse, single_file, take, write_files
 from .card import RAW, SourceCard
@@ -22,6 +24,8 @@ CONFIG, WEIGHTS = None, "params.npz"
 CONFIG_REQUIRED = False
 LAYOUT = {"W_enc": ("W_enc", "dF"), "W_dec": ("W_dec", "Fo"), "b_enc": ("b_enc", "F"), "b_dec": ("b_dec", "o"),
           "threshold": ("threshold", "F")}  # fmt: skip
+
+_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "z"}  # of its repositories
 
 
 def owns_weights(names: frozenset[str]) -> bool:
@@ -37,7 +41,20 @@ def load(files: Files) -> Checkpoint:
     tensors = take(files.weights.path, held, LAYOUT)
     # Gemma has RMSNorm: nothing centres its residual stream.
     card = SourceCard(NAME, "JumpReLUSAE", residual=RAW)
-    return Checkpoint(act.JumpReLU, {}, tensors, card, apply_b_dec_to_input=False)
+    place = _place(files.weights.path)
+    return Checkpoint(act.JumpReLU, {}, tensors, card, apply_b_dec_to_input=False, provenance=place)
+
+
+def _place(file: Path) -> Provenance | None:
+    """What the release's own names of repository and folder say: the file says nothing."""
+    path = file.resolve().parent.as_posix()
+    release = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att)\b", path)
+    layer = re.search(r"/layer_(\d+)(/|$)", path)
+    if release is None or layer is None:
+        return None
+    size, kind, site = release.groups()
+    model = f"google/gemma-2-{size}" + ("-it" if kind == "it" else "")
+    return Provenance(model=model, layer=int(layer[1]), site=_SITES[site])
 
 
 def save(c: Checkpoint, path: str | PathLike) -> None:

@@ -23,8 +23,10 @@ from ._checkpoint import (
     take,
     text,
     text_writer,
+    words,
     write_files,
 )  # fmt: skip
+from ._places import said
 from .card import RAW, SourceCard
 
 NAME, KIND = "gemma_scope_2", "safetensors"
@@ -52,8 +54,20 @@ def load(files: Files) -> Checkpoint:
     card = SourceCard(
         NAME, "JumpReLUSAE", model_name=text(cfg.get("model_name")), hook_name=into, residual=RAW, notes=notes
     )
-    c = Checkpoint(act.JumpReLU, {}, tensors, card, apply_b_dec_to_input=False)
+    model, target = text(cfg.get("model_name")), None if not notes else _module(out)
+    c = Checkpoint(
+        act.JumpReLU, {}, tensors, card, apply_b_dec_to_input=False,
+        provenance=said(model, _module(into), target=target),
+    )  # fmt: skip
     return recorded(c, cfg.get("sae_engine"))
+
+
+def _module(name: str | None) -> str | None:
+    """``model.layers.3.mlp.output`` is what the module of that name returns, ``….input`` what it is given."""
+    if name is None or not name.endswith((".output", ".input")):
+        return name
+    module, _, side = name.rpartition(".")
+    return module if side == "output" else f"{module}:input"
 
 
 def save(c: Checkpoint, path: str | PathLike) -> None:
@@ -67,11 +81,10 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
     c = folding.subtract_b_dec(folding.fold_decoder_norms(c), False)
     skip = "W_skip" in c.tensors
     tensors = laid_out(c, LAYOUT | (SKIP if skip else {}))
-    card = c.card
+    model, into, out = words(c)
     cfg = {
         "architecture": "jump_relu", "width": c.tensors["W_dec"].shape[0], "affine_connection": skip,
-        "model_name": card and card.model_name, "hf_hook_point_in": card and card.hook_name,
-        "sae_engine": own_section(c),
+        "model_name": model, "hf_hook_point_in": into, "hf_hook_point_out": out, "sae_engine": own_section(c),
     }  # fmt: skip
     content = json.dumps(cfg, indent=2)
     write_files(Path(path), {

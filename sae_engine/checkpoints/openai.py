@@ -6,12 +6,15 @@ exactly where the activation is TopK.
 """
 from __future__ import annotations
 
+import re
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import rules as act
+from ..provenance import Provenance
 from . import _folding as folding
 from ._checkpoint import Checkpoint, Files, laid_out, refuse, single_file, take, torch_writer, write_files
 from .card import RAW, SourceCard
@@ -21,6 +24,9 @@ CONFIG, WEIGHTS = None, "autoencoder.pt"
 CONFIG_REQUIRED = False
 LAYOUT = {"pre_bias": ("b_dec", "o"), "encoder.weight": ("W_enc", "Fd"), "latent_bias": ("b_enc", "F"),
           "decoder.weight": ("W_dec", "oF")}  # fmt: skip
+# The names of its releases' folders for the sites.
+_LOCATIONS = {"resid_post_attn": "resid_mid", "resid_post_mlp": "resid_post", "resid_delta_attn": "attn_out",
+              "resid_delta_mlp": "mlp_out", "mlp_post_act": "mlp_post"}  # fmt: skip
 STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
 
@@ -41,14 +47,26 @@ def load(files: Files) -> Checkpoint:
     if name not in ("ReLU", "TopK"):
         raise ValueError(f"{file}: activation {name!r} is not supported; supported: 'ReLU', 'TopK'")
     normalize = "layer_norm" if name == "TopK" else "none"
-    card = SourceCard(NAME, name, normalization=normalize, residual=RAW)
+    card, place = SourceCard(NAME, name, normalization=normalize, residual=RAW), _place(file)
     if name == "ReLU":
-        return Checkpoint(act.ReLU, {}, tensors, card)
+        return Checkpoint(act.ReLU, {}, tensors, card, provenance=place)
     if not isinstance(state, dict) or "k" not in state:
         raise ValueError(f"{file}: activation_state_dict lacks k, which TopK needs")
     if state.get("postact_fn", "ReLU") != "ReLU":
         raise ValueError(f"{file}: postact_fn {state['postact_fn']!r} is not supported; supported: 'ReLU'")
-    return Checkpoint(act.TopK, {"k": state["k"]}, tensors, card, normalize_activations=normalize)
+    return Checkpoint(
+        act.TopK, {"k": state["k"]}, tensors, card, normalize_activations=normalize, provenance=place
+    )
+
+
+def _place(file: Path) -> Provenance | None:
+    """The file is named by its layer, and a folder above it by the place, as ``resid_post_mlp_v5_32k``."""
+    if not file.stem.isdecimal():
+        return None
+    named = (re.fullmatch(rf"({'|'.join(_LOCATIONS)})(_v\d.*)?", part) for part in reversed(file.parts[:-1]))
+    place = next((found[1] for found in named if found), None)
+    model = "openai-community/gpt2" if "gpt2-small" in file.parts else None
+    return Provenance(model=model, layer=int(file.stem), site=place and _LOCATIONS[place])
 
 
 def save(c: Checkpoint, path: str | PathLike) -> None:

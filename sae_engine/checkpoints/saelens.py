@@ -21,11 +21,13 @@ import torch
 from .. import _checks as check
 from .. import rules
 from .. import rules as act
+from ..provenance import Provenance
 from . import _folding as folding
 from ._checkpoint import WEIGHTS as OF_THE_AUTOENCODER
-from ._checkpoint import Checkpoint, Files, own_section, recorded, take, text, text_writer, write_files
+from ._checkpoint import Checkpoint, Files, own_section, recorded, take, text, text_writer, words, write_files
+from ._places import said
 from ._reading import read_json
-from .card import CENTRED, RAW, SourceCard, residual_of
+from .card import CENTRED, RAW, UNKNOWN, SourceCard, residual_of
 
 NAME, KIND = "saelens", "safetensors"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -50,6 +52,9 @@ OURS = "sae_engine."  # architectures that SAELens does not have: this, and the 
 COUNTING = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
 _RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}  # before version 6
 _BIASES = {"b_enc": ("b_enc", "F"), "b_dec": ("b_dec", "o")}
+# What stands under "metadata" since version 6, and beside the sizes before.
+_METADATA = ("model_name", "hook_name", "hook_layer", "hook_name_out", "dataset_path", "context_size",
+             "model_from_pretrained_kwargs")  # fmt: skip
 _OPTIONS = {"threshold_lr": "topk_threshold_lr", "bandwidth": "jumprelu_bandwidth"}  # ours → of their training classes
 
 
@@ -106,6 +111,7 @@ def load(files: Files, *, activation_scale: float | None = None) -> Checkpoint:
         apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True),
         normalize_activations=cfg["normalize_activations"],
         rescale_acts_by_decoder_norm=cfg.get("rescale_acts_by_decoder_norm", False),
+        provenance=_provenance(cfg["metadata"], architecture),
     )
     c = _scaled(c, activation_scale, files.config_file)
     return recorded(c, section)
@@ -172,11 +178,12 @@ def _written_as(c: Checkpoint) -> str:
 def _config(c: Checkpoint, architecture: str, counters: dict[str, float]) -> dict[str, Any]:
     W_dec = c.tensors["W_dec"]
     metadata: dict[str, Any] = {"sae_lens_version": LAYOUT}
-    if c.card is not None:
-        known = {"model_name": c.card.model_name, "hook_name": c.card.hook_name}
-        metadata |= {name: value for name, value in known.items() if value is not None}
-        if c.card.residual in (RAW, CENTRED):
-            metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": c.card.residual == CENTRED}
+    named: dict[str, Any] = dict(zip(("model_name", "hook_name", "hook_name_out"), words(c), strict=True))
+    if c.provenance is not None:
+        named |= {"context_size": c.provenance.context_length, "dataset_path": c.provenance.text}
+    metadata |= {name: value for name, value in named.items() if value is not None}
+    if c.card is not None and c.card.residual in (RAW, CENTRED):
+        metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": c.card.residual == CENTRED}
     cfg: dict[str, Any] = {
         "architecture": architecture,
         "d_in": c.tensors["W_enc"].shape[0],
@@ -206,7 +213,7 @@ def _current(config: dict[str, Any], file: Path) -> dict[str, Any]:
             raise ValueError(f"{file} lacks {key!r}: not a SAELens configuration")
     metadata = cfg.get("metadata")
     if "architecture" not in cfg or "metadata" not in cfg:
-        metadata = {name: cfg.get(name) for name in ("model_name", "hook_name", "model_from_pretrained_kwargs")}
+        metadata = {name: cfg.get(name) for name in _METADATA}
         cfg.setdefault("architecture", "standard")
         if "hook_z" in str(cfg.get("hook_name")):
             cfg.setdefault("reshape_activations", "hook_z")
@@ -280,6 +287,17 @@ def _card(cfg: dict[str, Any], architecture: str, metadata: dict[str, Any]) -> S
         NAME, architecture, model_name=model, hook_name=hook, normalization=str(cfg["normalize_activations"]),
         residual=residual_of(model, hook, centred if isinstance(centred, bool) else None),
         notes=notes.get(architecture, ()),
+    )  # fmt: skip
+
+
+def _provenance(metadata: dict[str, Any], architecture: str) -> Provenance | None:
+    """A transcoder whose target is not named has an unknown one, which is not the same as none."""
+    target = text(metadata.get("hook_name_out")) or (UNKNOWN if "transcoder" in architecture else None)
+    size = metadata.get("context_size")
+    return said(
+        text(metadata.get("model_name")), text(metadata.get("hook_name")), target=target,
+        layer=metadata.get("hook_layer"), text=text(metadata.get("dataset_path")),
+        context_length=size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None,
     )  # fmt: skip
 
 

@@ -7,20 +7,36 @@ top-k is held; ``groupmax`` is a rule that this library does not have.
 from __future__ import annotations
 
 import json
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from .. import rules as act
+from ..provenance import Provenance
 from . import _folding as folding
-from ._checkpoint import Checkpoint, Files, laid_out, own_section, recorded, refuse, take, text_writer, write_files
-from .card import RAW, SourceCard
+from ._checkpoint import (
+    Checkpoint,
+    Files,
+    laid_out,
+    own_section,
+    recorded,
+    refuse,
+    take,
+    text,
+    text_writer,
+    write_files,
+)  # fmt: skip
+from ._places import said
+from ._reading import read_json
+from .card import RAW, UNKNOWN, SourceCard
 
 NAME, KIND = "sparsify", "safetensors"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 CONFIG_REQUIRED = True
 LAYOUT = {"encoder.weight": ("W_enc", "Fd"), "encoder.bias": ("b_enc", "F"), "W_dec": ("W_dec", "Fo"),
           "b_dec": ("b_dec", "o")}  # fmt: skip
+_HOOKPOINT = re.compile(r"(?:layers|h|layer|blocks)\.\d+(?:\.\w+)*")
 SKIP = {"W_skip": ("W_skip", "od")}
 
 
@@ -51,7 +67,10 @@ def load(files: Files) -> Checkpoint:
     kind = act.AbsTopK if cfg.get("signed", False) else act.TopK
     notes = ("A transcoder: its target is a module's output, its input that module's input.",) if transcode else ()
     card = SourceCard(NAME, "SparseCoder", residual=RAW, notes=notes)  # it hooks Hugging Face's modules
-    c = Checkpoint(kind, {"k": cfg["k"]}, tensors, card, apply_b_dec_to_input=not transcode)
+    c = Checkpoint(
+        kind, {"k": cfg["k"]}, tensors, card, apply_b_dec_to_input=not transcode,
+        provenance=_place(files.weights.path.parent, transcode),
+    )  # fmt: skip
     return recorded(c, cfg.get("sae_engine"))
 
 
@@ -78,6 +97,20 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
         WEIGHTS: lambda name: save_file(tensors, name, metadata={"format": "pt"}),
         CONFIG: text_writer(content),
     })  # fmt: skip
+
+
+def _place(folder: Path, transcode: bool) -> Provenance | None:
+    """Its folders are named by the module that was hooked, ``layers.3.mlp``; the run's settings lie beside them.
+
+    An autoencoder's input is what that module returns; a transcoder's is what it is given, its target what it returns.
+    """
+    name = folder.resolve().name
+    if not _HOOKPOINT.fullmatch(name):
+        return said(None, None, target=UNKNOWN if transcode else None)
+    run = folder.parent / "config.json"
+    settings = read_json(run) if run.is_file() else {}
+    model = text(settings.get("model")) if "hookpoints" in settings else None
+    return said(model, f"{name}:input" if transcode else name, target=name if transcode else None)
 
 
 def _num_latents(cfg: dict[str, Any]) -> Any:

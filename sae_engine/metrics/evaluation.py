@@ -58,6 +58,8 @@ def evaluate(
     *,
     layer: int,
     site: str = "resid_pre",
+    target_layer: int | None = None,
+    target_site: str | None = None,
     normalize: str = "none",
     context_length: int | None = None,
     batch_size: int = 8,
@@ -70,15 +72,17 @@ def evaluate(
 
     Texts are packed as :func:`sae_engine.data.stream_activations` packs them. The reconstruction, or zeros, take the
     activations' place at ``layer`` and ``site`` at all positions that are measured, and later layers go on from there.
+    A transcoder is measured against, and put in the place of, its target's activations.
 
     Args:
-        sae: in eval mode during the call, afterwards as before; d_in = d_out = the model's d_model.
+        sae: in eval mode during the call, afterwards as before; as wide as the model is at its places.
         lm: from :func:`sae_engine.data.load_language_model`, on the device of ``sae``.
         texts, layer, site, context_length, batch_size: as :func:`sae_engine.data.stream_activations`.
+        target_layer, target_site: of a transcoder, the place of its output; by default ``layer``, and none.
         normalize: what the autoencoder's input is: ``"none"``, the model's activations; ``"token"``, each token
             minus its mean over its standard deviation (unbiased) + 1e-5. Errors are measured in that space, and the
             reconstruction is brought back before it takes its place. (An autoencoder with
-            ``normalize_activations="layer_norm"`` does this itself, and is measured in raw space.)
+            ``normalize_activations="layer_norm"`` does this itself, and is measured in raw space.) Not for transcoders.
         drop_first: leave each context's first position as it is in all runs, and out of all metrics.
         max_tokens: stop after exactly so many measured tokens; None is all.
         centre: (d,), as :class:`Reconstruction` has it.
@@ -86,7 +90,8 @@ def evaluate(
 
     Returns:
         Plain numbers, strings and lists by section: ``setting``, ``reconstruction``, ``sparsity``, ``decoder``,
-        ``norms`` (:class:`EpsilonLBO`, with F and f as the rule sees them and z in the space that the encoder sees),
+        ``norms`` (:class:`EpsilonLBO`, with F and f as the rule sees them and z in the space that the encoder sees;
+        None for a transcoder, whose code has no reason to be as long as its input),
         ``tail`` (CETT at quantiles of the first batch's contributions), ``language`` (cross-entropies, loss recovered,
         KL divergences).
 
@@ -103,16 +108,16 @@ def evaluate(
         >>> found["reconstruction"]["tokens"]
         32
     """
-    splice = _Splice(sae, lm, layer, site, normalize, drop_first)
+    splice = _Splice(sae, lm, (layer, site), _target(layer, target_layer, target_site), normalize, drop_first)
     batches = splice.batches(texts, context_length, batch_size, max_tokens)
-    measures = _Measures(sae, splice.normalization, centre)
-    runs: dict[str, tuple[NextTokenLoss, Callable[[Tensor], Tensor]]] = {
-        "spliced": (NextTokenLoss(), measures.update), "ablated": (NextTokenLoss(), torch.zeros_like)
+    measures = _Measures(sae, splice.normalization, centre, is_transcoder=splice.is_transcoder)
+    runs: dict[str, tuple[NextTokenLoss, Replace]] = {
+        "spliced": (NextTokenLoss(), measures.update), "ablated": (NextTokenLoss(), lambda _, y: torch.zeros_like(y))
     }  # fmt: skip
     clean_loss = NextTokenLoss()
     with _in_eval_mode(sae), splice.progress_bar(progress, max_tokens) as bar:
         for ids in batches:
-            clean = splice.logits(ids, lambda x: x)
+            clean = splice.logits(ids, lambda _, y: y)
             clean_loss.update(clean, splice.measured(ids))
             for loss, replace in runs.values():
                 loss.update(splice.logits(ids, replace), splice.measured(ids), clean=clean)
@@ -128,6 +133,8 @@ def evaluate(
         "context_length": splice.context_length, "first_positions": "dropped" if drop_first else "kept",
         "activation": repr(sae.activation), "d_sae": sae.d_sae,
     }  # fmt: skip
+    if splice.is_transcoder:
+        setting |= dict(zip(("target_layer", "target_site"), splice.target, strict=True))
     return {"setting": setting, **measures.compute(), "language": language}
 
 
@@ -140,6 +147,8 @@ def ppl_sparsity(
     layer: int,
     rise: float = 0.01,
     site: str = "resid_pre",
+    target_layer: int | None = None,
+    target_site: str | None = None,
     normalize: str = "none",
     context_length: int | None = None,
     batch_size: int = 8,
@@ -177,7 +186,7 @@ def ppl_sparsity(
         True
     """
     rise, steps = check.positive("rise", rise), check.integer_k(steps, name="steps")
-    splice = _Splice(sae, lm, layer, site, normalize, drop_first)
+    splice = _Splice(sae, lm, (layer, site), _target(layer, target_layer, target_site), normalize, drop_first)
     ids = list(splice.batches(texts, context_length, batch_size, max_tokens))
     with _in_eval_mode(sae):
         low, high = splice.contribution_range(ids)
@@ -203,15 +212,33 @@ def _in_eval_mode(sae: SparseAutoencoder) -> Iterator[None]:
             module.training = True
 
 
+Replace = Callable[[Tensor, Tensor], Tensor]  # (input rows, target rows) → what takes the target's place
+Place = tuple[int, str]  # layer and site
+
+
+def _target(layer: int, target_layer: int | None, target_site: str | None) -> Place | None:
+    if target_site is None:
+        if target_layer is not None:
+            raise ValueError(f"target_site must be given with target_layer={target_layer!r}")
+        return None
+    return (layer if target_layer is None else target_layer), target_site
+
+
 class _Splice:
-    """A language model with something in the place of one site's activations."""
+    """A language model with something in the place of one site's activations: the input's, or a transcoder's target."""
 
     def __init__(
-        self, sae: SparseAutoencoder, lm: LanguageModel, layer: int, site: str, normalize: str, drop_first: bool
-    ) -> None:
+        self, sae: SparseAutoencoder, lm: LanguageModel, place: Place, target: Place | None, normalize: str,
+        drop_first: bool,
+    ) -> None:  # fmt: skip
         self.normalization = Normalization(normalize)
-        _check_fit(sae, lm)
-        self.sae, self.lm, self.layer, self.site, self.first = sae, lm, layer, site, int(drop_first)
+        self.is_transcoder = target not in (None, place)
+        _check_fit(sae, lm, self.is_transcoder)
+        if self.is_transcoder and normalize != "none":
+            raise ValueError(f"normalize must be 'none' for a transcoder, got {normalize!r}")
+        self.sae, self.lm, self.place, self.first = sae, lm, place, int(drop_first)
+        self.target = place if target is None else target
+        self._inputs: tuple[Tensor, Tensor] | None = None  # token ids and what the transcoder is given for them
 
     def batches(
         self, texts: Iterable[str], context_length: int | None, batch_size: int, max_tokens: int | None
@@ -220,13 +247,14 @@ class _Splice:
         from ..data.activations import check_stream
         from ..data.contexts import context_batches
 
-        contexts, max_tokens = check_stream(
-            self.lm, texts, self.layer, self.site, max_tokens, context_length=context_length, batch_size=batch_size,
-            drop_first=bool(self.first),
-        )  # fmt: skip
+        for layer, site in (self.target, self.place):
+            contexts, limit = check_stream(
+                self.lm, texts, layer, site, max_tokens, context_length=context_length, batch_size=batch_size,
+                drop_first=bool(self.first),
+            )  # fmt: skip
         self.context_length = contexts.length
         found = context_batches(self.lm, texts, contexts.length, contexts.batch_size)
-        return (ids.to(self.sae.W_dec.device) for ids in _limited(found, self.first, max_tokens))
+        return (ids.to(self.sae.W_dec.device) for ids in _limited(found, self.first, limit))
 
     @staticmethod
     def progress_bar(show: bool, total: int | None) -> Any:
@@ -237,17 +265,29 @@ class _Splice:
     def measured(self, ids: Tensor) -> Tensor:
         return ids[:, self.first :]
 
-    def logits(self, ids: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits of the measured positions, with ``replace`` of the measured rows (tokens, d) in their place."""
+    def logits(self, ids: Tensor, replace: Replace) -> Tensor:
+        """Logits of the measured positions, with ``replace`` of input and target rows in the target's place."""
         from ..data.activations import run_with_replacement
 
         def on_site(hidden: Tensor) -> Tensor:
-            rows = hidden[:, self.first :]
-            wide = rows.to(torch.promote_types(hidden.dtype, torch.float32))
-            new = replace(wide.flatten(0, 1)).view_as(rows)
+            y = self._rows(hidden)
+            new = replace(self._input(ids) if self.is_transcoder else y, y).view(*ids.shape[:1], -1, y.shape[1])
             return torch.cat([hidden[:, : self.first], new.to(hidden.dtype)], 1)
 
-        return self.measured(run_with_replacement(self.lm.model, ids, on_site, layer=self.layer, site=self.site))
+        layer, site = self.target
+        return self.measured(run_with_replacement(self.lm.model, ids, on_site, layer=layer, site=site))
+
+    def _rows(self, hidden: Tensor) -> Tensor:
+        return hidden[:, self.first :].to(torch.promote_types(hidden.dtype, torch.float32)).flatten(0, 1)
+
+    def _input(self, ids: Tensor) -> Tensor:
+        """What a transcoder is given, once for all runs over these ids: nothing before its target is replaced."""
+        from ..data.activations import read_activations
+
+        if self._inputs is None or self._inputs[0] is not ids:
+            layer, site = self.place
+            self._inputs = ids, self._rows(read_activations(self.lm.model, ids, layer=layer, site=site))
+        return self._inputs[1]
 
     def contribution_range(self, batches: list[Tensor]) -> tuple[float, float]:
         """Norms of the smallest and the largest contribution in the first batch that has any."""
@@ -255,10 +295,10 @@ class _Splice:
         for ids in batches:
             found: list[Tensor] = []
 
-            def look(x: Tensor, found=found) -> Tensor:
+            def look(x: Tensor, y: Tensor, found=found) -> Tensor:
                 codes = self.sae.encode(self.normalization.into(x)[0])
                 found.append((codes.values * functional.at_latents(norms, codes)).abs())
-                return x
+                return y
 
             self.logits(ids, look)
             positive = found[0][found[0] > 0].double()
@@ -271,7 +311,7 @@ class _Splice:
         norms, rows = _contributing_rows(self.sae)
         loss, tail = NextTokenLoss(), TailTruncation(rows, [threshold])
 
-        def reconstruct(x: Tensor) -> Tensor:
+        def reconstruct(x: Tensor, _: Tensor) -> Tensor:
             z, info = self.normalization.into(x)
             (codes,), encoded, _ = self.sae.encode_with(z)
             tail.update(codes)
@@ -298,9 +338,13 @@ def _contributing_rows(sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
     return norms, rows
 
 
-def _check_fit(sae: SparseAutoencoder, lm: LanguageModel) -> None:
+def _check_fit(sae: SparseAutoencoder, lm: LanguageModel, is_transcoder: bool) -> None:
     if not isinstance(sae, SparseAutoencoder):
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+    if sae.d_in != sae.d_out and not is_transcoder:
+        raise ValueError(
+            f"target_site must be given: sae is a transcoder, with d_in = {sae.d_in} and d_out = {sae.d_out}"
+        )
     if (sae.d_in, sae.d_out) != (lm.d_model, lm.d_model):
         raise ValueError(
             f"sae must have d_in = d_out = {lm.d_model}, the width of {lm.name!r}, got {sae.d_in} and {sae.d_out}"
@@ -332,27 +376,30 @@ def _limited(batches: Iterator[Tensor], first: int, max_tokens: int | None) -> I
 class _Measures:
     """The metrics that need the autoencoder alone."""
 
-    def __init__(self, sae: SparseAutoencoder, norm: Normalization, centre: Tensor | None) -> None:
+    def __init__(
+        self, sae: SparseAutoencoder, norm: Normalization, centre: Tensor | None, *, is_transcoder: bool
+    ) -> None:
         self.sae, self.norm = sae, norm
         self.norms, self.rows = _contributing_rows(sae)
         self.reconstruction = Reconstruction(space=norm.space, centre=centre)
         self.sparsity = Sparsity(sae.d_sae)
-        self.epsilon = EpsilonLBO(self.norms, sae.b_dec.detach())
+        self.epsilon = None if is_transcoder else EpsilonLBO(self.norms, sae.b_dec.detach())
         self.tail: TailTruncation | None = None
 
-    def update(self, x: Tensor) -> Tensor:
-        """Measures (tokens, d) of the model's activations; returns their reconstruction."""
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """Measures what is made of x (tokens, d) against x, or a transcoder's against its target's y; returns it."""
         z, info = self.norm.into(x)
         (codes,), encoded, _ = self.sae.encode_with(z)
         z_hat = self.sae.decode(codes, encoded)
-        self.reconstruction.update(z_hat, z)
+        self.reconstruction.update(z_hat, z if self.epsilon is not None else y)
         self.sparsity.update(codes)
-        scale = None if info is None else info[1]
-        if encoded.mean is not None and encoded.std is not None:  # the encoder's own layer norm
-            scale = encoded.std + LAYER_NORM_EPS
-            z = (z - encoded.mean) / scale
-        self.epsilon.update(codes, z, scale=None if scale is None else scale[:, 0])
         self._update_tail(codes)
+        if self.epsilon is not None:
+            scale = None if info is None else info[1]
+            if encoded.mean is not None and encoded.std is not None:  # the encoder's own layer norm
+                scale = encoded.std + LAYER_NORM_EPS
+                z = (z - encoded.mean) / scale
+            self.epsilon.update(codes, z, scale=None if scale is None else scale[:, 0])
         return self.norm.back(z_hat, info)
 
     def _update_tail(self, codes: SparseCodes) -> None:
@@ -368,7 +415,8 @@ class _Measures:
     def compute(self) -> dict[str, Any]:
         return {
             "reconstruction": self.reconstruction.compute(), "sparsity": self.sparsity.compute(),
-            "decoder": decoder_similarity(self.sae.W_dec), "norms": self.epsilon.compute(),
+            "decoder": decoder_similarity(self.sae.W_dec),
+            "norms": None if self.epsilon is None else self.epsilon.compute(),
             "tail": None if self.tail is None else self.tail.compute(),
         }  # fmt: skip
 

@@ -73,21 +73,39 @@ def _written(value: Any, form: str) -> str:
 
 
 def setting_text(results: dict[str, Result]) -> str:
-    """What all results share and every table has to name, then what each is."""
-    first = next(iter(results.values()))
-    setting, measured = first["setting"], first["reconstruction"]
-    revision = f", revision {setting['revision']}" if setting["revision"] else ""
-    lines = [
-        f"model: {setting['model']}{revision}, sha256 of the weights `{setting['sha256']}`",
-        f"activations: layer {setting['layer']}, {setting['site']}, d = {setting['d']}; contexts of "
-        f"{setting['context_length']}, first positions {setting['first_positions']}",
-        f"text: {setting['text']}, {measured['tokens']:,} tokens",
-        f"space of the errors: {measured['space']}",
-        *(f"{name}: {r['setting']['d_sae']} latents, {r['setting']['activation']}" for name, r in results.items()),
-    ]
-    if setting["first_positions"] == "dropped":
+    """What the numbers were measured on: once where all results share it, else for each; then what each is."""
+    lines = []
+    for describe in (_model_text, _place_text, _text_text, _space_text):
+        texts = {name: describe(result) for name, result in results.items()}
+        shared = len(set(texts.values())) == 1
+        lines += [next(iter(texts.values()))] if shared else [f"{name}: {text}" for name, text in texts.items()]
+    lines += [f"{name}: {r['setting']['d_sae']} latents, {r['setting']['activation']}" for name, r in results.items()]
+    if any(result["setting"]["first_positions"] == "dropped" for result in results.values()):
         lines.append("each context's first position stays as it is in every run, the one with zeros too")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _model_text(result: Result) -> str:
+    setting = result["setting"]
+    revision = f", revision {setting['revision']}" if setting["revision"] else ""
+    return f"model: {setting['model']}{revision}, sha256 of the weights `{setting['sha256']}`"
+
+
+def _place_text(result: Result) -> str:
+    setting = result["setting"]
+    target = f" to layer {setting['target_layer']}, {setting['target_site']}" if "target_site" in setting else ""
+    return (
+        f"activations: layer {setting['layer']}, {setting['site']}{target}, d = {setting['d']}; contexts of "
+        f"{setting['context_length']}, first positions {setting['first_positions']}"
+    )
+
+
+def _space_text(result: Result) -> str:
+    return f"space of the errors: {result['reconstruction']['space']}"
+
+
+def _text_text(result: Result) -> str:
+    return f"text: {result['setting']['text']}, {result['reconstruction']['tokens']:,} tokens"
 
 
 def write(results: dict[str, Result], folder: Path, *, figures: bool) -> list[Path]:
@@ -166,7 +184,11 @@ def _frontier(axes: Any, results: dict[str, Result]) -> None:
 
 def _zf(axes: Any, results: dict[str, Result]) -> None:
     low, high = math.inf, -math.inf
+    bands: dict[Any, Any] = {}
     for name, result, colour in _coloured(results):
+        if result["norms"] is None:  # a transcoder
+            continue
+        bands = bands or result["norms"]["bands"]
         points = [point for point in result["norms"]["zf_points"] if all(map(math.isfinite, point))]
         if points:
             z, f = zip(*points, strict=True)
@@ -175,9 +197,7 @@ def _zf(axes: Any, results: dict[str, Result]) -> None:
     if low <= high:
         ends = [0.98 * low, 1.02 * high]
         axes.plot(ends, ends, color=INK, linewidth=1.0, label="||f|| = ||z||")
-        for (level, (below, above)), dash in zip(
-            next(iter(results.values()))["norms"]["bands"].items(), ("-", "--", ":"), strict=True
-        ):
+        for (level, (below, above)), dash in zip(bands.items(), ("-", "--", ":"), strict=True):
             for place, ratio in enumerate((below, above)):
                 if math.isfinite(ratio):
                     label = f"ε (F - 1) = {level:g}" if place == 0 else None

@@ -1,0 +1,77 @@
+"""Which model and which place in it an autoencoder is evaluated at: what its files say, or the user."""
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from ..autoencoder import SparseAutoencoder
+from ..provenance import Provenance
+
+# TransformerLens' short names of models that have another name on the Hugging Face hub.
+_GPT2 = {"gpt2-small": "gpt2", **{f"gpt2-{size}": f"gpt2-{size}" for size in ("medium", "large", "xl")}}
+_OWNERS = (("EleutherAI", re.compile(r"pythia-\d+(\.\d+)?[mb](-deduped)?(-v0)?")),
+           ("google", re.compile(r"gemma-(2-|3-)?\d+b(-it|-pt)?")))  # fmt: skip
+
+
+class Place(NamedTuple):
+    """What :func:`~sae_engine.metrics.evaluate` needs to know; ``model`` None is the embedded one."""
+
+    model: str | None
+    revision: str | None
+    sha256: str | None  # of the model's weights, where nothing but the file named it
+    layer: int
+    site: str
+    target_layer: int | None
+    target_site: str | None
+    normalize: str
+
+
+def place_of(
+    sae: SparseAutoencoder, name: str, *, model: str | None = None, revision: str | None = None,
+    layer: int | None = None, site: str | None = None, target_site: str | None = None, normalize: str | None = None,
+) -> Place:  # fmt: skip
+    """What the arguments say, and where they are None, what ``sae.provenance`` says; nothing is guessed.
+
+    Raises:
+        ValueError: neither says the place, or a transcoder's target; names ``name``, what is known, and the options of
+            ``sae-engine eval`` that say the rest.
+    """
+    from ..data import SITES
+
+    said = sae.provenance or Provenance()
+    found_site = said.site if site is None else site
+    found_layer = said.layer if layer is None else layer
+    target = said.target_site if target_site is None else target_site
+    is_transcoder = target is not None or sae.d_out != sae.d_in or sae.W_skip is not None
+    missing = []
+    if found_layer is None:
+        missing.append("--layer")
+    if found_site not in SITES:
+        missing.append("--site")
+    if is_transcoder and target not in SITES:
+        missing.append("--target-site")
+    if missing:
+        if said.model is None and model is None:
+            missing.insert(0, "--model")
+        *first, last = missing
+        options = f"{', '.join(first)} and {last}" if first else last
+        raise ValueError(f"{name}: its files do not say where it can be evaluated ({said}): give {options}")
+    assert found_layer is not None and found_site is not None
+    own_model = model is None and said.model is not None
+    return Place(
+        model=hub_name(said.model) if own_model else model,
+        revision=said.revision if own_model and revision is None else revision,
+        sha256=said.sha256 if own_model and revision is None else None,
+        layer=found_layer, site=found_site,
+        target_layer=None if not is_transcoder else said.target_layer if target_site is None else None,
+        target_site=target,
+        normalize=normalize or said.normalize or "none",
+    )  # fmt: skip
+
+
+def hub_name(model: str | None) -> str | None:
+    """``model`` as the hub has it, where it is one of TransformerLens' short names."""
+    if model in _GPT2:
+        return f"openai-community/{_GPT2[model]}"
+    owner = next((owner for owner, names in _OWNERS if model is not None and names.fullmatch(model)), None)
+    return f"{owner}/{model}" if owner else model
