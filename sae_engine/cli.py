@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -143,7 +142,8 @@ def _add_collect(commands: Any) -> None:
         "manifest. Ctrl-C leaves whole shards; the same command again carries on.",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
-    _add_model_and_text(parser, text="stdlib")
+    unsaid = "the embedded model", "two thirds of the way up (GPT-2: 8)", "resid_pre"
+    _add_model_and_text(parser, text="stdlib", unsaid=unsaid)
     parser.add_argument("--no-fallback", action="store_true", help="fail when the hub does not answer")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the shards")
     parser.add_argument("--shard-tokens", type=int, default=65536, metavar="N", help="rows per shard")
@@ -156,7 +156,7 @@ def _collect(args: argparse.Namespace) -> int:
     from sae_engine.data import collect_activations
 
     texts, text_source = _texts(args.text, args.suffixes)
-    lm = _load_model(args, fallback=not args.no_fallback)
+    lm = _load_model(args, args.model, args.revision, fallback=not args.no_fallback)
     layer = lm.num_layers * 2 // 3 if args.layer is None else args.layer
     try:
         store = collect_activations(
@@ -191,12 +191,12 @@ def _add_eval(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="how good an autoencoder is: reconstruction, sparsity, loss recovered",
-        description="Measure autoencoders and transcoders, of any format that can be read, on the activations of a "
-        "language model and in their place, print a table, and write JSON, Markdown and pictures. Model, layer and site "
-        "are, unless given, those that each one's files name; where they name none, they have to be given.",
+        description="Measure autoencoders and transcoders, in any format that can be read, on the activations of a "
+        "language model and in their place, print a table, and write JSON, Markdown and pictures. Unless given, model, "
+        "layer and site are those that each one's files name; where they name none, they have to be given.",
     )
-    parser.add_argument("sae", metavar="SAE", nargs="+", help="folder, file of weights, or hub owner/repository[/folder]")
-    _add_model_and_text(parser, text="evaluation")
+    parser.add_argument("sae", metavar="SAE", nargs="+", help="folder, file of weights, or hub name as in convert")
+    _add_model_and_text(parser, text="evaluation", unsaid=("what its files say",) * 3)
     parser.add_argument(
         "--normalize", choices=("none", "token"), default=None,
         help="what the autoencoder was trained on: the model's activations, or each token normalized by its mean and "
@@ -211,7 +211,7 @@ def _add_eval(commands: Any) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     from sae_engine import SparseAutoencoder
-    from sae_engine.metrics import evaluate, ppl_sparsity, report
+    from sae_engine.metrics import report
     from sae_engine.metrics.place import place_of
 
     if args.out is not None and not args.no_figures and importlib.util.find_spec("matplotlib") is None:
@@ -221,25 +221,13 @@ def _eval(args: argparse.Namespace) -> int:
     said = {"model": args.model, "revision": args.revision, "layer": args.layer, "site": args.site,
             "target_site": args.target_site, "normalize": args.normalize}  # fmt: skip
     places = {name: place_of(sae, name, **said) for name, sae in saes.items()}  # all of them before any is measured
-    measured: dict[str, Any] = {}
-    for name in sorted(names, key=lambda name: names.index(_first_of_model(name, places))):
-        sae, place = saes[name], places[name]
-        if not measured or (place.model, place.revision) != loaded:
-            lm, loaded = _load_model(args, place.model, place.revision), (place.model, place.revision)
-        _check_model(name, sae, place, lm)
-        options = {
-            "layer": place.layer, "site": place.site, "target_layer": place.target_layer,
-            "target_site": place.target_site, "normalize": place.normalize, "context_length": args.context_length,
-            "batch_size": args.batch_size, "drop_first": not args.keep_first, "max_tokens": args.tokens,
-        }  # fmt: skip
-        sae.to(next(lm.model.parameters()).device)
-        texts, source = _texts(args.text, args.suffixes)
-        result = evaluate(sae, lm, texts, progress=not args.quiet, **options)
-        result["setting"]["text"] = source
-        if args.ppl is not None:
-            texts, _ = _texts(args.text, args.suffixes)
-            result["ppl_sparsity"] = ppl_sparsity(sae, lm, texts, rise=args.ppl / 100, **options)
-        measured[name] = result
+    measured = {}
+    for wanted in dict.fromkeys((place.model, place.revision) for place in places.values()):  # each is loaded once
+        lm = _load_model(args, *wanted)
+        for name, place in places.items():
+            if (place.model, place.revision) == wanted:
+                _check_model(name, saes[name], place, lm)
+                measured[name] = _measured(saes[name], place, lm, args)
     results = {name: measured[name] for name in names}
     tokens = min(result["reconstruction"]["tokens"] for result in results.values())
     if args.tokens is not None and tokens < args.tokens:
@@ -250,9 +238,22 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _first_of_model(name: str, places: dict[str, Any]) -> str:
-    """The first autoencoder that belongs to the model of ``name``: each model is loaded once."""
-    return next(n for n, p in places.items() if (p.model, p.revision) == (places[name].model, places[name].revision))
+def _measured(sae: Any, place: Any, lm: Any, args: argparse.Namespace) -> dict[str, Any]:
+    from sae_engine.metrics import evaluate, ppl_sparsity
+
+    options: dict[str, Any] = {
+        "layer": place.layer, "site": place.site, "target_layer": place.target_layer, "target_site": place.target_site,
+        "normalize": place.normalize, "context_length": args.context_length, "batch_size": args.batch_size,
+        "drop_first": not args.keep_first, "max_tokens": args.tokens,
+    }  # fmt: skip
+    sae.to(next(lm.model.parameters()).device)
+    texts, source = _texts(args.text, args.suffixes)
+    result = evaluate(sae, lm, texts, progress=not args.quiet, **options)
+    result["setting"]["text"] = source
+    if args.ppl is not None:
+        texts, _ = _texts(args.text, args.suffixes)
+        result["ppl_sparsity"] = ppl_sparsity(sae, lm, texts, rise=args.ppl / 100, **options)
+    return result
 
 
 def _check_model(name: str, sae: Any, place: Any, lm: Any) -> None:
@@ -282,12 +283,16 @@ def _names(sources: list[str]) -> list[str]:
 # ------------------------------------------------------------------------------- what two commands share
 
 
-def _add_model_and_text(parser: argparse.ArgumentParser, *, text: str) -> None:
-    """What says which activations: the model, the place in it, and the text. ``text`` is the default word."""
-    parser.add_argument("--model", default=None, metavar="NAME", help="hub name or local folder; the embedded model")
+def _add_model_and_text(parser: argparse.ArgumentParser, *, text: str, unsaid: tuple[str, str, str]) -> None:
+    """What says which activations: the model, the place in it, and the text.
+
+    ``text`` is the default word, ``unsaid`` what model, layer and site are unless given.
+    """
+    model, layer, site = unsaid
+    parser.add_argument("--model", default=None, metavar="NAME", help=f"hub name or local folder; {model}")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
-    parser.add_argument("--layer", type=int, default=None, help="block; two thirds of the way up (GPT-2: 8)")
-    parser.add_argument("--site", choices=SITES, default=None, help="resid_pre")
+    parser.add_argument("--layer", type=int, default=None, help=f"block; {layer}")
+    parser.add_argument("--site", choices=SITES, default=None, help=site)
     parser.add_argument("--tokens", type=int, default=None, metavar="N", help="all of the text")
     parser.add_argument(
         "--text", nargs="+", default=[text], metavar="PATH",
@@ -302,14 +307,14 @@ def _add_model_and_text(parser: argparse.ArgumentParser, *, text: str) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _load_model(args: argparse.Namespace, *, fallback: bool) -> Any:
-    """The language model that the arguments name."""
+def _load_model(args: argparse.Namespace, model: str | None, revision: str | None, *, fallback: bool = False) -> Any:
+    """A language model, on the device that the arguments name."""
     import torch
 
     from sae_engine.data import load_language_model
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_language_model(args.model, revision=args.revision, device=device, fallback=fallback)
+    return load_language_model(model, revision=revision, device=device, fallback=fallback)
 
 
 def _texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:
@@ -341,6 +346,7 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("--from", dest="origin", default="auto", choices=("auto", *FORMATS), help="what SRC is")
     parser.add_argument("--force", action="store_true", help="write where something is already")
     parser.add_argument("--inference", action="store_true", help="BatchTopK as a JumpReLU with its learned threshold")
+    parser.add_argument("--fold-decoder-norms", action="store_true", help="decoder rows of norm 1 (ReLU, JumpReLU)")
     parser.add_argument("--activation-scale", type=float, metavar="S", help="for SAELens' expected_average_only_in")
     parser.add_argument("--residual", choices=RESIDUALS, default=None, help="what SRC was trained on")
     parser.set_defaults(run=_convert)
@@ -356,6 +362,7 @@ def _convert(args: argparse.Namespace) -> int:
         format=args.origin,
         force=args.force,
         inference=args.inference,
+        fold_decoder_norms=args.fold_decoder_norms,
         activation_scale=args.activation_scale,
         residual=args.residual,
     )

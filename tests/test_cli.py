@@ -142,13 +142,15 @@ def sae_folder(tmp_path):
 
 
 QUICK = ["--tokens", "200", "--context-length", "64", "--device", "cpu", "--quiet"]
+PLACE = ["--layer", "2", "--site", "resid_pre"]
 
 
 def test_eval_prints_a_table_and_writes_all_of_it(sae_folder, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
     out = tmp_path / "out"
     folders = [sae_folder("one"), sae_folder("other")]
-    assert cli.main(["eval", *folders, "--normalize", "token", "--ppl", "5", "--out", str(out), *QUICK]) == 0
+    arguments = ["eval", *folders, "--normalize", "token", "--ppl", "5", "--out", str(out)]
+    assert cli.main([*arguments, *PLACE, *QUICK]) == 0
     shown, err = capsys.readouterr()
     assert err == ""
     for word in (" one |", " other |", "FVU", "loss recovered", "epsilon-LBO", "CETT", "layer 2, resid_pre",
@@ -174,7 +176,7 @@ def test_eval_without_pictures(sae_folder, tmp_path, monkeypatch, capsys):
     assert cli.main(["eval", folder, "--out", str(out), *QUICK]) == 1
     assert "--no-figures" in capsys.readouterr().err
     assert not out.exists()
-    assert cli.main(["eval", folder, "--out", str(out), "--no-figures", *QUICK]) == 0
+    assert cli.main(["eval", folder, "--out", str(out), "--no-figures", *PLACE, *QUICK]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.md"]
 
 
@@ -185,8 +187,80 @@ def test_eval_takes_the_place_that_the_configuration_names(sae_folder, capsys):
     assert cli.main(["eval", folder, "--layer", "1", *QUICK]) == 0
     assert "layer 1, mlp_out" in capsys.readouterr().out
     other = sae_folder("other", "blocks.1.hook_resid_pre")
-    assert cli.main(["eval", folder, other, *QUICK]) == 1
-    assert "different places" in capsys.readouterr().err
+    assert cli.main(["eval", folder, other, *QUICK]) == 0  # each in its own
+    out = capsys.readouterr().out
+    assert "named: activations: layer 3, mlp_out" in out and "other: activations: layer 1, resid_pre" in out
+    assert out.count("model: ") == out.count("text: ") == 1
+
+
+def test_eval_asks_for_the_place_that_nothing_says(sae_folder, tmp_path, capsys):
+    """It guesses neither layer nor site, and one autoencoder's place is not another's."""
+    silent, named = sae_folder(), sae_folder("named", "blocks.3.hook_mlp_out")
+    odd = sae_folder("odd", "blocks.1.ln2.hook_normalized")
+    for arguments, message in [
+        ([silent], "small: its files do not say where"),
+        ([named, silent], "small: its files do not say where"),
+        ([silent], "give --model, --layer and --site"),
+        ([silent, "--model", "embedded"], "give --layer and --site"),
+        ([silent, "--layer", "1"], "give --model and --site"),
+        ([odd], "(model not known, layer 1, ln2.hook_normalized): give --model and --site"),
+    ]:
+        assert cli.main(["eval", *arguments, *QUICK]) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("format", "name"), [("dictionary_learning", "x"), ("batchtopk", "x"), ("sparsify", "x"),
+                                              ("openai", "resid_post_mlp_v5_32k/1.pt")])  # fmt: skip
+def test_eval_of_every_format(format, name, tmp_path, capsys):
+    import sae_engine as se
+
+    place = tmp_path / name
+    normalize = "layer_norm" if format == "openai" else "none"  # which is what it means there
+    sae = se.SparseAutoencoder(256, 64, se.TopK(4), normalize_activations=normalize)
+    sae.provenance = se.Provenance(model="embedded", layer=1, site="resid_post", d=256)
+    sae.save_pretrained(place, format)
+    assert cli.main(["eval", str(place), *QUICK]) == 0  # of OpenAI's file, its name and folder say it
+    assert "layer 1, resid_post" in capsys.readouterr().out
+
+
+def test_eval_of_the_model_that_the_files_name(tmp_path, capsys):
+    import sae_engine as se
+
+    sae = se.SparseAutoencoder(256, 64, se.TopK(4))
+    for provenance, message in [
+        (se.Provenance(model="nobody/none", layer=1, site="resid_post"), "hub did not answer for 'nobody/none'"),
+        (se.Provenance(model="embedded", sha256="0" * 64, layer=1, site="resid_post"), "had the sha256 " + "0" * 64),
+    ]:
+        sae.provenance = provenance
+        sae.save_pretrained(tmp_path)
+        assert cli.main(["eval", str(tmp_path), *QUICK]) == 1
+        assert message in capsys.readouterr().err
+        assert cli.main(["eval", str(tmp_path), "--model", "embedded", *QUICK]) == 0
+        assert "layer 1, resid_post" in capsys.readouterr().out
+
+
+def test_eval_of_a_transcoder(tmp_path, capsys):
+    """Beside an autoencoder: each against its own target."""
+    import sae_engine as se
+
+    coder = se.SparseAutoencoder(256, 64, se.ReLU(), apply_b_dec_to_input=False, skip=True)
+    coder.provenance = se.Provenance(model="embedded", layer=1, site="resid_pre")
+    coder.save_pretrained(tmp_path / "coder")
+    sae = se.SparseAutoencoder(256, 64, se.TopK(4))
+    sae.provenance = coder.provenance
+    sae.save_pretrained(tmp_path / "sae")
+    folders = [str(tmp_path / "sae"), str(tmp_path / "coder")]
+    assert cli.main(["eval", *folders, *QUICK]) == 1
+    assert "coder: its files do not say where it can be evaluated" in (err := capsys.readouterr().err)
+    assert err.endswith("give --target-site\n")
+    coder.provenance = se.Provenance(model="embedded", layer=1, site="resid_pre", target_layer=2, target_site="mlp_out")
+    coder.save_pretrained(tmp_path / "coder")
+    out = tmp_path / "out"
+    assert cli.main(["eval", *folders, "--out", str(out), *QUICK]) == 0
+    assert "coder: activations: layer 1, resid_pre to layer 2, mlp_out" in capsys.readouterr().out
+    results = json.loads((out / "eval.json").read_text())
+    assert results["coder"]["norms"] is None and results["sae"]["norms"] is not None
+    assert results["coder"]["language"]["ce_ablated"] != results["sae"]["language"]["ce_ablated"]
 
 
 def test_eval_errors_are_one_line_and_write_nothing(sae_folder, tmp_path, capsys):
@@ -194,14 +268,15 @@ def test_eval_errors_are_one_line_and_write_nothing(sae_folder, tmp_path, capsys
     folder = sae_folder()
     for arguments, message in [
         ([str(tmp_path / "nowhere")], "there is none at"),
-        ([sae_folder("wide", width=128)], "d_in = d_out = 256"),
+        ([sae_folder("wide", width=128)], "and it is 128 wide, while 'embedded' is 256: give --model"),
+        ([sae_folder("wide", width=128), "--model", "embedded"], "d_in = d_out = 256"),
         ([folder, "--layer", "8"], "layer must be in 0..3, got 8"),
         ([folder, "--model", "nobody/none"], "hub did not answer for 'nobody/none'"),
         ([folder, "--ppl", "-1"], "rise must be positive"),
         ([folder, folder], "given twice"),
         ([folder, "--text", str(tmp_path / "nowhere.txt")], "nowhere.txt"),
     ]:
-        assert cli.main(["eval", *arguments, "--out", str(out), "--no-figures", *QUICK]) == 1
+        assert cli.main(["eval", *PLACE, *arguments, "--out", str(out), "--no-figures", *QUICK]) == 1
         err = capsys.readouterr().err
         assert err.startswith("sae-engine: error: ")
         assert message in err
@@ -210,7 +285,7 @@ def test_eval_errors_are_one_line_and_write_nothing(sae_folder, tmp_path, capsys
 
 
 def test_eval_says_when_the_text_is_too_short(sae_folder, text_file, capsys):
-    arguments = ["eval", sae_folder(), "--text", text_file, *QUICK, "--tokens", "999999"]
+    arguments = ["eval", sae_folder(), "--text", text_file, *PLACE, *QUICK, "--tokens", "999999"]
     assert cli.main(arguments) == 0
     assert "fewer than --tokens 999999" in capsys.readouterr().err
 
@@ -226,7 +301,7 @@ def test_what_is_no_number_is_null_in_json_and_nan_in_the_table(sae_folder, tmp_
         sae.b_dec.fill_(float("nan"))
     sae.save_pretrained(folder)
     out = tmp_path / "out"
-    assert cli.main(["eval", str(folder), "--out", str(out), "--no-figures", *QUICK]) == 0
+    assert cli.main(["eval", str(folder), "--out", str(out), "--no-figures", *PLACE, *QUICK]) == 0
     assert "nan" in capsys.readouterr().out
     result = json.loads((out / "eval.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert result["broken"]["reconstruction"]["fvu"] is None

@@ -7,7 +7,7 @@ import torch
 from metric_cases import assert_close
 
 import sae_engine as se
-from sae_engine.data import evaluation_text, load_language_model, run_with_replacement
+from sae_engine.data import evaluation_text, load_language_model, run_with_replacement, stream_activations
 from sae_engine.data.contexts import context_batches
 from sae_engine.metrics import evaluate, ppl_sparsity
 from sae_engine.metrics.evaluation import Normalization
@@ -125,6 +125,33 @@ def test_normalized_space_is_measured_there_and_undone_for_the_model(lm):
         )
     z = torch.tensor(found["norms"]["zf_points"])[:, 0]
     assert z.std() / z.mean() > 0.01  # at the model's scale: the tokens do not all have one norm
+
+
+def test_a_transcoder_is_measured_against_its_target_and_takes_its_place(lm):
+    options = {"max_tokens": 300, "context_length": 64}
+    same = {"layer": 1, "site": "resid_post", "target_layer": 2, "target_site": "resid_pre"}  # under another name
+    found = evaluate(identity(256), lm, evaluation_text(), **same, **options)
+    assert found["reconstruction"]["fvu"] == 0 and found["norms"] is None
+    assert found["language"]["loss_recovered"] == 1
+    place, target = {"layer": 1, "site": "resid_pre"}, {"layer": 2, "site": "resid_post"}
+    other = {"target_layer": target["layer"], "target_site": target["site"]}
+    found = evaluate(identity(256), lm, evaluation_text(), **place, **other, **options)
+    x, y = (torch.cat(list(stream_activations(lm, evaluation_text(), **at, **options))) for at in (place, target))
+    assert found["reconstruction"]["mse"] == pytest.approx((x - y).double().square().mean().item(), rel=1e-6)
+    assert found["language"]["ce_ablated"] == pytest.approx(
+        evaluate(identity(256), lm, evaluation_text(), **target, **options)["language"]["ce_ablated"], rel=1e-6
+    )
+    kept = ppl_sparsity(identity(256), lm, evaluation_text(), **same, **options, steps=1)
+    assert kept["ce_whole"] == pytest.approx(found["language"]["ce_clean"], rel=1e-6)
+    for change, match in [
+        ({"normalize": "token"}, "normalize must be 'none' for a transcoder"),
+        ({"target_site": None}, "target_site must be given with target_layer=2"),
+        ({"target_site": "attn"}, "site must be one of"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            evaluate(identity(256), lm, evaluation_text(), **{**same, **options, **change})
+    with pytest.raises(ValueError, match="target_site must be given: sae is a transcoder, with d_in = 256"):
+        evaluate(se.SparseAutoencoder(256, 64, se.ReLU(), d_out=8), lm, evaluation_text(), layer=1)
 
 
 def test_batching_of_the_stream_does_not_matter(lm):

@@ -15,19 +15,22 @@ from ._checkpoint import Checkpoint, build, of
 def convert(
     source: str | PathLike, target: str | PathLike, *, to: str, format: str = "auto", force: bool = False,
     inference: bool = False, activation_scale: float | None = None, residual: str | None = None,
+    fold_decoder_norms: bool = False,
 ) -> Checkpoint:  # fmt: skip
     """Reads ``source`` and writes ``target`` in the format ``to``: whole, or not at all.
 
     Args:
         force: write where something is already; files of other names stay.
         inference: give BatchTopK its inference form, JumpReLU.
+        format, activation_scale, residual, fold_decoder_norms: of ``source``, as
+            :meth:`sae_engine.SparseAutoencoder.from_pretrained` takes them.
 
     Returns:
         what was written.
 
     Raises:
         FileExistsError: there is something at ``target``.
-        ValueError: ``source`` cannot be read, or ``to`` cannot hold it: says what would be lost.
+        ValueError: ``source`` cannot be read, ``to`` cannot hold it, or its decoder's norms cannot be folded: says why.
 
     Example:
         >>> import tempfile
@@ -47,5 +50,7 @@ def convert(
         c = folding.fold_decoder_norms(of(inference_form(sae)))  # as SAELens exports them
     else:
         c = of(sae)
+    if fold_decoder_norms:  # of what is written: the inference form can be folded where BatchTopK cannot
+        c = folding.unit_decoder_rows(c)
     formats.FORMATS[to].save(c, target)
     return c

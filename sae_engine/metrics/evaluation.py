@@ -311,7 +311,7 @@ class _Splice:
         norms, rows = _contributing_rows(self.sae)
         loss, tail = NextTokenLoss(), TailTruncation(rows, [threshold])
 
-        def reconstruct(x: Tensor, _: Tensor) -> Tensor:
+        def reconstruct(x: Tensor, _target: Tensor) -> Tensor:
             z, info = self.normalization.into(x)
             (codes,), encoded, _ = self.sae.encode_with(z)
             tail.update(codes)
