@@ -12,7 +12,7 @@ Each launch is compiled for sm_90 and its binary read (kernel_report.py). Its pr
 
 plus a gap between dependent launches. Stock operators cost the gap or their bytes. Code behind a branch that uniform
 codes do not take is counted as issued, so what "issue" binds is a bound from above. A prediction is confirmed when the
-measured time lies within a factor of 1.5: the constants below are assumptions until a run on the card replaces them.
+measured time lies within a factor of 1.5; the report of a GPU run sets the two beside one another.
 """
 import argparse
 import json
@@ -27,12 +27,12 @@ import traffic
 from sae_engine._files import replace_file
 from sae_kernels.operations import OPERATIONS
 
-# Bytes a second that a copy reads and writes. The H200's was measured on such a card (kernel plan); the H100's is the
-# same share, nine tenths, of what its memory is specified for.
-COPY = {"H200": 4.3e12, "H100": 3.0e12}
-# Of the chip, which is the same. The GEMM rate was measured on an H200; the others are assumed.
-L2, GEMM = 5.5e12, 790e12  # bytes, flops per second
-SMS, CLOCK, LATENCY = 132, 1.98e9, 700e-9
+# Bytes a second that a copy reads and writes. The H200's is the roof of the card in benchmarks/results/nvidia-h200; the
+# H100's is the same share, nine tenths, of what its memory is specified for.
+COPY = {"H200": 4.28e12, "H100": 3.0e12}
+# Of the chip, which is the same: rows gathered from L2 and the bf16 GEMM, roofs of that H200 too.
+L2, GEMM = 7.9e12, 800e12  # bytes, flops per second
+SMS, CLOCK, LATENCY = 132, 1.98e9, 700e-9  # the latency of DRAM is assumed
 GAP = 2.5e-6  # seconds from one dependent launch to the next inside a queue
 SORT = 8 * GAP  # a radix sort is several launches
 REACHING, SURVIVORS = 1.15, 1.17  # groups and entries that reach the bound, over those kept, of normal bf16 entries
@@ -204,7 +204,7 @@ def markdown(found):
         "",
         "From bytes, instructions and occupancy of the binaries compiled for sm_90, by the model at the top of "
         "`benchmarks/predict.py`; no GPU took part. Floor: the unavoidable bytes (`kernels/operations.py`) over the "
-        "copy bandwidth (H200: 4.3 TB/s; H100: 3.0 TB/s, assumed), or the flops over the GEMM rate. Longest: the "
+        "copy bandwidth (H200: 4.28 TB/s; H100: 3.0 TB/s, assumed), or the flops over the GEMM rate. Longest: the "
         "launch that takes most of the time, and what it waits for. A measured time within a factor of 1.5 confirms a "
         "row; what differs more refutes the model or shows a defect, and is to be explained.",
         "",
