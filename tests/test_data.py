@@ -9,7 +9,6 @@ from torch import nn
 
 from sae_engine.data import (
     HELD_OUT_MODULES,
-    SITES,
     evaluation_text,
     iter_text_files,
     read_activations,
@@ -19,6 +18,7 @@ from sae_engine.data import (
 from sae_engine.data.activations import run_with_replacement
 from sae_engine.data.contexts import context_batches
 
+RESIDUAL_SITES = ("resid_pre", "mlp_out", "resid_post")
 FINAL_NORM = {
     "gpt2": "transformer.ln_f",
     "llama": "model.norm",
@@ -61,7 +61,7 @@ def test_residual_sites_are_the_hidden_states(family):
 def test_mlp_out_is_what_the_mlp_computes(family):
     name, model = family
     tokens = ids()
-    pre, out, post = (read_activations(model, tokens, layer=1, site=site) for site in SITES)
+    pre, out, post = (read_activations(model, tokens, layer=1, site=site) for site in RESIDUAL_SITES)
     middle = post - out  # the stream between attention and MLP
     with torch.no_grad():
         if name == "gpt2":
@@ -80,7 +80,7 @@ def test_mlp_out_is_what_the_mlp_computes(family):
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", RESIDUAL_SITES)
 def test_later_layers_are_not_computed(site):
     class Forbidden(nn.Module):
         def forward(self, *args, **kwargs):
@@ -214,7 +214,7 @@ def test_blocks_of_an_unknown_model_are_the_list_of_that_length():
     model = Homemade(1)
     expected = model.stacks[0][1](model.stacks[0][0](torch.zeros(2, 3, 4))).detach()
     assert torch.equal(read_activations(model, ids((2, 3)), layer=1, site="resid_post"), expected)
-    with pytest.raises(ValueError, match=r"mlp_out.*Linear has no MLP among.*feed_forward"):
+    with pytest.raises(ValueError, match=r"mlp_out.*Linear: there is no MLP among.*feed_forward"):
         read_activations(model, ids(), layer=1, site="mlp_out")
     with pytest.raises(ValueError, match=r"blocks of Homemade were not found.*transformer\.h.*stacks\.0.*stacks\.1"):
         read_activations(Homemade(2), ids(), layer=1)
@@ -275,7 +275,7 @@ def test_progress_goes_to_standard_error(lm, capfd):
         ({"layer": 3}, ValueError, r"layer.*0\.\.2.*3"),
         ({"layer": -1}, ValueError, "layer"),
         ({"layer": 1.0}, TypeError, "layer"),
-        ({"site": "resid_mid"}, ValueError, "site.*resid_mid"),
+        ({"site": "resid_middle"}, ValueError, "has no module .resid_middle.*one of resid_pre"),
         ({"context_length": 33}, ValueError, "context_length.*33"),
         ({"context_length": 1}, ValueError, "context_length"),
         ({"batch_size": 0}, ValueError, "batch_size"),

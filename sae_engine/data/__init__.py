@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .activations import SITES, read_activations, run_with_replacement, stream_activations
+    from .activations import read_activations, read_sites, run_with_replacement, stream_activations
     from .collecting import collect_activations
     from .gradients import read_gradients
     from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
+    from .sites import SITES, Site
     from .store import ActivationStore, RowTokens
     from .text import HELD_OUT_MODULES, evaluation_text, iter_text_files, stdlib_texts
 
@@ -21,12 +22,14 @@ __all__ = [
     "ActivationStore",
     "LanguageModel",
     "RowTokens",
+    "Site",
     "collect_activations",
     "evaluation_text",
     "iter_text_files",
     "load_language_model",
     "read_activations",
     "read_gradients",
+    "read_sites",
     "run_with_replacement",
     "stdlib_texts",
     "stream_activations",
@@ -34,10 +37,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "activations": {"SITES", "read_activations", "run_with_replacement", "stream_activations"},
+    "activations": {"read_activations", "read_sites", "run_with_replacement", "stream_activations"},
     "collecting": {"collect_activations"},
     "gradients": {"read_gradients"},
     "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
+    "sites": {"SITES", "Site"},
     "store": {"ActivationStore", "RowTokens"},
     "text": {"HELD_OUT_MODULES", "evaluation_text", "iter_text_files", "stdlib_texts"},
 }

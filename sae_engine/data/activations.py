@@ -1,16 +1,9 @@
-"""The residual stream of a causal language model, read by forward hooks.
-
-Sites, for block ``layer`` of ``num_layers``:
-
-``resid_pre``   what enters the block.
-``mlp_out``     what its MLP module returns, before any norm that the block applies to it.
-``resid_post``  what leaves the block; for the last block this is before the final norm.
-"""
+"""Activations of a causal language model at any site, read by forward hooks; its logits with others in their place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -21,40 +14,39 @@ from ._require import require
 from .contexts import Contexts, TokenBatch, check_int, contexts_of, token_batches
 from .models import LanguageModel
 from .padding import padding_of
-
-SITES = ("resid_pre", "mlp_out", "resid_post")
-
-# GPT-2, GPT-J, BLOOM, Falcon; GPT-NeoX, Pythia; Llama, Gemma, Qwen, Mistral, Phi; OPT.
-_BLOCK_PATHS = ("transformer.h", "gpt_neox.layers", "model.layers", "model.decoder.layers")
-_MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")  # fc2: OPT's block is its own MLP
-
-
-class _Reached(Exception):
-    """Raised by the hook to leave the forward pass: what comes after is not needed."""
+from .places import Place, Reached, evaluating, find_place, input_device, model_forward, never_reached
+from .sites import Site
 
 
 def read_activations(
-    model: nn.Module, input_ids: Tensor, *, layer: int, site: str = "resid_pre", attention_mask: Tensor | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    layer: int | None = None,
+    site: str | Site = "resid_pre",
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Activations of one batch of token ids; the forward pass stops there, later layers are not computed.
 
     Args:
         model: a Hugging Face causal language model. Its mode and hooks are as before afterwards.
         input_ids: ``(B, T)`` integers on the model's device.
-        layer: block, ``0 <= layer < num_hidden_layers``.
-        site: one of :data:`SITES`.
+        layer: block, ``0 <= layer < num_hidden_layers``; None where ``site`` says it.
+        site: as :meth:`Site.of` reads it: one of :data:`SITES`, TransformerLens' names, or any module's.
         attention_mask: ``(B, T)``, 1 or True for tokens and 0 or False for padding, on the left, on the right or on
             both sides of each row's tokens; None: nothing is padding. Padding changes no token's activations: left
             padding is moved to the right before the model sees it, so a row's first token has position 0.
 
     Returns:
-        ``(B, T, d_model)``, in the model's dtype, outside autograd; 0 at padding.
+        ``(B, T, width)``, in the model's dtype, outside autograd; 0 at padding. The width is d_model, but for ``z``,
+        ``mlp_post`` and modules.
 
     Raises:
         TypeError: ``input_ids``, ``attention_mask`` or ``layer`` is not of integers.
         ValueError: ``layer`` or ``site`` is out of range, ``input_ids`` is not 2-D, ``attention_mask`` has another
             shape, padding between tokens or a row of padding alone, the model's blocks are not found,
-            or hidden states there are not (batch, tokens, d_model), as XLNet's and Gemma 3n's.
+            hidden states there are not (batch, tokens, d_model), as XLNet's and Gemma 3n's, or what the model has
+            there cannot be shown to be the site.
         RuntimeError: the forward pass never reached the site.
 
     Example:
@@ -65,29 +57,71 @@ def read_activations(
         True
     """
     _check_ids(input_ids)
+    place = find_place(model, site, layer)
     padding = padding_of(input_ids, attention_mask)
     if padding is None:
-        return _read(model, input_ids, torch.ones_like(input_ids), layer, site)
-    return padding.back(_read(model, padding.input_ids, padding.attention_mask, layer, site))
+        return _read(model, input_ids, torch.ones_like(input_ids), [place])[0]
+    return padding.back(_read(model, padding.input_ids, padding.attention_mask, [place])[0])
 
 
-def _read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, layer: int, site: str) -> Tensor:
-    target = _hook_target(model, layer, site)
-    if input_ids.shape[0] == input_ids.shape[1] > 1:  # (tokens, batch, d_model) would have the same shape
-        parts = slice(None, 1), slice(1, None)
-        return torch.cat([_read(model, input_ids[part], attention_mask[part], layer, site) for part in parts])
-    found: list[Tensor] = []
+def read_sites(
+    model: nn.Module, input_ids: Tensor, sites: Sequence[str | Site], *, attention_mask: Tensor | None = None
+) -> list[Tensor]:
+    """Activations of several sites in one forward pass, which stops behind the last of them.
 
-    def read(hidden: Tensor) -> Tensor:
-        found.append(hidden)
-        raise _Reached
+    Args:
+        model, input_ids, attention_mask: as :func:`read_activations` has them.
+        sites: as :meth:`Site.of` reads them, each with its block.
 
-    with _evaluating(model), _hooked(target, site, read), torch.inference_mode(), suppress(_Reached):
-        _forward(model, input_ids, attention_mask)
-    if not found:
-        raise _never_reached(model, layer, site)
-    # The copy, made outside inference mode, is an ordinary tensor: autograd may save it, an SAE may train on it.
-    return _by_token(found[0], input_ids, target).clone()
+    Returns:
+        One ``(B, T, width)`` for each of ``sites``, in their order.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`read_activations`; ValueError also where ``sites`` is empty.
+
+    Example:
+        >>> from sae_engine.data import load_language_model
+        >>> lm = load_language_model()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> sites = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"
+        >>> middle, added, after = read_sites(lm.model, ids, sites)
+        >>> torch.allclose(middle + added, after, atol=1e-4)
+        True
+    """
+    _check_ids(input_ids)
+    if isinstance(sites, (str, Site)) or not isinstance(sites, Sequence):
+        raise TypeError(f"sites must be a sequence of sites, got {sites!r}")
+    if not sites:
+        raise ValueError("sites must name at least one site, got none")
+    places = [find_place(model, site) for site in sites]
+    padding = padding_of(input_ids, attention_mask)
+    if padding is None:
+        return _read(model, input_ids, torch.ones_like(input_ids), places)
+    return [padding.back(x) for x in _read(model, padding.input_ids, padding.attention_mask, places)]
+
+
+def _read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, places: Sequence[Place]) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+
+    def reader(number: int) -> Callable[[Tensor], None]:
+        def read(hidden: Tensor) -> None:
+            # A copy, since a model may add to the tensor in place; made outside inference mode, it is an ordinary
+            # tensor: autograd may save it, an SAE may train on it.
+            with torch.inference_mode(False), torch.no_grad():
+                found[number] = hidden.clone()
+            if len(found) == len(places):
+                raise Reached
+
+        return read
+
+    with evaluating(model), ExitStack() as hooks, torch.inference_mode(), suppress(Reached):
+        for number, place in enumerate(places):
+            hooks.enter_context(place.hooked(input_ids.shape, reader(number)))
+        model_forward(model, input_ids, attention_mask)
+    for number, place in enumerate(places):
+        if number not in found:
+            raise never_reached(model, place.site)
+    return [found[number] for number in range(len(places))]
 
 
 def run_with_replacement(
@@ -95,8 +129,8 @@ def run_with_replacement(
     input_ids: Tensor,
     replace: Callable[[Tensor], Tensor],
     *,
-    layer: int,
-    site: str = "resid_pre",
+    layer: int | None = None,
+    site: str | Site = "resid_pre",
     attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Logits of the model with the site's activations replaced on the way: ``replace`` maps (B, T, d_model) to itself.
@@ -123,13 +157,14 @@ def run_with_replacement(
         torch.Size([1, 3])
     """
     _check_ids(input_ids)
+    place = find_place(model, site, layer)
     if (padding := padding_of(input_ids, attention_mask)) is not None:
         def on_tokens(hidden: Tensor) -> Tensor:
             return padding.into(_checked(replace, padding.back(hidden)), hidden)
 
-        logits = _replaced(model, padding.input_ids, padding.attention_mask, on_tokens, layer, site)
+        logits = _replaced(model, padding.input_ids, padding.attention_mask, on_tokens, place)
         return padding.back(logits)
-    return _replaced(model, input_ids, torch.ones_like(input_ids), lambda x: _checked(replace, x), layer, site)
+    return _replaced(model, input_ids, torch.ones_like(input_ids), lambda x: _checked(replace, x), place)
 
 
 def _checked(replace: Callable[[Tensor], Tensor], before: Tensor) -> Tensor:
@@ -141,27 +176,19 @@ def _checked(replace: Callable[[Tensor], Tensor], before: Tensor) -> Tensor:
 
 
 def _replaced(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    replace: Callable[[Tensor], Tensor],
-    layer: int,
-    site: str,
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, replace: Callable[[Tensor], Tensor], place: Place
 ) -> Tensor:
-    target = _hook_target(model, layer, site)
-    if input_ids.shape[0] == input_ids.shape[1] > 1:  # as (tokens, batch, d_model) would be: one row tells
-        _read(model, input_ids[:1], attention_mask[:1], layer, site)
     reached = False
 
     def write(hidden: Tensor) -> Tensor:
         nonlocal reached
         reached = True
-        return replace(_by_token(hidden, input_ids, target)).to(hidden).reshape(hidden.shape)
+        return replace(hidden)
 
-    with _evaluating(model), _hooked(target, site, write), torch.no_grad():
-        logits = _forward(model, input_ids, attention_mask).logits
+    with evaluating(model), place.hooked(input_ids.shape, write), torch.no_grad():
+        logits = model_forward(model, input_ids, attention_mask).logits
     if not reached:
-        raise _never_reached(model, layer, site)
+        raise never_reached(model, place.site)
     return logits
 
 
@@ -169,8 +196,8 @@ def stream_activations(
     lm: LanguageModel,
     texts: Iterable[Any],
     *,
-    layer: int,
-    site: str = "resid_pre",
+    layer: int | None = None,
+    site: str | Site = "resid_pre",
     context_length: int | None = None,
     batch_size: int = 8,
     drop_first: bool = True,
@@ -197,8 +224,7 @@ def stream_activations(
         texts: documents, each a string or its token ids in one dimension; or batches, each a mapping with
             ``input_ids`` (B, T) and, where some are padding, ``attention_mask``, as tokenizers and data loaders give
             them, or ``input_ids`` alone. Consumed lazily.
-        layer: block, ``0 <= layer < lm.num_layers``.
-        site: one of :data:`SITES`.
+        layer, site: as :func:`read_activations` has them.
         context_length: tokens per context, at least 2; default ``min(lm.max_length, 256)``. Batches may be shorter.
         batch_size: contexts per forward pass.
         drop_first: leave out each context's first position, whose activations are far larger than all others
@@ -260,26 +286,32 @@ def stream_activations(
 
 
 def check_stream(
-    lm: LanguageModel, texts: Iterable[Any], layer: int, site: str, max_tokens: int | None, **settings: Any
+    lm: LanguageModel,
+    texts: Iterable[Any],
+    layer: int | None,
+    site: str | Site,
+    max_tokens: int | None,
+    **settings: Any,
 ) -> tuple[Contexts, int | None]:
     """Every check of :func:`stream_activations` that needs no text: its settings and the most rows."""
     if not isinstance(lm, LanguageModel):
         raise TypeError(f"lm must be a LanguageModel (see load_language_model), got {type(lm).__name__}")
     if isinstance(texts, (str, bytes, Mapping, Tensor)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts must be an iterable of documents or batches, got {type(texts).__name__}")
-    _hook_target(lm.model, layer, site)
+    find_place(lm.model, site, layer)
     contexts = contexts_of(lm, **settings)
     return contexts, None if max_tokens is None else check_int("max_tokens", max_tokens, 1)
 
 
-def batch_rows(lm: LanguageModel, batch: TokenBatch, layer: int, site: str) -> Tensor:
+def batch_rows(lm: LanguageModel, batch: TokenBatch, layer: int | None, site: str | Site) -> Tensor:
     """``(rows, d_model)`` of one batch: of the tokens that are kept."""
-    device = next(lm.model.parameters()).device
+    device = input_device(lm.model)
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     if not len(batch.kept):
-        return torch.empty(0, lm.d_model, dtype=next(lm.model.parameters()).dtype, device=device)
+        width = find_place(lm.model, site, layer).width
+        return torch.empty(0, width, dtype=next(lm.model.parameters()).dtype, device=device)
     activations = read_activations(lm.model, batch.input_ids.to(device), layer=layer, site=site, attention_mask=mask)
-    return activations.flatten(0, 1)[batch.kept.to(device)]
+    return activations.flatten(0, 1)[batch.kept.to(activations.device)]
 
 
 def check_finite(rows: Tensor, first: int, lm: LanguageModel, batch: TokenBatch, skipped: int = 0) -> None:
@@ -311,7 +343,7 @@ def _first_overflow(lm: LanguageModel, batch: TokenBatch, context: int) -> tuple
 
     Rows do not say it: where one token's values are infinite, attention makes NaN of them before that token too.
     """
-    device = next(lm.model.parameters()).device
+    device = input_device(lm.model)
     ids = batch.input_ids[context : context + 1]
     mask = None if batch.attention_mask is None else batch.attention_mask[context : context + 1]
     if (padding := padding_of(ids, mask)) is not None:
@@ -327,15 +359,15 @@ def _first_overflow(lm: LanguageModel, batch: TokenBatch, context: int) -> tuple
             place = int((~hidden[0].isfinite()).flatten(1).any(1).nonzero()[0])
             place += 0 if padding is None else int(padding.first)
         found.append((f"module {name!r}", place))
-        raise _Reached
+        raise Reached
 
     handles = [
         module.register_forward_hook(lambda _module, _args, output, name=name: look(name, output))
         for name, module in lm.model.named_modules()
     ]
     try:
-        with _evaluating(lm.model), torch.inference_mode(), suppress(_Reached):
-            _forward(lm.model, ids.to(device), (torch.ones_like(ids) if mask is None else mask).to(device))
+        with evaluating(lm.model), torch.inference_mode(), suppress(Reached):
+            model_forward(lm.model, ids.to(device), (torch.ones_like(ids) if mask is None else mask).to(device))
     finally:
         for handle in handles:
             handle.remove()
@@ -361,113 +393,8 @@ class _NoBar:
 # ------------------------------------------------------------------------------------------ inside a model
 
 
-def _by_token(hidden: Tensor, input_ids: Tensor, target: nn.Module) -> Tensor:
-    """(B, T, d_model) of hidden states of that shape, or of (B * T, d_model), as OPT's MLP sees them; no others."""
-    if hidden.shape[:-1] == input_ids.shape or hidden.shape[:-1] == (input_ids.numel(),):
-        return hidden.reshape(*input_ids.shape, -1)
-    raise ValueError(
-        f"layer: a {type(target).__name__} has hidden states of shape {tuple(hidden.shape)} for "
-        f"{tuple(input_ids.shape)} (batch, tokens): only (batch, tokens, d_model) can be read, since rows in another "
-        "order would belong to other tokens"
-    )
-
-
 def _check_ids(input_ids: Tensor) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise TypeError(f"input_ids must be a tensor of integers, got {getattr(input_ids, 'dtype', type(input_ids))}")
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be (B, T) with at least one token, got shape {tuple(input_ids.shape)}")
-
-
-def _forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
-    vocabulary = _vocabulary(model)
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):  # on a GPU, an assertion that ends the process
-        wrong, most = low if low < 0 else high, "" if vocabulary is None else f"..{vocabulary - 1}"
-        raise ValueError(f"input_ids: {wrong} is no token of {type(model).__name__}, whose ids are 0{most}")
-    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    try:
-        return getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def _never_reached(model: nn.Module, layer: int, site: str) -> RuntimeError:
-    return RuntimeError(f"the forward pass of {type(model).__name__} never reached layer {layer}, site {site!r}")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _hooked(target: nn.Module, site: str, use: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """What stands at ``site`` of the hooked module goes through ``use``, which returns what takes its place."""
-
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (use(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": use(kwargs["hidden_states"])}
-
-    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, (tuple, list)) and not hasattr(output, "_fields"):
-            return type(output)((use(output[0]), *output[1:]))
-        if isinstance(output, Tensor):
-            return use(output)
-        raise TypeError(
-            f"layer: a {type(target).__name__} returns a {type(output).__name__} at site {site!r}, in which nothing "
-            "says what the hidden states are: tensors, tuples and lists that begin with them can be read"
-        )
-
-    if site == "resid_pre":
-        handle = target.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = target.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _hook_target(model: nn.Module, layer: int, site: str) -> nn.Module:
-    if site not in SITES:
-        raise ValueError(f"site must be one of {SITES}, got {site!r}")
-    blocks = _blocks(model)
-    layer = check_int("layer", layer, 0, len(blocks) - 1)
-    if site != "mlp_out":
-        return blocks[layer]
-    for name in _MLP_NAMES:
-        if isinstance(child := getattr(blocks[layer], name, None), nn.Module):
-            return child
-    kind = type(blocks[layer]).__name__
-    raise ValueError(f"site 'mlp_out': block {kind} has no MLP among {_MLP_NAMES}")
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    for path in _BLOCK_PATHS:
-        try:
-            found = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(found, nn.ModuleList):
-            return found
-    config = getattr(model, "config", None)
-    count = config.get_text_config().num_hidden_layers if config is not None else None
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
-    if len(lists) == 1:
-        return next(iter(lists.values()))
-    raise ValueError(
-        f"model: the blocks of {type(model).__name__} were not found: none of {_BLOCK_PATHS} is a ModuleList, and of "
-        f"its ModuleLists {sorted(lists)} have num_hidden_layers={count} entries (one was expected)"
-    )

@@ -19,6 +19,8 @@ from ._require import require
 from .activations import batch_rows, check_finite, check_stream, progress_bar
 from .contexts import Contexts, TokenBatch, check_int, token_batches
 from .models import LanguageModel
+from .places import find_place
+from .sites import Site
 from .store import DTYPES, FORMAT, KEY, MANIFEST, ActivationStore, RowTokens, folder_in, read_manifest, verify_shards
 
 # Of the texts that are being read; those of earlier calls stand in "earlier", as the same fields and two counts.
@@ -32,8 +34,8 @@ def collect_activations(
     texts: Iterable[Any],
     out_dir: str | Path,
     *,
-    layer: int,
-    site: str = "resid_pre",
+    layer: int | None = None,
+    site: str | Site = "resid_pre",
     context_length: int | None = None,
     batch_size: int = 8,
     drop_first: bool = True,
@@ -105,6 +107,7 @@ def collect_activations(
         raise TypeError(f"text_source must be a string or None, got {text_source!r}")
     for name, value in (("token_ids", token_ids), ("resume", resume), ("extend", extend), ("progress", progress)):
         flag(name, value)
+    place = find_place(lm.model, site, layer)
     require("safetensors.torch")  # before any work, not after the first shard's
     folder = folder_in("out_dir", out_dir)
     request = {
@@ -112,9 +115,9 @@ def collect_activations(
         "revision": lm.revision,
         "sha256": lm.sha256,
         "model_dtype": _dtype_name(next(lm.model.parameters()).dtype),
-        "layer": int(layer),
-        "site": site,
-        "d_model": lm.d_model,
+        "layer": place.site.layer,
+        "site": place.site.place,
+        "d_model": place.width,
         **contexts.words,
         "max_tokens": max_tokens,
         "dtype": _dtype_name(dtype),

@@ -4,14 +4,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .activations import _check_ids, _evaluating, _forward, _hook_target, _hooked, _never_reached
+from .activations import _check_ids
 from .padding import padding_of
+from .places import evaluating, find_place, model_forward, never_reached
+from .sites import Site
 
 _NOT_PREDICTED = -100
 
 
 def read_gradients(
-    model: nn.Module, input_ids: Tensor, *, layer: int, site: str = "resid_pre", attention_mask: Tensor | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    layer: int | None = None,
+    site: str | Site = "resid_pre",
+    attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Activations of one batch of token ids, and the gradient of the model's loss with respect to them.
 
@@ -45,18 +52,18 @@ def read_gradients(
     mask = torch.ones_like(input_ids)
     if padding is not None:
         input_ids, mask = padding.input_ids, padding.attention_mask
-    target = _hook_target(model, layer, site)
+    place = find_place(model, site, layer)
     found: list[Tensor] = []
 
     def leaf(hidden: Tensor) -> Tensor:
         found.append(hidden.detach().clone().requires_grad_())
         return found[-1]
 
-    with _evaluating(model), _hooked(target, site, leaf), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(model), place.hooked(input_ids.shape, leaf), torch.inference_mode(False), torch.enable_grad():
         input_ids = input_ids.clone()  # autograd saves it, and may not save what inference mode made
-        logits = _forward(model, input_ids, mask).logits
+        logits = model_forward(model, input_ids, mask).logits
         if not found:
-            raise _never_reached(model, layer, site)
+            raise never_reached(model, place.site)
         predicted = input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, _NOT_PREDICTED)
         loss = nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), predicted.flatten(), ignore_index=_NOT_PREDICTED, reduction="sum"
