@@ -280,6 +280,9 @@ class SparseAutoencoder(nn.Module):
         """The reconstruction (*batch_shape, d_out). In training, rules with a threshold learn from this call.
 
         ``context`` as in :meth:`encode`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`encode`.
         """
         (codes,), info, _ = self.encode_with(x, select=None, keep_pre=False, backend="auto", **context)
         codes.assert_fits()

@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_kernels.ops import ops, uniform_offsets
 
 from ._checks import deep, floating, number_in, same_device, shaped
+from ._checks import widths as checked_widths
 
 
 class ByLatent(NamedTuple):
@@ -306,12 +307,15 @@ class SparseCodes:
 
         ``widths`` ascend and end with F. No entry moves and its index stays what it is: only offsets are new.
 
+        Raises:
+            TypeError, ValueError: ``widths`` are no such integers.
+
         Example:
             >>> codes = SparseCodes.from_dense(torch.tensor([[1.0, 2.0, 3.0]]))
             >>> codes.split_latents([1, 3]).l0
             tensor([[1, 2]])
         """
-        number = len(widths)
+        number = len(widths := checked_widths(widths, self.num_latents))
         # Filled on the device: a tensor made of a list would come from the host, which waits and cannot be captured.
         bounds = torch.cat([torch.full((1,), width, dtype=torch.int32, device=self.device) for width in widths])
         run = torch.searchsorted(bounds, self.indices, right=True)
@@ -326,7 +330,10 @@ class SparseCodes:
         return replace(self, values=self.values.detach())
 
     def to(self, *args, **kwargs) -> SparseCodes:
-        """As ``Tensor.to``: the device applies to all tensors, the dtype, a floating one, to the values alone.
+        """As ``Tensor.to``: the device applies to all tensors, the dtype to the values alone.
+
+        Raises:
+            TypeError: the dtype is not a floating one.
 
         Example:
             >>> SparseCodes.from_dense(torch.eye(2)).to(torch.float64).dtype
@@ -351,6 +358,9 @@ class SparseCodes:
 
     def cuda(self, device: torch.device | int | None = None, *, non_blocking: bool = False) -> SparseCodes:
         """The codes on a GPU: ``device``, an index or a CUDA device; by default the current one.
+
+        Raises:
+            ValueError: ``device`` is no CUDA device.
 
         Example:
             >>> codes = SparseCodes.from_dense(torch.eye(2)).cuda()  # doctest: +SKIP

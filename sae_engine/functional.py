@@ -405,6 +405,10 @@ def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
 
     Does nothing where ``smallest`` is not finite, nor in the second run of a checkpointed forward.
 
+    Raises:
+        TypeError: ``threshold`` is not floating-point, or ``rate`` is no number.
+        ValueError: ``smallest`` has another shape or device.
+
     Example:
         >>> cut = torch.tensor(-1.0)
         >>> for smallest in (2.0, 4.0):
@@ -412,4 +416,6 @@ def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
         >>> cut
         tensor(2.5000)
     """
-    ops.move_threshold(threshold, smallest, rate)
+    check.floating("threshold", threshold, dims=threshold.dim())
+    check.shaped("smallest", smallest, threshold.shape, threshold, why="that of threshold")
+    ops.move_threshold(threshold, smallest, check.from_zero("rate", rate))
