@@ -26,7 +26,7 @@ METHODS = (se.SparseCodes, se.SparseAutoencoder)
 
 # Without an example that runs, and why.
 EXCEPT = {
-    "RowTokens": "four fields, which ActivationStore.tokens reads",
+    "RowTokens": "four fields, which ActivationStore.row_tokens reads",
     "ByLatent": "three fields, shown where SparseCodes.by_latent makes them",
     "SparseCodes.assert_fits": "does nothing that one could see, unless it ends the program",
     "SparseCodes.validate": "does nothing that one could see, but under SAE_CHECK=1",
