@@ -2,11 +2,34 @@
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-# Held while files that belong together get their names: two threads that save into one folder do not mix theirs.
+try:
+    import fcntl
+except ImportError:  # Windows: threads are kept apart, processes are not
+    fcntl = None  # type: ignore[assignment]
+
 _NAMING = threading.Lock()
+
+
+@contextmanager
+def as_a_whole(*folders: Path, writes: bool) -> Iterator[None]:
+    """Held while files of ``folders`` that belong together get their names, or are read: two saves are not mixed.
+
+    An advisory lock of the folder itself, between threads and processes, and on file systems that share locks between
+    machines. Where the file system has none, nothing is held; the window is that between two renames.
+    """
+    with ExitStack() as held:
+        if writes:
+            held.enter_context(_NAMING)
+        for folder in sorted(set(folders)) if fcntl is not None else ():
+            with suppress(OSError):
+                opened = os.open(folder, os.O_RDONLY)
+                held.callback(os.close, opened)  # and with it the lock
+                fcntl.flock(opened, fcntl.LOCK_EX if writes else fcntl.LOCK_SH)
+        yield
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -30,7 +53,7 @@ def replace_files(writes: dict[Path, Callable[[Path], object]]) -> None:
             write(temporary)
             # Some writers, safetensors 0.8 among them, make a file of their own that only its owner may read.
             temporary.chmod((path.stat().st_mode if path.is_file() else mode) & 0o777)
-        with _NAMING:
+        with as_a_whole(*(path.parent for path in writes), writes=True):
             for path, temporary in temporaries.items():
                 os.replace(temporary, path)
     finally:

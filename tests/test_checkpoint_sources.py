@@ -141,6 +141,21 @@ class TestConvert:
         # fp32, b_dec folded: one more rounding of sums of 12 terms of size 1
         torch.testing.assert_close(loaded(x), sae(x), rtol=0, atol=1e-5)
 
+    def test_decoder_norms_are_folded_where_that_is_asked(self, tmp_path, capsys):
+        for rule, options in (("BatchTopK", ("--inference",)), ("ReLU", ())):
+            sae = write("saelens", tmp_path / rule, rule=rule).eval()
+            sae.W_dec.data *= 3
+            sae.save_pretrained(tmp_path / rule)
+            arguments = (tmp_path / rule, tmp_path / f"{rule}.folded", "--format", "saelens", "--fold-decoder-norms")
+            assert self.convert(*arguments, *options) == 0
+            loaded = se.SparseAutoencoder.from_pretrained(tmp_path / f"{rule}.folded")
+            torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones_like(loaded.b_enc))
+            x = torch.randn(B, D, dtype=sae.W_dec.dtype)
+            # weights are rounded once more, in sums of 12 terms of size 3
+            torch.testing.assert_close(loaded(x), sae(x), rtol=0, atol=3e-5)
+        assert self.convert(tmp_path / "BatchTopK", tmp_path / "c", "--format", "saelens", "--fold-decoder-norms") == 1
+        assert "BatchTopK would keep other latents" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
     def test_nothing_is_overwritten_unless_forced(self, tmp_path, capsys):
         write("saelens", tmp_path / "a")
         (tmp_path / "b").mkdir()

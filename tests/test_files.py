@@ -4,12 +4,15 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import sae_engine as se
-from sae_engine._files import replace_file, replace_files
+from sae_engine import _files
+from sae_engine._files import as_a_whole, replace_file, replace_files
+from sae_engine.checkpoints import saelens
 from sae_engine.testing import assert_same
 
 D, F = 8, 32
@@ -45,6 +48,64 @@ def test_threads_do_not_mix_files_that_belong_together(tmp_path):
         thread.join()
     assert not errors
     assert sorted(tmp_path.iterdir()) == paths and len({path.read_text() for path in paths}) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
+def test_processes_do_not_mix_files_that_belong_together(tmp_path):
+    """Another process renames, and reads, while the folder is not being renamed in: it waits at either."""
+    import fcntl
+
+    script = """
+import runpy, sys
+from pathlib import Path
+as_a_whole = runpy.run_path(sys.argv[3])["as_a_whole"]  # without the package, and so without torch
+print("started", flush=True)
+with as_a_whole(Path(sys.argv[1]), writes=sys.argv[2] == "write"):
+    print("inside", flush=True)
+"""
+    for mine, theirs, waits in (("write", "write", True), ("write", "read", True), ("read", "read", False)):
+        command = [sys.executable, "-c", script, str(tmp_path), theirs, _files.__file__]
+        with as_a_whole(tmp_path, writes=mine == "write"):
+            other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            assert other.stdout.readline() == "started\n"
+            if waits:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    other.wait(0.3)
+            else:
+                assert other.communicate()[0] == "inside\n"
+        if waits:
+            assert other.communicate()[0] == "inside\n"
+    # Both files of a checkpoint are renamed, and both are read, inside of it.
+    sae, held = se.SparseAutoencoder(D, F, se.TopK(2)), []
+
+    def is_held(folder):
+        with open_folder(folder) as opened:
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held.append(True)
+            else:
+                held.append(False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        rename = os.replace
+        patch.setattr(os, "replace", lambda old, new: (is_held(tmp_path), rename(old, new)))
+        sae.save_pretrained(tmp_path)
+        load = saelens.load
+        patch.setattr(saelens, "load", lambda files, **options: (is_held(tmp_path), load(files, **options))[1])
+        se.SparseAutoencoder.from_pretrained(tmp_path)
+    assert held == [True] * 3
+    is_held(tmp_path)
+    assert held[-1] is False
+
+
+@contextmanager
+def open_folder(folder):
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
 
 
 def test_saves_of_one_folder_at_the_same_time(tmp_path):

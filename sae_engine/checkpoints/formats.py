@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from .. import _checks as check
+from .._files import as_a_whole
 from . import batchtopk, dictionary_learning, gemma_scope, gemma_scope_2, hub, openai, saelens, sparsify
 from ._checkpoint import Checkpoint, Files, build, of
 from ._folding import unit_decoder_rows
@@ -71,13 +72,14 @@ def read(
     if residual is not None and residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {RESIDUALS} or None, got {residual!r}")
     place, repository, source = _find(path)
-    module, files = _choose(look_at(place), format)
-    if module is saelens:
-        c = saelens.load(files, activation_scale=activation_scale)
-    elif activation_scale is None:
-        c = module.load(files)
-    else:
-        raise ValueError(f"activation_scale must be None: {place} has the format {module.NAME!r}, which has none")
+    with as_a_whole(place if place.is_dir() else place.parent, writes=False):
+        module, files = _choose(look_at(place), format)
+        if module is saelens:
+            c = saelens.load(files, activation_scale=activation_scale)
+        elif activation_scale is None:
+            c = module.load(files)
+        else:
+            raise ValueError(f"activation_scale must be None: {place} has the format {module.NAME!r}, which has none")
     assert c.card is not None
     card = c.card if source is None else replace(c.card, source=source)
     if residual is None and card.residual == UNKNOWN and repository in hub.CENTRED:
