@@ -142,7 +142,10 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    # Clouds call several generations of a processor by one name, whose matrix products differ twofold.
+    vectors = torch.backends.cpu.get_cpu_capability()
+    processor = _processor() + (f" {vectors}" if vectors != "AVX512" else "")
+    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def device_slug(device: torch.device) -> str:

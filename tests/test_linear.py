@@ -87,7 +87,7 @@ def test_encode_multiplies_by_the_library_that_was_chosen(library):
 @needs_onednn
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # reading torch's own flags says so
 def test_the_choice_follows_the_processor_and_the_switch(monkeypatch):
-    capabilities = {"cpu_name": "AMD EPYC"}
+    capabilities = {"cpu_name": "AMD EPYC", "avx512_f": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(stock.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
@@ -101,8 +101,11 @@ def test_the_choice_follows_the_processor_and_the_switch(monkeypatch):
         assert not stock.by_onednn(matrix, matrix)
     capabilities["cpu_name"] = "Intel Xeon"
     assert not decide()
+    capabilities.update(cpu_name="AMD EPYC", avx512_f=False)  # MKL's AVX2 code serves any processor
+    assert not decide()
+    capabilities.update(cpu_name="AMD EPYC", avx512_f=True)
+    assert decide()
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    capabilities["cpu_name"] = "AMD EPYC"
     assert not decide()
 
 

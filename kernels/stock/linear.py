@@ -1,8 +1,8 @@
 """fp32 matrix products on a CPU, by the faster of the two libraries that PyTorch carries. Torch only.
 
-PyTorch multiplies fp32 matrices by MKL, which keeps its best code for Intel's processors. oneDNN chooses by what the
-processor can do: on others it takes half the time (benchmarks/gemm.py measures both). Same operands, same fp32
-accumulation, another order of summation.
+PyTorch multiplies fp32 matrices by MKL, which keeps its AVX-512 code for Intel's processors. oneDNN chooses by what the
+processor can do: on others with AVX-512 it takes half the time (benchmarks/gemm.py measures both). Same operands, same
+fp32 accumulation, another order of summation.
 """
 import functools
 import platform
@@ -14,11 +14,14 @@ from torch import Tensor
 
 @functools.cache
 def _mkl_is_slow() -> bool:
-    """Whether this is an x86 processor, but not one of Intel's, and oneDNN is there. The same all process long."""
-    tell = getattr(torch.cpu, "get_capabilities", None)
-    name = "Intel" if tell is None else tell().get("cpu_name", "Intel")  # an older PyTorch does not tell
+    """Whether this is an x86 processor with AVX-512, but not one of Intel's, and oneDNN is there.
+
+    The same all process long.
+    """
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # an older PyTorch does not tell
+    known = tell()
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    is_other = "Intel" not in name and platform.machine() in ("x86_64", "AMD64")
+    is_other = "Intel" not in known.get("cpu_name", "Intel") and known.get("avx512_f", False) and platform.machine() in ("x86_64", "AMD64")
     return has_both and is_other and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
