@@ -1,5 +1,6 @@
 """The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``), how good an
-autoencoder is (``eval``), a checkpoint in another format (``convert``).
+autoencoder is (``eval``), a checkpoint in another format (``convert``), whether collected activations are sound
+(``verify``).
 
 A subcommand is one ``_add_<name>(commands)`` that declares its arguments and one ``_<name>(args) -> int`` that
 runs; it imports what it needs itself, so that ``--help`` is instant.
@@ -27,14 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 1 after an error (one line on stderr), 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="sae-engine", description="Fast sparse autoencoders on real activations.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_collect, _add_eval, _add_convert):
+    for add in (_add_info, _add_collect, _add_verify, _add_eval, _add_convert):
         add(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="sae-engine: %(levelname)s: %(message)s")
     try:
         return args.run(args)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"sae-engine: error: {error}", file=sys.stderr)
+        # One line, also of what other packages say in many.
+        print(f"sae-engine: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("sae-engine: interrupted", file=sys.stderr)
@@ -141,22 +143,35 @@ def _add_collect(commands: Any) -> None:
         description="Run a language model over text and keep one site's activations as safetensors shards with a "
         "manifest. Ctrl-C leaves whole shards; the same command again carries on.",
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
+    parser.add_argument("out", metavar="OUT", help="folder for the shards")
     unsaid = "the embedded model", "two thirds of the way up (GPT-2: 8)", "resid_pre"
     _add_model_and_text(parser, text="stdlib", unsaid=unsaid)
     parser.add_argument("--no-fallback", action="store_true", help="fail when the hub does not answer")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the shards")
     parser.add_argument("--shard-tokens", type=int, default=65536, metavar="N", help="rows per shard")
+    tokens = "eos, bos, pad or an id"
+    token: Any = {"type": _token, "metavar": "TOKEN"}
+    parser.add_argument("--separator", default="eos", help=f"behind each document: {tokens}, or none; eos", **token)
+    parser.add_argument("--first-token", default="bos", help=f"before each context: {tokens}, or none; bos", **token)
+    parser.add_argument("--exclude", nargs="+", default=[], help=f"keep no rows of these tokens: {tokens}", **token)
+    parser.add_argument("--exclude-positions", nargs="+", default=[], type=int, metavar="N", help="nor of these")
+    parser.add_argument("--no-token-ids", action="store_true", help="do not store which token each row is of")
+    parser.add_argument("--extend", action="store_true", help="add the text to what a finished collection holds")
     parser.set_defaults(run=_collect)
 
 
-def _collect(args: argparse.Namespace) -> int:
-    import torch
+def _token(word: str) -> str | int | None:
+    """A token as :func:`stream_activations` takes it; what it is none of, that says."""
+    return None if word == "none" else int(word) if word.lstrip("-").isdecimal() else word
 
+
+def _collect(args: argparse.Namespace) -> int:
     from sae_engine.data import collect_activations
 
     texts, text_source = _texts(args.text, args.suffixes)
     lm = _load_model(args, args.model, args.revision, fallback=not args.no_fallback)
+    if lm.tokenizer is None:
+        raise ValueError(f"--model: {lm.name!r} has no tokenizer, without which no text can be read")
     layer = lm.num_layers * 2 // 3 if args.layer is None else args.layer
     try:
         store = collect_activations(
@@ -168,9 +183,15 @@ def _collect(args: argparse.Namespace) -> int:
             context_length=args.context_length,
             batch_size=args.batch_size,
             drop_first=not args.keep_first,
+            separator=args.separator,
+            first_token=args.first_token,
+            exclude_tokens=args.exclude,
+            exclude_positions=args.exclude_positions,
             max_tokens=args.tokens,
-            dtype=getattr(torch, args.dtype),
+            dtype=args.dtype,
             shard_tokens=args.shard_tokens,
+            token_ids=not args.no_token_ids,
+            extend=args.extend,
             text_source=text_source,
             progress=not args.quiet,
         )
@@ -181,6 +202,32 @@ def _collect(args: argparse.Namespace) -> int:
     if args.tokens is not None and len(store) < args.tokens:
         print(f"sae-engine: the text had {len(store)} tokens, fewer than --tokens {args.tokens}", file=sys.stderr)
     print(f"{args.out}: {store!r}")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------- verify
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="whether collected activations are what was written, by their checksums",
+        description="Read every shard of collections, compare its checksum with the manifest and look for rows that "
+        "are not finite. The first that is damaged is named, and the status is then 1.",
+    )
+    parser.add_argument("folder", metavar="DIR", nargs="+", help="folder that collect wrote")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from sae_engine.data import ActivationStore
+
+    for folder in args.folder:
+        store = ActivationStore(folder, allow_incomplete=True)
+        store.verify()
+        for _ in store.batches(65536, shuffle=False):  # which refuses rows that are not finite
+            pass
+        print(f"{folder}: {store!r}, {len(store.manifest['shards'])} shards, sound")
     return 0
 
 
@@ -325,6 +372,8 @@ def _texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:
         return stdlib_texts(), f"standard library of Python {platform.python_version()}"
     if words == ["evaluation"]:
         return evaluation_text(), "evaluation text"
+    if alone := {"stdlib", "evaluation"} & set(words):
+        raise ValueError(f"--text: the word {sorted(alone)[0]!r} stands alone, not among {len(words)}; files are paths")
     return iter_text_files(words, suffixes), "files: " + " ".join(words)
 
 

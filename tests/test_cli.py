@@ -1,6 +1,7 @@
 """The console command: what it prints, what it writes, how it fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -97,6 +98,14 @@ def test_errors_are_one_line_and_status_1(tmp_path, capsys):
         (["--layer", "8"], "layer must be in 0..3, got 8"),
         (["--model", "./nowhere"], "nowhere"),
         (["--model", "nobody/none", "--no-fallback"], "hub did not answer for 'nobody/none'"),
+        (["--device", "gpu"], "device must be a device's name"),
+        (["--device", "cuda:99"], "device: 'cuda:99' cannot be used on this machine"),
+        (["--model", ""], "name_or_path must name"),
+        (["--text", "stdlib", __file__], "--text: the word 'stdlib' stands alone"),
+        (["--text", __file__, "--separator", "sep"], "separator must be a token id or one of"),
+        (["--text", __file__, "--exclude", "pad"], "exclude_tokens: the tokenizer of 'embedded' has no PAD token"),
+        (["--text", __file__, "--exclude-positions", "-1"], "exclude_positions must be in 0..255, got -1"),
+        (["--text", __file__, "--extend"], "no collection to extend"),
     ]:
         assert cli.main(["collect", out, "--device", "cpu", *arguments]) == 1
         err = capsys.readouterr().err
@@ -105,6 +114,52 @@ def test_errors_are_one_line_and_status_1(tmp_path, capsys):
         assert err.count("\n") == 1
     with pytest.raises(SystemExit):
         cli.main(["unknown"])
+
+
+def test_a_folder_that_is_none_is_an_error(text_file, capsys):
+    below = text_file + "/x"
+    for out, message in (("", "out_dir must name a folder"), (text_file, "is a file"), (below, "cannot be made")):
+        assert cli.main(["collect", out, "--text", text_file, "--device", "cpu", "--quiet"]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_collect_with_less_than_all_tokens_and_more_text(text_file, tmp_path, capsys):
+    out, more = tmp_path / "out", tmp_path / "more.txt"
+    more.write_text("Another text.\n" * 20)
+    arguments = ["collect", str(out), "--device", "cpu", "--quiet", "--separator", "none", "--exclude", "eos", "13",
+                 "--exclude-positions", "1", "2"]  # fmt: skip
+    for _ in range(2):  # the same command again adds nothing
+        assert cli.main([*arguments, "--text", text_file]) == 0
+    first = ActivationStore(out)
+    for _ in range(2):
+        assert cli.main([*arguments, "--text", str(more), "--extend"]) == 0
+    store = ActivationStore(out)
+    assert len(store) > len(first) and store.provenance.text == f"files: {text_file}; files: {more}"
+    assert store.row_tokens().positions.min() == 3 and not store.row_tokens().token_ids.eq(13).any()
+    assert store.provenance.separator == "none"
+    assert cli.main(["verify", str(out), str(out)]) == 0
+    assert capsys.readouterr().out.count("2 shards, sound\n") == 2
+    shard = out / store.manifest["shards"][0]["file"]
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    for command in (["verify", str(out)], [*arguments, "--text", str(more)]):
+        assert cli.main(command) == 1
+        assert "shard-00000.safetensors is damaged: its sha256" in capsys.readouterr().err
+    assert cli.main(["verify", str(tmp_path)]) == 1
+    assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_text_without_a_token_and_a_model_without_a_tokenizer(tmp_path, capsys):
+    (empty := tmp_path / "empty.txt").write_text("")
+    arguments = ["collect", str(tmp_path / "out"), "--device", "cpu", "--quiet"]
+    assert cli.main([*arguments, "--text", str(empty)]) == 1
+    assert "texts: there is no text in them" in capsys.readouterr().err
+    (tmp_path / "some.txt").write_text("Some text.")
+    assert cli.main([*arguments, "--layer", "1", "--text", str(tmp_path)]) == 0  # the folder is in nobody's way
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED_FOLDER, model, ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
+    assert cli.main([*arguments, "--model", str(model), "--text", str(tmp_path)]) == 1
+    assert "has no tokenizer" in capsys.readouterr().err
 
 
 def test_interrupt_is_status_130(monkeypatch, text_file, tmp_path, capsys):

@@ -307,8 +307,14 @@ def test_text_files_in_sorted_order(tmp_path):
     with pytest.raises(ValueError, match="suffixes"):
         iter_text_files(tmp_path, ".txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"latin\.txt.*UTF-8"):
+    with pytest.raises(ValueError, match=r"latin\.txt.*UTF-8 text: byte 3 is 0xe9"):
         list(iter_text_files(tmp_path))
+    for wrong, error in ((3, TypeError), ([3], TypeError), (None, TypeError), ([], ValueError), ("", ValueError)):
+        with pytest.raises(error, match="paths"):
+            iter_text_files(wrong)
+    for wrong, error in (((), ValueError), ([3], ValueError), (None, TypeError)):
+        with pytest.raises(error, match="suffixes"):
+            iter_text_files(tmp_path, wrong)
 
 
 def test_standard_library_without_the_held_out_modules():
@@ -325,6 +331,8 @@ def test_standard_library_without_the_held_out_modules():
     assert not set(texts) & set(evaluation_text())
     with pytest.raises(TypeError, match="exclude"):
         stdlib_texts("heapq.py")
+    with pytest.raises(ValueError, match=r"exclude.*has no 'json/decodr\.py'"):
+        stdlib_texts(["heapq.py", "json/decodr.py"])
 
 
 def test_evaluation_text_is_whole_modules():

@@ -143,7 +143,10 @@ def _begin(folder: Path, request: dict[str, Any], resume: bool, extend: bool) ->
             raise FileNotFoundError(f"out_dir: {str(folder)!r} holds no collection to extend")
         fresh = {"earlier": [], "shards": [], "tokens": 0, "complete": False}
         manifest = {"format": FORMAT, **request, "sae_engine": _version(), **fresh}
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(f"out_dir: the folder {str(folder)!r} cannot be made: {error.strerror}") from error
         _write_manifest(folder, manifest)
         return manifest
     if not resume and not extend:

@@ -307,7 +307,7 @@ def folder_in(name: str, path: str | Path) -> Path:
         raise TypeError(f"{name} must be a string or a Path, got {path!r}")
     if not str(path):
         raise ValueError(f"{name} must name a folder, got an empty string")
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{name}: {str(path)!r} is a file, and must be a folder")
     return folder

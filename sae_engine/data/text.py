@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
+from .._checks import flag
+
 END_OF_TEXT = "<|endoftext|>"
 
 # Whole modules the embedded model never saw; together they are the evaluation text (about 200 kB):
@@ -43,8 +45,10 @@ def iter_text_files(
         each file's text, UTF-8, empty files left out.
 
     Raises:
+        TypeError: ``paths`` or ``suffixes`` is not of the kind above.
         FileNotFoundError: a path does not exist. Checked for all of them before the first file is read.
-        ValueError: a folder has no such file, ``suffixes`` is empty or lacks a dot, or a file is not UTF-8.
+        ValueError: there is no path, a folder has no such file, ``suffixes`` is empty or lacks a dot, or a file is not
+            UTF-8.
 
     Example:
         >>> import pathlib, tempfile
@@ -53,9 +57,16 @@ def iter_text_files(
         ...     list(iter_text_files(folder))
         ['A text.']
     """
-    if isinstance(suffixes, str) or not suffixes or not all(s.startswith(".") for s in suffixes):
+    if not isinstance(suffixes, Collection):
+        raise TypeError(f"suffixes must be a collection of '.ext' strings, got {suffixes!r}")
+    if isinstance(suffixes, str) or not suffixes or not all(isinstance(s, str) and s.startswith(".") for s in suffixes):
         raise ValueError(f"suffixes must be a non-empty collection of '.ext' strings, got {suffixes!r}")
-    roots = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+    given = [paths] if isinstance(paths, (str, Path)) else list(paths) if isinstance(paths, Iterable) else [None]
+    if not all(isinstance(path, (str, Path)) for path in given):
+        raise TypeError(f"paths must be a path or several of them, got {paths!r:.80}")
+    if not given or "" in given:  # of which Path makes the folder that one is in
+        raise ValueError(f"paths must name a file or folder, got {paths!r:.80}")
+    roots = [Path(path).expanduser() for path in given]
     files: list[Path] = []
     for root in roots:
         if not root.exists():
@@ -72,7 +83,10 @@ def _read_files(files: list[Path]) -> Iterator[str]:
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"paths: {str(file)!r} is not UTF-8 text ({error.reason})") from error
+            raise ValueError(
+                f"paths: {str(file)!r} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x} "
+                f"({error.reason})"
+            ) from error
         if text:
             yield text
 
@@ -91,14 +105,19 @@ def stdlib_texts(exclude: Collection[str] = HELD_OUT_MODULES, *, include_tests: 
         Python version gives the same text.
 
     Raises:
-        TypeError: ``exclude`` is one string.
+        TypeError: ``exclude`` is not a collection of strings.
+        ValueError: this Python has no such module, so that nothing would be left out.
 
     Example:
         >>> len(next(stdlib_texts())) > 0
         True
     """
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude must be a collection of module paths, got the string {exclude!r}")
+    if isinstance(exclude, str) or not isinstance(exclude, Collection) or not all(isinstance(m, str) for m in exclude):
+        raise TypeError(f"exclude must be a collection of module paths, as ['json/decoder.py'], got {exclude!r}")
+    root = Path(sysconfig.get_path("stdlib"))
+    if unknown := sorted(name for name in exclude if name not in HELD_OUT_MODULES and not (root / name).is_file()):
+        raise ValueError(f"exclude: the standard library in {str(root)!r} has no {unknown[0]!r}")
+    flag("include_tests", include_tests)
     return _deduplicated(_stdlib_documents(frozenset(exclude), include_tests))
 
 
