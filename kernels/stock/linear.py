@@ -18,10 +18,11 @@ def _mkl_is_slow() -> bool:
 
     The same all process long.
     """
-    tell = getattr(torch.cpu, "get_capabilities", dict)  # an older PyTorch does not tell
-    known = tell()
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    known: dict = {} if tell is None else tell()  # an older PyTorch does not tell
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    is_other = "Intel" not in known.get("cpu_name", "Intel") and known.get("avx512_f", False) and platform.machine() in ("x86_64", "AMD64")
+    is_other = "Intel" not in known.get("cpu_name", "Intel") and known.get("avx512_f", False)
+    is_other &= platform.machine() in ("x86_64", "AMD64")
     return has_both and is_other and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
