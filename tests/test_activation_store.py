@@ -189,6 +189,8 @@ def test_overflow_of_the_stored_dtype_is_an_error(lm, tmp_path):
     lm.model.transformer.wte.weight.data *= 1e7
     with pytest.raises(ValueError, match=r"dtype.*overflows float16"):
         collect(lm, tmp_path / "half")
+    with pytest.raises(ValueError, match=r"dtype.*overflows float16"):
+        next(stream_activations(lm, DOCUMENTS, layer=1, dtype="float16"))
     assert collect(lm, tmp_path / "wide", dtype=torch.bfloat16).tensor().isfinite().all()
     with pytest.raises(ValueError, match="dtype"):
         collect(lm, tmp_path / "never", dtype=torch.float64)

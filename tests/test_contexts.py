@@ -97,6 +97,8 @@ def test_a_batch_of_excluded_tokens_is_passed_over(lm, tmp_path):
     given = [torch.full((1, 3), 9), torch.tensor([[9, 8, 7]])]
     rows = list(stream_activations(lm, given, layer=1, exclude_tokens=[9]))
     assert [len(x) for x in rows] == [2]
+    store = collect(lm, tmp_path / "wide", [*given, *given], exclude_tokens=[9], site="mlp_post")  # wider than d_model
+    assert store.tensor().shape == (4, 128) and store.row_tokens().token_ids.tolist() == [8, 7, 8, 7]
     with pytest.raises(ValueError, match="texts: every token of them is excluded"):
         collect(lm, tmp_path, given[:1], exclude_tokens=[9])
     with pytest.raises(ValueError, match="no text"):

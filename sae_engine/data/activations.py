@@ -246,7 +246,7 @@ def stream_activations(
     Raises:
         TypeError: an argument or a document is not of the kind above (documents: when they are reached).
         ValueError: an argument is out of range, the tokenizer has no such token or there is none, or an activation is
-            not finite (names the text, and the module that was first).
+            not finite (names the text, and the module that was first) or overflows ``dtype``.
 
     Example:
         >>> from sae_engine.data import load_language_model
@@ -275,7 +275,7 @@ def stream_activations(
                 check_finite(rows, done, lm, batch)
                 done += len(rows)
                 bar.update(len(rows))
-                yield rows.to(dtype or rows.dtype)
+                yield rows if dtype is None else cast(rows, dtype)
                 if done == max_tokens:
                     return
 
@@ -312,6 +312,15 @@ def batch_rows(lm: LanguageModel, batch: TokenBatch, layer: int | None, site: st
         return torch.empty(0, width, dtype=next(lm.model.parameters()).dtype, device=device)
     activations = read_activations(lm.model, batch.input_ids.to(device), layer=layer, site=site, attention_mask=mask)
     return activations.flatten(0, 1)[batch.kept.to(activations.device)]
+
+
+def cast(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows that are finite, in another dtype; an overflow is an error, since an infinite value would go unseen."""
+    found = rows.to(dtype)
+    if not bool(found.isfinite().all()):
+        name, largest = str(dtype).removeprefix("torch."), f"{float(rows.abs().max()):.6g}"
+        raise ValueError(f"dtype: an activation of {largest} overflows {name}; use bfloat16 or float32")
+    return found
 
 
 def check_finite(rows: Tensor, first: int, lm: LanguageModel, batch: TokenBatch, skipped: int = 0) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._checks import dtype_in, flag
 from .._files import replace_file
 from ._require import require
-from .activations import batch_rows, check_finite, check_stream, progress_bar
+from .activations import batch_rows, cast, check_finite, check_stream, progress_bar
 from .contexts import Contexts, TokenBatch, check_int, token_batches
 from .models import LanguageModel
 from .places import find_place
@@ -228,7 +228,7 @@ def _collect(
                     f"texts are not those that the shards in {str(folder)!r} were made from; to add others to a "
                     "finished collection, pass extend=True"
                 )
-            if seen > stored:
+            if seen > max(before, stored):
                 # The whole batch is run even if part of it is stored: a row's last bits depend on its batch.
                 rows = batch_rows(lm, batch, manifest["layer"], manifest["site"])
                 part = slice(max(0, stored - before), None if limit is None else limit - before)
@@ -255,7 +255,7 @@ def _collect(
 
 def _columns(batch: TokenBatch, rows: Tensor, part: slice, dtype: torch.dtype, token_ids: bool) -> dict[str, Tensor]:
     """What a shard holds, of some rows of a batch."""
-    columns = {KEY: _cast(rows[part], dtype)}
+    columns = {KEY: cast(rows[part], dtype).cpu()}
     if token_ids:
         kept = batch.kept[part]
         found = (batch.input_ids, batch.documents, batch.offsets, batch.positions)
@@ -281,15 +281,6 @@ def _write_shard(folder: Path, manifest: dict[str, Any], columns: dict[str, Tens
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps({**manifest, "format": FORMAT}, indent=2) + "\n"
     replace_file(folder / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _cast(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """To the stored dtype, on the CPU; an overflow is an error, since a clipped or infinite value would go unseen."""
-    stored = rows.to(device="cpu", dtype=dtype)
-    if not bool(stored.isfinite().all()):
-        largest = f"{float(rows.abs().max()):.6g}"
-        raise ValueError(f"dtype: an activation of {largest} overflows {_dtype_name(dtype)}; use bfloat16 or float32")
-    return stored
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
