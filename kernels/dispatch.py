@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled
+from torch.autograd import _profiler_enabled, forward_ad
 
+from . import transformed
 from .device import _autotune
 from .operations import Operation
 from .stock import densified
@@ -131,18 +132,24 @@ def dispatch(operation: Operation, *args):
 
 # A call through ``torch.ops`` packs its arguments twice and asks a Python autograd kernel: about 40 µs, a good part of
 # what decoding a small batch takes. An eager call that needs no gradient gets nothing for that, and goes straight to
-# the registered function. Compilers, profilers, modes, transforms (``vmap``), subclasses and gradients see the
-# operator.
+# the registered function. Compilers, profilers, modes, subclasses and gradients see the operator; ``torch.func`` sees
+# plain PyTorch (``transformed.py``).
+
+NO_TORCHSCRIPT = "{} cannot take {}, whose sizes follow the batch and the data: use torch.export or torch.compile"
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
+def transforming() -> bool:
+    """Whether a transform of ``torch.func``, or forward-mode AD, looks into what runs now."""
+    return _C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def _is_observed() -> bool:
-    """Whether somebody watches or transforms the operators that run now."""
+    """Whether somebody watches the operators that run now."""
     return (
         _C._len_torch_dispatch_stack() > 0
         or _C._len_torch_function_stack() > 0
-        or _C._functorch.peek_interpreter_stack() is not None
         or _C._get_tracing_state() is not None
         or _profiler_enabled()
     )
@@ -159,10 +166,28 @@ def _goes_straight(args: tuple) -> bool:
     return not (_is_observed() or (torch.is_grad_enabled() and _C._any_requires_grad(*args)))
 
 
+def _recordable(args: tuple) -> tuple:
+    """The arguments, with copies of those that inference mode made where autograd will keep them."""
+    if not torch.is_grad_enabled():
+        return args
+    return tuple(a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args)
+
+
+def _transformed(operator) -> Callable:
+    """What runs in the operator's place inside a transform: it itself where no gradient is asked of it."""
+    return getattr(transformed, operator._opname, operator)
+
+
 def _straight(operator, implementation: Callable) -> Callable:
     def call(*args):
-        if torch.compiler.is_compiling() or not _goes_straight(args):
+        if transforming():
+            return _transformed(operator)(*args)
+        if torch.compiler.is_compiling():
             return operator(*args)
+        if not _goes_straight(args):
+            if _C._get_tracing_state() is not None:
+                raise RuntimeError(NO_TORCHSCRIPT.format("torch.jit.trace", operator))
+            return operator(*_recordable(args))
         with _C._AutoDispatchBelowAutograd():  # as the dispatcher calls it
             return implementation(*args)
 

@@ -79,6 +79,11 @@ def norm_match(pre: Tensor, target: Tensor, weight_norm: Tensor | None, is_share
 
     With ``is_share`` the smallest whose energy reaches ``target`` times the row's.
     """
+    return with_capacity(compress(relu(pre), norm_matched(pre, target, weight_norm, is_share)), capacity)
+
+
+def norm_matched(pre: Tensor, target: Tensor, weight_norm: Tensor | None, is_share: bool) -> Tensor:
+    """(B, F) bool: what :func:`norm_match` keeps."""
     wide = torch.float64 if pre.dtype == torch.float64 else torch.float32
     score = relu(pre).to(wide)
     if weight_norm is not None:
@@ -94,8 +99,7 @@ def norm_match(pre: Tensor, target: Tensor, weight_norm: Tensor | None, is_share
         everything = target >= energy[:, -1].sqrt()
     positive = (score > 0) | score.isnan()
     count = torch.where(everything, pre.shape[1], count)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(pre.shape[1], device=pre.device).expand_as(order))
-    return with_capacity(compress(relu(pre), (rank < count[:, None]) & positive), capacity)
+    return (order.argsort(dim=-1) < count[:, None]) & positive
 
 
 def threshold(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity: int | None):

@@ -4,7 +4,8 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from sae_kernels.dispatch import NO_TORCHSCRIPT
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -30,13 +31,16 @@ def number_in(value) -> int | float | None:
     return float(value)
 
 
+def no_torchscript(module) -> None:
+    """As a module's ``__prepare_scriptable__``: refuses ``torch.jit.script`` before it reads any source."""
+    raise RuntimeError(NO_TORCHSCRIPT.format("torch.jit.script", type(module).__name__))
+
+
 def floating(name: str, t: Tensor, *, dims: int | None = None) -> Tensor:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
-        raise RuntimeError(f"{name} carries a forward-mode tangent, which would be dropped here: use backward mode")
     if dims is None and t.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, got a scalar")
     if dims is not None and t.dim() != dims:

@@ -62,6 +62,8 @@ class SparseDecoder(nn.Module):
             raise ValueError(f"codes must have d_sae = {self.d_sae} in the last dimension, got {tuple(codes.shape)}")
         return functional.linear(codes, self.W_dec, self.b_dec)
 
+    __prepare_scriptable__ = check.no_torchscript
+
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, d_in={self.d_in}, bias={self.b_dec is not None}"
 
@@ -423,6 +425,8 @@ class SparseAutoencoder(nn.Module):
             cls, path, format=format, device=device, dtype=dtype, activation_scale=activation_scale, residual=residual,
             fold_decoder_norms=fold_decoder_norms,
         )  # fmt: skip
+
+    __prepare_scriptable__ = check.no_torchscript
 
     def extra_repr(self) -> str:
         square = self.d_in == self.d_out

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_kernels.dispatch import transforming
 from sae_kernels.ops import ops, uniform_offsets
 
 from ._checks import deep, floating, number_in, same_device, shaped
@@ -137,7 +138,7 @@ class SparseCodes:
 
     def assert_fits(self) -> None:
         """As :meth:`check`, on the device: nothing waits, and an overflow ends the program's work there."""
-        if self.required is not None:
+        if self.required is not None and not transforming():  # there everything fits
             torch._assert_async(
                 self.required <= self.values.shape[0],
                 f"capacity={self.values.shape[0]} is too small for the entries that the rule keeps",

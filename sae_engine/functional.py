@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sae_kernels.dispatch import transforming
 from sae_kernels.ops import ops
 from sae_kernels.stock.dense import uniform_offsets
 
@@ -403,7 +404,8 @@ def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
 
     Element by element, for any shape that both share: a threshold per latent, a running density.
 
-    Does nothing where ``smallest`` is not finite, nor in the second run of a checkpointed forward.
+    Does nothing where ``smallest`` is not finite, nor in the second run of a checkpointed forward, nor inside a
+    transform of ``torch.func``, whose functions write to nothing.
 
     Raises:
         TypeError: ``threshold`` is not floating-point, or ``rate`` is no number.
@@ -418,4 +420,6 @@ def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:
     """
     check.floating("threshold", threshold, dims=threshold.dim())
     check.shaped("smallest", smallest, threshold.shape, threshold, why="that of threshold")
-    ops.move_threshold(threshold, smallest, check.from_zero("rate", rate))
+    rate = check.from_zero("rate", rate)
+    if not transforming():
+        ops.move_threshold(threshold, smallest, rate)

@@ -202,11 +202,6 @@ def test_autocast_decides_the_result_and_nothing_else(path):
     assert_within_budget(w.grad, truth_w, truth_w.float())
 
 
-def test_forward_mode_is_refused():
-    with pytest.raises(RuntimeError, match="forward-mode"):
-        torch.func.jvp(lambda p: f.topk(p, 3).values, (torch.randn(2, 8),), (torch.ones(2, 8),))
-
-
 def test_result_dtype():
     codes, weight, bias, _ = make(3, 4, 10, 6)
     assert f.decode(codes, weight.bfloat16()).dtype == torch.float32

@@ -37,7 +37,7 @@ def to_dense(values: Tensor, indices: Tensor, offsets: Tensor, num_latents: int)
     rows = rows_of(offsets, values.numel())
     dense = values.new_zeros(offsets.numel(), num_latents)
     dense.view(-1)[rows * num_latents + indices.clamp(max=num_latents - 1)] = values
-    return dense[:-1]
+    return dense.resize_(offsets.numel() - 1, num_latents)  # a view of an operator could not be written to
 
 
 def gather(dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:

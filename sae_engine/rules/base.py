@@ -128,6 +128,8 @@ class Activation(nn.Module):
                 found[name] = value
         return dict(sorted(found.items()))
 
+    __prepare_scriptable__ = check.no_torchscript
+
     def extra_repr(self) -> str:
         """The options of the constructor, without those at their default. Reads no tensor."""
         try:

@@ -6,7 +6,7 @@ import copy
 import torch
 from torch import Tensor
 
-from sae_kernels.dispatch import capturing
+from sae_kernels.dispatch import capturing, transforming
 
 from .. import _checks as check
 from .. import functional
@@ -106,8 +106,12 @@ class BatchTopK(Activation):
         self._require_threshold()
         return above(pre, self.threshold)
 
+    def _learns(self) -> bool:
+        """Whether this forward teaches the threshold; inside ``torch.func`` none does: nothing is written."""
+        return self.training and torch.is_grad_enabled() and not transforming()
+
     def update(self, codes: SparseCodes) -> None:
-        if not (self.training and torch.is_grad_enabled()):
+        if not self._learns():
             return
         with torch.no_grad():
             teaches = None

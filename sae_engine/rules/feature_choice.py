@@ -137,7 +137,7 @@ class FeatureChoice(BatchTopK):
         return torch.where(self.latent_threshold < 0, self.threshold, self.latent_threshold)
 
     def update(self, codes: SparseCodes) -> None:
-        if not (self.training and torch.is_grad_enabled() and codes.rows):
+        if not (self._learns() and codes.rows):
             return
         super().update(codes)
         with torch.no_grad():

@@ -35,7 +35,7 @@ class StatisticalTopK(Activation):
         self.k = check.number_k(k)
 
     def _dense(self, pre: Tensor) -> Tensor:
-        return self._shifted(pre).relu()
+        return torch.nn.functional.threshold(self._shifted(pre), 0.0, 0.0)
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.threshold(self._shifted(pre), 0.0, capacity=captured_size(pre), backend=backend)

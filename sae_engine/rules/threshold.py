@@ -26,7 +26,7 @@ class ReLU(Activation):
         return {"sparsity": "a sparsity loss, such as losses.L1(coefficient)"}
 
     def _dense(self, pre: Tensor) -> Tensor:
-        return torch.relu(pre)
+        return nn.functional.threshold(pre, 0.0, 0.0)  # as relu, which would need its result unwritten later
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.threshold(pre, 0.0, capacity=captured_size(pre), backend=backend)
