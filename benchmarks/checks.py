@@ -160,6 +160,23 @@ def check_norm_match(i: Inputs, provider: Provider, output: Output) -> None:
         require(bool(near.all()), "norm_match", provider, "a prefix that is not the nearest")
 
 
+def check_energy_share(i: Inputs, provider: Provider, output: Output) -> None:
+    """What is kept holds the share, and no longer without its smallest entry, up to the rounding of a sum."""
+    kept = as_dense(output, i.pre)
+    rounding = 1e-6 if provider.name.startswith("ours") else 1e-4
+    for rows in parts(*kept.shape):
+        pre, of = i.pre[rows].relu(), kept[rows]
+        require(bool(((of == 0) | (of == pre)).all()), "energy_share", provider, "values that are not the input's")
+        smallest = torch.where(of > 0, of, torch.inf).amin(1, keepdim=True)
+        left_out = torch.where(of == 0, pre, 0.0).amax(1, keepdim=True)
+        require(bool((left_out <= smallest).all()), "energy_share", provider, "a larger entry left out")
+        total = pre.double().square().sum(1)
+        needed, held = i.share[rows].double() * total, of.double().square().sum(1)
+        enough = held >= needed - rounding * total
+        shortest = held - smallest[:, 0].double().square() < needed + rounding * total
+        require(bool((enough & shortest).all()), "energy_share", provider, "a prefix that is not the shortest")
+
+
 # --- sums over codes -----------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,15 @@ def norm_match_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed
     return inputs
 
 
+def energy_share_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """Shares near that of each row's k strongest entries, so that about k entries a row are kept."""
+    inputs = pre_inputs(case, dtype, device, seed)
+    energy = inputs.pre.relu().float().square()
+    inputs.share = energy.topk(case.k, sorted=False).values.sum(1) / energy.sum(1) * 0.999
+    inputs.capacity = 2 * case.B * case.k
+    return inputs
+
+
 def threshold_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     """A threshold per latent, near the level that k of F normal numbers exceed."""
     inputs = pre_inputs(case, dtype, device, seed)

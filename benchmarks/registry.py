@@ -24,6 +24,7 @@ from checks import (
     check_autoencoder,
     check_dense,
     check_encode,
+    check_energy_share,
     check_error,
     check_flat,
     check_gemm,
@@ -47,6 +48,7 @@ from inputs import (
     autoencoder_inputs,
     codes_inputs,
     encoder_inputs,
+    energy_share_inputs,
     feature_topm_inputs,
     norm_match_inputs,
     pre_inputs,
@@ -70,6 +72,7 @@ from stock import (
     dense_decode,
     dense_encode,
     dense_weight_gradient,
+    energy_share_dense,
     flat_topk,
     flat_topk_dense,
     gathered,
@@ -266,6 +269,25 @@ OPS: tuple[Op, ...] = (
         ),
         moved("norm_match", lambda i: (i.pre, i.target, i.weight_norm, False, int(nearest_prefix(i)[1].sum()))),
         check_norm_match,
+    ),
+    Op(
+        "energy_share", "forward", "energy share (top-p)", "BFk", energy_share_inputs,
+        (
+            Provider("ours", lambda i: lambda: functional.energy_share(i.pre, i.share)),
+            Provider(
+                "ours, capacity", lambda i: lambda: functional.energy_share(i.pre, i.share, capacity=i.capacity),
+                gpu_only=True, note="no host read",
+            ),
+            Provider(
+                "sort + cumsum", lambda i: lambda: energy_share_dense(i.pre, i.share), baseline=True, note=DENSE,
+            ),
+            Provider(
+                "torch.compile", lambda i: bound(compiled(energy_share_dense), i.pre, i.share), compiled=True,
+                note=DENSE,
+            ),
+        ),
+        moved("norm_match", lambda i: (i.pre, i.share, None, True, i.pre.shape[0] * i.k)),
+        check_energy_share,
     ),
     Op(
         "threshold", "forward", "threshold", "BFk", threshold_inputs,

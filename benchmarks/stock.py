@@ -61,6 +61,14 @@ def norm_match_dense(pre: Tensor, target: Tensor, weight_norm: Tensor) -> Tensor
     return torch.zeros_like(pre).scatter_(1, order, torch.where(prefix, kept.gather(1, order), 0.0))
 
 
+def energy_share_dense(pre: Tensor, share: Tensor) -> Tensor:
+    """Sort, running sum of squares, the first prefix that holds the share, scatter."""
+    kept, order = pre.relu().sort(dim=1, descending=True)
+    energy = kept.float().square().cumsum(1)
+    before = torch.nn.functional.pad(energy, (1, -1))
+    return torch.zeros_like(pre).scatter_(1, order, torch.where(before < share[:, None] * energy[:, -1:], kept, 0.0))
+
+
 def above_compressed(pre: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = (pre > theta).nonzero(as_tuple=True)
     return pre[rows, columns], rows, columns

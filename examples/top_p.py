@@ -16,4 +16,4 @@ class TopP(se.Activation):
         self.p = p
 
     def _select(self, pre, backend):
-        return se.functional.energy_share(pre, self.p, backend=backend)
+        return se.functional.energy_share(pre, self.p, capacity=se.rules.captured_size(pre), backend=backend)

@@ -1,6 +1,6 @@
 """Every selection rule: a score, a scope and a criterion over the operations of ``functional``, in a module."""
 from .aux_zipf import AuxZipfTopK
-from .base import Activation, kept_values
+from .base import Activation, captured_size, kept_values
 from .batch_topk import BatchTopK, MutualChoice
 from .density import RunningDensity
 from .feature_choice import FeatureChoice
@@ -32,5 +32,6 @@ __all__ = [
     "StatisticalTopK",
     "TopAFA",
     "TopK",
+    "captured_size",
     "kept_values",
 ]

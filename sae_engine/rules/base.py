@@ -173,7 +173,15 @@ def above(pre: Tensor, theta: Tensor) -> Tensor:
 
 
 def captured_size(pre: Tensor) -> int | None:
-    """Room for every entry while a CUDA graph is captured, where the host cannot ask how many there are."""
+    """The ``capacity`` with which a rule that keeps an unknown number of entries can be captured in a CUDA graph.
+
+    Room for every entry while ``pre`` is captured, where the host cannot ask how many there are; else None: the size
+    follows the data.
+
+    Example:
+        >>> captured_size(torch.ones(2, 3)) is None
+        True
+    """
     return pre.numel() if capturing(pre) else None
 
 
