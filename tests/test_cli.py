@@ -308,11 +308,11 @@ def test_eval_of_a_transcoder(tmp_path, capsys):
     assert cli.main(["eval", *folders, *QUICK]) == 1
     assert "coder: its files do not say where it can be evaluated" in (err := capsys.readouterr().err)
     assert err.endswith("give --target-site\n")
-    coder.provenance = se.Provenance(model="embedded", layer=1, site="resid_pre", target_layer=2, target_site="mlp_out")
+    coder.provenance = se.Provenance(model="embedded", layer=1, site="mlp_in", target_layer=1, target_site="mlp_out")
     coder.save_pretrained(tmp_path / "coder")
     out = tmp_path / "out"
     assert cli.main(["eval", *folders, "--out", str(out), *QUICK]) == 0
-    assert "coder: activations: layer 1, resid_pre to layer 2, mlp_out" in capsys.readouterr().out
+    assert "coder: activations: layer 1, mlp_in to layer 1, mlp_out" in capsys.readouterr().out
     results = json.loads((out / "eval.json").read_text())
     assert results["coder"]["norms"] is None and results["sae"]["norms"] is not None
     assert results["coder"]["language"]["ce_ablated"] != results["sae"]["language"]["ce_ablated"]
@@ -324,7 +324,7 @@ def test_eval_errors_are_one_line_and_write_nothing(sae_folder, tmp_path, capsys
     for arguments, message in [
         ([str(tmp_path / "nowhere")], "there is none at"),
         ([sae_folder("wide", width=128)], "and it is 128 wide, while 'embedded' is 256: give --model"),
-        ([sae_folder("wide", width=128), "--model", "embedded"], "d_in = d_out = 256"),
+        ([sae_folder("wide", width=128), "--model", "embedded"], "d_in = 256, the width of 'embedded' at"),
         ([folder, "--layer", "8"], "layer must be in 0..3, got 8"),
         ([folder, "--model", "nobody/none"], "hub did not answer for 'nobody/none'"),
         ([folder, "--ppl", "-1"], "rise must be positive"),

@@ -146,7 +146,8 @@ def test_a_transcoder_is_measured_against_its_target_and_takes_its_place(lm):
     for change, match in [
         ({"normalize": "token"}, "normalize must be 'none' for a transcoder"),
         ({"target_site": None}, "target_site must be given with target_layer=2"),
-        ({"target_site": "attn"}, "site must be one of"),
+        ({"target_site": "hook_nowhere"}, "site must be one of"),
+        ({"site": "z", "target_site": "mlp_post"}, "d_out = 1024, the width of 'embedded' at blocks.2.mlp.hook_post"),
     ]:
         with pytest.raises(ValueError, match=match):
             evaluate(identity(256), lm, evaluation_text(), **{**same, **options, **change})
@@ -203,10 +204,10 @@ def test_evaluation_restores_the_mode_and_refuses(lm):
     good = identity(256)
     for change, error, match in [
         ({"layer": 7}, ValueError, "layer must be in"),
-        ({"site": "attn"}, ValueError, "site must be one of"),
+        ({"site": "hook_nowhere"}, ValueError, "site must be one of"),
         ({"normalize": "unit"}, ValueError, "normalize must be one of"),
         ({"max_tokens": 0}, ValueError, "max_tokens"),
-        ({"sae": se.SparseAutoencoder(128, 64, se.ReLU())}, ValueError, "d_in = d_out = 256"),
+        ({"sae": se.SparseAutoencoder(128, 64, se.ReLU())}, ValueError, "d_in = 256, the width of 'embedded' at"),
         ({"sae": torch.nn.Linear(256, 256)}, TypeError, "SparseAutoencoder"),
         ({"sae": se.SparseAutoencoder(256, 64, se.GradientTopK(4))}, TypeError, "attribution"),
         ({"texts": []}, RuntimeError, "no token"),

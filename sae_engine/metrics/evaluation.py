@@ -22,7 +22,7 @@ from .reconstruction import Reconstruction
 from .sparsity import Sparsity
 
 if TYPE_CHECKING:
-    from ..data import LanguageModel
+    from ..data import LanguageModel, Site
 
 NORMALIZATIONS = {
     "none": "raw",
@@ -56,10 +56,10 @@ def evaluate(
     lm: LanguageModel,
     texts: Iterable[str],
     *,
-    layer: int,
-    site: str = "resid_pre",
+    layer: int | None = None,
+    site: str | Site = "resid_pre",
     target_layer: int | None = None,
-    target_site: str | None = None,
+    target_site: str | Site | None = None,
     normalize: str = "none",
     context_length: int | None = None,
     batch_size: int = 8,
@@ -108,7 +108,7 @@ def evaluate(
         >>> found["reconstruction"]["tokens"]
         32
     """
-    splice = _Splice(sae, lm, (layer, site), _target(layer, target_layer, target_site), normalize, drop_first)
+    splice = _Splice(sae, lm, (site, layer), (target_site, target_layer), normalize, drop_first)
     batches = splice.batches(texts, context_length, batch_size, max_tokens)
     measures = _Measures(sae, splice.normalization, centre, is_transcoder=splice.is_transcoder)
     runs: dict[str, tuple[NextTokenLoss, Replace]] = {
@@ -129,12 +129,13 @@ def evaluate(
         "kl_spliced": spliced["kl"], "kl_ablated": ablated["kl"], "predicted": clean_run["predicted"],
     }  # fmt: skip
     setting = {
-        "model": lm.name, "revision": lm.revision, "sha256": lm.sha256, "d": lm.d_model, "layer": layer, "site": site,
+        "model": lm.name, "revision": lm.revision, "sha256": lm.sha256, "d": sae.d_in,
+        "layer": splice.place.layer, "site": splice.place.place,
         "context_length": splice.context_length, "first_positions": "dropped" if drop_first else "kept",
         "activation": repr(sae.activation), "d_sae": sae.d_sae,
     }  # fmt: skip
     if splice.is_transcoder:
-        setting |= dict(zip(("target_layer", "target_site"), splice.target, strict=True))
+        setting |= {"target_layer": splice.target.layer, "target_site": splice.target.place}
     return {"setting": setting, **measures.compute(), "language": language}
 
 
@@ -144,11 +145,11 @@ def ppl_sparsity(
     lm: LanguageModel,
     texts: Iterable[str],
     *,
-    layer: int,
+    layer: int | None = None,
     rise: float = 0.01,
-    site: str = "resid_pre",
+    site: str | Site = "resid_pre",
     target_layer: int | None = None,
-    target_site: str | None = None,
+    target_site: str | Site | None = None,
     normalize: str = "none",
     context_length: int | None = None,
     batch_size: int = 8,
@@ -186,7 +187,7 @@ def ppl_sparsity(
         True
     """
     rise, steps = check.positive("rise", rise), check.integer_k(steps, name="steps")
-    splice = _Splice(sae, lm, (layer, site), _target(layer, target_layer, target_site), normalize, drop_first)
+    splice = _Splice(sae, lm, (site, layer), (target_site, target_layer), normalize, drop_first)
     ids = list(splice.batches(texts, context_length, batch_size, max_tokens))
     with _in_eval_mode(sae):
         low, high = splice.contribution_range(ids)
@@ -213,31 +214,43 @@ def _in_eval_mode(sae: SparseAutoencoder) -> Iterator[None]:
 
 
 Replace = Callable[[Tensor, Tensor], Tensor]  # (input rows, target rows) → what takes the target's place
-Place = tuple[int, str]  # layer and site
-
-
-def _target(layer: int, target_layer: int | None, target_site: str | None) -> Place | None:
-    if target_site is None:
-        if target_layer is not None:
-            raise ValueError(f"target_site must be given with target_layer={target_layer!r}")
-        return None
-    return (layer if target_layer is None else target_layer), target_site
 
 
 class _Splice:
     """A language model with something in the place of one site's activations: the input's, or a transcoder's target."""
 
     def __init__(
-        self, sae: SparseAutoencoder, lm: LanguageModel, place: Place, target: Place | None, normalize: str,
-        drop_first: bool,
+        self, sae: SparseAutoencoder, lm: LanguageModel, place: tuple[str | Site, int | None],
+        target: tuple[str | Site | None, int | None], normalize: str, drop_first: bool,
     ) -> None:  # fmt: skip
+        from ..data.places import find_place
+        from ..data.sites import SITES, Site
+
         self.normalization = Normalization(normalize)
-        self.is_transcoder = target not in (None, place)
-        _check_fit(sae, lm, self.is_transcoder)
+        if not isinstance(sae, SparseAutoencoder):
+            raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+        self.sae, self.lm, self.first = sae, lm, int(drop_first)
+        self.place = self.target = Site.of(*place)
+        target_site, target_layer = target
+        if target_site is None and target_layer is not None:
+            raise ValueError(f"target_site must be given with target_layer={target_layer!r}")
+        if target_site is not None:
+            beside = target_layer is None and target_site in SITES
+            self.target = Site.of(target_site, self.place.layer if beside else target_layer)
+        self.is_transcoder = self.target != self.place
         if self.is_transcoder and normalize != "none":
             raise ValueError(f"normalize must be 'none' for a transcoder, got {normalize!r}")
-        self.sae, self.lm, self.place, self.first = sae, lm, place, int(drop_first)
-        self.target = place if target is None else target
+        if sae.d_in != sae.d_out and not self.is_transcoder:
+            raise ValueError(
+                f"target_site must be given: sae is a transcoder, with d_in = {sae.d_in} and d_out = {sae.d_out}"
+            )
+        for name, width, site in (("d_in", sae.d_in, self.place), ("d_out", sae.d_out, self.target)):
+            there = find_place(lm.model, site).width
+            if width != there:
+                raise ValueError(f"sae must have {name} = {there}, the width of {lm.name!r} at {site}, got {width}")
+        device = next(lm.model.parameters()).device
+        if sae.W_dec.device != device:
+            raise ValueError(f"sae must be on the device of the language model, {device}, got {sae.W_dec.device}")
         self._inputs: tuple[Tensor, Tensor] | None = None  # token ids and what the transcoder is given for them
 
     def batches(
@@ -247,11 +260,10 @@ class _Splice:
         from ..data.activations import check_stream
         from ..data.contexts import context_batches
 
-        for layer, site in (self.target, self.place):
-            contexts, limit = check_stream(
-                self.lm, texts, layer, site, max_tokens, context_length=context_length, batch_size=batch_size,
-                drop_first=bool(self.first),
-            )  # fmt: skip
+        contexts, limit = check_stream(
+            self.lm, texts, None, self.place, max_tokens, context_length=context_length, batch_size=batch_size,
+            drop_first=bool(self.first),
+        )  # fmt: skip
         self.context_length = contexts.length
         found = context_batches(self.lm, texts, contexts.length, contexts.batch_size)
         return (ids.to(self.sae.W_dec.device) for ids in _limited(found, self.first, limit))
@@ -274,8 +286,7 @@ class _Splice:
             new = replace(self._input(ids) if self.is_transcoder else y, y).view(*ids.shape[:1], -1, y.shape[1])
             return torch.cat([hidden[:, : self.first], new.to(hidden.dtype)], 1)
 
-        layer, site = self.target
-        return self.measured(run_with_replacement(self.lm.model, ids, on_site, layer=layer, site=site))
+        return self.measured(run_with_replacement(self.lm.model, ids, on_site, site=self.target))
 
     def _rows(self, hidden: Tensor) -> Tensor:
         return hidden[:, self.first :].to(torch.promote_types(hidden.dtype, torch.float32)).flatten(0, 1)
@@ -285,8 +296,7 @@ class _Splice:
         from ..data.activations import read_activations
 
         if self._inputs is None or self._inputs[0] is not ids:
-            layer, site = self.place
-            self._inputs = ids, self._rows(read_activations(self.lm.model, ids, layer=layer, site=site))
+            self._inputs = ids, self._rows(read_activations(self.lm.model, ids, site=self.place))
         return self._inputs[1]
 
     def contribution_range(self, batches: list[Tensor]) -> tuple[float, float]:
@@ -336,22 +346,6 @@ def _contributing_rows(sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
         rows = (rows / torch.where(norms == 0, 1.0, norms)[:, None]).to(rows.dtype)
         norms = torch.ones_like(norms)
     return norms, rows
-
-
-def _check_fit(sae: SparseAutoencoder, lm: LanguageModel, is_transcoder: bool) -> None:
-    if not isinstance(sae, SparseAutoencoder):
-        raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
-    if sae.d_in != sae.d_out and not is_transcoder:
-        raise ValueError(
-            f"target_site must be given: sae is a transcoder, with d_in = {sae.d_in} and d_out = {sae.d_out}"
-        )
-    if (sae.d_in, sae.d_out) != (lm.d_model, lm.d_model):
-        raise ValueError(
-            f"sae must have d_in = d_out = {lm.d_model}, the width of {lm.name!r}, got {sae.d_in} and {sae.d_out}"
-        )
-    device = next(lm.model.parameters()).device
-    if sae.W_dec.device != device:
-        raise ValueError(f"sae must be on the device of the language model, {device}, got {sae.W_dec.device}")
 
 
 def _limited(batches: Iterator[Tensor], first: int, max_tokens: int | None) -> Iterator[Tensor]:
