@@ -80,10 +80,9 @@ def test_bounds_by_many_programs_and_rows_that_overflow(case, dtype, monkeypatch
 
 def test_more_rows_than_are_summed_at_a_time():
     """And enough programs to clear the histograms in passing."""
-    for kind, dtype in (("normal", torch.bfloat16), ("ties", torch.float32)):
-        pre = make_pre(kind, (260, 16), dtype)
-        assert _tuning.batch_groups(260, 16, 260) is not None
-        assert_same(ops.batch_topk(pre, None, 260, "triton"), ops.batch_topk(pre, None, 260, "reference"))
+    pre = make_pre("ties", (260, 16), torch.bfloat16)
+    assert _tuning.batch_groups(260, 16, 260) is not None
+    assert_same(ops.batch_topk(pre, None, 260, "triton"), ops.batch_topk(pre, None, 260, "reference"))
 
 
 @pytest.mark.sanitizer

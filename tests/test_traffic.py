@@ -187,12 +187,14 @@ def test_threshold_reads_dense_rows_twice(metering):
     assert meter.of(pre).loaded == 2 * pre.nbytes
 
 
+SPARSE, HALF_KEPT = (0.2, 1.1, 0.02, 1.3), (0.999, 2.75, 1, 2.5)
+
+
 @pytest.mark.parametrize(
-    ("num_latents", "dtype"), [(12288, BF16), (32768, BF16), (32768, FP32), (131072, BF16)], ids=str
-)
-@pytest.mark.parametrize(
-    ("share", "passes", "write", "most"), [(0.2, 1.1, 0.02, 1.3), (0.999, 2.75, 1, 2.5)], ids=["sparse", "half kept"]
-)
+    ("share", "passes", "write", "most", "num_latents", "dtype"),
+    [(*SPARSE, 12288, BF16), (*SPARSE, 32768, BF16), (*SPARSE, 32768, FP32), (*SPARSE, 131072, BF16),
+     (*HALF_KEPT, 12288, BF16), (*HALF_KEPT, 32768, FP32)],
+)  # fmt: skip
 def test_norm_match_reads_the_pre_activations_once_where_few_are_kept(
     share, passes, write, most, num_latents, dtype, metering
 ):
