@@ -178,6 +178,12 @@ def test_damage_names_the_file(lm, tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match=r"shard-00001.*missing"):
         store.tensor()
+    manifest = (tmp_path / "manifest.json").read_text()
+    changes = ('"complete"', '"over"'), ("shard-00001", "../x"), ('"file"', '"name"'), ('"layer"', '"block"')
+    for wrong in ("[]", '{"format": 2}', *(manifest.replace(*change) for change in changes)):
+        (tmp_path / "manifest.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+            ActivationStore(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         ActivationStore(tmp_path)

@@ -189,6 +189,11 @@ def test_token_ids_are_checked():
         read_activations(model, ids((9,)), layer=1)
     with pytest.raises(ValueError, match=r"input_ids.*at least one token.*\(2, 0\)"):
         read_activations(model, ids((2, 0)), layer=1)
+    with pytest.raises(ValueError, match="input_ids: rows of 33 tokens, and GPT2LMHeadModel has 32 positions"):
+        read_activations(model, ids((1, 33)), layer=1)
+    for wrong in (None, tiny_gpt2()):
+        with pytest.raises(TypeError, match="model must be a causal language model"):
+            read_activations(wrong, ids(), layer=1)
     for number in (300, -1):
         with pytest.raises(ValueError, match=rf"input_ids: {number} is no token of GPT2LMHeadModel.* 0\.\.299"):
             read_activations(model, torch.full((1, 2), number), layer=1)

@@ -205,7 +205,8 @@ def _given(item: Any, number: int, contexts: Contexts, rows: int) -> TokenBatch:
     """A batch that the caller made; each of its rows is a document."""
     fields = item if isinstance(item, Mapping) else {"input_ids": item}
     if "input_ids" not in fields:
-        raise ValueError(f"texts: batch {number} has no 'input_ids', only {sorted(map(str, fields))}")
+        hint = "; give the strings of its rows, one by one" if "text" in fields else ""
+        raise ValueError(f"texts: batch {number} has no 'input_ids', only {sorted(map(str, fields))}{hint}")
     ids, mask = _integers(fields["input_ids"], f"texts: batch {number}: input_ids"), fields.get("attention_mask")
     if ids.ndim != 2 or not ids.numel():
         raise ValueError(

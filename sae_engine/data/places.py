@@ -101,6 +101,9 @@ def find_place(model: nn.Module, site: str | Site, layer: int | None = None) -> 
         >>> place.path, place.width
         ('transformer.h.1.mlp', 256)
     """
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise TypeError(f"model must be a causal language model, as load_language_model().model; got {got}")
     found = Site.of(site, layer)
     known = _PLACES.setdefault(model, {})
     place = known.get(found)
@@ -291,6 +294,11 @@ def model_forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
     if low < 0 or (vocabulary is not None and high >= vocabulary):  # on a GPU, an assertion that ends the process
         wrong, most = low if low < 0 else high, "" if vocabulary is None else f"..{vocabulary - 1}"
         raise ValueError(f"input_ids: {wrong} is no token of {type(model).__name__}, whose ids are 0{most}")
+    length, longest = input_ids.shape[1], getattr(_text_config(model), "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest and any(
+        isinstance(module, nn.Embedding) and module.num_embeddings < length for module in model.modules()
+    ):  # a table of positions that ends; rotations go on
+        raise ValueError(f"input_ids: rows of {length} tokens, and {type(model).__name__} has {longest} positions")
     return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
 

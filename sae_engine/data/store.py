@@ -24,6 +24,8 @@ _IN_FILES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 # What format 1 did not say: there was no choice.
 _OF_FORMAT_1 = {"separator": "eos", "first_token": "bos", "exclude_tokens": [], "exclude_positions": [],
                 "token_ids": False, "earlier": []}  # fmt: skip
+_REQUIRED = ("model", "revision", "sha256", "model_dtype", "layer", "site", "d_model", "context_length", "drop_first",
+             "max_tokens", "text_source", "complete", *_OF_FORMAT_1)  # fmt: skip
 
 
 class RowTokens(NamedTuple):
@@ -351,6 +353,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if version == 1:
             manifest = {**_OF_FORMAT_1, **manifest}
         sound = manifest["dtype"] in DTYPES and manifest["tokens"] == sum(s["tokens"] for s in manifest["shards"])
+        if missing := [key for key in _REQUIRED if key not in manifest]:
+            raise KeyError(missing[0])
+        for shard in manifest["shards"]:
+            sound &= {"file", "sha256", "text_sha256"} <= set(shard) and Path(shard["file"]).name == shard["file"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
     if not sound or version not in (1, FORMAT):
