@@ -52,7 +52,7 @@ SEED ?= 1
 COMPILED = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TRITON_CACHE_DIR='$(CURDIR)/.cache/triton' PTX_EMULATOR_RESIDENT=4 PTX_EMULATOR_QUANTUM=400
 NEEDS_CXX = @command -v "$${CXX:-g++}" >/dev/null || $(call stop,the emulator is built with g++: apt-get install g++)
 
-test-compiled: $(READY) ## compiled kernels without a GPU, every operation, with race and memory checks (ARCH=sm_90, SEED=1, ALL=1)
+test-compiled: $(READY) ## compiled kernels without a GPU, every operation, with race and memory checks (ARCH=sm_90 or sm_80, sm_100; SEED=1, ALL=1)
 	$(NEEDS_CXX)
 	set -e; for arch in $(if $(ALL),sm_80 sm_90,$(ARCH)); do for seed in $(if $(ALL),1 2,$(SEED)); do \
 	  $(COMPILED) PTX_EMULATOR_ARCH=$$arch PTX_EMULATOR_SEED=$$seed $(PY) -m pytest $(WORKERS) $(PYTEST_ARGS); done; done

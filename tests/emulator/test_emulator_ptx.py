@@ -216,6 +216,47 @@ def test_conversions(instruction, function):
         assert torch.equal(got.long(), want.long())
 
 
+FLOATS = """
+ mov.b32 %f1, %r5; shl.b32 %r7, %r5, 3; xor.b32 %r8, %r5, 0x80400000; mov.b32 %f2, %r7; mov.b32 %f3, %r8;
+"""
+
+
+@pytest.mark.parametrize(("instruction", "function"), [
+    ("max.NaN.f32 %f4, %f1, %f2, %f3;", lambda x, y, z: numpy.max([x, y, z])),
+    ("min.f32 %f4, %f1, %f2, %f3;", lambda x, y, z: min([v for v in (x, y, z) if v == v], default=numpy.nan)),
+    ("mov.b64 %rd6, {%f1, %f2}; mov.b64 %rd7, {%f3, %f1}; add.rn.f32x2 %rd8, %rd6, %rd7; mov.b64 {%f4, _}, %rd8;",
+     lambda x, y, z: x + z),
+    ("mov.b64 %rd6, {%f1, %f2}; mov.b64 %rd7, {%f3, %f1}; sub.rn.f32x2 %rd8, %rd6, %rd7; mov.b64 {_, %f4}, %rd8;",
+     lambda x, y, z: y - x),
+    ("mov.b64 %rd6, {%f1, %f2}; mul.rn.ftz.f32x2 %rd8, %rd6, %rd6; mov.b64 {_, %f4}, %rd8;",
+     lambda x, y, z: flushed(flushed(y) * flushed(y))),
+    ("mov.b64 %rd6, {%f1, %f2}; mov.b64 %rd7, {%f3, %f3}; fma.rn.f32x2 %rd8, %rd6, %rd6, %rd7; mov.b64 {%f4, _}, %rd8;",
+     lambda x, y, z: numpy.float32(numpy.longdouble(x) * x + z)),
+    ("mov.b32 {_, %h1}, %r5; fma.rn.f32.bf16 %f4, %h1, %h1, %f2;",
+     lambda x, y, z: numpy.float32(numpy.longdouble(upper(x)) * upper(x) + y)),
+    ("mov.b32 {_, %h1}, %r5; sub.f32.bf16 %f4, %h1, %f2;", lambda x, y, z: upper(x) - y),
+])  # fmt: skip
+@numpy.errstate(all="ignore")
+def test_floats_of_blackwell(instruction, function):
+    """Three inputs, two numbers in 64 bits, and operands of 16 bits to a result of 32."""
+    random.seed(2)
+    x = numpy.array([*(random.getrandbits(32) & 0xBFFFFFFF for _ in range(28)), 0, 0x7F800000, 0x7FC00001, 3], "u4")
+    out, found = execute(FLOATS + instruction + "mov.b32 %r6, %f4;" + STORE, x)
+    y, z = (x << numpy.uint32(3)).view("f4"), (x ^ numpy.uint32(0x80400000)).view("f4")
+    want = [function(*values) for values in zip(x.view("f4"), y, z, strict=True)]
+    assert not found
+    numpy.testing.assert_array_equal(out.view("f4"), numpy.array(want, "f4"))
+
+
+def upper(x):
+    """The bf16 number in the upper half of an fp32 number."""
+    return (x.view("u4") & numpy.uint32(0xFFFF0000)).view("f4")
+
+
+def flushed(x):
+    return x if not abs(x) < 2.0**-126 else numpy.copysign(numpy.float32(0), x)
+
+
 def test_processes_that_start_together_build_the_interpreter_once(tmp_path):
     """The compiler is played: it says that it was called, takes a while, and hands out what has been built already."""
     played = tmp_path / "g++"

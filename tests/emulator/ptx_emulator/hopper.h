@@ -78,19 +78,31 @@ static inline u64 place(u64 descriptor, int mn, int k, int es, bool transposed) 
   return swizzled(a, mode ? 4 - mode : 0);
 }
 
+// Tensor cores read by the async proxy: what a warp stored, they see after a fence between the proxies. Either the warp
+// that wrote fences, and a barrier lies between, or the warp that multiplies fences after that barrier.
+static bool fenced(const Warp& w, const Product& p, const ShShared& e) {
+  if (e.wfences == BY_ASYNC_PROXY) return true;
+  if (e.wwarp == w.id) return e.wfences < p.fences;
+  const auto& writer = w.cta->warps[e.wwarp].fences;
+  return (e.wfences < writer.size() && writer[e.wfences] < p.phase) ||
+         (p.fences && w.fences[p.fences - 1] > e.wphase);
+}
+
 // An element of an operand as the product sees it, after the checks.
 static f64 element(Machine* M, Warp& w, const Product& p, u64 descriptor, int mn, int k, bool transposed) {
   const Launch* L = M->L;
   const Cta* c = w.cta;
-  const int kind = p.I->x[0], es = kind == 2 ? 4 : 2;
+  const int kind = p.kind, es = kind == 2 ? 4 : 2;
   const u64 a = place(descriptor, mn, k, es, transposed);
   if (!M->shared_ok(w, p.pc, 0, a, es)) return 0;
   if (L->checks & (CHECK_SHARED_RACE | CHECK_INIT)) {
     const ShShared& e = c->shadow[a >> L->granule_shared];
     if ((L->checks & CHECK_INIT) && e.wphase < c->base_phase)
-      M->report(UNINIT_SHARED, p.pc, 0, &w, a, -1, -1, -1, "operand of wgmma");
+      M->report(UNINIT_SHARED, p.pc, 0, &w, a, -1, -1, -1, "operand of a product");
     else if ((L->checks & CHECK_SHARED_RACE) && e.wphase >= p.phase && e.wwarp != w.id)
-      M->report(RACE_SHARED, p.pc, 0, &w, a, e.wpc, e.wwarp, c->linear, "operand of wgmma");
+      M->report(RACE_SHARED, p.pc, 0, &w, a, e.wpc, e.wwarp, c->linear, "operand of a product");
+    else if ((L->checks & CHECK_SHARED_RACE) && !fenced(w, p, e))
+      M->report(PROXY_FENCE, p.pc, 0, &w, a, e.wpc, e.wwarp, c->linear, "before the product");
   }
   for (const Bulk& b : c->in_flight)
     if (a < b.hi && a + es > b.lo)
@@ -108,7 +120,7 @@ static f64 element(Machine* M, Warp& w, const Product& p, u64 descriptor, int mn
 static void multiply(Machine* M, Warp& w, const Product& p) {
   const Ins& I = *p.I;
   u8* R = w.R;
-  const int kind = I.x[0], K = I.x[1], N = I.x[2] * 8;
+  const int kind = p.kind, K = I.x[1], N = I.x[2] * 8;
   static thread_local f64 A[16][16], B[16][256], C[16][256];
   const s32* d = M->L->ext + I.ext;
   if (I.x[3]) {
@@ -194,6 +206,7 @@ bool Machine::hopper(Warp& w, const Ins& I, int pc, u32 m) {
       }
       u32 parity = get_lane(R, I.o[2], 4, lane) & 1;
       MBar& b = it->second;
+      complete_products(w, b, (u32)a[lane], parity);
       if ((b.phase & 1) == parity) {
         auto& list = c->in_flight;
         for (size_t k = 0; k < list.size();) {
@@ -214,6 +227,7 @@ bool Machine::hopper(Warp& w, const Ins& I, int pc, u32 m) {
                 c->shadow[p].wphase = c->base_phase;
                 c->shadow[p].wwarp = w.id;
                 c->shadow[p].wpc = list[k].pc;
+                c->shadow[p].wfences = BY_ASYNC_PROXY;
               }
           }
           b.tx -= list[k].bytes;
@@ -223,6 +237,7 @@ bool Machine::hopper(Warp& w, const Ins& I, int pc, u32 m) {
       }
       bool done = (b.phase & 1) != parity;
       if (!done) return false;
+      w.waited = std::max(w.waited, b.completion);
       u32* d = (u32*)(R + I.o[1]);
       *d |= m;
       return true;
@@ -285,13 +300,15 @@ bool Machine::hopper(Warp& w, const Ins& I, int pc, u32 m) {
       w.bulk_open.clear();
       return true;
     case OP_tma_wait: flush_bulk(this, w, (size_t)I.imm); return true;
-    case OP_fence_proxy:
+    case OP_fence_proxy: w.fences.push_back(c->phase); return true;
     case OP_wgmma_fence: return true;
     case OP_wgmma: {
       Product p;
       p.I = &I;
       p.pc = pc;
+      p.kind = I.x[0];
       p.phase = c->phase;
+      p.fences = w.fences.size();
       p.b = get_lane(R, I.o[1], 8, lane);
       p.a = I.x[3] ? 0 : get_lane(R, I.o[2], 8, lane);
       if (I.x[3])
@@ -313,7 +330,5 @@ bool Machine::hopper(Warp& w, const Ins& I, int pc, u32 m) {
       return true;
     }
   }
-  report(UNSUPPORTED, pc, lane, &w, 0);
-  fatal = true;
-  return false;
+  return blackwell(w, I, pc, m);
 }

@@ -7,7 +7,7 @@ the C++ files.
 
 import re
 
-from . import hopper, ops
+from . import blackwell, hopper, ops
 from .operands import PARAM_WINDOW, SPECIAL, Operands, Unsupported
 from .parse import SIZES
 
@@ -43,6 +43,10 @@ class Instructions(Operands):
             slots = [self.dest(operands[0]), *(self.pred(text) for text in operands[1:])]
             return [{"op": f"{name}pred", "o": slots}]
         keep = [m for m in modifiers if m not in ("rn", "approx", "full")]
+        if keep == ["f32"] and kind in ("f16", "bf16"):  # the first operands have 16 bits, the last and the result 32
+            return self.lanes(f"{name}.f32.{kind}", operands)
+        if name in ("min", "max") and len(operands) == 4:
+            name += "3"
         if (
             name == "div"
             and "full" not in modifiers
@@ -57,20 +61,8 @@ class Instructions(Operands):
             kind = "u" + kind[1:]
         if name in ("add", "sub", "mul", "mad") and kind[0] == "b":
             kind = "u" + kind[1:]
-        order = {
-            "lo": 0,
-            "hi": 0,
-            "wide": 0,
-            "sat": 0,
-            "ftz": 1,
-            "relu": 1,
-            "NaN": 2,
-            "shiftamt": 0,
-            "wrap": 1,
-            "clamp": 1,
-            "l": 0,
-            "r": 0,
-        }
+        order = {"sat": 0, "lo": 0, "hi": 0, "wide": 0, "shiftamt": 0, "l": 0, "r": 0, "ftz": 1, "relu": 1, "wrap": 1,
+                 "clamp": 1, "NaN": 2}  # fmt: skip
         if any(m not in order for m in keep):
             raise Unsupported(f"modifier of {s.opcode}")
         keep.sort(key=order.get)
@@ -425,6 +417,8 @@ class Instructions(Operands):
         return [{"op": "membar"}]
 
     def op_fence(self, s, parts, operands):
+        if parts[:2] == ["proxy", "async"]:
+            return [{"op": "fence_proxy"}]
         if parts[0] in ("proxy", "mbarrier_init"):
             return [{"op": "nop"}]
         if "cta" in parts:
@@ -497,3 +491,6 @@ class Instructions(Operands):
 
     def op_wgmma(self, s, parts, operands):
         return hopper.wgmma(self, s, parts, operands)
+
+    def op_tcgen05(self, s, parts, operands):
+        return blackwell.tcgen05(self, s, parts, operands)

@@ -158,6 +158,13 @@ template <class F>
 static inline u32 pair(F f, u32 a, u32 b, u32 c) {
   return (u32)f((u16)a, (u16)b, (u16)c) | ((u32)f((u16)(a >> 16), (u16)(b >> 16), (u16)(c >> 16)) << 16);
 }
+// Two fp32 numbers in 64 bits, each half by itself.
+template <class F, class... T>
+static inline u64 pair_f32(F f, T... packed) {
+  const u32 low = bitcast<u32>((f32)f(bitcast<f32>((u32)packed)...));
+  const u32 high = bitcast<u32>((f32)f(bitcast<f32>((u32)(packed >> 32))...));
+  return (u64)high << 32 | low;
+}
 
 #ifdef __AVX512DQ__
 #include <immintrin.h>

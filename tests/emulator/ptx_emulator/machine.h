@@ -1,6 +1,6 @@
 // The program, the state of a launch, and the checks on every access to memory.
 #pragma once
-#include "lanes.h"
+#include "in_flight.h"
 #include "ops_enum.inc"
 
 // ---- the program, the machine -------------------------------------------------------------------------------------
@@ -40,7 +40,12 @@ enum Kind {
   ASYNC_PENDING,
   ARRIVE_MISMATCH,
   READ_ONLY,
-  SAME_VALUE
+  SAME_VALUE,
+  PROXY_FENCE,
+  OOB_TENSOR,
+  RACE_TENSOR,
+  UNINIT_TENSOR,
+  LEFT_BEHIND
 };
 struct Report {
   s32 kind, pc, other_pc, lane, warp, other_warp;
@@ -92,17 +97,14 @@ struct ShShared {
   s32 wpc, rpc;
   u16 wwarp;
   u16 pad;
+  u32 wfences;  // the proxy fences of the writing warp before it wrote, or BY_ASYNC_PROXY
 };
+static const u32 BY_ASYNC_PROXY = ~0u;
 struct ShGlobal {
   u32 wcta, wphase, rcta, rphase, rmask;
   s32 wpc, rpc;
   u16 wwarp;
   u16 watomic;
-};
-struct Copy {
-  u64 dst, src;
-  u32 size, zero;
-  int pc;
 };
 struct Entry {
   u32 mask;
@@ -114,23 +116,6 @@ struct Pub {
   s32 warp;
   u32 at_phase;
   s32 by;
-};
-
-struct Product {  // a wgmma that was issued
-  const Ins* I;
-  int pc;
-  u32 phase;  // the barriers that its program had passed
-  u64 a, b;   // descriptors of the operands in shared memory
-  u32 regs[4][32];
-  bool accumulate;
-};
-struct Bulk {  // a tensor copy into shared memory, between lo and hi
-  u32 mbar;
-  int pc, warp;
-  std::vector<Copy> copies;
-  u64 bytes;
-  int nan_esize;
-  u64 lo, hi;
 };
 
 struct Cta;
@@ -151,16 +136,16 @@ struct Warp {
   std::vector<Copy> bulk_open;
   std::vector<Product> products;
   std::deque<std::vector<Product>> product_groups;
+  std::vector<u32> fences;  // the phase of each proxy fence
+  std::vector<Product> issued;  // of tcgen05, not yet committed
+  std::deque<Commit> commits;
+  std::vector<TensorAccess> tensor_loads, tensor_stores;
+  u32 waited;  // the last completion of a commit that it knows of
 };
 enum { READY, AT_BARRIER, DONE };
 struct Barrier {
   u32 arrived;
   u32 need;
-};
-struct MBar {
-  u32 expected, pending;
-  s64 tx;
-  u32 phase;
 };
 struct Cta {
   u32 x, y, z, linear;
@@ -173,6 +158,7 @@ struct Cta {
   int live;
   std::map<u32, MBar> mbars;
   std::vector<Bulk> in_flight;
+  TensorMemory tensor;
   std::map<u32, std::vector<Pub>> known;
 };
 
@@ -363,6 +349,7 @@ struct Machine {
         e.wwarp = w.id;
         e.wpc = pc;
         e.pad = atomic;
+        e.wfences = w.fences.size();
       } else {
         if ((L->checks & CHECK_INIT) && e.wphase < c->base_phase) report(UNINIT_SHARED, pc, lane, &w, p << g);
         if (e.rphase != c->phase) {
@@ -438,6 +425,16 @@ struct Machine {
   void atomic(Warp& w, const Ins& I, int pc, u32 m);
   void mma(Warp& w, const Ins& I);
   bool hopper(Warp& w, const Ins& I, int pc, u32 m);
+  bool blackwell(Warp& w, const Ins& I, int pc, u32 m);
+  Cell* cell(Warp& w, int pc, int lane, u32 row, u32 column, const char* what);
+  void load_tensor(Warp& w, const TensorAccess& t);
+  void store_tensor(Warp& w, const TensorAccess& t);
+  void issue_product(Warp& w, const Product& p);
+  void multiply_tensor(Warp& w, const Product& p, u32 completion);
+  void complete_products(Warp& w, MBar& b, u32 mbar, u32 parity);
+  void allocate(Warp& w, const Ins& I, int pc, u32 m);
+  void give_back(Warp& w, const Ins& I, int pc, u32 m);
+  void leave_tensor(Cta* c);
   void load_parameter(Warp& w, const Ins& I, int pc, u32 m);
   void pack(Warp& w, const Ins& I, int pc, u32 m);
   void unpack(Warp& w, const Ins& I, int pc, u32 m);

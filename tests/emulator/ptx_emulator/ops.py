@@ -14,7 +14,8 @@ HAND = [
     "bra", "ret", "trap", "ldparam", "movpred", "andpred", "orpred", "xorpred", "notpred", "pack", "unpack",
     "cvt", "mma", "nop", "nanosleep", "elect", "mbar_init", "mbar_inval", "mbar_expect_tx", "mbar_arrive",
     "mbar_try_wait", "tma_load", "tma_store", "tma_commit", "tma_wait", "fence_proxy", "wgmma", "wgmma_fence",
-    "wgmma_commit", "wgmma_wait", "assertfail", "cvta", "clock", "brx",
+    "wgmma_commit", "wgmma_wait", "assertfail", "cvta", "clock", "brx", "tensor_alloc", "tensor_relinquish",
+    "tensor_dealloc", "tensor_ld", "tensor_st", "tensor_wait", "tensor_mma", "tensor_commit",
 ]  # fmt: skip
 
 
@@ -104,6 +105,14 @@ for t in ("f32", "f64"):
         if t == "f32":
             for name, function in (("ex2", "exp2"), ("lg2", "log2"), ("sin", "sin"), ("cos", "cos"), ("tanh", "tanh")):
                 lane(f"{name}{z}.{t}", t, t, f"{k}({out.format(f'(f32)::{function}((f64){A})')})")
+            for name in ("min", "max"):
+                for NAN, n in (("", 0), (".NaN", 1)):
+                    lane(f"{name}3{z}{NAN}.{t}", t, f"{t} {t} {t}", f"f{name}_<{n}>(f{name}_<{n}>({A},{B}),{C})")
+            for name, arity, e in (("add", 2, f"{A}+{B}"), ("sub", 2, f"{A}-{B}"), ("mul", 2, f"{A}*{B}"),
+                                   ("fma", 3, f"{fma}({A},{B},{C})")):  # fmt: skip
+                values = ",".join("abc"[:arity])
+                function = f"[](f32 {',f32 '.join('abc'[:arity])}){{return {k}({out.format(e)});}}"
+                lane(f"{name}{z}.f32x2", "u64", " ".join(["u64"] * arity), f"pair_f32({function},{values})")
             lane(f"add.sat{z}.{t}", t, f"{t} {t}", f"sat01({A}+{B})")
             lane(f"mul.sat{z}.{t}", t, f"{t} {t}", f"sat01({A}*{B})")
             lane(f"fma.sat{z}.{t}", t, f"{t} {t} {t}", f"sat01(__builtin_fmaf({A},{B},{C}))")
@@ -129,6 +138,9 @@ for t in ("f16", "bf16"):
             dotted = name if not z else name + ".ftz"
             lane(f"{dotted}.{t}", "u16", " ".join(["u16"] * arity), f"({function})({args})")
             lane(f"{dotted}.{t}x2", "u32", " ".join(["u32"] * arity), f"pair({function},{args})")
+    lane(f"add.f32.{t}", "f32", "u16 f32", f"canon({of}(a)+b)")
+    lane(f"sub.f32.{t}", "f32", "u16 f32", f"canon({of}(a)-b)")
+    lane(f"fma.f32.{t}", "f32", "u16 u16 f32", f"canon(__builtin_fmaf({of}(a),{of}(b),c))")
     lane(f"abs.{t}", "u16", "u16", "a&0x7fff")
     lane(f"neg.{t}", "u16", "u16", "a^0x8000")
     lane(f"abs.{t}x2", "u32", "u32", "a&0x7fff7fffu")

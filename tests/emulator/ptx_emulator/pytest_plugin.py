@@ -1,6 +1,6 @@
 """Runs a project's Triton tests on compiled code, on CPU tensors.
 
-Settings come from the environment: PTX_EMULATOR_ARCH (sm_80, sm_90), and PTX_EMULATOR_SEED (0), _RESIDENT (1),
+Settings come from the environment: PTX_EMULATOR_ARCH (sm_80, sm_90, sm_100), and PTX_EMULATOR_SEED (0), _RESIDENT (1),
 _QUANTUM (0), _CHECKS (a list such as ``mem,init``; all), _RAISE (severe, all, none), which are those of
 `driver.Settings`, and _LOG: a file that gets a line of JSON for each test, with its launches and its findings.
 """

@@ -14,6 +14,7 @@ void Machine::start(Cta* c, u32 linear) {
   c->known.clear();
   c->mbars.clear();
   c->in_flight.clear();
+  c->tensor = TensorMemory{};
   if (c->warps.empty()) {
     c->warps.resize(n);
     for (int k = 0; k < n; k++) c->warps[k].R = (u8*)aligned_alloc(64, (L->regs_size + 63) / 64 * 64);
@@ -43,6 +44,12 @@ void Machine::start(Cta* c, u32 linear) {
     w.bulk_open.clear();
     w.products.clear();
     w.product_groups.clear();
+    w.fences.clear();
+    w.commits.clear();
+    w.tensor_loads.clear();
+    w.tensor_stores.clear();
+    w.issued.clear();
+    w.waited = 0;
     memcpy(w.R, L->image, L->image_size);
     for (s64 s = 0; s < L->nspecials; s++) {
       u32* d = (u32*)(w.R + L->specials[2 * s + 1]);
@@ -92,6 +99,7 @@ void Machine::release_barrier(Cta* c) {
 }
 static void finish_cta(Machine* M, Cta* c) {
   for (auto& w : c->warps) flush_bulk(M, w, 0);
+  M->leave_tensor(c);
 }
 int Machine::go() {
   u64 idle = 0;

@@ -29,7 +29,10 @@ KINDS = {1: "global access out of bounds", 2: "misaligned access", 3: "shared ac
          14: "shuffle from an inactive lane", 15: "lanes of one store write different values to one address",
          16: "atomic and plain accesses of one address, unordered",
          17: "asynchronous copy read before it was waited for", 18: "mbarrier arrivals differ from its count",
-         19: "write to read-only memory", 20: "unordered writes of the same value"}  # fmt: skip
+         19: "write to read-only memory", 20: "unordered writes of the same value",
+         21: "operand of a product written without fence.proxy.async", 22: "tensor memory that is not allocated",
+         23: "race on tensor memory", 24: "read of tensor memory never written",
+         25: "tensor memory or its accesses left behind"}  # fmt: skip
 CHECK_BITS = {"mem": 1, "shared_race": 2, "global_race": 4, "init": 8}
 SEVERE = set(KINDS) - {15, 16, 20}  # reported, not raised
 

@@ -1,5 +1,6 @@
 // One warp runs until a barrier, its end, or the end of its budget of instructions.
 #pragma once
+#include "blackwell.h"
 #include "convert.h"
 #include "hopper.h"
 #include "memory.h"
@@ -272,6 +273,15 @@ int Machine::run(Warp& w, s64 budget) {
       case OP_redux:
         ADVANCE_ALL_OR_BLOCK(((u32*)(R + I.o[2]))[__builtin_ctz(m)]);
         reduce_warp(w, I, pc, m);
+        break;
+      case OP_tensor_alloc:
+      case OP_tensor_dealloc:
+      case OP_tensor_ld:
+      case OP_tensor_st:
+      case OP_tensor_wait:
+        ADVANCE_ALL_OR_BLOCK(~0u);
+        blackwell(w, I, pc, m);
+        if (fatal) LEAVE(YIELDED);
         break;
       case OP_mma:
         if (m != ~0u) { ADVANCE_ALL_OR_BLOCK(~0u); }
