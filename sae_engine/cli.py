@@ -279,6 +279,9 @@ def _eval(args: argparse.Namespace) -> int:
     tokens = min(result["reconstruction"]["tokens"] for result in results.values())
     if args.tokens is not None and tokens < args.tokens:
         print(f"sae-engine: the text had {tokens} tokens, fewer than --tokens {args.tokens}", file=sys.stderr)
+    for name in (name for name, place in places.items() if place.model is None):
+        print(f"sae-engine: {name}: its files name no model: measured on the embedded one, for want of --model",
+              file=sys.stderr)  # fmt: skip
     print(f"{report.setting_text(results)}\n\n{report.table(results)}")
     if args.out is not None:
         print(*report.write(results, args.out, figures=not args.no_figures), sep="\n")

@@ -204,7 +204,8 @@ def test_eval_prints_a_table_and_writes_all_of_it(sae_folder, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
     out = tmp_path / "out"
     folders = [sae_folder("one"), sae_folder("other")]
-    arguments = ["eval", *folders, "--normalize", "token", "--ppl", "5", "--out", str(out)]
+    arguments = ["eval", *folders, "--normalize", "token", "--ppl", "5", "--out", str(out), "--model",
+                 "embedded"]  # fmt: skip
     assert cli.main([*arguments, *PLACE, *QUICK]) == 0
     shown, err = capsys.readouterr()
     assert err == ""
@@ -238,7 +239,9 @@ def test_eval_without_pictures(sae_folder, tmp_path, monkeypatch, capsys):
 def test_eval_takes_the_place_that_the_configuration_names(sae_folder, capsys):
     folder = sae_folder("named", "blocks.3.hook_mlp_out")
     assert cli.main(["eval", folder, *QUICK]) == 0
-    assert "layer 3, mlp_out" in capsys.readouterr().out
+    shown, err = capsys.readouterr()
+    assert "layer 3, mlp_out" in shown
+    assert "named: its files name no model: measured on the embedded one" in err
     assert cli.main(["eval", folder, "--layer", "1", *QUICK]) == 0
     assert "layer 1, mlp_out" in capsys.readouterr().out
     other = sae_folder("other", "blocks.1.hook_resid_pre")
