@@ -97,6 +97,10 @@ def test_what_somebody_wrote_into_the_formats_own_fields_wins(tmp_path):
 def test_what_other_libraries_wrote(format, name, change, expected, tmp_path):
     se.SparseAutoencoder(16, 64, se.TopK(2)).save_pretrained(tmp_path, format)
     assert edited(tmp_path, name, change) == se.Provenance(**expected)
+    again = se.SparseAutoencoder.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path / "again", format)  # into the same words, which alone say it to their library
+    own = {"saelens": lambda cfg: cfg["metadata"].pop("sae_engine")}.get(format, lambda cfg: cfg.pop("sae_engine"))
+    assert edited(tmp_path / "again", name, own) == again.provenance
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def _config(c: Checkpoint, name: str) -> dict[str, Any]:
     if "bandwidth" in c.options:
         config["bandwidth"] = c.options["bandwidth"]
     model, hook, _ = words(c)
-    if (model, hook) != (None, None):
-        config |= {"model_name": model, "hook_point": hook, "layer": hook and split(hook)[0]}
+    layer = c.provenance.layer if c.provenance is not None else hook and split(hook)[0]
+    if (model, hook, layer) != (None, None, None):
+        config |= {"model_name": model, "hook_point": hook, "layer": layer}
     return config

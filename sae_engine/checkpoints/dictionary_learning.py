@@ -185,6 +185,7 @@ def _trainer_of(c: Checkpoint, name: str) -> dict[str, Any]:
     if "threshold_lr" in c.options:
         trainer["threshold_beta"] = 1 - c.options["threshold_lr"]
     model, hook, _ = words(c)
-    if (model, hook) != (None, None):
-        trainer |= {"lm_name": model, "submodule_name": hook, "layer": hook and split(hook)[0]}
+    layer = c.provenance.layer if c.provenance is not None else hook and split(hook)[0]
+    if (model, hook, layer) != (None, None, None):
+        trainer |= {"lm_name": model, "submodule_name": hook, "layer": layer}
     return trainer
