@@ -20,7 +20,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-SITES = ("resid_pre", "mlp_out", "resid_post")  # sae_engine.data.SITES, which --help need not import
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -146,7 +145,9 @@ def _add_collect(commands: Any) -> None:
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     unsaid = "the embedded model", "two thirds of the way up (GPT-2: 8)", "resid_pre"
     _add_model_and_text(parser, text="stdlib", unsaid=unsaid)
-    parser.add_argument("--no-fallback", action="store_true", help="fail when the hub does not answer")
+    parser.add_argument(
+        "--fallback", action="store_true", help="the embedded model in place of --model when the hub does not answer"
+    )
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the shards")
     parser.add_argument("--shard-tokens", type=int, default=65536, metavar="N", help="rows per shard")
     tokens = "eos, bos, pad or an id"
@@ -166,20 +167,22 @@ def _token(word: str) -> str | int | None:
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from sae_engine.data import collect_activations
+    from sae_engine.data import SITES, collect_activations
 
     texts, text_source = _texts(args.text, args.suffixes)
-    lm = _load_model(args, args.model, args.revision, fallback=not args.no_fallback)
+    lm = _load_model(args, args.model, args.revision, fallback=args.fallback)
     if lm.tokenizer is None:
         raise ValueError(f"--model: {lm.name!r} has no tokenizer, without which no text can be read")
-    layer = lm.num_layers * 2 // 3 if args.layer is None else args.layer
+    layer, site = _site(args.site or "resid_pre", args.layer)
+    if layer is None and site in SITES:
+        layer = lm.num_layers * 2 // 3
     try:
         store = collect_activations(
             lm,
             texts,
             args.out,
             layer=layer,
-            site=args.site or SITES[0],
+            site=site,
             context_length=args.context_length,
             batch_size=args.batch_size,
             drop_first=not args.keep_first,
@@ -249,7 +252,7 @@ def _add_eval(commands: Any) -> None:
         help="what the autoencoder was trained on: the model's activations, or each token normalized by its mean and "
         "standard deviation; what its files say, none",
     )  # fmt: skip
-    parser.add_argument("--target-site", choices=SITES, default=None, help="of a transcoder: where its output belongs")
+    parser.add_argument("--target-site", default=None, metavar="SITE", help="of a transcoder: where its output belongs")
     parser.add_argument("--ppl", type=float, default=None, metavar="P", help="also PPL-P%% sparsity (some passes more)")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for eval.json, eval.md and PNGs")
     parser.add_argument("--no-figures", action="store_true", help="no PNGs; matplotlib is then not needed")
@@ -265,7 +268,8 @@ def _eval(args: argparse.Namespace) -> int:
         raise ImportError("the pictures need the package matplotlib: pip install matplotlib, or give --no-figures")
     names = _names(args.sae)
     saes = {name: SparseAutoencoder.from_pretrained(path) for name, path in zip(names, args.sae, strict=True)}
-    said = {"model": args.model, "revision": args.revision, "layer": args.layer, "site": args.site,
+    layer, site = (args.layer, None) if args.site is None else _site(args.site, args.layer)
+    said = {"model": args.model, "revision": args.revision, "layer": layer, "site": site,
             "target_site": args.target_site, "normalize": args.normalize}  # fmt: skip
     places = {name: place_of(sae, name, **said) for name, sae in saes.items()}  # all of them before any is measured
     measured = {}
@@ -342,7 +346,12 @@ def _add_model_and_text(parser: argparse.ArgumentParser, *, text: str, unsaid: t
     parser.add_argument("--model", default=None, metavar="NAME", help=f"hub name or local folder; {model}")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
     parser.add_argument("--layer", type=int, default=None, help=f"block; {layer}")
-    parser.add_argument("--site", choices=SITES, default=None, help=site)
+    parser.add_argument(
+        "--site", default=None,
+        help="resid_pre, attn_out, resid_mid, mlp_out, resid_post, …, as TransformerLens and transformers spell them "
+        "(blocks.3.hook_resid_post, model.layers.3), or a module's name, ':input' behind it for what it is given; "
+        + site,
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=None, metavar="N", help="all of the text")
     parser.add_argument(
         "--text", nargs="+", default=[text], metavar="PATH",
@@ -355,6 +364,16 @@ def _add_model_and_text(parser: argparse.ArgumentParser, *, text: str, unsaid: t
     parser.add_argument("--keep-first", action="store_true", help="keep each context's first position")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 …; a GPU if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _site(site: str, layer: int | None) -> tuple[int | None, str]:
+    """Layer and site that two options say together; the layer is None where neither says it."""
+    from sae_engine.data import SITES, Site
+
+    if site in SITES and layer is None:
+        return None, site
+    found = Site.of(site, layer)
+    return found.layer, found.place
 
 
 def _load_model(args: argparse.Namespace, model: str | None, revision: str | None, *, fallback: bool = False) -> Any:

@@ -77,6 +77,25 @@ def test_collect_and_again(text_file, tmp_path, capsys):
     assert "error: batch_size: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "layer", "site", "width"),
+    [
+        (["--site", "blocks.1.hook_attn_out"], 1, "attn_out", 256),
+        (["--site", "transformer.h.1"], 1, "resid_post", 256),
+        (["--site", "z", "--layer", "1"], 1, "z", 256),
+        (["--site", "transformer.h.1.mlp.c_proj:input"], 1, "mlp.c_proj:input", 1024),
+        (["--site", "transformer.ln_f"], None, "transformer.ln_f", 256),
+    ],
+)
+def test_sites_by_any_name(text_file, tmp_path, arguments, layer, site, width):
+    out = str(tmp_path / "out")
+    options = ["--tokens", "40", "--text", text_file, "--device", "cpu", "--quiet"]
+    assert cli.main(["collect", out, *options, *arguments]) == 0
+    store = ActivationStore(out)
+    assert (store.manifest["layer"], store.manifest["site"], store.d_model) == (layer, site, width)
+    assert store.tensor().shape == (40, width)
+
+
 def test_collect_says_when_the_text_is_too_short(text_file, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert cli.main(["collect", out, "--tokens", "999999", "--text", text_file, "--device", "cpu", "--quiet"]) == 0
@@ -97,7 +116,7 @@ def test_errors_are_one_line_and_status_1(tmp_path, capsys):
         (["--text", str(tmp_path / "nowhere.txt")], "nowhere.txt"),
         (["--layer", "8"], "layer must be in 0..3, got 8"),
         (["--model", "./nowhere"], "nowhere"),
-        (["--model", "nobody/none", "--no-fallback"], "hub did not answer for 'nobody/none'"),
+        (["--model", "nobody/none"], "hub did not answer for 'nobody/none'"),
         (["--device", "gpu"], "device must be a device's name"),
         (["--device", "cuda:99"], "device: 'cuda:99' cannot be used on this machine"),
         (["--model", ""], "name_or_path must name"),
@@ -106,6 +125,7 @@ def test_errors_are_one_line_and_status_1(tmp_path, capsys):
         (["--text", __file__, "--exclude", "pad"], "exclude_tokens: the tokenizer of 'embedded' has no PAD token"),
         (["--text", __file__, "--exclude-positions", "-1"], "exclude_positions must be in 0..255, got -1"),
         (["--text", __file__, "--extend"], "no collection to extend"),
+        (["--site", "blocks.1.hook_resid_past"], "site must be one of resid_pre"),
     ]:
         assert cli.main(["collect", out, "--device", "cpu", *arguments]) == 1
         err = capsys.readouterr().err
@@ -366,7 +386,8 @@ def test_what_is_no_number_is_null_in_json_and_nan_in_the_table(sae_folder, tmp_
 
 
 def test_fallback_is_said_once_on_standard_error(text_file, tmp_path):
-    command = [sys.executable, "-m", "sae_engine.cli", "collect", str(tmp_path / "out"), "--model", "nobody/none",
+    command = [sys.executable, "-m", "sae_engine.cli", "collect", str(tmp_path / "out"), "--model",
+               "nobody/none", "--fallback",
                "--text", text_file, "--tokens", "50", "--quiet", "--device", "cpu"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     [line] = done.stderr.splitlines()

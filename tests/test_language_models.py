@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import DOCUMENTS, MODELS, collect, tokenizer_of_bytes
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sae_engine.data import load_language_model
+from sae_engine.data import load_language_model, read_sites, stream_activations
 from sae_engine.data._require import require
 from sae_engine.data.contexts import context_batches
 
@@ -27,7 +28,7 @@ def test_checkpoint_of_gpt2s_sizes_end_to_end(tokenizer, tmp_path):
     model = GPT2LMHeadModel(GPT2Config())
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    lm = load_language_model(folder)
+    lm = load_language_model(folder, dtype="float32")
     assert (lm.d_model, lm.num_layers, lm.max_length, lm.is_embedded) == (768, 12, 1024, False)
     assert lm.name == str(folder)
     assert lm.model.dtype == torch.float32
@@ -177,6 +178,76 @@ def test_a_folder_without_a_tokenizer_has_none(saved, tokenizer, tmp_path):
         collect(lm, tmp_path / "out")
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in DOCUMENTS]
     assert collect(lm, tmp_path / "out", ids, first_token=0, separator=0).complete
+
+
+class OfBytes(nn.Module):
+    """A linear map whose weights are int8 and a scale, as quantized models have them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x) * self.scale).T
+
+
+def test_a_model_that_is_loaded_already(tokenizer):
+    model = MODELS["llama"]().to(torch.bfloat16).train()
+    lm = load_language_model(model, tokenizer=tokenizer)
+    assert lm.model is model and model.dtype == torch.bfloat16 and not model.training
+    assert (lm.name, lm.revision, lm.d_model, lm.num_layers) == ("LlamaForCausalLM", None, 32, 3)
+    assert lm.sha256 == load_language_model(model).sha256
+    [rows] = stream_activations(lm, DOCUMENTS[:1], site="blocks.1.hook_mlp_out")
+    assert rows.dtype == torch.bfloat16 and rows.shape[1] == 32
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    assert lm.sha256 != load_language_model(model).sha256
+    for name, value in (("dtype", "float32"), ("device", "cpu"), ("device_map", "auto"), ("revision", "main")):
+        with pytest.raises(ValueError, match=f"^{name}: a model that is loaded already"):
+            load_language_model(model, **{name: value})
+    with pytest.raises(TypeError, match="a Linear is no model of transformers"):
+        load_language_model(nn.Linear(2, 2))
+
+
+def test_a_quantized_model_is_read_at_every_site():
+    model = MODELS["llama"]().eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for parent in (layer.self_attn, layer.mlp):
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, nn.Linear):
+                        setattr(parent, name, OfBytes(child))
+    lm = load_language_model(model)
+    names = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    sites = [f"blocks.1.hook_{name}" for name in names]
+    pre, attention, middle, mlp, post = read_sites(lm.model, torch.tensor([[5, 6, 7]]), sites)
+    assert torch.equal(pre + attention, middle) and torch.equal(middle + mlp, post)
+
+
+def test_options_reach_transformers(tokenizer, monkeypatch, tmp_path):
+    import transformers
+
+    MODELS["gpt2"]().to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_language_model(tmp_path).model.dtype == torch.bfloat16  # the checkpoint's own
+    assert load_language_model().model.dtype == torch.float32
+    seen = {}
+
+    def load(folder, **options):
+        seen.update(options)
+        options.pop("device_map"), options.pop("quantization_config")  # accelerate and bitsandbytes are not needed here
+        return original(folder, **options)
+
+    original = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    load_language_model(tmp_path, device_map="auto", quantization_config={"load_in_8bit": True}, trust_remote_code=True)
+    assert (seen["device_map"], seen["quantization_config"], seen["trust_remote_code"], seen["dtype"]) == (
+        "auto", {"load_in_8bit": True}, True, "auto"
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="device: 'cpu' and device_map='auto' both"):
+        load_language_model(tmp_path, device="cpu", device_map="auto")
 
 
 def test_folder_without_weights(tmp_path):

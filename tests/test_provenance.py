@@ -81,7 +81,7 @@ def test_what_somebody_wrote_into_the_formats_own_fields_wins(tmp_path):
             hook_point="blocks.8.hook_resid_pre", activation_fn_str="topk", activation_fn_kwargs={"k": 2})),
          {"layer": 8, "site": "resid_pre"}),
         ("saelens", "cfg.json", lambda cfg: cfg.update(metadata={"hook_name": "transformer.h.1"}),
-         {"layer": None, "site": "transformer.h.1"}),
+         {"layer": 1, "site": "resid_post"}),
         ("dictionary_learning", "config.json", lambda cfg: cfg.update(sae_engine=None, trainer=cfg["trainer"] | {
             "lm_name": "EleutherAI/pythia-70m", "layer": 3, "submodule_name": "resid_post_layer_3"}),
          {"model": "EleutherAI/pythia-70m", "layer": 3, "site": "resid_post"}),

@@ -5,27 +5,31 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from ..data.sites import Site
 from ..provenance import Provenance
 from .card import UNKNOWN
 
-_STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-_HOOK = re.compile(rf"blocks\.(\d+)\.(?:hook_({'|'.join(_STREAM)})|(.+))")
-_BY_LAYER = re.compile(rf"({'|'.join(_STREAM)})_layer_?(\d+)")  # dictionary_learning
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def split(name: str) -> tuple[int | None, str]:
     """Layer and site of a spelled place: ``blocks.3.hook_resid_pre``. Any other name is a site that says its layer."""
-    if found := _BY_LAYER.fullmatch(name):
-        return int(found[2]), found[1]
-    found = _HOOK.fullmatch(name)
-    return (None, name) if found is None else (int(found[1]), found[2] or found[3])
+    try:
+        site = Site.of(name)
+    except ValueError:  # what a file says is kept, even where nothing of ours can be read there
+        found = _IN_BLOCK.fullmatch(name)
+        return (None, name) if found is None else (int(found[1]), found[2])
+    return site.layer, site.place
 
 
 def spelled(layer: int | None, site: str | None) -> str | None:
     """What :func:`split` takes apart, as TransformerLens and SAELens write it."""
     if layer is None or site is None:
         return site
-    return f"blocks.{layer}.hook_{site}" if site in _STREAM else f"blocks.{layer}.{site}"
+    try:
+        return str(Site.of(site, layer))
+    except ValueError:
+        return f"blocks.{layer}.{site}"
 
 
 def said(

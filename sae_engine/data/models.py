@@ -56,22 +56,31 @@ class LanguageModel:
 
 
 def load_language_model(
-    name_or_path: str | Path | None = None,
+    name_or_path: str | Path | nn.Module | None = None,
     *,
+    tokenizer: Any = None,
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
     fallback: bool = False,
 ) -> LanguageModel:
-    """Load a causal language model and its tokenizer with transformers.
+    """Load a causal language model and its tokenizer with transformers, or take one that is loaded already.
 
     Args:
         name_or_path: None or ``"embedded"`` for the small model inside this package; a local folder; or a
             hub name such as ``"openai-community/gpt2"``, from the hub when it answers within seconds,
-            otherwise from its local cache.
+            otherwise from its local cache; or the model itself, which stays where and as it is, but for eval mode
+            and parameters that require no gradients. Its ``sha256`` is then that of its weights in memory.
+        tokenizer: of a model that is given itself, or in place of the folder's.
         revision: branch, tag or commit of a hub model.
-        device: where the model goes; None is the CPU.
-        dtype: floating dtype of the model; None is float32, whatever the checkpoint stores.
+        device: where the model goes; None is the CPU. Not together with ``device_map``.
+        dtype: floating dtype of the model; None is the checkpoint's own (of the embedded model, whose files hold
+            float16 to be small, float32).
+        device_map, quantization_config: as transformers takes them; such a model stays on the devices that they say.
+        trust_remote_code: run code that comes with the model.
         fallback: when the hub does not answer and the cache has no such model, take the embedded model
             instead and log one warning that says so. A name that the hub refuses, or a folder that does not
             exist, is an error all the same.
@@ -93,13 +102,25 @@ def load_language_model(
         >>> load_language_model("embedded", dtype="bfloat16").model.dtype
         torch.bfloat16
     """
+    if isinstance(name_or_path, nn.Module):
+        given = {"revision": revision, "device": device, "dtype": dtype, "device_map": device_map,
+                 "quantization_config": quantization_config}  # fmt: skip
+        if unfit := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{unfit[0]}: a model that is loaded already stays as it is; load it with that instead")
+        return _loaded(name_or_path, tokenizer)
     if name_or_path is not None and not isinstance(name_or_path, (str, Path)):
-        raise TypeError(f"name_or_path must be a string, a Path or None, got {name_or_path!r}")
+        raise TypeError(f"name_or_path must be a string, a Path, a model or None, got {name_or_path!r}")
     if revision is not None and not isinstance(revision, str):
         raise TypeError(f"revision must be a string or None, got {revision!r}")
-    dtype = torch.float32 if dtype is None else dtype_in("dtype", dtype)
+    dtype = None if dtype is None else dtype_in("dtype", dtype)
+    if device is not None and device_map is not None:
+        raise ValueError(f"device: {device!r} and device_map={device_map!r} both say where the model goes; give one")
     device = torch.device("cpu") if device is None else device_in("device", device)
     flag("fallback", fallback)
+    flag("trust_remote_code", trust_remote_code)
+    options = {"device_map": device_map, "quantization_config": quantization_config,
+               "trust_remote_code": trust_remote_code}  # fmt: skip
+    options = {option: value for option, value in options.items() if value}
 
     if name_or_path == "":
         raise ValueError("name_or_path must name a folder or a hub model, got an empty string")
@@ -108,7 +129,7 @@ def load_language_model(
     if name == EMBEDDED or folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision is for hub models, got {revision!r} with name_or_path={name!r}")
-        return _load_folder(folder, name, None, device, dtype)
+        return _load_folder(folder, name, None, device, dtype, tokenizer, options)
     if folder.is_file():
         raise NotADirectoryError(f"name_or_path: {name!r} is a file; name the folder that holds the model")
     if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")):
@@ -116,13 +137,13 @@ def load_language_model(
     if not _HUB_NAME.fullmatch(name):
         raise ValueError(f"name_or_path is neither a folder that exists nor a hub name: {name!r}")
     try:
-        folder, commit = _hub_folder(name, revision)
+        folder, commit = _hub_folder(name, revision, trust_remote_code)
     except _HubUnavailable as error:
         if not fallback:
             raise
         logger.warning("%s; using the embedded model instead (a small model, not %s)", error, name)
-        return _load_folder(EMBEDDED_FOLDER, EMBEDDED, None, device, dtype)
-    return _load_folder(folder, name, commit, device, dtype)
+        return _load_folder(EMBEDDED_FOLDER, EMBEDDED, None, device, dtype, None, {})
+    return _load_folder(folder, name, commit, device, dtype, tokenizer, options)
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -158,15 +179,50 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _load_folder(
-    folder: Path, name: str, revision: str | None, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    name: str,
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    tokenizer: Any,
+    options: dict[str, Any],
 ) -> LanguageModel:
     transformers = require("transformers")
     sha256 = weights_sha256(folder)
     with _no_progress_bar(transformers) if folder == EMBEDDED_FOLDER else nullcontext():
-        model = _model_in(transformers, folder, name)
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        if folder == EMBEDDED_FOLDER and dtype is None:
+            dtype = torch.float32
+        model = _model_in(transformers, folder, name, {"dtype": dtype or "auto", **options})
+    if "device_map" not in options and not getattr(model, "is_quantized", False):
+        model = model.to(device=device)
+    model = model.eval().requires_grad_(False)
+    if tokenizer is None:
+        trusted = {option: value for option, value in options.items() if option == "trust_remote_code"}
+        tokenizer = _tokenizer_in(transformers, folder, name, trusted)
+    return _described(model, tokenizer, name, revision, sha256, is_embedded=folder == EMBEDDED_FOLDER)
+
+
+def _loaded(model: nn.Module, tokenizer: Any) -> LanguageModel:
+    """A model that somebody else has loaded, under the name that its configuration has."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(f"name_or_path: a {type(model).__name__} is no model of transformers, it has no config")
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+            if not value.is_meta:  # those of an offloaded model lie elsewhere
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+    revision = getattr(config, "_commit_hash", None)
+    model = model.eval().requires_grad_(False)
+    return _described(model, tokenizer, name, revision, digest.hexdigest(), is_embedded=False)
+
+
+def _described(
+    model: Any, tokenizer: Any, name: str, revision: str | None, sha256: str, *, is_embedded: bool
+) -> LanguageModel:
     config = model.config.get_text_config()  # of a multimodal model, the language part
-    tokenizer = _tokenizer_in(transformers, folder, name)
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
@@ -176,11 +232,11 @@ def _load_folder(
         d_model=config.hidden_size,
         num_layers=config.num_hidden_layers,
         max_length=_max_length(config, tokenizer, name),
-        is_embedded=folder == EMBEDDED_FOLDER,
+        is_embedded=is_embedded,
     )
 
 
-def _model_in(transformers: Any, folder: Path, name: str) -> Any:
+def _model_in(transformers: Any, folder: Path, name: str, options: dict[str, Any]) -> Any:
     """The model with all of its weights: transformers fills what a file lacks with random numbers."""
     for file in folder.glob(_SAFETENSORS):
         try:
@@ -190,7 +246,7 @@ def _model_in(transformers: Any, folder: Path, name: str) -> Any:
             raise ValueError(f"name_or_path: {str(file)!r} is cut off or damaged: {error}") from error
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (ImportError, OSError):
         raise
@@ -208,10 +264,10 @@ def _model_in(transformers: Any, folder: Path, name: str) -> Any:
     return model
 
 
-def _tokenizer_in(transformers: Any, folder: Path, name: str) -> Any:
+def _tokenizer_in(transformers: Any, folder: Path, name: str, options: dict[str, Any]) -> Any:
     """The folder's tokenizer; None where it holds none, for which transformers makes one that knows no token."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:
         if not any(folder.glob("*token*")) and not any(folder.glob("*vocab*")):
             return None
@@ -248,7 +304,7 @@ def _no_progress_bar(transformers: Any) -> Iterator[None]:
             logging_.enable_progress_bar()
 
 
-def _hub_folder(name: str, revision: str | None) -> tuple[Path, str]:
+def _hub_folder(name: str, revision: str | None, with_code: bool) -> tuple[Path, str]:
     """Folder and commit of a hub model: what the hub says now, else what its cache holds."""
     hub = require("huggingface_hub")
     errors = require("huggingface_hub.errors")
@@ -258,7 +314,7 @@ def _hub_folder(name: str, revision: str | None) -> tuple[Path, str]:
         info = hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
         present = {entry.rfilename for entry in info.siblings or ()}
         weights = _SAFETENSORS if any(Path(file).match(_SAFETENSORS) for file in present) else _PICKLED
-        patterns = ["*.json", "*.txt", "*.model", weights]
+        patterns = ["*.json", "*.txt", "*.model", weights, *(["*.py"] if with_code else [])]
         folder = Path(
             hub.snapshot_download(
                 name,

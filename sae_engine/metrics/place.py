@@ -5,6 +5,7 @@ import re
 from typing import NamedTuple
 
 from ..autoencoder import SparseAutoencoder
+from ..data.sites import Site
 from ..provenance import Provenance
 
 # TransformerLens' short names of models that have another name on the Hugging Face hub.
@@ -36,8 +37,6 @@ def place_of(
         ValueError: neither says the place, or a transcoder's target; names ``name``, what is known, and the options of
             ``sae-engine eval`` that say the rest.
     """
-    from ..data import SITES
-
     said = sae.provenance or Provenance()
     found_site = said.site if site is None else site
     found_layer = said.layer if layer is None else layer
@@ -46,9 +45,9 @@ def place_of(
     missing = []
     if found_layer is None:
         missing.append("--layer")
-    if found_site not in SITES:
+    if not _is_site(found_site, found_layer):
         missing.append("--site")
-    if is_transcoder and target not in SITES:
+    if is_transcoder and not _is_site(target, found_layer):
         missing.append("--target-site")
     if missing:
         if said.model is None and model is None:
@@ -67,6 +66,14 @@ def place_of(
         target_site=target,
         normalize=normalize or said.normalize or "none",
     )  # fmt: skip
+
+
+def _is_site(site: str | None, layer: int | None) -> bool:
+    """Whether something can be read there; of files that name another library's places, some cannot."""
+    try:
+        return site is not None and bool(Site.of(site, layer or 0).name)
+    except ValueError:
+        return False
 
 
 def hub_name(model: str | None) -> str | None:
