@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from copies_fenced import copies_are_fenced
 
 import ptx_emulator
 from ptx_emulator import EmulatorError
@@ -120,8 +121,9 @@ def _product_kernel(x_ptr, weight_ptr, out_ptr, D, BLOCK: tl.constexpr):
 def test_missing_wait(planted):
     x, weight = torch.randn(64, 256).bfloat16(), torch.randn(256, 64).bfloat16()
     out = torch.empty(64, 64)
-    _product_kernel[(1,)](x, weight, out, 256, BLOCK=64, num_stages=3, enable_fp_fusion=True)
-    torch.testing.assert_close(out, x.float() @ weight.float(), rtol=1e-4, atol=1e-4)  # 256 terms of size 1 in fp32
+    with copies_are_fenced(stages=3):
+        _product_kernel[(1,)](x, weight, out, 256, BLOCK=64, num_stages=3, enable_fp_fusion=True)
+        torch.testing.assert_close(out, x.float() @ weight.float(), rtol=1e-4, atol=1e-4)  # 256 terms of size 1 in fp32
     planted(_product_kernel, late)
     with pytest.raises(EmulatorError, match=r"before it was waited for|never written"):
         _product_kernel[(1,)](x, weight, out, 256, BLOCK=64, num_stages=3, enable_fp_fusion=True)
