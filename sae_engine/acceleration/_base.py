@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sae_kernels.dispatch import transforming
+from sae_kernels.ops import ops
+
 from .. import functional
-from .._checks import FLOATS
+from .._checks import FLOATS, no_torchscript
 from .._encoder import linear_dtype
 from ..codes import SparseCodes
 
@@ -117,7 +119,6 @@ class _Attached(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         if not ctx.through:
             return (None,) * 8
@@ -154,6 +155,8 @@ def pre_activations(
     """``pre`` with the dense gradient that it has; nothing is kept for it but what its arguments keep alive."""
     if not torch.is_grad_enabled():
         return pre
+    if x.is_inference():
+        x = x.clone()
     return _Attached.apply(pre, x, W_enc, b_enc, b_dec, scale, relu, through)
 
 
@@ -170,11 +173,29 @@ def remember(dense: Tensor, codes: SparseCodes) -> Tensor:
 
 
 def codes_of(dense: Tensor) -> SparseCodes | None:
-    """The codes that ``dense`` was made of; None where that is not known, or has been overwritten."""
-    if torch.compiler.is_compiling() or dense.is_inference():
+    """The codes that ``dense`` was made of; None where that is not known, or has been overwritten.
+
+    Writes through ``.data``, NumPy or DLPack raise no version, so the numbers are compared. Reads the device once.
+    """
+    if torch.compiler.is_compiling() or transforming() or dense.is_inference():
         return None
     version, codes = _codes_of.get(dense, (None, None))
-    return codes if codes is not None and version == dense._version else None
+    if codes is None or version != dense._version or not _holds(dense.detach(), codes.detach()):
+        return None
+    return codes
+
+
+@torch.no_grad()
+def _holds(dense: Tensor, codes: SparseCodes) -> bool:
+    """Whether ``dense`` has the codes' values at their places and nothing elsewhere."""
+    if dense.shape != codes.shape or dense.dtype != codes.dtype or dense.device != codes.device:
+        return False
+    if dense.layout == torch.sparse_coo:  # it shares the codes' values, and has indices of its own
+        shared = dense._values().data_ptr() == codes.values.data_ptr()
+        return shared and torch.equal(dense._indices()[-1], codes.indices.long())
+    there = ops.gather(dense.reshape(codes.rows, -1), codes.indices, codes.offsets, "auto")
+    same = (there == codes.values).all() & (dense.count_nonzero() == codes.values.count_nonzero())
+    return bool(same)
 
 
 class _UnlessHeld(torch.autograd.Function):
@@ -194,20 +215,22 @@ class _WhileHeld(torch.autograd.Function):
     """The identity on a reconstruction, which also gives the dense matrix its gradient while that is held."""
 
     @staticmethod
-    def forward(ctx, out, dense, W_dec, held):
+    def forward(ctx, out, dense, W_dec, inverse_norm, held):
         ctx.held = held
-        ctx.save_for_backward(W_dec)
+        ctx.save_for_backward(W_dec, inverse_norm)
         return out.view_as(out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         dense = ctx.held()
         if dense is None:
-            return grad, None, None, None
-        (W_dec,) = ctx.saved_tensors
+            return grad, None, None, None, None
+        W_dec, inverse_norm = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            return grad, (grad @ W_dec.T.to(grad.dtype)).to(dense.dtype), None, None
+            at_dense = grad @ W_dec.T.to(grad.dtype)
+            if inverse_norm is not None:
+                at_dense = at_dense * inverse_norm.to(grad.dtype)
+            return grad, at_dense.to(dense.dtype), None, None, None
 
 
 def decode_dense(dense: Tensor, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor, inverse_norm: Tensor | None = None):
@@ -217,8 +240,7 @@ def decode_dense(dense: Tensor, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor
     held = weakref.ref(dense)
     codes = codes.replace(values=_UnlessHeld.apply(codes.values, held))
     out = decode(codes, W_dec, b_dec, inverse_norm)
-    scaled = W_dec.detach() if inverse_norm is None else W_dec.detach() * inverse_norm.detach()[:, None]
-    return _WhileHeld.apply(out, dense, scaled, held)
+    return _WhileHeld.apply(out, dense, W_dec, inverse_norm, held)
 
 
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, inverse_norm: Tensor | None = None) -> Tensor:
@@ -240,6 +262,14 @@ def of_latents(codes: SparseCodes, start: int, stop: int) -> SparseCodes:
 
 
 # ------------------------------------------------------------------------------------------ listeners
+
+
+def plain_wanted() -> bool:
+    """Whether a transform of ``torch.func``, ``torch.export`` or ``torch.jit.trace`` looks into what runs now.
+
+    The library's own code runs then: what these make of it, an operator of ours could not add to.
+    """
+    return transforming() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def listened(module: nn.Module) -> bool:
@@ -264,6 +294,7 @@ def table(*classes: type) -> dict[type, type]:
     """Class of theirs -> class of ours. Ours name theirs as their last base, and take its name."""
     for cls in classes:
         cls._plain = cls.__bases__[-1]  # type: ignore[attr-defined]
+        cls.__prepare_scriptable__ = no_torchscript  # type: ignore[attr-defined]
     return {cls.__bases__[-1]: cls for cls in classes}
 
 

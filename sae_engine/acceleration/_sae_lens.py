@@ -28,9 +28,9 @@ class SparseSAE(Theirs):
         return self.W_dec.norm(dim=-1) if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) else None
 
     def _watches_pre(self) -> bool:
-        """Whether somebody listens to the pre-activations."""
+        """Whether somebody listens to the pre-activations, or looks into the whole."""
         own = isinstance(self.activation_fn, nn.Module) and core.listened(self.activation_fn)
-        return own or core.listened(self.hook_sae_acts_pre)
+        return own or core.listened(self.hook_sae_acts_pre) or core.plain_wanted()
 
     def _watches(self) -> bool:
         """Whether somebody listens to any of the dense matrices."""

@@ -51,8 +51,8 @@ class _Dictionary(Theirs):
             return functional.linear(x if b_dec is None else x - b_dec, W_enc, b_enc, result_dtype=wide)
 
     def _watches(self) -> bool:
-        """Whether somebody listens to the linear layers, which only dictionary_learning's own code calls."""
-        return any(core.listened(layer) for layer in self.children())
+        """Whether somebody listens to the linear layers, which only dictionary_learning's own code calls, or to all."""
+        return core.plain_wanted() or any(core.listened(layer) for layer in self.children())
 
     def _encode(self, x: Tensor, rule: Any) -> tuple[SparseCodes, Tensor]:
         """Codes, and the pre-activations without gradient."""
@@ -216,6 +216,8 @@ class JumpReluAutoEncoder(_Thresholded, dictionary.JumpReluAutoEncoder):
         return nn.functional.relu(pre_jump * (pre_jump > self.threshold)), pre_jump
 
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
+        if self._watches():
+            return super().encode(x, output_pre_jump=output_pre_jump)
         codes, pre = self._above(x)
         if codes is None:
             features, pre_jump = self._dense(x, pre)

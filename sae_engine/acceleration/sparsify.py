@@ -37,6 +37,8 @@ class _SparseCoder(Theirs):
         return functional.encode_with(x, W_enc, b_enc, b_dec=b_dec, select=rules, pre=pre).codes, pre
 
     def encode(self, x: Tensor) -> EncoderOutput:
+        if core.plain_wanted():
+            return super().encode(x)
         check_activation(self)
         (codes,), pre = self._codes(x)
         pre = core.pre_activations(
@@ -46,6 +48,8 @@ class _SparseCoder(Theirs):
         return EncoderOutput(*_per_row(codes), pre)
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+        if core.plain_wanted():
+            return super().decode(top_acts, top_indices)
         assert self.W_dec is not None, "Decoder weight was not initialized."
         codes = SparseCodes.from_topk(top_acts.to(self.dtype), top_indices, self.num_latents)
         return core.decode(codes, self.W_dec, self.b_dec)
@@ -62,6 +66,8 @@ class _SparseCoder(Theirs):
         dead_mask: Tensor | None = None,
         total_variance: Tensor | None = None,
     ) -> theirs.ForwardOutput:
+        if core.plain_wanted():
+            return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)
         check_activation(self)
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_bf16_supported()):
             return self._forward(x, x if y is None else y, dead_mask, total_variance)
