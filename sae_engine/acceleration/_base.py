@@ -22,7 +22,6 @@ from torch.nn.modules import module as nn_module
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sae_kernels.dispatch import transforming
-from sae_kernels.ops import ops
 
 from .. import functional
 from .._checks import FLOATS, no_torchscript
@@ -193,7 +192,8 @@ def _holds(dense: Tensor, codes: SparseCodes) -> bool:
     if dense.layout == torch.sparse_coo:  # it shares the codes' values, and has indices of its own
         shared = dense._values().data_ptr() == codes.values.data_ptr()
         return shared and torch.equal(dense._indices()[-1], codes.indices.long())
-    there = ops.gather(dense.reshape(codes.rows, -1), codes.indices, codes.offsets, "auto")
+    row = torch.repeat_interleave(codes.offsets.diff(), output_size=codes.values.shape[0])
+    there = dense.reshape(codes.rows, -1)[row, codes.indices.long()]
     same = (there == codes.values).all() & (dense.count_nonzero() == codes.values.count_nonzero())
     return bool(same)
 

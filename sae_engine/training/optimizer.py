@@ -229,7 +229,10 @@ class Update:
         sae, gradients = self.sae, self.stored
         self.stored = {}
         if self.reduce is not None:
-            self.reduce([*gradients.values(), *also_reduce])
+            device = sae.W_dec.device  # all processes skip where one does
+            skips = torch.zeros((), device=device) if skip is None else skip.to(torch.float32)
+            self.reduce([*gradients.values(), *also_reduce, skips])
+            skip = skips > 0
         if self.unit_rows and sae.W_dec in gradients:
             size = rows_of_a_chunk(sae.d_sae, sae.d_out, sae.W_dec.device.type)
             for grad, rows in zip(gradients[sae.W_dec].split(size), sae.W_dec.detach().split(size), strict=True):

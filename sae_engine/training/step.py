@@ -17,6 +17,7 @@ from ..codes import SparseCodes
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
 from .backward import backward
+from .finite import Finite
 from .forward import DeadLatents, Forward, PreActivations, default_budget_bytes, rows_within
 from .optimizer import Adam, Copies, Update
 
@@ -55,6 +56,10 @@ class TrainStep:
         density_interval: steps between two reads of the device, where there is something to read: how dense the codes
             of a rule with ``capacity`` are, and how many latents may be dead.
         dense: whether sums over codes go through GEMMs. Default: where codes are dense enough for that to be faster.
+        nonfinite: what happens to a batch with NaN or Inf in its input, loss or gradients. Its update changes nothing
+            either way: no parameter, moment, counter or threshold. ``"raise"``: FloatingPointError, at once on a CPU;
+            on a GPU in a later call, since nothing waits for the device. ``"skip"``: it is counted in
+            :attr:`skipped`. The learning-rate schedule goes on. With ``accumulate`` it takes the whole update with it.
         backend: as everywhere.
 
     With gradients that are stored, the order is: average (``reduce``), remove the parallel part, clip, Adam, rescale.
@@ -99,6 +104,7 @@ class TrainStep:
         memory_budget: int | None = None,
         density_interval: int = 100,
         dense: bool | None = None,
+        nonfinite: str = "raise",
         backend: str = "auto",
     ) -> None:
         if not isinstance(sae, SparseAutoencoder):
@@ -132,6 +138,12 @@ class TrainStep:
             grad_clip=None if grad_clip is None else check.positive("grad_clip", grad_clip), accumulate=self.accumulate,
         )  # fmt: skip
         self._seen: _Seen | None = None  # since the last update
+        self._finite = Finite(nonfinite, sae.W_enc.device)
+
+    @property
+    def skipped(self) -> int:
+        """Batches whose update was left out because something was not finite. Reads the device."""
+        return int(self._finite.count)
 
     def __repr__(self) -> str:
         """Rule, losses, learning rate (where it lies on a GPU, that it does: nothing is read), dtype and calls."""
@@ -182,6 +194,7 @@ class TrainStep:
         self.calls += 1
         if self.scheduler is not None:
             self.scheduler.step()
+        self._finite.told()
 
     def refresh(self) -> None:
         """Renews the copies of the weights in ``compute_dtype``, in place, after somebody else has written parameters.
@@ -212,26 +225,38 @@ class TrainStep:
             pending = backward(forward, pulls)
             del forward, pulls  # their memory serves the update
             self.calls += 1
-            since = self._seen = _Seen(_fired(main).float(), tokens, overflow).after(self._seen)
+            bad = self._finite.of(report["loss"], pending, has_capacity=overflow is not None)
+            since = self._seen = _Seen(_fired(main).float(), tokens, _either(overflow, bad)).after(self._seen)
             if self._update.can_be_fused(pending):
-                grad_norm = self.optimizer.step(lambda: self._update.fused(pending, since.overflow))
+                grad_norm = self.optimizer.step(lambda: self._update.fused(pending, since.skip))
             else:
                 self._update.store(pending)
                 if self.calls % self.accumulate == 0:
                     agreed = [since.fired]
-                    grad_norm = self.optimizer.step(lambda: self._update.apply_stored(agreed, since.overflow))
-        with torch.enable_grad():  # that is when rules learn from what they kept
-            self.sae.activation.update(main)
+                    grad_norm = self.optimizer.step(lambda: self._update.apply_stored(agreed, since.skip))
+        if bad is None or not bad.is_cpu or not bool(bad):
+            self._teach(main, bad)
         if self.calls % self.accumulate == 0:
             report["grad_norm"] = grad_norm
-            self.dead.count(since.fired > 0, since.tokens, since.overflow)
+            self.dead.count(since.fired > 0, since.tokens, since.skip)
             self._seen = None
             if self.scheduler is not None and not capturing(x):
                 self.scheduler.step()
         report["dead"] = self.dead.mask.mean(dtype=torch.float32)
         if overflow is not None:
             report["overflow"] = overflow
+        self._finite.note(bad)
         return report
+
+    def _teach(self, codes: SparseCodes, unless: Tensor | None) -> None:
+        """Rules learn from what they kept; where ``unless`` () is set on the device, their buffers stay as they are."""
+        buffers = list(self.sae.activation.buffers())
+        before = None if unless is None else [b.clone() for b in buffers]
+        with torch.enable_grad():  # that is when they learn
+            self.sae.activation.update(codes)
+        if unless is not None and before is not None:
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(torch.where(unless, kept, buffer))
 
     def _forward(self, x: Tensor, target: Tensor, context: dict[str, Any]) -> tuple[Forward, list[int | None]]:
         """The batch encoded for all losses, and the number of each one's codes."""
@@ -343,12 +368,13 @@ class _Seen(NamedTuple):
 
     fired: Tensor  # (F,) above 0 for latents that fired
     tokens: int
-    overflow: Tensor | None
+    skip: Tensor | None  # whether the update must not happen
 
     def after(self, before: _Seen | None) -> _Seen:
         if before is None:
             return self
-        overflow = self.overflow
-        if before.overflow is not None and overflow is not None:
-            overflow = before.overflow | overflow
-        return _Seen(before.fired + self.fired, before.tokens + self.tokens, overflow)
+        return _Seen(before.fired + self.fired, before.tokens + self.tokens, _either(before.skip, self.skip))
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a | b

@@ -1,0 +1,102 @@
+"""TrainStep(nonfinite=): a batch that is not finite changes not one bit, and is counted or raised for."""
+import pytest
+import torch
+
+import sae_engine as se
+from sae_engine.training import TrainStep
+from sae_engine.training.finite import Finite
+
+D, F = 6, 20
+RULES = {
+    "TopK": lambda: se.TopK(3), "AbsTopK": lambda: se.AbsTopK(3), "BatchTopK": lambda: se.BatchTopK(2),
+    "FeatureChoice": lambda: se.FeatureChoice(F, 2), "TopAFA": lambda: se.TopAFA(),
+    "MatryoshkaBatchTopK": lambda: se.MatryoshkaBatchTopK(2, widths=[8, F]),
+    "JumpReLU": lambda: se.JumpReLU(F), "StatisticalTopK": lambda: se.StatisticalTopK(2),
+}  # fmt: skip
+WAYS = {"fused": {}, "stored": {"grad_clip": 1.0}, "16 bit": {"compute_dtype": "bfloat16"}, "reduced": {"reduce": len}}
+
+
+def made(rule="TopK", **options):
+    torch.manual_seed(0)
+    sae = se.SparseAutoencoder(D, F, RULES[rule]())
+    losses = [se.losses.StepL0(0.1)] if rule == "JumpReLU" else []
+    return TrainStep(sae, lr=1e-3, losses=losses, **options)
+
+
+def batch(value=None):
+    x = torch.randn(16, D, generator=torch.Generator().manual_seed(2))
+    if value is not None:
+        x[3, 2] = value
+    return x
+
+
+def state(step):
+    moments = [t.clone() for s in step.optimizer.state.values() for t in s.values()]
+    rule = {n: v for n, v in vars(step.sae.activation).items() if isinstance(v, int)}
+    return [*(t.clone() for t in step.sae.state_dict().values()), *moments, step.dead.since_fired.clone()], rule
+
+
+def unchanged(before, after):
+    return all(map(torch.equal, before[0], after[0])) and before[1] == after[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_bad_batch_changes_no_bit_and_the_next_is_as_if_it_had_not_been(rule, way):
+    step, other = (made(rule, nonfinite="skip", **WAYS[way]) for _ in range(2))
+    step(batch()), other(batch())
+    before = state(step)
+    for number, value in enumerate((torch.nan, torch.inf, 1e30), 1):
+        step(batch(value))
+        assert unchanged(before, state(step)) and step.skipped == number
+    step(batch()), other(batch())
+    assert unchanged(state(step), state(other)) and not unchanged(before, state(step)) and other.skipped == 0
+
+
+def test_the_default_raises_and_the_state_is_that_before():
+    step = made()
+    step(batch())
+    before = state(step)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="1 batch"):
+            step(batch(torch.nan))
+        assert unchanged(before, state(step))
+    step(batch())
+    assert not unchanged(before, state(step)) and step.skipped == 2
+
+
+def test_targets_count_too():
+    step = made(nonfinite="skip")
+    before = state(step)
+    step(batch(), target=batch(torch.inf))
+    assert unchanged(before, state(step)) and step.skipped == 1
+
+
+def test_an_accumulated_update_is_left_out_whole():
+    step = made(nonfinite="skip", accumulate=2)
+    before = state(step)
+    step(batch(torch.nan)), step(batch())
+    assert unchanged(before, state(step)) and step.skipped == 1
+    step(batch()), step(batch())
+    assert not unchanged(before, state(step))
+
+
+def test_without_a_host_read_the_flag_stays_on_the_device(monkeypatch):
+    """As on a GPU: the flag decides there, whether it is set or not."""
+    def on_device(self, loss, pending, *, has_capacity):
+        return ~loss.isfinite()
+
+    step, other = made("BatchTopK", nonfinite="skip"), made("BatchTopK", nonfinite="skip")
+    other(batch())
+    monkeypatch.setattr(Finite, "of", on_device)
+    step(batch())
+    for ours, theirs in zip(state(step)[0], state(other)[0], strict=True):
+        assert torch.equal(ours, theirs)
+    before = state(step)
+    step(batch(torch.nan))
+    assert unchanged(before, state(step)) and step.skipped == 1
+
+
+def test_the_mode_is_checked():
+    with pytest.raises(ValueError, match=r"nonfinite must be one of .*raise.*skip.*, got 'ignore'"):
+        made(nonfinite="ignore")
