@@ -30,7 +30,7 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-peers test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report structure tune dist-check gpu clean \
+.PHONY: help bench bench-peers test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report architectures structure tune dist-check gpu clean \
   given-environment
 
 help: ## list these commands
@@ -81,6 +81,9 @@ types: $(READY) .links/sae_kernels ## mypy
 
 kernel-report: $(READY) ## registers, spills, loads, occupancy of every kernel, compiled for four GPUs; needs none (REPORT_ARGS=…)
 	$(PY) -W ignore benchmarks/kernel_report.py --jobs $(JOBS) --markdown $(KERNEL_REPORT).md --json $(KERNEL_REPORT).json $(REPORT_ARGS)
+
+architectures: $(READY) ## every causal architecture of transformers, built tiny: which sites are right, which are refused (minutes)
+	$(PY) -W ignore benchmarks/architectures.py
 
 structure: $(READY) ## the code in numbers: files on the way of a call, import circles, lines, files of each operation
 	$(PY) benchmarks/structure.py
