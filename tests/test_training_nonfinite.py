@@ -4,7 +4,7 @@ import torch
 
 import sae_engine as se
 from sae_engine.training import TrainStep
-from sae_engine.training.finite import Finite
+from sae_engine.training.backward import Finite
 
 D, F = 6, 20
 RULES = {

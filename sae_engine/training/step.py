@@ -16,8 +16,7 @@ from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
-from .backward import backward
-from .finite import Finite
+from .backward import Finite, backward
 from .forward import DeadLatents, Forward, PreActivations, default_budget_bytes, rows_within
 from .optimizer import Adam, Copies, Update
 
