@@ -79,6 +79,20 @@ def test_selection_to_loss_compiles_whole_with_gradients(name, compile_backend):
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_compiled_selection_is_the_operator(name):
+    """And not what runs in its place under ``torch.func``, which is right, dense and slow."""
+    torch._dynamo.reset()
+    seen = []
+
+    def note(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(FUNCTIONS[name], fullgraph=True, backend=note)(torch.randn(4, 30))
+    assert any(target.startswith("sae_engine.") for target in seen), seen
+
+
 MODULES = {
     "TopK": lambda: se.TopK(4), "AbsTopK": lambda: se.AbsTopK(4), "BatchTopK": lambda: se.BatchTopK(3),
     "MutualChoice": lambda: se.MutualChoice(3), "TopAFA": lambda: se.TopAFA(), "ReLU": lambda: se.ReLU(),
