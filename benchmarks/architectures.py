@@ -221,7 +221,9 @@ def _is_right(model: nn.Module, ids: Tensor, site: str, layer: int, x: Tensor, s
     if site == "attn_out":
         return mlp is not None and _close(pre + x + mlp, post) and (middle is None or _close(pre + x, middle))
     block = find_place(model, "resid_pre", layer).module
-    weights = [p for n, p in block.named_parameters() if set(n.split(".")) & set(_MLP_WEIGHTS)]
+    named = [(name.split("."), p) for name, p in block.named_parameters()]
+    weights = [p for parts, p in named  # a norm may hold an MLP of its own
+               if set(parts) & set(_MLP_WEIGHTS) and not any("norm" in part for part in parts)]  # fmt: skip
     kept = [p.detach().clone() for p in weights]
     with torch.no_grad():
         for p in weights:

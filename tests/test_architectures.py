@@ -29,7 +29,7 @@ def test_the_table_has_every_architecture(architectures):
     assert sorted(rows(architectures)) == architectures.kinds()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "bloom", "gemma3n_text"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "bloom", "gemma3n_text", "inkling2_text"])
 def test_the_table_says_what_the_scan_finds(architectures, kind):
     row = architectures.scan(kind)
     assert row.line() == rows(architectures)[kind] and not row.wrong

@@ -186,12 +186,18 @@ def _residual(
             f"layer: a {type(block).__name__} has hidden states of width {got}, and the model's hidden_size is "
             f"{expected}: they are no residual stream of that width"
         )
+    args, kwargs = calls[0]
+    for name, given in (*enumerate(args), *kwargs.items()):
+        if isinstance(given, Tensor) and given.dim() == 4 and (*given.shape[:2], given.shape[3]) == (*ids.shape, width):
+            raise ValueError(
+                f"layer: a {type(block).__name__} is given former states of the stream too (argument {name!r}, of shape "
+                f"{tuple(given.shape)}): what enters and leaves it is a part of the residual stream"
+            )
     if "next" in states and not torch.equal(states["next"], states["out"]):
         raise ValueError(
             f"site {str(site)!r}: what leaves {type(block).__name__} {layer} is not what enters the next block of "
             f"{type(model).__name__}, which changes the stream between them: read 'resid_pre' of layer {layer + 1}"
         )
-    args, kwargs = calls[0]
     return width, args, kwargs
 
 
