@@ -190,8 +190,8 @@ def _residual(
     for name, given in (*enumerate(args), *kwargs.items()):
         if isinstance(given, Tensor) and given.dim() == 4 and (*given.shape[:2], given.shape[3]) == (*ids.shape, width):
             raise ValueError(
-                f"layer: a {type(block).__name__} is given former states of the stream too (argument {name!r}, of shape "
-                f"{tuple(given.shape)}): what enters and leaves it is a part of the residual stream"
+                f"layer: a {type(block).__name__} is given former states of the stream too (argument {name!r}, of "
+                f"shape {tuple(given.shape)}): what enters and leaves it is a part of the residual stream"
             )
     if "next" in states and not torch.equal(states["next"], states["out"]):
         raise ValueError(
