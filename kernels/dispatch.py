@@ -140,10 +140,14 @@ NO_TORCHSCRIPT = "{} cannot take {}, whose sizes follow the batch and the data: 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-@torch.compiler.assume_constant_result  # torch.compile, left to trace it, takes the empty stack for one
 def transforming() -> bool:
     """Whether a transform of ``torch.func``, or forward-mode AD, looks into what runs now."""
     return _C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# torch.compile, left to trace it, takes the empty stack for one. This is what torch.compiler.assume_constant_result sets,
+# which imports the compiler.
+transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_observed() -> bool:

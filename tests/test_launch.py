@@ -5,6 +5,7 @@ import copy
 import kernel_report
 import pytest
 import torch
+from played_cuda import never_arrives
 from torch import Tensor
 
 import sae_engine as se
@@ -26,6 +27,7 @@ def counted(monkeypatch):
     """Launches that are made on meta tensors and not run, and what else would launch a kernel on a GPU."""
     launched: list[str] = []
     monkeypatch.setattr(_launch.Launch, "__call__", lambda self, *_, **__: launched.append(self.kernel.__name__))
+    monkeypatch.setattr("sae_engine.training.backward._sent", never_arrives)
     with kernel_report._as_if_on_a_gpu() as stock, torch.no_grad():
         yield launched, stock.torch_kernels
 
@@ -68,12 +70,13 @@ def test_a_call_launches_no_more_than_it_did(name, counted):
     assert (len(launched), len(stock)) == (kernels, operators), (launched, stock)
 
 
-# The same of a training step in bf16, which is one step of the optimizer as well.
+# The same of a training step in bf16, which is one step of the optimizer as well. 17 to 21 of the operators find out, on
+# numbers, whether the batch was finite, and leave its update out.
 STEPS = {
-    "TopK": (se.TopK(K), {}, 8, 55),
-    "BatchTopK": (se.BatchTopK(K), {}, 12, 65),
-    "TopK and AuxK": (se.TopK(K), {"losses": AuxK()}, 13, 85),
-    "TopK, stored gradients": (se.TopK(K), {"grad_clip": 1.0}, 7, 78),
+    "TopK": (se.TopK(K), {}, 8, 73),
+    "BatchTopK": (se.BatchTopK(K), {}, 12, 86),
+    "TopK and AuxK": (se.TopK(K), {"losses": AuxK()}, 13, 103),
+    "TopK, stored gradients": (se.TopK(K), {"grad_clip": 1.0}, 7, 95),
 }
 
 

@@ -197,6 +197,7 @@ WITHOUT_WAITING = {
     "SparseCodes.to_sparse_csr": lambda: (c := codes(), lambda: c.to_sparse_csr())[1],
     "SparseCodes.replace": lambda: (c := codes(), lambda: c.replace(values=c.values * 2))[1],
     "SparseCodes.split_latents": lambda: (c := codes(), lambda: c.split_latents((4, 20, F)))[1],
+    "SparseCodes.transposed_for": lambda: (c := codes(), w := weights()[0], lambda: c.transposed_for(w))[2],
     "SparseCodes.detach": lambda: (c := codes(), lambda: c.detach())[1],
     "SparseCodes.to": lambda: (c := codes(), lambda: c.to(torch.float16))[1],
     "SparseCodes.float and its like": lambda: (
@@ -303,7 +304,7 @@ APART = {
     "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
     "losses", "metrics", "training", "SparseCodes", "SparseCodes.cuda", "metrics.evaluate",
     "metrics.ppl_sparsity", "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes", "training.Loss",
-    "losses.Loss", "losses.LossInput", "losses.Pull",
+    "losses.Loss", "losses.LossInput", "losses.Pull", "Provenance",
     "losses.losses_for",
 }  # fmt: skip
 

@@ -219,7 +219,7 @@ class Finite:
         multiplied = [pending.x, *values]
         norms = torch.stack(torch._foreach_norm([*slopes, *multiplied], 2, dtype=loss.dtype))
         bound = norms[: len(slopes)].sum() * (1 + norms[len(slopes) :].sum())
-        bad = ~(loss + bound.square()).isfinite()
+        bad = (loss + bound.square()) * 0 != 0  # of NaN and of Inf: NaN
         if bad.is_cpu:
             return bad if bool(bad) else None
         return bad
@@ -242,10 +242,7 @@ class Finite:
             self._on_the_way = None
             self._raise_for(number)
         if self._on_the_way is None:
-            number_there, event = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
-            number_there.copy_(self.count, non_blocking=True)
-            event.record()
-            self._on_the_way = number_there, event
+            self._on_the_way = _sent(self.count)
 
     def _raise_for(self, number: int) -> None:
         new, self._told = number - self._told, number
@@ -255,6 +252,14 @@ class Finite:
                 f"input, loss or gradients of {new} batch(es) held NaN or Inf, or numbers too large{late}; parameters, "
                 'moments and counters are those before it. Look at the batch, or pass nonfinite="skip" to leave it out'
             )
+
+
+def _sent(number: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A GPU's number on its way to the host, and the event that says when it is there."""
+    there, event = torch.empty_like(number, device="cpu", pin_memory=True), torch.cuda.Event()
+    there.copy_(number, non_blocking=True)
+    event.record()
+    return there, event
 
 
 def _owned(entries: Tensor, offsets: Tensor) -> Tensor:

@@ -38,6 +38,17 @@ ONLY_ON_CUDA = {
 BETWEEN_DEVICES = COPIES | INDEXING | {aten.set_}
 
 
+class Underway:
+    """An event that has not happened yet."""
+
+    def query(self) -> bool:
+        return False
+
+
+def never_arrives(number: Tensor) -> tuple[Tensor, Underway]:
+    return number, Underway()
+
+
 class Waits(RuntimeError):
     """The host would wait for the device here."""
 
@@ -123,6 +134,8 @@ class Played(TorchDispatchMode):
             patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self._captures)
         patch.setattr(torch.cuda, "synchronize", lambda *_: self.waited("torch.cuda.synchronize"))
+        # A build without CUDA has neither pinned memory nor events: what is sent to the host never arrives.
+        patch.setattr("sae_engine.training.backward._sent", never_arrives)
         for name in ("tensor", "as_tensor"):
             patch.setattr(torch, name, functools.partial(_from_host, getattr(torch, name)))
         patch.setattr(InterpretedFunction, "run", lambda kernel, *a, **k: self._launch(kernel, a, k))
