@@ -145,8 +145,8 @@ def transforming() -> bool:
     return _C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-# torch.compile, left to trace it, takes the empty stack for one. This is what torch.compiler.assume_constant_result sets,
-# which imports the compiler.
+# torch.compile, left to trace it, takes the empty stack for one. torch.compiler.assume_constant_result sets just this,
+# and imports the compiler.
 transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -70,8 +70,8 @@ def test_a_call_launches_no_more_than_it_did(name, counted):
     assert (len(launched), len(stock)) == (kernels, operators), (launched, stock)
 
 
-# The same of a training step in bf16, which is one step of the optimizer as well. 17 to 21 of the operators find out, on
-# numbers, whether the batch was finite, and leave its update out.
+# The same of a training step in bf16, which is one step of the optimizer as well. 17 to 21 of the operators find out
+# whether the batch was finite, and leave its update out.
 STEPS = {
     "TopK": (se.TopK(K), {}, 8, 73),
     "BatchTopK": (se.BatchTopK(K), {}, 12, 86),
