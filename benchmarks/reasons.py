@@ -14,6 +14,8 @@ LEVEL = 0.95  # of the fastest other's speed
 REASONS: dict[tuple[str, str], str] = {
     ("topk", "bfloat16"): "several 16-bit numbers of a row tie with its k-th; ours finds the lowest columns among "
     "them, torch.topk takes any",
+    ("topk", "main"): "ours looks in every row for ties with the k-th entry and returns ascending columns, which costs "
+    "a sort",
     ("topk", "small"): "ours keeps the lowest columns of a tie and returns them in ascending order, which costs a sort",
     ("threshold", "main"): "torch.where writes a dense result and needs no positions; ours are compressed rows",
     ("threshold", "small"): "torch.where writes a dense result and needs no positions; ours are compressed rows with "
@@ -23,7 +25,10 @@ REASONS: dict[tuple[str, str], str] = {
     ("decode", "small"): "checks of the arguments and the choice of a back end, a few dozen microseconds a call",
     ("decode_error", "small"): "checks of the arguments and the choice of a back end, a few dozen microseconds a call",
     ("to_dense", "small"): "offsets are compared with those of rows of one length, and indices widened to 64 bits",
-    ("decode-backward_values", "small"): "each entry's row is found anew; embedding_bag's forward pass has left it",
+    **dict.fromkeys(
+        [("decode-backward_values", "main"), ("decode-backward_values", "small")],
+        "each entry's row is found anew; embedding_bag's forward pass has left it",
+    ),
 }  # fmt: skip
 
 # On a GPU, by operation.
