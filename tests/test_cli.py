@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from sae_engine import cli
+from sae_engine.cli import info
 from sae_engine.data import EMBEDDED_FOLDER, ActivationStore, weights_sha256
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 100
@@ -56,7 +57,7 @@ def test_why_triton_runs_or_not(monkeypatch, installed, interpreted, gpu, runs, 
     monkeypatch.setattr(dispatch, "interprets_triton", lambda: interpreted)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
-    status = cli._triton_status()
+    status = info.triton_status()
     assert status["runs"] == runs
     assert why in status["why"]
 

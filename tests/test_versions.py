@@ -10,6 +10,7 @@ import pytest
 
 from sae_engine import cli
 from sae_engine._versions import MATRIX, PACKAGES, oldest_and_newest, within_tested_range
+from sae_engine.cli import info
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +56,7 @@ def test_what_is_no_version_is_refused():
 @pytest.mark.parametrize(("triton", "said"), [("3.9.0", False), ("3.10.0", True), (None, False)])
 def test_info_says_when_a_version_lies_outside(triton, said, monkeypatch, capsys):
     installed = {"torch": "2.13.0+cpu", "triton": triton, "transformers": None, "safetensors": None}
-    monkeypatch.setattr(cli, "_version", installed.get)
+    monkeypatch.setattr(info, "_version", installed.get)
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert "3.6 to 3.9" in out and "2.10 to 2.15" in out

@@ -1,0 +1,37 @@
+"""The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``), whether they
+are sound (``verify``), how good an autoencoder is (``eval``), a checkpoint in another format (``convert``).
+
+A subcommand is one file of this folder, named in ``_COMMANDS``: ``add(commands)`` declares its arguments, and
+``run(args) -> int`` runs and imports what it needs itself, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from . import collect, convert, evaluate, info, verify
+from ._options import INTERRUPTED
+
+_COMMANDS = (info, collect, verify, evaluate, convert)  # as --help lists them
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status: 0, 1 after an error (one line on stderr), 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="sae-engine", description="Fast sparse autoencoders on real activations.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add(commands)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="sae-engine: %(levelname)s: %(message)s")
+    try:
+        return args.run(args)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # One line, also of what other packages say in many.
+        print(f"sae-engine: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sae-engine: interrupted", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,71 @@
+"""What several subcommands share: which model, which place in it, which text, on which device."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from typing import Any
+
+INTERRUPTED = 130  # the exit status that a shell reports for Ctrl-C
+
+
+def add_model_and_text(parser: argparse.ArgumentParser, *, text: str, unsaid: tuple[str, str, str]) -> None:
+    """What says which activations: the model, the place in it, and the text.
+
+    ``text`` is the default word, ``unsaid`` what model, layer and site are unless given.
+    """
+    model, layer, site = unsaid
+    parser.add_argument("--model", default=None, metavar="NAME", help=f"hub name or local folder; {model}")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
+    parser.add_argument("--layer", type=int, default=None, help=f"block; {layer}")
+    parser.add_argument(
+        "--site", default=None,
+        help="resid_pre, attn_out, resid_mid, mlp_out, resid_post, …, as TransformerLens and transformers spell them "
+        "(blocks.3.hook_resid_post, model.layers.3), or a module's name, ':input' behind it for what it is given; "
+        + site,
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=None, metavar="N", help="all of the text")
+    parser.add_argument(
+        "--text", nargs="+", default=[text], metavar="PATH",
+        help="text files or folders, or the word 'stdlib' (this Python's standard library) or "
+        f"'evaluation' (the fixed evaluation text); {text}",
+    )  # fmt: skip
+    parser.add_argument("--suffixes", nargs="+", default=[".txt", ".md", ".py", ".rst"], help="read from folders")
+    parser.add_argument("--context-length", type=int, default=None, metavar="N", help="at most 256 by default")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="contexts per forward pass")
+    parser.add_argument("--keep-first", action="store_true", help="keep each context's first position")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 …; a GPU if there is one")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def layer_and_site(site: str, layer: int | None) -> tuple[int | None, str]:
+    """Layer and site that two options say together; the layer is None where neither says it."""
+    from sae_engine.data import SITES, Site
+
+    if site in SITES and layer is None:
+        return None, site
+    found = Site.of(site, layer)
+    return found.layer, found.place
+
+
+def load_model(args: argparse.Namespace, model: str | None, revision: str | None, *, fallback: bool = False) -> Any:
+    """A language model, on the device that the arguments name."""
+    import torch
+
+    from sae_engine.data import load_language_model
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_language_model(model, revision=revision, device=device, fallback=fallback)
+
+
+def open_texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:
+    """The documents that ``--text`` names, and how the manifest names them."""
+    from sae_engine.data import evaluation_text, iter_text_files, stdlib_texts
+
+    if words == ["stdlib"]:
+        return stdlib_texts(), f"standard library of Python {platform.python_version()}"
+    if words == ["evaluation"]:
+        return evaluation_text(), "evaluation text"
+    if alone := {"stdlib", "evaluation"} & set(words):
+        raise ValueError(f"--text: the word {sorted(alone)[0]!r} stands alone, not among {len(words)}; files are paths")
+    return iter_text_files(words, suffixes), "files: " + " ".join(words)

@@ -1,0 +1,82 @@
+"""``sae-engine collect``: activations of a language model to a folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ._options import INTERRUPTED, add_model_and_text, layer_and_site, load_model, open_texts
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "collect",
+        help="activations of a language model to a folder of safetensors shards",
+        description="Run a language model over text and keep one site's activations as safetensors shards with a "
+        "manifest. Ctrl-C leaves whole shards; the same command again carries on.",
+    )
+    parser.add_argument("out", metavar="OUT", help="folder for the shards")
+    unsaid = "the embedded model", "two thirds of the way up (GPT-2: 8)", "resid_pre"
+    add_model_and_text(parser, text="stdlib", unsaid=unsaid)
+    parser.add_argument(
+        "--fallback", action="store_true", help="the embedded model in place of --model when the hub does not answer"
+    )
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the shards")
+    parser.add_argument("--shard-tokens", type=int, default=65536, metavar="N", help="rows per shard")
+    tokens = "eos, bos, pad or an id"
+    token: Any = {"type": _token, "metavar": "TOKEN"}
+    parser.add_argument("--separator", default="eos", help=f"behind each document: {tokens}, or none; eos", **token)
+    parser.add_argument("--first-token", default="bos", help=f"before each context: {tokens}, or none; bos", **token)
+    parser.add_argument("--exclude", nargs="+", default=[], help=f"keep no rows of these tokens: {tokens}", **token)
+    parser.add_argument("--exclude-positions", nargs="+", default=[], type=int, metavar="N", help="nor of these")
+    parser.add_argument("--no-token-ids", action="store_true", help="do not store which token each row is of")
+    parser.add_argument("--extend", action="store_true", help="add the text to what a finished collection holds")
+    parser.set_defaults(run=run)
+
+
+def _token(word: str) -> str | int | None:
+    """A token as :func:`stream_activations` takes it; what it is none of, that says."""
+    return None if word == "none" else int(word) if word.lstrip("-").isdecimal() else word
+
+
+def run(args: argparse.Namespace) -> int:
+    from sae_engine.data import SITES, collect_activations
+
+    texts, text_source = open_texts(args.text, args.suffixes)
+    lm = load_model(args, args.model, args.revision, fallback=args.fallback)
+    if lm.tokenizer is None:
+        raise ValueError(f"--model: {lm.name!r} has no tokenizer, without which no text can be read")
+    layer, site = layer_and_site(args.site or "resid_pre", args.layer)
+    if layer is None and site in SITES:
+        layer = lm.num_layers * 2 // 3
+    try:
+        store = collect_activations(
+            lm,
+            texts,
+            args.out,
+            layer=layer,
+            site=site,
+            context_length=args.context_length,
+            batch_size=args.batch_size,
+            drop_first=not args.keep_first,
+            separator=args.separator,
+            first_token=args.first_token,
+            exclude_tokens=args.exclude,
+            exclude_positions=args.exclude_positions,
+            max_tokens=args.tokens,
+            dtype=args.dtype,
+            shard_tokens=args.shard_tokens,
+            token_ids=not args.no_token_ids,
+            extend=args.extend,
+            text_source=text_source,
+            progress=not args.quiet,
+        )
+    except KeyboardInterrupt:
+        print(f"sae-engine: interrupted; whole shards stay in {args.out}, run the same command again to carry on",
+              file=sys.stderr)  # fmt: skip
+        return INTERRUPTED
+    if args.tokens is not None and len(store) < args.tokens:
+        print(f"sae-engine: the text had {len(store)} tokens, fewer than --tokens {args.tokens}", file=sys.stderr)
+    print(f"{args.out}: {store!r}")
+    return 0

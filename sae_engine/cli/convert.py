@@ -1,0 +1,48 @@
+"""``sae-engine convert``: an autoencoder's checkpoint in another library's format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    from sae_engine.checkpoints.formats import FORMATS, RESIDUALS
+
+    parser = commands.add_parser(
+        "convert",
+        help="an autoencoder's checkpoint from one library's format to another's",
+        description="Read a checkpoint of SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope or BatchTopK and "
+        "write it in another of these formats, whole or not at all. What the format cannot hold is refused.",
+    )
+    parser.add_argument("source", metavar="SRC", help="folder, file of weights, or hub owner/repository[/folder]")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder; of formats of one file also that file")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--from", dest="origin", default="auto", choices=("auto", *FORMATS), help="what SRC is")
+    parser.add_argument("--force", action="store_true", help="write where something is already")
+    parser.add_argument("--inference", action="store_true", help="BatchTopK as a JumpReLU with its learned threshold")
+    parser.add_argument("--fold-decoder-norms", action="store_true", help="decoder rows of norm 1 (ReLU, JumpReLU)")
+    parser.add_argument("--activation-scale", type=float, metavar="S", help="for SAELens' expected_average_only_in")
+    parser.add_argument("--residual", choices=RESIDUALS, default=None, help="what SRC was trained on")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from sae_engine.checkpoints.convert import convert
+
+    written = convert(
+        args.source,
+        args.target,
+        to=args.format,
+        format=args.origin,
+        force=args.force,
+        inference=args.inference,
+        fold_decoder_norms=args.fold_decoder_norms,
+        activation_scale=args.activation_scale,
+        residual=args.residual,
+    )
+    d_in, d_sae = written.tensors["W_enc"].shape
+    print(f"{args.target}: {args.format}, {written.activation.__name__}, d_in {d_in}, d_sae {d_sae}")
+    print(written.card)
+    return 0
