@@ -38,6 +38,7 @@ from .rules import (
 
 if _TYPE_CHECKING:
     from .acceleration.switch import CannotAccelerate, accelerate, accelerated, restore
+    from .latents import ablate, steer
 
 __version__ = "0.1.0"
 
@@ -68,6 +69,7 @@ __all__ = [
     "StatisticalTopK",
     "TopAFA",
     "TopK",
+    "ablate",
     "accelerate",
     "accelerated",
     "calibrate_threshold",
@@ -79,6 +81,7 @@ __all__ = [
     "losses",
     "metrics",
     "restore",
+    "steer",
     "training",
 ]
 
@@ -88,4 +91,8 @@ def __getattr__(name: str):
         from .acceleration import switch
 
         return getattr(switch, name)
+    if name in ("ablate", "steer"):  # nor are language models
+        from . import latents
+
+        return getattr(latents, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ MODULES = sorted(
 PUBLIC = {
     "sae_engine": se.__all__,
     **{f"sae_engine.{part}": importlib.import_module(f"sae_engine.{part}").__all__ for part in (
-        "functional", "losses", "metrics", "training", "data")},
+        "functional", "losses", "metrics", "training", "data", "latents")},
     "sae_engine.checkpoints.convert": ["convert"],
     "sae_engine.checkpoints.formats": ["detect", "load", "save"],
     "sae_engine.checkpoints.card": ["SourceCard"],

@@ -43,10 +43,11 @@ class Place:
     stream: nn.Module | None = None
 
     @contextmanager
-    def hooked(self, shape: torch.Size, use: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    def hooked(self, shape: torch.Size | None, use: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
         """While a batch of ``shape`` (B, T) passes, the site's activations go through ``use``.
 
-        ``use`` maps (B, T, width) to what takes their place, or returns None to leave them.
+        ``use`` maps (B, T, width) to what takes their place, or returns None to leave them. Where ``shape`` is None,
+        batches of any shape may pass, and ``use`` is given rows (tokens, width), of which it must treat each alone.
         """
         entered: list[Tensor] = []
 
@@ -283,8 +284,13 @@ def _argument(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str,
     )
 
 
-def _by_token(hidden: Tensor, shape: torch.Size, target: nn.Module, site: Site) -> Tensor:
-    """(B, T, width) of hidden states of that shape, or of (B * T, width), as OPT's MLP sees them; no others."""
+def _by_token(hidden: Tensor, shape: torch.Size | None, target: nn.Module, site: Site) -> Tensor:
+    """(B, T, width) of hidden states of that shape, or of (B * T, width), as OPT's MLP sees them; no others.
+
+    Where no shape is asked for, (B * T, width) of either.
+    """
+    if shape is None:
+        return hidden.reshape(-1, hidden.shape[-1])
     if hidden.shape[:-1] == shape or hidden.shape[:-1] == (shape.numel(),):
         return hidden.reshape(*shape, -1)
     raise ValueError(

@@ -1,0 +1,87 @@
+"""Where an autoencoder belongs in a model: what the caller says, and where he says nothing, its provenance."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from ..autoencoder import SparseAutoencoder
+from ..data.models import LanguageModel
+from ..data.places import Place, find_place
+from ..data.sites import SITES, Site
+from ..metrics.evaluation import Normalization
+from ..provenance import Provenance
+
+
+class Belonging(NamedTuple):
+    """The place that an autoencoder reads, the one that it writes to (of a transcoder another), and its input's space.
+
+    Both were found in the model, and are as wide as the autoencoder.
+    """
+
+    model: nn.Module
+    place: Place
+    target: Place
+    normalization: Normalization
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.target is not self.place
+
+
+def belonging(
+    model: nn.Module | LanguageModel,
+    sae: SparseAutoencoder,
+    *,
+    layer: int | None = None,
+    site: str | Site | None = None,
+    target_layer: int | None = None,
+    target_site: str | Site | None = None,
+    normalize: str | None = None,
+) -> Belonging:
+    """See :class:`Belonging`.
+
+    Raises:
+        TypeError: ``model`` or ``sae`` is none.
+        ValueError: neither the arguments nor ``sae.provenance`` say a place, the model has no such place, it is of
+            another width or on another device than the autoencoder; names the argument.
+    """
+    found = model.model if isinstance(model, LanguageModel) else model
+    if not isinstance(found, nn.Module):
+        raise TypeError(f"model must be a LanguageModel or a causal language model, got {type(model).__name__}")
+    if not isinstance(sae, SparseAutoencoder):
+        raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+    said = sae.provenance or Provenance()
+    if site is None:
+        site = said.site
+        layer = said.layer if layer is None else layer
+        if site is None:
+            raise ValueError(f"site must be given: the autoencoder does not say where it belongs ({said})")
+    elif layer is None and site in SITES:
+        layer = said.layer
+    place = find_place(found, site, layer)
+    if target_site is None and target_layer is not None:
+        raise ValueError(f"target_site must be given with target_layer={target_layer!r}")
+    if target_site is None and said.target_site is not None:
+        target_site = said.target_site
+        target_layer = place.site.layer if said.target_layer is None else said.target_layer
+    elif target_layer is None and target_site in SITES:
+        target_layer = place.site.layer
+    is_transcoder = target_site is not None or sae.d_out != sae.d_in
+    if is_transcoder and target_site in (None, "unknown"):
+        raise ValueError("target_site must be given: the autoencoder is a transcoder, and does not say its target")
+    target = place if target_site is None else find_place(found, target_site, target_layer)
+    for name, width, there in (("d_in", sae.d_in, place), ("d_out", sae.d_out, target)):
+        if width != there.width:
+            raise ValueError(f"site: the model is {there.width} wide at {there.site}, and sae has {name} = {width}")
+    weight = next(place.module.parameters(), None)
+    if weight is not None and weight.device != sae.W_dec.device:
+        raise ValueError(
+            f"sae must be on the device of the model's {place.path}, {weight.device}, got {sae.W_dec.device}: "
+            f"sae.to({str(weight.device)!r})"
+        )
+    normalization = Normalization(said.normalize or "none" if normalize is None else normalize)
+    if target is not place and normalization.kind != "none":
+        raise ValueError(f"normalize must be 'none' for a transcoder, got {normalization.kind!r}")
+    return Belonging(found, place, target, normalization)
