@@ -4,22 +4,26 @@ An operation lives once in ``torch.library`` under ``sae_engine::``; its last ar
 (``dispatch.py``). ``reference.py`` says what each means.
 """
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .dispatch import dispatch, implement, library, ops
 from .operations import OPERATIONS
 
 
-def define(signature: str):
+def define(signature: str, plain: Callable | None = None):
     """Registers ``signature`` (its `str backend` is appended) and returns the decorator for its fake.
 
-    What the operator runs follows from its row in ``operations.py``.
+    What the operator runs follows from its row in ``operations.py``. What ``torch.func`` sees in its place is the
+    reference, or ``plain`` where the sizes of the reference's results follow from data.
     """
     name, arguments = signature.split("(", 1)
     library.define(f"{name}({arguments.replace(') ->', ', str backend) ->', 1)}")
-    implement(name, functools.partial(dispatch, OPERATIONS[name]))
+    plain = plain or getattr(reference, name)
+    implement(name, functools.partial(dispatch, OPERATIONS[name]), lambda *args: plain(*args[:-1]))
     return torch.library.register_fake(f"sae_engine::{name}", lib=library)
 
 

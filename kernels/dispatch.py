@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled, forward_ad
 
-from . import transformed
 from .device import _autotune
 from .operations import Operation
 from .stock import densified
@@ -133,7 +132,7 @@ def dispatch(operation: Operation, *args):
 # A call through ``torch.ops`` packs its arguments twice and asks a Python autograd kernel: about 40 µs, a good part of
 # what decoding a small batch takes. An eager call that needs no gradient gets nothing for that, and goes straight to
 # the registered function. Compilers, profilers, modes, subclasses and gradients see the operator; ``torch.func`` sees
-# plain PyTorch (``transformed.py``).
+# plain PyTorch (``reference.py``).
 
 NO_TORCHSCRIPT = "{} cannot take {}, whose sizes follow the batch and the data: use torch.export or torch.compile"
 
@@ -178,15 +177,10 @@ def _recordable(args: tuple) -> tuple:
     return tuple(a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args)
 
 
-def _transformed(operator) -> Callable:
-    """What runs in the operator's place inside a transform: it itself where no gradient is asked of it."""
-    return getattr(transformed, operator._opname, operator)
-
-
-def _straight(operator, implementation: Callable) -> Callable:
+def _straight(operator, implementation: Callable, plain: Callable) -> Callable:
     def call(*args):
         if transforming():
-            return _transformed(operator)(*args)
+            return plain(*args)
         if torch.compiler.is_compiling():
             return operator(*args)
         if not _goes_straight(args):
@@ -203,10 +197,10 @@ def _straight(operator, implementation: Callable) -> Callable:
 class Operators(types.SimpleNamespace):
     """``torch.ops.sae_engine``, whose functional operators take the short way where it is open."""
 
-    def add(self, name: str, implementation: Callable) -> None:
+    def add(self, name: str, implementation: Callable, plain: Callable | None) -> None:
         operator = getattr(torch.ops.sae_engine, name)
-        writes = operator.default._schema.is_mutable
-        setattr(self, name, operator if writes else _straight(operator.default, implementation))
+        short = _straight(operator.default, implementation, plain or operator)
+        setattr(self, name, operator if operator.default._schema.is_mutable else short)
 
 
 library = torch.library.Library("sae_engine", "DEF")
@@ -214,8 +208,12 @@ ops = Operators()
 IMPLEMENTED: dict[str, Callable] = {}  # what an operation runs, by name, for who wants to look into it
 
 
-def implement(name: str, run: Callable) -> None:
-    """Registers what an operation does, on every device."""
+def implement(name: str, run: Callable, plain: Callable | None = None) -> None:
+    """Registers what an operation does, on every device.
+
+    ``plain`` does the same in functions that ``torch.func`` and forward-mode AD know, and runs in its place inside
+    their transforms. Without it the operator itself does, which no gradient may be asked of there.
+    """
     IMPLEMENTED[name] = run
     library.impl(name, run, "CompositeExplicitAutograd")
-    ops.add(name, run)
+    ops.add(name, run, plain)

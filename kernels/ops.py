@@ -5,7 +5,7 @@ Here what an autoencoder's forward calls; in ``_latent_ops.py`` what works laten
 """
 import torch
 
-from . import _latent_ops, budgets  # noqa: F401 (registers its operations)
+from . import _latent_ops, budgets, reference  # noqa: F401 (_latent_ops registers its operations)
 from ._contract import define, differentiable, empty_rows, stored_entries, sum_by_latent, weight_gradient_backward
 from .dispatch import implement, library, ops
 from .stock import linear as stock_linear
@@ -17,7 +17,7 @@ __all__ = ["ops"]
 # --- linear: the encoder's product on a CPU -------------------------------------------------------------------------
 
 library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-implement("linear", stock_linear.linear)
+implement("linear", stock_linear.linear, reference.linear)
 
 
 @torch.library.register_fake("sae_engine::linear", lib=library)
@@ -140,6 +140,7 @@ differentiable("feature_topm", _compressed_context, lambda ctx, grad, *_: (_comp
 @define(
     "norm_match(Tensor pre, Tensor target, Tensor? weight_norm, bool is_share, SymInt? capacity)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    plain=reference.norm_match_storing_all,
 )
 def _(pre, target, weight_norm, is_share, capacity, backend):
     return *empty_rows(pre, stored_entries(capacity)), pre.new_empty((), dtype=torch.int64)
@@ -150,7 +151,10 @@ differentiable("norm_match", _compressed_context, lambda ctx, grad, *_: (_compre
 # --- threshold: entries above theta --------------------------------------------------------------------------------
 
 
-@define("threshold(Tensor pre, Tensor theta, float? bandwidth, SymInt? capacity) -> (Tensor, Tensor, Tensor, Tensor)")
+@define(
+    "threshold(Tensor pre, Tensor theta, float? bandwidth, SymInt? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    plain=reference.threshold_storing_all,
+)
 def _(pre, theta, bandwidth, capacity, backend):
     return *empty_rows(pre, stored_entries(capacity)), pre.new_empty((), dtype=torch.int64)
 
@@ -348,7 +352,7 @@ library.define(
     "at_latents(Tensor vector, Tensor indices, Tensor offsets, Tensor? latent_offsets, Tensor? latent_rows,"
     " Tensor? latent_positions, str backend) -> Tensor"
 )
-implement("at_latents", lambda vector, indices, *_: vector[indices.long()])
+implement("at_latents", reference.at_latents, reference.at_latents)
 
 
 @torch.library.register_fake("sae_engine::at_latents", lib=library)
@@ -387,7 +391,7 @@ def _encode_entries(x, weight, bias, center, entries, *_):
     return entries.clone()
 
 
-implement("encode_entries", _encode_entries)
+implement("encode_entries", _encode_entries, reference.encode_entries)
 
 
 @torch.library.register_fake("sae_engine::encode_entries", lib=library)

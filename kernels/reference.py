@@ -3,6 +3,10 @@
 Shapes: ``pre`` is (B, F). Compressed rows are ``values`` (N,), ``indices`` (N,) int32 and ``offsets`` (B + 1,)
 int64; row b owns entries ``offsets[b]:offsets[b + 1]``, indices ascending. With a ``capacity`` the arrays are
 that long, whatever lies past ``offsets[-1]`` belongs to no row, and ``required`` says how many entries there were.
+
+The transforms of ``torch.func`` and forward-mode AD look into what runs, and an operator shows them nothing: they get
+what stands here (``_contract.define``). So what a forward pass calls is written with functions that they know, of sizes
+that no data decides, and its derivatives are right in any order. Which entries are kept is a constant to them.
 """
 import torch
 from torch import Tensor
@@ -14,7 +18,7 @@ def ordered_keys(x: Tensor) -> Tensor:
     """Integers that sort as ``x`` does: -0 equals +0, every NaN ties above +Inf."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     top = torch.iinfo(integer).max
-    bits = (x + 0.0).view(integer)
+    bits = (x.detach() + 0.0).view(integer)
     return torch.where(x.isnan(), top, bits ^ ((bits >> (8 * x.element_size() - 1)) & top))
 
 
@@ -50,6 +54,20 @@ def linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     return linear(x.float(), weight.float(), bias).to(dtype)
 
 
+def encode_entries(
+    x: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor | None, entries: Tensor, indices: Tensor,
+    offsets: Tensor, *_index,
+) -> Tensor:
+    """(N,): x (B, D) @ weight (D, F) + bias (F,) at each entry, in the dtype of ``entries``, which are its values.
+
+    ``x`` is the input minus ``center`` (D,), a function of it.
+    """
+    if center is not None:
+        x = x - (center - center.detach()).to(x.dtype)
+    wide = accumulation_dtype(x, weight)
+    return gather(linear(x.to(wide), weight.to(x.dtype).to(wide), bias), indices, offsets).to(entries.dtype)
+
+
 def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitude: bool, apply_relu: bool):
     """The k entries of each row that rank first. Returns values (B*k,), indices (B*k,)."""
     mask = eligible(mask, pre)
@@ -62,16 +80,14 @@ def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitu
 def batch_topk(pre: Tensor, mask: Tensor | None, total: int):
     """The ``total`` entries of the whole matrix with the largest relu(pre)."""
     mask = eligible(mask, pre)
-    kept = torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device)
-    kept[first_k(ranking(relu(pre), mask).flatten(), total)] = True
-    return compress(torch.where(mask, relu(pre), 0.0), kept.view(pre.shape))
+    return compress(torch.where(mask, relu(pre), 0.0), first_k(ranking(relu(pre), mask).flatten(), total))
 
 
 def feature_topm(pre: Tensor, m: Tensor, total: int):
     """The m[j] rows of each latent j with the largest relu(pre); ``total`` is the sum of m."""
     order = ordered_keys(relu(pre)).sort(dim=0, descending=True, stable=True).indices
-    place = torch.arange(pre.shape[0], device=pre.device)[:, None].expand_as(order)
-    return compress(relu(pre), torch.empty_like(order).scatter_(0, order, place) < m)
+    kept = order.argsort(dim=0) < m
+    return compress(relu(pre), first_k(kept.flatten().int(), total))
 
 
 def norm_match(pre: Tensor, target: Tensor, weight_norm: Tensor | None, is_share: bool, capacity: int | None):
@@ -79,16 +95,22 @@ def norm_match(pre: Tensor, target: Tensor, weight_norm: Tensor | None, is_share
 
     With ``is_share`` the smallest whose energy reaches ``target`` times the row's.
     """
-    return with_capacity(compress(relu(pre), norm_matched(pre, target, weight_norm, is_share)), capacity)
+    return compress_kept(relu(pre), norm_matched(pre, target, weight_norm, is_share), capacity)
+
+
+def norm_match_storing_all(pre: Tensor, target: Tensor, weight_norm: Tensor | None, is_share: bool, capacity=None):
+    """The same for ``torch.func``: see :func:`store_all`."""
+    kept = norm_matched(pre, target, weight_norm, is_share)
+    return store_all(torch.where(kept, relu(pre), 0.0), kept)
 
 
 def norm_matched(pre: Tensor, target: Tensor, weight_norm: Tensor | None, is_share: bool) -> Tensor:
     """(B, F) bool: what :func:`norm_match` keeps."""
     wide = torch.float64 if pre.dtype == torch.float64 else torch.float32
-    score = relu(pre).to(wide)
+    score = relu(pre.detach()).to(wide)
     if weight_norm is not None:
         score = score * weight_norm.to(wide)
-    target = target.double()
+    target = target.detach().double()
     order = ordered_keys(score).sort(dim=-1, descending=True, stable=True).indices
     energy = score.gather(1, order).double().square().cumsum(-1)
     if is_share:
@@ -107,19 +129,31 @@ def threshold(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity: int
     wide = pre.to(theta.dtype)
     kept = (wide > (theta if bandwidth is None else theta - bandwidth / 2)) | pre.isnan()
     values = torch.where((wide > theta) | pre.isnan(), pre, 0.0)
-    return with_capacity(compress(values, kept), capacity)
+    return compress_kept(values, kept, capacity)
 
 
-def compress(dense: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept entries of ``dense`` (B, F) as compressed rows."""
-    offsets = torch.zeros(dense.shape[0] + 1, dtype=torch.int64, device=dense.device)
-    offsets[1:] = kept.sum(1).cumsum(0)
-    return dense[kept], kept.nonzero()[:, 1].int(), offsets
+def threshold_storing_all(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity=None):
+    """The same for ``torch.func``: see :func:`store_all`. With ``bandwidth`` theta has the slope of ``ops.py``."""
+    known, cut = pre.detach().to(theta.dtype), theta.detach()
+    kept = (known > cut) | known.isnan()
+    dense = torch.where(kept, pre, 0.0)
+    if bandwidth is not None:  # a term that is 0, with the slope of the rectangle estimator and the slope of that
+        inside = (known - cut).abs() < bandwidth / 2
+        dense = dense + torch.where(inside, (cut.square() - theta.square()) / (2 * bandwidth), 0.0).to(pre.dtype)
+    return store_all(dense, kept)
 
 
-def with_capacity(rows: tuple[Tensor, Tensor, Tensor], capacity: int | None):
-    """Pads or cuts compressed rows to ``capacity`` entries; appends the number that was required."""
-    values, indices, offsets = rows
+def compress(dense: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of ``dense`` (B, F) at ascending flat ``positions`` (N,) as compressed rows."""
+    rows, num_latents = dense.shape
+    counts = torch.zeros(rows + 1, dtype=torch.int64, device=dense.device)
+    counts = counts.scatter_add(0, positions // max(num_latents, 1) + 1, torch.ones_like(positions))
+    return dense.flatten().gather(0, positions), (positions % max(num_latents, 1)).int(), counts.cumsum(0)
+
+
+def compress_kept(dense: Tensor, kept: Tensor, capacity: int | None = None):
+    """The entries of ``dense`` (B, F) where ``kept``, padded or cut to ``capacity``; and how many they are."""
+    values, indices, offsets = compress(dense, kept.flatten().nonzero()[:, 0])
     required = offsets[-1].clone()
     if capacity is None:
         return values, indices, offsets, required
@@ -128,27 +162,39 @@ def with_capacity(rows: tuple[Tensor, Tensor, Tensor], capacity: int | None):
     return values, indices, offsets.clamp(max=capacity), required
 
 
+def store_all(dense: Tensor, kept: Tensor):
+    """What stands for :func:`compress_kept` where no size may follow from data: every entry of ``dense`` (B, F), which
+    is 0 where it is not kept, whatever the capacity."""
+    everything = torch.arange(dense.numel(), device=dense.device)
+    return *compress(dense, everything), kept.sum()
+
+
 def rows_of(offsets: Tensor, n: int) -> Tensor:
     """The row of each of ``n`` entries; entries past ``offsets[-1]`` get row B."""
-    return torch.searchsorted(offsets[1:].contiguous(), torch.arange(n, device=offsets.device), right=True)
+    ends = torch.zeros(n + 1, dtype=torch.int64, device=offsets.device)
+    return ends.scatter_add(0, offsets[1:], torch.ones_like(offsets[1:])).cumsum(0)[:n]
+
+
+def places(indices: Tensor, offsets: Tensor, num_latents: int) -> Tensor:
+    """Flat positions (N,) in a (B + 1, F) matrix, whose last row takes the entries that belong to none."""
+    return rows_of(offsets, indices.numel()) * num_latents + indices.long().clamp(max=max(num_latents - 1, 0))
 
 
 def to_dense(values: Tensor, indices: Tensor, offsets: Tensor, num_latents: int) -> Tensor:
     """(B, F): the values at their places, 0 elsewhere."""
-    dense = values.new_zeros(offsets.numel() - 1, num_latents)
-    rows = rows_of(offsets, values.numel())
-    owned = rows < dense.shape[0]
-    dense[rows[owned], indices.long()[owned]] = values[owned]
-    return dense
+    dense = values.new_zeros(offsets.numel(), num_latents)
+    return dense.flatten().scatter(0, places(indices, offsets, num_latents), values).view(dense.shape)[:-1].clone()
 
 
 def gather(dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
     """(N,): ``dense`` (B, F) read at each entry, 0 for entries that belong to no row."""
-    rows = rows_of(offsets, indices.numel())
-    owned = rows < dense.shape[0]
-    out = dense.new_zeros(indices.numel())
-    out[owned] = dense[rows[owned], indices.long()[owned]]
-    return out
+    padded = torch.cat([dense, dense.new_zeros(1, dense.shape[1])])
+    return padded.flatten().gather(0, places(indices, offsets, dense.shape[1]))
+
+
+def at_latents(vector: Tensor, indices: Tensor, *_index) -> Tensor:
+    """(N,): ``vector`` (F,) read at the latent of each entry."""
+    return vector[indices.long()]
 
 
 def by_latent(indices: Tensor, offsets: Tensor, num_latents: int):
@@ -156,8 +202,9 @@ def by_latent(indices: Tensor, offsets: Tensor, num_latents: int):
     rows = rows_of(offsets, indices.numel())
     latents = torch.where(rows < offsets.numel() - 1, indices.long(), num_latents)
     latents, positions = latents.sort(stable=True)
-    bounds = torch.arange(num_latents + 1, device=indices.device)
-    return torch.searchsorted(latents, bounds), rows[positions].int(), positions
+    counts = torch.zeros(num_latents + 2, dtype=torch.int64, device=indices.device)
+    starts = counts.scatter_add(0, latents + 1, torch.ones_like(latents)).cumsum(0)
+    return starts[:-1], rows[positions].int(), positions
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -64,7 +64,7 @@ def drawn(shape, modes, dtypes, share, dense):
         kept[:, -1:] = False  # a latent without entries, and a row
         kept[1:2] = False
         act = {GATED: reference.relu(pre), GIVEN: torch.randn(pre.shape, dtype=pre.dtype)}[mode]
-        values, indices, offsets = reference.compress(act.to(compute), kept)
+        values, indices, offsets = reference.compress_kept(act.to(compute), kept)[:3]
         offered = torch.randn(0 if mode == GATED and number == 0 else values.numel()).to(compute)
         grad = torch.randn(rows, d_out).to(compute)
         s.kept.append(kept)
@@ -283,7 +283,7 @@ def test_latents_with_many_entries(split, backend, monkeypatch):
         kept[:offset, 0] = True
         kept[: split + 2, 5] = True
         kept[::7, 7] = True
-        values, indices, offsets = reference.compress(torch.randn(s.shape[:2]), kept)
+        values, indices, offsets = reference.compress_kept(torch.randn(s.shape[:2]), kept)[:3]
         grad = torch.randn(s.shape[0], s.shape[2])
         s.terms.append(term_of(values, indices, offsets, torch.empty(0), s.shape[1], GATED, grad))
     hold(s, backend)
