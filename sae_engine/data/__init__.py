@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from .gradients import read_gradients
     from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
     from .sites import SITES, Site
+    from .sources import open_source
     from .store import ActivationStore, RowTokens
+    from .stream import RowStream, StoreStream
     from .text import HELD_OUT_MODULES, evaluation_text, iter_text_files, stdlib_texts
 
 __all__ = [
@@ -21,12 +23,15 @@ __all__ = [
     "SITES",
     "ActivationStore",
     "LanguageModel",
+    "RowStream",
     "RowTokens",
     "Site",
+    "StoreStream",
     "collect_activations",
     "evaluation_text",
     "iter_text_files",
     "load_language_model",
+    "open_source",
     "read_activations",
     "read_gradients",
     "read_sites",
@@ -42,7 +47,9 @@ _MODULES = {
     "gradients": {"read_gradients"},
     "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
     "sites": {"SITES", "Site"},
+    "sources": {"open_source"},
     "store": {"ActivationStore", "RowTokens"},
+    "stream": {"RowStream", "StoreStream"},
     "text": {"HELD_OUT_MODULES", "evaluation_text", "iter_text_files", "stdlib_texts"},
 }
 

@@ -263,13 +263,14 @@ def stream_activations(
         drop_first=drop_first, separator=separator, first_token=first_token, exclude_tokens=exclude_tokens,
         exclude_positions=exclude_positions,
     )  # fmt: skip
-    dtype = None if dtype is None else dtype_in("dtype", dtype)
+    dtype, place = None if dtype is None else dtype_in("dtype", dtype), Site.of(site, layer)
 
     def generate() -> Iterator[Tensor]:
         done = 0
         with progress_bar(progress, max_tokens) as bar:
             for batch in token_batches(lm, texts, contexts):
-                rows = batch_rows(lm, batch, layer, site)[: None if max_tokens is None else max_tokens - done]
+                (rows,) = batch_rows(lm, batch, place)
+                rows = rows[: None if max_tokens is None else max_tokens - done]
                 if not len(rows):
                     continue
                 check_finite(rows, done, lm, batch)
@@ -303,15 +304,15 @@ def check_stream(
     return contexts, None if max_tokens is None else check_int("max_tokens", max_tokens, 1)
 
 
-def batch_rows(lm: LanguageModel, batch: TokenBatch, layer: int | None, site: str | Site) -> Tensor:
-    """``(rows, d_model)`` of one batch: of the tokens that are kept."""
+def batch_rows(lm: LanguageModel, batch: TokenBatch, *sites: Site) -> tuple[Tensor, ...]:
+    """``(rows, width)`` of one batch for each site, in one pass: of the tokens that are kept."""
     device = input_device(lm.model)
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     if not len(batch.kept):
-        width = find_place(lm.model, site, layer).width
-        return torch.empty(0, width, dtype=next(lm.model.parameters()).dtype, device=device)
-    activations = read_activations(lm.model, batch.input_ids.to(device), layer=layer, site=site, attention_mask=mask)
-    return activations.flatten(0, 1)[batch.kept.to(activations.device)]
+        dtype = next(lm.model.parameters()).dtype
+        return tuple(torch.empty(0, find_place(lm.model, site).width, dtype=dtype, device=device) for site in sites)
+    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+    found = read_sites(lm.model, batch.input_ids.to(device), sites, attention_mask=mask)
+    return tuple(hidden.flatten(0, 1)[batch.kept.to(hidden.device)] for hidden in found)
 
 
 def cast(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -230,7 +230,7 @@ def _collect(
                 )
             if seen > max(before, stored):
                 # The whole batch is run even if part of it is stored: a row's last bits depend on its batch.
-                rows = batch_rows(lm, batch, manifest["layer"], manifest["site"])
+                (rows,) = batch_rows(lm, batch, Site.of(manifest["site"], manifest["layer"]))
                 part = slice(max(0, stored - before), None if limit is None else limit - before)
                 check_finite(rows[part], before + part.start, lm, batch, part.start)
                 buffer.append(_columns(batch, rows, part, dtype, manifest["token_ids"]))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import integer_in
+from .._checks import flag, integer_in
 from .models import LanguageModel
 from .padding import padding_of
 
@@ -40,7 +40,8 @@ class TokenBatch(NamedTuple):
 class Contexts:
     """How documents become contexts and which tokens become rows, as :func:`stream_activations` says it. Checked.
 
-    ``words`` is the same as a manifest has it: a token is ``"bos"``, ``"eos"``, ``"pad"`` or its id in digits.
+    ``words`` is the same as a manifest has it: a token is ``"bos"``, ``"eos"``, ``"pad"`` or its id in digits. Not
+    ``packing``: each document has contexts of its own, without a separator, padded on the right.
     """
 
     length: int
@@ -51,6 +52,12 @@ class Contexts:
     excluded_positions: tuple[int, ...]
     documents_before: int
     words: dict[str, Any]
+    packing: bool = True
+
+    @property
+    def run(self) -> int:
+        """How many tokens of documents a context has room for."""
+        return self.length - (self.first_token is not None)
 
     def kept(self, input_ids: Tensor, positions: Tensor, present: Tensor) -> Tensor:
         keep = present
@@ -71,14 +78,18 @@ def contexts_of(
     exclude_tokens: Collection[str | int] = (),
     exclude_positions: Collection[int] = (),
     documents_before: int = 0,
+    packing: bool = True,
 ) -> Contexts:
-    """The settings of :func:`stream_activations` that say what a batch is, checked. ``lm`` is one."""
+    """The settings of :func:`stream_activations` that say what a batch is, checked. ``lm`` is one.
+
+    ``packing=False`` is for :class:`RowStream`.
+    """
     if context_length is None:
         context_length = min(lm.max_length, 256)
     context_length = check_int("context_length", context_length, 2, lm.max_length)
     batch_size = check_int("batch_size", batch_size, 1)
-    if not isinstance(drop_first, bool):
-        raise TypeError(f"drop_first must be a bool, got {drop_first!r}")
+    flag("drop_first", drop_first)
+    flag("packing", packing)
     excluded = {"exclude_tokens": exclude_tokens, "exclude_positions": exclude_positions}
     for name, value in excluded.items():
         if isinstance(value, (str, bytes)) or not isinstance(value, Collection):
@@ -103,12 +114,13 @@ def contexts_of(
             "exclude_tokens": sorted({_word(value) for value in exclude_tokens}),
             "exclude_positions": positions,
         },
+        packing=packing,
     )
 
 
 def token_batches(lm: LanguageModel, texts: Iterable[Any], contexts: Contexts) -> Iterator[TokenBatch]:
     """Batches in the order of the texts: of documents packed, or as they are given. Read lazily."""
-    run = contexts.length - (contexts.first_token is not None)
+    run = contexts.run
     size = contexts.batch_size * run
     pending = torch.empty(3, 0, dtype=torch.int64)  # token ids, documents, offsets
     are_given: bool | None = None  # as batches
@@ -124,17 +136,17 @@ def token_batches(lm: LanguageModel, texts: Iterable[Any], contexts: Contexts) -
             rows += len(batch.input_ids)
             yield batch
             continue
-        ids = _token_ids(lm, item, number, contexts.separator)
+        ids = token_ids_of(lm, item, number, contexts.separator)
         document = torch.full_like(ids, number + contexts.documents_before)
         pending = torch.cat([pending, torch.stack([ids, document, torch.arange(len(ids))])], 1)
         for start in range(0, pending.shape[1] - size + 1, size):
-            yield _packed(pending[:, start : start + size], contexts, run)
+            yield packed(pending[:, start : start + size], contexts, run)
         pending = pending[:, pending.shape[1] // size * size :]
     whole = pending.shape[1] // run * run
     if whole:
-        yield _packed(pending[:, :whole], contexts, run)
+        yield packed(pending[:, :whole], contexts, run)
     if whole < pending.shape[1]:
-        yield _packed(pending[:, whole:], contexts, pending.shape[1] - whole)
+        yield packed(pending[:, whole:], contexts, pending.shape[1] - whole)
 
 
 def context_batches(
@@ -190,7 +202,8 @@ def _word(value: str | int | None) -> str:
 _AS = "texts are all documents (strings, or token ids in one dimension) or all batches (input_ids in two)"
 
 
-def _packed(block: Tensor, contexts: Contexts, run: int) -> TokenBatch:
+def packed(block: Tensor, contexts: Contexts, run: int) -> TokenBatch:
+    """A batch of token ids, documents and offsets (3, contexts * run)."""
     ids, documents, offsets = block.view(3, -1, run)
     if contexts.first_token is not None:
         front = (len(ids), 1)
@@ -199,6 +212,27 @@ def _packed(block: Tensor, contexts: Contexts, run: int) -> TokenBatch:
     positions = torch.arange(ids.shape[1]).expand(ids.shape)
     kept = contexts.kept(ids, positions, torch.ones_like(ids, dtype=torch.bool))
     return TokenBatch(ids, None, documents, offsets, positions, kept)
+
+
+def unpacked(rows: Sequence[Tensor], contexts: Contexts) -> TokenBatch:
+    """A batch of token ids, documents and offsets (3, tokens), a row each, padded on the right.
+
+    A row that begins with ``first_token``, as a chat template may write it, gets no second one.
+    """
+    first = contexts.first_token
+    rows = [
+        row if first is None or int(row[0, 0]) == first else torch.cat([torch.tensor([[first], [-1], [-1]]), row], 1)
+        for row in rows
+    ]
+    length = max(row.shape[1] for row in rows)
+    block = torch.stack([torch.nn.functional.pad(row, (0, length - row.shape[1]), value=-1) for row in rows], 1)
+    lengths = torch.tensor([row.shape[1] for row in rows])
+    positions = torch.arange(length).expand(len(rows), length)
+    present = positions < lengths[:, None]
+    ids, documents, offsets = block
+    ids = ids.masked_fill(~present, 0)
+    mask = None if bool(present.all()) else present.to(torch.int64)
+    return TokenBatch(ids, mask, documents, offsets, positions, contexts.kept(ids, positions, present))
 
 
 def _given(item: Any, number: int, contexts: Contexts, rows: int) -> TokenBatch:
@@ -234,7 +268,7 @@ def _given(item: Any, number: int, contexts: Contexts, rows: int) -> TokenBatch:
     return TokenBatch(ids, mask if padding is not None else None, documents, positions, positions, kept)
 
 
-def _token_ids(lm: LanguageModel, document: Any, number: int, separator: int | None) -> Tensor:
+def token_ids_of(lm: LanguageModel, document: Any, number: int, separator: int | None) -> Tensor:
     """(tokens,) int64 of one document, with the separator behind it; an empty document has none."""
     if isinstance(document, str):
         ids = torch.tensor(_tokenize(lm, document, number), dtype=torch.int64)
