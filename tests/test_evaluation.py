@@ -9,8 +9,8 @@ from metric_cases import assert_close
 import sae_engine as se
 from sae_engine.data import evaluation_text, load_language_model, run_with_replacement, stream_activations
 from sae_engine.data.contexts import context_batches
-from sae_engine.metrics import evaluate, ppl_sparsity
-from sae_engine.metrics.evaluation import Normalization
+from sae_engine.metrics import NextTokenLoss, Reconstruction, evaluate, evaluate_during, ppl_sparsity
+from sae_engine.metrics.splice import Normalization
 
 TOKENS = 1500
 
@@ -194,6 +194,131 @@ def test_ppl_sparsity_finds_the_last_threshold_that_is_allowed(lm):
         assert found["l0"] == whole["sparsity"]["l0"]
     assert large["l0_kept"] < small["l0_kept"] <= 16
     assert large["threshold"] > small["threshold"]
+
+
+# --- during training -----------------------------------------------------------------------------------------------
+
+SITE, SHORT = "blocks.2.hook_resid_pre", {"context_length": 64, "batch_size": 4, "max_tokens": 300}
+
+
+def random_sae(seed=0, d_sae=512, rule=None):
+    torch.manual_seed(seed)
+    return se.SparseAutoencoder(256, d_sae, se.TopK(8) if rule is None else rule)
+
+
+def passes(lm):
+    """Counts forward passes of the model that go through its last norm."""
+    seen = []
+    return seen, lm.model.transformer.ln_f.register_forward_hook(lambda *_: seen.append(1))
+
+
+@pytest.mark.parametrize("drop_first", [True, False])
+def test_during_training_the_numbers_are_those_of_an_evaluation(lm, drop_first):
+    sae = random_sae().train()
+    texts = evaluation_text()[:1]
+    whole = evaluate(sae, lm, texts, layer=2, drop_first=drop_first, **SHORT)
+    found = evaluate_during(sae, lm, texts, site=SITE, drop_first=drop_first, **SHORT)
+    language = whole["language"]
+    assert found == {
+        "evaluation/fvu": whole["reconstruction"]["fvu"], "evaluation/l0": whole["sparsity"]["l0"],
+        "evaluation/dead": whole["sparsity"]["dead_fraction"], "evaluation/ce_clean": language["ce_clean"],
+        "evaluation/ce_spliced": language["ce_spliced"], "evaluation/ce_ablated": language["ce_ablated"],
+        "evaluation/ce_recovered": language["loss_recovered"],
+        "model_performance_preservation/ce_loss_score": language["loss_recovered"],
+    }  # fmt: skip
+    assert sae.training
+
+
+def test_what_needs_no_autoencoder_is_computed_once(lm):
+    """Of two at a site and one at another: the clean model once, each site's zeros once, each autoencoder once."""
+    texts, kept = evaluation_text()[:1], {}
+    seen, hook = passes(lm)
+    at = [(SITE, 0), (SITE, 1), ("blocks.3.hook_resid_pre", 0), (SITE, 0)]
+    with hook:
+        counted, found = [], []
+        for site, seed in at:
+            before = len(seen)
+            found.append(evaluate_during(random_sae(seed), lm, texts, site=site, baselines=kept, **SHORT))
+            counted.append(len(seen) - before)
+    batches = counted[1]
+    assert counted == [3 * batches, batches, 2 * batches, batches]
+    alone = [evaluate_during(random_sae(seed), lm, texts, site=site, **SHORT) for site, seed in at[1:3]]
+    assert found == [found[0], *alone, found[0]]
+    other = evaluate_during(random_sae(), lm, texts, site=SITE, baselines=kept, **{**SHORT, "max_tokens": 200})
+    assert other["evaluation/ce_clean"] != found[0]["evaluation/ce_clean"]  # other settings are not mixed up
+
+
+def test_rows_that_training_does_not_see_are_left_alone(lm):
+    """Tokens that are excluded: the reconstruction is not put in their place, and they are not measured."""
+    ids = torch.randint(5, 400, (130,))
+    special = int(ids[40])
+    silent = se.SparseAutoencoder(256, 8, se.JumpReLU(8, threshold=1e9))
+    options = {"site": SITE, "context_length": 65, "separator": None, "first_token": None}
+    rows = []
+    update = Reconstruction.update
+
+    def counting(self, x_hat, x):
+        rows.append(len(x))
+        update(self, x_hat, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reconstruction, "update", counting)
+        every = evaluate_during(silent, lm, [ids], **options)
+        without = evaluate_during(silent, lm, [ids], exclude_tokens=[special], **options)
+    contexts = ids.view(2, 65)
+    dropped = int((contexts[:, 1:] == special).sum())
+    assert rows == [128, 128 - dropped]
+    assert every["evaluation/ce_clean"] == without["evaluation/ce_clean"]
+
+    def zeros(hidden):
+        keep = torch.ones_like(contexts, dtype=torch.bool)
+        keep[:, 0] = False
+        return torch.where((keep & (contexts != special))[..., None], 0.0, hidden)
+
+    loss = NextTokenLoss()
+    loss.update(run_with_replacement(lm.model, contexts, zeros, site=SITE)[:, 1:], contexts[:, 1:])
+    assert loss.compute()["ce"] == without["evaluation/ce_ablated"] == without["evaluation/ce_spliced"]
+    assert every["evaluation/ce_ablated"] != without["evaluation/ce_ablated"]
+
+
+def test_an_autoencoder_of_scaled_activations_is_measured_as_the_folded_one(lm):
+    """Powers of two: dividing the biases is exact, and so every number."""
+    folded, texts = random_sae(), evaluation_text()[:1]
+    with torch.no_grad():
+        folded.b_dec.normal_()
+        folded.b_enc.normal_()
+    trained = random_sae()
+    with torch.no_grad():
+        for name in ("b_dec", "b_enc"):
+            getattr(trained, name).copy_(getattr(folded, name) * 4)
+    found = evaluate_during(trained, lm, texts, site=SITE, scale=4.0, **SHORT)
+    expected = evaluate_during(folded, lm, texts, site=SITE, **SHORT)
+    assert found == expected
+    unscaled = evaluate_during(trained, lm, texts, site=SITE, **SHORT)
+    assert unscaled["evaluation/fvu"] != expected["evaluation/fvu"]
+
+
+def test_a_transcoder_of_scaled_activations_has_two_scales(lm):
+    texts = evaluation_text()[:1]
+    sites = {"site": "blocks.2.mlp.hook_in", "target_site": "blocks.2.hook_mlp_out"}
+    folded, trained = random_sae(), random_sae()
+    with torch.no_grad():  # inputs are 4 times, targets half as large in training
+        trained.W_enc.copy_(folded.W_enc / 4)
+        trained.W_dec.copy_(folded.W_dec / 2)
+    found = evaluate_during(trained, lm, texts, scale=4.0, target_scale=0.5, **sites, **SHORT)
+    assert found == evaluate_during(folded, lm, texts, **sites, **SHORT)
+
+
+@pytest.mark.parametrize(("change", "error", "match"), [
+    ({"scale": 0.0}, ValueError, "scale"), ({"target_scale": -1.0}, ValueError, "target_scale"),
+    ({"site": "blocks.9.hook_resid_pre"}, ValueError, "layer must be in"),
+    ({"documents": []}, RuntimeError, "no token"), ({"exclude_tokens": "eos"}, TypeError, "exclude_tokens"),
+    ({"separator": "end"}, ValueError, "separator"),
+])  # fmt: skip
+def test_evaluation_during_training_refuses(lm, change, error, match):
+    arguments = {"documents": ["some words"], "site": SITE, **SHORT, **change}
+    with pytest.raises(error, match=match):
+        evaluate_during(random_sae(), lm, **arguments)
 
 
 def test_evaluation_restores_the_mode_and_refuses(lm):

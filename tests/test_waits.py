@@ -306,6 +306,7 @@ APART = {
     "metrics.ppl_sparsity", "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes", "training.Loss",
     "losses.Loss", "losses.LossInput", "losses.Pull", "Provenance",
     "losses.losses_for", "ablate", "steer",
+    "metrics.evaluate_during",
 }  # fmt: skip
 
 

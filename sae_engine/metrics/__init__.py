@@ -5,9 +5,10 @@ of a language model, and ``sae-engine eval`` prints and draws what it returns.
 """
 
 from .decoder import decoder_cosines, decoder_similarity
-from .evaluation import evaluate, ppl_sparsity
+from .evaluation import evaluate, evaluate_during
 from .language import NextTokenLoss, loss_recovered
 from .norms import EpsilonLBO, TailTruncation
+from .perplexity import ppl_sparsity
 from .reconstruction import Reconstruction
 from .sparsity import Sparsity
 
@@ -20,6 +21,7 @@ __all__ = [
     "decoder_cosines",
     "decoder_similarity",
     "evaluate",
+    "evaluate_during",
     "loss_recovered",
     "ppl_sparsity",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
+from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
 from .sparsity import check_codes, owned_entries
 
@@ -205,3 +206,13 @@ class TailTruncation:
             "cett": (self._errors / self.tokens).tolist(), "l0_kept": kept,
             "off": [1 - l0 / self._rows.shape[0] for l0 in kept],
         }  # fmt: skip
+
+
+def contributing_rows(sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
+    """Norms (F,) and rows (F, d) that the values of the codes multiply."""
+    rows = sae.W_dec.detach()
+    norms = decoder_norms(rows)
+    if sae.rescale_acts_by_decoder_norm:  # the codes hold the norms
+        rows = (rows / torch.where(norms == 0, 1.0, norms)[:, None]).to(rows.dtype)
+        norms = torch.ones_like(norms)
+    return norms, rows
