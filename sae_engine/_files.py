@@ -32,6 +32,30 @@ def as_a_whole(*folders: Path, writes: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def only_writer(folder: Path, refusal: str) -> Iterator[None]:
+    """Held by the one that writes to ``folder`` for a while; another is refused at once, by RuntimeError(refusal).
+
+    An advisory lock of a file ``.lock`` there, which ends with the process, however that ends: one that is killed
+    leaves the file, which is in nobody's way. Where the file system has no locks, or nothing can be written, nobody is
+    kept apart.
+    """
+    path = folder / ".lock"
+    with ExitStack() as held:
+        with suppress(OSError):
+            while fcntl is not None:
+                opened = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+                held.callback(os.close, opened)
+                try:
+                    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RuntimeError(refusal) from None
+                if path.exists() and os.path.samestat(os.fstat(opened), path.stat()):
+                    held.callback(path.unlink, missing_ok=True)  # while the lock is held
+                    break  # otherwise whoever held it has removed it in between
+        yield
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Runs ``write`` on a temporary name beside ``path``, then renames it: nobody ever sees half a file."""
     replace_files({path: write})

@@ -1,12 +1,15 @@
 """ActivationStore: what the shards hold, runs that were cut off, requests and files that are refused."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import DOCUMENTS, collect, tiny_gpt2
 
+from sae_engine import _files
 from sae_engine.data import ActivationStore, stream_activations
 
 
@@ -123,6 +126,36 @@ def test_write_that_fails_leaves_no_file(lm, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         collect(lm, tmp_path)
     assert sorted(contents(tmp_path)) == ["manifest.json", "shard-00000.safetensors"]
+
+
+def test_two_that_collect_into_one_folder(lm, tmp_path):
+    """The second is refused at once, in this process or another; of one that is killed nothing is in the way."""
+    code = """
+import runpy, sys
+from pathlib import Path
+with runpy.run_path(sys.argv[1])["only_writer"](Path(sys.argv[2]), "busy"):  # without the package, and so without torch
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, _files.__file__, str(tmp_path)]
+
+    def documents():
+        assert subprocess.run(command, capture_output=True, text=True).stderr.endswith("RuntimeError: busy\n")
+        with pytest.raises(RuntimeError, match=r"^out_dir: another call is collecting into"):
+            collect(lm, tmp_path)
+        yield from DOCUMENTS
+
+    (tmp_path / ".lock").touch()  # as one leaves it that is killed
+    store = collect(lm, tmp_path, documents())
+    store.verify()
+    assert not (tmp_path / ".lock").exists()
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match="another call is collecting"):
+            collect(lm, tmp_path)
+        other.kill()
+    assert (tmp_path / ".lock").exists() and len(collect(lm, tmp_path)) == len(store)
 
 
 def test_request_that_differs_is_refused(lm, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 
 from sae_engine import cli
 from sae_engine.cli import info
@@ -37,6 +38,24 @@ def test_info_as_a_table(capsys):
     out = capsys.readouterr().out
     for word in ("torch", "triton", "reference", "devices", weights_sha256(EMBEDDED_FOLDER)):
         assert word in out
+
+
+def test_how_the_model_is_loaded(text_file, tmp_path, monkeypatch):
+    seen = {}
+
+    def load(folder, **options):
+        seen.update(options)
+        options.pop("device_map", None)  # which needs accelerate
+        return original(folder, **options)
+
+    original = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    arguments = ["collect", str(tmp_path / "out"), "--tokens", "20", "--text", text_file, "--quiet",
+                 "--batch-size", "1", "--context-length", "16", "--model-dtype", "bfloat16", "--device-map", '{"": "cpu"}',
+                 "--model-kwargs", '{"attn_implementation": "eager"}', "--trust-remote-code"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    assert ActivationStore(tmp_path / "out").manifest["model_dtype"] == "bfloat16"
+    assert (seen["device_map"], seen["attn_implementation"], seen["trust_remote_code"]) == ({"": "cpu"}, "eager", True)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +146,11 @@ def test_errors_are_one_line_and_status_1(tmp_path, capsys):
         (["--text", __file__, "--exclude-positions", "-1"], "exclude_positions must be in 0..255, got -1"),
         (["--text", __file__, "--extend"], "no collection to extend"),
         (["--site", "blocks.1.hook_resid_past"], "site must be one of resid_pre"),
+        (["--model-dtype", "int8"], "dtype must be float32, bfloat16"),
+        (["--device-map", "auto"], "device: 'cpu' and device_map='auto' both say where the model goes"),
+        (["--model-kwargs", "{attn"], "--model-kwargs: '{attn' is no JSON"),
+        (["--model-kwargs", "[1]"], "--model-kwargs must be a JSON object"),
+        (["--model-kwargs", '{"dtype": "bfloat16"}'], "model_kwargs: 'dtype' has an argument of its own"),
     ]:
         assert cli.main(["collect", out, "--device", "cpu", *arguments]) == 1
         err = capsys.readouterr().err

@@ -248,6 +248,18 @@ def test_options_reach_transformers(tokenizer, monkeypatch, tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="device: 'cpu' and device_map='auto' both"):
         load_language_model(tmp_path, device="cpu", device_map="auto")
+    monkeypatch.undo()
+    lm = load_language_model(tmp_path, model_kwargs={"attn_implementation": "eager"})
+    assert lm.model.config._attn_implementation == "eager"
+    for error, kwargs, message in (
+        (TypeError, "eager", "^model_kwargs must map names to values"),
+        (ValueError, {"torch_dtype": "float16"}, "^model_kwargs: 'torch_dtype' has an argument of its own"),
+        (ValueError, {"device_map": "auto"}, "^model_kwargs: 'device_map' has an argument of its own"),
+        (ValueError, {"local_files_only": False}, "^model_kwargs: 'local_files_only' is not for the caller"),
+        (ValueError, {"attention": "eager"}, "unexpected keyword argument 'attention'"),
+    ):
+        with pytest.raises(error, match=message):
+            load_language_model(tmp_path, model_kwargs=kwargs)
 
 
 def test_folder_without_weights(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 from typing import Any
 
@@ -17,6 +18,15 @@ def add_model_and_text(parser: argparse.ArgumentParser, *, text: str, unsaid: tu
     model, layer, site = unsaid
     parser.add_argument("--model", default=None, metavar="NAME", help=f"hub name or local folder; {model}")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
+    parser.add_argument("--model-dtype", default=None, metavar="DTYPE", help="of the model; its checkpoint's")
+    parser.add_argument(
+        "--device-map", default=None, metavar="MAP", help="of transformers, in place of --device: auto, or JSON"
+    )
+    parser.add_argument(
+        "--model-kwargs", default=None, metavar="JSON",
+        help="""what else from_pretrained of transformers takes: {"quantization_config": {"load_in_8bit": true}}""",
+    )  # fmt: skip
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--layer", type=int, default=None, help=f"block; {layer}")
     parser.add_argument(
         "--site", default=None,
@@ -49,13 +59,32 @@ def layer_and_site(site: str, layer: int | None) -> tuple[int | None, str]:
 
 
 def load_model(args: argparse.Namespace, model: str | None, revision: str | None, *, fallback: bool = False) -> Any:
-    """A language model, on the device that the arguments name."""
+    """A language model, on the device that the arguments name, and loaded as they say."""
     import torch
 
     from sae_engine.data import load_language_model
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_language_model(model, revision=revision, device=device, fallback=fallback)
+    device = args.device
+    if device is None and args.device_map is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device_map = args.device_map
+    if device_map is not None and device_map.startswith("{"):
+        device_map = _json_object("--device-map", device_map)
+    return load_language_model(
+        model, revision=revision, device=device, dtype=args.model_dtype, device_map=device_map,
+        trust_remote_code=args.trust_remote_code, fallback=fallback,
+        model_kwargs=None if args.model_kwargs is None else _json_object("--model-kwargs", args.model_kwargs),
+    )  # fmt: skip
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {text!r} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} must be a JSON object, as {{\"a\": 1}}, got {text!r}")
+    return value
 
 
 def open_texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:

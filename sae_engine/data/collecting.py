@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._checks import dtype_in, flag
-from .._files import replace_file
+from .._files import only_writer, replace_file
 from ._require import require
 from .activations import batch_rows, cast, check_finite, check_stream, progress_bar
 from .contexts import Contexts, TokenBatch, check_int, token_batches
@@ -84,6 +84,7 @@ def collect_activations(
         FileExistsError: ``resume=False`` and ``out_dir`` holds a collection.
         FileNotFoundError: ``extend=True`` and ``out_dir`` holds none.
         NotADirectoryError: ``out_dir`` is a file.
+        RuntimeError: another call, of this process or another, is collecting into ``out_dir``.
 
     Example:
         >>> import tempfile
@@ -125,10 +126,19 @@ def collect_activations(
         "token_ids": token_ids,
         "text_source": text_source,
     }
-    manifest = _begin(folder, request, resume, extend)
-    if not manifest["complete"]:
-        documents = sum(part["documents"] for part in manifest["earlier"])
-        _collect(lm, texts, replace(contexts, documents_before=documents), folder, manifest, progress)
+    if not extend:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(f"out_dir: the folder {str(folder)!r} cannot be made: {error.strerror}") from error
+    elif not (folder / MANIFEST).exists():
+        raise FileNotFoundError(f"out_dir: {str(folder)!r} holds no collection to extend")
+    busy = f"out_dir: another call is collecting into {str(folder)!r}: wait for it, stop it, or name another folder"
+    with only_writer(folder, busy):
+        manifest = _begin(folder, request, resume, extend)
+        if not manifest["complete"]:
+            documents = sum(part["documents"] for part in manifest["earlier"])
+            _collect(lm, texts, replace(contexts, documents_before=documents), folder, manifest, progress)
     return ActivationStore(folder)
 
 
@@ -139,14 +149,8 @@ def _begin(folder: Path, request: dict[str, Any], resume: bool, extend: bool) ->
     """The manifest to go on from: a new one, or an earlier run's, compared with the request and its shards checked."""
     there = read_manifest(folder) if (folder / MANIFEST).exists() else None
     if there is None or not there["shards"]:  # a run that failed before its first shard has nothing to lose
-        if extend:
-            raise FileNotFoundError(f"out_dir: {str(folder)!r} holds no collection to extend")
         fresh = {"earlier": [], "shards": [], "tokens": 0, "complete": False}
         manifest = {"format": FORMAT, **request, "sae_engine": _version(), **fresh}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(f"out_dir: the folder {str(folder)!r} cannot be made: {error.strerror}") from error
         _write_manifest(folder, manifest)
         return manifest
     if not resume and not extend:

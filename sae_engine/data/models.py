@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,8 @@ EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "embedded_mod
 EMBEDDED = "embedded"
 HUB_TIMEOUT_SECONDS = 5.0
 
+# Arguments of from_pretrained that loading itself sets.
+_DECIDED = ("local_files_only", "output_loading_info", "ignore_mismatched_sizes")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAFETENSORS, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
 
@@ -65,6 +67,7 @@ def load_language_model(
     device_map: Any = None,
     quantization_config: Any = None,
     trust_remote_code: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
     fallback: bool = False,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer with transformers, or take one that is loaded already.
@@ -81,6 +84,7 @@ def load_language_model(
             float16 to be small, float32).
         device_map, quantization_config: as transformers takes them; such a model stays on the devices that they say.
         trust_remote_code: run code that comes with the model.
+        model_kwargs: what else transformers' ``from_pretrained`` takes: ``{"attn_implementation": "eager"}``.
         fallback: when the hub does not answer and the cache has no such model, take the embedded model
             instead and log one warning that says so. A name that the hub refuses, or a folder that does not
             exist, is an error all the same.
@@ -104,7 +108,7 @@ def load_language_model(
     """
     if isinstance(name_or_path, nn.Module):
         given = {"revision": revision, "device": device, "dtype": dtype, "device_map": device_map,
-                 "quantization_config": quantization_config}  # fmt: skip
+                 "quantization_config": quantization_config, "model_kwargs": model_kwargs}  # fmt: skip
         if unfit := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{unfit[0]}: a model that is loaded already stays as it is; load it with that instead")
         return _loaded(name_or_path, tokenizer)
@@ -120,7 +124,7 @@ def load_language_model(
     flag("trust_remote_code", trust_remote_code)
     options = {"device_map": device_map, "quantization_config": quantization_config,
                "trust_remote_code": trust_remote_code}  # fmt: skip
-    options = {option: value for option, value in options.items() if value}
+    options = {option: value for option, value in options.items() if value} | _checked_kwargs(model_kwargs, options)
 
     if name_or_path == "":
         raise ValueError("name_or_path must name a folder or a hub model, got an empty string")
@@ -144,6 +148,19 @@ def load_language_model(
         logger.warning("%s; using the embedded model instead (a small model, not %s)", error, name)
         return _load_folder(EMBEDDED_FOLDER, EMBEDDED, None, device, dtype, None, {})
     return _load_folder(folder, name, commit, device, dtype, tokenizer, options)
+
+
+def _checked_kwargs(model_kwargs: Mapping[str, Any] | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    if model_kwargs is None:
+        return {}
+    if not isinstance(model_kwargs, Mapping) or not all(isinstance(name, str) for name in model_kwargs):
+        raise TypeError(f"model_kwargs must map names to values, got {model_kwargs!r}")
+    for name in model_kwargs:
+        if name in ("dtype", "torch_dtype", "revision", *(n for n in own if n != "quantization_config" or own[n])):
+            raise ValueError(f"model_kwargs: {name!r} has an argument of its own")
+        if name in _DECIDED:
+            raise ValueError(f"model_kwargs: {name!r} is not for the caller to say: weights must be whole")
+    return dict(model_kwargs)
 
 
 def weights_sha256(folder: str | Path) -> str:
