@@ -38,7 +38,7 @@ from .rules import (
 
 if _TYPE_CHECKING:
     from .acceleration.switch import CannotAccelerate, accelerate, accelerated, restore
-    from .latents import ablate, steer
+    from .latents import ablate, max_activating, steer
 
 __version__ = "0.1.0"
 
@@ -79,6 +79,7 @@ __all__ = [
     "init_as_top_afa",
     "init_sparse",
     "losses",
+    "max_activating",
     "metrics",
     "restore",
     "steer",
@@ -91,7 +92,7 @@ def __getattr__(name: str):
         from .acceleration import switch
 
         return getattr(switch, name)
-    if name in ("ablate", "steer"):  # nor are language models
+    if name in ("ablate", "max_activating", "steer"):  # nor are language models
         from . import latents
 
         return getattr(latents, name)

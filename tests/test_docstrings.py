@@ -27,6 +27,8 @@ METHODS = (se.SparseCodes, se.SparseAutoencoder)
 # Without an example that runs, and why.
 EXCEPT = {
     "RowTokens": "four fields, which ActivationStore.row_tokens reads",
+    "FeatureTokens": "five fields, which Features.tokens reads",
+    "LatentEntries": "two fields, which Features.by_latent reads",
     "ByLatent": "three fields, shown where SparseCodes.by_latent makes them",
     "SparseCodes.assert_fits": "does nothing that one could see, unless it ends the program",
     "SparseCodes.validate": "does nothing that one could see, but under SAE_CHECK=1",
@@ -46,7 +48,8 @@ SKIPPED = {
     "SparseAutoencoder.from_pretrained": "asks the hub; save_pretrained reads what it wrote",
 }  # fmt: skip
 # Without a word on errors: they hold what they are given, or have none to raise.
-CANNOT_FAIL = {"ByLatent", "EncodeInfo", "Encoded", "LanguageModel", "LossInput", "Pull", "ReLU", "RowTokens",
+CANNOT_FAIL = {"ByLatent", "Context", "EncodeInfo", "Encoded", "FeatureTokens", "LanguageModel", "LatentEntries",
+               "LossInput", "Pull", "ReLU", "RowTokens",
                "Site", "SourceCard", "SparseCodes", "SparseCodes.transposed_for", "loss_recovered"}  # fmt: skip
 
 

@@ -305,7 +305,7 @@ APART = {
     "losses", "metrics", "training", "SparseCodes", "SparseCodes.cuda", "metrics.evaluate",
     "metrics.ppl_sparsity", "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes", "training.Loss",
     "losses.Loss", "losses.LossInput", "losses.Pull", "Provenance",
-    "losses.losses_for", "ablate", "steer",
+    "losses.losses_for", "ablate", "max_activating", "steer",
     "metrics.evaluate_during",
 }  # fmt: skip
 

@@ -224,16 +224,22 @@ def _loaded(model: nn.Module, tokenizer: Any) -> LanguageModel:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise TypeError(f"name_or_path: a {type(model).__name__} is no model of transformers, it has no config")
+    sha256 = memory_sha256(model)
+    name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+    revision = getattr(config, "_commit_hash", None)
+    model = model.eval().requires_grad_(False)
+    return _described(model, tokenizer, name, revision, sha256, is_embedded=False)
+
+
+def memory_sha256(module: nn.Module) -> str:
+    """The sha256 of what ``state_dict`` holds: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
+    for key, value in sorted(module.state_dict().items()):
         if isinstance(value, torch.Tensor):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
             if not value.is_meta:  # those of an offloaded model lie elsewhere
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
-    revision = getattr(config, "_commit_hash", None)
-    model = model.eval().requires_grad_(False)
-    return _described(model, tokenizer, name, revision, digest.hexdigest(), is_embedded=False)
+    return digest.hexdigest()
 
 
 def _described(

@@ -4,15 +4,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .contexts import Context, max_activating
+    from .features import collect
     from .steering import ablate, steer
+    from .stored import Features, FeatureTokens, LatentEntries
 
 __all__ = [
+    "Context",
+    "FeatureTokens",
+    "Features",
+    "LatentEntries",
     "ablate",
+    "collect",
+    "max_activating",
     "steer",
 ]
 
 _MODULES = {
+    "contexts": {"Context", "max_activating"},
+    "features": {"collect"},
     "steering": {"ablate", "steer"},
+    "stored": {"FeatureTokens", "Features", "LatentEntries"},
 }
 
 

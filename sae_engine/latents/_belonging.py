@@ -10,7 +10,7 @@ from ..autoencoder import SparseAutoencoder
 from ..data.models import LanguageModel
 from ..data.places import Place, find_place
 from ..data.sites import SITES, Site
-from ..metrics.evaluation import Normalization
+from ..metrics.splice import Normalization
 from ..provenance import Provenance
 
 
@@ -39,8 +39,9 @@ def belonging(
     target_layer: int | None = None,
     target_site: str | Site | None = None,
     normalize: str | None = None,
+    reads_only: bool = False,
 ) -> Belonging:
-    """See :class:`Belonging`.
+    """See :class:`Belonging`. With ``reads_only`` the target is not looked for, and is the place.
 
     Raises:
         TypeError: ``model`` or ``sae`` is none.
@@ -61,6 +62,17 @@ def belonging(
     elif layer is None and site in SITES:
         layer = said.layer
     place = find_place(found, site, layer)
+    normalization = Normalization(said.normalize or "none" if normalize is None else normalize)
+    if sae.d_in != place.width:
+        raise ValueError(f"site: the model is {place.width} wide at {place.site}, and sae has d_in = {sae.d_in}")
+    weight = next(place.module.parameters(), None)
+    if weight is not None and weight.device != sae.W_dec.device:
+        raise ValueError(
+            f"sae must be on the device of the model's {place.path}, {weight.device}, got {sae.W_dec.device}: "
+            f"sae.to({str(weight.device)!r})"
+        )
+    if reads_only:
+        return Belonging(found, place, place, normalization)
     if target_site is None and target_layer is not None:
         raise ValueError(f"target_site must be given with target_layer={target_layer!r}")
     if target_site is None and said.target_site is not None:
@@ -72,16 +84,8 @@ def belonging(
     if is_transcoder and target_site in (None, "unknown"):
         raise ValueError("target_site must be given: the autoencoder is a transcoder, and does not say its target")
     target = place if target_site is None else find_place(found, target_site, target_layer)
-    for name, width, there in (("d_in", sae.d_in, place), ("d_out", sae.d_out, target)):
-        if width != there.width:
-            raise ValueError(f"site: the model is {there.width} wide at {there.site}, and sae has {name} = {width}")
-    weight = next(place.module.parameters(), None)
-    if weight is not None and weight.device != sae.W_dec.device:
-        raise ValueError(
-            f"sae must be on the device of the model's {place.path}, {weight.device}, got {sae.W_dec.device}: "
-            f"sae.to({str(weight.device)!r})"
-        )
-    normalization = Normalization(said.normalize or "none" if normalize is None else normalize)
+    if sae.d_out != target.width:
+        raise ValueError(f"target_site: the model is {target.width} wide at {target.site}, sae has d_out = {sae.d_out}")
     if target is not place and normalization.kind != "none":
         raise ValueError(f"normalize must be 'none' for a transcoder, got {normalization.kind!r}")
     return Belonging(found, place, target, normalization)
