@@ -180,7 +180,7 @@ def _collect(
             if number == stored and manifest["shards"][-1]["text_sha256"] != text_hash.hexdigest():
                 raise ValueError(f"documents are not those that the shards in {str(folder)!r} were made from")
             if number > stored:
-                rows = batch_rows(lm, batch, None, site)
+                (rows,) = batch_rows(lm, batch, site)
                 check_finite(rows, seen, lm, batch)
                 buffer.append(_columns(batch, kept, encoder(rows[: len(kept)])))
                 bar.update(len(kept))
