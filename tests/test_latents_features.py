@@ -9,7 +9,7 @@ from tiny_models import DOCUMENTS, tiny_gpt2
 
 import sae_engine as se
 from sae_engine.data import read_activations
-from sae_engine.latents import Features, collect, max_activating
+from sae_engine.latents import Features, collect, max_activating, write_delphi
 
 PLACE = {"layer": 1, "site": "resid_post"}
 OPTIONS = {**PLACE, "batch_size": 4, "progress": False, "text_source": "powers"}
@@ -272,3 +272,52 @@ def test_an_autoencoder_with_texts_gives_what_its_features_give(lm, sae, feature
     ):
         with pytest.raises(error, match=said):
             call()
+
+
+# ------------------------------------------------------------------------------------------------- delphi's layout
+
+
+def load_as_delphi(path):
+    """What delphi's loader makes of a file: each latent's locations and activations, and the tokens.
+
+    It opens files with NumPy, adds the first latent's number, which the file's name says, sorts by latent and splits.
+    """
+    from safetensors.numpy import load_file
+
+    data = load_file(path)
+    first = int(str(path).split("/")[-1].split("_")[0])
+    locations = torch.from_numpy(data["locations"].astype("int64"))
+    locations[:, 2] += first
+    return locations, torch.tensor(data["activations"]), torch.tensor(data["tokens"].astype("int64"))
+
+
+def test_delphi_reads_the_same_codes(lm, sae, features, tmp_path):
+    module = write_delphi(features, tmp_path, splits=5)
+    contexts, tokens = whole_contexts(features)
+    contexts = [c for c in contexts if c.stop - c.start == 32]
+    dense = torch.stack([features.codes(c.start, c.stop).to_dense() for c in contexts])
+    files = sorted(module.glob("*.safetensors"), key=lambda file: int(file.stem.split("_")[0]))
+    edges = [tuple(map(int, file.stem.split("_"))) for file in files]
+    assert edges == [(0, 8), (9, 18), (19, 27), (28, 37), (38, 47)]  # torch.linspace(0, 48, 6), as delphi divides them
+    found = torch.zeros_like(dense)
+    for file in files:
+        locations, activations, ids = load_as_delphi(file)
+        assert torch.equal(ids, torch.stack([tokens.token_ids[c] for c in contexts]).long())
+        assert activations.dtype == torch.float16
+        found[tuple(locations.T)] = activations.float()
+    assert torch.equal(found, dense.half().float())
+    config = json.loads((module / "config.json").read_text())
+    assert config["cache_ctx_len"] == 32 and config["model_name"] == "tiny" and config["n_tokens"] == ids.numel()
+
+
+def test_what_delphi_cannot_hold_is_refused(lm, sae, features, tmp_path):
+    short = collect(sae, lm, ["x"], tmp_path / "short", **OPTIONS)
+    for said, call in {
+        "no context has the whole length of 32": lambda: write_delphi(short, tmp_path),
+        "splits must be in": lambda: write_delphi(features, tmp_path, splits=49),
+        "module must be the name": lambda: write_delphi(features, tmp_path, module="../up"),
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            call()
+    with pytest.raises(TypeError, match="features must be Features"):
+        write_delphi(tmp_path, tmp_path)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .contexts import Context, max_activating
+    from .delphi import write_delphi
     from .features import collect
     from .steering import ablate, steer
     from .stored import Features, FeatureTokens, LatentEntries
@@ -18,10 +19,12 @@ __all__ = [
     "collect",
     "max_activating",
     "steer",
+    "write_delphi",
 ]
 
 _MODULES = {
     "contexts": {"Context", "max_activating"},
+    "delphi": {"write_delphi"},
     "features": {"collect"},
     "steering": {"ablate", "steer"},
     "stored": {"FeatureTokens", "Features", "LatentEntries"},
