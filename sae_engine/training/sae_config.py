@@ -1,0 +1,250 @@
+"""The configuration of one autoencoder: how it stands in a file, how it is swept, and its first weights."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from ..autoencoder import SparseAutoencoder
+from ._faults import (
+    ConfigError,
+    auto,
+    flag,
+    name_of_folder,
+    nearest,
+    one_of,
+    optional,
+    place,
+    real,
+    settle,
+    text,
+    whole,
+)
+from .architectures import Architecture, Auto, TopKSAE, architecture_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """One autoencoder: where it reads, what it is, how it starts. In a file the fields of the architecture stand
+    beside the others: ``{hook_name: blocks.8.hook_resid_pre, architecture: topk, k: 64, d_sae: 32768}``.
+
+    Args:
+        name: of its folder and its metrics; None: made of place, architecture and what is swept.
+        hook_name: the place in the model, as TransformerLens or Hugging Face names it, or the path of any module.
+        hook_name_out: of a transcoder: the place that it reconstructs.
+        architecture: one of :mod:`sae_engine.training.architectures`.
+        d_sae: latents. None: ``expansion_factor`` times the width of the place.
+        normalize_activations: ``"expected_average_only_in"``: rows are scaled by one number, to a mean norm of
+            sqrt(d_in); ``"layer_norm"``; ``"none"``.
+        b_dec_init: where ``b_dec`` starts: ``"geometric_median"`` or ``"mean"`` of the first rows, or ``"zeros"``.
+        aux_k_coefficient: weight of AuxK, which revives dead latents; 0: none.
+        aux_k: latents of its reconstruction; auto: half of d_in.
+        normalize_decoder: keep the decoder's rows at norm 1.
+        seed: of the first weights; None: the run's.
+        from_pretrained: folder or hub name of an autoencoder to start from, whose rows are taken as they are: with
+            ``normalize_activations: none``. ``b_dec_init`` then says nothing.
+        lr, adam_beta1, sparsity_warm_up_steps: in place of those of ``optim``, for this one; None: those.
+
+    Raises:
+        ConfigError: an argument is of another kind or out of range.
+
+    Example:
+        >>> from sae_engine.training.architectures import TopKSAE
+        >>> config = SAEConfig(hook_name="blocks.8.hook_resid_pre", architecture=TopKSAE(k=64), d_sae=32768)
+        >>> config.to_dict()["architecture"], config.to_dict()["k"]
+        ('topk', 64)
+    """
+
+    name: str | None = None
+    hook_name: str
+    hook_name_out: str | None = None
+    architecture: Architecture = field(default_factory=TopKSAE)
+    d_sae: int | None = None
+    expansion_factor: float | None = 16
+    normalize_activations: Literal["expected_average_only_in", "layer_norm", "none"] = "expected_average_only_in"
+    b_dec_init: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
+    aux_k_coefficient: float = 1 / 32
+    aux_k: Auto | int = "auto"
+    normalize_decoder: bool = True
+    seed: int | None = None
+    from_pretrained: str | None = None
+    lr: float | None = None
+    adam_beta1: float | None = None
+    sparsity_warm_up_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        sized = None
+        if self.d_sae is None and self.expansion_factor is None:
+            sized = "must be given where expansion_factor is not"
+        elif isinstance(self.d_sae, int) and getattr(self.architecture, "k", 0) > self.d_sae:
+            sized = f"k must not exceed d_sae = {self.d_sae}, got {getattr(self.architecture, 'k')}"  # noqa: B009
+        raw = self.normalize_activations == "none"
+        settle(
+            self, ("k" if sized and sized.startswith("k") else "d_sae", sized and sized.removeprefix("k ")),
+            ("normalize_activations", None if self.from_pretrained is None or raw else
+             "must be none with from_pretrained, whose weights take activations as they are"),
+            name=optional(name_of_folder), hook_name=place, hook_name_out=optional(place), architecture=_architecture,
+            d_sae=optional(whole()), expansion_factor=optional(real()),
+            normalize_activations=one_of("expected_average_only_in", "layer_norm", "none"),
+            b_dec_init=one_of("geometric_median", "mean", "zeros"), aux_k_coefficient=real("from 0"),
+            aux_k=auto(whole()), normalize_decoder=flag, seed=optional(whole(0)), from_pretrained=optional(text),
+            lr=optional(real()), adam_beta1=optional(real("share")), sparsity_warm_up_steps=optional(whole(0)),
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a file, the architecture's own fields beside the others.
+
+        Example:
+            >>> SAEConfig(hook_name="blocks.1.hook_mlp_out").to_dict()["hook_name"]
+            'blocks.1.hook_mlp_out'
+        """
+        return dict(_flat(self))
+
+    def sized(self, d_in: int) -> int:
+        """The number of latents over rows of that width.
+
+        Example:
+            >>> SAEConfig(hook_name="blocks.1.hook_mlp_out").sized(768)
+            12288
+        """
+        return self.d_sae if self.d_sae is not None else max(round(self.expansion_factor * d_in), 1)  # type: ignore
+
+    def build(
+        self, d_in: int, d_out: int, *, steps: int, seed: int, device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> SparseAutoencoder:  # fmt: skip
+        """The autoencoder in training mode, with its first weights: tied unit rows, the same on every device.
+
+        Args:
+            d_in, d_out: width of the rows, and of what is reconstructed.
+            steps: updates of the training.
+            seed: of the weights, where the configuration has none. The global generator is left alone.
+
+        Raises:
+            ConfigError: more latents are to be kept than there are, or ``from_pretrained`` holds something else.
+
+        Example:
+            >>> config = SAEConfig(hook_name="blocks.1.hook_mlp_out", d_sae=64)
+            >>> config.build(8, 8, steps=100, seed=0).W_enc.shape
+            torch.Size([8, 64])
+        """
+        d_sae = self.sized(d_in)
+        kind = self.architecture.resolved(d_in, d_sae, self.normalize_activations)
+        layer_norm = "layer_norm" if self.normalize_activations == "layer_norm" else "none"
+        if getattr(kind, "k", 0) > d_sae:
+            raise ConfigError([("k", f"must not exceed d_sae = {d_sae}, got {getattr(kind, 'k')}")])  # noqa: B009
+        with torch.random.fork_rng(devices=[]):  # what the constructor draws is drawn anew below
+            sae = SparseAutoencoder(d_in, d_sae, kind.build_rule(d_sae, steps), d_out=d_out, dtype=dtype,
+                                    normalize_activations=layer_norm, device="cpu")  # fmt: skip
+        if self.from_pretrained is not None:
+            _start_from(sae, self.from_pretrained, self.normalize_decoder)
+        else:
+            generator = torch.Generator().manual_seed(seed if self.seed is None else self.seed)
+            with torch.no_grad():
+                sae.W_dec.copy_(_directions(d_sae, d_out, generator))
+                sae.W_enc.copy_((sae.W_dec if d_in == d_out else _directions(d_sae, d_in, generator)).T)
+            kind.prepare(sae)
+        return sae.to(device).train()
+
+
+# ------------------------------------------------------------------------------------------------ as dictionaries
+
+
+def _flat(sae: SAEConfig) -> Iterator[tuple[str, Any]]:
+    for entry in fields(sae):
+        value = getattr(sae, entry.name)
+        if entry.name == "architecture":
+            yield "architecture", value.tag
+            yield from plain(value).items()
+        else:
+            yield entry.name, plain(value)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, SAEConfig):
+        return dict(_flat(value))
+    if is_dataclass(value):
+        return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def named(sae: SAEConfig, swept: dict[str, Any]) -> SAEConfig:
+    """The entry with values of the sweep, and a name that says them."""
+    kind = architecture_of(sae, swept.get("architecture", sae.architecture.tag))
+    own = {entry.name for entry in fields(kind)}
+    general = {entry.name for entry in fields(SAEConfig)} - {"architecture"}
+    of_kind = {name: value for name, value in swept.items() if name in own}
+    others = {name: value for name, value in swept.items() if name not in own and name != "architecture"}
+    if unknown := others.keys() - general:
+        name = sorted(unknown)[0]
+        raise ConfigError([(f"sweep.{name}", f"{kind.tag} has no such field{nearest(name, own | general)}")])
+    try:
+        changed = replace(sae, architecture=replace(kind, **of_kind), **others)
+    except (ConfigError, TypeError) as error:
+        faults = error.faults if isinstance(error, ConfigError) else [("", str(error))]
+        raise ConfigError((f"sweep.{path}" if path else "sweep", what) for path, what in faults) from None
+    place = _words(changed.hook_name) + (f"-to-{_words(changed.hook_name_out)}" if changed.hook_name_out else "")
+    said = [place, kind.tag] if sae.name is None else [sae.name]
+    known = {"hook_name", "hook_name_out", "architecture"} if sae.name is None else set()
+    said += [f"{name}{_words(value)}" for name, value in swept.items() if name not in known]
+    return replace(changed, name="-".join(said))
+
+
+def architecture_of(sae: SAEConfig, tag: object) -> Architecture:
+    """The entry's architecture, or another one with what both have in common."""
+    kind = architecture_named(tag)
+    if isinstance(sae.architecture, kind) and sae.architecture.tag == tag:
+        return sae.architecture
+    shared = {entry.name: getattr(sae.architecture, entry.name) for entry in fields(kind)
+              if hasattr(sae.architecture, entry.name)}  # fmt: skip
+    return kind(**shared)
+
+
+def _words(value: Any) -> str:
+    """A value as a part of a name."""
+    if isinstance(value, float):
+        value = f"{value:g}"
+    return re.sub(r"[^\w.+=@-]+", "_", "_".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+
+
+# ------------------------------------------------------------------------------------------------ first weights
+
+
+def _directions(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """(rows, width) unit rows."""
+    drawn = torch.randn(rows, width, generator=generator)
+    return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def _start_from(sae: SparseAutoencoder, source: str, unit_rows: bool) -> None:
+    """Copies the weights of an autoencoder that was saved."""
+    found = SparseAutoencoder.from_pretrained(source)
+    for name in ("d_in", "d_out", "d_sae", "normalize_activations", "apply_b_dec_to_input",
+                 "rescale_acts_by_decoder_norm"):  # fmt: skip
+        if getattr(found, name) != (wanted := getattr(sae, name)):
+            raise ConfigError([("from_pretrained", f"{source} has {name} = {getattr(found, name)}, not {wanted}")])
+    if type(found.activation) is not type(sae.activation):
+        raise ConfigError([("from_pretrained", f"{source} is a {type(found.activation).__name__}, not a "
+                            f"{type(sae.activation).__name__}: name its architecture")])  # fmt: skip
+    if found.W_skip is not None:
+        raise ConfigError([("from_pretrained", f"{source} has a skip connection, which no configuration trains")])
+    norms = found.W_dec.float().norm(dim=1)
+    if unit_rows and bool(((norms - 1).abs() > 1e-3).any()):
+        raise ConfigError([("normalize_decoder", f"must be false: rows of {source} have norms from {norms.min():.3g} "
+                            f"to {norms.max():.3g}, and would be scaled to 1")])  # fmt: skip
+    held = dict(found.named_parameters()) | dict(found.named_buffers())
+    for name, tensor in (*sae.named_parameters(), *sae.named_buffers()):
+        if name in held and not name.endswith("forwards"):  # what counts the forwards of a training starts at 0
+            tensor.copy_(held[name])
+
+
+def _architecture(value: Any) -> str | None:
+    if isinstance(value, Architecture):
+        return None
+    return f"must be one of sae_engine.training.architectures, such as TopKSAE(k=32), got {value!r}"
