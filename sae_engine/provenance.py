@@ -33,8 +33,9 @@ class Provenance:
         tokenizer, text: where token ids and text come from, in words.
         context_length: tokens per context.
         separator: what stood between documents: ``"eos"``, ``"none"``.
-        excluded: tokens whose rows were left out: ``"first"`` for each context's first position, ``"bos"``, ``"eos"``,
-            ``"pad"``, or an id in digits.
+        first_token: what was put before each context: ``"bos"``, ``"none"``.
+        excluded: tokens whose rows were left out: ``"first"`` for each context's first position, ``"position 3"`` for
+            another, ``"bos"``, ``"eos"``, ``"pad"``, or an id in digits.
 
     Raises:
         TypeError, ValueError: an attribute is of another kind or out of range; names it.
@@ -63,6 +64,7 @@ class Provenance:
     text: str | None = None
     context_length: int | None = None
     separator: str | None = None
+    first_token: str | None = None
     excluded: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

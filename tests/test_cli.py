@@ -51,8 +51,8 @@ def test_how_the_model_is_loaded(text_file, tmp_path, monkeypatch):
     original = transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     arguments = ["collect", str(tmp_path / "out"), "--tokens", "20", "--text", text_file, "--quiet",
-                 "--batch-size", "1", "--context-length", "16", "--model-dtype", "bfloat16", "--device-map", '{"": "cpu"}',
-                 "--model-kwargs", '{"attn_implementation": "eager"}', "--trust-remote-code"]  # fmt: skip
+                 "--batch-size", "1", "--context-length", "16", "--model-dtype", "bfloat16", "--trust-remote-code",
+                 "--device-map", '{"": "cpu"}', "--model-kwargs", '{"attn_implementation": "eager"}']  # fmt: skip
     assert cli.main(arguments) == 0
     assert ActivationStore(tmp_path / "out").manifest["model_dtype"] == "bfloat16"
     assert (seen["device_map"], seen["attn_implementation"], seen["trust_remote_code"]) == ({"": "cpu"}, "eager", True)
@@ -294,6 +294,43 @@ def test_eval_takes_the_place_that_the_configuration_names(sae_folder, capsys):
     out = capsys.readouterr().out
     assert "named: activations: layer 3, mlp_out" in out and "other: activations: layer 1, resid_pre" in out
     assert out.count("model: ") == out.count("text: ") == 1
+
+
+def test_eval_has_the_rows_that_the_files_say(tmp_path, capsys):
+    """Those that the autoencoder was trained on, unless the command says otherwise."""
+    import sae_engine as se
+
+    sae = se.SparseAutoencoder(256, 64, se.TopK(4))
+    sae.provenance = se.Provenance(model="embedded", layer=1, site="resid_post", context_length=48, separator="none",
+                                   first_token="none", excluded=("13", "eos", "position 2"))  # fmt: skip
+    sae.save_pretrained(tmp_path / "sae")
+    arguments = ["eval", str(tmp_path / "sae"), "--tokens", "200", "--device", "cpu", "--quiet", "--no-figures",
+                 "--out", str(tmp_path)]  # fmt: skip
+    names = ("context_length", "first_positions", "separator", "first_token", "exclude_tokens", "exclude_positions")
+    found = {}
+    for key, said in {
+        "theirs": [],
+        "other": ["--context-length", "64", "--no-keep-first", "--separator", "eos", "--first-token", "bos",
+                  "--exclude", "--exclude-positions"],
+    }.items():  # fmt: skip
+        assert cli.main([*arguments, *said]) == 0
+        found[key] = json.loads((tmp_path / "eval.json").read_text())["sae"]
+    settings = {key: tuple(result["setting"][name] for name in names) for key, result in found.items()}
+    assert settings["theirs"] == (48, "kept", "none", "none", ["13", "eos"], [2])
+    assert settings["other"] == (64, "dropped", "eos", "bos", [], [])
+    shown = capsys.readouterr().out
+    assert "first positions kept; first token none, separator none; without 13, eos, position 2" in shown
+    assert [result["reconstruction"]["tokens"] for result in found.values()] == [200, 200]
+    lm, texts = se.data.load_language_model(), se.data.evaluation_text()
+    rows = se.data.stream_activations(
+        lm, texts, layer=1, site="resid_post", context_length=48, drop_first=False, separator=None, first_token=None,
+        exclude_tokens=[13, "eos"], exclude_positions=[2], max_tokens=200,
+    )  # fmt: skip
+    sae.eval()
+    fvu = se.metrics.Reconstruction()
+    for x in rows:
+        fvu.update(sae(x), x)
+    assert abs(fvu.compute()["fvu"] - found["theirs"]["reconstruction"]["fvu"]) < 1e-6  # of sums in another order
 
 
 def test_eval_asks_for_the_place_that_nothing_says(sae_folder, tmp_path, capsys):

@@ -192,6 +192,7 @@ class TestSAELens:
         theirs.cfg.metadata.model_name = "gpt2"
         theirs.cfg.metadata.hook_name = "blocks.8.hook_resid_pre"
         theirs.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+        theirs.cfg.metadata.prepend_bos, theirs.cfg.metadata.sequence_separator_token = True, "eos"
         theirs.save_model(tmp_path / "theirs")
         ours = se.SparseAutoencoder.from_pretrained(tmp_path / "theirs")
         assert (ours.card.model_name, ours.card.hook_name) == ("gpt2", "blocks.8.hook_resid_pre")
@@ -199,6 +200,7 @@ class TestSAELens:
         ours.save_pretrained(tmp_path / "ours")
         again = sae_lens.SAE.load_from_disk(tmp_path / "ours")
         assert again.cfg.metadata.hook_name == "blocks.8.hook_resid_pre"
+        assert (again.cfg.metadata.prepend_bos, again.cfg.metadata.sequence_separator_token) == (True, "eos")
         x = inputs()
         x = x - x.mean(-1, keepdim=True)  # what TransformerLens gives it
         assert_close(ours(x), again(x), FP64)

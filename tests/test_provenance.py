@@ -14,7 +14,7 @@ from sae_engine.data import EMBEDDED_FOLDER, collect_activations, load_language_
 PLACE = se.Provenance(
     model="openai-community/gpt2", revision="607a30d", layer=8, site="resid_pre", d=16, normalize="none",
     dtype="float16", tokenizer="openai-community/gpt2", text="a text", context_length=128, separator="eos",
-    excluded=("first", "50256"),
+    first_token="bos", excluded=("first", "50256"),
 )  # fmt: skip
 # The formats whose files can hold more than weights.
 DESCRIBED = ("saelens", "sparsify", "dictionary_learning", "batchtopk")
@@ -30,7 +30,7 @@ def test_from_the_store_into_the_autoencoder(tmp_path):
     assert sae.provenance == se.Provenance(
         model="embedded", sha256=weights_sha256(EMBEDDED_FOLDER), layer=1, site="mlp_out", d=256, normalize="none",
         model_dtype="float32", dtype="float16", tokenizer="embedded", text="two words", context_length=256,
-        separator="eos", excluded=("first",),
+        separator="eos", first_token="bos", excluded=("first",),
     )  # fmt: skip
 
 
@@ -80,6 +80,15 @@ def test_what_somebody_wrote_into_the_formats_own_fields_wins(tmp_path):
         ("saelens", "cfg.json", lambda cfg: (cfg.pop("metadata"), cfg.pop("architecture"), cfg.update(
             hook_point="blocks.8.hook_resid_pre", activation_fn_str="topk", activation_fn_kwargs={"k": 2})),
          {"layer": 8, "site": "resid_pre"}),
+        ("saelens", "cfg.json", lambda cfg: cfg.update(metadata={
+            "hook_name": "blocks.1.hook_resid_pre", "prepend_bos": True, "sequence_separator_token": "bos"}),
+         {"layer": 1, "site": "resid_pre", "first_token": "bos", "separator": "bos"}),
+        ("saelens", "cfg.json", lambda cfg: cfg.update(metadata={
+            "hook_name": "blocks.1.hook_resid_pre", "prepend_bos": False, "sequence_separator_token": None}),
+         {"layer": 1, "site": "resid_pre", "first_token": "none", "separator": "none"}),
+        ("saelens", "cfg.json", lambda cfg: cfg.update(metadata={
+            "hook_name": "blocks.1.hook_resid_pre", "sequence_separator_token": 50256}),
+         {"layer": 1, "site": "resid_pre", "separator": "50256"}),
         ("saelens", "cfg.json", lambda cfg: cfg.update(metadata={"hook_name": "transformer.h.1"}),
          {"layer": 1, "site": "resid_post"}),
         ("dictionary_learning", "config.json", lambda cfg: cfg.update(sae_engine=None, trainer=cfg["trainer"] | {
@@ -92,7 +101,8 @@ def test_what_somebody_wrote_into_the_formats_own_fields_wins(tmp_path):
                                                             hook_point="blocks.8.hook_resid_pre"),
          {"model": "gpt2-small", "layer": 8, "site": "resid_pre"}),
     ],
-    ids=["version 5", "version 3", "module", "submodule", "layer", "hook_point"],
+    ids=["version 5", "version 3", "version 6", "no separator", "separator by id", "module", "submodule", "layer",
+         "hook_point"],
 )  # fmt: skip
 def test_what_other_libraries_wrote(format, name, change, expected, tmp_path):
     se.SparseAutoencoder(16, 64, se.TopK(2)).save_pretrained(tmp_path, format)

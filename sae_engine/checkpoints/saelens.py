@@ -54,7 +54,7 @@ _RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}  # 
 _BIASES = {"b_enc": ("b_enc", "F"), "b_dec": ("b_dec", "o")}
 # What stands under "metadata" since version 6, and beside the sizes before.
 _METADATA = ("model_name", "hook_name", "hook_layer", "hook_name_out", "dataset_path", "context_size",
-             "model_from_pretrained_kwargs")  # fmt: skip
+             "model_from_pretrained_kwargs", "prepend_bos", "sequence_separator_token")  # fmt: skip
 _OPTIONS = {"threshold_lr": "topk_threshold_lr", "bandwidth": "jumprelu_bandwidth"}  # ours → of their training classes
 
 
@@ -180,8 +180,14 @@ def _config(c: Checkpoint, architecture: str, counters: dict[str, float]) -> dic
     metadata: dict[str, Any] = {"sae_lens_version": LAYOUT}
     named: dict[str, Any] = dict(zip(("model_name", "hook_name", "hook_name_out"), words(c), strict=True))
     if c.provenance is not None:
-        named |= {"context_size": c.provenance.context_length, "dataset_path": c.provenance.text}
+        named |= {"context_size": c.provenance.context_length, "dataset_path": c.provenance.text,
+                  "prepend_bos": {"none": False, "bos": True}.get(c.provenance.first_token or "")}  # fmt: skip
     metadata |= {name: value for name, value in named.items() if value is not None}
+    if c.provenance is not None and c.provenance.separator is not None:
+        separator = c.provenance.separator
+        as_theirs: dict[str, Any] = {"none": None, "bos": "bos", "eos": "eos"}
+        if separator in as_theirs or separator.isdecimal():
+            metadata["sequence_separator_token"] = as_theirs[separator] if separator in as_theirs else int(separator)
     if c.card is not None and c.card.residual in (RAW, CENTRED):
         metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": c.card.residual == CENTRED}
     cfg: dict[str, Any] = {
@@ -213,7 +219,7 @@ def _current(config: dict[str, Any], file: Path) -> dict[str, Any]:
             raise ValueError(f"{file} lacks {key!r}: not a SAELens configuration")
     metadata = cfg.get("metadata")
     if "architecture" not in cfg or "metadata" not in cfg:
-        metadata = {name: cfg.get(name) for name in _METADATA}
+        metadata = {name: cfg[name] for name in _METADATA if name in cfg}
         cfg.setdefault("architecture", "standard")
         if "hook_z" in str(cfg.get("hook_name")):
             cfg.setdefault("reshape_activations", "hook_z")
@@ -293,11 +299,16 @@ def _card(cfg: dict[str, Any], architecture: str, metadata: dict[str, Any]) -> S
 def _provenance(metadata: dict[str, Any], architecture: str) -> Provenance | None:
     """A transcoder whose target is not named has an unknown one, which is not the same as none."""
     target = text(metadata.get("hook_name_out")) or (UNKNOWN if "transcoder" in architecture else None)
-    size = metadata.get("context_size")
+    size, begins = metadata.get("context_size"), metadata.get("prepend_bos")
+    separator = metadata.get("sequence_separator_token", "sep")  # a token that tokenizers of ours do not have
+    if separator is None:
+        separator = "none"
     return said(
         text(metadata.get("model_name")), text(metadata.get("hook_name")), target=target,
         layer=metadata.get("hook_layer"), text=text(metadata.get("dataset_path")),
         context_length=size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None,
+        first_token=("bos" if begins else "none") if isinstance(begins, bool) else None,
+        separator=None if separator == "sep" else str(separator),
     )  # fmt: skip
 
 

@@ -41,11 +41,37 @@ def add_model_and_text(parser: argparse.ArgumentParser, *, text: str, unsaid: tu
         f"'evaluation' (the fixed evaluation text); {text}",
     )  # fmt: skip
     parser.add_argument("--suffixes", nargs="+", default=[".txt", ".md", ".py", ".rst"], help="read from folders")
-    parser.add_argument("--context-length", type=int, default=None, metavar="N", help="at most 256 by default")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="contexts per forward pass")
-    parser.add_argument("--keep-first", action="store_true", help="keep each context's first position")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 …; a GPU if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_contexts(parser: argparse.ArgumentParser, **unsaid: str) -> None:
+    """What says which rows: of contexts, and of their tokens. ``unsaid`` is what each is unless given, in words."""
+    what = "eos, bos, pad or an id"
+    parser.add_argument(
+        "--context-length", type=int, default=None, metavar="N", help=f"tokens; {unsaid['context_length']}"
+    )
+    for name, place in (("separator", "behind each document"), ("first_token", "before each context")):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, default=None, metavar="TOKEN", help=f"{place}: {what}, or none; {unsaid[name]}")
+    parser.add_argument("--exclude", nargs="*", default=None, metavar="TOKEN",
+                        help=f"no rows of these tokens: {what}; {unsaid['excluded']}")  # fmt: skip
+    parser.add_argument("--exclude-positions", nargs="*", default=None, type=int, metavar="N", help="nor of these")
+    parser.add_argument("--keep-first", action=argparse.BooleanOptionalAction, default=None,
+                        help=f"rows of each context's first position; {unsaid['keep_first']}")  # fmt: skip
+
+
+def contexts_in(args: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`add_contexts` was told, as sae_engine.data takes it; what it was not told is left out."""
+    from sae_engine.metrics.place import token
+
+    said: dict[str, Any] = {"context_length": args.context_length, "exclude_positions": args.exclude_positions}
+    said |= {"drop_first": None if args.keep_first is None else not args.keep_first}
+    said |= {"exclude_tokens": None if args.exclude is None else [token(word) for word in args.exclude]}
+    found = {name: value for name, value in said.items() if value is not None}
+    words = {"separator": args.separator, "first_token": args.first_token}
+    return found | {name: token(word) for name, word in words.items() if word is not None}
 
 
 def layer_and_site(site: str, layer: int | None) -> tuple[int | None, str]:

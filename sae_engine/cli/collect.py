@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ._options import INTERRUPTED, add_model_and_text, layer_and_site, load_model, open_texts
+from ._options import INTERRUPTED, add_contexts, add_model_and_text, contexts_in, layer_and_site, load_model, open_texts
 
 
 def add(commands: Any) -> None:
@@ -24,20 +24,11 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the shards")
     parser.add_argument("--shard-tokens", type=int, default=65536, metavar="N", help="rows per shard")
-    tokens = "eos, bos, pad or an id"
-    token: Any = {"type": _token, "metavar": "TOKEN"}
-    parser.add_argument("--separator", default="eos", help=f"behind each document: {tokens}, or none; eos", **token)
-    parser.add_argument("--first-token", default="bos", help=f"before each context: {tokens}, or none; bos", **token)
-    parser.add_argument("--exclude", nargs="+", default=[], help=f"keep no rows of these tokens: {tokens}", **token)
-    parser.add_argument("--exclude-positions", nargs="+", default=[], type=int, metavar="N", help="nor of these")
+    add_contexts(parser, context_length="at most 256", separator="eos", first_token="bos", excluded="all have rows",
+                 keep_first="not kept")  # fmt: skip
     parser.add_argument("--no-token-ids", action="store_true", help="do not store which token each row is of")
     parser.add_argument("--extend", action="store_true", help="add the text to what a finished collection holds")
     parser.set_defaults(run=run)
-
-
-def _token(word: str) -> str | int | None:
-    """A token as :func:`stream_activations` takes it; what it is none of, that says."""
-    return None if word == "none" else int(word) if word.lstrip("-").isdecimal() else word
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,13 +48,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             layer=layer,
             site=site,
-            context_length=args.context_length,
             batch_size=args.batch_size,
-            drop_first=not args.keep_first,
-            separator=args.separator,
-            first_token=args.first_token,
-            exclude_tokens=args.exclude,
-            exclude_positions=args.exclude_positions,
             max_tokens=args.tokens,
             dtype=args.dtype,
             shard_tokens=args.shard_tokens,
@@ -71,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             extend=args.extend,
             text_source=text_source,
             progress=not args.quiet,
+            **contexts_in(args),
         )
     except KeyboardInterrupt:
         print(f"sae-engine: interrupted; whole shards stay in {args.out}, run the same command again to carry on",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._options import add_model_and_text, layer_and_site, load_model, open_texts
+from ._options import add_contexts, add_model_and_text, contexts_in, layer_and_site, load_model, open_texts
 
 
 def add(commands: Any) -> None:
@@ -17,10 +17,14 @@ def add(commands: Any) -> None:
         help="how good an autoencoder is: reconstruction, sparsity, loss recovered",
         description="Measure autoencoders and transcoders, in any format that can be read, on the activations of a "
         "language model and in their place, print a table, and write JSON, Markdown and pictures. Unless given, model, "
-        "layer and site are those that each one's files name; where they name none, they have to be given.",
+        "layer, site and what says which tokens have rows are those that each one's files name; where they name no "
+        "model, layer or site, these have to be given.",
     )
     parser.add_argument("sae", metavar="SAE", nargs="+", help="folder, file of weights, or hub name as in convert")
     add_model_and_text(parser, text="evaluation", unsaid=("what its files say",) * 3)
+    add_contexts(parser, context_length="what its files say, at most 256", separator="what its files say, eos",
+                 first_token="what its files say, bos", excluded="what its files say, all have rows",
+                 keep_first="what its files say, not kept")  # fmt: skip
     parser.add_argument(
         "--normalize", choices=("none", "token"), default=None,
         help="what the autoencoder was trained on: the model's activations, or each token normalized by its mean and "
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     saes = {name: SparseAutoencoder.from_pretrained(path) for name, path in zip(names, args.sae, strict=True)}
     layer, site = (args.layer, None) if args.site is None else layer_and_site(args.site, args.layer)
     said = {"model": args.model, "revision": args.revision, "layer": layer, "site": site,
-            "target_site": args.target_site, "normalize": args.normalize}  # fmt: skip
+            "target_site": args.target_site, "normalize": args.normalize, **contexts_in(args)}  # fmt: skip
     places = {name: place_of(sae, name, **said) for name, sae in saes.items()}  # all of them before any is measured
     measured = {}
     for wanted in dict.fromkeys((place.model, place.revision) for place in places.values()):  # each is loaded once
@@ -71,9 +75,13 @@ def _measured(sae: Any, place: Any, lm: Any, args: argparse.Namespace) -> dict[s
 
     options: dict[str, Any] = {
         "layer": place.layer, "site": place.site, "target_layer": place.target_layer, "target_site": place.target_site,
-        "normalize": place.normalize, "context_length": args.context_length, "batch_size": args.batch_size,
-        "drop_first": not args.keep_first, "max_tokens": args.tokens,
+        "normalize": place.normalize, "batch_size": args.batch_size, "max_tokens": args.tokens, **place.contexts,
     }  # fmt: skip
+    if args.context_length is None and "context_length" in options:
+        options["context_length"] = min(options["context_length"], lm.max_length)
+    word = options.get("separator")
+    if args.separator is None and isinstance(word, str) and getattr(lm.tokenizer, f"{word}_token_id", None) is None:
+        options["separator"] = None  # as SAELens, whose files may name a token that the model's tokenizer lacks
     sae.to(next(lm.model.parameters()).device)
     texts, source = open_texts(args.text, args.suffixes)
     result = evaluate(sae, lm, texts, progress=not args.quiet, **options)

@@ -103,7 +103,7 @@ class ActivationStore:
             model=m["model"], revision=m["revision"], sha256=m["sha256"], layer=m["layer"], site=m["site"],
             d=m["d_model"], normalize="none", model_dtype=m["model_dtype"], dtype=m["dtype"], tokenizer=m["model"],
             text="; ".join(source or "not named" for source in sources) if any(sources) else None,
-            context_length=m["context_length"], separator=m["separator"],
+            context_length=m["context_length"], separator=m["separator"], first_token=m["first_token"],
             excluded=(*(["first"] if m["drop_first"] else []), *m["exclude_tokens"],
                       *(f"position {position}" for position in m["exclude_positions"])),
         )  # fmt: skip

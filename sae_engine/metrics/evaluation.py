@@ -38,27 +38,34 @@ def evaluate(
     context_length: int | None = None,
     batch_size: int = 8,
     drop_first: bool = True,
+    separator: str | int | None = "eos",
+    first_token: str | int | None = "bos",
+    exclude_tokens: Collection[str | int] = (),
+    exclude_positions: Collection[int] = (),
     max_tokens: int | None = None,
     centre: Tensor | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """All metrics of an autoencoder on texts: three forward passes of the language model and one of the autoencoder.
 
-    Texts are packed as :func:`sae_engine.data.stream_activations` packs them. The reconstruction, or zeros, take the
-    activations' place at ``layer`` and ``site`` at all positions that are measured, and later layers go on from there.
+    Texts are packed as :func:`sae_engine.data.stream_activations` packs them, and rows are its rows: the settings with
+    which an autoencoder's training data were collected are those to evaluate it with. The reconstruction, or zeros,
+    take the activations' place at ``layer`` and ``site`` in all rows, and later layers go on from there.
     A transcoder is measured against, and put in the place of, its target's activations.
 
     Args:
         sae: in eval mode during the call, afterwards as before; as wide as the model is at its places.
         lm: from :func:`sae_engine.data.load_language_model`, on the device of ``sae``.
-        texts, layer, site, context_length, batch_size: as :func:`sae_engine.data.stream_activations`.
+        texts, layer, site, context_length, batch_size, separator, first_token: as
+            :func:`sae_engine.data.stream_activations`.
         target_layer, target_site: of a transcoder, the place of its output; by default ``layer``, and none.
         normalize: what the autoencoder's input is: ``"none"``, the model's activations; ``"token"``, each token
             minus its mean over its standard deviation (unbiased) + 1e-5. Errors are measured in that space, and the
             reconstruction is brought back before it takes its place. (An autoencoder with
             ``normalize_activations="layer_norm"`` does this itself, and is measured in raw space.) Not for transcoders.
         drop_first: leave each context's first position as it is in all runs, and out of all metrics.
-        max_tokens: stop after exactly so many measured tokens; None is all.
+        exclude_tokens, exclude_positions: no rows either; but the model's losses there are measured.
+        max_tokens: stop after exactly so many rows; None is all.
         centre: (d,), as :class:`Reconstruction` has it.
         progress: show a bar on standard error.
 
@@ -85,7 +92,10 @@ def evaluate(
     from ..data.activations import progress_bar
 
     splice = Splice(sae, lm, (site, layer), (target_site, target_layer), Normalization(normalize))
-    settings = {"context_length": context_length, "batch_size": batch_size, "drop_first": drop_first}
+    settings = {
+        "context_length": context_length, "batch_size": batch_size, "drop_first": drop_first, "separator": separator,
+        "first_token": first_token, "exclude_tokens": exclude_tokens, "exclude_positions": exclude_positions,
+    }  # fmt: skip
     batches = splice.batches(texts, max_tokens, **settings)
     measures = _Measures(sae, splice, centre)
     runs = {"clean": _same, "spliced": measures.update, "ablated": _zeros}
@@ -100,7 +110,8 @@ def evaluate(
     setting = {
         "model": lm.name, "revision": lm.revision, "sha256": lm.sha256, "d": sae.d_in,
         "layer": splice.place.layer, "site": splice.place.place,
-        "context_length": splice.context_length, "first_positions": "dropped" if drop_first else "kept",
+        "context_length": splice.words["context_length"], "first_positions": "dropped" if drop_first else "kept",
+        **{name: splice.words[name] for name in ("separator", "first_token", "exclude_tokens", "exclude_positions")},
         "activation": repr(sae.activation), "d_sae": sae.d_sae,
     }  # fmt: skip
     if splice.is_transcoder:

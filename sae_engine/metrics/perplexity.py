@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,10 @@ def ppl_sparsity(
     context_length: int | None = None,
     batch_size: int = 8,
     drop_first: bool = True,
+    separator: str | int | None = "eos",
+    first_token: str | int | None = "bos",
+    exclude_tokens: Collection[str | int] = (),
+    exclude_positions: Collection[int] = (),
     max_tokens: int | None = None,
     steps: int = 10,
 ) -> dict[str, Any]:
@@ -70,7 +74,10 @@ def ppl_sparsity(
     """
     rise, steps = check.positive("rise", rise), check.integer_k(steps, name="steps")
     splice = Splice(sae, lm, (site, layer), (target_site, target_layer), Normalization(normalize))
-    settings = {"context_length": context_length, "batch_size": batch_size, "drop_first": drop_first}
+    settings = {
+        "context_length": context_length, "batch_size": batch_size, "drop_first": drop_first, "separator": separator,
+        "first_token": first_token, "exclude_tokens": exclude_tokens, "exclude_positions": exclude_positions,
+    }  # fmt: skip
     ids = list(splice.batches(texts, max_tokens, **settings))
     with in_eval_mode(sae):
         low, high = _contribution_range(splice, ids)

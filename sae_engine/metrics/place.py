@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..autoencoder import SparseAutoencoder
 from ..data.sites import Site
@@ -25,13 +25,17 @@ class Place(NamedTuple):
     target_layer: int | None
     target_site: str | None
     normalize: str
+    contexts: dict[str, Any]  # the settings of it that say which rows there are, as far as anything says them
 
 
 def place_of(
     sae: SparseAutoencoder, name: str, *, model: str | None = None, revision: str | None = None,
     layer: int | None = None, site: str | None = None, target_site: str | None = None, normalize: str | None = None,
+    **contexts: Any,
 ) -> Place:  # fmt: skip
     """What the arguments say, and where they are None, what ``sae.provenance`` says; nothing is guessed.
+
+    ``contexts`` are settings of :func:`~sae_engine.metrics.evaluate` that say which rows there are.
 
     Raises:
         ValueError: neither says the place, or a transcoder's target; names ``name``, what is known, and the options of
@@ -65,7 +69,30 @@ def place_of(
         target_layer=None if not is_transcoder else said.target_layer if target_site is None else None,
         target_site=target,
         normalize=normalize or said.normalize or "none",
+        contexts=_contexts(said) | {name: value for name, value in contexts.items() if value is not None},
     )  # fmt: skip
+
+
+def _contexts(said: Provenance) -> dict[str, Any]:
+    """What provenance says about rows, as :func:`~sae_engine.metrics.evaluate` takes it."""
+    found: dict[str, Any] = {} if said.context_length is None else {"context_length": said.context_length}
+    found |= {name: token(word) for name in ("separator", "first_token") if (word := getattr(said, name)) is not None}
+    if said.excluded is not None:
+        positions = [word.split()[1] for word in said.excluded if word.startswith("position ")]
+        others = [word for word in said.excluded if word != "first" and not word.startswith("position ")]
+        found |= {"drop_first": "first" in said.excluded, "exclude_tokens": [token(word) for word in others],
+                  "exclude_positions": [int(position) for position in positions]}  # fmt: skip
+    return found
+
+
+def token(word: str) -> str | int | None:
+    """A token as :func:`~sae_engine.data.stream_activations` takes it; what it is none of, that says.
+
+    Example:
+        >>> token("eos"), token("13"), token("none")
+        ('eos', 13, None)
+    """
+    return None if word == "none" else int(word) if word.lstrip("-").isdecimal() else word
 
 
 def _is_site(site: str | None, layer: int | None) -> bool:

@@ -94,9 +94,12 @@ def _model_text(result: Result) -> str:
 def _place_text(result: Result) -> str:
     setting = result["setting"]
     target = f" to layer {setting['target_layer']}, {setting['target_site']}" if "target_site" in setting else ""
+    excluded = [*setting["exclude_tokens"], *(f"position {number}" for number in setting["exclude_positions"])]
+    without = f"; without {', '.join(excluded)}" if excluded else ""
     return (
         f"activations: layer {setting['layer']}, {setting['site']}{target}, d = {setting['d']}; contexts of "
-        f"{setting['context_length']}, first positions {setting['first_positions']}"
+        f"{setting['context_length']}, first positions {setting['first_positions']}; first token "
+        f"{setting['first_token']}, separator {setting['separator']}{without}"
     )
 
 

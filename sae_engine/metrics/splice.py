@@ -15,6 +15,7 @@ from .language import NextTokenLoss
 
 if TYPE_CHECKING:
     from ..data import LanguageModel, Site
+    from ..data.contexts import Contexts
 
 NORMALIZATIONS = {
     "none": "raw",
@@ -101,16 +102,18 @@ class Splice:
     def batches(self, texts: Iterable[Any], max_tokens: int | None, **settings: Any) -> Iterator[Tensor]:
         """Token ids on the model's device; arguments are checked now, texts are read when asked for.
 
-        ``settings`` are those of :func:`sae_engine.data.stream_activations`. Positions of ``exclude_tokens`` stay as
-        they are in every run and are no rows, but count among ``max_tokens``, and what they predict is measured.
+        ``settings`` are those of :func:`sae_engine.data.stream_activations`. What they exclude stays as it is in every
+        run and is no row, but what it predicts is measured, except of each context's first position.
         """
         from ..data.activations import check_stream
         from ..data.contexts import unpadded
 
         contexts, limit = check_stream(self.lm, texts, None, self.place, max_tokens, **settings)
-        self.context_length, self.first = contexts.length, int(0 in contexts.excluded_positions)
-        self._excluded = torch.tensor(contexts.excluded_tokens, dtype=torch.int64, device=self._device)
-        return (ids.to(self._device) for ids in _limited(unpadded(self.lm, texts, contexts), self.first, limit))
+        self.first = int(0 in contexts.excluded_positions)
+        self.words = contexts.words
+        self._tokens = torch.tensor(contexts.excluded_tokens, dtype=torch.int64, device=self._device)
+        self._positions = [position for position in contexts.excluded_positions if position]
+        return (ids.to(self._device) for ids in _limited(unpadded(self.lm, texts, contexts), contexts, limit))
 
     def measured(self, ids: Tensor) -> Tensor:
         return ids[:, self.first :]
@@ -136,9 +139,13 @@ class Splice:
         return logits
 
     def _row_numbers(self, ids: Tensor) -> Tensor:
-        """Which positions of (contexts * length) are measured and replaced, ascending."""
-        rows = self.measured(torch.arange(ids.numel(), device=ids.device).view(ids.shape)).flatten()
-        return rows[~torch.isin(self.measured(ids).flatten(), self._excluded)] if len(self._excluded) else rows
+        """Which positions of (contexts * length) are rows, ascending."""
+        rows = self.measured(torch.arange(ids.numel(), device=ids.device).view(ids.shape))
+        if not len(self._tokens) and not self._positions:  # nothing waits for the device to say how many there are
+            return rows.flatten()
+        keep = ~torch.isin(ids, self._tokens)
+        keep[:, [position for position in self._positions if position < ids.shape[1]]] = False
+        return rows[self.measured(keep)]
 
     def _rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
         found = hidden.flatten(0, 1)[rows.to(hidden.device)]
@@ -153,20 +160,19 @@ class Splice:
         return self._inputs[1]
 
 
-def _limited(batches: Iterator[Tensor], first: int, max_tokens: int | None) -> Iterator[Tensor]:
-    """Batches of contexts that hold exactly ``max_tokens`` positions after the first ``first`` of each context."""
+def _limited(batches: Iterator[Tensor], contexts: Contexts, max_tokens: int | None) -> Iterator[Tensor]:
+    """Batches of contexts that hold exactly ``max_tokens`` rows."""
     left = max_tokens
     for ids in batches:
-        run = ids.shape[1] - first
-        if left is None or ids.shape[0] * run <= left:
-            yield ids
-            left = None if left is None else left - ids.shape[0] * run
-        else:
-            whole, rest = divmod(left, run)
-            if whole:
-                yield ids[:whole]
-            if rest:
-                yield ids[whole : whole + 1, : first + rest]
-            return
-        if left == 0:
-            return
+        if left is not None:
+            positions = torch.arange(ids.shape[1]).expand(ids.shape)
+            kept = contexts.kept(ids, positions, torch.ones_like(ids, dtype=torch.bool))
+            if len(kept) >= left:
+                whole, rest = divmod(int(kept[left - 1]) + 1, ids.shape[1])
+                if whole:
+                    yield ids[:whole]
+                if rest:
+                    yield ids[whole : whole + 1, :rest]
+                return
+            left -= len(kept)
+        yield ids
