@@ -22,6 +22,9 @@ class Counting:
     def seek(self, position):
         self.position = dict(position)
 
+    def is_same(self, one, other):
+        return one == other
+
     def read(self, count):
         first = self.position["row"]
         n = min(count, 1 + first * 5 % self.most)

@@ -100,7 +100,7 @@ def _lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
 
 def _decoded(file: Path, first: int, data: bytes) -> str:
     try:
-        return data.decode().replace("\r\n", "\n")
+        return data.decode("utf-8" if first else "utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"dataset_path: {str(file)!r} is not UTF-8 text: byte {first + error.start} is "

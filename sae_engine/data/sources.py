@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -170,6 +170,13 @@ def _token_ids(value: Any, mask: Any, where: str) -> Document:
     return Document(ids[at].to(torch.int64), len(ids) - len(at))
 
 
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8", "replace")).digest())
+    return digest.hexdigest()
+
+
 def no_column(column: str, there: Sequence[str], description: str) -> ValueError:
     near = get_close_matches(column, there, 1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
@@ -271,7 +278,9 @@ class _Listed:
         self._items = items
         self.description = f"{len(items)} documents that were given"
         self.columns: Any = getattr(items, "column_names", None)
-        self.identity: Any = ["given", len(items), getattr(items, "_fingerprint", None)]
+        is_text = isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items)
+        known = _digest(items) if is_text else getattr(items, "_fingerprint", None)  # the second: of a data set
+        self.identity: Any = ["given", len(items), known]
 
     def read(self, epoch: int, at: Any) -> Iterator[tuple[Any, Any]]:
         for number in range(at or 0, len(self._items)):
@@ -288,10 +297,7 @@ class _Library:
         self._seed = seed
         self._texts = list(stdlib_texts())  # a few megabytes
         self.held_out: list[Any] | None = evaluation_text()
-        digest = hashlib.sha256()
-        for text in self._texts:
-            digest.update(hashlib.sha256(text.encode("utf-8", "replace")).digest())
-        self.identity: Any = ["stdlib", digest.hexdigest(), seed]
+        self.identity: Any = ["stdlib", _digest(self._texts), seed]
 
     def read(self, epoch: int, at: Any) -> Iterator[tuple[Any, Any]]:
         generator = torch.Generator().manual_seed(seed_of(self._seed, "stdlib", epoch))
