@@ -371,16 +371,11 @@ def _first_overflow(lm: LanguageModel, batch: TokenBatch, context: int) -> tuple
         found.append((f"module {name!r}", place))
         raise Reached
 
-    handles = [
-        module.register_forward_hook(lambda _module, _args, output, name=name: look(name, output))
-        for name, module in lm.model.named_modules()
-    ]
-    try:
-        with evaluating(lm.model), torch.inference_mode(), suppress(Reached):
-            model_forward(lm.model, ids.to(device), (torch.ones_like(ids) if mask is None else mask).to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(lm.model), torch.inference_mode(), ExitStack() as hooks, suppress(Reached):
+        for name, module in lm.model.named_modules():
+            handle = module.register_forward_hook(lambda _module, _args, output, name=name: look(name, output))
+            hooks.callback(handle.remove)
+        model_forward(lm.model, ids.to(device), (torch.ones_like(ids) if mask is None else mask).to(device))
     return found[0] if found else ("no module, where this context is alone in its batch", None)
 
 

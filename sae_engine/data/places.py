@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -83,6 +84,7 @@ class Place:
         return _OF_BLOCK.get(self.site.name, self.site.is_input or self.site.name in ("z", "mlp_in", "mlp_post"))
 
 
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _PLACES: WeakKeyDictionary[nn.Module, dict[Site, Place]] = WeakKeyDictionary()
 
 
@@ -354,14 +356,19 @@ def never_reached(model: nn.Module, site: Site) -> RuntimeError:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    """In eval mode; afterwards every module is in the mode that it was in.
+
+    One thread at a time: hooks are the model's, so that what one thread reads or puts there would be in the batch of
+    another, as of :class:`RowStream`'s that reads ahead.
+    """
+    with _LOCKS.setdefault(model, RLock()):
+        training = [module for module in model.modules() if module.training]
+        try:
+            model.eval()
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -57,8 +57,8 @@ class LanguageModelRows:
         return {**self._tokens.cursor, "used": self._skip, "counts": dict(self._counts)}
 
     def seek(self, position: dict[str, Any]) -> None:
-        self._counts = dict(position["counts"])
         self._tokens = _Tokens(self._lm, self._source, self._contexts, position)
+        self._counts = dict(position["counts"])
         self._rows: tuple[Tensor, ...] = ()  # of the batch that is being taken
         self._used = 0
         self._skip = position["used"]  # of the next batch

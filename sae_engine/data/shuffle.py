@@ -186,10 +186,10 @@ class Staircase:
         return max(0, self._period - self.chunks + 1)
 
     def _go_to(self, period: int, offset: int, positions: list[dict[str, Any]]) -> None:
+        self._reader.seek(positions[0])
         self._period, self._offset = period, offset
         self._block, self._chunks, self._ahead = (), {}, None
         self._positions = dict(enumerate(positions, self._oldest))
-        self._reader.seek(positions[0])
 
     def _enter(self) -> None:
         """Mix the parts that this period serves."""

@@ -45,8 +45,9 @@ class RowStream:
         max_norm_multiple: see above; None leaves long rows in.
         dtype: of the rows; None is what the language model has at each site.
         device: of the rows; None is where the language model takes its tokens.
-        prefetch: let a thread read the next chunk while this one is served. Then nothing else may run the language
-            model, unless :meth:`settle` was called since the last :meth:`next`.
+        prefetch: let a thread read the next chunk while this one is served. What this library does with the language
+            model meanwhile, as an evaluation, waits for its turn. Whoever calls the model itself has to call
+            :meth:`settle` after :meth:`next`, since the thread's hooks would read that batch.
 
     Attributes:
         widths: of the rows at each site.
