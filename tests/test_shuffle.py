@@ -2,7 +2,9 @@
 
 import json
 import random
+import threading
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -239,3 +241,47 @@ def test_seeds_are_those_of_their_words():
     seeds = {seed_of(*parts) for parts in [(0, "chunk", 1), (1, "chunk", 0), (0, "period", 1), (0, "chunk", 10)]}
     assert len(seeds) == 4 and all(0 <= seed < 2**63 for seed in seeds)
     assert seed_of(0, "chunk", 1) == 7792907790278145993
+
+
+def test_on_a_cuda_device_what_a_thread_wrote_is_waited_for_and_kept(monkeypatch):
+    """The calls that order the two streams, on rows of the CPU: each chunk's event before its first part is read."""
+    said, here = [], threading.local()
+
+    class Stream:
+        def __init__(self, device=None):
+            self.name = "side"
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event):
+            assert self is main
+            said.append(event.name)
+
+    main = Stream()
+    main.name = "main"
+
+    class Event:
+        def record(self, stream):
+            self.name = f"written on {stream.name}"
+
+    @contextmanager
+    def entered(stream):
+        here.stream = stream
+        yield
+        del here.stream
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: getattr(here, "stream", main))
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: kept.append((len(t), stream.name)))
+    kind = (24, 3, 4)
+    plain = staircase(kind)
+    ahead = staircase(kind, prefetch=True, device=torch.device("cuda", 0))
+    assert torch.equal(batches(ahead, periods(kind, 4)), batches(plain, periods(kind, 4)))
+    ahead.settle()
+    first, side = "written on main", "written on side"  # chunk 0 is read when it is asked for
+    assert said == ["side waits for main", first, side, first, side, side, first, side, side, side]
+    assert kept == [(8, "main")] * 2 * (1 + 2 + 3 + 3)

@@ -106,7 +106,8 @@ class Staircase:
                 f"{chunks * batch_rows}, got {chunk_rows}"
             )
         self._part_rows = self.chunk_rows // self.chunks
-        self._worker = _Worker(device or torch.device("cpu")) if prefetch else None
+        self._device = device or torch.device("cpu")
+        self._worker = _Worker(self._device) if prefetch else None
         self._period = self._offset = 0
         self._block: tuple[Tensor, ...] = ()  # what this period serves, once its first batch was asked for
         self._chunks: dict[int, _Chunk] = {}
@@ -199,12 +200,12 @@ class Staircase:
         block: list[Tensor] = []
         for j, chunk in enumerate(chunks[newest - j] for j in range(newest + 1 - oldest)):
             if chunk.ready is not None:
-                torch.cuda.current_stream(chunk.parts[j][0].device).wait_event(chunk.ready)
+                torch.cuda.current_stream(self._device).wait_event(chunk.ready)
             for site, rows in enumerate(chunk.parts.pop(j)):
                 if j == 0:
                     block.append(rows.new_empty(len(order), *rows.shape[1:]))
                 if chunk.ready is not None:  # its memory is of the other stream, which may take it back too early
-                    rows.record_stream(torch.cuda.current_stream(rows.device))
+                    rows.record_stream(torch.cuda.current_stream(self._device))
                 to = order[j * self._part_rows : (j + 1) * self._part_rows]
                 block[site].index_copy_(0, to.to(rows.device), rows)
         self._chunks.pop(newest - self.chunks + 1, None)  # its last part was served
@@ -256,11 +257,7 @@ class Staircase:
                     of_part = slice(bounds[j], bounds[j + 1])
                     parts[j][site].index_copy_(0, within[of_part], rows[of_part])
             done += len(found[0])
-        ready = None
-        if self._worker is not None and (device := parts[kept[0]][0].device).type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(device))
-        return _Chunk(parts, self._reader.position, ready)
+        return _Chunk(parts, self._reader.position, None if self._worker is None else self._worker.written())
 
     def _generator(self, what: str, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(self.seed, what, number))
@@ -278,6 +275,7 @@ class _Worker:
         threads = torch.get_num_threads()
         # OpenMP counts threads for each thread that asks: rows on a CPU depend on how many there are.
         self._pool = ThreadPoolExecutor(1, "sae-engine-rows", lambda: torch.set_num_threads(threads))
+        self._device = device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
@@ -289,3 +287,11 @@ class _Worker:
                 return read()
 
         return self._pool.submit(on_stream)
+
+    def written(self) -> torch.cuda.Event | None:
+        """What another stream waits for before it reads what this thread's stream wrote until now."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
