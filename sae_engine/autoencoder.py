@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional
+from ._encoder import linear_dtype
 from .codes import SparseCodes
 from .functional import Encoded, EncodeInfo
 from .provenance import Provenance
@@ -268,15 +269,16 @@ class SparseAutoencoder(nn.Module):
             norms = torch.where(norms == 0, 1.0, norms)  # a zero row decodes to zero, whatever it is divided by
             values = codes.values / functional.at_latents(norms, codes)
             codes = codes.replace(values=values.to(codes.values.dtype))
-        out = functional.decode(codes, self.W_dec, self.b_dec, backend=backend)
-        dtype = out.dtype
+        dtype = linear_dtype(codes.values, self.W_dec)
+        wide = torch.promote_types(dtype, torch.float32) if needed else dtype  # what is summed up is rounded once
+        out = functional.decode(codes, self.W_dec, self.b_dec, result_dtype=wide, backend=backend)
         if info.std is not None:
             out = out * info.std
         if info.mean is not None:
-            out = (out + info.mean).to(dtype)
+            out = out + info.mean
         if self.W_skip is not None and info.skipped is not None:
-            out = out + functional.linear(info.skipped, self.W_skip.T)
-        return out
+            out = out + functional.linear(info.skipped, self.W_skip.T, result_dtype=wide)
+        return out.to(dtype)
 
     def forward(self, x: Tensor, **context: Tensor) -> Tensor:
         """The reconstruction (*batch_shape, d_out). In training, rules with a threshold learn from this call.

@@ -315,7 +315,10 @@ def _theta(theta: Tensor | float, pre: Tensor) -> Tensor:
     return rounded.expand(pre.shape[-1])
 
 
-def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+def decode(
+    codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, result_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Weighted sum of each row's active decoder vectors.
 
     ``out[b] = sum over row b's entries of value * W_dec[index] (+ b_dec)``
@@ -324,9 +327,11 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
         codes: over ``(*batch_shape, F)``; ``values`` differentiable.
         W_dec: ``(F, d_out)``, any strides. Differentiable.
         b_dec: ``(d_out,)`` or None. Differentiable.
+        result_dtype: wider than 16 bits leaves the fp32 sums of 16-bit operands unrounded.
 
     Returns:
-        ``(*batch_shape, d_out)`` in the autocast dtype if active, else ``promote_types(values, W_dec)``.
+        ``(*batch_shape, d_out)`` in ``result_dtype``; by default the autocast dtype if active, else
+        ``promote_types(values, W_dec)``.
 
     Cost: reads N weight rows and N (value, index) pairs, writes the output once. Dense codes go through a GEMM.
     Numerics: fp32 accumulation; forward and gradients bitwise reproducible. Source: Gao et al. 2024, arXiv:2406.04093.
@@ -350,7 +355,7 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, *, ba
     if b_dec is not None:
         check.floating("b_dec", b_dec, dims=1)
         check.shaped("b_dec", b_dec, W_dec.shape[1:], W_dec, why="d_out")
-    dtype = linear_dtype(codes.values, W_dec)
+    dtype = linear_dtype(codes.values, W_dec) if result_dtype is None else result_dtype
     index = codes.transposed_for(W_dec)
     out = ops.decode(codes.values, codes.indices, codes.offsets, W_dec, b_dec, dtype, *index, backend)
     return out.view(*codes.batch_shape, W_dec.shape[1])

@@ -478,3 +478,15 @@ def test_norms_of_16_bit_modules_are_those_of_the_same_numbers_in_fp32(dtype):
     assert torch.equal(pre, (unscaled.float() * norms).to(dtype))
     divided = codes.replace(values=(codes.values.float() / norms[codes.indices.long()]).to(dtype))
     assert torch.equal(scaled.decode(codes), se.functional.decode(divided, scaled.W_dec, scaled.b_dec))
+
+
+@pytest.mark.parametrize("variant", [{"skip": True}, {"normalize_activations": "layer_norm"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_16_bit_modules_add_up_is_rounded_once(dtype, variant):
+    sae, x = build(**variant).to(dtype), torch.randn(64, D, dtype=dtype)
+    (codes,), info, _ = sae.encode_with(x)
+    info_wide = info._replace(**{name: t.double() for name, t in info._asdict().items() if t is not None})
+    exact = copy.deepcopy(sae).double().decode(codes.replace(values=codes.values.double()), info_wide)
+    error = (sae.decode(codes, info).double() - exact).abs()
+    # Half a unit in the last place, and what fp32 sums of terms below 16 are off by.
+    assert bool((error <= torch.finfo(dtype).eps / 2 * exact.abs() + 16 * 2**-22).all())

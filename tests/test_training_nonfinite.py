@@ -97,6 +97,16 @@ def test_without_a_host_read_the_flag_stays_on_the_device(monkeypatch):
     assert unchanged(before, state(step)) and step.skipped == 1
 
 
+def test_a_batch_that_the_device_left_out_is_no_forward_of_the_first_phase():
+    rule = se.FeatureChoice(F, 2, mutual_steps=2)
+    step = TrainStep(se.SparseAutoencoder(D, F, rule), lr=1e-3, losses=[], nonfinite="skip")
+    phases = []
+    for bad in (False, True, True, False, False):
+        step._teach(step.sae.encode(batch()), torch.tensor(bad))  # as on a GPU, where the host does not know
+        phases.append((rule.phase, int(rule.forwards)))
+    assert phases == [("mutual", 1), ("mutual", 1), ("mutual", 1), ("feature", 2), ("feature", 3)]
+
+
 def test_the_mode_is_checked():
     with pytest.raises(ValueError, match=r"nonfinite must be one of .*raise.*skip.*, got 'ignore'"):
         made(nonfinite="ignore")

@@ -4,6 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_kernels.dispatch import capturing
+
 from .. import _checks as check
 from .. import functional
 from ..codes import SparseCodes
@@ -77,11 +79,20 @@ class FeatureChoice(BatchTopK):
             self.register_buffer(name, torch.full((d_sae,), -1.0, dtype=torch.float64, device=device))
         self._exact = ("threshold", "latent_threshold", "density")
         self._count_forwards()
-        self._counted = 0  # the host's copy of `forwards`
+        self._counted = 0  # the host's count of forwards, at least what `forwards` holds
+        self._is_settled = self.mutual_steps == 0
 
     @property
     def phase(self) -> str:
-        """``"mutual"`` or ``"feature"``: which choice the next training forward makes."""
+        """``"mutual"`` or ``"feature"``: which choice the next training forward makes.
+
+        Where the host's count says that the phase is over, the device is asked, once: a batch that ``TrainStep`` left
+        out has not moved its count, and the host need not have heard of it.
+        """
+        if not self._is_settled and self._counted >= self.mutual_steps and not torch.compiler.is_compiling():
+            if not capturing(self.forwards):
+                self._counted = int(self.forwards)
+                self._is_settled = self._counted >= self.mutual_steps
         return "mutual" if self._counted < self.mutual_steps else "feature"
 
     @property
@@ -92,6 +103,7 @@ class FeatureChoice(BatchTopK):
         """From the next training forward on, latents choose."""
         self._counted = max(self._counted, self.mutual_steps)
         self.forwards.fill_(self._counted)
+        self._is_settled = True
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         self._check_width(pre)
@@ -160,6 +172,7 @@ class FeatureChoice(BatchTopK):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         if f"{prefix}forwards" in state_dict:
             self._counted = int(state_dict[f"{prefix}forwards"])
+            self._is_settled = self._counted >= self.mutual_steps
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn, recurse: bool = True):

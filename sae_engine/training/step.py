@@ -198,7 +198,8 @@ class TrainStep:
     def refresh(self) -> None:
         """Renews the copies of the weights in ``compute_dtype``, in place, after somebody else has written parameters.
 
-        A call of the object notices that by itself; a replayed CUDA graph cannot.
+        A call of the object notices that by itself, but for what was written through ``.data`` or NumPy, which leaves
+        no trace; a replayed CUDA graph notices nothing.
         """
         with torch.no_grad():
             self._copies.current()
