@@ -89,10 +89,10 @@ class FeatureChoice(BatchTopK):
         Where the host's count says that the phase is over, the device is asked, once: a batch that ``TrainStep`` left
         out has not moved its count, and the host need not have heard of it.
         """
-        if not self._is_settled and self._counted >= self.mutual_steps and not torch.compiler.is_compiling():
-            if not capturing(self.forwards):
-                self._counted = int(self.forwards)
-                self._is_settled = self._counted >= self.mutual_steps
+        may_ask = not torch.compiler.is_compiling() and not capturing(self.forwards)
+        if not self._is_settled and self._counted >= self.mutual_steps and may_ask:
+            self._counted = int(self.forwards)
+            self._is_settled = self._counted >= self.mutual_steps
         return "mutual" if self._counted < self.mutual_steps else "feature"
 
     @property

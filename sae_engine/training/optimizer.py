@@ -130,8 +130,8 @@ def contiguous_view(tensor: Tensor, *, like: Tensor) -> Tensor:
 class Copies:
     """The weights in the dtype of the computation, made again where somebody else has written the parameters.
 
-    That is noticed by the parameters' versions and addresses; what is written in place through ``.data`` or
-    NumPy moves neither, and nothing short of reading all parameters before each step would tell (``TrainStep.refresh``).
+    That is noticed by the parameters' versions and addresses; what is written in place through ``.data`` or NumPy moves
+    neither, and nothing short of reading all parameters before each step would tell: ``TrainStep.refresh`` is for that.
     """
 
     def __init__(self, sae: SparseAutoencoder, dtype: torch.dtype) -> None:
