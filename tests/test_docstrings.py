@@ -28,6 +28,7 @@ METHODS = (se.SparseCodes, se.SparseAutoencoder)
 EXCEPT = {
     "RowTokens": "four fields, which ActivationStore.row_tokens reads",
     "FeatureTokens": "five fields, which Features.tokens reads",
+    "Lens": "four fields, which logit_lens fills",
     "LatentEntries": "two fields, which Features.by_latent reads",
     "ByLatent": "three fields, shown where SparseCodes.by_latent makes them",
     "SparseCodes.assert_fits": "does nothing that one could see, unless it ends the program",
@@ -49,7 +50,7 @@ SKIPPED = {
 }  # fmt: skip
 # Without a word on errors: they hold what they are given, or have none to raise.
 CANNOT_FAIL = {"ByLatent", "Context", "EncodeInfo", "Encoded", "FeatureTokens", "LanguageModel", "LatentEntries",
-               "LossInput", "Pull", "ReLU", "RowTokens",
+               "Lens", "LossInput", "Pull", "ReLU", "RowTokens",
                "Site", "SourceCard", "SparseCodes", "SparseCodes.transposed_for", "loss_recovered"}  # fmt: skip
 
 

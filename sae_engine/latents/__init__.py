@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .contexts import Context, max_activating
+    from .dashboard import write_dashboard
     from .delphi import write_delphi
     from .features import collect
+    from .lens import Lens, logit_lens
     from .steering import ablate, steer
     from .stored import Features, FeatureTokens, LatentEntries
 
@@ -15,17 +17,22 @@ __all__ = [
     "FeatureTokens",
     "Features",
     "LatentEntries",
+    "Lens",
     "ablate",
     "collect",
+    "logit_lens",
     "max_activating",
     "steer",
+    "write_dashboard",
     "write_delphi",
 ]
 
 _MODULES = {
     "contexts": {"Context", "max_activating"},
+    "dashboard": {"write_dashboard"},
     "delphi": {"write_delphi"},
     "features": {"collect"},
+    "lens": {"Lens", "logit_lens"},
     "steering": {"ablate", "steer"},
     "stored": {"FeatureTokens", "Features", "LatentEntries"},
 }
