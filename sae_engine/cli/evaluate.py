@@ -39,8 +39,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from sae_engine import SparseAutoencoder
-    from sae_engine.metrics import report
     from sae_engine.metrics.place import place_of
+    from sae_engine.reports import evaluation as report
 
     if args.out is not None and not args.no_figures and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the pictures need the package matplotlib: pip install matplotlib, or give --no-figures")

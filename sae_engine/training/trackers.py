@@ -1,8 +1,19 @@
 """Where the numbers of a run go: JSON lines always, wandb, TensorBoard and trackio on request.
 
-Whoever trains hands over plain numbers under SAELens' names (``losses/mse_loss``, ``metrics/l0`` …); with several
-autoencoders in a run a name is prefixed by that of the autoencoder and a slash. ``metrics.jsonl`` is what reports are
-made of and what a resumed run continues; the others are copies for people to watch.
+``metrics.jsonl`` is what reports are made of and what a resumed run continues; the others are copies for people to
+watch. Whoever trains hands over plain numbers under these names, SAELens' where it has one. With several autoencoders
+in a run, those of one are prefixed by its name and a slash.
+
+    tokens                                          of the run: trained on so far
+    losses/overall_loss, losses/mse_loss, losses/…  of an autoencoder
+    metrics/explained_variance, metrics/l0
+    sparsity/dead_features                          a count
+    details/current_learning_rate, details/…
+    evaluation/…                                    what ``metrics.evaluate_during`` returns
+    data/…                                          of the run: counts of tokens read, rows dropped, the epoch
+    performance/tokens_per_second                   since the line before, as the two that follow
+    performance/starved                             the share of the time that the step waited for activations
+    performance/seconds/PART                        what the time went to: language_model, step, evaluation …
 """
 
 from __future__ import annotations
@@ -13,6 +24,7 @@ import logging
 import math
 import numbers
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -26,8 +38,9 @@ from .progress import Progress
 
 _LOGGER = logging.getLogger(__name__)
 __all__ = ["Guarded", "JsonLines", "Progress", "TensorBoard", "Tracker", "Trackio", "Wandb", "read_metrics",
-           "trackers_for"]  # fmt: skip
+           "trackers_for", "without_secrets"]  # fmt: skip
 
+_SECRET = re.compile(r"token|.*(auth|access|hf|api)_(token|key)|.*(password|secret)", re.IGNORECASE)
 RESERVED = ("step", "time")  # what a line of metrics.jsonl says beside the numbers that it is given
 
 
@@ -367,7 +380,7 @@ class Guarded(Tracker):
 
     def start(self, config: dict[str, Any], name: str, id: str | None = None) -> str | None:
         self._started = False
-        found = self._try(lambda: (self.tracker.start(config, name, id),))
+        found = self._try(lambda: (self.tracker.start(without_secrets(config), name, id),))
         self._started = found is not None
         return found[0] if found is not None else id  # an id that is known stays: a later resume may reach it
 
@@ -423,6 +436,19 @@ def trackers_for(logger: Any, folder: str | Path) -> list[Tracker]:
     if isinstance(logger.report_to, str) or not makers.keys() >= set(wanted) or len(set(wanted)) < len(wanted):
         raise ValueError(f"logger.report_to must be some of {tuple(makers)}, each once, got {logger.report_to!r}")
     return [JsonLines(folder / "metrics.jsonl"), *(Guarded(makers[name]()) for name in wanted)]
+
+
+def without_secrets(config: Any) -> Any:
+    """A configuration in which tokens and passwords are stars: what leaves the machine is seen by others.
+
+    Example:
+        >>> without_secrets({"model_name": "gpt2", "model_from_pretrained_kwargs": {"token": "hf_abc"}})
+        {'model_name': 'gpt2', 'model_from_pretrained_kwargs': {'token': '***'}}
+    """
+    if isinstance(config, Mapping):
+        return {key: "***" if _SECRET.fullmatch(str(key)) and isinstance(value, str) else without_secrets(value)
+                for key, value in config.items()}  # fmt: skip
+    return [without_secrets(value) for value in config] if isinstance(config, list | tuple) else config
 
 
 def _required(package: str) -> Any:
