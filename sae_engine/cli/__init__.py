@@ -1,6 +1,4 @@
-"""The console command ``sae-engine``: what can run here (``info``), activations to a folder (``collect``), whether they
-are sound (``verify``), how good an autoencoder is (``eval``), a checkpoint in another format (``convert``), runs
-beside one another (``compare``).
+"""The console command ``sae-engine``.
 
 A subcommand is one file of this folder, named in ``_COMMANDS``: ``add(commands)`` declares its arguments, and
 ``run(args) -> int`` runs and imports what it needs itself, so that ``--help`` is instant.
@@ -13,10 +11,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from . import collect, compare, convert, evaluate, info, verify
+from . import collect, compare, convert, evaluate, info, train, verify
 from ._options import INTERRUPTED
 
-_COMMANDS = (info, collect, verify, evaluate, convert, compare)  # as --help lists them
+_COMMANDS = (info, train, collect, verify, evaluate, convert, compare)  # as --help lists them
 
 
 def main(argv: Sequence[str] | None = None) -> int:

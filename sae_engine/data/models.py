@@ -304,6 +304,51 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def width_and_length(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[int, int]:
+    """The width of a model's residual stream and its longest context, from its configuration alone.
+
+    Raises:
+        OSError: no such model, or the hub does not answer and its cache does not hold the configuration.
+        ValueError: the configuration cannot be read, or does not say them.
+        ImportError: transformers is not installed.
+
+    Example:
+        >>> width_and_length("embedded")
+        (256, 256)
+    """
+    transformers = require("transformers")
+    folder = EMBEDDED_FOLDER if name_or_path == EMBEDDED else Path(name_or_path).expanduser()
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+    if not folder.is_dir():
+        if not _HUB_NAME.fullmatch(name_or_path):
+            raise FileNotFoundError(f"name_or_path is neither a folder that exists nor a hub name: {name_or_path!r}")
+        folder, options["revision"] = _hub_config(name_or_path, revision)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+    except Exception as error:  # of json and transformers
+        raise ValueError(
+            f"name_or_path: the configuration of {name_or_path!r} cannot be read: {_first_line(error)}"
+        ) from error
+    config = config.get_text_config()
+    return config.hidden_size, _max_length(config, None, name_or_path)
+
+
+def _hub_config(name: str, revision: str | None) -> tuple[Any, str | None]:
+    """Where transformers finds the configuration of a hub model: its name and commit, or the folder of the cache."""
+    hub = require("huggingface_hub")
+    try:
+        return name, hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
+    except Exception as error:  # as below
+        cached = hub.try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent, None
+        raise _HubUnavailable(
+            f"the hub did not answer for {name!r} ({_first_line(error)}), whose configuration says how wide it is"
+        ) from error
+
+
 def _max_length(config: Any, tokenizer: Any, name: str) -> int:
     """The longest context: what the config says under one of its names, else what the tokenizer says."""
     names = ("max_position_embeddings", "seq_length", "max_seq_len")  # the last two: BLOOM, MPT

@@ -139,7 +139,7 @@ class OptimConfig:
         lr: auto: the architecture's own, times min(4, sqrt(20,000 / updates)).
         adam_beta1: auto: the architecture's own, 0.9, or 0 where the paper has that.
         adam_beta2, adam_eps, weight_decay: as in ``torch.optim.Adam``.
-        train_batch_size_tokens: rows of an update's batch, over all processes.
+        train_batch_size_tokens: rows of a batch, over all processes.
         lr_warm_up_steps: updates of the linear rise; auto: 1,000, in short runs 5 %.
         lr_decay_steps: updates of the linear fall to 0 at the end; auto: a fifth.
         sparsity_warm_up_steps: updates over which the weight of a sparsity loss rises; auto: the architecture's own.

@@ -10,14 +10,14 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_type_hints
 
 from ..data._require import require
 from ._faults import ConfigError, nearest
-from .architectures import ARCHITECTURES, TopKSAE, architecture_named
+from .architectures import ARCHITECTURES, Architecture, TopKSAE, architecture_named
 from .sae_config import SAEConfig
 
 Config = TypeVar("Config")
@@ -98,13 +98,49 @@ def read_yaml(text: str, source: str) -> Any:
         raise ConfigError([("", f"{source}: {' '.join(str(error).split())}")]) from None
 
 
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """The text of a file, in the order of the fields, numbers so that they are read back bit for bit."""
+def to_yaml(values: Mapping[str, Any], notes: Mapping[tuple, str] | None = None) -> str:
+    """The text of a file, in the order of the fields, numbers so that they are read back bit for bit.
+
+    ``notes`` become comments behind the values at their paths.
+    """
     yaml = require("yaml")
     try:
-        return yaml.dump(_plain_scalars(values), Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=120)
+        text = yaml.dump(_plain_scalars(values), Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=2**20)
     except yaml.representer.RepresenterError as error:
         raise ConfigError([("", f"a configuration holds words, numbers, lists and mappings alone: {error}")]) from None
+    if not notes:
+        return text
+    lines = text.splitlines()
+    for path, node in _nodes(yaml.compose(text, Loader=_loader())):
+        if path in notes:
+            lines[node.end_mark.line] += f"  # {notes[path]}"
+    return "\n".join(lines) + "\n"
+
+
+def differences(before: Any, after: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """The paths at which two configurations as dictionaries differ, with what the first has there.
+
+    Example:
+        >>> list(differences({"a": {"b": "auto", "c": 1}}, {"a": {"b": 3, "c": 1}}))
+        [(('a', 'b'), 'auto')]
+    """
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name, value in after.items():
+            yield from differences(before.get(name), value, (*path, name))
+    elif isinstance(before, list) and isinstance(after, list) and any(isinstance(value, dict) for value in after):
+        for number, value in enumerate(after):
+            yield from differences(before[number] if number < len(before) else None, value, (*path, number))
+    elif before != after:
+        yield path, before
+
+
+def _nodes(node: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """The values of a YAML text, each with its path."""
+    yield path, node
+    pairs = ((key.value, value) for key, value in node.value) if node.id == "mapping" else (
+        enumerate(node.value) if node.id == "sequence" else ())  # fmt: skip
+    for name, value in pairs:
+        yield from _nodes(value, (*path, name))
 
 
 @functools.cache
@@ -284,17 +320,18 @@ _EXPECTED = {"int_type": "an int", "int_from_float": "an int", "float_type": "a 
 def _unknown(kind: type, path: tuple, values: Any) -> str:
     """A name that is no field: which one is meant, here or elsewhere."""
     name, here = str(path[-1]), _names(kind, path[:-1], values)
+    places = {inner: inner for inner in _fields(kind)} | {inner: f"saes.0.{inner}" for inner in _fields(SAEConfig)}
+    for part in ("model", "data", "optim", "eval", "logger", "output"):
+        places |= {inner: f"{part}.{inner}" for inner in _names(kind, (part,), values)}
+    if name in places:
+        return f"unknown; did you mean {places[name]}?"
     if like := nearest(name, here):
         return f"unknown{like}"
     if owners := [tag for tag, owner in ARCHITECTURES.items() if name in _fields(owner)]:
         entry = _at(values, path[:-1])
         own = f", and this is {entry['architecture']}" if isinstance(entry, dict) and "architecture" in entry else ""
         return f"unknown; it is a field of {', '.join(owners)}{own}"
-    places = {inner: inner for inner in _fields(kind)} | {inner: f"saes.0.{inner}" for inner in _fields(SAEConfig)}
-    for part in ("model", "data", "optim", "eval", "logger", "output"):
-        places |= {inner: f"{part}.{inner}" for inner in _names(kind, (part,), values)}
-    meant = f"did you mean {places[name]}?" if name in places else f"there are {', '.join(sorted(here))}"
-    return f"unknown; {meant}"
+    return f"unknown; there are {', '.join(sorted(here))}"
 
 
 def _names(kind: type, path: tuple, values: Any) -> set[str]:
@@ -356,10 +393,15 @@ def _part(kind: Any, checked: Any, faults: list[tuple[str, str]], path: str) -> 
     try:
         if kind is not SAEConfig:
             return kind(**_parts(kind, checked, faults, f"{path}."))
-        owner, values = ARCHITECTURES[checked.architecture], vars(checked)
-        own = {name: values[name] for name in _fields(owner)}
+        values: dict[str, Any] = vars(checked)
+        architecture: Architecture = TopKSAE(k=1)  # which asks nothing of the other fields
         others = {name: values[name] for name in _fields(SAEConfig) - {"architecture"}}
-        return SAEConfig(architecture=owner(**own), **others)
+        owner = ARCHITECTURES[checked.architecture]
+        try:
+            architecture = owner(**{name: values[name] for name in _fields(owner)})
+        except ConfigError as error:
+            faults += error.below(path).faults
+        return SAEConfig(architecture=architecture, **others)
     except ConfigError as error:
         faults += error.below(path).faults
         return None

@@ -175,27 +175,29 @@ def plain(value: Any) -> Any:
 
 def named(sae: SAEConfig, swept: dict[str, Any]) -> SAEConfig:
     """The entry with values of the sweep, and a name that says them."""
-    kind = architecture_of(sae, swept.get("architecture", sae.architecture.tag))
-    own = {entry.name for entry in fields(kind)}
-    general = {entry.name for entry in fields(SAEConfig)} - {"architecture"}
-    of_kind = {name: value for name, value in swept.items() if name in own}
-    others = {name: value for name, value in swept.items() if name not in own and name != "architecture"}
-    if unknown := others.keys() - general:
-        name = sorted(unknown)[0]
-        raise ConfigError([(f"sweep.{name}", f"{kind.tag} has no such field{nearest(name, own | general)}")])
     try:
-        changed = replace(sae, architecture=replace(kind, **of_kind), **others)
-    except (ConfigError, TypeError) as error:
-        faults = error.faults if isinstance(error, ConfigError) else [("", str(error))]
-        raise ConfigError((f"sweep.{path}" if path else "sweep", what) for path, what in faults) from None
+        changed = _changed(sae, swept)
+    except ConfigError as error:
+        raise error.below("sweep") from None
     place = _words(changed.hook_name) + (f"-to-{_words(changed.hook_name_out)}" if changed.hook_name_out else "")
-    said = [place, kind.tag] if sae.name is None else [sae.name]
+    said = [place, changed.architecture.tag] if sae.name is None else [sae.name]
     known = {"hook_name", "hook_name_out", "architecture"} if sae.name is None else set()
     said += [f"{name}{_words(value)}" for name, value in swept.items() if name not in known]
     return replace(changed, name="-".join(said))
 
 
-def architecture_of(sae: SAEConfig, tag: object) -> Architecture:
+def _changed(sae: SAEConfig, swept: dict[str, Any]) -> SAEConfig:
+    """The entry with other values of fields, its architecture's among them."""
+    kind = _architecture_of(sae, swept.get("architecture", sae.architecture.tag))
+    own, general = ({entry.name for entry in fields(one)} for one in (kind, sae))
+    others = {name: value for name, value in swept.items() if name not in own and name != "architecture"}
+    if unknown := sorted(others.keys() - general):
+        raise ConfigError([(unknown[0], f"{kind.tag} has no such field{nearest(unknown[0], own | general)}")])
+    kind = replace(kind, **{name: value for name, value in swept.items() if name in own})
+    return replace(sae, architecture=kind, **others)
+
+
+def _architecture_of(sae: SAEConfig, tag: object) -> Architecture:
     """The entry's architecture, or another one with what both have in common."""
     kind = architecture_named(tag)
     if isinstance(sae.architecture, kind) and sae.architecture.tag == tag:

@@ -1,0 +1,208 @@
+"""What ``"auto"`` means in a configuration: a number, once the model's widths and the length of the run are known.
+
+The rules are those of the papers and libraries that the architectures name, for runs of any length. Short runs, of
+fewer than 20,000 updates, are ours: a larger learning rate, a warm-up of 5 % and latents that count as dead after 10 %
+of the tokens, so that what is made for billions of tokens does something within a million.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._faults import ConfigError
+from .config import TrainConfig
+from .forward import default_budget_bytes
+from .sae_config import SAEConfig
+
+SHORT = 20_000  # updates
+_WARM_UP = 1_000
+_FASTEST = 4.0  # times the rate of a long run. FVU after 192 updates: .31 at that rate, .25 at 2 × it, .21 at 4 × it
+_DEAD_AFTER = 10_000_000
+_CHUNK = {"cuda": 262_144, "cpu": 16_384}
+_MIB = 2**20
+
+
+def resolved(
+    config: TrainConfig, widths: Sequence[tuple[int, int]], *, max_length: int, device_type: str, embedded: bool
+) -> TrainConfig:
+    """The configuration of the same run in which no ``"auto"`` is left, and no sweep.
+
+    What differs between autoencoders (learning rates of different widths, say) stands in their entries, and then
+    ``optim`` has the first one's.
+
+    Args:
+        widths: of the rows and of what is reconstructed, for each autoencoder of ``config.expanded()``.
+        max_length: of the language model's contexts.
+        device_type: ``"cuda"`` or ``"cpu"``: where the autoencoders go unless the configuration says it.
+        embedded: whether the language model is the embedded one, whose runs are short.
+
+    Raises:
+        ConfigError: something does not fit the model: more latents are kept than there are, a context is longer than
+            the model's, a batch larger than the run.
+        ValueError: ``widths`` are not one for each autoencoder.
+
+    Example:
+        >>> from sae_engine.training.presets import preset
+        >>> config = resolved(preset("embedded"), [(256, 256)], max_length=256, device_type="cpu", embedded=True)
+        >>> config.optim.lr, config.optim.dead_after, config.saes[0].aux_k, config.data.context_size
+        (0.002263, 100000, 128, 256)
+    """
+    config = config.expanded()
+    if len(widths) != len(config.saes):
+        raise ValueError(f"widths must have one pair for each of {len(config.saes)} autoencoders, got {len(widths)}")
+    config = replace(config, device=device_type if config.device == "auto" else config.device)
+    config = _data(config, max_length, embedded)
+    updates = config.updates
+    saes, faults = [], []
+    for number, (sae, (d_in, d_out)) in enumerate(zip(config.saes, widths, strict=True)):
+        try:
+            saes.append(_sae(sae, d_in, d_out))
+        except ConfigError as error:
+            faults += error.below(f"saes.{number}").faults
+    if faults:
+        raise ConfigError(faults)
+    return _run(_optim(replace(config, saes=tuple(saes)), updates), updates, embedded)
+
+
+def widths_of(config: TrainConfig) -> tuple[list[tuple[int, int]], int, bool]:
+    """What :func:`resolved` wants to know, without a model's weights where its configuration says it: the widths, the
+    longest context, and whether the model is the embedded one.
+
+    Raises:
+        OSError: there is no such model, or the hub does not answer and the model is not in its cache.
+        ValueError: there is no such site in the model.
+        ImportError: transformers is not installed.
+
+    Example:
+        >>> from sae_engine.training.presets import preset
+        >>> widths_of(preset("embedded"))
+        ([(256, 256)], 256, True)
+    """
+    saes = config.expanded().saes
+    if config.data.store_path is not None:
+        from ..data.store import ActivationStore
+
+        store = ActivationStore(config.data.store_path, allow_incomplete=True)
+        return [(store.d_model, store.d_model)] * len(saes), store.manifest["context_length"], False
+    from ..data.models import EMBEDDED, width_and_length
+
+    model, wide = config.model, config.model.model_from_pretrained_kwargs
+    width, length = width_and_length(model.model_name, revision=model.revision,
+                                     trust_remote_code=bool(wide.get("trust_remote_code")))  # fmt: skip
+    others = {site for sae in saes for site in (sae.hook_name, sae.hook_name_out or sae.hook_name)}
+    known = {site: width for site in others if _on_the_stream(site)}
+    if missing := others - known.keys():
+        known |= _measured(config, missing)
+    pairs = [(known[sae.hook_name], known[sae.hook_name_out or sae.hook_name]) for sae in saes]
+    return pairs, length, model.model_name == EMBEDDED
+
+
+def _on_the_stream(site: str) -> bool:
+    """Whether a site's rows are as wide as the residual stream in every model."""
+    from ..data.sites import Site
+
+    return Site.of(site).name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out")
+
+
+def _measured(config: TrainConfig, sites: set[str]) -> dict[str, int]:
+    """The widths of any sites, in the model itself."""
+    from ..data.models import load_language_model
+    from ..data.places import find_place
+
+    lm = load_language_model(config.model.model_name, revision=config.model.revision, dtype=config.model.dtype)
+    return {site: find_place(lm.model, site).width for site in sites}
+
+
+# ------------------------------------------------------------------------------------------------ the rules
+
+
+def _filled(part: Any, **values: Any) -> Any:
+    """A part of the configuration with numbers where it has ``"auto"``."""
+    return replace(part, **{name: value for name, value in values.items() if getattr(part, name) == "auto"})
+
+
+def _data(config: TrainConfig, max_length: int, embedded: bool) -> TrainConfig:
+    data, optim = config.data, config.optim
+    if data.context_size != "auto" and data.context_size > max_length:
+        raise ConfigError([("data.context_size", f"must not exceed the model's {max_length}, got {data.context_size}")])
+    device = torch.device(config.device)
+    step = data.shuffle_chunks * optim.train_batch_size_tokens
+    chunk = max(round(_CHUNK["cuda" if device.type == "cuda" else "cpu"] / step), 1) * step
+    data = _filled(data, context_size=min(max_length, 1024), shuffle_tokens=chunk, prefetch=device.type == "cuda",
+                   training_tokens=1_000_000 if embedded else 100_000_000)  # fmt: skip
+    return replace(config, data=data)
+
+
+def _sae(sae: SAEConfig, d_in: int, d_out: int) -> SAEConfig:
+    if sae.normalize_activations == "layer_norm" and d_in != d_out:
+        raise ConfigError([("normalize_activations", f"layer_norm needs rows of one width, got {d_in} and {d_out}")])
+    d_sae = sae.sized(d_in)
+    kind = sae.architecture.resolved(d_in, d_sae, sae.normalize_activations)
+    sae = _filled(sae, aux_k=min(max(d_in // 2, 1), d_sae))
+    return replace(sae, architecture=kind, d_sae=d_sae, expansion_factor=None)
+
+
+def _optim(config: TrainConfig, updates: int) -> TrainConfig:
+    short = updates < SHORT
+    factor = min(_FASTEST, math.sqrt(SHORT / updates)) if short else 1.0
+    tokens = config.data.training_tokens
+    assert tokens != "auto"
+    optim = _filled(
+        config.optim,
+        lr_warm_up_steps=updates // 20 if short else _WARM_UP,
+        lr_decay_steps=updates // 5,
+        dead_after=max(min(_DEAD_AFTER, tokens // 10), 1) if short else _DEAD_AFTER,
+    )
+    device = torch.device(config.device)
+    here = device.type != "cuda" or torch.cuda.is_available()  # else it is another machine's memory
+    if optim.memory_budget is None and here:
+        free = default_budget_bytes(device)
+        optim = replace(optim, memory_budget=max(free // _MIB, 1) * _MIB)
+    config = replace(config, optim=optim)
+    own = {
+        "lr": [float(f"{sae.architecture.learning_rate(sae.sized(1)) * factor:.4g}") for sae in config.saes],
+        "adam_beta1": [sae.architecture.adam_beta1 for sae in config.saes],
+        "sparsity_warm_up_steps": [sae.architecture.sparsity_warm_up(updates) for sae in config.saes],
+    }
+    for name, values in own.items():
+        if getattr(config.optim, name) == "auto":
+            config = _each(config, name, values)
+    return config
+
+
+def _each(config: TrainConfig, name: str, values: Sequence[Any]) -> TrainConfig:
+    """A number for each autoencoder that does not say it itself: in ``optim`` where they agree."""
+    said = [getattr(sae, name) for sae in config.saes]
+    taken = [value if own is None else own for value, own in zip(values, said, strict=True)]
+    config = replace(config, optim=replace(config.optim, **{name: taken[0]}))
+    if len(set(taken)) == 1:
+        return config
+    saes = [replace(sae, **{name: value}) for sae, value in zip(config.saes, taken, strict=True)]
+    return replace(config, saes=tuple(saes))
+
+
+def _run(config: TrainConfig, updates: int, embedded: bool) -> TrainConfig:
+    return replace(
+        config,
+        eval=_filled(config.eval, eval_steps=max(updates // 10, 1), eval_tokens=16_384 if embedded else 65_536),
+        logger=_filled(config.logger, logging_steps=min(max(updates // 100, 1), 100)),
+        output=replace(_filled(config.output, save_steps=min(max(updates // 10, 1), 5_000)),
+                       output_path=_output(config)),
+    )  # fmt: skip
+
+
+def _output(config: TrainConfig) -> str:
+    """The run folder, with a name that no folder has yet in place of ``auto``."""
+    path = Path(config.output.output_path)
+    if path.name != "auto":
+        return config.output.output_path
+    model = Path(config.data.store_path or config.model.model_name).name
+    many = "" if len(config.saes) == 1 else f"-and-{len(config.saes) - 1}-more"
+    name = f"{model}-{config.saes[0].name}{many}"
+    names = (name, *(f"{name}-{number}" for number in range(2, 10_000)))
+    return str(next(path.with_name(free) for free in names if not path.with_name(free).exists()))
