@@ -10,6 +10,8 @@ import torch
 
 import sae_engine as se
 from sae_engine.acceleration.switch import LIBRARIES
+from sae_engine.training import config
+from sae_engine.training.architectures import ARCHITECTURES
 
 MODULES = sorted(
     {m.name for m in pkgutil.walk_packages(se.__path__, "sae_engine.") if ".assets" not in m.name} | {"sae_engine"}
@@ -18,6 +20,12 @@ PUBLIC = {
     "sae_engine": se.__all__,
     **{f"sae_engine.{part}": importlib.import_module(f"sae_engine.{part}").__all__ for part in (
         "functional", "losses", "metrics", "training", "data", "latents")},
+    "sae_engine.training.architectures": [kind.__name__ for kind in ARCHITECTURES.values()],
+    "sae_engine.training.auto": ["resolved", "widths_of"],
+    "sae_engine.training.config": config.__all__,
+    "sae_engine.training.config_files": ["json_schema", "with_settings"],
+    "sae_engine.training.presets": ["preset"],
+    "sae_engine.training.schedule": ["lr_factor", "warm_up_factor"],
     "sae_engine.checkpoints.convert": ["convert"],
     "sae_engine.checkpoints.formats": ["detect", "load", "save"],
     "sae_engine.checkpoints.card": ["SourceCard"],

@@ -58,7 +58,8 @@ def resolved(
     config = replace(config, device=device_type if config.device == "auto" else config.device)
     config = _data(config, max_length, embedded)
     updates = config.updates
-    saes, faults = [], []
+    saes: list[SAEConfig] = []
+    faults: list[tuple[str, str]] = []
     for number, (sae, (d_in, d_out)) in enumerate(zip(config.saes, widths, strict=True)):
         try:
             saes.append(_sae(sae, d_in, d_out))
@@ -164,7 +165,7 @@ def _optim(config: TrainConfig, updates: int) -> TrainConfig:
         free = default_budget_bytes(device)
         optim = replace(optim, memory_budget=max(free // _MIB, 1) * _MIB)
     config = replace(config, optim=optim)
-    own = {
+    own: dict[str, list[Any]] = {
         "lr": [float(f"{sae.architecture.learning_rate(sae.sized(1)) * factor:.4g}") for sae in config.saes],
         "adam_beta1": [sae.architecture.adam_beta1 for sae in config.saes],
         "sparsity_warm_up_steps": [sae.architecture.sparsity_warm_up(updates) for sae in config.saes],
