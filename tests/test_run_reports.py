@@ -84,7 +84,11 @@ def test_a_report_says_what_was_trained_and_how_it_ended(tmp_path):
         assert set(cells) <= set(found.words)  # the page has the same
     assert "The run is finished." in md
     assert "Without an autoencoder the cross-entropy is 3.1000, with zeros 9.4000." in md
-    assert "from_pretrained('runs/gpt2/sae/blocks.2.hook_resid_pre-topk-k16')" in md
+    code = md.partition("```python\n")[2].partition("```")[0]
+    compile(code, "report.md", "exec")
+    assert 'se.SparseAutoencoder.from_pretrained(f"runs/gpt2/sae/{n}")' in code
+    assert all(f'"{sae["name"]}",' in code for sae in SWEEP)
+    assert "*In the HTML page: FVU against L0; Cross-entropy recovered against L0.*" in md
     assert {"tokens read", "264,000", "dropped norm", "180"} <= set(found.words)
     assert (folder / "report.html").read_text() == page  # written again, the bits are the same
 

@@ -49,7 +49,7 @@ def colour_of(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
-def curves(title: str, series: Sequence[Series], *, x_label: str, percent: bool = False) -> str | None:
+def curves(title: str, series: Sequence[Series], *, x_label: str) -> str | None:
     """One chart of all series over a linear x; y is logarithmic where it spans more than a factor of 20.
 
     None where nothing finite is to be shown.
@@ -59,8 +59,8 @@ def curves(title: str, series: Sequence[Series], *, x_label: str, percent: bool 
     if not points:
         return None
     ys = [y for _, y in points]
-    log = not percent and min(ys) > 0 and max(ys) > 20 * min(ys)
-    x_axis, y_axis = Axis([x for x, _ in points], LEFT, WIDTH - RIGHT, exact=True), _y_axis(ys, log, percent)
+    log = min(ys) > 0 and max(ys) > 20 * min(ys)
+    x_axis, y_axis = Axis([x for x, _ in points], LEFT, WIDTH - RIGHT, exact=True), _y_axis(ys, log)
     parts = [*_frame(title, x_axis, y_axis, x_label, "")]
     for s, runs in shown:
         for run in runs:
@@ -77,14 +77,14 @@ def curves(title: str, series: Sequence[Series], *, x_label: str, percent: bool 
     return _svg(title, parts)
 
 
-def frontier(title: str, points: Sequence[Point], *, x_label: str, y_label: str, percent: bool = False) -> str | None:
+def frontier(title: str, points: Sequence[Point], *, x_label: str, y_label: str) -> str | None:
     """Points with labels, over an x that is logarithmic where it spans more than a factor of 3."""
     found = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)]
     if not found:
         return None
     xs, ys = [p.x for p in found], [p.y for p in found]
     x_axis = Axis(xs, LEFT, WIDTH - RIGHT, log=min(xs) > 0 and max(xs) > 3 * min(xs))
-    y_axis = _y_axis(ys, not percent and min(ys) > 0 and max(ys) > 20 * min(ys), percent)
+    y_axis = _y_axis(ys, min(ys) > 0 and max(ys) > 20 * min(ys))
     parts = [*_frame(title, x_axis, y_axis, x_label, y_label)]
     for group in dict.fromkeys(p.group for p in found if p.group is not None):
         members = sorted((p for p in found if p.group == group), key=lambda p: (p.x, p.y))
@@ -119,16 +119,12 @@ class Axis:
 
     def __init__(
         self, values: Sequence[float], low: float, high: float, *, log: bool = False, exact: bool = False,
-        bounds: tuple[float, float] = (-math.inf, math.inf), percent: bool = False,
+        least: float = -math.inf,
     ) -> None:  # fmt: skip
-        self.log, self.low, self.high, self.percent = log, low, high, percent
+        self.log, self.low, self.high = log, low, high
         first, last = (self._scaled(min(values)), self._scaled(max(values)))
         margin = 0.0 if exact and last > first else 0.06 * (last - first) or 0.05 * abs(first) or 0.5
-        # Where all values are the same, a margin must not lead beyond what such a number can be.
-        self.first = max(first - margin, min(bounds[0], first))
-        self.last = min(last + margin, max(bounds[1], last))
-        if self.first == self.last:
-            self.first, self.last = self.first - 0.5, self.last + 0.5
+        self.first, self.last = max(first - margin, least), last + margin
         self.ticks = self._log_ticks() if log else _linear_ticks(self.first, self.last)
 
     def _scaled(self, value: float) -> float:
@@ -153,29 +149,29 @@ class Axis:
         return found
 
     def written(self) -> list[str]:
-        if self.percent:
-            step = min((b - a for a, b in zip(self.ticks, self.ticks[1:], strict=False)), default=0.1)
-            return [f"{tick:.{0 if step > 0.0099 else 1 if step > 0.00099 else 2}%}" for tick in self.ticks]
-        return [short(tick) for tick in self.ticks]
+        """With as many digits as tell what they are."""
+        step = min((b - a for a, b in zip(self.ticks, self.ticks[1:], strict=False)), default=1.0)
+        digits = next(n for n in range(3, 18) if all(
+            abs(float(f"{tick:.{n}g}") - tick) < 0.01 * step for tick in self.ticks) or n == 17)  # fmt: skip
+        return [short(tick, digits) for tick in self.ticks]
 
 
-def _y_axis(ys: Sequence[float], log: bool, percent: bool) -> Axis:
-    low = 0.0 if not log and min(ys) >= 0 else -math.inf
-    high = 1.0 if percent and max(ys) <= 1 else math.inf
-    return Axis(ys, HEIGHT - BOTTOM, TOP, log=log, bounds=(low, high), percent=percent)
+def _y_axis(ys: Sequence[float], log: bool) -> Axis:
+    """Upwards, and not below 0 where nothing is."""
+    return Axis(ys, HEIGHT - BOTTOM, TOP, log=log, least=0.0 if not log and min(ys) >= 0 else -math.inf)
 
 
 def _linear_ticks(first: float, last: float, wanted: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10((last - first) / wanted))
     steps = {m: range(math.ceil(first / (m * power) - 1e-9), math.floor(last / (m * power) + 1e-9) + 1)
-             for m in (1, 2, 2.5, 5, 10)}  # fmt: skip
+             for m in (1, 2, 5, 10)}  # fmt: skip
     best = min(steps, key=lambda m: abs(len(steps[m]) - wanted))
     return [n * best * power for n in steps[best]]
 
 
 def short(number: float, digits: int = 4) -> str:
     """At most so many digits, thousands as k, M, G, T."""
-    if number == 0:
+    if abs(number) < 1e-300:
         return "0"
     size = abs(number)
     if size < 1e-3 or size >= 1e15:

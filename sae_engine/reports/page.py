@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
+from html import escape, unescape
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Figures:
-    """SVGs beside one another where there is room, or ``wide``, one below the other; in HTML alone."""
+    """SVGs beside one another where there is room, or ``wide``, one below the other. Markdown has their titles."""
 
     drawn: Sequence[str]
     wide: bool = False
@@ -105,6 +105,9 @@ def _markdown(block: Block) -> str:
         return markdown_table(block)
     if isinstance(block, Code):
         return f"```{block.language}\n{block.text.rstrip()}\n```"
+    if isinstance(block, Figures):
+        titles = re.findall(r'^<svg[^>]*aria-label="([^"]*)"', "\n".join(block.drawn), re.MULTILINE)
+        return f"*In the HTML page: {unescape('; '.join(titles))}.*" if titles else ""
     if isinstance(block, Folded):
         return "\n\n".join([f"### {block.summary}", *filter(None, map(_markdown, block.blocks))])
     return ""
@@ -155,7 +158,8 @@ def _html(block: Block) -> str:
 
 def _html_table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str, mark: str = "") -> str:
-        sides = (' class="r"' if side == "r" else "" for side in table.align)
+        sides = (' class="r"' if side == "r" else ' class="long"' if len(cell) > 44 else "" for side, cell in zip(
+            table.align, cells, strict=True))  # fmt: skip
         made = [f"<{tag}{side}>{_spans(cell)}</{tag}>" for cell, side in zip(cells, sides, strict=True)]
         if mark:
             made[0] = made[0].replace(">", f">{mark}", 1)
@@ -198,6 +202,7 @@ table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabula
 th, td { padding: 6px 14px 6px 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #e3e6ea; }
 th { font-weight: 600; color: #5b6470; border-bottom-color: #b9c0c8; vertical-align: bottom; }
 .r { text-align: right; }
+.long { white-space: normal; min-width: 26ch; overflow-wrap: anywhere; }
 .mark { width: 22px; height: 10px; margin-right: 7px; vertical-align: 0; }
 .legend { max-width: none; font-size: 14px; }
 .legend span { display: inline-block; margin-right: 20px; }

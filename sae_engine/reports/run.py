@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -15,14 +16,13 @@ from .figures import COLOURS, DASHES, Point, Series, colour_of, curves, frontier
 from .page import Code, Figures, Folded, Heading, Legend, Page, Table, Text, Tiles
 from .reading import RunRecord, Trained, distinct, read_run
 
-# Key, title, whether it is a share.
 _CURVES = (
-    ("evaluation/fvu", "FVU, held-out text", False),
-    ("evaluation/ce_recovered", "Cross-entropy recovered, held-out text", False),
-    ("metrics/explained_variance", "Explained variance, training batches", False),
-    ("metrics/l0", "L0, training batches", False),
-    ("sparsity/dead_features", "Dead latents", False),
-    ("details/current_learning_rate", "Learning rate", False),
+    ("evaluation/fvu", "FVU, held-out text"),
+    ("evaluation/ce_recovered", "Cross-entropy recovered, held-out text"),
+    ("metrics/explained_variance", "Explained variance, training batches"),
+    ("metrics/l0", "L0, training batches"),
+    ("sparsity/dead_features", "Dead latents"),
+    ("details/current_learning_rate", "Learning rate"),
 )
 _MOST_ROWS = 12  # of the table of evaluations
 _DATA = ("dataset_path", "dataset_name", "split", "column", "store_path", "context_size", "packing", "prepend_bos",
@@ -206,15 +206,15 @@ def _frontiers(run: RunRecord) -> list[Any]:
 
 def _curves(run: RunRecord) -> list[Any]:
     losses = {key: None for name in run.names for key in run.keys("losses/", name)}
-    wanted = [*_CURVES[:2], *((key, _loss_title(key), False) for key in losses), *_CURVES[2:]]
+    wanted = [*_CURVES[:2], *((key, _loss_title(key)) for key in losses), *_CURVES[2:]]
     drawn, marks = [], marks_of(run.trained)
-    for key, title, percent in wanted:
+    for key, title in wanted:
         series = []
         for name, mark in zip(run.names, marks, strict=True):
             xs, ys = run.curve(key, name)
             series.append(Series(name, xs, ys, *mark))
         if any(len(set(s.x)) > 1 for s in series):  # one evaluation is in the table above
-            drawn.append(curves(title, series, x_label="tokens", percent=percent))
+            drawn.append(curves(title, series, x_label="tokens"))
     found = [svg for svg in drawn if svg is not None]
     if not found:
         return []
@@ -246,6 +246,8 @@ def _evaluations(run: RunRecord) -> list[Any]:
 def _data(run: RunRecord) -> list[Any]:
     said = run.section("data")
     rows = [[key, _plain(said[key])] for key in _DATA if said.get(key) is not None]
+    if (tokens := run.section("eval").get("eval_tokens")) is not None:
+        rows.append(["eval_tokens", _plain(tokens)])
     rows += [[key.removeprefix("data/").replace("_", " "), _plain(run.last(key))] for key in run.keys("data/")]
     return [Heading("Data"), Table(["", ""], rows, "ll")] if rows else []
 
@@ -293,22 +295,28 @@ def _plain(value: Any) -> str:
 
 def _loading(run: RunRecord) -> list[Any]:
     path, model = _path(run), run.section("model").get("model_name")
-    loaded = "" if model in (None, "embedded") else repr(str(model))
     first = run.config["saes"][0]
     lines = ["import sae_engine as se", "from sae_engine.data import load_language_model, read_activations", ""]
-    lines += [f"sae = se.SparseAutoencoder.from_pretrained({f'{path}/sae/{name}'!r})" for name in run.names[:12]]
-    if len(run.names) > 12:
-        lines.append(f"# and {len(run.names) - 12} more in {path}/sae")
+    if len(run.names) == 1:
+        lines.append(f"sae = se.SparseAutoencoder.from_pretrained({_quoted(f'{path}/sae/{run.names[0]}')})")
+    else:
+        lines += ["names = [", *(f"    {_quoted(name)}," for name in run.names), "]"]
+        lines.append(f'saes = {{n: se.SparseAutoencoder.from_pretrained(f"{path}/sae/{{n}}") for n in names}}')
+        lines.append("sae = saes[names[0]]")
     lines += [
-        "", f"lm = load_language_model({loaded})",
+        "", f"lm = load_language_model({'' if model in (None, 'embedded') else _quoted(model)})",
         'ids = lm.tokenizer("Some text.", return_tensors="pt").input_ids',
-        f"codes = sae.encode(read_activations(lm.model, ids, site={str(first.get('hook_name'))!r}))",
+        f"codes = sae.encode(read_activations(lm.model, ids, site={_quoted(first.get('hook_name'))}))",
     ]  # fmt: skip
     shell = f"sae-engine eval {path}/sae/{run.names[0]}\nsae-engine push {path}/sae/{run.names[0]} --dry-run"
     blocks: list[Any] = [Heading("How to use them" if len(run.names) > 1 else "How to use it")]
     if not run.is_finished:
         blocks.append(Text("The folders below `sae/` are there once the run has ended."))
     return [*blocks, Code("\n".join(lines), "python"), Code(shell, "console")]
+
+
+def _quoted(text: Any) -> str:
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 def _rest(run: RunRecord) -> list[Any]:

@@ -29,12 +29,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from .config import LoggerConfig
 
 _LOGGER = logging.getLogger(__name__)
 __all__ = ["Guarded", "JsonLines", "Progress", "TensorBoard", "Tracker", "Trackio", "Wandb", "read_metrics",
@@ -410,10 +413,8 @@ class Guarded(Tracker):
             return None
 
 
-def trackers_for(logger: Any, folder: str | Path) -> list[Tracker]:
+def trackers_for(logger: LoggerConfig, folder: str | Path) -> list[Tracker]:
     """What ``logger.report_to`` names, behind the JSON lines of ``folder / "metrics.jsonl"``, which come first.
-
-    ``logger`` is a configuration's ``LoggerConfig``, of which ``project`` is read too.
 
     Raises:
         ImportError: a package that was asked for is not installed; says how to.
@@ -421,9 +422,8 @@ def trackers_for(logger: Any, folder: str | Path) -> list[Tracker]:
 
     Example:
         >>> import tempfile
-        >>> from types import SimpleNamespace
-        >>> logger = SimpleNamespace(report_to=(), project="sae-engine")
-        >>> [tracker.name for tracker in trackers_for(logger, tempfile.mkdtemp())]
+        >>> from sae_engine.training.config import LoggerConfig
+        >>> [tracker.name for tracker in trackers_for(LoggerConfig(), tempfile.mkdtemp())]
         ['jsonl']
     """
     folder = Path(folder)
