@@ -37,6 +37,7 @@ EXCEPT = {
     "RowTokens": "four fields, which ActivationStore.row_tokens reads",
     "FeatureTokens": "five fields, which Features.tokens reads",
     "Lens": "four fields, which logit_lens fills",
+    "Published": "three fields, which push fills",
     "LatentEntries": "two fields, which Features.by_latent reads",
     "ByLatent": "three fields, shown where SparseCodes.by_latent makes them",
     "SparseCodes.assert_fits": "does nothing that one could see, unless it ends the program",
@@ -58,7 +59,7 @@ SKIPPED = {
 }  # fmt: skip
 # Without a word on errors: they hold what they are given, or have none to raise.
 CANNOT_FAIL = {"ByLatent", "Context", "EncodeInfo", "Encoded", "FeatureTokens", "LanguageModel", "LatentEntries",
-               "Lens", "LossInput", "Pull", "ReLU", "RowTokens",
+               "Lens", "LossInput", "Published", "Pull", "ReLU", "RowTokens",
                "Site", "SourceCard", "SparseCodes", "SparseCodes.transposed_for", "loss_recovered"}  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
     """
     from safetensors.torch import save_file
 
-    architecture = _written_as(c)
+    architecture = architecture_of(c)
     if architecture in BATCH:
         warnings.warn(
             f"SAELens' SAE.load_from_disk refuses {architecture!r}, which only trains there: use its TrainingSAE, or "
@@ -157,7 +157,7 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
     })  # fmt: skip
 
 
-def _written_as(c: Checkpoint) -> str:
+def architecture_of(c: Checkpoint) -> str:
     """The architecture's name. SAELens' transcoders are ReLU or JumpReLU and never subtract ``b_dec``."""
     if c.activation not in WRITTEN:
         if act.base.RULES.get(c.activation.__name__) is not c.activation:

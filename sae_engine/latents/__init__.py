@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .delphi import write_delphi
     from .features import collect
     from .lens import Lens, logit_lens
+    from .publishing import Published, push
     from .steering import ablate, steer
     from .stored import Features, FeatureTokens, LatentEntries
 
@@ -18,10 +19,12 @@ __all__ = [
     "Features",
     "LatentEntries",
     "Lens",
+    "Published",
     "ablate",
     "collect",
     "logit_lens",
     "max_activating",
+    "push",
     "steer",
     "write_dashboard",
     "write_delphi",
@@ -33,6 +36,7 @@ _MODULES = {
     "delphi": {"write_delphi"},
     "features": {"collect"},
     "lens": {"Lens", "logit_lens"},
+    "publishing": {"Published", "push"},
     "steering": {"ablate", "steer"},
     "stored": {"FeatureTokens", "Features", "LatentEntries"},
 }

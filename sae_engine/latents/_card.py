@@ -1,0 +1,68 @@
+"""README.md of a published repository: a YAML header that the hub reads, and what a user has to know."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from ..checkpoints._checkpoint import Checkpoint, words
+from ..metrics.place import hub_name
+
+_DATASET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def card(
+    checkpoints: Mapping[str, Checkpoint], repo_id: str, layouts: Sequence[str], description: str, license: str | None
+) -> str:
+    """The whole file. What is said of an autoencoder is what its checkpoint says; nothing is guessed."""
+    models = sorted({name for c in checkpoints.values() if (name := hub_name(words(c)[0]))})
+    texts = sorted({c.provenance.text for c in checkpoints.values() if c.provenance and c.provenance.text})
+    header = {
+        "license": license, "library_name": "saelens" if "saelens" in layouts else None,
+        "base_model": [name for name in models if "/" in name],
+        "datasets": [text for text in texts if _DATASET.fullmatch(text)],
+        "tags": ["sparse-autoencoder", "mechanistic-interpretability", "saelens", "sae-engine"],
+    }  # fmt: skip
+    # JSON's strings and lists are YAML's.
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items() if value]
+    parts = [
+        "\n".join(["---", *lines, "---"]),
+        f"# {repo_id.partition('/')[2]}",
+        description.strip(),
+        f"Sparse autoencoders of {', '.join(f'`{name}`' for name in models) or 'a model that is not named'}.",
+        "\n".join([
+            "| folder | rule | d_in | latents | input | target | normalization |", "|---|---|---|---|---|---|---|",
+            *(_row(name, c) for name, c in checkpoints.items()),
+        ]),
+        _loading(repo_id, next(iter(checkpoints))) if "saelens" in layouts else "",
+        *(f"Trained on {text}." for text in texts),
+        _others(layouts),
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _loading(repo_id: str, name: str) -> str:
+    return (
+        f"```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained({repo_id!r}, {name!r})\n```\n\n"
+        "```python\nimport sae_engine as se\n\n"
+        f"sae = se.SparseAutoencoder.from_pretrained({f'{repo_id}/{name}'!r})\n```"
+    )
+
+
+def _row(name: str, c: Checkpoint) -> str:
+    d_in, d_sae = c.tensors["W_enc"].shape
+    _, hook, target = words(c)
+    options = ", ".join(f"{key}={value}" for key, value in c.options.items() if key in ("k", "widths"))
+    cells = [f"`{name}`", f"{c.activation.__name__}({options})" if options else c.activation.__name__, str(d_in),
+             str(d_sae), hook or "–", target or "–", c.normalize_activations]  # fmt: skip
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _others(layouts: Sequence[str]) -> str:
+    said = {
+        "saebench": "`saebench/` holds the same weights for SAEBench's runner of dictionary_learning repositories.",
+        "circuit-tracer": "`circuit-tracer/` holds them as a transcoder set: `--transcoder_set OWNER/REPOSITORY/"
+                          "circuit-tracer`.",
+    }  # fmt: skip
+    return "\n".join(said[layout] for layout in layouts if layout in said)
