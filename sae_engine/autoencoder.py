@@ -393,14 +393,15 @@ class SparseAutoencoder(nn.Module):
         cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | str | None = None,
         activation_scale: float | None = None, residual: str | None = None, fold_decoder_norms: bool = False,
     ):  # fmt: skip
-        """An autoencoder from a checkpoint of SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope or BatchTopK.
+        """An autoencoder from a checkpoint of SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope, Llama Scope,
+        circuit-tracer or BatchTopK.
 
         What its input has to be stands in :attr:`card`: ``print(sae.card)``.
 
         Args:
             path: a folder, a file of weights, or ``owner/repository[/folder][/file]`` of the Hugging Face hub.
             format: ``"auto"`` decides by what the files hold; or a key of
-                :data:`sae_engine.checkpoints.formats.FORMATS`.
+                :data:`sae_engine.checkpoints.formats.READ`.
             device: where the parameters go; the default device.
             dtype: of the parameters; that of the file. Thresholds keep theirs.
             activation_scale: what multiplied the activations in training, for SAELens' ``expected_average_only_in``:

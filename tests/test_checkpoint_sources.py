@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import B, D, F, write
+from checkpoint_cases import B, D, F, write, write_llama_scope
 
 import sae_engine as se
 from sae_engine import cli
@@ -39,12 +39,22 @@ class TestHub:
         assert loaded.card.source == "a/b@0123abc/layers.3"
         ((repository, asked),) = served
         assert repository == "a/b" and asked["ignore_patterns"] == ["layers.3/*/*"]
-        assert set(asked["allow_patterns"]) == {f"layers.3/*{s}" for s in (".json", ".safetensors", ".pt", ".npz")}
+        suffixes = (".json", ".yaml", ".safetensors", ".pt", ".npz")
+        assert set(asked["allow_patterns"]) == {f"layers.3/*{s}" for s in suffixes}
 
     def test_a_file_of_a_repository(self, served):
         loaded = se.SparseAutoencoder.from_pretrained("a/b/layer_0/width_16k/params.npz")
         assert type(loaded.activation) is se.JumpReLU
-        assert served[0][1]["allow_patterns"] == ["layer_0/width_16k/params.npz", "layer_0/width_16k/*.json"]
+        files = ("params.npz", "*.json", "*.yaml")
+        assert served[0][1]["allow_patterns"] == [f"layer_0/width_16k/{file}" for file in files]
+
+    @pytest.mark.parametrize("name", ["a/b/L8R-8x", "a/b/L8R-8x/checkpoints/final.safetensors"])
+    def test_weights_one_folder_below_their_configuration(self, name, served, tmp_path):
+        write_llama_scope(tmp_path / "models--a--b" / "snapshots" / "0123abc" / "L8R-8x")
+        assert se.SparseAutoencoder.from_pretrained(name).provenance.layer == 8
+        patterns = [pattern for _, asked in served for pattern in asked["allow_patterns"]]
+        assert {"L8R-8x/checkpoints/final.safetensors"} <= set(patterns)
+        assert "L8R-8x/hyperparams.json" in patterns or "L8R-8x/*.json" in patterns
 
     @pytest.mark.parametrize(("name", "listed"), [
         ("a/b/layers.4", r"no weights in 'layers\.4'; .*'layer_0/width_16k', 'layers\.3'\]: .* a/b/layer_0/width_16k"),

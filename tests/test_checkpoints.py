@@ -263,23 +263,3 @@ class TestDetection:
         (tmp_path / "config.json").unlink()
         with pytest.raises(ValueError, match="AutoEncoderTopK or a BatchTopKSAE"):
             se.SparseAutoencoder.from_pretrained(tmp_path)
-
-    @pytest.mark.parametrize("layout", [
-        "Llama Scope", "Llama Scope, the folder", "circuit-tracer", "circuit-tracer ReLU",
-    ])
-    def test_layouts_that_are_not_read_are_named(self, layout, tmp_path):
-        weights = {name: torch.randn(F, D) for name in ("W_enc", "W_dec")}
-        weights |= {"b_enc": torch.zeros(F), "b_dec": torch.zeros(D)}
-        if layout.startswith("Llama"):
-            weights = {"encoder.weight": weights["W_enc"], "encoder.bias": weights["b_enc"],
-                       "decoder.weight": torch.randn(D, F), "decoder.bias": weights["b_dec"]}  # fmt: skip
-        elif layout == "circuit-tracer":
-            weights["activation_function.threshold"] = torch.ones(F)
-        else:
-            (tmp_path / "config.yaml").write_text("model_name: a/b\n")
-        if layout == "Llama Scope, the folder":
-            (tmp_path / "hyperparams.json").write_text('{"d_model": 12, "d_sae": 40, "jump_relu_threshold": 1.0}')
-        else:
-            save_file(weights, tmp_path / "layer_3.safetensors")
-        with pytest.raises(ValueError, match=f"has the layout of {layout.split(' ReLU')[0].split(',')[0]}.*save_model"):
-            se.SparseAutoencoder.from_pretrained(tmp_path)

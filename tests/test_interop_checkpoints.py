@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from checkpoint_cases import write_circuit_tracer, write_llama_scope
 
 import sae_engine as se
 from sae_engine.checkpoints import formats
@@ -218,6 +219,43 @@ class TestSAELens:
         theirs = sae_lens.SAE.from_dict(loaders.handle_config_defaulting(cfg))
         theirs.load_state_dict(state)
         assert_computes(ours.eval(), theirs.encode, theirs.decode, inputs(torch.float32), FP32)
+
+    def test_llama_scope_as_saelens_reads_it(self, sae_lens, tmp_path, monkeypatch):
+        from sae_lens.loading import pretrained_sae_loaders as loaders
+
+        write_llama_scope(tmp_path, d=D, d_sae=F)
+        files = {"hyperparams.json": "hyperparams.json", "final.safetensors": "checkpoints/final.safetensors"}
+
+        def download(repo_id, filename, **options):
+            return str(tmp_path / files[filename.rpartition("/")[2]])
+
+        monkeypatch.setattr(loaders, "hf_hub_download", download)
+        cfg, state, _ = loaders.llama_scope_sae_huggingface_loader(
+            "fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L8R-8x", cfg_overrides={"dtype": "float32"}
+        )
+        theirs = sae_lens.SAE.from_dict(loaders.handle_config_defaulting(cfg))
+        theirs.load_state_dict(state)
+        theirs.fold_activation_norm_scaling_factor(D**0.5 / 6.3125)
+        ours = se.SparseAutoencoder.from_pretrained(tmp_path).eval()
+        assert theirs.cfg.metadata.hook_name == "blocks.8.hook_resid_post" and ours.provenance.layer == 8
+        assert_computes(ours, theirs.encode, theirs.decode, inputs(torch.float32), FP32)
+
+    def test_circuit_tracers_transcoders_as_saelens_reads_them(self, sae_lens, tmp_path, monkeypatch):
+        from sae_lens.loading import pretrained_sae_loaders as loaders
+
+        write_circuit_tracer(tmp_path, d=D, d_sae=F)
+        (tmp_path / "wandb-config.yaml").write_text(
+            f"d_model: {{value: {D}}}\nd_feature: {{value: {F}}}\nbatch_size: {{value: 8}}\n"
+        )
+        monkeypatch.setattr(
+            loaders, "hf_hub_download", lambda repo_id, filename, **options: str(tmp_path / filename)
+        )
+        cfg, state, _ = loaders.mwhanna_transcoder_huggingface_loader("mwhanna/qwen3-0.6b", "layer_3.safetensors")
+        theirs = sae_lens.SAE.from_dict(loaders.handle_config_defaulting(cfg))
+        theirs.load_state_dict(state)
+        ours = se.SparseAutoencoder.from_pretrained(tmp_path / "layer_3.safetensors").eval()
+        assert (theirs.cfg.metadata.hook_name, ours.provenance.site) == ("blocks.3.mlp.hook_in", "mlp_in")
+        assert_computes(ours, theirs.encode, theirs.decode, inputs(torch.float32), FP32)
 
 
 class TestSparsify:

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data._require import require
+
 MAX_JSON_BYTES = 16 * 2**20
 # Arrays of an .npz may be compressed. Trained weights hardly shrink, zero biases do: this much growth is plausible.
 MAX_GROWTH, GROWTH_SLACK = 16, 64 * 2**20
+_YAML = ("config.yaml", "wandb-config.yaml", "wanb-config.yaml")  # the last is how some are spelled
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".npz")
 
 
@@ -78,12 +81,14 @@ def look_at(place: Path) -> Source:
     weights: list[WeightFile] = []
     configs: dict[Path, dict[str, Any]] = {}
     damaged: dict[Path, ValueError] = {}
-    for file in sorted(folder.iterdir()):
+    for file in [*sorted(folder.iterdir()), *_apart(folder)]:
         if not file.is_file() or (file.name.startswith(".") and file != place):
             continue
         try:
             kind = _kind(file)
-            if kind == "json" or file.suffix == ".json":
+            if file.name in _YAML:
+                configs[file] = _read_yaml(file)
+            elif kind == "json" or file.suffix == ".json":
                 configs[file] = read_json(file)
             elif place in (folder, file) and kind is not None:
                 found = WeightFile(file, kind)
@@ -98,6 +103,14 @@ def look_at(place: Path) -> Source:
     if place != folder and not weights:
         raise ValueError(f"{place} holds no weights: name the folder, or its file of weights")
     return Source(place, folder, tuple(weights), configs, damaged)
+
+
+def _apart(folder: Path) -> list[Path]:
+    """Files of the same checkpoint in another folder: Llama Scope's weights lie one below their configuration."""
+    config, below = "hyperparams.json", "checkpoints"
+    if (folder / config).is_file() and (folder / below).is_dir():
+        return sorted((folder / below).iterdir())
+    return [folder.parent / config] if folder.name == below else []
 
 
 def _kind(file: Path) -> str | None:
@@ -142,6 +155,21 @@ def read_json(file: Path) -> dict[str, Any]:
     if "weight_map" in value:
         raise ValueError(f"{file} is an index of weights in several files, which is not followed: join them into one")
     return value
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    yaml = require("yaml")
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes: too many for a configuration")
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold names and values, got {type(value).__name__}")
+    # Weights and Biases writes each value below a name of its own.
+    return {name: entry["value"] if isinstance(entry, dict) and "value" in entry else entry
+            for name, entry in value.items()}  # fmt: skip
 
 
 def _safetensors(file: Path, *, names_only: bool = False) -> dict[str, Any]:

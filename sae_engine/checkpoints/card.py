@@ -25,7 +25,7 @@ class SourceCard:
     """What a checkpoint says of itself, in words. It is printed and saved along; nothing is computed from it.
 
     Attributes:
-        format: the format it was first read from, a key of :data:`sae_engine.checkpoints.formats.FORMATS`.
+        format: the format it was first read from, a key of :data:`sae_engine.checkpoints.formats.READ`.
         architecture: that library's own name for the rule, such as ``"BatchTopKSAE"``.
         source: hub name, commit and sub-folder; None for local files.
         model_name: the language model.

@@ -1,6 +1,7 @@
 """The formats of the field: which one a checkpoint is in, reading it, writing it, and from one to another."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -10,7 +11,18 @@ import torch
 
 from .. import _checks as check
 from .._files import as_a_whole
-from . import batchtopk, dictionary_learning, gemma_scope, gemma_scope_2, hub, openai, saelens, sparsify
+from . import (
+    batchtopk,
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    hub,
+    llama_scope,
+    openai,
+    saelens,
+    sparsify,
+)
 from ._checkpoint import Checkpoint, Files, build, of
 from ._folding import unit_decoder_rows
 from ._reading import Source, WeightFile, look_at
@@ -20,6 +32,7 @@ FORMATS: dict[str, ModuleType] = {
     module.NAME: module
     for module in (saelens, sparsify, dictionary_learning, openai, gemma_scope, gemma_scope_2, batchtopk)
 }  # fmt: skip
+READ = FORMATS | {module.NAME: module for module in (llama_scope, circuit_tracer)}  # the last two are not written
 RESIDUALS = (RAW, CENTRED)
 
 
@@ -68,7 +81,7 @@ def read(
     path: str | PathLike, *, format: str = "auto", activation_scale: float | None = None, residual: str | None = None
 ) -> tuple[Checkpoint, Path]:
     """The checkpoint at ``path``, and the file to name when it cannot be built."""
-    known(format, auto=True)
+    known(format, ["auto", *READ])
     if residual is not None and residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {RESIDUALS} or None, got {residual!r}")
     place, repository, source = _find(path)
@@ -108,10 +121,9 @@ def save(sae, path: str | PathLike, *, format: str = "saelens") -> None:
     FORMATS[format].save(of(sae), path)
 
 
-def known(format: str, *, auto: bool = False) -> None:
-    names = [*(["auto"] if auto else []), *FORMATS]
+def known(format: str, names: Sequence[str] = tuple(FORMATS)) -> None:
     if format not in names:
-        raise ValueError(f"format must be one of {names}, got {format!r}")
+        raise ValueError(f"format must be one of {list(names)}, got {format!r}")
 
 
 def _find(path: str | PathLike) -> tuple[Path, str | None, str | None]:
@@ -126,7 +138,7 @@ def _choose(source: Source, format: str) -> tuple[ModuleType, Files]:
     """The format whose weights and configuration these are; where that is open, the clearest complaint."""
     whole: list[tuple[ModuleType, list[WeightFile], Path | None]] = []
     halves: list[tuple[ModuleType, list[WeightFile], Path | None]] = []
-    for module in FORMATS.values() if format == "auto" else [FORMATS[format]]:
+    for module in READ.values() if format == "auto" else [READ[format]]:
         fitting = [w for w in source.weights if w.kind == module.KIND]
         own = [w for w in fitting if module.owns_weights(w.names)]
         config = next((file for file, config in source.configs.items() if module.owns_config(config)), None)
@@ -140,14 +152,9 @@ def _choose(source: Source, format: str) -> tuple[ModuleType, Files]:
         raise ValueError(f"{source.place} may have any of the formats {[m.NAME for m, _, _ in whole]}: name one")
     if not whole and source.damaged:
         raise next(iter(source.damaged.values()))
-    if not whole and (layout := _foreign(source)) is not None:
-        raise ValueError(
-            f"{source.place} has the layout of {layout}, which is not read here: load it with SAELens "
-            "(SAE.from_pretrained) and name the folder that its save_model writes"
-        )
     if not whole and not halves:
         held = sorted(w.path.name for w in source.weights) or "no weights"
-        wanted = f"of a known format ({', '.join(FORMATS)})" if format == "auto" else f"of the format {format!r}"
+        wanted = f"of a known format ({', '.join(READ)})" if format == "auto" else f"of the format {format!r}"
         raise ValueError(f"{source.place} holds no checkpoint {wanted}: it has {held}")
     module, weights, config = (whole or halves)[0]
     if config is None and module.CONFIG_REQUIRED:
@@ -162,16 +169,3 @@ def _choose(source: Source, format: str) -> tuple[ModuleType, Files]:
         names = sorted(w.path.name for w in weights)
         raise ValueError(f"{source.place} holds several checkpoints of the format {module.NAME!r}, {names}: name one")
     return module, Files(weights[0], config, source.configs.get(config) if config else None)
-
-
-def _foreign(source: Source) -> str | None:
-    """Whose files these are, of libraries whose layout is known and not read."""
-    held = {name for weights in source.weights for name in weights.names}
-    if any("jump_relu_threshold" in config for config in source.configs.values()) or {
-        "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"
-    } <= held:  # fmt: skip
-        return "Llama Scope"
-    settings = any((source.folder / name).exists() for name in ("config.yaml", "wandb-config.yaml"))
-    if "activation_function.threshold" in held or (settings and {"W_enc", "W_dec"} <= held):
-        return "circuit-tracer's transcoder sets (W_enc transposed)"
-    return None

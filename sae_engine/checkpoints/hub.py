@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
+from . import llama_scope
+
 # A repository, then a folder or a file in it. No part begins with a dot, so none leads out of it.
 _NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)((?:/[\w=+-][\w.=+-]*)*)")
+_DESCRIPTIONS = (".json", ".yaml")
 _WEIGHTS = (".safetensors", ".pt", ".npz")
 TIMEOUT_SECONDS = 10
 LISTED = 20  # folders that an error names
@@ -44,23 +47,26 @@ def fetch(name: str) -> tuple[Path, str, str]:
     is_file = inside.endswith(_WEIGHTS)
     folder = inside.rpartition("/")[0] if is_file else inside
     prefix = f"{folder}/" if folder else ""
-    wanted = [inside, f"{prefix}*.json"] if is_file else [f"{prefix}*{suffix}" for suffix in (".json", *_WEIGHTS)]
+    described = [f"{prefix}*{suffix}" for suffix in _DESCRIPTIONS]
+    wanted = [inside, *described] if is_file else [*described, *(f"{prefix}*{suffix}" for suffix in _WEIGHTS)]
+    if folder.endswith(f"/{llama_scope.FOLDER}"):
+        wanted.append(f"{folder.removesuffix(llama_scope.FOLDER)}{llama_scope.CONFIG}")
+
+    def download(wanted: list[str], **options) -> Path:
+        return Path(hub.snapshot_download(repository, allow_patterns=wanted, etag_timeout=TIMEOUT_SECONDS, **options))
+
     try:
-        snapshot = Path(
-            hub.snapshot_download(
-                repository,
-                allow_patterns=wanted,
-                ignore_patterns=[f"{prefix}*/*"],  # a repository holds hundreds of them, a folder each
-                etag_timeout=TIMEOUT_SECONDS,
-            )
-        )
+        snapshot = download(wanted, ignore_patterns=[f"{prefix}*/*"])  # a repository holds hundreds, a folder each
+        if not is_file and (snapshot / inside / llama_scope.CONFIG).is_file():
+            snapshot = download([f"{prefix}{llama_scope.WEIGHTS}"])
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise FileNotFoundError(f"path={name!r} is neither here nor on the hub: {_first_line(error)}") from error
     except Exception as error:  # each version of the hub's client has its own network errors
         reason = _first_line(error)
         raise ConnectionError(f"path={name!r} is not here, and the hub did not give it: {reason}") from error
     place = snapshot / inside
-    if not place.is_file() and not any(file.suffix in _WEIGHTS for file in place.glob("*")):
+    held = [*place.glob("*"), *place.glob(f"{llama_scope.FOLDER}/*")]
+    if not place.is_file() and not any(file.suffix in _WEIGHTS for file in held):
         _refuse(name, repository, inside, snapshot.name)
     return place, repository, f"{repository}@{snapshot.name}" + (f"/{inside}" if inside else "")
 

@@ -59,7 +59,7 @@ _OPTIONS = {"threshold_lr": "topk_threshold_lr", "bandwidth": "jumprelu_bandwidt
 
 
 def owns_weights(names: frozenset[str]) -> bool:
-    return {"W_enc", "W_dec"} <= names
+    return {"W_enc", "W_dec"} <= names and "activation_function.threshold" not in names  # which is circuit-tracer's
 
 
 def owns_config(config: dict[str, Any]) -> bool:

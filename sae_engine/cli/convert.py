@@ -8,18 +8,19 @@ from typing import Any
 
 
 def add(commands: Any) -> None:
-    from sae_engine.checkpoints.formats import FORMATS, RESIDUALS
+    from sae_engine.checkpoints.formats import FORMATS, READ, RESIDUALS
 
     parser = commands.add_parser(
         "convert",
         help="an autoencoder's checkpoint from one library's format to another's",
-        description="Read a checkpoint of SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope or BatchTopK and "
-        "write it in another of these formats, whole or not at all. What the format cannot hold is refused.",
+        description="Read a checkpoint of SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope, Llama Scope, "
+        "circuit-tracer or BatchTopK and write it in another format, whole or not at all. What that cannot hold is "
+        "refused.",
     )
     parser.add_argument("source", metavar="SRC", help="folder, file of weights, or hub owner/repository[/folder]")
     parser.add_argument("target", metavar="DST", type=Path, help="folder; of formats of one file also that file")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    parser.add_argument("--from", dest="origin", default="auto", choices=("auto", *FORMATS), help="what SRC is")
+    parser.add_argument("--from", dest="origin", default="auto", choices=("auto", *READ), help="what SRC is")
     parser.add_argument("--force", action="store_true", help="write where something is already")
     parser.add_argument("--inference", action="store_true", help="BatchTopK as a JumpReLU with its learned threshold")
     parser.add_argument("--fold-decoder-norms", action="store_true", help="decoder rows of norm 1 (ReLU, JumpReLU)")

@@ -1,5 +1,7 @@
 """Autoencoders with nothing at 0, and checkpoints of them in every format."""
 
+import json
+
 import torch
 
 import sae_engine as se
@@ -36,3 +38,45 @@ def write(format, folder, rule=None, **options):
     sae = build(rule or rules.get(format, "TopK"), format=format, **options)
     sae.save_pretrained(folder, format=format)
     return sae
+
+
+def write_llama_scope(folder, dtype=torch.float32, d=D, d_sae=F, unit=True, **changes):
+    """The two files of a Llama Scope SAE of layer 8, with weights of training; returns them."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(2)
+    weights = {"encoder.weight": torch.randn(d_sae, d), "encoder.bias": torch.randn(d_sae) / 4,
+               "decoder.weight": torch.randn(d, d_sae), "decoder.bias": torch.randn(d)}  # fmt: skip
+    if unit:
+        weights["decoder.weight"] /= weights["decoder.weight"].norm(dim=0)
+    weights = {name: t.to(dtype) for name, t in weights.items()}
+    hyperparams = {
+        "hook_point_in": "blocks.8.hook_resid_post", "hook_point_out": "blocks.8.hook_resid_post", "d_model": d,
+        "d_sae": d_sae, "expansion_factor": d_sae // d, "act_fn": "jumprelu", "jump_relu_threshold": 0.203125,
+        "norm_activation": "dataset-wise", "dataset_average_activation_norm": {"in": 6.3125, "out": 6.3125},
+        "use_decoder_bias": True, "apply_decoder_bias_to_pre_encoder": False, "sparsity_include_decoder_norm": True,
+        "use_glu_encoder": False, "top_k": 50,
+    }  # fmt: skip
+    (folder / "checkpoints").mkdir(parents=True)
+    save_file(weights, folder / "checkpoints" / "final.safetensors")
+    (folder / "hyperparams.json").write_text(json.dumps(hyperparams | changes))
+    return weights
+
+
+CIRCUIT_TRACER = {"model_name": "Qwen/Qwen3-0.6B", "model_kind": "transcoder_set", "feature_input_hook": "mlp.hook_in",
+                  "feature_output_hook": "hook_mlp_out"}  # fmt: skip
+
+
+def write_circuit_tracer(folder, layer=3, d=D, d_sae=F, threshold=False, skip=False, **changes):
+    """One transcoder of a set of circuit-tracer's, and the set's configuration; returns the weights."""
+    import yaml
+    from safetensors.torch import save_file
+
+    torch.manual_seed(3)
+    weights = {"W_enc": torch.randn(d_sae, d), "W_dec": torch.randn(d_sae, d), "b_enc": torch.randn(d_sae) / 4,
+               "b_dec": torch.randn(d)}  # fmt: skip
+    weights |= {"activation_function.threshold": torch.rand(d_sae)} if threshold else {}
+    weights |= {"W_skip": torch.randn(d, d)} if skip else {}
+    save_file(weights, folder / f"layer_{layer}.safetensors")
+    (folder / "config.yaml").write_text(yaml.safe_dump(CIRCUIT_TRACER | changes))
+    return weights
