@@ -116,6 +116,17 @@ def test_sites_by_any_name(text_file, tmp_path, arguments, layer, site, width):
     assert store.tensor().shape == (40, width)
 
 
+def test_several_sites_go_to_a_folder_each(text_file, tmp_path, capsys):
+    arguments = ["collect", str(tmp_path / "out"), "--tokens", "40", "--text", text_file, "--device", "cpu", "--quiet",
+                 "--site", "resid_pre", "--site", "blocks.1.hook_mlp_out", "--dtype", "int8"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in out] == [
+        str(tmp_path / "out" / name) for name in ("blocks.2.hook_resid_pre", "blocks.1.hook_mlp_out")]  # fmt: skip
+    assert "ActivationStore(40 x 256 int8, embedded layer 2 resid_pre)" in out[0]
+    assert len(ActivationStore(tmp_path / "out" / "blocks.1.hook_mlp_out")) == 40
+
+
 def test_collect_says_when_the_text_is_too_short(text_file, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert cli.main(["collect", out, "--tokens", "999999", "--text", text_file, "--device", "cpu", "--quiet"]) == 0

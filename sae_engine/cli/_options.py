@@ -10,7 +10,9 @@ from typing import Any
 INTERRUPTED = 130  # the exit status that a shell reports for Ctrl-C
 
 
-def add_model_and_text(parser: argparse.ArgumentParser, *, text: str, unsaid: tuple[str, str, str]) -> None:
+def add_model_and_text(
+    parser: argparse.ArgumentParser, *, text: str, unsaid: tuple[str, str, str], several_sites: bool = False
+) -> None:
     """What says which activations: the model, the place in it, and the text.
 
     ``text`` is the default word, ``unsaid`` what model, layer and site are unless given.
@@ -29,10 +31,10 @@ def add_model_and_text(parser: argparse.ArgumentParser, *, text: str, unsaid: tu
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--layer", type=int, default=None, help=f"block; {layer}")
     parser.add_argument(
-        "--site", default=None,
+        "--site", default=None, action="append" if several_sites else "store",
         help="resid_pre, attn_out, resid_mid, mlp_out, resid_post, …, as TransformerLens and transformers spell them "
         "(blocks.3.hook_resid_post, model.layers.3), or a module's name, ':input' behind it for what it is given; "
-        + site,
+        + ("again for several in one pass; " if several_sites else "") + site,
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=None, metavar="N", help="all of the text")
     parser.add_argument(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .activations import read_activations, read_sites, run_with_replacement, stream_activations
-    from .collecting import collect_activations
+    from .collecting import collect_activations, collect_sites
     from .gradients import read_gradients
     from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
     from .sites import SITES, Site
@@ -28,6 +28,7 @@ __all__ = [
     "Site",
     "StoreStream",
     "collect_activations",
+    "collect_sites",
     "evaluation_text",
     "iter_text_files",
     "load_language_model",
@@ -43,7 +44,7 @@ __all__ = [
 
 _MODULES = {
     "activations": {"read_activations", "read_sites", "run_with_replacement", "stream_activations"},
-    "collecting": {"collect_activations"},
+    "collecting": {"collect_activations", "collect_sites"},
     "gradients": {"read_gradients"},
     "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
     "sites": {"SITES", "Site"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +21,8 @@ from ._require import require
 from .activations import batch_rows, cast, check_finite, check_stream, progress_bar
 from .contexts import Contexts, TokenBatch, check_int, token_batches
 from .models import LanguageModel
-from .places import find_place
+from .places import Place, find_place
+from .quantized import quantized
 from .sites import Site
 from .store import DTYPES, FORMAT, KEY, MANIFEST, ActivationStore, RowTokens, folder_in, read_manifest, verify_shards
 
@@ -67,7 +70,8 @@ def collect_activations(
         lm, texts, layer, site, context_length, batch_size, drop_first, separator, first_token, exclude_tokens,
             exclude_positions, max_tokens: as :func:`stream_activations` has them.
         out_dir: folder; made when missing.
-        dtype: of the shards: float16, bfloat16 or float32.
+        dtype: of the shards: float16, bfloat16, float32, or int8: half of float16, with a mean and a deviation for each
+            dimension of a shard and a scale for each row; some 5e-5 of the rows' variance is lost.
         shard_tokens: rows per shard; the last has the rest.
         token_ids: also store which token each row is of (16 bytes a row).
         text_source: what the texts are, in words, for the manifest.
@@ -95,54 +99,129 @@ def collect_activations(
         ...     store.complete, len(more) > len(store), more.row_tokens().documents.unique().tolist()
         (True, True, [0, 1])
     """
-    contexts, max_tokens = check_stream(
-        lm, texts, layer, site, max_tokens, context_length=context_length, batch_size=batch_size,
-        drop_first=drop_first, separator=separator, first_token=first_token, exclude_tokens=exclude_tokens,
-        exclude_positions=exclude_positions,
-    )  # fmt: skip
-    dtype = dtype_in("dtype", dtype)
-    if dtype not in DTYPES.values():
+    (store,) = _collected(None, **locals())
+    return store
+
+
+def collect_sites(
+    lm: LanguageModel, texts: Iterable[Any], out_dir: str | Path, sites: Sequence[str | Site], **settings: Any
+) -> list[ActivationStore]:
+    """Write the rows of several sites, of one pass of the language model, each to a folder of its own in ``out_dir``.
+
+    The rows of all stores are of the same tokens, in the same order: :class:`StoreStream` takes them together. The same
+    call again carries on each of them.
+
+    Args:
+        lm, texts: as :func:`collect_activations` has them.
+        out_dir: folder of the folders, which are named after the sites: ``blocks.3.hook_resid_pre``.
+        sites: as :meth:`Site.of` reads them, each with its block.
+        settings: all others of :func:`collect_activations`, but ``layer`` and ``site``.
+
+    Returns:
+        The stores, in the order of ``sites``.
+
+    Raises:
+        TypeError, ValueError, OSError, RuntimeError: as :func:`collect_activations`; ValueError also where ``sites`` is
+            empty or names a site twice.
+
+    Example:
+        >>> import tempfile
+        >>> lm = se.data.load_language_model()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     before, after = collect_sites(lm, ["A text."], folder, ["resid_pre_layer_1", "resid_post_layer_1"],
+        ...                                   progress=False)
+        ...     after.path.name, len(before) == len(after)
+        ('blocks.1.hook_resid_post', True)
+    """
+    if named := {"layer", "site"} & settings.keys():
+        raise TypeError(f"{sorted(named)[0]}: sites says it, as 'blocks.3.hook_resid_pre'")
+    if isinstance(sites, (str, Site)) or not isinstance(sites, Sequence):
+        raise TypeError(f"sites must be a sequence of sites, got {sites!r}")
+    found = [Site.of(site) for site in sites]
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"sites must name at least one site, and each once, got {list(map(str, found))}")
+    given = inspect.signature(collect_activations).bind(lm, texts, out_dir, **settings)
+    given.apply_defaults()
+    return _collected(found, **given.arguments)
+
+
+def _collected(
+    sites: Sequence[Site] | None,  # None: site and layer, in out_dir itself
+    lm: LanguageModel,
+    texts: Iterable[Any],
+    out_dir: str | Path,
+    layer: int | None,
+    site: str | Site,
+    max_tokens: int | None,
+    dtype: torch.dtype | str,
+    shard_tokens: int,
+    token_ids: bool,
+    text_source: str | None,
+    resume: bool,
+    extend: bool,
+    progress: bool,
+    **settings: Any,
+) -> list[ActivationStore]:
+    first = (layer, site) if sites is None else (None, sites[0])
+    contexts, max_tokens = check_stream(lm, texts, *first, max_tokens, **settings)
+    stored_as = "int8" if dtype in (torch.int8, "int8") else _dtype_name(dtype_in("dtype", dtype))
+    if stored_as not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     shard_tokens = check_int("shard_tokens", shard_tokens, 1)
     if text_source is not None and not isinstance(text_source, str):
         raise TypeError(f"text_source must be a string or None, got {text_source!r}")
     for name, value in (("token_ids", token_ids), ("resume", resume), ("extend", extend), ("progress", progress)):
         flag(name, value)
-    place = find_place(lm.model, site, layer)
+    places = [find_place(lm.model, site, layer)] if sites is None else [find_place(lm.model, one) for one in sites]
     require("safetensors.torch")  # before any work, not after the first shard's
     folder = folder_in("out_dir", out_dir)
+    folders = [folder] if sites is None else [folder / str(place.site) for place in places]
     request = {
         "model": lm.name,
         "revision": lm.revision,
         "sha256": lm.sha256,
         "model_dtype": _dtype_name(next(lm.model.parameters()).dtype),
-        "layer": place.site.layer,
-        "site": place.site.place,
-        "d_model": place.width,
+        **_of_place(places[0]),
         **contexts.words,
         "max_tokens": max_tokens,
-        "dtype": _dtype_name(dtype),
+        "dtype": stored_as,
         "shard_tokens": shard_tokens,
         "token_ids": token_ids,
         "text_source": text_source,
     }
-    if not extend:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(f"out_dir: the folder {str(folder)!r} cannot be made: {error.strerror}") from error
-    elif not (folder / MANIFEST).exists():
-        raise FileNotFoundError(f"out_dir: {str(folder)!r} holds no collection to extend")
-    busy = f"out_dir: another call is collecting into {str(folder)!r}: wait for it, stop it, or name another folder"
-    with only_writer(folder, busy):
-        manifest = _begin(folder, request, resume, extend)
-        if not manifest["complete"]:
-            documents = sum(part["documents"] for part in manifest["earlier"])
-            _collect(lm, texts, replace(contexts, documents_before=documents), folder, manifest, progress)
-    return ActivationStore(folder)
+    with ExitStack() as held:
+        for folder in folders:
+            _prepare(folder, extend)
+            busy = f"out_dir: another call is collecting into {str(folder)!r}: wait for it, stop it, or name another"
+            held.enter_context(only_writer(folder, f"{busy} folder"))
+        begun = [
+            _Collection(folder, _begin(folder, {**request, **_of_place(place)}, resume, extend))
+            for folder, place in zip(folders, places, strict=True)
+        ]
+        if unfinished := [collection for collection in begun if not collection.manifest["complete"]]:
+            before = {sum(part["documents"] for part in collection.manifest["earlier"]) for collection in unfinished}
+            if len(before) > 1:
+                raise ValueError(f"out_dir: in {str(out_dir)!r}, collections hold different texts: extend each alone")
+            _collect(lm, texts, replace(contexts, documents_before=before.pop()), unfinished, progress)
+    return [ActivationStore(folder) for folder in folders]
 
 
 # ------------------------------------------------------------------------------ what is there, and how to go on
+
+
+def _prepare(folder: Path, extend: bool) -> None:
+    if extend:
+        if not (folder / MANIFEST).exists():
+            raise FileNotFoundError(f"out_dir: {str(folder)!r} holds no collection to extend")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"out_dir: the folder {str(folder)!r} cannot be made: {error.strerror}") from error
+
+
+def _of_place(place: Place) -> dict[str, Any]:
+    return {"layer": place.site.layer, "site": place.site.place, "d_model": place.width}
 
 
 def _begin(folder: Path, request: dict[str, Any], resume: bool, extend: bool) -> dict[str, Any]:
@@ -205,81 +284,98 @@ def _differs(folder: Path, there: dict[str, Any], field: str, asked: Any) -> Val
 
 
 def _collect(
-    lm: LanguageModel,
-    texts: Iterable[Any],
-    contexts: Contexts,
-    folder: Path,
-    manifest: dict[str, Any],
-    progress: bool,
+    lm: LanguageModel, texts: Iterable[Any], contexts: Contexts, collections: list[_Collection], progress: bool
 ) -> None:
-    """Run the model from the first missing row on, a shard at a time."""
-    dtype, limit, size = DTYPES[manifest["dtype"]], manifest["max_tokens"], manifest["shard_tokens"]
-    stored = manifest["tokens"] - sum(part["tokens"] for part in manifest["earlier"])
+    """Run the model from the first row on that a collection lacks, a shard at a time."""
+    limit = collections[0].manifest["max_tokens"]
+    in_all = min(collection.stored for collection in collections)
     documents = contexts.documents_before
     seen = 0  # rows of the stream so far, stored or not
     tokens_seen = 0
     text_hash = hashlib.sha256()
-    buffer: list[dict[str, Tensor]] = []
-    buffered = 0
-    with progress_bar(progress, limit, stored) as bar:
+    with progress_bar(progress, limit, in_all) as bar:
         for batch in token_batches(lm, texts, contexts):
             text_hash.update(batch.hashed())
             tokens_seen += batch.input_ids.numel()
             documents = max(documents, int(batch.documents.max()) + 1)
             before, seen = seen, seen + len(batch.kept)
-            if before < stored <= seen and manifest["shards"][-1]["text_sha256"] != text_hash.hexdigest():
-                raise ValueError(
-                    f"texts are not those that the shards in {str(folder)!r} were made from; to add others to a "
-                    "finished collection, pass extend=True"
-                )
-            if seen > max(before, stored):
+            for collection in collections:
+                collection.check(before, seen, text_hash.hexdigest())
+            lacking = [collection for collection in collections if seen > max(before, collection.stored)]
+            if lacking:
                 # The whole batch is run even if part of it is stored: a row's last bits depend on its batch.
-                (rows,) = batch_rows(lm, batch, Site.of(manifest["site"], manifest["layer"]))
-                part = slice(max(0, stored - before), None if limit is None else limit - before)
-                check_finite(rows[part], before + part.start, lm, batch, part.start)
-                buffer.append(_columns(batch, rows, part, dtype, manifest["token_ids"]))
-                buffered += len(rows[part])
-                bar.update(len(rows[part]))
-            while buffered >= size:
-                merged = _merged(buffer)
-                _write_shard(folder, manifest, {k: t[:size] for k, t in merged.items()}, text_hash.hexdigest())
-                buffer, buffered = [{k: t[size:] for k, t in merged.items()}], buffered - size
+                found = batch_rows(lm, batch, *(collection.site for collection in lacking))
+                for collection, rows in zip(lacking, found, strict=True):
+                    collection.add(lm, batch, rows, before)
+                    collection.write(text_hash.hexdigest())
+                bar.update(min(seen, seen if limit is None else limit) - max(before, in_all))
             if limit is not None and seen >= limit:
                 break
-    if seen < stored:
-        raise ValueError(f"texts are shorter than those that the shards in {str(folder)!r} were made from")
-    if buffered:
-        _write_shard(folder, manifest, _merged(buffer), text_hash.hexdigest())
+    for collection in collections:
+        if seen < collection.stored:
+            where = str(collection.folder)
+            raise ValueError(f"texts are shorter than those that the shards in {where!r} were made from")
+        collection.write(text_hash.hexdigest(), rest=True)
     if not seen:
         why = "every token of them is excluded" if tokens_seen else "there is no text in them"
         raise ValueError(f"texts: {why}")
-    manifest |= {"documents": documents - contexts.documents_before, "complete": True}
-    _write_manifest(folder, manifest)
+    for collection in collections:
+        collection.manifest |= {"documents": documents - contexts.documents_before, "complete": True}
+        _write_manifest(collection.folder, collection.manifest)
 
 
-def _columns(batch: TokenBatch, rows: Tensor, part: slice, dtype: torch.dtype, token_ids: bool) -> dict[str, Tensor]:
-    """What a shard holds, of some rows of a batch."""
-    columns = {KEY: cast(rows[part], dtype).cpu()}
-    if token_ids:
-        kept = batch.kept[part]
-        found = (batch.input_ids, batch.documents, batch.offsets, batch.positions)
-        columns |= {k: t.flatten()[kept].int() for k, t in zip(RowTokens._fields, found, strict=True)}
-    return columns
+class _Collection:
+    """What is in one folder, and what a run adds to it."""
 
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.site = Site.of(manifest["site"], manifest["layer"])
+        # Rows of these texts that are there.
+        self.stored: int = manifest["tokens"] - sum(part["tokens"] for part in manifest["earlier"])
+        self._buffer: list[dict[str, Tensor]] = []
+        self._buffered = 0
 
-def _merged(buffer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([columns[name] for columns in buffer]) for name in buffer[0]}
+    def check(self, before: int, seen: int, text_sha256: str) -> None:
+        """Where the last shard that was there ends: whether the same tokens were read until then."""
+        if before < self.stored <= seen and self.manifest["shards"][-1]["text_sha256"] != text_sha256:
+            raise ValueError(
+                f"texts are not those that the shards in {str(self.folder)!r} were made from; to add others to a "
+                "finished collection, pass extend=True"
+            )
 
+    def add(self, lm: LanguageModel, batch: TokenBatch, rows: Tensor, before: int) -> None:
+        """Those of a batch's rows that are not there, of which ``before`` came before it."""
+        limit = self.manifest["max_tokens"]
+        part = slice(max(0, self.stored - before), None if limit is None else limit - before)
+        check_finite(rows[part], before + part.start, lm, batch, part.start)
+        columns = {KEY: cast(rows[part], DTYPES[self.manifest["dtype"]]).cpu()}
+        if self.manifest["token_ids"]:
+            kept = batch.kept[part]
+            found = (batch.input_ids, batch.documents, batch.offsets, batch.positions)
+            columns |= {k: t.flatten()[kept].int() for k, t in zip(RowTokens._fields, found, strict=True)}
+        self._buffer.append(columns)
+        self._buffered += len(rows[part])
 
-def _write_shard(folder: Path, manifest: dict[str, Any], columns: dict[str, Tensor], text_sha256: str) -> None:
-    name = f"shard-{len(manifest['shards']):05d}.safetensors"
-    data = require("safetensors.torch").save({key: t.contiguous() for key, t in columns.items()})
-    replace_file(folder / name, lambda temporary: temporary.write_bytes(data))
-    shard = {"file": name, "tokens": len(columns[KEY]), "sha256": hashlib.sha256(data).hexdigest()}
-    # text_sha256: of all token ids that had been read when this shard was full; resuming compares it.
-    manifest["shards"].append({**shard, "text_sha256": text_sha256})
-    manifest["tokens"] += shard["tokens"]
-    _write_manifest(folder, manifest)
+    def write(self, text_sha256: str, *, rest: bool = False) -> None:
+        """The shards that are full; with ``rest`` the last one too."""
+        size = self.manifest["shard_tokens"]
+        while self._buffered >= size or (rest and self._buffered):
+            merged = {name: torch.cat([columns[name] for columns in self._buffer]) for name in self._buffer[0]}
+            self._write_shard({name: t[:size] for name, t in merged.items()}, text_sha256)
+            self._buffer = [{name: t[size:] for name, t in merged.items()}]
+            self._buffered = max(0, self._buffered - size)
+
+    def _write_shard(self, columns: dict[str, Tensor], text_sha256: str) -> None:
+        name, rows = f"shard-{len(self.manifest['shards']):05d}.safetensors", len(columns[KEY])
+        if self.manifest["dtype"] == "int8":
+            columns = {**columns, **quantized(columns[KEY], KEY)}
+        data = require("safetensors.torch").save({key: t.contiguous() for key, t in columns.items()})
+        replace_file(self.folder / name, lambda temporary: temporary.write_bytes(data))
+        # text_sha256: of all token ids that had been read when this shard was full; resuming compares it.
+        sums = {"sha256": hashlib.sha256(data).hexdigest(), "text_sha256": text_sha256}
+        self.manifest["shards"].append({"file": name, "tokens": rows, **sums})
+        self.manifest["tokens"] += rows
+        _write_manifest(self.folder, self.manifest)
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -15,12 +15,14 @@ from ..provenance import Provenance
 from ._require import require
 from .contexts import check_int
 from .models import file_sha256
+from .quantized import PARTS, restored
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# By what a manifest has as dtype: what rows are read as, and what they are in a file.
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.float32}
 KEY = "activations"
-_IN_FILES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_IN_FILES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}
 # What format 1 did not say: there was no choice.
 _OF_FORMAT_1 = {"separator": "eos", "first_token": "bos", "exclude_tokens": [], "exclude_positions": [],
                 "token_ids": False, "earlier": []}  # fmt: skip
@@ -54,7 +56,8 @@ class ActivationStore:
         allow_incomplete: also open a collection that was cut off.
 
     Attributes:
-        path, manifest, d_model, dtype, complete, provenance; ``len(store)`` is the number of rows.
+        path, manifest, d_model, complete, provenance; dtype, of the rows: float32 where int8 is stored;
+        ``len(store)`` is the number of rows.
 
     Raises:
         TypeError: ``path`` is no path.
@@ -272,6 +275,8 @@ class ActivationStore:
             raise ValueError(f"{str(self.path)!r} holds no token ids: it was collected with token_ids=False")
 
     def _load(self, index: int) -> Tensor:
+        if self.manifest["dtype"] == "int8":
+            return self._opened(index, lambda file: restored(file.get_tensor, KEY))
         return self._opened(index, lambda file: file.get_tensor(KEY))
 
     def _load_tokens(self, index: int, rows: slice = slice(None)) -> Tensor:
@@ -330,6 +335,9 @@ def _check_shard(folder: Path, shard: dict[str, Any], manifest: dict[str, Any]) 
     """Compare a shard's header, and so its length, with the manifest. Reads no activations."""
     file = folder / shard["file"]
     expected = {KEY: (_IN_FILES[manifest["dtype"]], [shard["tokens"], manifest["d_model"]])}
+    if manifest["dtype"] == "int8":
+        expected |= {name: (dtype, expected[KEY][1][:1] if name == "scale" else expected[KEY][1][1:])
+                     for name, dtype in PARTS.items()}  # fmt: skip
     if manifest["token_ids"]:
         expected |= dict.fromkeys(RowTokens._fields, ("I32", [shard["tokens"]]))
     try:
