@@ -92,7 +92,7 @@ def test_a_torn_line_is_cut_off(lines):
     assert [(line["step"], line["a"]) for line in read_metrics(lines.path)] == [(1, 0.5), (3, 1.5)]
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"a": 1}', '{"step": "1"}', "\0\0"])
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"a": 1}', '{"step": "1"}', '{"step": 1, "a": "b"}', "\0\0"])
 def test_damage_amid_the_lines_is_named(lines, line):
     lines.log({"a": 1.0}, step=1)
     with lines.path.open("a") as file:

@@ -81,29 +81,40 @@ class RunRecord:
     def is_finished(self) -> bool:
         return bool(self.tokens) and self.total_tokens is not None and self.tokens[-1] >= self.total_tokens
 
-    def curve(self, key: str, name: str | None = None) -> Curve:
-        """Values of a key of an autoencoder, or of the run, at the tokens of their lines."""
-        keys = [key] if name is None else [f"{name}/{key}", *([key] if len(self.names) == 1 else [])]
-        xs, ys = [], []
+    @cached_property
+    def columns(self) -> dict[str, Curve]:
+        """Every number that any line has, by its key, in the order in which they were first written."""
+        found: dict[str, Curve] = {}
         for tokens, line in zip(self.tokens, self.lines, strict=True):
-            if (value := next((line[k] for k in keys if k in line), None)) is not None:
-                xs.append(tokens)
-                ys.append(float(value))
-        return xs, ys
+            for key, value in line.items():
+                if key not in ("step", "tokens", "time"):
+                    xs, ys = found.setdefault(key, ([], []))
+                    xs.append(tokens)
+                    ys.append(float(value))
+        return found
+
+    def curve(self, key: str, name: str | None = None) -> Curve:
+        """Values of a key of the run, or of an autoencoder, at the tokens of their lines."""
+        return self.columns.get(self._prefix(name) + key, ([], []))
 
     def last(self, key: str, name: str | None = None) -> float:
         """The last value of a key; NaN where there is none."""
         return (self.curve(key, name)[1] or [math.nan])[-1]
 
     def keys(self, prefix: str, name: str | None = None) -> list[str]:
-        """Keys below ``prefix`` that any line has, without the autoencoder's name, in the order of their first line."""
-        before = "" if name is None or (len(self.names) == 1 and not self._is_prefixed) else f"{name}/"
-        found = (key for line in self.lines for key in line if key.startswith(before + prefix))
-        return list(dict.fromkeys(key.removeprefix(before) for key in found))
+        """Keys that begin with ``prefix``, without the autoencoder's name."""
+        before = self._prefix(name)
+        return [key.removeprefix(before) for key in self.columns if key.startswith(before + prefix)]
 
-    @property
+    def _prefix(self, name: str | None) -> str:
+        """What stands before the keys of an autoencoder; before those of a run's only one, its name need not."""
+        if name is None or (len(self.names) == 1 and not self._is_prefixed):
+            return ""
+        return f"{name}/"
+
+    @cached_property
     def _is_prefixed(self) -> bool:
-        return any(key.startswith(f"{self.names[0]}/") for line in self.lines for key in line)
+        return any(key.startswith(f"{self.names[0]}/") for key in self.columns)
 
     @cached_property
     def trained(self) -> list[Trained]:

@@ -321,10 +321,7 @@ def _quoted(text: Any) -> str:
 
 def _rest(run: RunRecord) -> list[Any]:
     """All that has not been said: the last value of every key, and the configuration."""
-    rest: dict[str, Any] = {}
-    for line in run.lines:
-        rest |= line
-    rows = [[key, _plain(value)] for key, value in rest.items() if key not in ("step", "tokens", "time")]
+    rows = [[key, _plain(values[-1])] for key, (_, values) in run.columns.items()]
     return [
         Heading("Everything else"),
         Folded("The last value of every number", [Table(["", ""], rows, "lr")]),

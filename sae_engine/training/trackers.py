@@ -192,6 +192,8 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
             raise ValueError(f"{path}, line {number}: not a JSON object, {error}") from None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             raise ValueError(f"{path}, line {number}: must be an object with an integer 'step'")
+        if wrong := [key for key, value in line.items() if key != "time" and not isinstance(value, int | float | None)]:
+            raise ValueError(f"{path}, line {number}: {wrong[0]!r} must be a number, got {line[wrong[0]]!r}")
         lines.append({key: math.nan if value is None else value for key, value in line.items()})
     return lines
 
