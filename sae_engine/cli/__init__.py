@@ -11,10 +11,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from . import collect, compare, convert, evaluate, info, train, verify
+from . import collect, compare, convert, dashboard, evaluate, features, info, push, train, verify
 from ._options import INTERRUPTED
 
-_COMMANDS = (info, train, collect, verify, evaluate, convert, compare)  # as --help lists them
+# As --help lists them.
+_COMMANDS = (info, train, collect, verify, evaluate, convert, compare, features, dashboard, push)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -115,6 +115,31 @@ def _json_object(option: str, text: str) -> dict[str, Any]:
     return value
 
 
+def check_model(name: str, sae: Any, place: Any, lm: Any) -> None:
+    """That the model is the one that the autoencoder was trained on, where nobody has named it but its files."""
+    if place.sha256 is not None and place.sha256 != lm.sha256:
+        raise ValueError(
+            f"{name} was trained on a model {lm.name!r} whose weights had the sha256 {place.sha256}, and these have "
+            f"{lm.sha256}: give --model to use it there all the same"
+        )
+    if place.model is None and sae.d_in != lm.d_model:
+        raise ValueError(
+            f"{name}: its files do not say which model it belongs to, and it is {sae.d_in} wide, while {lm.name!r} is "
+            f"{lm.d_model}: give --model"
+        )
+
+
+def rows_of(place: Any, lm: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Which rows an autoencoder is given, as far as the arguments or its files say it, and as far as the model can."""
+    found = dict(place.contexts)
+    if args.context_length is None and "context_length" in found:
+        found["context_length"] = min(found["context_length"], lm.max_length)
+    word = found.get("separator")
+    if args.separator is None and isinstance(word, str) and getattr(lm.tokenizer, f"{word}_token_id", None) is None:
+        found["separator"] = None  # as SAELens, whose files may name a token that the model's tokenizer lacks
+    return found
+
+
 def open_texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:
     """The documents that ``--text`` names, and how the manifest names them."""
     from sae_engine.data import evaluation_text, iter_text_files, stdlib_texts

@@ -8,7 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._options import add_contexts, add_model_and_text, contexts_in, layer_and_site, load_model, open_texts
+from ._options import (
+    add_contexts,
+    add_model_and_text,
+    check_model,
+    contexts_in,
+    layer_and_site,
+    load_model,
+    open_texts,
+    rows_of,
+)
 
 
 def add(commands: Any) -> None:
@@ -55,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         lm = load_model(args, *wanted)
         for name, place in places.items():
             if (place.model, place.revision) == wanted:
-                _check_model(name, saes[name], place, lm)
+                check_model(name, saes[name], place, lm)
                 measured[name] = _measured(saes[name], place, lm, args)
     results = {name: measured[name] for name in names}
     tokens = min(result["reconstruction"]["tokens"] for result in results.values())
@@ -75,13 +84,9 @@ def _measured(sae: Any, place: Any, lm: Any, args: argparse.Namespace) -> dict[s
 
     options: dict[str, Any] = {
         "layer": place.layer, "site": place.site, "target_layer": place.target_layer, "target_site": place.target_site,
-        "normalize": place.normalize, "batch_size": args.batch_size, "max_tokens": args.tokens, **place.contexts,
+        "normalize": place.normalize, "batch_size": args.batch_size, "max_tokens": args.tokens,
+        **rows_of(place, lm, args),
     }  # fmt: skip
-    if args.context_length is None and "context_length" in options:
-        options["context_length"] = min(options["context_length"], lm.max_length)
-    word = options.get("separator")
-    if args.separator is None and isinstance(word, str) and getattr(lm.tokenizer, f"{word}_token_id", None) is None:
-        options["separator"] = None  # as SAELens, whose files may name a token that the model's tokenizer lacks
     sae.to(next(lm.model.parameters()).device)
     texts, source = open_texts(args.text, args.suffixes)
     result = evaluate(sae, lm, texts, progress=not args.quiet, **options)
@@ -90,20 +95,6 @@ def _measured(sae: Any, place: Any, lm: Any, args: argparse.Namespace) -> dict[s
         texts, _ = open_texts(args.text, args.suffixes)
         result["ppl_sparsity"] = ppl_sparsity(sae, lm, texts, rise=args.ppl / 100, **options)
     return result
-
-
-def _check_model(name: str, sae: Any, place: Any, lm: Any) -> None:
-    """That the model is the one that the autoencoder was trained on, where nobody has named it but its files."""
-    if place.sha256 is not None and place.sha256 != lm.sha256:
-        raise ValueError(
-            f"{name} was trained on a model {lm.name!r} whose weights had the sha256 {place.sha256}, and these have "
-            f"{lm.sha256}: give --model to evaluate it there all the same"
-        )
-    if place.model is None and sae.d_in != lm.d_model:
-        raise ValueError(
-            f"{name}: its files do not say which model it belongs to, and it is {sae.d_in} wide, while {lm.name!r} is "
-            f"{lm.d_model}: give --model"
-        )
 
 
 def _names(sources: list[str]) -> list[str]:

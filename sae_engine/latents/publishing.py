@@ -254,7 +254,7 @@ def _named(saes: Any) -> dict[str, SparseAutoencoder]:
     elif isinstance(saes, Sequence) and not isinstance(saes, str):
         found = {}
         for number, sae in enumerate(saes):
-            name = _hook(sae, f"saes[{number}]")
+            name = hook_of(sae, f"saes[{number}]")
             if name in found:
                 raise ValueError(f"saes: two belong at {name}: give a mapping that names a folder for each")
             found[name] = sae
@@ -268,11 +268,12 @@ def _named(saes: Any) -> dict[str, SparseAutoencoder]:
             raise ValueError(f"saes: {name!r} cannot be the name of a folder in the repository")
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(f"saes: {name} must be a SparseAutoencoder, got {type(sae).__name__}")
-        _hook(sae, f"saes: {name}")
+        hook_of(sae, f"saes: {name}")
     return found
 
 
-def _hook(sae: Any, name: str) -> str:
+def hook_of(sae: Any, name: str) -> str:
+    """Where an autoencoder belongs, as TransformerLens spells it; ``name`` is what an error calls it."""
     if not isinstance(sae, SparseAutoencoder):
         raise TypeError(f"{name} must be a SparseAutoencoder, got {type(sae).__name__}")
     known = sae.provenance
@@ -290,3 +291,14 @@ def _sparsity(given: Mapping[str, Tensor], named: Mapping[str, _Named]) -> dict[
         if not isinstance(share, Tensor) or share.shape != (d_sae,) or not bool(((share >= 0) & (share <= 1)).all()):
             raise ValueError(f"sparsity: {name} must be ({d_sae},) of shares in 0..1, got {share!r:.80}")
     return {name: share.detach().cpu() for name, share in given.items()}
+
+
+def sparsity_in(path: str | Path) -> Tensor | None:
+    """The shares of tokens on which latents fire, where a file of them lies beside a checkpoint, as SAELens has it."""
+    file = Path(path) / SPARSITY
+    if not file.is_file():
+        return None
+    logs = require("safetensors.torch").load_file(file).get("sparsity")
+    if logs is None:
+        raise ValueError(f"{file} holds no 'sparsity'")
+    return (10 ** logs.double() - 1e-10).clamp(0, 1)
