@@ -89,7 +89,7 @@ def test_a_report_says_what_was_trained_and_how_it_ended(tmp_path):
     assert 'se.SparseAutoencoder.from_pretrained(f"runs/gpt2/sae/{n}")' in code
     assert all(f'"{sae["name"]}",' in code for sae in SWEEP)
     assert "*In the HTML page: FVU against L0; Cross-entropy recovered against L0.*" in md
-    assert {"tokens read", "264,000", "dropped norm", "180"} <= set(found.words)
+    assert {"tokens given to the language model", "264,000", "left out: norm too large", "180"} <= set(found.words)
     assert (folder / "report.html").read_text() == page  # written again, the bits are the same
 
 

@@ -27,6 +27,12 @@ _CURVES = (
 _MOST_ROWS = 12  # of the table of evaluations
 _DATA = ("dataset_path", "dataset_name", "split", "column", "store_path", "context_size", "packing", "prepend_bos",
          "training_tokens", "shuffle_tokens", "shuffle_chunks", "eval_fraction_documents")  # fmt: skip
+# Of RowStream.counts, below data/.
+_COUNTS = {
+    "tokens": "tokens given to the language model", "rows": "rows made of them", "mask": "left out: padding",
+    "excluded": "left out: special tokens and excluded positions", "norm": "left out: norm too large",
+    "nonfinite": "left out: not finite", "epoch": "times that the text was begun anew",
+}  # fmt: skip
 
 
 def write(folder: str | Path) -> list[Path]:
@@ -248,8 +254,13 @@ def _data(run: RunRecord) -> list[Any]:
     rows = [[key, _plain(said[key])] for key in _DATA if said.get(key) is not None]
     if (tokens := run.section("eval").get("eval_tokens")) is not None:
         rows.append(["eval_tokens", _plain(tokens)])
-    rows += [[key.removeprefix("data/").replace("_", " "), _plain(run.last(key))] for key in run.keys("data/")]
-    return [Heading("Data"), Table(["", ""], rows, "ll")] if rows else []
+    counts = []
+    for key in run.keys("data/"):
+        name = key.removeprefix("data/")
+        counts.append([_COUNTS.get(name, name.replace("_", " ")), _plain(run.last(key))])
+    tables = [Table(["", ""], rows, "ll")] if rows else []
+    tables += [Table(["", ""], counts, "lr")] if counts else []
+    return [Heading("Data"), *tables] if tables else []
 
 
 def _performance(run: RunRecord) -> list[Any]:

@@ -10,7 +10,7 @@ in a run, those of one are prefixed by its name and a slash.
     sparsity/dead_features                          a count
     details/current_learning_rate, details/…
     evaluation/…                                    what ``metrics.evaluate_during`` returns
-    data/…                                          of the run: counts of tokens read, rows dropped, the epoch
+    data/…                                          of the run: ``RowStream.counts``
     performance/tokens_per_second                   since the line before, as the two that follow
     performance/starved                             the share of the time that the step waited for activations
     performance/seconds/PART                        what the time went to: language_model, step, evaluation …

@@ -52,7 +52,7 @@ def lines(saes, *, count=LINES, every=6, timed=True):
                 "performance/tokens_per_second": 5200 + 400 * math.sin(step), "performance/starved": 0.04,
                 "performance/seconds/language_model": 0.21, "performance/seconds/step": 0.55,
                 "performance/seconds/shuffle": 0.012, "performance/seconds/evaluation": 0.3 if step % 6 == 0 else 0.0,
-                "data/tokens_read": step * 4400, "data/dropped_norm": 3 * step,
+                "data/tokens": step * 4400, "data/rows": step * 4200, "data/norm": 3 * step,
             }  # fmt: skip
         found.append(line)
     return found
