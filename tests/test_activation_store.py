@@ -77,6 +77,8 @@ def test_shuffled_batches_hold_every_row_once(lm, tmp_path):
     assert sorted(map(tuple, shuffled.tolist())) == sorted(map(tuple, rows.float().tolist()))
     again = torch.cat(list(store.batches(50, seed=1, dtype=torch.float32, buffer_shards=2)))
     other = torch.cat(list(store.batches(50, seed=2, dtype=torch.float32, buffer_shards=2)))
+    ahead = store.batches(50, seed=1, dtype=torch.float32, buffer_shards=2, prefetch=True)
+    assert torch.equal(torch.cat(list(ahead)), shuffled)
     assert torch.equal(again, shuffled)
     assert not torch.equal(other, shuffled)
     assert {len(batch) for batch in store.batches(50, drop_last=True)} == {50}

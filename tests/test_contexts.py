@@ -164,3 +164,19 @@ def test_a_model_without_a_tokenizer_takes_token_ids(lm):
     assert torch.equal(rows, torch.cat(list(stream_activations(lm, DOCUMENTS, layer=1))))
     with pytest.raises(ValueError, match=r"texts: 'tiny' has no tokenizer.*token ids, not strings"):
         next(stream_activations(bare, ["text"], **settings))
+
+
+def test_documents_that_are_not_packed_have_contexts_of_their_own(lm):
+    contexts = contexts_of(lm, context_length=6, batch_size=3, packing=False, exclude_tokens=[7])
+    first = lm.tokenizer.eos_token_id
+    documents = [[5, 7, 8], [], [9] * 12, [first, 4], [6]]
+    found = list(token_batches(lm, map(torch.tensor, documents), contexts))
+    assert [batch.input_ids.tolist() for batch in found] == [
+        [[first, 5, 7, 8, 0, 0], [first, *[9] * 5], [first, *[9] * 5]], [[first, 9, 9], [first, 4, 0], [first, 6, 0]]
+    ]  # fmt: skip
+    assert found[1].attention_mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 0]]
+    assert found[1].documents.tolist() == [[-1, 2, 2], [3, 3, -1], [-1, 4, -1]]
+    assert found[1].offsets.tolist() == [[-1, 10, 11], [0, 1, -1], [-1, 0, -1]]
+    assert [batch.kept.tolist() for batch in found] == [[1, 3, *range(7, 12), *range(13, 18)], [1, 2, 4, 7]]
+    with pytest.raises(TypeError, match="packing must be True or False"):
+        contexts_of(lm, packing=None)

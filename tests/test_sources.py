@@ -244,7 +244,8 @@ def test_damaged_and_foreign_files(tmp_path):
         open_source(tmp_path / "a.json")
 
 
-def test_arguments_that_fit_no_text(tmp_path):
+def test_arguments_that_fit_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_engine.data.sources.stdlib_texts", lambda: iter(TEXTS))
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "empty").mkdir()
     for given, options, kind, said in [

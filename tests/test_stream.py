@@ -344,13 +344,14 @@ def test_stores_give_every_row_once_an_epoch_and_aligned(stores):
     assert stream.counts["epoch"] == 3 and stream.counts["rows"] == len(found)
 
 
-def test_a_stream_of_stores_stops_and_goes_on(stores):
-    running, states, found = StoreStream(stores, batch_rows=32, seed=1), [], []
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_stream_of_stores_stops_and_goes_on(stores, prefetch):
+    running, states, found = StoreStream(stores, batch_rows=32, seed=1, prefetch=prefetch), [], []
     for _ in range(3 * len(stores[0]) // 32):
         states.append(json.dumps(running.state_dict()))
         found.append(running.next())
     for number in random.Random(0).sample(range(len(states)), 12):
-        resumed = StoreStream(stores, batch_rows=32, seed=1)
+        resumed = StoreStream(stores, batch_rows=32, seed=1, prefetch=not prefetch)
         resumed.load_state_dict(json.loads(states[number]))
         assert json.dumps(resumed.state_dict()) == states[number]
         rest = found[number:]
@@ -384,6 +385,8 @@ def test_stores_that_do_not_fit_are_refused(stores, tmp_path):
         ([], {}, ValueError, "stores must hold at least one"), ([DOCUMENTS], {}, TypeError, "sequence of ActivationSt"),
         (stores, {"world": 99, "rank": 98}, ValueError, "shards for 99 ranks"),
         (stores, {"batch_rows": 0}, ValueError, "batch_rows must be at least 1"),
+        (stores, {"buffer_shards": 0}, ValueError, "buffer_shards must be at least 1"),
+        (stores, {"prefetch": 1}, TypeError, "prefetch must be True or False"),
     ]:
         with pytest.raises(kind, match=said):
             StoreStream(given, **{"batch_rows": 32, "seed": 0, **options})
@@ -394,3 +397,19 @@ def test_stores_that_do_not_fit_are_refused(stores, tmp_path):
     with pytest.raises(ValueError, match="state: stores was"):
         StoreStream([other, other], batch_rows=32, seed=0).load_state_dict({**state, "sites": [
             "blocks.1.hook_resid_pre"] * 2})  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+def test_reading_ahead_on_a_gpu_changes_no_bit(stores):
+    lm = load_language_model(device="cuda")
+    plain, ahead = stream_of(lm, chunk_rows=384), stream_of(lm, chunk_rows=384, prefetch=True)
+    for _ in range(300):
+        x, y = plain.next(), ahead.next()
+        assert x[0].is_cuda and all(map(torch.equal, x, y))
+    ahead.settle()
+    options = {"batch_rows": 32, "seed": 1, "device": "cuda"}
+    plain, ahead = (StoreStream(stores, prefetch=prefetch, **options) for prefetch in (False, True))
+    assert same(take(plain, 60), take(ahead, 60))

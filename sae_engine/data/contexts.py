@@ -82,7 +82,7 @@ def contexts_of(
 ) -> Contexts:
     """The settings of :func:`stream_activations` that say what a batch is, checked. ``lm`` is one.
 
-    ``packing=False`` is for :class:`RowStream`.
+    ``packing=False`` gives each document contexts of its own.
     """
     if context_length is None:
         context_length = min(lm.max_length, 256)
@@ -119,9 +119,10 @@ def contexts_of(
 
 
 def token_batches(lm: LanguageModel, texts: Iterable[Any], contexts: Contexts) -> Iterator[TokenBatch]:
-    """Batches in the order of the texts: of documents packed, or as they are given. Read lazily."""
+    """Batches in the order of the texts: of documents, packed or each by itself, or as they are given. Read lazily."""
     run = contexts.run
     size = contexts.batch_size * run
+    alone: list[Tensor] = []  # where documents are not packed: rows
     pending = torch.empty(3, 0, dtype=torch.int64)  # token ids, documents, offsets
     are_given: bool | None = None  # as batches
     rows = 0  # of batches that were given
@@ -136,12 +137,21 @@ def token_batches(lm: LanguageModel, texts: Iterable[Any], contexts: Contexts) -
             rows += len(batch.input_ids)
             yield batch
             continue
-        ids = token_ids_of(lm, item, number, contexts.separator)
+        ids = token_ids_of(lm, item, number, contexts.separator if contexts.packing else None)
         document = torch.full_like(ids, number + contexts.documents_before)
-        pending = torch.cat([pending, torch.stack([ids, document, torch.arange(len(ids))])], 1)
+        tokens = torch.stack([ids, document, torch.arange(len(ids))])
+        if not contexts.packing:
+            alone += tokens.split(run, 1) if len(ids) else ()
+            while len(alone) >= contexts.batch_size:
+                yield unpacked(alone[: contexts.batch_size], contexts)
+                alone = alone[contexts.batch_size :]
+            continue
+        pending = torch.cat([pending, tokens], 1)
         for start in range(0, pending.shape[1] - size + 1, size):
             yield packed(pending[:, start : start + size], contexts, run)
         pending = pending[:, pending.shape[1] // size * size :]
+    if alone:
+        yield unpacked(alone, contexts)
     whole = pending.shape[1] // run * run
     if whole:
         yield packed(pending[:, :whole], contexts, run)

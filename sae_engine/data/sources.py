@@ -279,8 +279,7 @@ class _Listed:
         self.description = f"{len(items)} documents that were given"
         self.columns: Any = getattr(items, "column_names", None)
         is_text = isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items)
-        known = _digest(items) if is_text else getattr(items, "_fingerprint", None)  # the second: of a data set
-        self.identity: Any = ["given", len(items), known]
+        self.identity: Any = ["given", len(items), _digest(items) if is_text else None]
 
     def read(self, epoch: int, at: Any) -> Iterator[tuple[Any, Any]]:
         for number in range(at or 0, len(self._items)):

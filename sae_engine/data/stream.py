@@ -182,6 +182,7 @@ class StoreStream:
         chunk_rows: of :meth:`first_chunk`, at most.
         buffer_shards: how many shards are mixed, and in memory.
         dtype, device: of the rows; None is as stored, on the CPU.
+        prefetch: read the next shards in a thread (see :meth:`ActivationStore.batches`).
 
     Raises:
         TypeError, ValueError: an argument is not of its kind or range, the stores differ, or have fewer shards than
@@ -209,6 +210,7 @@ class StoreStream:
         buffer_shards: int = 4,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        prefetch: bool = False,
     ) -> None:
         if not isinstance(stores, Sequence) or not all(isinstance(store, ActivationStore) for store in stores):
             raise TypeError(f"stores must be a sequence of ActivationStore, got {stores!r:.80}")
@@ -221,7 +223,12 @@ class StoreStream:
         self._stores = [_of_rank(store, rank, world) for store in stores]
         self._batch_rows, self._seed = check_int("batch_rows", batch_rows, 1), check_int("seed", seed, 0)
         self._chunk_rows = check_int("chunk_rows", chunk_rows, 1)
-        self._options: dict[str, Any] = {"dtype": dtype, "device": device, "buffer_shards": buffer_shards}
+        self._options: dict[str, Any] = {
+            "dtype": None if dtype is None else dtype_in("dtype", dtype),
+            "device": None if device is None else device_in("device", device),
+            "buffer_shards": check_int("buffer_shards", buffer_shards, 1),
+            "prefetch": flag("prefetch", prefetch),
+        }
         self._links = {
             "sites": [str(Site.of(s.manifest["site"], s.manifest["layer"])) for s in stores], "rank": rank,
             "world": world, "batch_rows": batch_rows, "seed": seed, "buffer_shards": buffer_shards,
@@ -238,7 +245,8 @@ class StoreStream:
             found = next(self._blocks)
             self._left = found if self._left is None else _joined(self._left, found)
         batch = tuple(rows[: self._batch_rows] for rows in self._left)
-        self._left = tuple(rows[self._batch_rows :] for rows in self._left)
+        is_used_up = len(self._left[0]) == self._batch_rows
+        self._left = None if is_used_up else tuple(rows[self._batch_rows :] for rows in self._left)
         self._taken += self._batch_rows
         return batch
 
