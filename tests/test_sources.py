@@ -231,6 +231,18 @@ def test_masks_that_are_none(mask, said):
         first(open_source([{"input_ids": [1, 2, 3], "attention_mask": mask}], column="input_ids"), 1)
 
 
+def test_padding_without_a_mask_is_refused_where_it_is_known_to_be_padding():
+    rows = [{"input_ids": [5, 6, 7, 9, 9]}]
+    tokenizer = types.SimpleNamespace(pad_token_id=9, eos_token_id=2)
+    with pytest.raises(ValueError, match=r"document 0 of .* holds the tokenizer's padding token, 9"):
+        first(open_source(rows, column="input_ids", tokenizer=tokenizer), 1)
+    masked = [{**rows[0], "attention_mask": [1, 1, 1, 0, 0]}]
+    assert texts(open_source(masked, column="input_ids", tokenizer=tokenizer), 1)[0].tolist() == [5, 6, 7]
+    for same in ({"eos_token_id": 9}, {"eos_token_id": 2, "pad_token_id": None}):  # as GPT-2's, which says nothing
+        tokenizer = types.SimpleNamespace(**{"pad_token_id": 9, **same})
+        assert len(texts(open_source(rows, column="input_ids", tokenizer=tokenizer), 1)[0]) == 5
+
+
 def test_damaged_and_foreign_files(tmp_path):
     packed = write(tmp_path, "jsonl.gz")
     packed.write_bytes(packed.read_bytes()[:-20])

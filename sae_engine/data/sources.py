@@ -137,7 +137,20 @@ class Source:
             return Document(record)
         if isinstance(record, (list, tuple)) and record and isinstance(record[0], dict):
             return Document(self._chat(record, where))
-        return _token_ids(record, mask, where)
+        found = _token_ids(record, mask, where)
+        if mask is None and (pad := self._padding) is not None and pad in found.content:
+            raise ValueError(
+                f"{where} holds the tokenizer's padding token, {pad}, and no attention_mask says where it is: a model "
+                "would take it for text; give that column, or leave padding out"
+            )
+        return found
+
+    @property
+    def _padding(self) -> int | None:
+        """The tokenizer's padding token, if it means nothing else."""
+        others = {getattr(self._tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")}
+        pad = getattr(self._tokenizer, "pad_token_id", None)
+        return None if pad in others else pad
 
     def _chat(self, messages: Any, where: str) -> str:
         if getattr(self._tokenizer, "chat_template", None) is None:
@@ -216,7 +229,7 @@ def open_source(
         hold_out: every so-many-th document is kept out of :meth:`Source.documents`; None: none.
         rank, world: the documents are dealt to ``world`` ranks; this is one of them.
         seed: of the order of ``"stdlib"``.
-        tokenizer: for chats.
+        tokenizer: for chats; of token ids without a mask, it tells padding.
 
     Raises:
         TypeError: ``dataset_path`` is not of that kind.
