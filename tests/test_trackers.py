@@ -200,6 +200,18 @@ def test_what_cannot_be_started_is_left_alone(caplog):
     assert (inner.calls, len(caplog.records)) == (["start"], 1)
 
 
+def test_tokens_and_passwords_stay_at_home():
+    class Told(Tracker):
+        def start(self, config, name, id=None):
+            self.config = config
+
+    told = Told()
+    kwargs = {"token": "hf_abc", "use_auth_token": "hf_def", "hub": [{"API_KEY": "k"}], "trust_remote_code": True}
+    Guarded(told).start({"model": {"model_from_pretrained_kwargs": kwargs}, "training_tokens": 5}, "run")
+    hidden = {**kwargs, "token": "***", "use_auth_token": "***", "hub": [{"API_KEY": "***"}]}
+    assert told.config == {"model": {"model_from_pretrained_kwargs": hidden}, "training_tokens": 5}
+
+
 def test_the_keyboard_interrupts_through_a_guard():
     class Interrupted(Tracker):
         def log(self, metrics, step):
