@@ -214,6 +214,13 @@ def test_long_runs_are_trained_as_published():
     assert gemma.saes[0].architecture.jumprelu_bandwidth == 0.001 * 48  # rows of norm 48 instead of 1
 
 
+def test_thresholds_start_where_the_target_fires():
+    [config] = of_model(TrainConfig(saes=[SAEConfig(hook_name=PLACE, architecture=JumpReLUSAE(l0_target=16))])).saes
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(7))
+    codes = config.build(64, 64, steps=10, seed=0).encode(8 * x / x.norm(dim=1, keepdim=True))
+    assert 12 < (codes.values > 0).sum() / 256 < 20  # of 1024
+
+
 def test_short_runs_are_trained_faster():
     for tokens, factor in ((4096 * 20_000, 1.0), (4096 * 5_000, 2.0), (4096 * 192, 4.0)):
         config = TrainConfig(saes=[SAEConfig(hook_name=PLACE, d_sae=2**14)], data=DataConfig(training_tokens=tokens))
@@ -345,7 +352,7 @@ def test_a_run_may_start_from_what_was_saved(tmp_path):
 def test_the_printed_configuration_is_the_run_s(tmp_path, capsys):
     assert cli.main(["train", "--preset", "embedded", "--print-config", "--set", "saes.0.k=16", "--output", "out"]) == 0
     text = capsys.readouterr().out
-    assert "lr: 0.002263  # auto\n" in text and "k: 16\n" in text and "output_path: out\n" in text
+    assert "lr: 0.00181  # auto\n" in text and "k: 16\n" in text and "output_path: out\n" in text
     assert "auto" not in config_of(tmp_path, text).to_yaml()
     assert cli.main(["train", str(tmp_path / "run.yaml"), "--print-config"]) == 0
     assert capsys.readouterr().out == config_of(tmp_path, text).to_yaml()

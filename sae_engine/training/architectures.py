@@ -7,57 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any, ClassVar, Literal
 
 from .. import rules
 from ..autoencoder import SparseAutoencoder
 from ..initial import init_sparse
 from ..losses import AFA, L1, GateLoss, Loss, NestedReconstruction, StepL0
+from ._architecture import Architecture, numbers
 from ._faults import Check, ConfigError, auto, nearest, one_of, optional, rate, real, settle, whole, widths
 
 Auto = Literal["auto"]
 _AUTO_WIDTHS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)  # 2048, 6144, 14336, 30720, 65536 in the paper
 _GEMMA_SCOPE = 1e-3  # its bandwidth and first threshold, for rows of mean squared norm 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What all architectures have in common.
-
-    Example:
-        >>> TopKSAE(k=64).build_rule(d_sae=1024, steps=100)
-        TopK(k=64)
-    """
-
-    tag: ClassVar[str]
-    adam_beta1: ClassVar[float] = 0.9
-
-    def learning_rate(self, d_sae: int) -> float:
-        """dictionary_learning's, after Gao et al. 2024: ``2e-4 / sqrt(d_sae / 2**14)``."""
-        return 2e-4 / math.sqrt(d_sae / 2**14)
-
-    def sparsity_warm_up(self, steps: int) -> int:
-        """Updates over which the losses of :meth:`sparsity_name` rise to their weight, of a run of ``steps``."""
-        return 0
-
-    def resolved(self, d_in: int, d_sae: int, normalize_activations: str) -> Architecture:
-        """The same without an ``"auto"``."""
-        return self
-
-    def build_rule(self, d_sae: int, steps: int) -> rules.Activation:
-        """The selection rule, for a training of ``steps`` updates."""
-        raise TypeError(f"{type(self).__name__} must define build_rule")
-
-    def losses(self, d_in: int, d_out: int) -> list[Loss]:
-        """What is added to the reconstruction error, or takes its place, but for AuxK."""
-        return []
-
-    def sparsity_name(self) -> tuple[str, ...]:
-        """The names of those of :meth:`losses` whose weight rises over the sparsity warm-up."""
-        return ()
-
-    def prepare(self, sae: SparseAutoencoder) -> None:
-        """Changes the initial weights, tied unit rows, where the rule wants others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +162,10 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
         return replace(self, widths=tuple(sorted({max(round(share * d_sae), 1) for share in _AUTO_WIDTHS})))
 
     def build_rule(self, d_sae: int, steps: int) -> rules.Activation:
-        return rules.MatryoshkaBatchTopK(self.k, _numbers(self, "widths"), threshold_lr=self.topk_threshold_lr)
+        return rules.MatryoshkaBatchTopK(self.k, numbers(self, "widths"), threshold_lr=self.topk_threshold_lr)
 
     def losses(self, d_in: int, d_out: int) -> list[Loss]:
-        return [NestedReconstruction(_numbers(self, "widths"), "mean")]
+        return [NestedReconstruction(numbers(self, "widths"), "mean")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +251,9 @@ class JumpReLUSAE(Architecture):
         jumprelu_init_threshold: where thresholds start.
 
     Both are lengths of pre-activations. Gemma Scope's 0.001 belongs to rows of mean squared norm 1, so ``"auto"`` is
-    0.001 sqrt(d_in) for rows that are scaled to a norm of sqrt(d_in); for rows that are taken as they are there is no
-    such number, and ``"auto"`` is refused.
+    0.001 sqrt(d_in) for rows that are scaled to a norm of sqrt(d_in); such thresholds need many thousand updates to
+    rise. With ``l0_target`` they start where that many latents fire, and the bandwidth is 0.1 (ours). For rows that
+    are taken as they are there is no such number, and ``"auto"`` is refused.
 
     Raises:
         ConfigError: an argument is of another kind or out of range.
@@ -323,11 +286,16 @@ class JumpReLUSAE(Architecture):
         if open and normalize_activations == "none":
             raise ConfigError((name, "must be a number, since rows that are not normalized have any length: a share "
                                "of what pre-activations are like") for name in open)  # fmt: skip
-        return replace(self, **dict.fromkeys(open, round(_GEMMA_SCOPE * math.sqrt(d_in), 6)))
+        found = dict.fromkeys(open, round(_GEMMA_SCOPE * math.sqrt(d_in), 6))
+        if self.l0_target is not None:  # pre-activations start as standard normal: unit rows times norms of sqrt(d)
+            share = min(self.l0_target / d_sae, 0.5)
+            first = round(max(NormalDist().inv_cdf(1 - share), _GEMMA_SCOPE), 6)
+            found = {name: first if name == "jumprelu_init_threshold" else 0.1 for name in open}
+        return replace(self, **found)
 
     def build_rule(self, d_sae: int, steps: int) -> rules.Activation:
-        return self._rule(d_sae, threshold=_numbers(self, "jumprelu_init_threshold"),
-                          bandwidth=_numbers(self, "jumprelu_bandwidth"))  # fmt: skip
+        return self._rule(d_sae, threshold=numbers(self, "jumprelu_init_threshold"),
+                          bandwidth=numbers(self, "jumprelu_bandwidth"))  # fmt: skip
 
     def losses(self, d_in: int, d_out: int) -> list[Loss]:
         if self.l0_target is None:
@@ -491,10 +459,3 @@ def architecture_named(tag: object) -> type[Architecture]:
         raise ConfigError([("architecture", f"{tag} cannot be trained from a configuration: {REFUSED[tag][1]}")])
     known = ", ".join(ARCHITECTURES)
     raise ConfigError([("architecture", f"must be one of {known}, got {tag!r}{nearest(str(tag), ARCHITECTURES)}")])
-
-
-def _numbers(architecture: Architecture, name: str) -> Any:
-    """What is no longer ``"auto"``."""
-    if (value := getattr(architecture, name)) == "auto":
-        raise ConfigError([(name, "is still 'auto', which resolved() makes a number of")])
-    return value

@@ -50,7 +50,7 @@ def resolved(
         >>> from sae_engine.training.presets import preset
         >>> config = resolved(preset("embedded"), [(256, 256)], max_length=256, device_type="cpu", embedded=True)
         >>> config.optim.lr, config.optim.dead_after, config.saes[0].aux_k, config.data.context_size
-        (0.002263, 100000, 128, 256)
+        (0.00181, 100000, 128, 256)
     """
     config = config.expanded()
     if len(widths) != len(config.saes):
