@@ -81,7 +81,7 @@ class DataConfig:
         context_size: tokens of a context; auto: the model's longest, at most 1024.
         packing: whether documents fill contexts behind each other; else each has its own, padded.
         prepend_bos: whether each context begins with the BOS token.
-        separator: behind each document: ``"eos"``, ``"bos"``, ``"none"`` or a token's id.
+        separator: behind each document: ``"eos"``, ``"bos"``, a token's id, or None, also as ``"none"``.
         seqpos_slice: the positions of a context whose rows are kept: from, and to or None.
         exclude_special_tokens: keep no rows of special tokens.
         max_norm_multiple: drop rows whose norm exceeds that many times the median.
@@ -122,6 +122,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         as_tuples(self, "seqpos_slice")
+        if self.separator == "none":
+            object.__setattr__(self, "separator", None)
         settle(
             self, dataset_path=text, dataset_name=optional(text), split=text, column=text, context_size=auto(whole(2)),
             packing=flag, prepend_bos=flag, separator=separator, seqpos_slice=positions, exclude_special_tokens=flag,
