@@ -152,14 +152,12 @@ def test_saebench_finds_what_its_loaders_ask_for(rule, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("rule", "said"), [("JumpReLU", {}), ("ReLU", {"activation": "relu"}),
-                                            ("TopK", {"activation": "topk", "k": 5})])  # fmt: skip
+@pytest.mark.parametrize(("rule", "said"), [("JumpReLU", {}), ("ReLU", {"activation": "relu"})])
 def test_circuit_tracer_finds_a_transcoder_of_each_layer(rule, said, tmp_path):
     from safetensors.torch import load_file
 
     saes = [transcoder(layer, rule, skip=True) for layer in (1, 0, 2)]
-    layouts = ("circuit-tracer",) if rule == "TopK" else ("saelens", "circuit-tracer")
-    push(saes, "me/transcoders", folder=tmp_path / "out", dry_run=True, layouts=layouts)
+    push(saes, "me/transcoders", folder=tmp_path / "out", dry_run=True, layouts=("saelens", "circuit-tracer"))
     folder = tmp_path / "out" / "circuit-tracer"
     assert yaml.safe_load((folder / "config.yaml").read_text()) == {
         "model_name": "google/gemma-2-2b", "model_kind": "transcoder_set", "feature_input_hook": "mlp.hook_in",
@@ -169,13 +167,11 @@ def test_circuit_tracer_finds_a_transcoder_of_each_layer(rule, said, tmp_path):
     for sae in saes:
         held = load_file(folder / f"layer_{sae.provenance.layer}.safetensors")
         codes = x @ held["W_enc"].T + held["b_enc"]
-        if rule == "TopK":
-            kept = codes.topk(5)
-            codes = torch.zeros_like(codes).scatter(1, kept.indices, kept.values.relu())
-        else:
-            codes = codes.relu() * (codes > held.pop("activation_function.threshold", torch.zeros(())))
+        codes = codes.relu() * (codes > held.pop("activation_function.threshold", torch.zeros(())))
         assert set(held) == {"W_enc", "b_enc", "W_dec", "b_dec", "W_skip"}
         assert torch.allclose(codes @ held["W_dec"] + held["b_dec"] + x @ held["W_skip"].T, sae(x), atol=1e-4)
+        again = se.SparseAutoencoder.from_pretrained(folder / f"layer_{sae.provenance.layer}.safetensors")
+        assert torch.allclose(again(x), sae(x), atol=1e-4)
 
 
 def test_what_cannot_be_published_is_refused_and_leaves_nothing(tmp_path):
@@ -188,14 +184,16 @@ def test_what_cannot_be_published_is_refused_and_leaves_nothing(tmp_path):
     fresh.provenance = plain.provenance
     long_rows = autoencoder(decoder_init_norm=2.0)
     dry = {"folder": out, "dry_run": True}
+    traced = {**dry, "layouts": ["circuit-tracer"]}
     for error, said, saes, options in (
         (ValueError, "does not say where it belongs", nowhere, dry),
         (ValueError, "SAELens has no rule StatisticalTopK", ours, dry),
         (RuntimeError, "threshold", fresh, dry),
         (ValueError, "SAELens has no transcoder with the rule TopK", transcoder(0, "TopK", skip=True), dry),
         (ValueError, "decoder rows whose norm is not 1", long_rows, {**dry, "layouts": ["saebench"]}),
-        (ValueError, "no transcoder within a block", plain, {**dry, "layouts": ["circuit-tracer"]}),
-        (ValueError, "every layer from 0 on, got .1.", transcoder(1), {**dry, "layouts": ["circuit-tracer"]}),
+        (ValueError, "no transcoder within a block", plain, traced),
+        (ValueError, "circuit-tracer cannot take the rule TopK", transcoder(0, "TopK"), traced),
+        (ValueError, "every layer from 0 on, got .1.", transcoder(1), traced),
         (ValueError, "layouts must be", plain, {**dry, "layouts": ["neuroscope"]}),
         (ValueError, "layouts must be", plain, {**dry, "layouts": "saelens"}),
         (ValueError, "folder must be given with dry_run", plain, {"dry_run": True}),

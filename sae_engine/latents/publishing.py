@@ -211,7 +211,7 @@ def _circuit_tracer(named: list[_Named], folder: Path, scan: str) -> None:
         why = None
         if layer is None or into is None or out is None or known.target_layer not in (None, layer):
             why = f"what is no transcoder within a block, from and to {', '.join(_HOOKS)}"
-        elif c.activation not in (ReLU, JumpReLU, TopK):
+        elif c.activation not in (ReLU, JumpReLU):  # its top-k keeps negative pre-activations too
             why = f"the rule {c.activation.__name__}"
         elif c.normalize_activations != "none":
             why = f"normalize_activations={c.normalize_activations!r}"
@@ -221,15 +221,15 @@ def _circuit_tracer(named: list[_Named], folder: Path, scan: str) -> None:
             raise ValueError(f"saes: {one.name}: circuit-tracer cannot take {why}")
         by_layer[layer] = folding.subtract_b_dec(folding.fold_decoder_norms(c), False)
         places.add((hub_name(known.model), into, out))
-        kinds.add((c.activation, c.options.get("k"), tuple(c.tensors["W_enc"].shape), "W_skip" in c.tensors))
+        kinds.add((c.activation, tuple(c.tensors["W_enc"].shape), "W_skip" in c.tensors))
     if sorted(by_layer) != list(range(len(by_layer))):
         raise ValueError(f"saes: circuit-tracer needs every layer from 0 on, got {sorted(by_layer)}")
     if len(places) > 1 or len(kinds) > 1:
         raise ValueError(f"saes: circuit-tracer needs one model, hook, rule and width for all, got {places}, {kinds}")
-    ((model, into, out),), ((kind, k, _, has_skip),) = places, kinds
+    ((model, into, out),), ((kind, _, has_skip),) = places, kinds
     config = {"model_name": model, "model_kind": "transcoder_set", "feature_input_hook": into,
               "feature_output_hook": out, "scan": scan}  # fmt: skip
-    config |= {} if kind is JumpReLU else {"activation": "relu"} if kind is ReLU else {"activation": "topk", "k": k}
+    config |= {"activation": "relu"} if kind is ReLU else {}
     folder.mkdir(parents=True)
     # JSON's strings and numbers are YAML's.
     text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items())

@@ -22,14 +22,15 @@ class Seen:
     png: bytes
 
 
-def look(page: Path, *, width: int = 1200, height: int = 1600) -> Seen:
-    """One visit, from file://."""
+def look(page: Path, *, fragment: str = "", width: int = 1200, height: int = 1600) -> Seen:
+    """One visit, from file://; scripts that a page loads later have five seconds of its own time."""
     with tempfile.TemporaryDirectory() as profile:
         picture = Path(profile) / "page.png"
         command = [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
             f"--user-data-dir={profile}", "--no-first-run", "--enable-logging=stderr", "--v=0",
-            f"--window-size={width},{height}", f"--screenshot={picture}", "--dump-dom", page.resolve().as_uri(),
+            "--virtual-time-budget=5000", f"--window-size={width},{height}", f"--screenshot={picture}", "--dump-dom",
+            f"{page.resolve().as_uri()}{fragment}",
         ]  # fmt: skip
         environment = {**os.environ, "HOME": profile}
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
