@@ -277,6 +277,11 @@ def test_widths_come_from_a_store(tmp_path):
     config = TrainConfig(saes=[SAEConfig(hook_name="blocks.1.mlp.hook_post")], data=DataConfig(store_path=out))
     assert widths_of(config) == ([(1024, 1024)], 32, False)
     assert widths_of(replace(config, data=DataConfig()))[0] == [(1024, 1024)]  # of the model itself
+    wrong = replace(config, saes=(*config.saes, SAEConfig(hook_name=PLACE)))
+    with pytest.raises(ConfigError, match=r"^saes.1.hook_name: must be blocks.1.mlp.hook_post, which .* holds, got"):
+        widths_of(wrong)
+    (tmp_path / "store").rename(tmp_path / "blocks.1.mlp.hook_post")
+    assert widths_of(replace(config, data=DataConfig(store_path=str(tmp_path))))[0] == [(1024, 1024)]
 
 
 # -------------------------------------------------------------------------------------------------- autoencoders

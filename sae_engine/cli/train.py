@@ -48,13 +48,13 @@ def run(args: argparse.Namespace) -> int:
         if args.print_config:
             print(_resolved(config), end="")
             return 0
+        from ..training.trainer import train  # type: ignore[import-not-found]
+
+        return _said(train(config))
     except ConfigError as error:
         many = f"{len(error.faults)} faults" if len(error.faults) > 1 else "a fault"
         print(f"sae-engine: error: {many} in the configuration:", *str(error).splitlines(), sep="\n  ", file=sys.stderr)
         return 1
-    from ..training.trainer import train  # type: ignore[import-not-found]
-
-    return _said(train(config))
 
 
 def _config(args: argparse.Namespace) -> Any:
