@@ -85,7 +85,7 @@ class DataConfig:
         seqpos_slice: the positions of a context whose rows are kept: from, and to or None.
         exclude_special_tokens: keep no rows of special tokens.
         max_norm_multiple: drop rows whose norm exceeds that many times the median.
-        store_path: folder of an :class:`~sae_engine.data.ActivationStore` to train from, in place of a model; of several
+        store_path: folder of an :class:`~sae_engine.data.ActivationStore` to train from, not a model; of several
             sites, of the folders that :func:`~sae_engine.data.collect_sites` writes.
         store_batch_size_prompts: contexts in a forward pass.
         shuffle_tokens: rows of a chunk; auto: 262,144 on a GPU, 16,384 on a CPU, or the least that fits.
