@@ -147,6 +147,20 @@ def test_import_needs_torch_alone_and_says_nothing():
     assert (done.stdout, done.stderr) == ("", "")
 
 
+def test_a_configuration_needs_torch_alone():
+    """Reading one from a file takes pydantic and PyYAML, which say so."""
+    code = """
+from sae_engine.training.presets import preset
+config = preset("embedded-tiny").expanded()
+config.saes[0].build(8, 8, steps=10, seed=0)
+try:
+    type(config).from_dict(config.to_dict())
+except ImportError as error:
+    print(error)
+"""
+    assert "pip install pydantic" in run(code, blocked=[*OPTIONAL, "pydantic", "yaml"]).stdout
+
+
 def test_import_without_numpy():
     run("import sae_engine", blocked=["numpy"])  # torch itself warns that it is not there
 

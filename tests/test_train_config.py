@@ -1,6 +1,7 @@
 """Configurations: what they mean, how they are read, and every way in which they can be wrong."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from sae_engine.training.config import (
 )
 from sae_engine.training.config_files import json_schema, read_yaml, with_settings
 from sae_engine.training.presets import PRESETS, preset
+from sae_engine.training.schedule import lr_factor, warm_up_factor
 
 PLACE = "blocks.2.hook_resid_pre"
 
@@ -153,6 +155,7 @@ def test_python_says_it_too(make, fault):
     with pytest.raises(ConfigError) as caught:
         make()
     assert str(caught.value).startswith(fault)
+    assert pickle.loads(pickle.dumps(caught.value)).faults == caught.value.faults  # as processes hand it on
 
 
 def test_settings():
@@ -284,6 +287,21 @@ def test_widths_come_from_a_store(tmp_path):
     assert widths_of(replace(config, data=DataConfig(store_path=str(tmp_path))))[0] == [(1024, 1024)]
 
 
+@pytest.mark.parametrize(("warm_up", "decay"), [(0, 0), (1, 1), (10, 20), (60, 60), (100, 100)])
+def test_the_schedule_spans_the_run(warm_up, decay):
+    """It rises, holds, falls, never wastes an update on a rate of 0, and ends where the run does."""
+    factors = [lr_factor(update, warm_up=warm_up, decay=decay, total=100) for update in range(101)]
+    assert min(factors[:100]) > 0 and max(factors) <= 1
+    top = factors.index(max(factors))
+    assert factors[: top + 1] == sorted(factors[: top + 1]) and factors[top:] == sorted(factors[top:], reverse=True)
+    assert factors[0] == (1 / warm_up if warm_up > 1 else 1.0)
+    assert factors[99] == (1 / decay if decay else 1.0) and factors[100] == (0.0 if decay else 1.0)
+    assert [warm_up_factor(update, warm_up) for update in range(5)] == [lr_factor(
+        update, warm_up=warm_up, decay=0, total=100) for update in range(5)]  # fmt: skip
+    with pytest.raises(ValueError, match="update"):
+        lr_factor(-1, warm_up=warm_up, decay=decay, total=100)
+
+
 # -------------------------------------------------------------------------------------------------- autoencoders
 
 
@@ -378,6 +396,8 @@ def test_errors_of_the_command_are_lines(tmp_path, capsys):
         ([str(tmp_path / "none.yaml")], ["none.yaml"]),
         (["--preset", "gpt2-topk-32k", "--set", "model.model_name=nobody/none", "--print-config"],
          ["the hub did not answer for 'nobody/none'"]),
+        (["--preset", "embedded", "--set", "model.model_name=./none", "--print-config"],
+         ["name_or_path is neither a folder that exists nor a hub name: './none'"]),
     ]:  # fmt: skip
         assert cli.main(["train", *arguments]) == 1
         said = capsys.readouterr().err.splitlines()

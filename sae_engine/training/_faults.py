@@ -29,6 +29,9 @@ class ConfigError(ValueError):
         self.faults = tuple(faults)
         super().__init__("\n".join(f"{path}: {what}" if path else what for path, what in self.faults))
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.faults,)
+
     def below(self, path: str) -> ConfigError:
         """The same faults of what stands at ``path`` in something larger."""
         return ConfigError((f"{path}.{inner}" if inner else path, what) for inner, what in self.faults)
