@@ -1,5 +1,6 @@
 """Documents of every kind of text: in order, from any place, epoch after epoch, dealt to ranks, some held out."""
 
+import copy
 import gzip
 import json
 import sys
@@ -142,7 +143,7 @@ def test_text_that_is_not_utf8_is_named_with_its_byte(tmp_path):
 
 
 def test_the_library_comes_in_another_order_each_epoch(monkeypatch):
-    assert len(texts(open_source("stdlib"), 300)) == 300
+    assert len(texts(open_source("stdlib"), 3)) == 3
     some = list(islice(stdlib_texts(), 40))
     monkeypatch.setattr("sae_engine.data.sources.stdlib_texts", lambda: iter(some))  # all of it takes a second to read
     source = open_source("stdlib", seed=3)
@@ -187,9 +188,11 @@ def test_chats_are_written_by_the_tokenizer(tmp_path):
     assert texts(source, 2) == ["user:Hi|assistant:Hello"] * 2
     with pytest.raises(ValueError, match=r"column 'messages' of document 0 of .* is a chat, and no tokenizer was giv"):
         texts(open_source(tmp_path / "chat.jsonl", **options), 1)
-    real = tokenizer_of_bytes()
+    real = copy.deepcopy(tokenizer_of_bytes())
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         texts(open_source([{"messages": chat}], tokenizer=real, **options), 1)
+    real.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    assert texts(open_source([{"messages": chat}], tokenizer=real, **options), 1) == ["<user>Hi\n<assistant>Hello\n"]
 
     def refuse(messages, tokenize):
         raise RuntimeError("roles must alternate")

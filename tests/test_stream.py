@@ -66,7 +66,7 @@ def test_a_stop_at_any_batch_changes_no_bit(embedded, packing):
         found.append(running.next())
     assert running.counts["epoch"] >= 1
     assert max(map(len, states)) < 3000
-    for number in [0, *random.Random(1).sample(range(1, 80), 7)]:
+    for number in [0, *random.Random(1).sample(range(1, 80), 5)]:
         resumed = make(prefetch=number % 2 == 1)
         resumed.load_state_dict(json.loads(states[number]))
         assert json.dumps(resumed.state_dict()) == states[number]

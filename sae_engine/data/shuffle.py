@@ -111,7 +111,7 @@ class Staircase:
         self._period = self._offset = 0
         self._block: tuple[Tensor, ...] = ()  # what this period serves, once its first batch was asked for
         self._chunks: dict[int, _Chunk] = {}
-        self._ahead: tuple[int, Future[_Chunk]] | None = None
+        self._ahead: Future[_Chunk] | None = None  # the chunk after the newest
         self._positions = {0: reader.position}  # where chunks begin
 
     def next(self) -> tuple[Tensor, ...]:
@@ -130,7 +130,8 @@ class Staircase:
         if self._period or self._block:
             raise RuntimeError("first_chunk: rows of it were served already; ask before the first batch")
         chunk = self._filled(0)
-        return tuple(torch.cat(rows) for rows in zip(*(chunk.parts[j] for j in range(self.chunks)), strict=True))
+        parts = [self._readable(chunk, j) for j in range(self.chunks)]
+        return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
 
     @property
     def position(self) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class Staircase:
     def settle(self) -> None:
         """Wait until no thread reads; the next one starts in :meth:`next`."""
         if self._ahead is not None:
-            self._ahead[1].exception()
+            self._ahead.exception()
 
     def state_dict(self) -> dict[str, Any]:
         """Period, place in it, and where its chunks begin: JSON types."""
@@ -199,28 +200,21 @@ class Staircase:
         order = torch.randperm((newest + 1 - oldest) * self._part_rows, generator=self._generator("period", newest))
         block: list[Tensor] = []
         for j, chunk in enumerate(chunks[newest - j] for j in range(newest + 1 - oldest)):
-            if chunk.ready is not None:
-                torch.cuda.current_stream(self._device).wait_event(chunk.ready)
-            for site, rows in enumerate(chunk.parts.pop(j)):
+            for site, rows in enumerate(self._readable(chunk, j)):
                 if j == 0:
                     block.append(rows.new_empty(len(order), *rows.shape[1:]))
-                if chunk.ready is not None:  # its memory is of the other stream, which may take it back too early
-                    rows.record_stream(torch.cuda.current_stream(self._device))
                 to = order[j * self._part_rows : (j + 1) * self._part_rows]
                 block[site].index_copy_(0, to.to(rows.device), rows)
+            del rows, chunk.parts[j]
         self._chunks.pop(newest - self.chunks + 1, None)  # its last part was served
         self._block = tuple(block)
         if self._worker is not None:
-            self._ahead = newest + 1, self._worker.start(lambda: self._read(newest + 1))
+            self._ahead = self._worker.start(lambda: self._read(newest + 1))
 
     def _filled(self, number: int) -> _Chunk:
         """The chunk, read if it is not there: then it is the next of the reader."""
         if number not in self._chunks:
-            if self._ahead is not None and self._ahead[0] == number:
-                (_, ahead), self._ahead = self._ahead, None
-                chunk = ahead.result()
-            else:
-                chunk = self._read(number)
+            chunk = self._read(number) if self._worker is None else self._read_by(self._worker, number)
             known = self._positions.setdefault(number + 1, chunk.end)
             if not self._reader.is_same(known, chunk.end):
                 raise ValueError(
@@ -229,6 +223,26 @@ class Staircase:
                 )
             self._chunks[number] = chunk
         return self._chunks[number]
+
+    def _read_by(self, worker: _Worker, number: int) -> _Chunk:
+        """Of one thread all rows come: what the reader keeps for the next chunk is of that thread's stream too."""
+        if self._ahead is None:
+            self._ahead = worker.start(lambda: self._read(number))
+        ahead = self._ahead
+        try:
+            return ahead.result()
+        finally:
+            if ahead.done():  # it is not where waiting was interrupted
+                self._ahead = None
+
+    def _readable(self, chunk: _Chunk, j: int) -> list[Tensor]:
+        """A part, once it is written, and as long as this stream reads it."""
+        if chunk.ready is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(chunk.ready)
+            for rows in chunk.parts[j]:  # whose memory the other stream would take back
+                rows.record_stream(stream)
+        return chunk.parts[j]
 
     def _read(self, number: int) -> _Chunk:
         """The reader's next ``chunk_rows`` rows, in those parts that are still to be served."""
