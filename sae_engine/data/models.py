@@ -322,7 +322,7 @@ def width_and_length(
     folder = EMBEDDED_FOLDER if name_or_path == EMBEDDED else Path(name_or_path).expanduser()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
     if not folder.is_dir():
-        if not _HUB_NAME.fullmatch(name_or_path):
+        if name_or_path.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name_or_path):
             raise FileNotFoundError(f"name_or_path is neither a folder that exists nor a hub name: {name_or_path!r}")
         folder, options["revision"] = _hub_config(name_or_path, revision)
     try:
