@@ -70,6 +70,12 @@ def test_a_dashboard_with_features_that_stay_and_without(saved, tmp_path, capsys
     assert run("dashboard", saved(), page, "--features", kept, "--latents", 7, 9, "--quiet") == 0  # as they are
     overview = json.loads((page / "latents.js").read_text()[len("window.saeLatents = ") : -2])
     assert sorted(overview["shown"]) == [7, 9] and overview["encoded"] == 300
+    asked = ["dashboard", saved(), page, "--features", kept, "--latents", 7]
+    asked += ["--neuronpedia", "model_id=embedded", "set_name=res-me", "release=mine"]
+    assert run(*asked) == 1 == run(*asked, "creator=M", "more=1") == run(*asked, "creator=M", "word")
+    assert "--neuronpedia must be model_id=… set_name=… release=… creator=…, got" in capsys.readouterr().err
+    assert run(*asked, "creator=M") == 0
+    assert (page / "neuronpedia" / "embedded" / "2-res-me" / "source.jsonl").exists()
     alone = tmp_path / "alone"
     assert run("dashboard", saved(), alone, *TEXT, "--latents", "all", "--contexts", 0, "--title", "Mine & yours") == 0
     assert "<h1>Mine &amp; yours</h1>" in (alone / "index.html").read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """The page of an autoencoder's latents: what stands in it, that no text breaks out of it, what a browser shows."""
 
+import gzip
 import json
 import re
 
@@ -9,7 +10,7 @@ from browser import CHROMIUM, WHY_NOT, look, rows_seen
 from tiny_models import DOCUMENTS, tiny_gpt2
 
 import sae_engine as se
-from sae_engine.latents import collect, logit_lens, max_activating, write_dashboard
+from sae_engine.latents import collect, logit_lens, max_activating, write_dashboard, write_neuronpedia
 
 # What a text can do to a page that trusts it: end the script, the element, the string; and what nobody would see.
 HOSTILE = ("</script><script>document.title = 'taken'</script>", "\"'`${1}\\", "<img src=x onerror=alert(1)>", "&lt;",
@@ -152,6 +153,40 @@ def test_what_does_not_belong_together_is_refused(made, tmp_path):
         with pytest.raises(error, match=said):
             call()
     assert not (tmp_path / "index.html").exists()
+
+
+def lines_of(path):
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def test_neuronpedia_is_given_the_same(made, tmp_path):
+    lm, sae, features, _ = made
+    names = {"model_id": "tiny", "set_name": "res-me", "release": "mine", "creator": "Me"}
+    source = write_neuronpedia(features, sae, tmp_path, lm=lm, latents=[3, 7, 9], contexts=4, **names)
+    assert source == tmp_path / "tiny" / "1-res-me"
+    latents = {int(line["index"]): line for line in lines_of(source / "features" / "batch-0.jsonl.gz")}
+    contexts = lines_of(source / "activations" / "batch-0.jsonl.gz")
+    assert set(latents) == {3, 7, 9} and latents[7]["maxActApprox"] == 0 == latents[7]["frac_nonzero"]
+    lens = logit_lens(lm, sae.W_dec[[3, 7, 9]], 8)
+    for row, (latent, line) in enumerate(sorted(latents.items())):
+        found = max_activating(features, latent, 4, window=32)
+        own = [context for context in contexts if context["index"] == str(latent)]
+        assert [context["values"] for context in own] == [context.activations.tolist() for context in found]
+        assert [context["maxValueTokenIndex"] for context in own] == [context.peak for context in found]
+        assert sum(line["freq_hist_data_bar_heights"]) == features.counts()[latent]
+        assert line["pos_str"] == [HOSTILE[token % len(HOSTILE)] for token in lens.raised[row].tolist()]
+        assert line["vector"] == pytest.approx(sae.W_dec[latent].tolist(), rel=1e-5)
+        assert (line["modelId"], line["layer"], line["hookName"]) == ("tiny", "1-res-me", "blocks.1.hook_resid_post")
+    assert len({context["id"] for context in contexts}) == len(contexts) == 8
+    (about,) = lines_of(source / "source.jsonl")
+    assert (about["id"], about["setName"], about["num_tokens_in_prompt"]) == ("1-res-me", "res-me", 32)
+    (release,), (sources,) = lines_of(source / "release.jsonl"), lines_of(source / "sourceset.jsonl")
+    assert sources["releaseName"] == release["name"] == "mine"
+    with pytest.raises(ValueError, match="set_name must be of letters"):
+        write_neuronpedia(features, sae, tmp_path, lm=lm, **{**names, "set_name": "../up"})
+    with pytest.raises(TypeError, match="lm must be given"):
+        write_neuronpedia(features, sae, tmp_path, lm=None, **names)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)

@@ -27,13 +27,16 @@ def add(commands: Any) -> None:
     parser.add_argument("--contexts", type=int, default=10, metavar="N", help="of each latent; 10")
     parser.add_argument("--window", type=int, default=40, metavar="N", help="tokens of a context that are shown; 40")
     parser.add_argument("--title", default=None, help="of the page; model and site")
+    parser.add_argument("--neuronpedia", nargs="+", default=None, metavar="NAME=VALUE",
+                        help="also as Neuronpedia imports it, in OUT/neuronpedia: model_id=gpt2-small "
+                        "set_name=res-me release=mine creator=Me, perhaps description=, url=, hf_repo_id=")  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from sae_engine.latents import Features, write_dashboard
+    from sae_engine.latents import Features, write_dashboard, write_neuronpedia
 
-    latents = _latents(args.latents)
+    latents, names = _latents(args.latents), _names(args.neuronpedia)
     sae, lm, place = opened(args)
     options: dict[str, Any] = {"latents": latents, "contexts": args.contexts, "window": args.window}
     with tempfile.TemporaryDirectory() as temporary:
@@ -42,7 +45,19 @@ def run(args: argparse.Namespace) -> int:
         else:
             features = encoded(args, sae, lm, place, args.features or Path(temporary) / "features")
         print(write_dashboard(features, sae, args.out, lm=lm, title=args.title, **options))
+        if names:
+            print(write_neuronpedia(features, sae, args.out / "neuronpedia", lm=lm, latents=latents, **names))
     return 0
+
+
+def _names(words: list[str] | None) -> dict[str, Any]:
+    """What --neuronpedia says, each by its name."""
+    needed = ("model_id", "set_name", "release", "creator")
+    found: dict[str, Any] = dict(word.split("=", 1) for word in words or () if "=" in word)
+    known = {*needed, "description", "url", "hf_repo_id"}
+    if words and (len(found) < len(words) or set(found) - known or set(needed) - set(found)):
+        raise ValueError(f"--neuronpedia must be {' '.join(f'{name}=…' for name in needed)}, got {' '.join(words)!r}")
+    return found
 
 
 def _latents(words: list[str]) -> int | list[int] | None:

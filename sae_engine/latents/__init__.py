@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .delphi import write_delphi
     from .features import collect
     from .lens import Lens, logit_lens
+    from .neuronpedia import write_neuronpedia
     from .publishing import Published, push
     from .steering import ablate, steer
     from .stored import Features, FeatureTokens, LatentEntries
@@ -28,6 +29,7 @@ __all__ = [
     "steer",
     "write_dashboard",
     "write_delphi",
+    "write_neuronpedia",
 ]
 
 _MODULES = {
@@ -36,6 +38,7 @@ _MODULES = {
     "delphi": {"write_delphi"},
     "features": {"collect"},
     "lens": {"Lens", "logit_lens"},
+    "neuronpedia": {"write_neuronpedia"},
     "publishing": {"Published", "push"},
     "steering": {"ablate", "steer"},
     "stored": {"FeatureTokens", "Features", "LatentEntries"},

@@ -19,19 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import integer_in
 from .._files import replace_file
 from ..autoencoder import SparseAutoencoder
 from ..data.contexts import check_int
-from ..data.models import LanguageModel, memory_sha256
+from ..data.models import LanguageModel
 from ..data.store import folder_in
+from ._shown import Words, check, chosen_latents, geometry, histogram, lens_of, short
 from .contexts import max_activating
-from .lens import IN_THE_STREAM, Lens, logit_lens
+from .lens import Lens
 from .stored import Features
 
 SIZE = 32  # latents in a file
-BARS = 24
-NEIGHBOURS = LENS = 8
 
 
 def write_dashboard(
@@ -79,19 +77,19 @@ def write_dashboard(
         ...     sorted(file.name for file in page.parent.iterdir())
         ['data-0.js', 'index.html', 'latents.js']
     """
-    _check(features, sae, lm)
+    check(features, sae, lm)
     contexts, window = check_int("contexts", contexts, 0), check_int("window", window, 1)
-    chosen = _chosen(features, latents)
+    chosen = chosen_latents(features, latents)
     target = folder_in("folder", folder)
     target.mkdir(parents=True, exist_ok=True)
-    words = _Words(None if lm is None else lm.tokenizer)
-    lens, why_not = _lens(features, sae, lm, chosen)
+    words = Words(None if lm is None else lm.tokenizer)
+    lens, why_not = lens_of(features, sae, lm, chosen)
     number = -1
     for number, part in enumerate(_parts(chosen)):
         entries = [_entry(features, latent, contexts, window, words) for latent in part]
-        geometry = _geometry(sae, torch.tensor(part))
+        found = geometry(sae, torch.tensor(part))
         for row, entry in enumerate(entries):
-            entry |= {name: values[row] for name, values in geometry.items()}
+            entry |= {name: values[row] for name, values in found.items()}
             place = number * SIZE + row
             entry |= {"u": None, "l": None} if lens is None else _lens_entry(lens, place, words)
         _write(target / f"data-{number}.js", f"saeChunk({number}, {_json(entries)});\n")
@@ -107,42 +105,6 @@ def write_dashboard(
 write = write_dashboard
 
 
-def _check(features: Features, sae: SparseAutoencoder, lm: LanguageModel | None) -> None:
-    if not isinstance(features, Features):
-        raise TypeError(f"features must be Features, got {type(features).__name__}")
-    if not isinstance(sae, SparseAutoencoder):
-        raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
-    if lm is not None and not isinstance(lm, LanguageModel):
-        raise TypeError(f"lm must be a LanguageModel or None, got {type(lm).__name__}")
-    manifest = features.manifest
-    if memory_sha256(sae) != manifest["sae_sha256"]:
-        raise ValueError(f"sae is not the autoencoder whose features lie in {str(features.path)!r}: other weights")
-    if lm is not None and lm.sha256 != manifest["sha256"]:
-        raise ValueError(
-            f"lm is not the model whose features lie in {str(features.path)!r}: that was {manifest['model']!r} with "
-            f"weights of sha256 {manifest['sha256']}, this is {lm.name!r} with {lm.sha256}"
-        )
-
-
-def _chosen(features: Features, latents: int | Sequence[int] | None) -> list[int]:
-    """Which latents, the most frequent first, and of those that fire equally often the lowest."""
-    counts = features.counts()
-    if latents is None:
-        return counts.sort(descending=True, stable=True).indices.tolist()
-    if (number := integer_in(latents)) is not None:
-        number = check_int("latents", number, 1)
-        alive = int((counts > 0).sum())
-        if not alive:
-            raise ValueError("features: no latent fires on any of their tokens")
-        return counts.sort(descending=True, stable=True).indices[: min(number, alive)].tolist()
-    if isinstance(latents, str) or not isinstance(latents, Sequence):
-        raise TypeError(f"latents must be a number, a sequence of latents or None, got {latents!r}")
-    named = sorted({check_int("latents", latent, 0, features.d_sae - 1) for latent in latents})
-    if not named:
-        raise ValueError("latents must name at least one latent, got none")
-    return sorted(named, key=lambda latent: -int(counts[latent]))
-
-
 def _parts(chosen: list[int]) -> Iterator[list[int]]:
     return (chosen[first : first + SIZE] for first in range(0, len(chosen), SIZE))
 
@@ -150,80 +112,24 @@ def _parts(chosen: list[int]) -> Iterator[list[int]]:
 # ------------------------------------------------------------------------------------------- what is said of a latent
 
 
-class _Words:
-    """Token ids as text, each decoded once."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
-
-    def __call__(self, token: int) -> str:
-        if token not in self._known:
-            self._known[token] = f"[{token}]" if self._tokenizer is None else self._tokenizer.decode([token])
-        return self._known[token]
-
-
-def _entry(features: Features, latent: int, contexts: int, window: int, words: _Words) -> dict[str, Any]:
+def _entry(features: Features, latent: int, contexts: int, window: int, words: Words) -> dict[str, Any]:
     """Histogram and contexts, in the short names that page.js reads."""
-    values = features.by_latent(latent).values.float()
-    bars = None
-    if len(values):
-        low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
-        bars = {"low": _short(low), "high": _short(high),
-                "counts": torch.histc(values, BARS, low, high).long().tolist()}  # fmt: skip
+    counts, low, high = histogram(features.by_latent(latent).values)
     return {
-        "h": bars,
+        "h": {"low": short(low), "high": short(high), "counts": counts} if sum(counts) else None,
         "c": [{
             "t": [words(token) for token in context.token_ids.tolist()],
-            "a": [_short(value) for value in context.activations.tolist()],
+            "a": [short(value) for value in context.activations.tolist()],
             "p": context.peak, "f": int(context.positions[0]), "d": context.document, "k": context.token,
         } for context in (max_activating(features, latent, contexts, window=window) if contexts else ())],
     }  # fmt: skip
 
 
-@torch.no_grad()
-def _geometry(sae: SparseAutoencoder, latents: Tensor) -> dict[str, list[Any]]:
-    """Of each latent, the nearest decoder rows, and the cosine between encoder and decoder."""
-    latents = latents.to(sae.W_dec.device)
-    rows = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
-    cosines = rows[latents] @ rows.T
-    cosines[torch.arange(len(latents), device=latents.device), latents] = -torch.inf
-    nearest = cosines.topk(min(NEIGHBOURS, sae.d_sae - 1))
-    pairs = zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
-    own: list[Any] = [None] * len(latents)
-    if not _is_transcoder(sae):
-        encoder = torch.nn.functional.normalize(sae.W_enc.float()[:, latents], dim=0)
-        own = [_short(value) for value in (encoder.T * rows[latents]).sum(1).tolist()]
-    return {"n": [[(i, _short(v)) for i, v in zip(*pair, strict=True)] for pair in pairs], "e": own}
-
-
-def _is_transcoder(sae: SparseAutoencoder) -> bool:
-    return sae.d_in != sae.d_out or (sae.provenance is not None and sae.provenance.target_site is not None)
-
-
-def _lens(
-    features: Features, sae: SparseAutoencoder, lm: LanguageModel | None, chosen: list[int]
-) -> tuple[Lens | None, str]:
-    """The logit lens of the chosen latents, or None and why there is none."""
-    if lm is None:
-        return None, "no language model was given"
-    site = features.manifest["site"]
-    if _is_transcoder(sae):
-        site = None if sae.provenance is None else sae.provenance.target_site
-    if site not in IN_THE_STREAM or sae.d_out != lm.d_model:
-        return None, f"decoder rows are directions at {site or 'a place that is not named'}, not in the residual stream"
-    return logit_lens(lm, sae.W_dec.detach()[torch.tensor(chosen, device=sae.W_dec.device)], LENS), ""
-
-
-def _lens_entry(lens: Lens, row: int, words: _Words) -> dict[str, Any]:
+def _lens_entry(lens: Lens, row: int, words: Words) -> dict[str, Any]:
     def pairs(tokens: Tensor, values: Tensor) -> list[Any]:
-        return [(words(t), _short(v)) for t, v in zip(tokens[row].tolist(), values[row].tolist(), strict=True)]
+        return [(words(t), short(v)) for t, v in zip(tokens[row].tolist(), values[row].tolist(), strict=True)]
 
     return {"u": pairs(lens.raised, lens.raised_by), "l": pairs(lens.lowered, lens.lowered_by)}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 # ------------------------------------------------------------------------------------------------------------ files
