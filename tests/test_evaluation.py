@@ -281,6 +281,26 @@ def test_rows_that_training_does_not_see_are_left_alone(lm):
     assert every["evaluation/ce_ablated"] != without["evaluation/ce_ablated"]
 
 
+@pytest.mark.parametrize("transcoder", [False, True], ids=["autoencoder", "transcoder"])
+def test_padding_is_neither_measured_nor_seen(lm, transcoder):
+    """Documents in contexts of their own: sums of what each gives alone, without padding."""
+    documents = [torch.randint(5, 400, (length,)) for length in (40, 17, 90)]
+    site, target = ("blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out") if transcoder else (SITE, None)
+    options = {"context_length": 64, "target_site": target, "first_token": None, "separator": None}
+    sae = random_sae()
+    found = evaluate_during(sae, lm, documents, site=site, packing=False, batch_size=4, **options)
+    pieces = [piece for document in documents for piece in document.split(64)]
+    alone = [evaluate_during(sae, lm, [piece], site=site, **options) for piece in pieces]
+    for key in ("ce_clean", "ce_spliced", "ce_ablated"):
+        predicted = [len(piece) - 2 for piece in pieces]  # by all but the first and the last position
+        mean = sum(n * one[f"evaluation/{key}"] for n, one in zip(predicted, alone, strict=True)) / sum(predicted)
+        assert found[f"evaluation/{key}"] == pytest.approx(mean, rel=1e-5)  # 32-bit activations of other shapes
+    assert found["evaluation/l0"] == 8.0
+    some = evaluate_during(sae, lm, documents, site=site, packing=False, batch_size=4, max_tokens=50, **options)
+    cut = [documents[0], documents[1][:12]]  # 39 rows and 11
+    assert_close(some, evaluate_during(sae, lm, cut, site=site, packing=False, **options), 1e-5)
+
+
 def test_an_autoencoder_of_scaled_activations_is_measured_as_the_folded_one(lm):
     """Powers of two: dividing the biases is exact, and so every number."""
     folded, texts = random_sae(), evaluation_text()[:1]

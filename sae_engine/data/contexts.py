@@ -163,11 +163,7 @@ def context_batches(
     lm: LanguageModel, texts: Iterable[str], context_length: int, batch_size: int
 ) -> Iterator[Tensor]:
     """``(contexts, length)`` int64 token ids on the CPU, packed as :func:`stream_activations` does by default."""
-    return unpadded(lm, texts, contexts_of(lm, context_length=context_length, batch_size=batch_size))
-
-
-def unpadded(lm: LanguageModel, texts: Iterable[Any], contexts: Contexts) -> Iterator[Tensor]:
-    """Token ids of the batches, in which nothing may be padding."""
+    contexts = contexts_of(lm, context_length=context_length, batch_size=batch_size)
     for number, batch in enumerate(token_batches(lm, texts, contexts)):
         if batch.attention_mask is not None:
             raise ValueError(f"texts: batch {number} is padded, which is for activations alone: give documents here")

@@ -16,7 +16,7 @@ from .language import NextTokenLoss, loss_recovered
 from .norms import EpsilonLBO, TailTruncation, contributing_rows
 from .reconstruction import Reconstruction
 from .sparsity import Sparsity
-from .splice import Normalization, Replace, Splice, in_eval_mode
+from .splice import Batch, Normalization, Replace, Splice, in_eval_mode
 
 if TYPE_CHECKING:
     from ..data import LanguageModel, Site
@@ -133,6 +133,8 @@ def evaluate_during(
     separator: str | int | None = "eos",
     first_token: str | int | None = "bos",
     exclude_tokens: Collection[str | int] = (),
+    exclude_positions: Collection[int] = (),
+    packing: bool = True,
     max_tokens: int | None = None,
     scale: float = 1.0,
     target_scale: float | None = None,
@@ -146,8 +148,10 @@ def evaluate_during(
         sae, lm, context_length, batch_size, max_tokens: as :func:`evaluate`.
         documents: strings, or token ids in one dimension, which no autoencoder was trained on.
         site, target_site: of the input, and of a transcoder's output, layer and all (``"blocks.3.hook_resid_post"``).
-        drop_first, separator, first_token, exclude_tokens: as :func:`sae_engine.data.stream_activations`. Rows that
-            training does not see are not measured and stay as they are in every run.
+        drop_first, separator, first_token, exclude_tokens, exclude_positions: as
+            :func:`sae_engine.data.stream_activations`. Rows that training does not see are not measured and stay as
+            they are in every run.
+        packing: False: each document has contexts of its own, padded; padding is neither measured nor seen.
         scale, target_scale: what the autoencoder's input, and a transcoder's target, are multiplied by in training;
             ``target_scale`` None is ``scale``.
         baselines: the caller's dictionary, in which the cross-entropies of the clean and of the ablated model are
@@ -174,7 +178,8 @@ def evaluate_during(
     splice = Splice(sae, lm, (site, None), (target_site, None), Normalization("none", scale, target_scale))
     settings: dict[str, Any] = {
         "context_length": context_length, "batch_size": batch_size, "drop_first": drop_first, "separator": separator,
-        "first_token": first_token, "exclude_tokens": exclude_tokens,
+        "first_token": first_token, "exclude_tokens": exclude_tokens, "exclude_positions": exclude_positions,
+        "packing": packing,
     }  # fmt: skip
     batches = splice.batches(documents, max_tokens, **settings)
     measures, kept = _Errors(sae, splice), {} if baselines is None else baselines
@@ -205,17 +210,17 @@ def _zeros(_: Tensor, y: Tensor) -> Tensor:
 
 
 def _losses(
-    splice: Splice, batches: Iterable[Tensor], runs: Mapping[str, Replace], *, divergence: bool = False,
+    splice: Splice, batches: Iterable[Batch], runs: Mapping[str, Replace], *, divergence: bool = False,
     seen: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """What :class:`NextTokenLoss` says of each run; with ``divergence`` all but the first are compared with that."""
     losses = {name: NextTokenLoss() for name in runs}
-    for ids in batches:
+    for batch in batches:
         first: Tensor | None = None
         for name, replace in runs.items():
-            logits = splice.add(losses[name], ids, replace, clean=first)
+            logits = splice.add(losses[name], batch, replace, clean=first)
             first = logits if divergence and first is None else first
-        seen(splice.measured(ids).numel())
+        seen(len(batch.rows))
     return {name: loss.compute() for name, loss in losses.items()}
 
 

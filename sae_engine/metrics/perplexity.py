@@ -15,7 +15,7 @@ from .. import functional
 from ..autoencoder import SparseAutoencoder
 from .language import NextTokenLoss
 from .norms import TailTruncation, contributing_rows
-from .splice import Normalization, Splice, in_eval_mode
+from .splice import Batch, Normalization, Splice, in_eval_mode
 
 if TYPE_CHECKING:
     from ..data import LanguageModel, Site
@@ -78,24 +78,24 @@ def ppl_sparsity(
         "context_length": context_length, "batch_size": batch_size, "drop_first": drop_first, "separator": separator,
         "first_token": first_token, "exclude_tokens": exclude_tokens, "exclude_positions": exclude_positions,
     }  # fmt: skip
-    ids = list(splice.batches(texts, max_tokens, **settings))
+    batches = list(splice.batches(texts, max_tokens, **settings))
     with in_eval_mode(sae):
-        low, high = _contribution_range(splice, ids)
-        whole = _truncated(splice, ids, sys.float_info.min)  # drops nothing
+        low, high = _contribution_range(splice, batches)
+        whole = _truncated(splice, batches, sys.float_info.min)  # drops nothing
         best = {**whole, "threshold": 0.0}
         allowed = whole["ce"] + math.log1p(rise)
         low, high = math.log(low), math.log(high)
         for _ in range(steps):
             middle = (low + high) / 2
-            found = _truncated(splice, ids, math.exp(middle))
+            found = _truncated(splice, batches, math.exp(middle))
             low, high, best = (middle, high, found) if found["ce"] <= allowed else (low, middle, best)
     return {"rise": rise, "ce_whole": whole["ce"], **best}
 
 
-def _contribution_range(splice: Splice, batches: list[Tensor]) -> tuple[float, float]:
+def _contribution_range(splice: Splice, batches: list[Batch]) -> tuple[float, float]:
     """Norms of the smallest and the largest contribution in the first batch that has any."""
     norms, _ = contributing_rows(splice.sae)
-    for ids in batches:
+    for batch in batches:
         found: list[Tensor] = []
 
         def look(x: Tensor, y: Tensor, found=found) -> Tensor:
@@ -103,14 +103,14 @@ def _contribution_range(splice: Splice, batches: list[Tensor]) -> tuple[float, f
             found.append((codes.values * functional.at_latents(norms, codes)).abs())
             return y
 
-        splice.logits(ids, look)
+        splice.logits(batch, look)
         positive = found[0][found[0] > 0].double()
         if len(positive):
             return positive.min().item(), positive.max().item()
     raise RuntimeError("nothing was measured: no latent fires on these texts")
 
 
-def _truncated(splice: Splice, batches: list[Tensor], threshold: float) -> dict[str, Any]:
+def _truncated(splice: Splice, batches: list[Batch], threshold: float) -> dict[str, Any]:
     """The spliced run in which contributions below ``threshold`` are left out."""
     norms, rows = contributing_rows(splice.sae)
     loss, tail = NextTokenLoss(), TailTruncation(rows, [threshold])
@@ -123,8 +123,8 @@ def _truncated(splice: Splice, batches: list[Tensor], threshold: float) -> dict[
         codes = codes.replace(values=torch.where(dropped, 0.0, codes.values))
         return splice.normalization.back(splice.sae.decode(codes, encoded), info)
 
-    for ids in batches:
-        splice.add(loss, ids, reconstruct)
+    for batch in batches:
+        splice.add(loss, batch, reconstruct)
     found = tail.compute()
     return {
         "threshold": threshold, "ce": loss.compute()["ce"], "cett": found["cett"][0], "l0": found["l0"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .language import NextTokenLoss
 
 if TYPE_CHECKING:
     from ..data import LanguageModel, Site
-    from ..data.contexts import Contexts
+    from ..data.contexts import TokenBatch
 
 NORMALIZATIONS = {
     "none": "raw",
@@ -64,6 +64,19 @@ def in_eval_mode(sae: SparseAutoencoder) -> Iterator[None]:
 Replace = Callable[[Tensor, Tensor], Tensor]  # (input rows, target rows) → what takes the target's place
 
 
+class Batch(NamedTuple):
+    """Contexts on the model's device, with what of them is measured.
+
+    ``rows`` are places in (contexts * tokens) that are replaced and measured, ascending. ``spans`` are contexts and
+    their tokens that are predicted and predict, padding not among them.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    rows: Tensor
+    spans: list[tuple[slice, slice]]
+
+
 class Splice:
     """A language model with something in the place of one site's activations: the input's, or a transcoder's target."""
 
@@ -97,82 +110,79 @@ class Splice:
             if width != there:
                 raise ValueError(f"sae must have {name} = {there}, the width of {lm.name!r} at {site}, got {width}")
         self._device = input_device(lm.model)
-        self._inputs: tuple[Tensor, Tensor] | None = None  # token ids and what the transcoder is given for them
+        self._inputs: tuple[Batch, Tensor] | None = None  # what the transcoder is given for a batch
 
-    def batches(self, texts: Iterable[Any], max_tokens: int | None, **settings: Any) -> Iterator[Tensor]:
-        """Token ids on the model's device; arguments are checked now, texts are read when asked for.
+    def batches(self, texts: Iterable[Any], max_tokens: int | None, **settings: Any) -> Iterator[Batch]:
+        """Contexts on the model's device; arguments are checked now, texts are read when asked for.
 
-        ``settings`` are those of :func:`sae_engine.data.stream_activations`. What they exclude stays as it is in every
-        run and is no row, but what it predicts is measured, except of each context's first position.
+        ``settings`` are those of :func:`sae_engine.data.stream_activations`, and ``packing``. What they exclude stays
+        as it is in every run and is no row, but what it predicts is measured, except of each context's first position.
         """
         from ..data.activations import check_stream
-        from ..data.contexts import unpadded
+        from ..data.contexts import token_batches
 
         contexts, limit = check_stream(self.lm, texts, None, self.place, max_tokens, **settings)
-        self.first = int(0 in contexts.excluded_positions)
-        self.words = contexts.words
-        self._tokens = torch.tensor(contexts.excluded_tokens, dtype=torch.int64, device=self._device)
-        self._positions = [position for position in contexts.excluded_positions if position]
-        return (ids.to(self._device) for ids in _limited(unpadded(self.lm, texts, contexts), contexts, limit))
+        self.words, first = contexts.words, int(0 in contexts.excluded_positions)
+        found = _limited(token_batches(self.lm, texts, contexts), limit)
+        return (self._placed(ids, mask, rows, first) for ids, mask, rows in found)
 
-    def measured(self, ids: Tensor) -> Tensor:
-        return ids[:, self.first :]
+    def _placed(self, ids: Tensor, mask: Tensor | None, rows: Tensor, first: int) -> Batch:
+        if mask is None:
+            spans = [(slice(None), slice(first, ids.shape[1]))]
+        else:
+            begins, counts = mask.int().argmax(1).tolist(), mask.sum(1).tolist()
+            spans = [(slice(n, n + 1), slice(begin + first, begin + count))
+                     for n, (begin, count) in enumerate(zip(begins, counts, strict=True)) if count > first]  # fmt: skip
+            mask = mask.to(self._device)
+        return Batch(ids.to(self._device), mask, rows.to(self._device), spans)
 
-    def logits(self, ids: Tensor, replace: Replace) -> Tensor:
-        """Logits of the measured positions, with ``replace`` of input and target rows in the target's place."""
+    def logits(self, batch: Batch, replace: Replace) -> Tensor:
+        """Logits with ``replace`` of input and target rows in the target's place."""
         from ..data.activations import run_with_replacement
 
-        rows = self._row_numbers(ids)
-
         def on_site(hidden: Tensor) -> Tensor:
-            y = self._rows(hidden, rows)
-            new = replace(self._input(ids, rows) if self.is_transcoder else y, y)
+            y = self._rows(hidden, batch)
+            new = replace(self._input(batch) if self.is_transcoder else y, y)
             flat, new = hidden.flatten(0, 1), new.to(hidden.device, hidden.dtype)
-            return flat.index_copy(0, rows.to(hidden.device), new).view(hidden.shape)
+            return flat.index_copy(0, batch.rows.to(hidden.device), new).view(hidden.shape)
 
-        return self.measured(run_with_replacement(self.lm.model, ids, on_site, site=self.target))
+        return run_with_replacement(self.lm.model, batch.ids, on_site, site=self.target, attention_mask=batch.mask)
 
-    def add(self, loss: NextTokenLoss, ids: Tensor, replace: Replace, *, clean: Tensor | None = None) -> Tensor:
-        """Adds to ``loss`` what :meth:`logits` predicts of ``ids``; returns the logits."""
-        logits = self.logits(ids, replace)
-        loss.update(logits, self.measured(ids).to(logits.device), clean=clean)
+    def add(self, loss: NextTokenLoss, batch: Batch, replace: Replace, *, clean: Tensor | None = None) -> Tensor:
+        """Adds to ``loss`` what is predicted of ``batch``; returns the logits, which ``clean`` are of another run."""
+        logits = self.logits(batch, replace)
+        ids = batch.ids.to(logits.device)
+        for span in batch.spans:
+            loss.update(logits[span], ids[span], clean=None if clean is None else clean[span])
         return logits
 
-    def _row_numbers(self, ids: Tensor) -> Tensor:
-        """Which positions of (contexts * length) are rows, ascending."""
-        rows = self.measured(torch.arange(ids.numel(), device=ids.device).view(ids.shape))
-        if not len(self._tokens) and not self._positions:  # nothing waits for the device to say how many there are
-            return rows.flatten()
-        keep = ~torch.isin(ids, self._tokens)
-        keep[:, [position for position in self._positions if position < ids.shape[1]]] = False
-        return rows[self.measured(keep)]
-
-    def _rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        found = hidden.flatten(0, 1)[rows.to(hidden.device)]
+    def _rows(self, hidden: Tensor, batch: Batch) -> Tensor:
+        found = hidden.flatten(0, 1)[batch.rows.to(hidden.device)]
         return found.to(self.sae.W_dec.device, torch.promote_types(hidden.dtype, torch.float32))
 
-    def _input(self, ids: Tensor, rows: Tensor) -> Tensor:
-        """What a transcoder is given, once for all runs over these ids: nothing before its target is replaced."""
+    def _input(self, batch: Batch) -> Tensor:
+        """What a transcoder is given, once for all runs of a batch: nothing before its target is replaced."""
         from ..data.activations import read_activations
 
-        if self._inputs is None or self._inputs[0] is not ids:
-            self._inputs = ids, self._rows(read_activations(self.lm.model, ids, site=self.place), rows)
+        if self._inputs is None or self._inputs[0] is not batch:
+            hidden = read_activations(self.lm.model, batch.ids, site=self.place, attention_mask=batch.mask)
+            self._inputs = batch, self._rows(hidden, batch)
         return self._inputs[1]
 
 
-def _limited(batches: Iterator[Tensor], contexts: Contexts, max_tokens: int | None) -> Iterator[Tensor]:
-    """Batches of contexts that hold exactly ``max_tokens`` rows."""
-    left = max_tokens
-    for ids in batches:
-        if left is not None:
-            positions = torch.arange(ids.shape[1]).expand(ids.shape)
-            kept = contexts.kept(ids, positions, torch.ones_like(ids, dtype=torch.bool))
-            if len(kept) >= left:
-                whole, rest = divmod(int(kept[left - 1]) + 1, ids.shape[1])
-                if whole:
-                    yield ids[:whole]
-                if rest:
-                    yield ids[whole : whole + 1, :rest]
-                return
-            left -= len(kept)
-        yield ids
+def _limited(batches: Iterator[TokenBatch], left: int | None) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Token ids, masks and numbers of rows of batches that have ``left`` rows, in whole contexts and one part."""
+    for batch in batches:
+        ids, mask, kept = batch.input_ids, batch.attention_mask, batch.kept
+        if left is None or len(kept) < left:
+            yield ids, mask, kept
+            left = None if left is None else left - len(kept)
+            continue
+        kept, length = kept[:left], ids.shape[1]
+        whole, rest = divmod(int(kept[-1]) + 1, length)
+        for contexts, tokens in ((slice(0, whole), length), (slice(whole, whole + 1), rest)):
+            if contexts.start < contexts.stop and tokens:
+                here = kept[(kept >= contexts.start * length) & (kept < contexts.stop * length)]
+                of_mask = None if mask is None else mask[contexts, :tokens]
+                yield ids[contexts, :tokens], of_mask, here - contexts.start * length
+        return
