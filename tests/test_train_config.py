@@ -345,9 +345,13 @@ def test_first_weights_are_those_of_the_seed():
     torch.testing.assert_close(first.W_dec.norm(dim=1), torch.ones(32))
     coder = config.build(8, 6, steps=10, seed=3)
     assert coder.W_dec.shape == (32, 6) and coder.W_enc.shape == (8, 32) and coder.training
-    afa = SAEConfig(hook_name=PLACE, d_sae=256, architecture=ARCHITECTURES["top_afa"](l0_at_start=8))
-    l0 = afa.build(64, 64, steps=10, seed=12345).encode(torch.randn(64, 64)).l0.float().mean()
-    assert 4 < l0 < 16
+
+
+@pytest.mark.parametrize(("start", "low", "high"), [(8, 4, 16), (None, 80, 128)])
+def test_top_afa_starts_as_its_authors_or_sparse(start, low, high):
+    architecture = ARCHITECTURES["top_afa"](l0_at_start=start)
+    sae = SAEConfig(hook_name=PLACE, d_sae=256, architecture=architecture).build(64, 64, steps=10, seed=12345)
+    assert low < sae.encode(torch.randn(64, 64)).l0.float().mean() < high
 
 
 def test_a_run_may_start_from_what_was_saved(tmp_path):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from .. import rules
 from ..autoencoder import SparseAutoencoder
 from ..initial import init_sparse
@@ -397,7 +399,8 @@ class TopAFASAE(Architecture):
 
     Args:
         afa_coefficient: weight of the gap between the norms, the authors' ``afa_coeff``.
-        l0_at_start: latents a token at the start, which scales the encoder; None: what tied unit rows lead to. Ours.
+        l0_at_start: latents a token at the start, which scales the encoder (ours); None: the authors' scale, with which
+            nearly half of all latents fire at first.
 
     Raises:
         ConfigError: an argument is of another kind or out of range.
@@ -423,6 +426,9 @@ class TopAFASAE(Architecture):
     def prepare(self, sae: SparseAutoencoder) -> None:
         if self.l0_at_start is not None:
             init_sparse(sae, self.l0_at_start)
+        elif sae.d_in == sae.d_out:  # the variance of init_as_top_afa, around directions that are drawn already
+            with torch.no_grad():
+                sae.W_enc.mul_(math.sqrt(2 * sae.d_in / sae.d_sae))
 
 
 # --------------------------------------------------------------------------------------------- by their names
