@@ -293,6 +293,7 @@ def test_on_a_cuda_device_what_a_thread_wrote_is_waited_for_and_kept(monkeypatch
     assert torch.equal(batches(ahead, periods(kind, 4)), batches(plain, periods(kind, 4)))
     ahead.settle()
     # What the thread's reader keeps for the next chunk is written and read on its stream alone.
-    assert said == ["written on side"] * (1 + 2 + 3 + 3)
-    assert kept == [(8, "main")] * 2 * (1 + 2 + 3 + 3)
+    assert said == ["written on side"] * (4 + 1 + 2 + 3 + 3)
+    assert [most for most, _ in kept if most > 8] == [16, 24, 24]  # the orders, of which the first is of 8 rows
+    assert len(kept) == 4 + 2 * (1 + 2 + 3 + 3) and {stream for _, stream in kept} == {"main"}
     assert streams == {"side"}

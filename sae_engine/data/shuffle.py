@@ -45,9 +45,14 @@ class RowReader(Protocol):
 
 @dataclass
 class _Chunk:
-    """``parts[j]`` holds, a site each, the rows of part j that are not served yet; ``end`` is where the next begins."""
+    """``parts[j]`` holds, a site each, the rows of part j that are not served yet; ``end`` is where the next begins.
+
+    ``order`` is where rows go in the period whose newest chunk this is. It is made with the chunk, so that a thread
+    that reads ahead moves it to the device: from memory that is not pinned, that waits for what the device is doing.
+    """
 
     parts: dict[int, list[Tensor]]
+    order: Tensor
     end: dict[str, Any]
     ready: torch.cuda.Event | None = None
 
@@ -130,7 +135,7 @@ class Staircase:
         if self._period or self._block:
             raise RuntimeError("first_chunk: rows of it were served already; ask before the first batch")
         chunk = self._filled(0)
-        parts = [self._readable(chunk, j) for j in range(self.chunks)]
+        parts = [self._readable(chunk, chunk.parts[j]) for j in range(self.chunks)]
         return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
 
     @property
@@ -197,14 +202,13 @@ class Staircase:
         """Mix the parts that this period serves."""
         newest, oldest = self._period, self._oldest
         chunks = {chunk: self._filled(chunk) for chunk in range(oldest, newest + 1)}
-        order = torch.randperm((newest + 1 - oldest) * self._part_rows, generator=self._generator("period", newest))
+        (order,) = self._readable(chunks[newest], [chunks[newest].order])
         block: list[Tensor] = []
         for j, chunk in enumerate(chunks[newest - j] for j in range(newest + 1 - oldest)):
-            for site, rows in enumerate(self._readable(chunk, j)):
+            for site, rows in enumerate(self._readable(chunk, chunk.parts[j])):
                 if j == 0:
                     block.append(rows.new_empty(len(order), *rows.shape[1:]))
-                to = order[j * self._part_rows : (j + 1) * self._part_rows]
-                block[site].index_copy_(0, to.to(rows.device), rows)
+                block[site].index_copy_(0, order[j * self._part_rows : (j + 1) * self._part_rows], rows)
             del rows, chunk.parts[j]
         self._chunks.pop(newest - self.chunks + 1, None)  # its last part was served
         self._block = tuple(block)
@@ -235,14 +239,14 @@ class Staircase:
             if ahead.done():  # it is not where waiting was interrupted
                 self._ahead = None
 
-    def _readable(self, chunk: _Chunk, j: int) -> list[Tensor]:
-        """A part, once it is written, and as long as this stream reads it."""
+    def _readable(self, chunk: _Chunk, tensors: list[Tensor]) -> list[Tensor]:
+        """What is of a chunk, once it is written, and as long as this stream reads it."""
         if chunk.ready is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(chunk.ready)
-            for rows in chunk.parts[j]:  # whose memory the other stream would take back
-                rows.record_stream(stream)
-        return chunk.parts[j]
+            for t in tensors:  # whose memory the other stream would take back
+                t.record_stream(stream)
+        return tensors
 
     def _read(self, number: int) -> _Chunk:
         """The reader's next ``chunk_rows`` rows, in those parts that are still to be served."""
@@ -271,7 +275,11 @@ class Staircase:
                     of_part = slice(bounds[j], bounds[j + 1])
                     parts[j][site].index_copy_(0, within[of_part], rows[of_part])
             done += len(found[0])
-        return _Chunk(parts, self._reader.position, None if self._worker is None else self._worker.written())
+        served = min(number + 1, self.chunks) * self._part_rows
+        order = torch.randperm(served, generator=self._generator("period", number)).to(found[0].device)
+        return _Chunk(
+            parts, order, self._reader.position, None if self._worker is None else self._worker.written()
+        )
 
     def _generator(self, what: str, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(self.seed, what, number))
