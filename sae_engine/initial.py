@@ -1,14 +1,60 @@
-"""Initial weights of top-AFA autoencoders: the authors', and a scale of the encoder that starts sparse."""
+"""Initial values: b_dec from activations, and the weights of top-AFA autoencoders."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import torch
+from torch import Tensor
 
 from . import _checks as check
 from .autoencoder import SparseAutoencoder
 from .rules import TopAFA
+
+MEDIAN_ITERATIONS, MEDIAN_TOLERANCE = 100, 1e-6
+
+
+@torch.no_grad()
+def geometric_median(x: Tensor, reduce: Callable[[Tensor], object] | None = None) -> Tensor:
+    """(d,) the point whose distances to the rows of ``x`` (tokens, d) have the smallest sum, in fp32 or wider.
+
+    Where the decoder's bias starts: unlike the mean it does not follow a few giant activations. By Weiszfeld's
+    iteration from the mean, until a step moves it by less than 1e-6 of its distance from the rows, at most 100 times.
+
+    Args:
+        reduce: sums a tensor over processes that hold other rows, in place; all of them get the same point.
+
+    Raises:
+        TypeError: ``x`` is no floating-point matrix.
+        ValueError: it has no row.
+
+    Example:
+        >>> rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [900.0, 0.5]])
+        >>> bool(geometric_median(rows)[0] < 2)
+        True
+    """
+    check.floating("x", x, dims=2)
+    if not len(x):
+        raise ValueError("x must hold at least one row, got none")
+    rows = x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def weighted(weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean under these weights (tokens,), and their sum."""
+        sums = torch.cat([weights @ rows, weights.sum()[None]]).double()
+        if reduce is not None:
+            reduce(sums)
+        return (sums[:-1] / sums[-1]).to(rows.dtype), sums[-1]
+
+    median, count = weighted(rows.new_ones(len(rows)))
+    for _ in range(MEDIAN_ITERATIONS):
+        distances = (rows - median).norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny ** 0.5)
+        moved, inverse = weighted(1 / distances)
+        step, spread = (moved - median).norm().double(), count / inverse
+        median = moved
+        if bool(step <= MEDIAN_TOLERANCE * spread):
+            break
+    return median
 
 
 @torch.no_grad()

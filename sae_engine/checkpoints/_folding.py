@@ -48,18 +48,25 @@ def unit_decoder_rows(c: Checkpoint) -> Checkpoint:
     return replace(c, tensors=_rounded(c, wide))
 
 
-def fold_input_scale(c: Checkpoint, scale: float) -> Checkpoint:
+def fold_input_scale(c: Checkpoint, scale: float, target_scale: float | None = None) -> Checkpoint:
     """For activations as they are, where it was trained on ``scale`` times them (``expected_average_only_in``).
 
-    Latents are the same; with ``rescale_acts_by_decoder_norm`` they, and BatchTopK's threshold, are divided by
-    ``scale`` like the decoder's rows.
+    ``target_scale`` is what multiplied a transcoder's targets; an autoencoder's are its inputs. Latents are the same;
+    with ``rescale_acts_by_decoder_norm`` they, and BatchTopK's threshold, are divided by the latter like the decoder's
+    rows. TopAFA compares latents with the norm of the input, which is shorter now: its ``target_scale`` takes that up.
     """
+    target_scale = scale if target_scale is None else target_scale
     wide = {n: c.tensors[n].double() for n in ("W_enc", "W_dec", "b_dec")}
     wide["W_enc"] = wide["W_enc"] * scale
-    wide["W_dec"], wide["b_dec"] = wide["W_dec"] / scale, wide["b_dec"] / scale
+    wide["W_dec"], wide["b_dec"] = wide["W_dec"] / target_scale, wide["b_dec"] / target_scale
+    if "W_skip" in c.tensors:
+        wide["W_skip"] = c.tensors["W_skip"].double() * (scale / target_scale)
     if c.rescale_acts_by_decoder_norm and "threshold" in c.tensors:
-        wide["threshold"] = c.tensors["threshold"].double() / scale
-    return replace(c, tensors=_rounded(c, wide))
+        wide["threshold"] = c.tensors["threshold"].double() / target_scale
+    options = c.options
+    if c.activation is rules.TopAFA:
+        options = {**options, "target_scale": options.get("target_scale", 1.0) * scale}
+    return replace(c, tensors=_rounded(c, wide), options=options)
 
 
 def subtract_b_dec(c: Checkpoint, subtract: bool) -> Checkpoint:
