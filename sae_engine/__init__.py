@@ -39,6 +39,7 @@ from .rules import (
 if _TYPE_CHECKING:
     from .acceleration.switch import CannotAccelerate, accelerate, accelerated, restore
     from .latents import ablate, max_activating, steer
+    from .training import Run, Trainer, train
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "MutualChoice",
     "Provenance",
     "ReLU",
+    "Run",
     "RunningDensity",
     "SampledTopK",
     "SparseAutoencoder",
@@ -69,6 +71,7 @@ __all__ = [
     "StatisticalTopK",
     "TopAFA",
     "TopK",
+    "Trainer",
     "ablate",
     "accelerate",
     "accelerated",
@@ -83,6 +86,7 @@ __all__ = [
     "metrics",
     "restore",
     "steer",
+    "train",
     "training",
 ]
 
@@ -96,4 +100,6 @@ def __getattr__(name: str):
         from . import latents
 
         return getattr(latents, name)
+    if name in ("Run", "Trainer", "train"):  # nor is a training of them
+        return getattr(training, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..training.run import Run
 
 
 def add(commands: Any) -> None:
@@ -22,7 +26,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--preset", metavar="NAME", help=f"one that comes with the package: {', '.join(PRESETS)}")
     parser.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="PATH=VALUE",
-        help="change the configuration, as --set saes.0.k=64 --set optim.lr=1e-3",
+        help="change the configuration, as --set saes.0.k=64 --set optim.lr=1e-3; with --resume what may still change",
     )  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="the run folder: output.output_path")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run of that folder")
@@ -48,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
         if args.print_config:
             print(_resolved(config), end="")
             return 0
-        from ..training.trainer import train  # type: ignore[import-not-found]
-
-        return _said(train(config))
     except ConfigError as error:
         many = f"{len(error.faults)} faults" if len(error.faults) > 1 else "a fault"
         print(f"sae-engine: error: {many} in the configuration:", *str(error).splitlines(), sep="\n  ", file=sys.stderr)
         return 1
+    from ..training.trainer import train
+
+    return _ended(lambda: train(config))
 
 
 def _config(args: argparse.Namespace) -> Any:
@@ -85,15 +89,23 @@ def _resolved(config: Any) -> str:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    given = {"CONFIG.yaml": args.config, "--preset": args.preset, "--set": args.settings or None,
-             "--output": args.output, "--print-config": args.print_config or None}  # fmt: skip
+    given = {"CONFIG.yaml": args.config, "--preset": args.preset, "--output": args.output,
+             "--print-config": args.print_config or None}  # fmt: skip
     if wrong := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"--resume goes on with the run's own configuration, without {wrong[0]}")
     from ..training.trainer import resume
 
-    return _said(resume(args.resume))
+    return _ended(lambda: resume(args.resume, settings=args.settings))
 
 
-def _said(run: Any) -> int:
-    print(f"{run.folder}: done; report.md has the results")
+def _ended(work: Callable[[], Run]) -> int:
+    """The status of a run: 0, or 128 + the signal that ended it."""
+    from ..training.callbacks import Interrupted
+
+    try:
+        run = work()
+    except Interrupted as stopped:
+        print(f"sae-engine: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    print(run.summary())
     return 0

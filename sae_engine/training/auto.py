@@ -10,17 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ._faults import ConfigError
 from .config import TrainConfig
-from .forward import default_budget_bytes
+from .forward import total_memory_bytes
 from .sae_config import SAEConfig
-
-if TYPE_CHECKING:
-    from ..data.store import ActivationStore
 
 SHORT = 20_000  # updates
 _WARM_UP = 1_000
@@ -28,6 +25,7 @@ _FASTEST = 4.0  # times the rate of a long run. FVU after 192 updates: .31 at th
 _DEAD_AFTER = 10_000_000
 _CHUNK = {"cuda": 262_144, "cpu": 16_384}
 _MIB = 2**20
+_MEMORY_SHARE = 8  # of all memory, whatever is free: the same run has the same chunks, and so the same bits
 
 
 def resolved(
@@ -89,10 +87,10 @@ def widths_of(config: TrainConfig) -> tuple[list[tuple[int, int]], int, bool]:
     """
     saes = config.expanded().saes
     if config.data.store_path is not None:
-        stores = stores_of(config)
-        found = {site: store.d_model for site, store in stores.items()}
-        pairs = [(found[sae.hook_name], found[sae.hook_name_out or sae.hook_name]) for sae in saes]
-        return pairs, next(iter(stores.values())).manifest["context_length"], False
+        from ..data.store import ActivationStore
+
+        store = ActivationStore(config.data.store_path, allow_incomplete=True)
+        return [(store.d_model, store.d_model)] * len(saes), store.manifest["context_length"], False
     from ..data.models import EMBEDDED, width_and_length
 
     model, wide = config.model, config.model.model_from_pretrained_kwargs
@@ -104,42 +102,6 @@ def widths_of(config: TrainConfig) -> tuple[list[tuple[int, int]], int, bool]:
         known |= _measured(config, missing)
     pairs = [(known[sae.hook_name], known[sae.hook_name_out or sae.hook_name]) for sae in saes]
     return pairs, length, model.model_name == EMBEDDED
-
-
-def stores_of(config: TrainConfig) -> dict[str, ActivationStore]:
-    """The stores below ``data.store_path`` by the names of the sites that the autoencoders read, each once: of one site
-    the folder itself, or else the folders that :func:`~sae_engine.data.collect_sites` names after the sites.
-
-    Raises:
-        ConfigError: ``store_path`` is not given, or a store holds another site than the one asked for.
-        OSError: there is no such store.
-
-    Example:
-        >>> import tempfile
-        >>> from sae_engine.training.config import DataConfig
-        >>> lm, folder = se.data.load_language_model(), tempfile.mkdtemp()
-        >>> _ = se.data.collect_activations(lm, ["A text of some tokens."], folder, layer=2, progress=False)
-        >>> saes = [SAEConfig(hook_name="blocks.2.hook_resid_pre")]
-        >>> list(stores_of(TrainConfig(saes=saes, data=DataConfig(store_path=folder))))
-        ['blocks.2.hook_resid_pre']
-    """
-    from ..data.sites import Site
-    from ..data.store import ActivationStore
-
-    if config.data.store_path is None:
-        raise ConfigError([("data.store_path", "must be given")])
-    folder, stores = Path(config.data.store_path), {}
-    for number, sae in enumerate(config.expanded().saes):
-        for field in ("hook_name", "hook_name_out"):
-            if (name := getattr(sae, field)) is None or name in stores:
-                continue
-            site = Site.of(name)
-            below = folder if (folder / "manifest.json").is_file() else folder / str(site)
-            stores[name] = ActivationStore(below)
-            held = Site.of(stores[name].manifest["site"], stores[name].manifest["layer"])
-            if held != site:
-                raise ConfigError([(f"saes.{number}.{field}", f"must be {held}, which {below} holds, got {name!r}")])
-    return stores
 
 
 def _on_the_stream(site: str) -> bool:
@@ -201,8 +163,8 @@ def _optim(config: TrainConfig, updates: int) -> TrainConfig:
     device = torch.device(config.device)
     here = device.type != "cuda" or torch.cuda.is_available()  # else it is another machine's memory
     if optim.memory_budget is None and here:
-        free = default_budget_bytes(device)
-        optim = replace(optim, memory_budget=max(free // _MIB, 1) * _MIB)
+        share = total_memory_bytes(device) // _MEMORY_SHARE
+        optim = replace(optim, memory_budget=max(share // _MIB, 1) * _MIB)
     config = replace(config, optim=optim)
     own: dict[str, list[Any]] = {
         "lr": [float(f"{sae.architecture.learning_rate(sae.sized(1)) * factor:.4g}") for sae in config.saes],

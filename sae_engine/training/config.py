@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from ._faults import (
     ConfigError,
@@ -34,6 +34,7 @@ from .sae_config import SAEConfig, named, plain
 __all__ = ["ConfigError", "DataConfig", "EvalConfig", "LoggerConfig", "ModelConfig", "OptimConfig", "OutputConfig",
            "SAEConfig", "TrainConfig"]  # fmt: skip
 
+Resolved: TypeAlias = Any  # a TrainConfig or a part of one, in which numbers stand where the types allow "auto" too
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -85,8 +86,7 @@ class DataConfig:
         seqpos_slice: the positions of a context whose rows are kept: from, and to or None.
         exclude_special_tokens: keep no rows of special tokens.
         max_norm_multiple: drop rows whose norm exceeds that many times the median.
-        store_path: folder of an :class:`~sae_engine.data.ActivationStore` to train from, not a model; of several
-            sites, of the folders that :func:`~sae_engine.data.collect_sites` writes.
+        store_path: folder of an :class:`~sae_engine.data.ActivationStore` to train from, in place of a model.
         store_batch_size_prompts: contexts in a forward pass.
         shuffle_tokens: rows of a chunk; auto: 262,144 on a GPU, 16,384 on a CPU, or the least that fits.
         shuffle_chunks: chunks that are mixed at a time; their product is the reach of the shuffle.
@@ -150,7 +150,7 @@ class OptimConfig:
         gradient_accumulation_steps: batches of an update.
         dead_after: tokens without firing after which a latent is dead; auto: 10 M, in short runs 10 % of the tokens.
         compute_dtype: of products and codes; None: that of the parameters.
-        memory_budget: bytes of pre-activations at a time; None: a quarter of the memory that is free.
+        memory_budget: bytes of pre-activations at a time; None: an eighth of the device's memory.
         nonfinite: what happens to a batch with NaN or Inf: ``"skip"`` or ``"raise"``.
 
     Raises:
@@ -209,7 +209,7 @@ class EvalConfig:
     dataset_path: str | None = None
 
     def __post_init__(self) -> None:
-        settle(self, eval_steps=auto(whole(0)), eval_tokens=auto(whole()), dataset_path=optional(text))
+        settle(self, eval_steps=auto(whole(0)), eval_tokens=auto(whole(0)), dataset_path=optional(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,8 +313,6 @@ class TrainConfig:
                   if not isinstance(getattr(self, name), kind)]  # fmt: skip
         if not (isinstance(self.saes, tuple) and self.saes and all(isinstance(s, SAEConfig) for s in self.saes)):
             faults.append(("saes", "must hold at least one autoencoder"))
-        if not isinstance(self.sweep, dict):
-            faults.append(("sweep", f"must be a mapping of fields to lists of values, got {self.sweep!r}"))
         if faults:
             raise ConfigError(faults)
         settle(self, *self._relations(), seed=whole(0))

@@ -267,6 +267,16 @@ def free_memory_bytes(device: torch.device) -> int:
     return free if pages == "SC_AVPHYS_PAGES" else free // 2
 
 
+def total_memory_bytes(device: torch.device) -> int:
+    """All memory of a device, or of the host; 16 GiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return 16 << 30
+
+
 def default_budget_bytes(device: torch.device) -> int:
     return free_memory_bytes(device) // SHARE_OF_FREE_MEMORY
 

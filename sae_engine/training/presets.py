@@ -1,11 +1,12 @@
 """Configurations that are ready to run, by name."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ._faults import ConfigError, nearest
 from .architectures import JumpReLUSAE, TopKSAE
 from .config import DataConfig, EvalConfig, ModelConfig, OptimConfig, SAEConfig, TrainConfig
+from .config_files import with_settings
 
 
 def _embedded() -> TrainConfig:
@@ -50,17 +51,21 @@ PRESETS: dict[str, tuple[str, Callable[[], TrainConfig]]] = {
 }
 
 
-def preset(name: str) -> TrainConfig:
+def preset(name: str, settings: Sequence[str] = ()) -> TrainConfig:
     """A configuration by its name; :data:`PRESETS` has them with what each is.
 
+    Args:
+        settings: changes, as :func:`~sae_engine.training.config_files.with_settings` takes them.
+
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or a setting is wrong.
 
     Example:
-        >>> preset("gpt2-topk-32k").saes[0].hook_name
-        'blocks.8.hook_resid_pre'
+        >>> preset("gpt2-topk-32k", ["saes.0.k=64"]).saes[0].architecture
+        TopKSAE(k=64)
     """
     if name not in PRESETS:
         known = ", ".join(PRESETS)
         raise ConfigError([("--preset", f"must be one of {known}, got {name!r}{nearest(str(name), PRESETS)}")])
-    return PRESETS[name][1]()
+    config = PRESETS[name][1]()
+    return with_settings(config, settings) if settings else config

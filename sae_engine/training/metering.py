@@ -1,0 +1,92 @@
+"""What a run measures of itself without waiting for the device: means of the steps' reports, and where time goes."""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Sums:
+    """Means of what a step reports, summed on the device; and how many batches in a row were left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.names: list[str] = []
+        self.total = torch.zeros(0, dtype=torch.float64, device=device)  # (names,)
+        self.count = torch.zeros(0, dtype=torch.float64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, report: Mapping[str, Tensor], skipped: Tensor) -> None:
+        """One call's report; ``skipped`` () counts all batches that were left out, of which no number is summed."""
+        if not self.names:
+            self.names = [*dict.fromkeys([*report, "grad_norm"])]  # which only calls that update report
+            self.total = self.total.new_zeros(len(self.names))
+            self.count = torch.zeros_like(self.total)
+        missing = self.total.new_full((), float("nan"))
+        values = torch.stack([report.get(name, missing).to(torch.float64) for name in self.names])
+        finite = values.isfinite()
+        self.total += torch.where(finite, values, 0.0)
+        self.count += finite
+        self.in_a_row = torch.where(skipped > self.skipped, self.in_a_row + 1, 0)
+        self.skipped = skipped.clone()
+
+    def taken(self) -> dict[str, Tensor]:
+        """Means by name, NaN of what nothing was finite of; the sums begin anew."""
+        means = self.total / self.count
+        self.total, self.count = torch.zeros_like(self.total), torch.zeros_like(self.count)
+        return dict(zip(self.names, means.unbind(), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """In JSON's types, which hold fp64 exactly."""
+        return {"names": self.names, **{name: getattr(self, name).tolist() for name in _STATE}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.names = list(state["names"])
+        for name in _STATE:
+            here = getattr(self, name)
+            setattr(self, name, torch.tensor(state[name], dtype=here.dtype, device=here.device))
+
+
+_STATE = ("total", "count", "skipped", "in_a_row")  # of Sums
+
+
+class Arriving:
+    """Numbers (n,) that the host reads later: copied now, without waiting for what computes them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
+
+
+class Clock:
+    """Time since it was last read, and how much of it was spent waiting for activations."""
+
+    def __init__(self) -> None:
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begun
+
+    def taken(self) -> tuple[float, float]:
+        now = time.perf_counter()
+        found = now - self._since, self._waited
+        self._since, self._waited = now, 0.0
+        return found

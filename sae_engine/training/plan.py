@@ -1,0 +1,335 @@
+"""From a configuration to what a run works with: the language model, the stream of its activations, the places."""
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..autoencoder import SparseAutoencoder
+from ..data.contexts import Contexts, contexts_of
+from ..data.memory import TensorStream
+from ..data.models import LanguageModel, load_language_model
+from ..data.places import find_place
+from ..data.sites import Site
+from ..data.sources import Source, open_source
+from ..data.store import MANIFEST, ActivationStore
+from ..data.stream import RowStream, StoreStream
+from ..metrics.evaluation import evaluate_during
+from ..provenance import Provenance
+from .auto import resolved
+from .config import Resolved, SAEConfig, TrainConfig
+from .ranks import Ranks
+
+SPECIAL = ("bos", "eos", "pad")
+
+
+@dataclass
+class Plan:
+    """All that is made of a configuration before the autoencoders are.
+
+    Attributes:
+        config: complete: no ``auto`` is left, and ``saes`` holds each autoencoder of a sweep.
+        device: to train on.
+        stream: rows of all sites.
+        sites: in the stream's order.
+        places: of each autoencoder, the numbers of the sites that it reads and reconstructs.
+        provenances: of each autoencoder.
+        lm, source, contexts: None where a run trains from a store without them.
+    """
+
+    config: Resolved
+    device: torch.device
+    stream: RowStream | StoreStream | TensorStream
+    sites: tuple[Site, ...]
+    places: tuple[tuple[int, int], ...]
+    provenances: dict[str, Provenance]
+    lm: LanguageModel | None = None
+    source: Source | None = None
+    contexts: Contexts | None = None
+    _held_out: list[Any] | None = field(default=None, repr=False)
+    _baselines: dict[Hashable, float] = field(default_factory=dict, repr=False)
+
+    def provenance(self, name: str) -> Provenance:
+        return self.provenances[name]
+
+    def evaluated(self, saes: dict[str, SparseAutoencoder]) -> dict[str, dict[str, float]]:
+        """Each one's numbers on text that none of them was trained on; nothing where there is none."""
+        if self.lm is None or not self.config.eval.eval_tokens:
+            return {}
+        self.stream.settle()  # a thread that reads ahead has the language model
+        assert self.contexts is not None
+        contexts = self.contexts
+        found = {}
+        for name, (reads, writes) in zip(saes, self.places, strict=True):
+            found[name] = evaluate_during(
+                saes[name], self.lm, self._documents(), site=self.sites[reads],
+                target_site=None if reads == writes else self.sites[writes], context_length=contexts.length,
+                batch_size=contexts.batch_size, drop_first=0 in contexts.excluded_positions,
+                separator=contexts.separator, first_token=contexts.first_token,
+                exclude_tokens=contexts.excluded_tokens, max_tokens=self.config.eval.eval_tokens,
+                baselines=self._baselines,
+            )  # fmt: skip
+        return found
+
+    def _documents(self) -> list[Any]:
+        """Text that no autoencoder of the run is trained on, as much as an evaluation reads."""
+        if self._held_out is None:
+            assert self.source is not None
+            source = self.source
+            if (path := self.config.eval.dataset_path) is not None:
+                source = open_source(path, column=self.config.data.column, hold_out=None)
+                self._held_out = _first_documents(source, self.config.eval.eval_tokens)
+            else:
+                self._held_out = source.held_out(self.config.eval.eval_tokens)
+            if not self._held_out:
+                raise ValueError(
+                    f"eval: {source.description} has no document to hold out: it has fewer than "
+                    f"data.eval_fraction_documents = {self.config.data.eval_fraction_documents}; lower that, name a "
+                    "text in eval.dataset_path, or set eval.eval_tokens to 0"
+                )
+        return self._held_out
+
+
+def planned(config: TrainConfig, *, model: Any, tokenizer: Any, dataset: Any, ranks: Ranks) -> Plan:
+    """The plan of one process.
+
+    Args:
+        config: as the user wrote it.
+        model, tokenizer, dataset: in place of what the configuration names; or None.
+
+    Raises:
+        TypeError, ValueError, OSError, ImportError: what the configuration names is not there, or does not fit.
+    """
+    config = config.expanded()
+    device = _device(config.device, ranks)
+    config = replace(config, device=device.type)
+    rows = [dataset] if isinstance(dataset, Tensor) else dataset
+    if isinstance(rows, (list, tuple)) and rows and all(_are_rows(x) for x in rows):
+        return _in_memory(config, device, rows, ranks)
+    stores = None if config.data.store_path is None else _stores(config)
+    if stores is not None and config.eval.eval_tokens == 0:  # nothing else asks for the model
+        return _stored(config, device, stores, ranks, None)
+    lm = _language_model(config, device, model, tokenizer)
+    if stores is not None:
+        return _stored(config, device, stores, ranks, lm, dataset)
+    sites, places = _places(config.saes)
+    widths = [find_place(lm.model, site).width for site in sites]
+    config = _complete(config, device, widths, places, lm)
+    contexts, source = _contexts(lm, config), _source(config, dataset, lm, ranks)
+    data: Resolved = config.data
+    stream = RowStream(
+        lm, source, sites, contexts, chunk_rows=data.shuffle_tokens, chunks=data.shuffle_chunks,
+        batch_rows=_batch_rows(config, ranks),
+        seed=config.seed, rank=ranks.rank, world=ranks.world, max_norm_multiple=data.max_norm_multiple, device=device,
+        prefetch=data.prefetch,
+    )  # fmt: skip
+    seen = Provenance(
+        model=lm.name, revision=lm.revision, sha256=lm.sha256, normalize="none",
+        model_dtype=_name(next(lm.model.parameters()).dtype), text=source.description,
+        context_length=contexts.length, separator=contexts.words["separator"], excluded=_excluded(contexts),
+    )  # fmt: skip
+    provenances = _provenances(config, seen, sites, places, widths)
+    return Plan(config, device, stream, sites, places, provenances, lm, source, contexts)
+
+
+def _in_memory(config: TrainConfig, device: torch.device, rows: Sequence[Tensor], ranks: Ranks) -> Plan:
+    """Rows that the caller has, one tensor for each site that ``saes`` name, in the order in which they name them."""
+    sites, places = _places(config.saes)
+    if len(rows) != len(sites):
+        raise ValueError(f"dataset must hold a tensor for each of {[str(site) for site in sites]}, got {len(rows)}")
+    config = _complete(config, device, [x.shape[1] for x in rows], places, None)
+    stream = TensorStream(
+        rows, batch_rows=_batch_rows(config, ranks), seed=config.seed, rank=ranks.rank, world=ranks.world,
+        chunk_rows=_chunk_rows(config),
+    )  # fmt: skip
+    provenances = _provenances(config, Provenance(), sites, places, stream.widths)
+    return Plan(config, device, stream, sites, places, provenances)
+
+
+def _stores(config: TrainConfig) -> list[ActivationStore]:
+    """The collection of each site: ``data.store_path`` itself, or the sub-folders in it."""
+    sites, _ = _places(config.saes)
+    path = Path(str(config.data.store_path)).expanduser()
+    folders = [path] if (path / MANIFEST).exists() else sorted(place.parent for place in path.glob(f"*/{MANIFEST}"))
+    found = {}
+    for folder in folders:
+        store = ActivationStore(folder)
+        found[Site.of(store.manifest["site"], store.manifest["layer"])] = store
+    for site in sites:
+        if site not in found:
+            there = ", ".join(map(str, found)) or "no collection at all"
+            raise ValueError(f"data.store_path: {str(path)!r} holds no activations of {site}; it holds {there}")
+    return [found[site] for site in sites]
+
+
+def _stored(
+    config: TrainConfig, device: torch.device, stores: list[ActivationStore], ranks: Ranks, lm: LanguageModel | None,
+    dataset: Any = None,
+) -> Plan:  # fmt: skip
+    """From the disk. A language model is for evaluations alone, and has to be the one of the collections."""
+    sites, places = _places(config.saes)
+    seen = stores[0].provenance
+    if lm is not None and lm.sha256 != seen.sha256:
+        raise ValueError(
+            f"model.model_name: {str(config.data.store_path)!r} was collected from {seen.model!r}, whose weights are "
+            f"not those of {lm.name!r}, on which it would be evaluated; name that one, or set eval.eval_tokens to 0"
+        )
+    manifest = stores[0].manifest
+    length = {"context_size": manifest["context_length"]}
+    config = replace(config, data=replace(config.data, **length))
+    config = _complete(config, device, [store.d_model for store in stores], places, lm)
+    stream = StoreStream(
+        stores, batch_rows=_batch_rows(config, ranks), seed=config.seed, rank=ranks.rank, world=ranks.world,
+        chunk_rows=_chunk_rows(config),
+    )  # fmt: skip
+    provenances = _provenances(config, seen, sites, places, stream.widths)
+    if lm is None:
+        return Plan(config, device, stream, sites, places, provenances)
+    contexts = contexts_of(
+        lm, context_length=manifest["context_length"], batch_size=manifest["batch_size"],
+        drop_first=manifest["drop_first"], separator=_token(manifest["separator"]),
+        first_token=_token(manifest["first_token"]), exclude_positions=manifest["exclude_positions"],
+        exclude_tokens=[_token(word) for word in manifest["exclude_tokens"]],
+    )  # fmt: skip
+    source = _source(config, dataset, lm, ranks)
+    return Plan(config, device, stream, sites, places, provenances, lm, source, contexts)
+
+
+def _token(word: str) -> Any:
+    """A token as :func:`contexts_of` takes it, from how a manifest has it."""
+    return None if word == "none" else int(word) if word.lstrip("-").isdecimal() else word
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _complete(
+    config: TrainConfig, device: torch.device, widths: Sequence[int], places: Sequence[tuple[int, int]],
+    lm: LanguageModel | None,
+) -> TrainConfig:  # fmt: skip
+    """Without ``auto``."""
+    return resolved(
+        config, [(widths[reads], widths[writes]) for reads, writes in places],
+        max_length=1024 if lm is None else lm.max_length, device_type=device.type,
+        embedded=lm is not None and lm.is_embedded,
+    )  # fmt: skip
+
+
+def _source(config: TrainConfig, dataset: Any, lm: LanguageModel, ranks: Ranks) -> Source:
+    data = config.data
+    return open_source(
+        data.dataset_path if dataset is None else dataset, dataset_name=data.dataset_name, split=data.split,
+        column=data.column, hold_out=data.eval_fraction_documents, rank=ranks.rank, world=ranks.world,
+        seed=config.seed, tokenizer=lm.tokenizer,
+    )  # fmt: skip
+
+
+def _provenances(
+    config: TrainConfig, seen: Provenance, sites: Sequence[Site], places: Sequence[tuple[int, int]],
+    widths: Sequence[int],
+) -> dict[str, Provenance]:  # fmt: skip
+    """Of each autoencoder: its own place in what all of them have seen."""
+    found = {}
+    for sae, (reads, writes) in zip(config.saes, places, strict=True):
+        known = replace(seen, layer=sites[reads].layer, site=sites[reads].place, d=widths[reads])
+        if reads != writes:
+            target: dict[str, Any] = {"target_layer": sites[writes].layer, "target_site": sites[writes].place}
+            known = replace(known, **target, d_target=widths[writes])
+        found[str(sae.name)] = known
+    return found
+
+
+def _first_documents(source: Source, limit: int) -> list[Any]:
+    """At most ``limit`` documents of its first epoch."""
+    found: list[Any] = []
+    for cursor, document in source.documents():
+        if cursor["epoch"] or len(found) == limit:
+            break
+        found.append(document)
+    return found
+
+
+def _device(name: str, ranks: Ranks) -> torch.device:
+    """The device of a process: of several on one machine each has its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = check.device_in("device", name)
+    if device.type == "cuda":
+        device = torch.device("cuda", ranks.local if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def _language_model(config: TrainConfig, device: torch.device, model: Any, tokenizer: Any) -> LanguageModel:
+    if isinstance(model, LanguageModel):
+        return model
+    if model is not None:
+        return load_language_model(model, tokenizer=tokenizer)
+    named = config.model
+    if tokenizer is None and named.tokenizer_name is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(named.tokenizer_name)
+    options: dict[str, Any] = dict(named.model_from_pretrained_kwargs)
+    if "device_map" not in options:
+        options["device"] = device if named.llm_device is None else named.llm_device
+    return load_language_model(
+        named.model_name, tokenizer=tokenizer, revision=named.revision, dtype=named.dtype, **options
+    )
+
+
+def _places(saes: tuple[SAEConfig, ...]) -> tuple[tuple[Site, ...], tuple[tuple[int, int], ...]]:
+    """All sites, each once, and the numbers of those that each autoencoder reads and reconstructs."""
+    sites: dict[Site, int] = {}
+
+    def number(name: str) -> int:
+        return sites.setdefault(Site.of(name), len(sites))
+
+    places = tuple(
+        (number(sae.hook_name), number(sae.hook_name if sae.hook_name_out is None else sae.hook_name_out))
+        for sae in saes
+    )
+    return tuple(sites), places
+
+
+def _contexts(lm: LanguageModel, config: TrainConfig) -> Contexts:
+    data: Resolved = config.data
+    first, last = data.seqpos_slice
+    length = data.context_size
+    left_out = sorted({*range(length)} - {*range(length)[first:last]})
+    special = [word for word in SPECIAL if getattr(lm.tokenizer, f"{word}_token_id", None) is not None]
+    has_eos = data.separator != "eos" or "eos" in special
+    return contexts_of(
+        lm, context_length=length, batch_size=data.store_batch_size_prompts, drop_first=False,
+        exclude_positions=left_out, separator=data.separator if has_eos else None,
+        first_token="bos" if data.prepend_bos else None, packing=data.packing,
+        exclude_tokens=special if data.exclude_special_tokens else (),
+    )
+
+
+def _batch_rows(config: TrainConfig, ranks: Ranks) -> int:
+    rows, left = divmod(config.optim.train_batch_size_tokens, ranks.world)
+    if left:
+        raise ValueError(
+            f"optim.train_batch_size_tokens must be a multiple of the {ranks.world} processes, got "
+            f"{config.optim.train_batch_size_tokens}"
+        )
+    return rows
+
+
+def _chunk_rows(config: Resolved) -> int:
+    return config.data.shuffle_tokens
+
+
+def _excluded(contexts: Contexts) -> tuple[str, ...]:
+    return (*(["first"] if 0 in contexts.excluded_positions else []), *contexts.words["exclude_tokens"])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

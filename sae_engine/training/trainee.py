@@ -1,0 +1,163 @@
+"""One of the autoencoders that a run trains: its step, the scale of its activations, its sums between two log lines."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autoencoder import SparseAutoencoder
+from ..checkpoints._checkpoint import build, of
+from ..checkpoints._folding import fold_input_scale
+from ..initial import geometric_median
+from ..losses import AuxK, Loss
+from ..losses.warmed import Warmed
+from ..provenance import Provenance
+from .config import Resolved, SAEConfig, TrainConfig
+from .forward import PreActivations
+from .metering import Sums
+from .schedule import lr_factor, warm_up_factor
+from .step import TrainStep
+
+Reduce = Callable[[list[Tensor]], None]  # averages over processes, in place
+
+SCALED = "expected_average_only_in"
+# What a step reports, under the names that SAELens gives them; other summands of the loss are losses/<name>.
+_NAMES = {
+    "loss": "losses/overall_loss", "squared_error": "losses/mse_loss", "auxk": "losses/auxiliary_reconstruction_loss",
+    "fvu": "metrics/explained_variance", "l0": "metrics/l0", "dead": "sparsity/dead_features",
+    "grad_norm": "details/grad_norm", "overflow": "details/overflow",
+}  # fmt: skip
+
+
+class Trainee:
+    """An autoencoder on its way. What it learns depends on its own configuration and on the rows alone.
+
+    Args:
+        config: its entry of ``saes``, complete: no ``auto`` left.
+        run: the whole configuration, likewise.
+        places: numbers, among the sites of the stream, of what it reads and of what it reconstructs.
+        widths: of all sites.
+        total: updates of the run.
+        device: to train on.
+        world: processes that train it together; reduce: averages over them, None with one.
+        buffer: memory for pre-activations, which all trainees of a run share: they step one after the other.
+    """
+
+    def __init__(
+        self, config: SAEConfig, run: TrainConfig, *, places: tuple[int, int], widths: tuple[int, ...], total: int,
+        device: torch.device, world: int, reduce: Reduce | None, buffer: PreActivations,
+    ) -> None:  # fmt: skip
+        assert config.name is not None
+        self.config, self.name, self.reduce = config, config.name, reduce
+        self.reads, self.writes = places
+        d_in, d_out = widths[self.reads], widths[self.writes]
+        optim: Resolved = run.optim_of(config)
+        self.optim = optim
+        self.sae = config.build(d_in, d_out, steps=total, seed=run.seed, device=device)
+        if world > 1 and hasattr(self.sae.activation, "group"):
+            setattr(self.sae.activation, "group", torch.distributed.group.WORLD)  # noqa: B010 - the batch is everybody's
+        self.scales = 1.0, 1.0  # what multiplies its inputs, and its targets
+        rises = config.architecture.sparsity_name()
+        losses: list[Loss] = [
+            Warmed(loss, device) if loss.name in rises else loss for loss in config.architecture.losses(d_in, d_out)
+        ]
+        self.warmed = [loss for loss in losses if isinstance(loss, Warmed)]
+        resolved: Resolved = config
+        if config.aux_k_coefficient:
+            losses.append(AuxK(resolved.aux_k, resolved.aux_k_coefficient))
+        self._factor = functools.partial(
+            lr_factor, warm_up=optim.lr_warm_up_steps, decay=optim.lr_decay_steps, total=total
+        )
+        self.step = TrainStep(
+            self.sae, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
+            weight_decay=optim.weight_decay, losses=losses, normalize_decoder=config.normalize_decoder,
+            grad_clip=optim.max_grad_norm, compute_dtype=optim.compute_dtype,
+            accumulate=optim.gradient_accumulation_steps,
+            scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor), reduce=reduce,
+            dead_after=max(optim.dead_after // world, 1), memory_budget=optim.memory_budget, nonfinite=optim.nonfinite,
+        )  # fmt: skip
+        self.step._pre_activations = buffer
+        self.sums = Sums(device)
+
+    @torch.no_grad()
+    def begin(self, rows: tuple[Tensor, ...], ranks: int) -> None:
+        """Scale and ``b_dec``, from the first rows of all sites, of all ``ranks``."""
+        if self.config.normalize_activations == SCALED:
+            self.scales = self._scale(rows[self.reads], ranks), self._scale(rows[self.writes], ranks)
+        if self.config.from_pretrained is not None:
+            return
+        if self.config.b_dec_init == "zeros":
+            return
+        target = rows[self.writes].to(self.sae.W_dec.device, torch.float32) * self.scales[1]
+        if self.sae.normalize_activations != "none":
+            target = self.sae._normalized(target)[0]
+        if self.config.b_dec_init == "mean":
+            mean = target.mean(0)
+            if self.reduce is not None:
+                self.reduce([mean])
+            self.sae.b_dec.copy_(mean)
+        else:
+            self.sae.b_dec.copy_(geometric_median(target, None if self.reduce is None else self._sum(ranks)))
+
+    def _scale(self, rows: Tensor, ranks: int) -> float:
+        """√d over the mean norm of rows."""
+        mean = rows.to(torch.float32).norm(dim=1).mean().double()
+        if self.reduce is not None:
+            self.reduce([mean])
+        if not float(mean) > 0:
+            raise ValueError(f"saes: {self.name}: all activations of the first {len(rows)} rows are 0")
+        return rows.shape[1] ** 0.5 / float(mean)
+
+    def _sum(self, ranks: int) -> Callable[[Tensor], object]:
+        def add_up(tensor: Tensor) -> None:
+            assert self.reduce is not None
+            self.reduce([tensor])
+            tensor.mul_(ranks)
+
+        return add_up
+
+    def train(self, rows: Callable[[int, float], Tensor], update: int) -> None:
+        """One call of the step; ``rows(site, scale)`` gives the batch as it is to be seen."""
+        for loss in self.warmed:
+            loss.set(warm_up_factor(update, self.optim.sparsity_warm_up_steps))
+        x = rows(self.reads, self.scales[0])
+        target = None if self.writes == self.reads else rows(self.writes, self.scales[1])
+        self.sums.add(self.step(x, target), self.step._finite.count)
+
+    def rate(self, update: int) -> float:
+        """The learning rate of the update after ``update`` of them."""
+        return self.optim.lr * self._factor(update)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Means since the last call, under SAELens' names, on the device; the sums begin anew."""
+        found = self.sums.taken()
+        named = {_NAMES.get(name, f"losses/{name}"): value for name, value in found.items()}
+        named["metrics/explained_variance"] = 1 - named["metrics/explained_variance"]
+        named["sparsity/dead_features"] = named["sparsity/dead_features"] * self.sae.d_sae
+        return named
+
+    def exported(self, provenance: Provenance | None = None) -> SparseAutoencoder:
+        """A copy in evaluation mode for activations as the model has them: the scale is in its weights."""
+        checkpoint = fold_input_scale(of(self.sae), *self.scales)
+        sae = build(SparseAutoencoder, checkpoint, Path(self.name), device=self.sae.W_dec.device)
+        sae.provenance = provenance
+        return sae.eval()
+
+    def state(self) -> dict[str, Any]:
+        """All that its next step depends on, tensors among it; the same in all processes."""
+        return {"sae": dict(self.sae.state_dict()), "step": self.step.state_dict(), "scales": list(self.scales)}
+
+    def own_state(self) -> dict[str, Any]:
+        """What this process has counted, in JSON's types."""
+        return {"sums": self.sums.state(), "skipped": int(self.step._finite.count)}
+
+    def load(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        self.sae.load_state_dict(state["sae"])
+        self.step.load_state_dict(state["step"])
+        self.step._finite.count.fill_(own["skipped"])
+        self.scales = (state["scales"][0], state["scales"][1])
+        self.sums.load(own["sums"])

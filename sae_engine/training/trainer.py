@@ -1,0 +1,447 @@
+"""Trainer: a configuration to trained autoencoders, in one pass of a language model, with checkpoints and logs.
+
+What a run does follows from its configuration alone: a run that was killed, and went on from its last checkpoint, ends
+with the bits of one that was not (on a CPU with as many threads; a GPU's matrix products may differ).
+"""
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._files import replace_file
+from ..autoencoder import SparseAutoencoder
+from . import checkpoint, saved_state
+from .callbacks import Callback, Interrupted, resume_command
+from .config import Resolved, TrainConfig
+from .forward import PreActivations
+from .metering import Arriving, Clock
+from .plan import planned
+from .ranks import distributed
+from .run import CONFIG, SAES, Run
+from .settings import changed, configured
+from .trackers import JsonLines, Progress, Tracker, trackers_for
+from .trainee import Trainee
+
+logger = logging.getLogger(__name__)
+
+SKIPPED_IN_A_ROW = 20  # batches without a finite loss, after which a run ends
+
+
+def train(
+    config: TrainConfig | Mapping[str, Any] | str | os.PathLike, *, model: Any = None, tokenizer: Any = None,
+    dataset: Any = None, callbacks: Sequence[Callback] = (),
+) -> Run:  # fmt: skip
+    """Trains what a configuration describes, and returns the run: its folder, its metrics, its autoencoders.
+
+    Args:
+        config: a :class:`TrainConfig`, a dictionary of its form, the path of a YAML file, or the name of a preset.
+        model, tokenizer, dataset, callbacks: as :class:`Trainer` takes them.
+
+    Raises:
+        TypeError, ValueError, OSError, RuntimeError: as :meth:`Trainer.train`.
+        Interrupted: Ctrl-C or SIGTERM; the run is saved, and :func:`resume` carries on.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     quick = ["data.training_tokens=2048", "logger.progress=false", f"output.output_path={folder}/run"]
+        ...     run = train(se.training.preset("embedded-tiny", quick))
+        ...     [sae.d_sae for sae in run.saes().values()]
+        [256]
+    """
+    return Trainer(config, model=model, tokenizer=tokenizer, dataset=dataset, callbacks=callbacks).train()
+
+
+def resume(
+    run: str | os.PathLike, *, settings: Sequence[str] = (), model: Any = None, tokenizer: Any = None,
+    dataset: Any = None, callbacks: Sequence[Callback] = (),
+) -> Run:  # fmt: skip
+    """Goes on with a run from its newest checkpoint that is whole; a finished one is only evaluated and written again.
+
+    Args:
+        run: its folder.
+        settings: changes, as ``"output.save_steps=100"``: of ``logger`` and ``output``, and of
+            ``data.training_tokens`` as long as the learning rate has not begun to decay.
+        model, tokenizer, dataset, callbacks: as the run had them.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: a setting may not change any more (names it), or no checkpoint is whole.
+        As :func:`train` otherwise.
+
+    Example:
+        >>> resume("runs/nowhere")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: run: 'runs/nowhere' holds no config.yaml: it is not the folder of a run
+    """
+    folder = Path(run).expanduser()
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"run: {str(run)!r} holds no {CONFIG}: it is not the folder of a run")
+    return Trainer(
+        Run(folder).config, model=model, tokenizer=tokenizer, dataset=dataset, callbacks=callbacks,
+        _resumes=folder, _settings=settings,
+    ).train()  # fmt: skip
+
+
+class Trainer:
+    """A run with its parts at hand: for callbacks, for a model or texts that are in memory already.
+
+    Args:
+        config: as :func:`train` takes it.
+        model: a loaded Hugging Face model (or a :class:`~sae_engine.data.LanguageModel`) in place of
+            ``config.model``; with its ``tokenizer``.
+        dataset: documents in memory in place of ``data.dataset_path``: strings or token ids.
+        callbacks: of :class:`Callback`.
+
+    Attributes:
+        update: updates made so far.
+        total: updates of the whole run.
+        trainees: name → what is being trained; ``trainer.trainees["a"].sae`` is the autoencoder in training form.
+        folder: of the run.
+
+    Raises:
+        TypeError, ValueError, OSError: the configuration or an argument is wrong; names it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     quick = ["data.training_tokens=2048", "logger.progress=false", f"output.output_path={folder}/run"]
+        ...     trainer = Trainer(se.training.preset("embedded-tiny", quick))
+        ...     run = trainer.train()
+        ...     trainer.update
+        4
+    """
+
+    def __init__(
+        self, config: TrainConfig | Mapping[str, Any] | str | os.PathLike, *, model: Any = None, tokenizer: Any = None,
+        dataset: Any = None, callbacks: Sequence[Callback] = (), _resumes: Path | None = None,
+        _settings: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise TypeError(f"callbacks must hold objects of training.Callback, got {callback!r}")
+        self.config: Resolved = configured(config)
+        self.callbacks = tuple(callbacks)
+        self.update, self.total = 0, 0
+        self.trainees: dict[str, Trainee] = {}
+        self._given = {"model": model, "tokenizer": tokenizer, "dataset": dataset}
+        self._resumes, self._settings = _resumes, _settings
+        self._asked: int | None = None  # the signal that asked for an end
+        self._line: _Line | None = None  # metrics on their way from the device
+
+    def train(self) -> Run:
+        """Trains to the end, evaluates, writes the autoencoders and the report.
+
+        Raises:
+            TypeError, ValueError: the configuration is wrong (names the field), or the data are.
+            FileExistsError: the run's folder holds another run.
+            RuntimeError: another process writes there.
+            OSError: the disk is full or not writable; what was written before is whole.
+            FloatingPointError: no batch has a finite loss any more.
+            Interrupted: Ctrl-C or SIGTERM; the run is saved.
+        """
+        with ExitStack() as stack:
+            self.ranks = stack.enter_context(distributed())
+            saved = self._found()
+            self.plan = planned(self.config, **self._given, ranks=self.ranks)
+            self._settle_folder()
+            if self.ranks.writes:
+                self._claim(stack)
+            self.ranks.gathered(None)  # the others wait for the folder
+            self.run = Run(self.folder)
+            stack.callback(saved_state.set_random_state, saved_state.random_state())
+            torch.manual_seed(self.config.seed)  # for whatever a rule, a loss or a callback of the user's draws
+            self._build()
+            if saved is None:
+                self._begin()
+            else:
+                self._load(saved)
+            stack.enter_context(self._signals())
+            self._open_logs(stack, saved)
+            if saved is None:
+                self._save()
+            self._tell("on_start")
+            self._updates()
+            self._end()
+        return self.run
+
+    # --- before the first update ---------------------------------------------------------------------------------
+
+    def _found(self) -> checkpoint.Saved | None:
+        """The checkpoint to go on from."""
+        if self._resumes is None:
+            return None
+        saved, complaints = checkpoint.newest(self._resumes)
+        for complaint in complaints:
+            logger.warning("%s; an earlier checkpoint is taken", complaint)
+        self.config = changed(self.config, self._settings, 0 if saved is None else saved.update)
+        return saved
+
+    def _settle_folder(self) -> None:
+        """The folder of the first process is everybody's, and that of a resumed run is where it lies now."""
+        config = self.plan.config
+        path = str(self._resumes or self.ranks.gathered(config.output.output_path)[0])
+        self.config = replace(config, output=replace(config.output, output_path=path))
+        self.folder = Path(path).expanduser()
+
+    def _claim(self, stack: ExitStack) -> None:
+        """This process is the only one that writes into the run's folder, which is new unless the run is resumed."""
+        if self._resumes is None and self.folder.exists() and (
+            not self.folder.is_dir() or any(place.name != checkpoint.LOCK for place in self.folder.iterdir())
+        ):
+            how = f"resume it with: {resume_command(self.folder)}; or " if (self.folder / CONFIG).exists() else ""
+            raise FileExistsError(f"output_path: {str(self.folder)!r} is there already: {how}name another folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(checkpoint.only_writer(self.folder))
+        replace_file(self.folder / CONFIG, lambda path: path.write_text(self.config.to_yaml(), encoding="utf-8"))
+
+    def _build(self) -> None:
+        config, plan, world = self.config, self.plan, self.ranks.world
+        self.total = config.updates
+        buffer = PreActivations()
+        reduce = self.ranks.average if world > 1 else None
+        self.trainees = {
+            trainee.name: trainee
+            for trainee in (
+                Trainee(sae, config, places=places, widths=plan.stream.widths, total=self.total, device=plan.device,
+                        world=world, reduce=reduce, buffer=buffer)
+                for sae, places in zip(config.saes, plan.places, strict=True)
+            )
+        }  # fmt: skip
+
+    def _begin(self) -> None:
+        rows = self.plan.stream.first_chunk()
+        for trainee in self.trainees.values():
+            trainee.begin(rows, self.ranks.world)
+
+    def _load(self, saved: checkpoint.Saved) -> None:
+        state = saved_state.join(saved.plain, saved.tensors)
+        if (before := len(state["processes"])) != self.ranks.world:
+            raise ValueError(f"run: it was trained by {before} processes and must be resumed by as many, "
+                             f"got {self.ranks.world}")  # fmt: skip
+        own = state["processes"][self.ranks.rank]
+        if state["threads"] != torch.get_num_threads():
+            logger.warning("the run used %d threads and this process uses %d: sums may round differently",
+                           state["threads"], torch.get_num_threads())  # fmt: skip
+        self.update = saved.update
+        for name, trainee in self.trainees.items():
+            trainee.load(state["saes"][name], own["saes"][name])
+        self.plan.stream.load_state_dict(own["stream"])
+        saved_state.set_random_state(state["random"])
+
+    def _open_logs(self, stack: ExitStack, saved: checkpoint.Saved | None) -> None:
+        self.trackers: list[Tracker] = []
+        self._ids: dict[str, str | None] = {} if saved is None else dict(saved.plain["trackers"])
+        logged = self.config.logger
+        self._progress = Progress(self.total * self._batch, show=logged.progress and self.ranks.writes)
+        self._progress.update(self.update * self._batch, 0.0)
+        self._clock, self._logged = Clock(), self.update
+        if not self.ranks.writes:
+            return
+        self.trackers = trackers_for(logged, self.folder)
+        name = logged.run_name or self.folder.name
+        for tracker in self.trackers:
+            self._ids[tracker.name] = tracker.start(self.config.to_dict(), name, self._ids.get(tracker.name))
+        lines = self.trackers[0]
+        assert isinstance(lines, JsonLines)
+        self._lines = lines
+        self._lines.truncate(0 if saved is None else saved.plain["metrics_bytes"])
+        self._status = "failed"
+        stack.callback(self._finish)
+
+    def _finish(self) -> None:
+        self._progress.close()
+        for tracker in self.trackers:
+            tracker.finish(self._status)
+
+    # --- updates --------------------------------------------------------------------------------------------------
+
+    @property
+    def _batch(self) -> int:
+        """Rows of an update, over all processes."""
+        return self.config.optim.train_batch_size_tokens * self.config.optim.gradient_accumulation_steps
+
+    def _updates(self) -> None:
+        config = self.config
+        while self.update < self.total:
+            for _ in range(config.optim.gradient_accumulation_steps):
+                with self._clock.waiting():
+                    rows = self.plan.stream.next()
+                seen = functools.lru_cache(maxsize=None)(functools.partial(_scaled, rows, self.plan.device))
+                for trainee in self.trainees.values():
+                    trainee.train(seen, self.update)
+            self.update += 1
+            ends = self.update == self.total
+            self._tell("on_update")
+            if self.update % config.logger.logging_steps == 0 or ends:
+                self._log()
+            if ends or (config.eval.eval_steps and self.update % config.eval.eval_steps == 0):
+                self._evaluate()
+            stops = self.ranks.largest(self._asked or 0)
+            if ends or stops or self.update % config.output.save_steps == 0:
+                self._save()
+            if stops and not ends:
+                self._status = "interrupted"
+                self._write()
+                raise Interrupted(stops, self.folder)
+
+    def _end(self) -> None:
+        self._write()
+        self._status = "finished"
+        self._tell("on_end")
+        if self.ranks.writes and self.config.output.push_to_hub:
+            self.run.push()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the update at hand; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+            yield
+            return
+        before: dict[int, Any] = {}
+
+        def ask(number: int, _frame: Any) -> None:
+            self._asked = int(number)
+            for known, handler in before.items():
+                signal.signal(known, handler)
+
+        for known in (signal.SIGINT, signal.SIGTERM):
+            before[known] = signal.signal(known, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
+
+    # --- what is written --------------------------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        """Starts a line of metrics on its way from the device, and writes the one before, which has arrived."""
+        self._flush()
+        found = {name: trainee.metrics() for name, trainee in self.trainees.items()}
+        names = [self._named(name, key) for name, metrics in found.items() for key in metrics]
+        values = torch.stack([value for metrics in found.values() for value in metrics.values()])
+        if self.ranks.world > 1:
+            self.ranks.average([values])
+        in_a_row = torch.stack([trainee.sums.in_a_row for trainee in self.trainees.values()]).amin()
+        skipped = {
+            self._named(name, "details/skipped_batches"): trainee.step._finite.count
+            for name, trainee in self.trainees.items()
+        }
+        whole = torch.cat([values, torch.stack([in_a_row, *skipped.values()]).to(values)])
+        rates: dict[str, float] = {
+            self._named(name, "details/current_learning_rate"): trainee.rate(self.update)
+            for name, trainee in self.trainees.items()
+        }
+        known = rates | {f"data/{name}": float(count) for name, count in self.plan.stream.counts.items()}
+        names += ["in a row", *skipped]
+        self._line = _Line(self.update, self.update - self._logged, names, Arriving(whole), known, self._clock.taken())
+        self._logged = self.update
+
+    def _flush(self) -> None:
+        """Writes the line that is on its way."""
+        if self._line is None:
+            return
+        line, self._line = self._line, None
+        metrics = dict(zip(line.names, line.values.read(), strict=True))
+        in_a_row = metrics.pop("in a row")
+        tokens = line.update * self._batch
+        seconds, waited = line.times
+        rate = line.updates * self._batch / seconds
+        metrics |= line.known
+        metrics |= {"tokens": tokens, "details/n_training_samples": tokens, "performance/tokens_per_second": rate,
+                    "performance/starved": waited / seconds}  # fmt: skip
+        self._record(metrics, line.update)
+        self._progress.update(tokens, waited / seconds)
+        self._tell("on_log", metrics)
+        if in_a_row >= SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"the last {int(in_a_row)} batches gave no finite loss to any autoencoder: the learning rate may "
+                f"be too high, or the activations are broken; the newest checkpoint is "
+                f"of update {max(checkpoint.listed(self.folder), default=0)}"
+            )
+
+    def _evaluate(self) -> None:
+        """On held-out documents, by the first process; the others go on and meet it at their next sum."""
+        if not self.ranks.writes:
+            return
+        self._flush()
+        found = self.plan.evaluated({name: self._exported(name) for name in self.trainees})
+        metrics = {self._named(name, key): value for name, numbers in found.items() for key, value in numbers.items()}
+        if metrics:
+            self._record({"tokens": self.update * self._batch, **metrics}, self.update)
+            self.run.report()
+            self._tell("on_evaluate", metrics)
+        self._clock.taken()  # an evaluation is no training
+
+    def _save(self) -> None:
+        """A checkpoint of this update."""
+        self._flush()
+        own = {name: trainee.own_state() for name, trainee in self.trainees.items()}
+        processes = self.ranks.gathered({"stream": self.plan.stream.state_dict(), "saes": own})
+        if not self.ranks.writes:
+            return
+        files: dict[str, dict[str, Tensor]] = {"saes": {}, "optimizer": {}}
+        saes = {}
+        for name, trainee in self.trainees.items():
+            saes[name], tensors = saved_state.split(trainee.state(), name)
+            for key, tensor in tensors.items():
+                files["saes" if key.startswith(f"{name}/sae/") else "optimizer"][key] = tensor
+        random, tensors = saved_state.split(saved_state.random_state(), "random")
+        files["optimizer"] |= tensors
+        plain = {
+            "saes": saes, "random": random, "processes": processes,
+            "threads": torch.get_num_threads(), "metrics_bytes": self._lines.sync(), "trackers": self._ids,
+        }  # fmt: skip
+        folder = checkpoint.write(self.folder, self.update, plain, files)
+        checkpoint.prune(self.folder, self.config.output.save_total_limit)
+        self._tell("on_checkpoint", folder)
+
+    def _write(self) -> None:
+        """The autoencoders as others load them, and the report."""
+        if not self.ranks.writes:
+            return
+        for name in self.trainees:
+            self._exported(name).save_pretrained(self.folder / SAES / name)
+        self.run.report()
+
+    def _exported(self, name: str) -> SparseAutoencoder:
+        return self.trainees[name].exported(self.plan.provenance(name))
+
+    def _record(self, metrics: dict[str, float], update: int) -> None:
+        for tracker in self.trackers:
+            tracker.log(metrics, update)
+
+    def _named(self, trainee: str, key: str) -> str:
+        return key if len(self.trainees) == 1 else f"{trainee}/{key}"
+
+
+class _Line(NamedTuple):
+    """A line of metrics whose numbers are on their way from the device."""
+
+    update: int
+    updates: int  # that it sums up
+    names: list[str]
+    values: Arriving
+    known: dict[str, float]  # what the host knew when it was started
+    times: tuple[float, float]  # seconds, of which waited for activations
+
+
+def _scaled(rows: tuple[Tensor, ...], device: torch.device, site: int, scale: float) -> Tensor:
+    return rows[site].to(device, torch.float32) * scale

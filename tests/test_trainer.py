@@ -1,0 +1,404 @@
+"""A run from a configuration to autoencoders on the disk; killed, resumed, alone and in company."""
+from __future__ import annotations
+
+import errno
+import math
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import killed_runs
+import pytest
+import torch
+from killed_runs import Kill, outcome, statuses
+
+import sae_engine as se
+from sae_engine.training import checkpoint
+from sae_engine.training.callbacks import Callback, Interrupted
+from sae_engine.training.run import Run
+from sae_engine.training.trainer import Trainer, resume, train
+
+SAE = {"hook_name": "blocks.1.hook_resid_pre", "architecture": "topk", "k": 8, "d_sae": 128}
+SETTINGS: dict[str, Any] = {
+    "model": {"model_name": "embedded"},
+    "data": {"context_size": 32, "store_batch_size_prompts": 4, "training_tokens": 64 * 24, "shuffle_tokens": 256,
+             "shuffle_chunks": 2},
+    "saes": [SAE],
+    "optim": {"train_batch_size_tokens": 64, "dead_after": 512},
+    "eval": {"eval_steps": 12, "eval_tokens": 256},
+    "logger": {"logging_steps": 5, "progress": False},
+    "output": {"save_steps": 6},
+}  # fmt: skip
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The settings with other values of ``section__field``, or of whole sections."""
+    found = {name: dict(part) if isinstance(part, dict) else part for name, part in SETTINGS.items()}
+    found["output"]["output_path"] = str(folder)
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            found[section] = {**found.get(section, {}), field: value}
+        else:
+            found[section] = value
+    return found
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = train(settings(folder))
+    torch.set_num_threads(before)
+    return run
+
+
+def timeless(run: Run) -> list[dict[str, Any]]:
+    """The metrics without what depends on when they were written; NaN equals itself."""
+    return [
+        {key: "nan" if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()
+         if key != "time" and not key.startswith("performance/")}
+        for line in run.metrics()
+    ]  # fmt: skip
+
+
+def last(run: Run) -> checkpoint.Saved:
+    saved, complaints = checkpoint.newest(run.folder)
+    assert saved is not None and not complaints
+    return saved
+
+
+def assert_same(run: Run, other: Run) -> None:
+    """Weights, moments, counters, cursors and metrics, bit for bit."""
+    one, two = last(run), last(other)
+    assert one.update == two.update
+    assert one.tensors.keys() == two.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, two.tensors[name]), name
+    assert {**one.plain, "metrics_bytes": 0} == {**two.plain, "metrics_bytes": 0}
+    assert timeless(run) == timeless(other)
+
+
+def test_a_run_trains_and_leaves_what_it_promises(finished):
+    names = {place.name for place in finished.folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "report.md", "report.html", "checkpoints", "sae"} <= names
+    assert "auto" not in (finished.folder / "config.yaml").read_text().replace("runs/auto", "")
+    lines = timeless(finished)
+    losses = [line["losses/mse_loss"] for line in lines if "losses/mse_loss" in line]
+    assert [line["step"] for line in lines if "losses/mse_loss" in line] == [5, 10, 15, 20, 24]
+    assert losses[-1] < losses[0]
+    evaluations = [line for line in lines if "evaluation/fvu" in line]
+    assert [line["step"] for line in evaluations] == [12, 24]
+    assert 0 < evaluations[-1]["evaluation/fvu"] < 1 and evaluations[-1]["evaluation/l0"] == 8
+
+
+def test_what_it_trained_takes_activations_as_the_model_has_them(finished):
+    """The scale of the input is in the weights: FVU of the saved autoencoder is that of the last evaluation."""
+    (sae,) = finished.saes().values()
+    lm = se.data.load_language_model()
+    x = torch.cat(list(se.data.stream_activations(lm, se.data.evaluation_text()[:2], site="blocks.1.hook_resid_pre",
+                                                  context_length=32, max_tokens=256)))  # fmt: skip
+    residual = (sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert residual < 1
+    assert sae.provenance.model == "embedded" and sae.provenance.layer == 1 and sae.provenance.site == "resid_pre"
+    (trained,) = [t for n, t in last(finished).tensors.items() if n.endswith("/sae/W_dec")]
+    assert not torch.equal(trained, sae.W_dec)  # which is in other units
+
+
+def test_a_finished_run_can_be_resumed_and_stays_what_it_was(finished):
+    before = timeless(finished), last(finished)
+    again = resume(finished.folder)
+    after = timeless(again), last(again)
+    assert before[0] == after[0] and before[1].update == after[1].update
+
+
+KILLS = 7  # of one run
+
+@pytest.fixture(scope="module")
+def processes():
+    return killed_runs.context()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_was_not(finished, processes, tmp_path, seed):
+    """Killed after a random number of updates, or at a random place in the writing of a checkpoint, again and again."""
+    draw, folder, kills = random.Random(seed), tmp_path / "run", 0
+    while kills < KILLS:
+        kill = Kill("update", draw.randint(1, 6)) if draw.random() < 0.4 else Kill("sync", draw.randint(1, 8))
+        if outcome(processes, settings(folder), folder, kill) == "finished":
+            break
+        kills += 1
+    assert kills >= 4
+    if kills == KILLS:
+        assert outcome(processes, settings(folder), folder, None) == "finished"
+    assert_same(finished, Run(folder))
+
+
+# --- several autoencoders, several processes -------------------------------------------------------------------------
+
+COMPANY = [
+    SAE | {"name": "plain"},
+    SAE | {"name": "wide", "d_sae": 256, "seed": 3},
+    {"name": "batch", "hook_name": "blocks.2.hook_mlp_out", "architecture": "batchtopk", "k": 4, "d_sae": 96},
+    {"name": "coder", "hook_name": "blocks.1.hook_resid_pre", "hook_name_out": "blocks.2.hook_mlp_out",
+     "architecture": "jumprelu", "d_sae": 64},
+]  # fmt: skip
+
+
+def trained(run: Run, name: str) -> dict[str, torch.Tensor]:
+    """The parameters and moments of one autoencoder of a run."""
+    return {key: t for key, t in last(run).tensors.items() if key.startswith(f"{name}/")}
+
+
+def test_each_of_several_has_the_bits_that_it_has_alone(tmp_path):
+    together = train(settings(tmp_path / "together", saes=COMPANY))
+    for sae in COMPANY:
+        name = sae["name"]
+        alone = train(settings(tmp_path / name, saes=[sae]))
+        mine, theirs = trained(alone, name), trained(together, name)
+        assert mine.keys() == theirs.keys() and len(mine) > 8
+        assert all(torch.equal(t, theirs[key]) for key, t in mine.items()), name
+        lines = [
+            [line[f"{prefix}{key}"] for line in run.metrics() if f"{prefix}{key}" in line]
+            for run, prefix in ((alone, ""), (together, f"{name}/"))
+            for key in ("losses/mse_loss", "evaluation/fvu")
+        ]
+        assert lines[0] == lines[2] and len(lines[0]) == 5
+        assert lines[1] == lines[3] and len(lines[1]) == 2
+    assert set(together.saes()) == {sae["name"] for sae in COMPANY}
+
+
+def test_two_processes_train_one_autoencoder_and_stop_and_go_on_together(processes, tmp_path):
+    """A signal to one of them ends both after the same update; resumed, they end with the bits of those that were not
+    stopped. The data are dealt out, the gradients averaged: the result is near that of one process on other rows."""
+    batch = COMPANY[2] | {"hook_name": "blocks.1.hook_resid_pre"}
+    saes = [SAE | {"name": "plain"}, batch]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert statuses(processes, settings(whole, saes=saes), whole) == [0, 0]
+    assert statuses(processes, settings(parts, saes=saes), parts, stop=9) == [143, 143]
+    assert last(Run(parts)).update == 9
+    assert statuses(processes, None, parts) == [0, 0]
+    assert_same(Run(whole), Run(parts))
+    assert [part["stream"]["rank"] for part in last(Run(whole)).plain["processes"]] == [0, 1]
+    fvu = [line["plain/evaluation/fvu"] for line in Run(whole).metrics() if "plain/evaluation/fvu" in line]
+    assert fvu[-1] < fvu[0] < 1
+    with pytest.raises(ValueError, match="run: it was trained by 2 processes and must be resumed by as many, got 1"):
+        resume(whole)
+
+
+# --- where rows come from --------------------------------------------------------------------------------------------
+
+
+def rows(count: int = 640, width: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 8, generator=generator) @ torch.randn(8, width, generator=generator) + 3.0
+
+
+def test_from_memory(tmp_path):
+    inputs, outputs = rows(), rows(width=12)
+    transcoder = {"name": "t", "hook_name": "model.a", "hook_name_out": "model.b", "architecture": "topk", "k": 4,
+                  "d_sae": 32}  # fmt: skip
+    run = Trainer(settings(tmp_path / "run", saes=[transcoder], data__training_tokens=64 * 60,
+                           optim__lr=0.01), dataset=[inputs, outputs]).train()  # fmt: skip
+    (sae,) = run.saes().values()
+    error = (sae(inputs).detach() - outputs).square().sum() / (outputs - outputs.mean(0)).square().sum()
+    fvu = [1 - line["metrics/explained_variance"] for line in run.metrics()]
+    assert fvu[-1] < 0.5 * fvu[0]
+    assert error == pytest.approx(fvu[-1], rel=0.2)
+    assert not any("evaluation/fvu" in line for line in run.metrics())  # there is no text to hold out
+    with pytest.raises(ValueError, match=r"dataset must hold a tensor for each of \['model.a', 'model.b'\], got 1"):
+        train(settings(tmp_path / "other", saes=[transcoder]), dataset=inputs)
+
+
+def test_from_a_store_with_and_without_its_model(tmp_path):
+    lm = se.data.load_language_model()
+    se.data.collect_activations(lm, se.data.evaluation_text()[:2], tmp_path / "store", site="blocks.1.hook_resid_pre",
+                                context_length=32, max_tokens=1000, shard_tokens=300, progress=False)  # fmt: skip
+    stored = {"data__store_path": str(tmp_path / "store")}
+    run = train(settings(tmp_path / "a", **stored))
+    assert [line["step"] for line in run.metrics() if "evaluation/fvu" in line] == [12, 24]
+    provenance = next(iter(run.saes().values())).provenance
+    assert (provenance.model, provenance.layer, provenance.dtype) == ("embedded", 1, "float16")
+    alone = train(settings(tmp_path / "b", **stored, eval__eval_tokens=0))
+    assert not any("evaluation/fvu" in line for line in alone.metrics())
+    name = run.config.saes[0].name
+    assert all(torch.equal(t, trained(alone, name)[key]) for key, t in trained(run, name).items())
+    other = [SAE | {"hook_name": "blocks.2.hook_resid_pre"}]
+    with pytest.raises(ValueError, match=r"data.store_path: .* holds no activations of blocks.2.*; it holds blocks.1"):
+        train(settings(tmp_path / "c", **stored, saes=other))
+
+
+def test_a_model_and_documents_that_are_in_memory_already(tmp_path):
+    lm = se.data.load_language_model()
+    texts = se.data.evaluation_text()
+    options: dict[str, Any] = {"data__eval_fraction_documents": 3}
+    run = Trainer(settings(tmp_path / "a", **options), model=lm.model, tokenizer=lm.tokenizer, dataset=texts).train()
+    same = Trainer(settings(tmp_path / "b", **options), model=lm, dataset=texts).train()
+    name = run.config.saes[0].name
+    assert all(torch.equal(t, trained(same, name)[key]) for key, t in trained(run, name).items())
+
+
+# --- how it ends, and what is refused --------------------------------------------------------------------------------
+
+
+class At(Callback):
+    """Does something after one update."""
+
+    def __init__(self, update: int, act) -> None:
+        self.at, self.act, self.seen = update, act, []
+
+    def on_update(self, trainer) -> None:
+        if trainer.update == self.at:
+            self.act(trainer)
+
+    def on_start(self, trainer) -> None:
+        self.seen.append("start")
+
+    def on_log(self, trainer, metrics) -> None:
+        self.seen.append("log")
+
+    def on_evaluate(self, trainer, metrics) -> None:
+        self.seen.append("evaluate")
+
+    def on_checkpoint(self, trainer, folder) -> None:
+        self.seen.append(folder.name)
+
+    def on_end(self, trainer) -> None:
+        self.seen.append("end")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_tidily_and_it_goes_on_where_it_stopped(finished, tmp_path, number):
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=rf"{number.name}: .*sae-engine train --resume {tmp_path / 'run'}") as stopped:
+        train(settings(tmp_path / "run"), callbacks=[At(8, lambda _: signal.raise_signal(number))])
+    assert stopped.value.signal == number and signal.getsignal(number) is before
+    run = Run(tmp_path / "run")
+    assert last(run).update == 8
+    assert (run.folder / "report.md").exists() and run.saes()
+    resume(run.folder)
+    assert_same(finished, run)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    def twice(_) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(settings(tmp_path / "run"), callbacks=[At(8, twice)])
+    assert not isinstance(stopped.value, Interrupted)
+    assert last(Run(tmp_path / "run")).update == 6
+
+
+def test_callbacks_hear_of_everything_in_order(tmp_path):
+    told = At(0, None)
+    train(settings(tmp_path / "run"), callbacks=[told])
+    step = "step-{:09d}".format
+    assert told.seen == [step(0), "start", "log", step(6), "log", "evaluate", step(12), "log", step(18), "log", "log",
+                         "evaluate", step(24), "end"]  # fmt: skip
+    with pytest.raises(TypeError, match=r"callbacks must hold objects of training\.Callback"):
+        Trainer(settings(tmp_path / "other"), callbacks=[print])
+
+
+def test_a_full_disk_ends_a_run_and_nothing_is_lost(finished, tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(_) -> None:
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        train(settings(tmp_path / "run"), callbacks=[At(8, fill)])
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    assert last(Run(tmp_path / "run")).update == 6
+    assert_same(finished, resume(tmp_path / "run"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, caplog):
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(settings(folder), callbacks=[At(8, lambda _: signal.raise_signal(signal.SIGINT))])
+    file = checkpoint.listed(folder)[8] / "saes.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    run = resume(folder)
+    assert "saes.safetensors is damaged" in caplog.text and "an earlier checkpoint is taken" in caplog.text
+    assert_same(finished, run)
+
+
+def test_folders_that_are_taken_are_refused(finished, tmp_path):
+    with pytest.raises(FileExistsError, match="is there already: resume it with: sae-engine train --resume"):
+        train(settings(finished.folder))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="is there already: name another folder"):
+        train(settings(tmp_path / "other"))
+    assert [place.name for place in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is there already"):
+        train(settings(tmp_path / "file"))
+    with pytest.raises(FileNotFoundError, match="it is not the folder of a run"):
+        resume(tmp_path / "other")
+
+
+def test_two_trainings_of_one_folder(tmp_path):
+    def again(trainer) -> None:
+        with pytest.raises(RuntimeError, match="output_path: another process is training"):
+            resume(trainer.folder)
+
+    train(settings(tmp_path / "run"), callbacks=[At(8, again)])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("optim.lr=1", "optim: a run that is resumed keeps its optim"),
+    ("saes.0.k=4", "saes: a run that is resumed keeps its saes"),
+    ("data.context_size=16", "data: a run that is resumed keeps its data"),
+    ("data.training_tokens=9999999", "data.training_tokens: the learning rate decays from update"),
+    ("optim.lrr=1", "optim.lrr"),
+])  # fmt: skip
+def test_what_may_not_change_when_a_run_is_resumed(finished, change, message):
+    with pytest.raises(ValueError, match=message):
+        resume(finished.folder, settings=[change])
+
+
+def test_what_may_change_when_a_run_is_resumed(tmp_path):
+    def stop(_) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(settings(tmp_path / "run"), callbacks=[At(8, stop)])
+    changes = ["logger.logging_steps=2", "output.save_total_limit=1", f"data.training_tokens={64 * 30}"]
+    run = resume(tmp_path / "run", settings=changes)
+    assert last(run).update == 30 and len(checkpoint.listed(run.folder)) == 1
+    assert run.config.data.training_tokens == 64 * 30
+
+
+def test_a_training_that_cannot_be_saved_by_number_is_stopped(tmp_path):
+    """Weights that are no numbers any more give no finite loss: after twenty such batches the run ends and says so."""
+
+    def break_it(trainer) -> None:
+        with torch.no_grad():
+            next(iter(trainer.trainees.values())).sae.W_dec.fill_(math.nan)
+
+    options = {"data__training_tokens": 64 * 60}
+    with pytest.raises(FloatingPointError, match=r"the last \d+ batches gave no finite loss"):
+        train(settings(tmp_path / "run", **options), callbacks=[At(3, break_it)])
+    (skipped,) = [line["details/skipped_batches"] for line in Run(tmp_path / "run").metrics() if line["step"] == 25]
+    assert skipped == 22
+
+
+def test_the_schedule_ends_at_zero_and_spans_the_run(finished):
+    rates = {line["step"]: line["details/current_learning_rate"] for line in finished.metrics()
+             if "details/current_learning_rate" in line}  # fmt: skip
+    assert rates[24] == 0 < rates[20] <= rates[15] == finished.config.optim.lr
