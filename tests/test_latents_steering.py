@@ -166,6 +166,39 @@ def test_generation_with_a_cache_and_in_padded_batches_is_that_without(lm):
 
 
 @torch.no_grad()
+def test_first_tokens_can_be_left_alone(lm):
+    """Padding aside, with a cache and without."""
+    sae = autoencoder(lm)
+    padded = torch.tensor([[*IDS[0].tolist()], [0, 0, 0, *IDS[1, :3].tolist()]])
+    mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
+    clean = read_activations(lm.model, padded, site=SITE, attention_mask=mask)
+    latents = dict.fromkeys(busiest(sae, clean), 150.0)
+
+    def after(ids, mask=None):
+        """What enters the next block, with padding where it was."""
+        found = []
+        handle = lm.model.transformer.h[3].register_forward_pre_hook(lambda _, args: found.append(args[0].clone()))
+        lm.model(ids, attention_mask=mask)
+        handle.remove()
+        return found[0]
+
+    hidden = after(padded, mask)
+    with se.steer(lm, sae, latents, site=SITE, mode="set", drop_first=True) as model:
+        partly, unmasked = after(padded, mask), after(IDS)
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        cached, whole = (model.generate(padded, attention_mask=mask, use_cache=use, **options) for use in (True, False))
+        with pytest.raises(RuntimeError, match="drop_first: call the model itself"):
+            model.transformer(IDS)  # as many tokens as the call before
+    with se.steer(lm, sae, latents, site=SITE, mode="set"):
+        everywhere, all_of_it = after(padded, mask), after(IDS)
+    assert torch.equal(partly[0, 0], hidden[0, 0]) and torch.equal(partly[1, 3], hidden[1, 3])
+    assert torch.equal(partly[0, 1:], everywhere[0, 1:]) and torch.equal(partly[1, 4:], everywhere[1, 4:])
+    assert not torch.equal(everywhere[1, 3], hidden[1, 3]) and not torch.equal(partly[0, 1], hidden[0, 1])
+    assert torch.equal(unmasked[:, 1:], all_of_it[:, 1:]) and torch.equal(unmasked[:, 0], after(IDS)[:, 0])
+    assert torch.equal(cached, whole)
+
+
+@torch.no_grad()
 def test_tokens_where_nothing_changes_keep_their_bits():
     """And the model its dtype: an ablated latent that does not fire changes nothing, whatever rounds."""
     lm = load_language_model(dtype=torch.bfloat16)
@@ -265,6 +298,7 @@ def test_batch_rules_use_their_threshold(lm):
         ({3: 1.0}, {"site": "blocks.9.hook_resid_pre"}, ValueError, "layer must be in 0..3, got 9"),
         ({3: 1.0}, {"site": "blocks.1.mlp.hook_post"}, ValueError, "the model is 1024 wide .* sae has d_in = 256"),
         ({3: 1.0}, {"target_layer": 1}, ValueError, "target_site must be given"),
+        ({3: 1.0}, {"drop_first": 1}, TypeError, "drop_first must be"),
         ({3: 1.0}, {"normalize": "rows"}, ValueError, "normalize must be one of"),
     ],
 )

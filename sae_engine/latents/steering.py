@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._checks import integer_in, number_in
+from .._checks import flag, integer_in, number_in
 from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
 from ..data.models import LanguageModel
@@ -27,6 +28,7 @@ def steer(
     latents: Mapping[int, float],
     *,
     mode: str = "add",
+    drop_first: bool = False,
     layer: int | None = None,
     site: str | Site | None = None,
     target_layer: int | None = None,
@@ -48,6 +50,8 @@ def steer(
         sae: an autoencoder or a transcoder, on the device of the model's block. Its rule runs as in eval mode.
         latents: latent → amount, in units of its activation (``codes.values``).
         mode: ``"add"``: ``new = old + amount``, whether the latent is active or not. ``"set"``: ``new = amount``.
+        drop_first: leave each row's first token, padding aside, as it is. Autoencoders are seldom trained on it, and
+            what they make of its large activations is not meant.
         layer, site: where the autoencoder belongs; by default what ``sae.provenance`` says.
         target_layer, target_site: where a transcoder's output belongs; likewise.
         normalize: as :func:`sae_engine.metrics.evaluate` has it; by default what ``sae.provenance`` says.
@@ -59,7 +63,8 @@ def steer(
         TypeError: an argument is of another kind, or the rule needs what an autoencoder does not know
             (``GradientTopK``).
         ValueError: no such latent or place, an amount that is not finite, or an unknown ``mode``; names it.
-        RuntimeError: the rule has no threshold yet; when the model runs: a transcoder's target comes before its input.
+        RuntimeError: the rule has no threshold yet; when the model runs: a transcoder's target comes before its input,
+            or, with ``drop_first``, something else than the model was called.
 
     Source: Templeton et al. 2024, Scaling Monosemanticity (clamping with the error kept).
 
@@ -74,6 +79,7 @@ def steer(
     """
     if not isinstance(latents, Mapping):
         raise TypeError(f"latents must be a mapping from latents to amounts, as {{3: 5.0}}, got {latents!r}")
+    flag("drop_first", drop_first)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     amounts = []
@@ -87,7 +93,8 @@ def steer(
     where = belonging(
         model, sae, layer=layer, site=site, target_layer=target_layer, target_site=target_site, normalize=normalize
     )
-    return _hooked(where, _Edit(sae, where, list(latents), amounts, keeps_old=mode == "add"))
+    edit = _Edit(sae, where, list(latents), amounts, keeps_old=mode == "add")
+    return _hooked(where, edit, _Firsts() if drop_first else None)
 
 
 def ablate(
@@ -95,6 +102,7 @@ def ablate(
     sae: SparseAutoencoder,
     latents: Iterable[int],
     *,
+    drop_first: bool = False,
     layer: int | None = None,
     site: str | Site | None = None,
     target_layer: int | None = None,
@@ -128,8 +136,8 @@ def ablate(
         raise TypeError(f"latents must be a sequence of latents, as [3, 5], got {latents!r}")
     chosen = list(latents)
     return steer(
-        model, sae, dict.fromkeys(chosen, 0.0), mode="set", layer=layer, site=site, target_layer=target_layer,
-        target_site=target_site, normalize=normalize,
+        model, sae, dict.fromkeys(chosen, 0.0), mode="set", drop_first=drop_first, layer=layer, site=site,
+        target_layer=target_layer, target_site=target_site, normalize=normalize,
     )  # fmt: skip
 
 
@@ -183,12 +191,44 @@ class _Edit:
         return functional.decode(codes, self.sae.W_dec)
 
 
+class _Firsts:
+    """Which tokens of a call of the model are the first of their rows, as its mask and its cache say."""
+
+    def __init__(self) -> None:
+        self._here: Tensor | None = None
+
+    def look(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if given is None else given
+        if not isinstance(given, Tensor):
+            raise TypeError("drop_first: the model was called without input_ids and inputs_embeds")
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError("drop_first: attention_mask must be (batch, tokens), where padding is, or None")
+        before = 0 if cache is None else int(cache.get_seq_length())
+        at = before + torch.arange(given.shape[1], device=given.device)
+        first = at.new_zeros(len(given), 1) if mask is None else mask.to(given.device).int().argmax(1, keepdim=True)
+        self._here = at == first
+
+    def forget(self, *_: Any) -> None:
+        self._here = None
+
+    def kept(self, change: Tensor) -> Tensor:
+        """``change`` (tokens, width), and 0 at first tokens."""
+        if self._here is None or self._here.numel() != len(change):
+            raise RuntimeError("drop_first: call the model itself, whose arguments say where rows begin")
+        return change.masked_fill(self._here.flatten()[:, None].to(change.device), 0.0)
+
+
 @contextmanager
-def _hooked(where: Belonging, edit: _Edit) -> Iterator[nn.Module]:
+def _hooked(where: Belonging, edit: _Edit, firsts: _Firsts | None) -> Iterator[nn.Module]:
     pending: list[Tensor] = []  # of a transcoder: between its input and its target
 
+    def change_at(x: Tensor) -> Tensor:
+        return edit(x) if firsts is None else firsts.kept(edit(x))
+
     def read(x: Tensor) -> None:
-        pending[:] = [edit(x)]
+        pending[:] = [change_at(x)]
 
     def write(y: Tensor) -> Tensor:
         if not pending:
@@ -196,12 +236,15 @@ def _hooked(where: Belonging, edit: _Edit) -> Iterator[nn.Module]:
         return _plus(y, pending.pop())
 
     with ExitStack() as hooks:
+        if firsts is not None:
+            hooks.callback(where.model.register_forward_pre_hook(firsts.look, with_kwargs=True).remove)
+            hooks.callback(where.model.register_forward_hook(firsts.forget, always_call=True).remove)
         use: Callable[[Tensor], Tensor]
         if where.is_transcoder and not edit.is_constant:
             hooks.enter_context(where.place.hooked(None, read))
             use = write
         else:
-            use = lambda x: _plus(x, edit(x))  # noqa: E731
+            use = lambda x: _plus(x, change_at(x))  # noqa: E731
         hooks.enter_context(where.target.hooked(None, use))
         yield where.model
 
