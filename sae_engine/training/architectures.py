@@ -252,10 +252,10 @@ class JumpReLUSAE(Architecture):
         jumprelu_bandwidth: of the estimator of the threshold's gradient.
         jumprelu_init_threshold: where thresholds start.
 
-    Both are lengths of pre-activations. Gemma Scope's 0.001 belongs to rows of mean squared norm 1, so ``"auto"`` is
-    0.001 sqrt(d_in) for rows that are scaled to a norm of sqrt(d_in); such thresholds need many thousand updates to
-    rise. With ``l0_target`` they start where that many latents fire, and the bandwidth is 0.1 (ours). For rows that
-    are taken as they are there is no such number, and ``"auto"`` is refused.
+    The last two are lengths of pre-activations. Gemma Scope's 0.001 belongs to rows of mean squared norm 1, so
+    ``"auto"`` is 0.001 sqrt(d_in) for rows that are scaled to a norm of sqrt(d_in); such thresholds need many thousand
+    updates to rise. With ``l0_target`` they start where that many latents fire, and the bandwidth is 0.1 (ours). For
+    rows that are taken as they are there is no such number, and ``"auto"`` is refused.
 
     Raises:
         ConfigError: an argument is of another kind or out of range.
