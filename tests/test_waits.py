@@ -16,6 +16,11 @@ from sae_engine import functional as f
 from sae_engine import losses, metrics, training
 from sae_engine.losses import AFA, AuxK, AuxZipf, MultiTopK
 from sae_engine.training import DeadLatents, TrainStep
+from sae_engine.training.architectures import BatchTopKSAE, TopKSAE
+from sae_engine.training.auto import resolved
+from sae_engine.training.config import DataConfig, OptimConfig, SAEConfig, TrainConfig
+from sae_engine.training.forward import PreActivations
+from sae_engine.training.trainee import Trainee
 
 B, D, F = 5, 16, 45  # no multiples of 16: Triton compiles anew for those
 ROOM = B * F
@@ -86,6 +91,29 @@ def step(make=lambda: se.TopK(4), added=lambda: (), calls=2, **options):
         for _ in range(2):
             run.warm_up(x)
         return lambda: [run(x) for _ in range(calls)]
+
+    return prepare
+
+
+def between_two_lines(architecture):
+    """What a run does to one of its autoencoders at each update, until it logs; and the means that it then starts."""
+
+    def prepare():
+        sae = SAEConfig(hook_name="model.a", architecture=architecture, d_sae=F, aux_k=4)
+        optim = OptimConfig(train_batch_size_tokens=B, dead_after=2 * B, memory_budget=2**20)
+        config = resolved(
+            TrainConfig(saes=[sae], optim=optim, data=DataConfig(training_tokens=B * 20)), [(D, D)], max_length=8,
+            device_type="cuda", embedded=False,
+        )  # fmt: skip
+        trainee = Trainee(
+            config.saes[0], config, places=(0, 0), widths=(D,), total=20, device=torch.empty(0).device, world=1,
+            reduce=None, buffer=PreActivations(),
+        )  # fmt: skip
+        x = torch.randn(B, D)
+        for _ in range(2):
+            trainee.step.warm_up(x)
+        trainee.train(lambda site, scale: x * scale, 0)
+        return lambda: ([trainee.train(lambda site, scale: x * scale, n) for n in (1, 2)], trainee.metrics())
 
     return prepare
 
@@ -241,6 +269,8 @@ WITHOUT_WAITING = {
         s := se.SparseAutoencoder(D, F, se.TopK(4)), lambda: TrainStep(s, lr=1e-3))[1],
     "training.TrainStep, schedule": step(
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))),
+    "training.train, TopK": between_two_lines(TopKSAE(k=4)),
+    "training.train, BatchTopK": between_two_lines(BatchTopKSAE(k=4)),
     "losses.AuxK": step(added=lambda: AuxK(5), dead_after=200),
     "losses.AuxZipf": step(added=lambda: AuxZipf(5, density=se.RunningDensity(F))),
     "losses.MultiTopK": step(added=MultiTopK),
@@ -307,6 +337,9 @@ APART = {
     "losses.Loss", "losses.LossInput", "losses.Pull", "Provenance",
     "losses.losses_for", "ablate", "max_activating", "steer",
     "metrics.evaluate_during",
+    # A run reads the device where it logs, evaluates and saves; its updates are above.
+    "Run", "Trainer", "train", *(f"training.{name}" for name in (
+        "Callback", "Interrupted", "Run", "TrainConfig", "Trainer", "preset", "resume")),
 }  # fmt: skip
 
 

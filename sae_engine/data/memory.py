@@ -56,7 +56,7 @@ class TensorStream:
                        "shapes": [list(x.shape) for x in rows]}  # fmt: skip
         self.widths = tuple(x.shape[1] for x in rows)
         self._taken, self._epoch = 0, -1
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._order = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def next(self) -> tuple[Tensor, ...]:
         """The next batch: ``(batch_rows, width)`` for each site, of the same tokens."""
@@ -100,8 +100,8 @@ class TensorStream:
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(seed_of(self._seed, "epoch", epoch))
-            order = torch.randperm(len(self._rows[0]), generator=generator)
+            generator = torch.Generator("cpu").manual_seed(seed_of(self._seed, "epoch", epoch))
+            order = torch.randperm(len(self._rows[0]), generator=generator, device="cpu")
             device = self._rows[0].device
             self._order = order.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else order
             self._epoch = epoch

@@ -74,19 +74,24 @@ class Arriving:
 
 
 class Clock:
-    """Time since it was last read, and how much of it was spent waiting for activations."""
+    """Time since it was last read, and what of it was spent where, in seconds of the host."""
 
     def __init__(self) -> None:
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._since, self._parts = time.perf_counter(), dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def part(self, name: str) -> Iterator[None]:
+        """What is done inside belongs to that one of :data:`PARTS`."""
         begun = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - begun
+        self._parts[name] += time.perf_counter() - begun
 
-    def taken(self) -> tuple[float, float]:
+    def taken(self) -> tuple[float, dict[str, float]]:
+        """All of it, and the parts; both begin anew."""
         now = time.perf_counter()
-        found = now - self._since, self._waited
-        self._since, self._waited = now, 0.0
+        found = now - self._since, self._parts
+        self._since, self._parts = now, dict.fromkeys(PARTS, 0.0)
         return found
+
+
+PARTS = ("activations", "step", "logging", "evaluation", "saving")

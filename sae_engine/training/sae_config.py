@@ -142,7 +142,7 @@ class SAEConfig:
         if self.from_pretrained is not None:
             _start_from(sae, self.from_pretrained, self.normalize_decoder)
         else:
-            generator = torch.Generator().manual_seed(seed if self.seed is None else self.seed)
+            generator = torch.Generator("cpu").manual_seed(seed if self.seed is None else self.seed)
             with torch.no_grad():
                 sae.W_dec.copy_(_directions(d_sae, d_out, generator))
                 sae.W_enc.copy_((sae.W_dec if d_in == d_out else _directions(d_sae, d_in, generator)).T)
@@ -219,7 +219,7 @@ def _words(value: Any) -> str:
 
 def _directions(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """(rows, width) unit rows."""
-    drawn = torch.randn(rows, width, generator=generator)
+    drawn = torch.randn(rows, width, generator=generator, device="cpu")
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 

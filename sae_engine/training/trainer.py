@@ -154,6 +154,8 @@ class Trainer:
         """
         with ExitStack() as stack:
             self.ranks = stack.enter_context(distributed())
+            if torch.get_default_device().type != "cpu":  # every device is named; what names none is meant for the CPU
+                stack.enter_context(torch.device("cpu"))
             saved = self._found()
             self.plan = planned(self.config, **self._given, ranks=self.ranks)
             self._settle_folder()
@@ -277,21 +279,25 @@ class Trainer:
         config = self.config
         while self.update < self.total:
             for _ in range(config.optim.gradient_accumulation_steps):
-                with self._clock.waiting():
+                with self._clock.part("activations"):
                     rows = self.plan.stream.next()
                 seen = functools.lru_cache(maxsize=None)(functools.partial(_scaled, rows, self.plan.device))
-                for trainee in self.trainees.values():
-                    trainee.train(seen, self.update)
+                with self._clock.part("step"):
+                    for trainee in self.trainees.values():
+                        trainee.train(seen, self.update)
             self.update += 1
             ends = self.update == self.total
             self._tell("on_update")
             if self.update % config.logger.logging_steps == 0 or ends:
-                self._log()
+                with self._clock.part("logging"):
+                    self._log()
             if ends or (config.eval.eval_steps and self.update % config.eval.eval_steps == 0):
-                self._evaluate()
+                with self._clock.part("evaluation"):
+                    self._evaluate()
             stops = self.ranks.largest(self._asked or 0)
             if ends or stops or self.update % config.output.save_steps == 0:
-                self._save()
+                with self._clock.part("saving"):
+                    self._save()
             if stops and not ends:
                 self._status = "interrupted"
                 self._write()
@@ -362,13 +368,15 @@ class Trainer:
         metrics = dict(zip(line.names, line.values.read(), strict=True))
         in_a_row = metrics.pop("in a row")
         tokens = line.update * self._batch
-        seconds, waited = line.times
+        seconds, parts = line.times
+        seconds -= parts["evaluation"]
         rate = line.updates * self._batch / seconds
         metrics |= line.known
         metrics |= {"tokens": tokens, "details/n_training_samples": tokens, "performance/tokens_per_second": rate,
-                    "performance/starved": waited / seconds}  # fmt: skip
+                    "performance/starved": parts["activations"] / seconds,
+                    **{f"performance/seconds/{part}": spent for part, spent in parts.items()}}  # fmt: skip
         self._record(metrics, line.update)
-        self._progress.update(tokens, waited / seconds)
+        self._progress.update(tokens, parts["activations"] / seconds)
         self._tell("on_log", metrics)
         if in_a_row >= SKIPPED_IN_A_ROW:
             raise FloatingPointError(
@@ -388,7 +396,6 @@ class Trainer:
             self._record({"tokens": self.update * self._batch, **metrics}, self.update)
             self.run.report()
             self._tell("on_evaluate", metrics)
-        self._clock.taken()  # an evaluation is no training
 
     def _save(self) -> None:
         """A checkpoint of this update."""
@@ -440,7 +447,7 @@ class _Line(NamedTuple):
     names: list[str]
     values: Arriving
     known: dict[str, float]  # what the host knew when it was started
-    times: tuple[float, float]  # seconds, of which waited for activations
+    times: tuple[float, dict[str, float]]  # seconds, and of which parts they are
 
 
 def _scaled(rows: tuple[Tensor, ...], device: torch.device, site: int, scale: float) -> Tensor:
