@@ -72,7 +72,10 @@ def test_bounds_by_many_programs_and_rows_that_overflow(case, dtype, monkeypatch
     monkeypatch.setattr(_tuning, "list_tile", lambda k: _tuning.Tile(32, 1))
     shape = (rows, num_latents)
     masks = (None, torch.rand(num_latents) < 0.3, torch.rand(shape) < 0.01)
-    for number, kind in enumerate(("heavy", *HARD_KINDS, "heavy")):
+    kinds = ("heavy", *HARD_KINDS, "heavy")
+    if dtype == torch.float16 and interprets_triton():  # slowly: another 16-bit type ranks as bf16 does, by its bits
+        kinds = ("heavy", "special", "nan")
+    for number, kind in enumerate(kinds):
         pre = heavy_row(shape, dtype) if kind == "heavy" else make_pre(kind, shape, dtype)
         args = (pre, masks[number % 3], total)
         assert_same(ops.batch_topk(*args, "triton"), ops.batch_topk(*args, "reference"))

@@ -271,10 +271,10 @@ def uneven(num_latents, lengths, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("path", ["triton"], indirect=True)
-@pytest.mark.parametrize("width", [20, 1100])
-def test_rows_of_none_to_hundreds_of_entries(path, width):
+@pytest.mark.parametrize(("width", "split"), [(20, _tuning.SPLIT_ROW), (1100, 32)])
+def test_rows_of_none_to_hundreds_of_entries(path, width, split, monkeypatch):
     """Rows that hold several pieces, exactly one, none, and one across a border; the last piece ends with the codes."""
-    split = _tuning.SPLIT_ROW
+    monkeypatch.setattr(_tuning, "SPLIT_ROW", split)
     codes = uneven(4 * split, [0, split, 3, 3 * split + 5, split - 8, 7, 0, 2 * split - 7, 1])
     assert (codes.values.numel() % split, int(codes.offsets[1]) % split) == (1, 0)
     weight, grad = torch.randn(4 * split, width), torch.randn(9, width)

@@ -151,10 +151,10 @@ def test_other_back_ends(case, backend):
         sae = make(rule()).float()
         torch.manual_seed(1)
         step = TrainStep(sae, lr=1e-2, losses=added, dense=False, backend=chosen)
-        results.append([step(torch.randn(B, D)) for _ in range(3)])
+        results.append([step(torch.randn(B, D)) for _ in range(2)])
     for ours, theirs in zip(*results, strict=True):
         for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4, msg=name)  # fp32 sums, thrice
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4, msg=name)  # fp32 sums, twice
 
 
 @pytest.mark.parametrize("case", ["JumpReLU, L0", "ReLU, L1", "Matryoshka, mean, AuxK", "a loss of one's own"])
