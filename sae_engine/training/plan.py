@@ -72,7 +72,8 @@ class Plan:
                 batch_size=contexts.batch_size, drop_first=0 in contexts.excluded_positions,
                 separator=contexts.separator, first_token=contexts.first_token,
                 exclude_tokens=contexts.excluded_tokens, packing=contexts.packing,
-                exclude_positions=[p for p in contexts.excluded_positions if p], max_tokens=self.config.eval.eval_tokens,
+                exclude_positions=[p for p in contexts.excluded_positions if p],
+                max_tokens=self.config.eval.eval_tokens,
                 baselines=self._baselines,
             )  # fmt: skip
         return found
