@@ -96,10 +96,11 @@ def __getattr__(name: str):
         from .acceleration import switch
 
         return getattr(switch, name)
-    if name in ("ablate", "max_activating", "steer"):  # nor are language models
-        from . import latents
+    if name in ("ablate", "latents", "max_activating", "steer"):  # nor are language models
+        from importlib import import_module
 
-        return getattr(latents, name)
+        latents = import_module(".latents", __name__)
+        return latents if name == "latents" else getattr(latents, name)
     if name in ("Run", "Trainer", "train"):  # nor is a training of them
         return getattr(training, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

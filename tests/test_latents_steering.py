@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import MODELS
 
 import sae_engine as se
 from sae_engine.data import load_language_model, read_activations, read_sites, run_with_replacement
@@ -163,6 +164,25 @@ def test_generation_with_a_cache_and_in_padded_batches_is_that_without(lm):
         assert torch.equal(whole[:, 6:], logits[:, 5:].argmax(-1))  # of one forward pass over all of it
         assert torch.equal(batch[0], cached[0]) and torch.equal(batch[1, 3:], alone[0])
         assert not torch.equal(clean, cached)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
+@torch.no_grad()
+def test_other_families(family):
+    """OPT's MLP sees (batch * tokens, d); in GPT-NeoX both branches leave from one place."""
+    torch.manual_seed(0)
+    model = MODELS[family]().double().eval()
+    sae, ids = se.SparseAutoencoder(32, 64, se.TopK(4), dtype=torch.float64), IDS % 300
+    for site in ("blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"):
+        latents = busiest(sae, read_activations(model, ids, site=site))
+        new = held(dict.fromkeys(latents, 3.0))
+        expected = run_with_replacement(model, ids, lambda x, new=new: x + dense_change(sae, x, new), site=site)
+        with se.steer(model, sae, dict.fromkeys(latents, 3.0), mode="set", site=site):
+            assert torch.allclose(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
+            options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+            mask = torch.ones_like(ids)
+            cached, whole = (model.generate(ids, attention_mask=mask, use_cache=c, **options) for c in (True, False))
+        assert torch.equal(cached, whole)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sae_engine as se
+from sae_engine.data import load_language_model
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -43,6 +44,18 @@ def test_the_lines_on_checkpoints(tmp_path, monkeypatch, capsys):
     exec(BLOCKS[2], names)
     assert "mean-centred" in capsys.readouterr().out
     assert se.SparseAutoencoder.from_pretrained("mine").card == names["sae"].card
+
+
+def test_the_lines_on_latents(tmp_path, monkeypatch, capsys):
+    (lines,) = [block for block in BLOCKS if "max_activating(" in block]
+    lm = load_language_model()
+    sae = se.SparseAutoencoder(lm.d_model, 400, se.TopK(200))
+    sae.provenance = se.Provenance(model="embedded", layer=2, site="resid_pre")
+    se.latents.collect(sae, lm, ["Some text, of twelve tokens or so."], tmp_path / "OUT", progress=False)
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {"se": se, "sae": sae, "lm": lm})
+    found, _, generated = capsys.readouterr().out.partition("\n")
+    assert "«" in found and generated.startswith("The")
 
 
 def test_the_lines_on_a_training_step():
