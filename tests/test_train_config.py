@@ -147,6 +147,7 @@ def test_every_fault_is_a_line_with_its_path(text, faults, tmp_path):
     (lambda: SAEConfig(hook_name=PLACE, architecture="topk"), "architecture: must be one of sae_engine.training"),
     (lambda: TrainConfig(saes=[], model="gpt2"),
      "model: must be a ModelConfig, got 'gpt2'\nsaes: must hold at least one"),
+    (lambda: TrainConfig(saes=[SAEConfig(hook_name=PLACE)], sweep=[3]), "sweep: must be a mapping"),
     (lambda: TopKSAE(k=2.5), "k: must be an int, got 2.5"),
     (lambda: OptimConfig(lr="fast"), "lr: must be a number, got 'fast', which is not 'auto' either"),
     (lambda: MatryoshkaBatchTopKSAE().build_rule(64, 10), "widths: is still 'auto'"),
@@ -279,6 +280,11 @@ def test_widths_come_from_a_store(tmp_path):
     config = TrainConfig(saes=[SAEConfig(hook_name="blocks.1.mlp.hook_post")], data=DataConfig(store_path=out))
     assert widths_of(config) == ([(1024, 1024)], 32, False)
     assert widths_of(replace(config, data=DataConfig()))[0] == [(1024, 1024)]  # of the model itself
+    wrong = replace(config, saes=(*config.saes, SAEConfig(hook_name=PLACE)))
+    with pytest.raises(ConfigError, match=rf"^data.store_path: .* holds no activations of {PLACE}; it holds blo"):
+        widths_of(wrong)
+    (tmp_path / "store").rename(tmp_path / "below")
+    assert widths_of(replace(config, data=DataConfig(store_path=str(tmp_path))))[0] == [(1024, 1024)]
 
 
 @pytest.mark.parametrize(("warm_up", "decay"), [(0, 0), (1, 1), (10, 20), (60, 60), (100, 100)])

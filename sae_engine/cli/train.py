@@ -52,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
         if args.print_config:
             print(_resolved(config), end="")
             return 0
+        from ..training.trainer import train
+
+        return _ended(lambda: train(config))
     except ConfigError as error:
         many = f"{len(error.faults)} faults" if len(error.faults) > 1 else "a fault"
         print(f"sae-engine: error: {many} in the configuration:", *str(error).splitlines(), sep="\n  ", file=sys.stderr)
         return 1
-    from ..training.trainer import train
-
-    return _ended(lambda: train(config))
 
 
 def _config(args: argparse.Namespace) -> Any:

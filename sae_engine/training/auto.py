@@ -10,14 +10,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.sites import Site
 from ._faults import ConfigError
 from .config import TrainConfig
 from .forward import total_memory_bytes
 from .sae_config import SAEConfig
+
+if TYPE_CHECKING:
+    from ..data.store import ActivationStore
 
 SHORT = 20_000  # updates
 _WARM_UP = 1_000
@@ -87,10 +91,11 @@ def widths_of(config: TrainConfig) -> tuple[list[tuple[int, int]], int, bool]:
     """
     saes = config.expanded().saes
     if config.data.store_path is not None:
-        from ..data.store import ActivationStore
-
-        store = ActivationStore(config.data.store_path, allow_incomplete=True)
-        return [(store.d_model, store.d_model)] * len(saes), store.manifest["context_length"], False
+        stores = stores_of(config)
+        of_site = {site: store.d_model for site, store in stores.items()}
+        pairs = [(of_site[Site.of(sae.hook_name)], of_site[Site.of(sae.hook_name_out or sae.hook_name)])
+                 for sae in saes]  # fmt: skip
+        return pairs, next(iter(stores.values())).manifest["context_length"], False
     from ..data.models import EMBEDDED, width_and_length
 
     model, wide = config.model, config.model.model_from_pretrained_kwargs
@@ -104,10 +109,42 @@ def widths_of(config: TrainConfig) -> tuple[list[tuple[int, int]], int, bool]:
     return pairs, length, model.model_name == EMBEDDED
 
 
+def stores_of(config: TrainConfig) -> dict[Site, ActivationStore]:
+    """The collections of the sites that the autoencoders read: ``data.store_path`` itself, or the folders in it, as
+    :func:`~sae_engine.data.collect_sites` writes them.
+
+    Raises:
+        ConfigError: ``store_path`` is not given, or holds no activations of a site.
+        ValueError, OSError: a collection is damaged or not whole.
+
+    Example:
+        >>> import tempfile
+        >>> from sae_engine.training.config import DataConfig
+        >>> lm, folder = se.data.load_language_model(), tempfile.mkdtemp()
+        >>> _ = se.data.collect_activations(lm, ["A text of some tokens."], folder, layer=2, progress=False)
+        >>> saes = [SAEConfig(hook_name="blocks.2.hook_resid_pre")]
+        >>> [str(site) for site in stores_of(TrainConfig(saes=saes, data=DataConfig(store_path=folder)))]
+        ['blocks.2.hook_resid_pre']
+    """
+    from ..data.store import MANIFEST, ActivationStore
+
+    if config.data.store_path is None:
+        raise ConfigError([("data.store_path", "must be given")])
+    path = Path(config.data.store_path).expanduser()
+    below = [] if (path / MANIFEST).exists() else sorted(place.parent for place in path.glob(f"*/{MANIFEST}"))
+    found = {}
+    for store in map(ActivationStore, below or [path]):
+        found[Site.of(store.manifest["site"], store.manifest["layer"])] = store
+    names = [name for sae in config.expanded().saes for name in (sae.hook_name, sae.hook_name_out) if name is not None]
+    for site in (wanted := list(map(Site.of, names))):
+        if site not in found:
+            there = ", ".join(map(str, found))
+            raise ConfigError([("data.store_path", f"{str(path)!r} holds no activations of {site}; it holds {there}")])
+    return {site: found[site] for site in wanted}
+
+
 def _on_the_stream(site: str) -> bool:
     """Whether a site's rows are as wide as the residual stream in every model."""
-    from ..data.sites import Site
-
     return Site.of(site).name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out")
 
 

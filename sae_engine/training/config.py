@@ -86,7 +86,8 @@ class DataConfig:
         seqpos_slice: the positions of a context whose rows are kept: from, and to or None.
         exclude_special_tokens: keep no rows of special tokens.
         max_norm_multiple: drop rows whose norm exceeds that many times the median.
-        store_path: folder of an :class:`~sae_engine.data.ActivationStore` to train from, in place of a model.
+        store_path: folder of an :class:`~sae_engine.data.ActivationStore` to train from, not a model; of several
+            sites, of the folders that :func:`~sae_engine.data.collect_sites` writes.
         store_batch_size_prompts: contexts in a forward pass.
         shuffle_tokens: rows of a chunk; auto: 262,144 on a GPU, 16,384 on a CPU, or the least that fits.
         shuffle_chunks: chunks that are mixed at a time; their product is the reach of the shuffle.
@@ -313,6 +314,8 @@ class TrainConfig:
                   if not isinstance(getattr(self, name), kind)]  # fmt: skip
         if not (isinstance(self.saes, tuple) and self.saes and all(isinstance(s, SAEConfig) for s in self.saes)):
             faults.append(("saes", "must hold at least one autoencoder"))
+        if not isinstance(self.sweep, dict):
+            faults.append(("sweep", f"must be a mapping of fields to lists of values, got {self.sweep!r}"))
         if faults:
             raise ConfigError(faults)
         settle(self, *self._relations(), seed=whole(0))

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from ..data.models import LanguageModel, load_language_model
 from ..data.places import find_place
 from ..data.sites import Site
 from ..data.sources import Source, open_source
-from ..data.store import MANIFEST, ActivationStore
+from ..data.store import ActivationStore
 from ..data.stream import RowStream, StoreStream
 from ..metrics.evaluation import evaluate_during
 from ..provenance import Provenance
-from .auto import resolved
+from .auto import resolved, stores_of
 from .config import Resolved, SAEConfig, TrainConfig
 from .ranks import Ranks
 
@@ -113,7 +112,7 @@ def planned(config: TrainConfig, *, model: Any, tokenizer: Any, dataset: Any, ra
     rows = [dataset] if isinstance(dataset, Tensor) else dataset
     if isinstance(rows, (list, tuple)) and rows and all(_are_rows(x) for x in rows):
         return _in_memory(config, device, rows, ranks)
-    stores = None if config.data.store_path is None else _stores(config)
+    stores = None if config.data.store_path is None else list(stores_of(config).values())
     if stores is not None and config.eval.eval_tokens == 0:  # nothing else asks for the model
         return _stored(config, device, stores, ranks, None)
     lm = _language_model(config, device, model, tokenizer)
@@ -151,22 +150,6 @@ def _in_memory(config: TrainConfig, device: torch.device, rows: Sequence[Tensor]
     )  # fmt: skip
     provenances = _provenances(config, Provenance(), sites, places, stream.widths)
     return Plan(config, device, stream, sites, places, provenances)
-
-
-def _stores(config: TrainConfig) -> list[ActivationStore]:
-    """The collection of each site: ``data.store_path`` itself, or the sub-folders in it."""
-    sites, _ = _places(config.saes)
-    path = Path(str(config.data.store_path)).expanduser()
-    folders = [path] if (path / MANIFEST).exists() else sorted(place.parent for place in path.glob(f"*/{MANIFEST}"))
-    found = {}
-    for folder in folders:
-        store = ActivationStore(folder)
-        found[Site.of(store.manifest["site"], store.manifest["layer"])] = store
-    for site in sites:
-        if site not in found:
-            there = ", ".join(map(str, found)) or "no collection at all"
-            raise ValueError(f"data.store_path: {str(path)!r} holds no activations of {site}; it holds {there}")
-    return [found[site] for site in sites]
 
 
 def _stored(
