@@ -289,6 +289,13 @@ def test_arguments_that_fit_no_text(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------ other packages
 
 
+class Shared:
+    """As the cache of file systems that data sets share, to which other threads write."""
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("dictionary changed size during iteration")
+
+
 class Streamed:
     """What ``datasets`` streams, as far as it is used."""
 
@@ -296,7 +303,7 @@ class Streamed:
     info = types.SimpleNamespace(dataset_name="played")
 
     def __init__(self):
-        self.at = 0
+        self.at, self._files_cache = 0, Shared()
 
     def __iter__(self):
         while self.at < len(TEXTS):

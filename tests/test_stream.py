@@ -85,6 +85,30 @@ def test_a_thread_that_reads_ahead_changes_nothing(lm):
     ahead.settle()
 
 
+def test_a_data_set_that_is_streamed_goes_on_where_it_was_also_from_a_stream_that_went_on(lm, tmp_path):
+    """Of such a data set, one place has several spellings: a state that was saved after a resume has another."""
+    datasets = pytest.importorskip("datasets")
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+
+    def make(**options):
+        streamed = datasets.load_dataset("json", data_files=str(file), split="train", streaming=True)
+        return stream_of(lm, streamed, **options)
+
+    running, states, found = make(), [], []
+    for _ in range(150):
+        states.append(json.dumps(running.state_dict()))
+        found.append(running.next())
+    for number in (3, 40, 77):
+        resumed = make(prefetch=True)
+        resumed.load_state_dict(json.loads(states[number]))
+        assert same(take(resumed, 30), found[number : number + 30])
+        again = make()
+        again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
+        assert same(take(again, 30), found[number + 30 : number + 60])
+        resumed.settle()
+
+
 def test_another_seed_is_another_order(lm):
     assert not same(take(stream_of(lm), 3), take(stream_of(lm, seed=1), 3))
     assert same(take(stream_of(lm), 3), take(stream_of(lm), 3))

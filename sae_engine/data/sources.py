@@ -329,7 +329,10 @@ class _Hub:
         self.identity: Any = ["datasets", description, *identity]
 
     def read(self, epoch: int, at: Any) -> Iterator[tuple[Any, Any]]:
-        dataset = copy.deepcopy(self._dataset)  # which keeps its place in itself
+        # A copy, since a data set keeps its place in itself; but for the cache of file systems that all of them share,
+        # which another thread may be writing to.
+        shared = {id(part): part for name, part in vars(self._dataset).items() if name.endswith("_cache")}
+        dataset = copy.deepcopy(self._dataset, shared)
         if at is not None:
             dataset.load_state_dict(at)
         for record in dataset:
