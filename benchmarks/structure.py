@@ -223,6 +223,7 @@ def folders() -> dict[str, list[Path]]:
     emulator = [path for path in tests if "emulator" in path.parts]
     benchmarks = sorted((ROOT / "benchmarks").rglob("*.py"))
     return {"kernels": KERNELS, "sae_engine": ENGINE, "benchmarks": benchmarks,
+            "examples": sorted((ROOT / "examples").rglob("*.py")),
             "tests": [path for path in tests if path not in emulator], "tests/emulator": emulator}  # fmt: skip
 
 

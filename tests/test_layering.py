@@ -17,7 +17,6 @@ from structure import ENGINE, KERNELS, ROOT, circles, imports, module_name, ours
 WITHOUT_TRITON = {"sae_kernels.device", "sae_kernels.device._autotune", "sae_kernels.device._tuning"}
 # A training step works on entries that it made itself, and calls operators without functional's checks.
 IS_TRAINING = re.compile(r"sae_engine\.(training|losses)(\.\w+)?").fullmatch
-LONG = {"benchmarks/kernel_report.py"}  # its cases are about to move into the table of operations
 # functional and what it stands on. These know the package below, and none of the modules above.
 IS_FOUNDATION = re.compile(r"sae_engine\.(functional|codes|_[a-z]\w*)").fullmatch
 
@@ -41,15 +40,6 @@ def engine_files(chosen=lambda name: True):
 def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "tests" / "__init__.py").exists()
-
-
-def test_no_file_is_longer_than_500_lines():
-    """Whoever opens one can read it in one go."""
-    folders = ("benchmarks", "examples", "kernels", "sae_engine", "tests")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    assert len(files) > 200
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert {name: length for name, length in lengths.items() if length > 500 and name not in LONG} == {}
 
 
 @pytest.mark.parametrize("path", kernel_files(lambda name: True))
