@@ -55,7 +55,7 @@ def write(folder, kind):
 KINDS = ["list", "folder", "file", "jsonl", "jsonl.gz", "parquet"]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS[:-1], pytest.param("parquet", marks=pytest.mark.interop)])
 def path(request, tmp_path):
     return write(tmp_path, request.param)
 
@@ -368,6 +368,7 @@ def test_missing_packages_say_what_to_install(monkeypatch, tmp_path):
             open_source(given)
 
 
+@pytest.mark.interop
 def test_parquet_reads_the_columns_that_it_needs(tmp_path):
     path = write(tmp_path, "parquet")
     with pytest.raises(ValueError, match=r"column: .* has no 'txt', it has 'id', 'text'; did you mean 'text'"):
@@ -382,6 +383,7 @@ def test_parquet_reads_the_columns_that_it_needs(tmp_path):
         open_source(tmp_path / "tokens.parquet", column="input_ids")
 
 
+@pytest.mark.interop  # SAELens brings datasets and pyarrow
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_real_streamed_data_sets_go_on_from_any_cursor(tmp_path, kind):
     datasets = pytest.importorskip("datasets")

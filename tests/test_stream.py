@@ -85,6 +85,7 @@ def test_a_thread_that_reads_ahead_changes_nothing(lm):
     ahead.settle()
 
 
+@pytest.mark.interop
 def test_a_data_set_that_is_streamed_goes_on_where_it_was_also_from_a_stream_that_went_on(lm, tmp_path):
     """Of such a data set, one place has several spellings: a state that was saved after a resume has another."""
     datasets = pytest.importorskip("datasets")
