@@ -192,6 +192,18 @@ def test_what_is_asked_for_is_checked_before_the_model_runs(lm, sae, tmp_path):
         collect(loud, lm, DOCUMENTS, tmp_path, **PLACE, progress=False)
 
 
+def test_two_calls_do_not_write_to_one_folder(lm, sae, tmp_path):
+    def documents():
+        with pytest.raises(RuntimeError, match=r"are being collected into .* by another call"):
+            collect(sae, lm, DOCUMENTS, tmp_path, **OPTIONS)
+        yield DOCUMENTS[0]
+
+    assert len(collect(sae, lm, documents(), tmp_path, **OPTIONS)) > 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        collect(sae, lm, DOCUMENTS, tmp_path / "file", **OPTIONS)
+
+
 def test_six_bytes_an_entry(lm, sae, tmp_path):
     """And what the README says a token takes."""
     features = collect(sae, lm, DOCUMENTS, tmp_path, **OPTIONS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import dtype_in, flag
-from .._files import replace_file
+from .._files import only_writer, replace_file
 from ..autoencoder import SparseAutoencoder
 from ..data._require import require
 from ..data.activations import batch_rows, check_finite, check_stream, progress_bar
@@ -78,7 +78,7 @@ def collect(
         TypeError, ValueError: an argument is not as above; a manifest differs from this request (names the field);
             the text is another than that of the finished shards, or none; a shard is damaged; a value overflows
             ``dtype``, an activation is not finite.
-        RuntimeError: the rule has no threshold yet.
+        RuntimeError: the rule has no threshold yet, or another call is collecting into ``folder``.
         NotADirectoryError: ``folder`` is a file.
 
     Example:
@@ -111,11 +111,16 @@ def collect(
         "max_tokens": max_tokens, "dtype": _word(dtype), "shard_tokens": check_int("shard_tokens", shard_tokens, 1),
         "text_source": text_source,
     }  # fmt: skip
-    manifest = _begin(target, request)
-    if not manifest["complete"]:
-        with evaluating(sae):
-            batches = token_batches(lm, documents, contexts)
-            _collect(lm, encoder, batches, target, manifest, where.place.site, progress)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"folder: {str(folder)!r} cannot be made: {error.strerror}") from error
+    with only_writer(target, f"folder: features are being collected into {str(folder)!r} by another call"):
+        manifest = _begin(target, request)
+        if not manifest["complete"]:
+            with evaluating(sae):
+                batches = token_batches(lm, documents, contexts)
+                _collect(lm, encoder, batches, target, manifest, where.place.site, progress)
     return Features(target)
 
 
@@ -144,10 +149,6 @@ class _Encoder:
 def _begin(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     there = read_manifest(folder) if (folder / MANIFEST).exists() else None
     if there is None or not there["shards"]:  # a run that failed before its first shard has nothing to lose
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(f"folder: {str(folder)!r} cannot be made: {error.strerror}") from error
         manifest = {**request, "shards": [], "tokens": 0, "entries": 0, "encoded": 0, "complete": False}
         _write_manifest(folder, manifest)
         return manifest
