@@ -111,6 +111,7 @@ def test_what_it_trained_takes_activations_as_the_model_has_them(finished):
     residual = (sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()
     assert residual < 1
     assert sae.provenance.model == "embedded" and sae.provenance.layer == 1 and sae.provenance.site == "resid_pre"
+    assert sae.provenance.first_token == "bos" and "first" in sae.provenance.excluded
     (trained,) = [t for n, t in last(finished).tensors.items() if n.endswith("/sae/W_dec")]
     assert not torch.equal(trained, sae.W_dec)  # which is in other units
 

@@ -118,6 +118,17 @@ def contexts_of(
     )
 
 
+def rows_in_words(words: Mapping[str, Any]) -> dict[str, Any]:
+    """``Contexts.words``, or the same fields of a manifest, as :class:`Provenance` has them."""
+    left_out = words.get("exclude_positions", ())
+    first = ["first"] if words["drop_first"] or 0 in left_out else []
+    return {
+        "context_length": words["context_length"], "separator": words["separator"],
+        "first_token": words.get("first_token"),
+        "excluded": (*first, *words["exclude_tokens"], *(f"position {position}" for position in left_out if position)),
+    }  # fmt: skip
+
+
 def token_batches(lm: LanguageModel, texts: Iterable[Any], contexts: Contexts) -> Iterator[TokenBatch]:
     """Batches in the order of the texts: of documents, packed or each by itself, or as they are given. Read lazily."""
     run = contexts.run

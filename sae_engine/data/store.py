@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import device_in, dtype_in, flag
 from ..provenance import Provenance
 from ._require import require
-from .contexts import check_int
+from .contexts import check_int, rows_in_words
 from .models import file_sha256
 from .quantized import PARTS, restored
 
@@ -107,9 +107,7 @@ class ActivationStore:
             model=m["model"], revision=m["revision"], sha256=m["sha256"], layer=m["layer"], site=m["site"],
             d=m["d_model"], normalize="none", model_dtype=m["model_dtype"], dtype=m["dtype"], tokenizer=m["model"],
             text="; ".join(source or "not named" for source in sources) if any(sources) else None,
-            context_length=m["context_length"], separator=m["separator"], first_token=m["first_token"],
-            excluded=(*(["first"] if m["drop_first"] else []), *m["exclude_tokens"],
-                      *(f"position {position}" for position in m["exclude_positions"])),
+            **rows_in_words(m),
         )  # fmt: skip
 
     def verify(self) -> None:

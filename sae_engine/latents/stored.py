@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..codes import SparseCodes
 from ..data._require import require
-from ..data.contexts import check_int
+from ..data.contexts import check_int, rows_in_words
 from ..data.models import file_sha256
 from ..data.store import folder_in
 from ..provenance import Provenance
@@ -119,8 +119,7 @@ class Features:
         return Provenance(
             model=m["model"], revision=m["revision"], sha256=m["sha256"], layer=m["layer"], site=m["site"],
             d=m["d_in"], normalize=m["normalize"], model_dtype=m["model_dtype"], text=m["text_source"],
-            context_length=m["context_length"], separator=m["separator"],
-            excluded=(*(["first"] if m["drop_first"] else []), *m["exclude_tokens"]),
+            **rows_in_words(m),
         )  # fmt: skip
 
     def codes(self, start: int = 0, stop: int | None = None) -> SparseCodes:

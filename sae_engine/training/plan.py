@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder
-from ..data.contexts import Contexts, contexts_of
+from ..data.contexts import Contexts, contexts_of, rows_in_words
 from ..data.memory import TensorStream
 from ..data.models import LanguageModel, load_language_model
 from ..data.places import find_place
@@ -132,7 +132,7 @@ def planned(config: TrainConfig, *, model: Any, tokenizer: Any, dataset: Any, ra
     seen = Provenance(
         model=lm.name, revision=lm.revision, sha256=lm.sha256, normalize="none",
         model_dtype=_name(next(lm.model.parameters()).dtype), text=source.description,
-        context_length=contexts.length, separator=contexts.words["separator"], excluded=_excluded(contexts),
+        **rows_in_words(contexts.words),
     )  # fmt: skip
     provenances = _provenances(config, seen, sites, places, widths)
     return Plan(config, device, stream, sites, places, provenances, lm, source, contexts)
@@ -310,10 +310,6 @@ def _batch_rows(config: TrainConfig, ranks: Ranks) -> int:
 
 def _chunk_rows(config: Resolved) -> int:
     return config.data.shuffle_tokens
-
-
-def _excluded(contexts: Contexts) -> tuple[str, ...]:
-    return (*(["first"] if 0 in contexts.excluded_positions else []), *contexts.words["exclude_tokens"])
 
 
 def _name(dtype: torch.dtype) -> str:
