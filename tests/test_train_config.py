@@ -3,12 +3,15 @@
 import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import sae_engine as se
 from sae_engine import cli, rules
+from sae_engine.checkpoints._checkpoint import build, of
+from sae_engine.checkpoints._folding import fold_input_scale
 from sae_engine.training import TrainStep
 from sae_engine.training.architectures import ARCHITECTURES, REFUSED, JumpReLUSAE, MatryoshkaBatchTopKSAE, TopKSAE
 from sae_engine.training.auto import resolved, widths_of
@@ -352,6 +355,35 @@ def test_top_afa_starts_as_its_authors_or_sparse(start, low, high):
     architecture = ARCHITECTURES["top_afa"](l0_at_start=start)
     sae = SAEConfig(hook_name=PLACE, d_sae=256, architecture=architecture).build(64, 64, steps=10, seed=12345)
     assert low < sae.encode(torch.randn(64, 64)).l0.float().mean() < high
+
+
+def test_a_transcoder_is_not_tied():
+    config = SAEConfig(hook_name="blocks.1.mlp.hook_in", hook_name_out="blocks.1.hook_mlp_out", d_sae=32,
+                       architecture=TopKSAE(k=4))  # fmt: skip
+    coder = config.build(8, 8, steps=10, seed=3)
+    assert not coder.apply_b_dec_to_input and not torch.equal(coder.W_enc, coder.W_dec.T)
+    with pytest.raises(ConfigError, match="normalize_activations: must not be layer_norm with hook_name_out"):
+        replace(config, normalize_activations="layer_norm")
+    with pytest.raises(ConfigError, match="hook_name_out: must not be given for top_afa"):
+        replace(config, architecture=ARCHITECTURES["top_afa"]())
+
+
+@pytest.mark.parametrize(("tag", "target"), [(tag, target) for tag in ARCHITECTURES for target in (None, "blocks.3.mlp")
+                                             if target is None or tag != "top_afa"])  # fmt: skip
+def test_what_was_trained_on_scaled_rows_takes_them_as_they_are(tag, target):
+    """By every rule it keeps the same latents, which say the same."""
+    kind = ARCHITECTURES[tag]().resolved(16, 64, "expected_average_only_in")
+    config = SAEConfig(hook_name=PLACE, hook_name_out=target, architecture=kind, d_sae=64)
+    sae = config.build(16, 16, steps=1, seed=0)
+    x = 3 * torch.randn(64, 16) + 1
+    scale, target_scale = 0.25, 0.25 if target is None else 2.0  # powers of 2: nothing is rounded
+    step = TrainStep(sae, lr=1e-3, losses=kind.losses(16, 16))
+    for _ in range(2):
+        step(x * scale, None if target is None else x * target_scale)
+    folded = build(se.SparseAutoencoder, fold_input_scale(of(sae), scale, target_scale), Path("x")).eval()
+    codes, found = sae.eval().encode(x * scale), folded.encode(x)
+    assert torch.equal(codes.indices, found.indices) and torch.equal(codes.offsets, found.offsets)
+    torch.testing.assert_close(folded.decode(found), sae.decode(codes) / target_scale)
 
 
 def test_a_run_may_start_from_what_was_saved(tmp_path):

@@ -53,7 +53,8 @@ def fold_input_scale(c: Checkpoint, scale: float, target_scale: float | None = N
 
     ``target_scale`` is what multiplied a transcoder's targets; an autoencoder's are its inputs. Latents are the same;
     with ``rescale_acts_by_decoder_norm`` they, and BatchTopK's threshold, are divided by the latter like the decoder's
-    rows. TopAFA compares latents with the norm of the input, which is shorter now: its ``target_scale`` takes that up.
+    rows. TopAFA compares latents times norms of the decoder's rows with the norm of the input. Where both shrink alike
+    it keeps the same latents, else its ``target_scale`` takes the difference up.
     """
     target_scale = scale if target_scale is None else target_scale
     wide = {n: c.tensors[n].double() for n in ("W_enc", "W_dec", "b_dec")}
@@ -65,7 +66,7 @@ def fold_input_scale(c: Checkpoint, scale: float, target_scale: float | None = N
         wide["threshold"] = c.tensors["threshold"].double() / target_scale
     options = c.options
     if c.activation is rules.TopAFA:
-        options = {**options, "target_scale": options.get("target_scale", 1.0) * scale}
+        options = {**options, "target_scale": options.get("target_scale", 1.0) * scale / target_scale}
     return replace(c, tensors=_rounded(c, wide), options=options)
 
 

@@ -65,9 +65,9 @@ def resolved(
     updates = config.updates
     saes: list[SAEConfig] = []
     faults: list[tuple[str, str]] = []
-    for number, (sae, (d_in, d_out)) in enumerate(zip(config.saes, widths, strict=True)):
+    for number, (sae, (d_in, _)) in enumerate(zip(config.saes, widths, strict=True)):
         try:
-            saes.append(_sae(sae, d_in, d_out))
+            saes.append(_sae(sae, d_in))
         except ConfigError as error:
             faults += error.below(f"saes.{number}").faults
     if faults:
@@ -177,9 +177,7 @@ def _data(config: TrainConfig, max_length: int, embedded: bool) -> TrainConfig:
     return replace(config, data=data)
 
 
-def _sae(sae: SAEConfig, d_in: int, d_out: int) -> SAEConfig:
-    if sae.normalize_activations == "layer_norm" and d_in != d_out:
-        raise ConfigError([("normalize_activations", f"layer_norm needs rows of one width, got {d_in} and {d_out}")])
+def _sae(sae: SAEConfig, d_in: int) -> SAEConfig:
     d_sae = sae.sized(d_in)
     kind = sae.architecture.resolved(d_in, d_sae, sae.normalize_activations)
     sae = _filled(sae, aux_k=min(max(d_in // 2, 1), d_sae))

@@ -23,7 +23,7 @@ from ._faults import (
     text,
     whole,
 )
-from .architectures import Architecture, Auto, TopKSAE, architecture_named
+from .architectures import Architecture, Auto, TopAFASAE, TopKSAE, architecture_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,7 @@ class SAEConfig:
             self, ("k" if sized and sized.startswith("k") else "d_sae", sized and sized.removeprefix("k ")),
             ("normalize_activations", None if self.from_pretrained is None or raw else
              "must be none with from_pretrained, whose weights take activations as they are"),
+            *(self._of_a_transcoder() if self.hook_name_out is not None else ()),
             name=optional(name_of_folder), hook_name=place, hook_name_out=optional(place), architecture=_architecture,
             d_sae=optional(whole()), expansion_factor=optional(real()),
             normalize_activations=one_of("expected_average_only_in", "layer_norm", "none"),
@@ -93,6 +94,14 @@ class SAEConfig:
             aux_k=auto(whole()), normalize_decoder=flag, seed=optional(whole(0)), from_pretrained=optional(text),
             lr=optional(real()), adam_beta1=optional(real("share")), sparsity_warm_up_steps=optional(whole(0)),
         )  # fmt: skip
+
+    def _of_a_transcoder(self) -> Iterator[tuple[str, str]]:
+        if self.normalize_activations == "layer_norm":
+            yield "normalize_activations", ("must not be layer_norm with hook_name_out: what is reconstructed has a "
+                                            "mean and a spread of its own")  # fmt: skip
+        if isinstance(self.architecture, TopAFASAE):
+            yield "hook_name_out", ("must not be given for top_afa, which compares latents with the norm of what is "
+                                    "read, as if that were reconstructed")  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a file, the architecture's own fields beside the others.
@@ -116,7 +125,8 @@ class SAEConfig:
         self, d_in: int, d_out: int, *, steps: int, seed: int, device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> SparseAutoencoder:  # fmt: skip
-        """The autoencoder in training mode, with its first weights: tied unit rows, the same on every device.
+        """The autoencoder in training mode, with its first weights: unit rows, tied unless it is a transcoder, and the
+        same on every device.
 
         Args:
             d_in, d_out: width of the rows, and of what is reconstructed.
@@ -131,21 +141,22 @@ class SAEConfig:
             >>> config.build(8, 8, steps=100, seed=0).W_enc.shape
             torch.Size([8, 64])
         """
+        coder = self.hook_name_out is not None  # b_dec and the decoder's rows belong to another place than the input
         d_sae = self.sized(d_in)
         kind = self.architecture.resolved(d_in, d_sae, self.normalize_activations)
         layer_norm = "layer_norm" if self.normalize_activations == "layer_norm" else "none"
         if getattr(kind, "k", 0) > d_sae:
             raise ConfigError([("k", f"must not exceed d_sae = {d_sae}, got {getattr(kind, 'k')}")])  # noqa: B009
         with torch.random.fork_rng(devices=[]):  # what the constructor draws is drawn anew below
-            sae = SparseAutoencoder(d_in, d_sae, kind.build_rule(d_sae, steps), d_out=d_out, dtype=dtype,
-                                    normalize_activations=layer_norm, device="cpu")  # fmt: skip
+            sae = SparseAutoencoder(d_in, d_sae, kind.build_rule(d_sae, steps), d_out=d_out, dtype=dtype, device="cpu",
+                                    normalize_activations=layer_norm, apply_b_dec_to_input=not coder)  # fmt: skip
         if self.from_pretrained is not None:
             _start_from(sae, self.from_pretrained, self.normalize_decoder)
         else:
             generator = torch.Generator("cpu").manual_seed(seed if self.seed is None else self.seed)
             with torch.no_grad():
                 sae.W_dec.copy_(_directions(d_sae, d_out, generator))
-                sae.W_enc.copy_((sae.W_dec if d_in == d_out else _directions(d_sae, d_in, generator)).T)
+                sae.W_enc.copy_((sae.W_dec if d_in == d_out and not coder else _directions(d_sae, d_in, generator)).T)
             kind.prepare(sae)
         return sae.to(device).train()
 
