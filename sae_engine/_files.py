@@ -11,6 +11,7 @@ try:
 except ImportError:  # Windows: threads are kept apart, processes are not
     fcntl = None  # type: ignore[assignment]
 
+LOCK = ".lock"  # of :func:`only_writer`
 _NAMING = threading.Lock()
 
 
@@ -36,11 +37,11 @@ def as_a_whole(*folders: Path, writes: bool) -> Iterator[None]:
 def only_writer(folder: Path, refusal: str) -> Iterator[None]:
     """Held by the one that writes to ``folder`` for a while; another is refused at once, by RuntimeError(refusal).
 
-    An advisory lock of a file ``.lock`` there, which ends with the process, however that ends: one that is killed
+    An advisory lock of a file there, which ends with the process, however that ends: one that is killed
     leaves the file, which is in nobody's way. Where the file system has no locks, or nothing can be written, nobody is
     kept apart.
     """
-    path = folder / ".lock"
+    path = folder / LOCK
     with ExitStack() as held:
         with suppress(OSError):
             while fcntl is not None:

@@ -1,14 +1,12 @@
-"""The checkpoints of a run: whole or not there, verified when they are read, and one writer at a time."""
+"""The checkpoints of a run: whole or not there, and verified when they are read."""
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +15,7 @@ from torch import Tensor
 from ..data._require import require
 from ..data.models import file_sha256
 
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks of this kind: two writers are then not kept apart
-    fcntl = None  # type: ignore[assignment]
-
-FOLDER, STATE, LOCK = "checkpoints", "state.json", ".lock"
+FOLDER, STATE = "checkpoints", "state.json"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})")
 
@@ -37,31 +30,6 @@ class Saved(NamedTuple):
 
 class Damaged(ValueError):
     """A checkpoint is not what was written; names the file."""
-
-
-@contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Held while a run writes into its folder.
-
-    Raises:
-        RuntimeError: another process, or another run of this one, writes there.
-    """
-    opened = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks keeps nobody apart
-                    yield
-                    return
-                raise RuntimeError(
-                    f"output_path: another process is training in {str(folder)!r}; wait for it, stop it, or name "
-                    "another folder"
-                ) from None
-        yield
-    finally:
-        os.close(opened)  # and with it the lock
 
 
 def write(run: Path, update: int, plain: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> Path:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._files import replace_file
+from .._files import LOCK, only_writer, replace_file
 from ..autoencoder import SparseAutoencoder
 from . import checkpoint, saved_state
 from .callbacks import Callback, Interrupted, resume_command
@@ -201,12 +201,14 @@ class Trainer:
     def _claim(self, stack: ExitStack) -> None:
         """This process is the only one that writes into the run's folder, which is new unless the run is resumed."""
         if self._resumes is None and self.folder.exists() and (
-            not self.folder.is_dir() or any(place.name != checkpoint.LOCK for place in self.folder.iterdir())
+            not self.folder.is_dir() or any(place.name != LOCK for place in self.folder.iterdir())
         ):
             how = f"resume it with: {resume_command(self.folder)}; or " if (self.folder / CONFIG).exists() else ""
             raise FileExistsError(f"output_path: {str(self.folder)!r} is there already: {how}name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(checkpoint.only_writer(self.folder))
+        where = f"output_path: another process is training in {str(self.folder)!r}"
+        busy = f"{where}; wait for it, stop it, or name another folder"
+        stack.enter_context(only_writer(self.folder, busy))
         replace_file(self.folder / CONFIG, lambda path: path.write_text(self.config.to_yaml(), encoding="utf-8"))
 
     def _build(self) -> None:
