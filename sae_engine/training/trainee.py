@@ -16,6 +16,7 @@ from ..initial import geometric_median
 from ..losses import AuxK, Loss
 from ..losses.warmed import Warmed
 from ..provenance import Provenance
+from ..rules import BatchTopK, FeatureChoice, SampledTopK
 from .config import Resolved, SAEConfig, TrainConfig
 from .forward import PreActivations
 from .metering import Sums
@@ -58,8 +59,8 @@ class Trainee:
         optim: Resolved = run.optim_of(config)
         self.optim = optim
         self.sae = config.build(d_in, d_out, steps=total, seed=run.seed, device=device)
-        if world > 1 and hasattr(self.sae.activation, "group"):
-            setattr(self.sae.activation, "group", torch.distributed.group.WORLD)  # noqa: B010 - the batch is everybody's
+        if world > 1:
+            self._select_together()
         self.scales = 1.0, 1.0  # what multiplies its inputs, and its targets
         rises = config.architecture.sparsity_name()
         losses: list[Loss] = [
@@ -82,6 +83,18 @@ class Trainee:
         )  # fmt: skip
         self.step._pre_activations = buffer
         self.sums = Sums(device)
+
+    def _select_together(self) -> None:
+        """A batch rule's batch is that of all processes.
+
+        Raises:
+            ValueError: the rule keeps statistics of what its own process sees, which a checkpoint has of one.
+        """
+        rule = self.sae.activation
+        if isinstance(rule, FeatureChoice):
+            raise ValueError(f"saes: {self.name}: {type(rule).__name__} has to be trained by one process")
+        if isinstance(rule, BatchTopK) and not isinstance(rule, SampledTopK):
+            rule.group = torch.distributed.group.WORLD
 
     @torch.no_grad()
     def begin(self, rows: tuple[Tensor, ...], ranks: int) -> None:
