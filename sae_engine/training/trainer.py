@@ -102,7 +102,9 @@ class Trainer:
         config: as :func:`train` takes it.
         model: a loaded Hugging Face model (or a :class:`~sae_engine.data.LanguageModel`) in place of
             ``config.model``; with its ``tokenizer``.
-        dataset: documents in memory in place of ``data.dataset_path``: strings or token ids.
+        dataset: in place of ``data.dataset_path``: documents in memory, strings or token ids, or what else
+            :func:`~sae_engine.data.open_source` takes. Or the rows themselves, in place of model and text: a tensor
+            ``(rows, width)``, or one for each site in the order in which ``saes`` name them; nothing is held out then.
         callbacks: of :class:`Callback`.
 
     Attributes:
