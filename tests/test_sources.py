@@ -90,6 +90,25 @@ def test_some_are_held_out_at_every_rank(path):
     assert sorted(text for found in dealt for text in found) == sorted(stripped(others))
 
 
+def test_no_more_is_held_out_than_is_asked_for():
+    """Of a long text that is streamed, what is beyond is not read."""
+    class Lazy(list):
+        reads = 0
+
+        def __getitem__(self, at):
+            self.reads += 1
+            return super().__getitem__(at)
+
+    given = Lazy([f"{i:03d} " * 20 for i in range(1000)])  # of 80 characters, 10 tokens at the least
+    source = open_source(given, hold_out=4)
+    given.reads = 0
+    assert source.held_out(500, tokens=25) == [given[3], given[7], given[11]]
+    assert given.reads <= 12 + 3
+    ids = open_source([[1] * 10] * 20, hold_out=4)
+    assert [len(ids.held_out(9, tokens=n)) for n in (10, 11, 20, 999)] == [1, 2, 2, 5]
+    assert len(open_source("stdlib").held_out(99, tokens=1)) == 1
+
+
 def test_half_held_out_leaves_something_for_each_rank():
     sources = [open_source(TEXTS, hold_out=2, rank=rank, world=2) for rank in range(2)]
     assert [texts(source, 2) for source in sources] == [[TEXTS[0], TEXTS[4]], [TEXTS[2], TEXTS[6]]]

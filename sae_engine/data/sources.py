@@ -93,17 +93,27 @@ class Source:
                 raise ValueError(f"dataset_path: there is no text{of_rank} in {self.description}: {number} documents")
             epoch, number, at, is_whole, found = epoch + 1, 0, None, True, False
 
-    def held_out(self, limit: int) -> list[Any]:
+    def held_out(self, limit: int, *, tokens: int | None = None) -> list[Any]:
         """At most ``limit`` documents that :meth:`documents` never has, at any rank; [] where there are none.
+
+        ``tokens``: no more documents once those there hold so many tokens, where a text has one for every eight
+        characters at least. Of a data set that is streamed, so few documents are read.
 
         Example:
             >>> len(open_source("stdlib").held_out(3))  # of the standard library, whole modules
             3
         """
         check_int("limit", limit, 1)
-        if (fixed := self._records.held_out) is not None:
-            return fixed[:limit]
-        return list(islice(self._held_out_documents(), limit))
+        fixed = self._records.held_out
+        found: list[Any] = []
+        missing = None if tokens is None else check_int("tokens", tokens, 1)
+        for content in islice(self._held_out_documents() if fixed is None else fixed, limit):
+            found.append(content)
+            if missing is not None:
+                missing -= len(content) // 8 if isinstance(content, str) else len(content)
+                if missing <= 0:
+                    break
+        return found
 
     def _held_out_documents(self) -> Iterator[Any]:
         for number, (_, record) in enumerate(self._records.read(0, None)):

@@ -86,7 +86,8 @@ class Plan:
                 source = open_source(path, column=self.config.data.column, hold_out=None)
                 self._held_out = _first_documents(source, self.config.eval.eval_tokens)
             else:
-                self._held_out = source.held_out(self.config.eval.eval_tokens)
+                tokens = self.config.eval.eval_tokens
+                self._held_out = source.held_out(tokens, tokens=tokens)
             if not self._held_out:
                 raise ValueError(
                     f"eval: {source.description} has no document to hold out: it has fewer than "
