@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import flag, integer_in
-from .models import LanguageModel
+from .models import LanguageModel, vocabulary_size
 from .padding import padding_of
 
 WORDS = ("bos", "eos", "pad")  # tokens that a tokenizer knows by name
@@ -199,7 +199,7 @@ def _token(lm: LanguageModel, name: str, value: str | int | None) -> int | None:
     if not isinstance(value, str):
         if integer_in(value) is None:
             raise TypeError(f"{name} must be a token id or one of {WORDS}, got {value!r}")
-        return check_int(name, value, 0)  # type: ignore[arg-type]
+        return check_int(name, value, 0, vocabulary_size(lm) - 1)  # type: ignore[arg-type]
     if value not in WORDS:
         raise ValueError(f"{name} must be a token id or one of {WORDS}, got {value!r}")
     otherwise = "name it by its id" + ("" if name == "exclude_tokens" else f", or pass {name}=None for none")

@@ -300,6 +300,46 @@ def _tokenizer_in(transformers: Any, folder: Path, name: str, options: dict[str,
     return tokenizer if is_of_bytes or any((folder / file).is_file() for file in files) else None
 
 
+def load_tokenizer(name_or_path: str) -> Any:
+    """A tokenizer by itself, of a folder or of a hub name as :func:`load_language_model` takes them.
+
+    Raises:
+        OSError: there is none, or the hub does not answer and its cache holds none.
+        ValueError: it is damaged.
+        ImportError: transformers is not installed.
+
+    Example:
+        >>> load_tokenizer(str(EMBEDDED_FOLDER)).eos_token_id == load_language_model().tokenizer.eos_token_id
+        True
+    """
+    transformers = require("transformers")
+    folder = EMBEDDED_FOLDER if name_or_path == EMBEDDED else Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        if name_or_path.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name_or_path):
+            raise FileNotFoundError(f"name_or_path is neither a folder that exists nor a hub name: {name_or_path!r}")
+        source, commit = _hub_config(name_or_path, None, "tokenizer_config.json")
+        try:
+            return transformers.AutoTokenizer.from_pretrained(source, revision=commit)
+        except Exception as error:  # of json and transformers
+            raise ValueError(f"the tokenizer of {name_or_path!r} cannot be read: {_first_line(error)}") from error
+    tokenizer = _tokenizer_in(transformers, folder, name_or_path, {})
+    if tokenizer is None:
+        raise FileNotFoundError(f"name_or_path: {name_or_path!r} holds no tokenizer")
+    return tokenizer
+
+
+def vocabulary_size(lm: LanguageModel) -> int:
+    """How many tokens the model can embed: at least its configuration's, at most what some pad their tables to.
+
+    Example:
+        >>> vocabulary_size(load_language_model())
+        4096
+    """
+    model: Any = lm.model
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return model.config.get_text_config().vocab_size if weight is None else len(weight)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -335,17 +375,17 @@ def width_and_length(
     return config.hidden_size, _max_length(config, None, name_or_path)
 
 
-def _hub_config(name: str, revision: str | None) -> tuple[Any, str | None]:
-    """Where transformers finds the configuration of a hub model: its name and commit, or the folder of the cache."""
+def _hub_config(name: str, revision: str | None, file: str = "config.json") -> tuple[Any, str | None]:
+    """Where transformers finds a small file of a hub model: its name and commit, or the folder of the cache."""
     hub = require("huggingface_hub")
     try:
         return name, hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
     except Exception as error:  # as below
-        cached = hub.try_to_load_from_cache(name, "config.json", revision=revision)
+        cached = hub.try_to_load_from_cache(name, file, revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent, None
         raise _HubUnavailable(
-            f"the hub did not answer for {name!r} ({_first_line(error)}), whose configuration says how wide it is"
+            f"the hub did not answer for the {file} of {name!r} ({_first_line(error)}), and its cache does not hold it"
         ) from error
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activations import batch_rows, check_finite
 from .contexts import Contexts, TokenBatch, packed, token_ids_of, unpacked
-from .models import LanguageModel
+from .models import LanguageModel, vocabulary_size
 from .places import find_place
 from .sites import Site
 from .sources import Source
@@ -45,7 +45,7 @@ class LanguageModelRows:
         self._lm, self._source, self._sites, self._contexts = lm, source, tuple(sites), contexts
         self._max_norm_multiple, self._dtype, self._device = max_norm_multiple, dtype, device
         self._chunk_rows = chunk_rows
-        self._vocabulary = _vocabulary(lm)
+        self._vocabulary = vocabulary_size(lm)
         self.widths = tuple(find_place(lm.model, site).width for site in self._sites)
         self.seek({"source": source.start, "token": 0, "used": 0, "counts": dict.fromkeys(COUNTS, 0)})
 
@@ -158,13 +158,6 @@ class LanguageModelRows:
                 f"dataset_path: in a whole epoch of {self._source.description} there is no row to train on: every "
                 "token is excluded, or its row is dropped"
             )
-
-
-def _vocabulary(lm: LanguageModel) -> int:
-    """How many tokens the model can embed: at least its configuration's, at most what some pad their tables to."""
-    model: Any = lm.model
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    return model.config.get_text_config().vocab_size if weight is None else len(weight)
 
 
 class _Tokens:

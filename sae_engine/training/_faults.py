@@ -4,7 +4,8 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,32 @@ class ConfigError(ValueError):
     def below(self, path: str) -> ConfigError:
         """The same faults of what stands at ``path`` in something larger."""
         return ConfigError((f"{path}.{inner}" if inner else path, what) for inner, what in self.faults)
+
+
+@contextmanager
+def within(path: str, part: Any, field: str | None = None) -> Iterator[None]:
+    """What goes wrong inside says, in one line, which field of a configuration leads to it.
+
+    Args:
+        path: of ``part`` in the configuration.
+        field: of ``part``; an error that begins with the name of another one is of that one.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise error.below(path) from None
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        begins = _ARGUMENT.match(said.removeprefix(f"{path}."))
+        if begins and (begins[1] in ("name_or_path", "path") or hasattr(part, begins[1])):
+            field, said = begins[1] if hasattr(part, begins[1]) else field, begins[2]
+        kind = next(kind for kind in _KINDS if isinstance(error, kind))
+        raise kind(f"{path}.{field}: {said}" if field else f"{path}: {said}") from error
+
+
+_ARGUMENT = re.compile(r"(\w+)(?:: | (?=must |is neither ))(.*)")  # as errors of the library begin
+_KINDS = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, OSError, ImportError, TypeError,
+          ValueError)  # fmt: skip
 
 
 def settle(config: Any, *others: tuple[str, str | None], **checks: Check) -> None:
@@ -147,6 +174,12 @@ def name_of_folder(value: Any) -> str | None:
     if isinstance(value, str) and _NAME.fullmatch(value) and value.strip("."):
         return None
     return f"must be a name for a folder, of letters, digits and . _ + = @ -, got {value!r}"
+
+
+def repository(value: Any) -> str | None:
+    if isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+        return None
+    return f"must be 'owner/repository', got {value!r}"
 
 
 def device(value: Any) -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.sites import Site
-from ._faults import ConfigError
+from ._faults import ConfigError, within
 from .config import TrainConfig
 from .forward import total_memory_bytes
 from .sae_config import SAEConfig
@@ -133,7 +133,9 @@ def stores_of(config: TrainConfig) -> dict[Site, ActivationStore]:
     path = Path(config.data.store_path).expanduser()
     below = [] if (path / MANIFEST).exists() else sorted(place.parent for place in path.glob(f"*/{MANIFEST}"))
     found = {}
-    for store in map(ActivationStore, below or [path]):
+    with within("data", config.data, "store_path"):
+        stores = [ActivationStore(folder) for folder in below or [path]]
+    for store in stores:
         found[Site.of(store.manifest["site"], store.manifest["layer"])] = store
     names = [name for sae in config.expanded().saes for name in (sae.hook_name, sae.hook_name_out) if name is not None]
     for site in (wanted := list(map(Site.of, names))):

@@ -1,6 +1,7 @@
 """What a run tells others: its callbacks, and how it ends when it is asked to."""
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,4 +59,4 @@ class Interrupted(KeyboardInterrupt):
 
 
 def resume_command(run: Path) -> str:
-    return f"sae-engine train --resume {run}"
+    return f"sae-engine train --resume {shlex.quote(str(run))}"

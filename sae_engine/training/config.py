@@ -22,6 +22,7 @@ from ._faults import (
     optional,
     positions,
     real,
+    repository,
     separator,
     settle,
     text,
@@ -272,7 +273,7 @@ class OutputConfig:
         lacking = self.push_to_hub is True and self.hub_model_id is None
         settle(self, ("hub_model_id", "must say where to, with push_to_hub" if lacking else None), output_path=text,
                save_steps=auto(whole()), save_total_limit=whole(), push_to_hub=flag,
-               hub_model_id=optional(text))  # fmt: skip
+               hub_model_id=optional(repository))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

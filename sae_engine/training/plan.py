@@ -12,7 +12,7 @@ from .. import _checks as check
 from ..autoencoder import SparseAutoencoder
 from ..data.contexts import Contexts, contexts_of, rows_in_words
 from ..data.memory import TensorStream
-from ..data.models import LanguageModel, load_language_model
+from ..data.models import LanguageModel, load_language_model, load_tokenizer
 from ..data.places import find_place
 from ..data.sites import Site
 from ..data.sources import Source, open_source
@@ -20,6 +20,7 @@ from ..data.store import ActivationStore
 from ..data.stream import RowStream, StoreStream
 from ..metrics.evaluation import evaluate_during
 from ..provenance import Provenance
+from ._faults import ConfigError, within
 from .auto import resolved, stores_of
 from .config import Resolved, SAEConfig, TrainConfig
 from .ranks import Ranks
@@ -77,17 +78,24 @@ class Plan:
             )  # fmt: skip
         return found
 
+    def check_evaluation(self) -> None:
+        """Whether there is something to evaluate on, which a run had better know before it trains."""
+        if self.lm is not None and self.config.eval.eval_tokens:
+            self._documents()
+
     def _documents(self) -> list[Any]:
         """Text that no autoencoder of the run is trained on, as much as an evaluation reads."""
         if self._held_out is None:
             assert self.source is not None
             source = self.source
             if (path := self.config.eval.dataset_path) is not None:
-                source = open_source(path, column=self.config.data.column, hold_out=None)
-                self._held_out = _first_documents(source, self.config.eval.eval_tokens)
+                with within("eval", self.config.eval, "dataset_path"):
+                    source = open_source(path, column=self.config.data.column, hold_out=None)
+                    self._held_out = _first_documents(source, self.config.eval.eval_tokens)
             else:
                 tokens = self.config.eval.eval_tokens
-                self._held_out = source.held_out(tokens, tokens=tokens)
+                with within("data", self.config.data, "dataset_path"):
+                    self._held_out = source.held_out(tokens, tokens=tokens)
             if not self._held_out:
                 raise ValueError(
                     f"eval: {source.description} has no document to hold out: it has fewer than "
@@ -120,7 +128,7 @@ def planned(config: TrainConfig, *, model: Any, tokenizer: Any, dataset: Any, ra
     if stores is not None:
         return _stored(config, device, stores, ranks, lm, dataset)
     sites, places = _places(config.saes)
-    widths = [find_place(lm.model, site).width for site in sites]
+    widths = [_width(lm, config.saes, site) for site in sites]
     config = _complete(config, device, widths, places, lm)
     contexts, source = _contexts(lm, config), _source(config, dataset, lm, ranks)
     data: Resolved = config.data
@@ -139,11 +147,22 @@ def planned(config: TrainConfig, *, model: Any, tokenizer: Any, dataset: Any, ra
     return Plan(config, device, stream, sites, places, provenances, lm, source, contexts)
 
 
+def _width(lm: LanguageModel, saes: Sequence[SAEConfig], site: Site) -> int:
+    for number, sae in enumerate(saes):
+        for name in ("hook_name", "hook_name_out"):
+            if getattr(sae, name) is not None and Site.of(getattr(sae, name)) == site:
+                with within(f"saes.{number}", sae, name):
+                    return find_place(lm.model, site).width
+    raise AssertionError(f"{site} is of no autoencoder")
+
+
 def _in_memory(config: TrainConfig, device: torch.device, rows: Sequence[Tensor], ranks: Ranks) -> Plan:
     """Rows that the caller has, one tensor for each site that ``saes`` name, in the order in which they name them."""
     sites, places = _places(config.saes)
     if len(rows) != len(sites):
         raise ValueError(f"dataset must hold a tensor for each of {[str(site) for site in sites]}, got {len(rows)}")
+    for x in rows:
+        check.floating("dataset", x, dims=2)
     config = _complete(config, device, [x.shape[1] for x in rows], places, None)
     stream = TensorStream(
         rows, batch_rows=_batch_rows(config, ranks), seed=config.seed, rank=ranks.rank, world=ranks.world,
@@ -209,11 +228,12 @@ def _complete(
 
 def _source(config: TrainConfig, dataset: Any, lm: LanguageModel, ranks: Ranks) -> Source:
     data = config.data
-    return open_source(
-        data.dataset_path if dataset is None else dataset, dataset_name=data.dataset_name, split=data.split,
-        column=data.column, hold_out=data.eval_fraction_documents, rank=ranks.rank, world=ranks.world,
-        seed=config.seed, tokenizer=lm.tokenizer,
-    )  # fmt: skip
+    with within("data", data, "dataset_path"):
+        return open_source(
+            data.dataset_path if dataset is None else dataset, dataset_name=data.dataset_name, split=data.split,
+            column=data.column, hold_out=data.eval_fraction_documents, rank=ranks.rank, world=ranks.world,
+            seed=config.seed, tokenizer=lm.tokenizer,
+        )  # fmt: skip
 
 
 def _provenances(
@@ -259,15 +279,16 @@ def _language_model(config: TrainConfig, device: torch.device, model: Any, token
         return load_language_model(model, tokenizer=tokenizer)
     named = config.model
     if tokenizer is None and named.tokenizer_name is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(named.tokenizer_name)
+        with within("model", named, "tokenizer_name"):
+            tokenizer = load_tokenizer(named.tokenizer_name)
     options: dict[str, Any] = dict(named.model_from_pretrained_kwargs)
     if "device_map" not in options:
-        options["device"] = device if named.llm_device is None else named.llm_device
-    return load_language_model(
-        named.model_name, tokenizer=tokenizer, revision=named.revision, dtype=named.dtype, **options
-    )
+        own = named.llm_device
+        options["device"] = device if own is None else check.device_in("model.llm_device", own)
+    with within("model", named, "model_name"):
+        return load_language_model(
+            named.model_name, tokenizer=tokenizer, revision=named.revision, dtype=named.dtype, **options
+        )
 
 
 def _places(saes: tuple[SAEConfig, ...]) -> tuple[tuple[Site, ...], tuple[tuple[int, int], ...]]:
@@ -290,13 +311,16 @@ def _contexts(lm: LanguageModel, config: TrainConfig) -> Contexts:
     length = data.context_size
     left_out = sorted({*range(length)} - {*range(length)[first:last]})
     special = [word for word in SPECIAL if getattr(lm.tokenizer, f"{word}_token_id", None) is not None]
+    if data.prepend_bos and not {"bos", "eos"} & {*special}:
+        raise ConfigError([("data.prepend_bos", f"must be false: no tokenizer of {lm.name!r} has a BOS or EOS token")])
     has_eos = data.separator != "eos" or "eos" in special
-    return contexts_of(
-        lm, context_length=length, batch_size=data.store_batch_size_prompts, drop_first=False,
-        exclude_positions=left_out, separator=data.separator if has_eos else None,
-        first_token="bos" if data.prepend_bos else None, packing=data.packing,
-        exclude_tokens=special if data.exclude_special_tokens else (),
-    )
+    with within("data", data):
+        return contexts_of(
+            lm, context_length=length, batch_size=data.store_batch_size_prompts, drop_first=False,
+            exclude_positions=left_out, separator=data.separator if has_eos else None,
+            first_token="bos" if data.prepend_bos else None, packing=data.packing,
+            exclude_tokens=special if data.exclude_special_tokens else (),
+        )
 
 
 def _batch_rows(config: TrainConfig, ranks: Ranks) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..autoencoder import SparseAutoencoder
+from .callbacks import resume_command
 from .config import TrainConfig
 from .trackers import read_metrics
 
@@ -75,7 +76,7 @@ class Run:
             place = self.folder / SAES / str(sae.name)
             if not place.is_dir():
                 raise FileNotFoundError(
-                    f"{place} is not there yet: the run has not ended; sae-engine train --resume {self.folder}"
+                    f"{place} is not there yet: the run has not ended; {resume_command(self.folder)}"
                 )
             found[str(sae.name)] = SparseAutoencoder.from_pretrained(place).eval()
         return found

@@ -22,6 +22,7 @@ from ._faults import (
     settle,
     text,
     whole,
+    within,
 )
 from .architectures import Architecture, Auto, TopAFASAE, TopKSAE, architecture_named
 
@@ -237,7 +238,8 @@ def _directions(rows: int, width: int, generator: torch.Generator) -> torch.Tens
 @torch.no_grad()
 def _start_from(sae: SparseAutoencoder, source: str, unit_rows: bool) -> None:
     """Copies the weights of an autoencoder that was saved."""
-    found = SparseAutoencoder.from_pretrained(source)
+    with within("from_pretrained", None):
+        found = SparseAutoencoder.from_pretrained(source)
     for name in ("d_in", "d_out", "d_sae", "normalize_activations", "apply_b_dec_to_input",
                  "rescale_acts_by_decoder_norm"):  # fmt: skip
         if getattr(found, name) != (wanted := getattr(sae, name)):

@@ -121,8 +121,9 @@ class Trainee:
         mean = rows.to(torch.float32).norm(dim=1).mean().double()
         if self.reduce is not None:
             self.reduce([mean])
-        if not float(mean) > 0:
-            raise ValueError(f"saes: {self.name}: all activations of the first {len(rows)} rows are 0")
+        if not 0 < float(mean) < float("inf"):
+            raise ValueError(f"saes: {self.name}: the first {len(rows)} rows of activations have a mean norm of "
+                             f"{float(mean)}, which must be finite and above 0")  # fmt: skip
         return rows.shape[1] ** 0.5 / float(mean)
 
     def _sum(self, ranks: int) -> Callable[[Tensor], object]:

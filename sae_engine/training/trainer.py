@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from .._files import LOCK, only_writer, replace_file
 from ..autoencoder import SparseAutoencoder
 from . import checkpoint, saved_state
+from ._faults import within
 from .callbacks import Callback, Interrupted, resume_command
 from .config import Resolved, TrainConfig
 from .forward import PreActivations
@@ -172,6 +174,8 @@ class Trainer:
                 self._begin()
             else:
                 self._load(saved)
+            if self.ranks.writes:
+                self.plan.check_evaluation()
             stack.enter_context(self._signals())
             self._open_logs(stack, saved)
             if saved is None:
@@ -207,28 +211,39 @@ class Trainer:
         ):
             how = f"resume it with: {resume_command(self.folder)}; or " if (self.folder / CONFIG).exists() else ""
             raise FileExistsError(f"output_path: {str(self.folder)!r} is there already: {how}name another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        where = f"output_path: another process is training in {str(self.folder)!r}"
-        busy = f"{where}; wait for it, stop it, or name another folder"
-        stack.enter_context(only_writer(self.folder, busy))
-        replace_file(self.folder / CONFIG, lambda path: path.write_text(self.config.to_yaml(), encoding="utf-8"))
+        with within("output", self.config.output, "output_path"):
+            is_new = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            where = f"output_path: another process is training in {str(self.folder)!r}"
+            stack.enter_context(only_writer(self.folder, f"{where}; wait for it, stop it, or name another folder"))
+            if self._resumes is None:
+                stack.callback(self._leave, is_new)
+            replace_file(self.folder / CONFIG, lambda path: path.write_text(self.config.to_yaml(), encoding="utf-8"))
+
+    def _leave(self, is_new: bool) -> None:
+        """Nothing stays of a run that could not begin: without a checkpoint there is nothing to go on from."""
+        if checkpoint.listed(self.folder):
+            return
+        for place in self.folder.iterdir():  # which was empty
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        if is_new:
+            self.folder.rmdir()
 
     def _build(self) -> None:
         config, plan, world = self.config, self.plan, self.ranks.world
         self.total = config.updates
         buffer = PreActivations()
         reduce = self.ranks.average if world > 1 else None
-        self.trainees = {
-            trainee.name: trainee
-            for trainee in (
-                Trainee(sae, config, places=places, widths=plan.stream.widths, total=self.total, device=plan.device,
-                        world=world, reduce=reduce, buffer=buffer)
-                for sae, places in zip(config.saes, plan.places, strict=True)
-            )
-        }  # fmt: skip
+        for number, (sae, places) in enumerate(zip(config.saes, plan.places, strict=True)):
+            with within(f"saes.{number}", sae):
+                self.trainees[str(sae.name)] = Trainee(
+                    sae, config, places=places, widths=plan.stream.widths, total=self.total, device=plan.device,
+                    world=world, reduce=reduce, buffer=buffer,
+                )  # fmt: skip
 
     def _begin(self) -> None:
-        rows = self.plan.stream.first_chunk()
+        with within("data", self.config.data, "dataset_path"):
+            rows = self.plan.stream.first_chunk()
         for trainee in self.trainees.values():
             trainee.begin(rows, self.ranks.world)
 

@@ -1,0 +1,90 @@
+"""What a run refuses: in one line that names the field, before anything of it is on the disk."""
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from short_runs import SAE, settings
+
+from sae_engine.cli import main
+from sae_engine.data.models import EMBEDDED_FOLDER
+from sae_engine.training.trainer import Trainer
+
+MEMORY = {"name": "a", "hook_name": "model.a", "architecture": "topk", "k": 4, "d_sae": 32}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "empty.txt").touch()
+    (folder / "short.txt").write_text("One short document.")
+    (folder / "other.jsonl").write_text('{"txt": "a text"}\n' * 300)
+    mute = folder / "mute"
+    mute.mkdir()
+    for file in EMBEDDED_FOLDER.iterdir():
+        if "token" not in file.name and "vocab" not in file.name and "merges" not in file.name:
+            shutil.copy(file, mute)
+    return folder
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"saes": [SAE, SAE | {"hook_name": "blocks.99.hook_mlp_out"}]}, r"saes\.1\.hook_name: layer must be in 0\.\.3"),
+    ({"data__dataset_path": "{}/nowhere.txt"}, r"data\.dataset_path: '.*nowhere\.txt' does not exist"),
+    ({"data__dataset_path": "{}/empty.txt"}, r"data\.dataset_path: there is no text in .*empty\.txt"),
+    ({"data__dataset_path": "{}/short.txt"}, r"eval: .*short\.txt has no document to hold out"),
+    ({"data__dataset_path": "{}/other.jsonl"}, r"data\.column: .*other\.jsonl has no 'text', it has 'txt'"),
+    ({"data__separator": 10**6}, r"data\.separator: must be in 0\.\.4095, got 1000000"),
+    ({"model__model_name": "{}/nowhere"}, r"model\.model_name: the folder '.*nowhere' does not exist"),
+    ({"model__model_name": "{}/mute"}, r"data\.prepend_bos: must be false: no tokenizer of .* has a BOS"),
+    ({"model__tokenizer_name": "{}/nowhere"}, r"model\.tokenizer_name: is neither a folder that exists nor"),
+    ({"model__llm_device": "cuda:99"}, r"model\.llm_device: 'cuda:99' cannot be used"),
+    ({"eval__dataset_path": "{}/nowhere.txt"}, r"eval\.dataset_path: '.*nowhere\.txt' does not exist"),
+    ({"output__output_path": "{}/short.txt/run"}, r"output\.output_path: .*Not a directory"),
+    ({"output__hub_model_id": "a b/c"}, r"output\.hub_model_id: must be 'owner/repository', got 'a b/c'"),
+    ({"saes": [SAE | {"from_pretrained": "{}/nowhere", "normalize_activations": "none"}]},
+     r"saes\.0\.from_pretrained: must be a folder or a file of weights; there is none at"),
+])  # fmt: skip
+def test_a_fault_is_one_line_with_its_place_and_nothing_is_written(files, tmp_path, changes, message):
+    changed = settings(tmp_path / "run", **changes)
+    filled = _filled(changed, str(files))
+    with pytest.raises((ValueError, OSError), match=rf"^{message}") as raised:
+        Trainer(filled).train()
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def _filled(value: Any, folder: str) -> Any:
+    """``value`` with a folder for each pair of braces in its words."""
+    if isinstance(value, dict):
+        return {key: _filled(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, folder) for inner in value]
+    return value.replace("{}", folder) if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    (torch.full((300, 16), float("nan")), "saes: a: the first 256 rows of activations have a mean norm of nan"),
+    (torch.zeros(300, 16), r"saes: a: the first 256 rows .* mean norm of 0\.0, which must be finite and above 0"),
+    (torch.ones(300), r"dataset must have 2 dimension"),
+])  # fmt: skip
+def test_rows_that_cannot_be_trained_on(tmp_path, rows, message):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match=message):
+        Trainer(settings(tmp_path / "run", saes=[MEMORY]), dataset=rows).train()
+    assert list((tmp_path / "run").iterdir()) == []  # the folder was there, and is as it was
+
+
+def test_the_command_line_says_it_in_one_line(files, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""
+        saes: [{{hook_name: blocks.1.hook_resid_pre, d_sae: 64}}]
+        data: {{dataset_path: "{files}/other.jsonl", context_size: 32, shuffle_tokens: 512, shuffle_chunks: 2}}
+        optim: {{train_batch_size_tokens: 64}}
+    """)
+    assert main(["train", str(config), "--output", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "error: data.column:" in said.err
+    assert not (tmp_path / "run").exists()
