@@ -18,8 +18,10 @@ def rows(width: int, seed: int) -> torch.Tensor:
     return 20 * (torch.randn(1024, 8, generator=generator) @ torch.randn(8, width, generator=generator) + 3)
 
 
-@pytest.mark.parametrize("is_transcoder", [False, True], ids=["autoencoder", "transcoder"])
-@pytest.mark.parametrize("tag", ARCHITECTURES)
+@pytest.mark.parametrize(("tag", "is_transcoder"), [
+    (tag, is_transcoder) for tag in ARCHITECTURES for is_transcoder in (False, True)
+    if not (tag == "top_afa" and is_transcoder)  # which is refused
+])  # fmt: skip
 def test_what_is_saved_is_what_was_trained(tag, is_transcoder, tmp_path):
     """On rows far from unit length: scale of input and of target are in the weights, and each rule keeps the same."""
     fields = ARCHITECTURES[tag].__dataclass_fields__
