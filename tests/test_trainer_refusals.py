@@ -11,7 +11,8 @@ from short_runs import SAE, settings
 
 from sae_engine.cli import main
 from sae_engine.data.models import EMBEDDED_FOLDER
-from sae_engine.training.trainer import Trainer
+from sae_engine.training.callbacks import resume_command
+from sae_engine.training.trainer import Trainer, resume
 
 MEMORY = {"name": "a", "hook_name": "model.a", "architecture": "topk", "k": 4, "d_sae": 32}
 
@@ -75,6 +76,20 @@ def test_rows_that_cannot_be_trained_on(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         Trainer(settings(tmp_path / "run", saes=[MEMORY]), dataset=rows).train()
     assert list((tmp_path / "run").iterdir()) == []  # the folder was there, and is as it was
+
+
+def test_a_run_goes_on_in_its_own_folder(tmp_path):
+    """Wherever that lies by now; another one is not to be named."""
+    folder, moved = tmp_path / "run", tmp_path / "another place, moved"
+    rows = torch.randn(300, 16)
+    Trainer(settings(folder, saes=[MEMORY], data__training_tokens=64 * 2), dataset=rows).train()
+    folder.rename(moved)
+    with pytest.raises(ValueError, match=r"^output\.output_path: a run goes on in its own folder"):
+        resume(moved, settings=[f"output.output_path={tmp_path / 'third'}"], dataset=rows)
+    run = resume(moved, dataset=rows)
+    assert run.folder == moved and run.config.output.output_path == str(moved)
+    assert [place.name for place in tmp_path.iterdir()] == [moved.name]
+    assert resume_command(moved) == f"sae-engine train --resume '{moved}'"
 
 
 def test_the_command_line_says_it_in_one_line(files, tmp_path, capsys):

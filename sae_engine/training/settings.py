@@ -37,6 +37,8 @@ def changed(config: Resolved, settings: Sequence[str], update: int) -> TrainConf
         return config
     new = with_settings(config, settings)
     before, after = config.to_dict(), new.to_dict()
+    if before["output"]["output_path"] != after["output"]["output_path"]:
+        raise ValueError("output.output_path: a run goes on in its own folder, which may be moved or copied before")
     for section in before.keys() | after.keys():
         if section in CHANGEABLE or before.get(section) == after.get(section):
             continue
