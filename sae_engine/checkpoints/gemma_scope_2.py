@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import rules as act
+from .._files import write_tensors
 from . import _folding as folding
 from ._checkpoint import (
     Checkpoint,
@@ -72,8 +73,6 @@ def _module(name: str | None) -> str | None:
 
 def save(c: Checkpoint, path: str | PathLike) -> None:
     """Writes both files. Decoder norms are folded, and ``b_dec`` into ``b_enc`` where it is subtracted."""
-    from safetensors.torch import save_file
-
     if c.activation is not act.JumpReLU:
         refuse(NAME, f"the rule {c.activation.__name__}, only JumpReLU")
     if c.normalize_activations != "none":
@@ -88,6 +87,6 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
     }  # fmt: skip
     content = json.dumps(cfg, indent=2)
     write_files(Path(path), {
-        WEIGHTS: lambda name: save_file(tensors, name, metadata={"format": "pt"}),
+        WEIGHTS: lambda name: write_tensors(name, tensors, {"format": "pt"}),
         CONFIG: text_writer(content),
     })  # fmt: skip

@@ -21,6 +21,7 @@ import torch
 from .. import _checks as check
 from .. import rules
 from .. import rules as act
+from .._files import write_tensors
 from ..provenance import Provenance
 from . import _folding as folding
 from ._checkpoint import WEIGHTS as OF_THE_AUTOENCODER
@@ -133,8 +134,6 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
     encoder and the decoder's rows are written with norm 1, which computes the same. Mean-centring stands in the
     metadata: SAELens, whose activations are then centred already, sees ``normalize_activations`` "none".
     """
-    from safetensors.torch import save_file
-
     architecture = architecture_of(c)
     if architecture in BATCH:
         warnings.warn(
@@ -152,7 +151,7 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
         del tensors["b_enc"]  # 0: the gate's biases take its place
     content = json.dumps(_config(c, architecture, counters), indent=2)
     write_files(Path(path), {
-        WEIGHTS: lambda name: save_file(tensors, name, metadata={"format": "pt"}),
+        WEIGHTS: lambda name: write_tensors(name, tensors, {"format": "pt"}),
         CONFIG: text_writer(content),
     })  # fmt: skip
 

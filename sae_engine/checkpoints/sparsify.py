@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import rules as act
+from .._files import write_tensors
 from ..provenance import Provenance
 from . import _folding as folding
 from ._checkpoint import (
@@ -76,8 +77,6 @@ def load(files: Files) -> Checkpoint:
 
 def save(c: Checkpoint, path: str | PathLike) -> None:
     """Writes both files. Decoder norms are folded."""
-    from safetensors.torch import save_file
-
     d_in, d_sae = c.tensors["W_enc"].shape
     if c.activation is not act.TopK:
         refuse(NAME, f"the rule {c.activation.__name__}, only TopK")
@@ -94,7 +93,7 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
     }  # fmt: skip
     content = json.dumps(cfg, indent=2)
     write_files(Path(path), {
-        WEIGHTS: lambda name: save_file(tensors, name, metadata={"format": "pt"}),
+        WEIGHTS: lambda name: write_tensors(name, tensors, {"format": "pt"}),
         CONFIG: text_writer(content),
     })  # fmt: skip
 

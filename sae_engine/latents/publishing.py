@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .._checks import flag
+from .._files import write_tensors
 from ..autoencoder import SparseAutoencoder
 from ..checkpoints import _folding as folding
 from ..checkpoints import dictionary_learning, hub, saelens
@@ -171,7 +172,7 @@ def _saelens(one: _Named, folder: Path, sparsity: Tensor | None) -> None:
     saelens.save(one.form, folder)
     if sparsity is not None:
         logs = torch.log10(sparsity.double() + 1e-10).float()
-        require("safetensors.torch").save_file({"sparsity": logs}, folder / SPARSITY)
+        write_tensors(folder / SPARSITY, {"sparsity": logs})
 
 
 def _saebench(one: _Named, folder: Path) -> None:
@@ -240,7 +241,7 @@ def _circuit_tracer(named: list[_Named], folder: Path, scan: str) -> None:
             tensors["activation_function.threshold"] = c.tensors["threshold"]
         if has_skip:
             tensors["W_skip"] = c.tensors["W_skip"]
-        require("safetensors.torch").save_file(tensors, folder / f"layer_{layer}.safetensors")
+        write_tensors(folder / f"layer_{layer}.safetensors", tensors)
 
 
 # ------------------------------------------------------------------------------------------------ names and sparsity

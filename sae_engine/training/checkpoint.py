@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .._files import write_tensors
 from ..data._require import require
 from ..data.models import file_sha256
 
@@ -42,7 +43,6 @@ def write(run: Path, update: int, plain: Mapping[str, Any], files: Mapping[str, 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left of the attempt.
     """
-    safetensors = require("safetensors.torch")
     place = run / FOLDER / f"step-{update:09d}"
     aside = place.with_name(f".{place.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -52,7 +52,7 @@ def write(run: Path, update: int, plain: Mapping[str, Any], files: Mapping[str, 
             file = aside / f"{name}.safetensors"
             file.touch()
             mode = file.stat().st_mode  # safetensors 0.8 makes a file that only its owner may read
-            safetensors.save_file(dict(tensors), file)
+            write_tensors(file, dict(tensors))
             file.chmod(mode)
             _sync(file)
             hashes[file.name] = file_sha256(file)
