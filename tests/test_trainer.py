@@ -28,6 +28,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Processes that a test runner starts ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -251,6 +259,14 @@ class At(Callback):
 
     def on_end(self, trainer) -> None:
         self.seen.append("end")
+
+
+def test_a_signal_that_is_ignored_stays_so(finished, tmp_path):
+    """So a shell keeps Ctrl-C from what it runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = train(settings(tmp_path / "run"), callbacks=[At(8, lambda _: signal.raise_signal(signal.SIGINT))])
+    assert_same(finished, run)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -343,7 +343,8 @@ class Trainer:
                 signal.signal(known, handler)
 
         for known in (signal.SIGINT, signal.SIGTERM):
-            before[known] = signal.signal(known, ask)
+            if signal.getsignal(known) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
+                before[known] = signal.signal(known, ask)
         try:
             yield
         finally:
