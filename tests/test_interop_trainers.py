@@ -256,10 +256,13 @@ def test_dict_class():
 
 def test_the_lines_of_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "se.accelerate(" in b]
+    short, block = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "se.accelerate(" in b]
     sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(d_in=D, d_sae=F, k=5))
     names = {"se": se, "sae": sae, "TopKTrainer": TopKTrainer, "steps": 2000, "d_in": D, "d_sae": F, "k": 5}
     try:
+        exec(short, names)
+        assert "accelerated" in repr(saes.TopKSAE(saes.TopKSAEConfig(d_in=D, d_sae=F, k=5)))
+        se.restore("sae_lens")
         exec(block, names)
         assert "accelerated" in repr(names["trainer"].ae) and type(names["sae"]) is saes.TopKTrainingSAE
         assert "accelerated" in repr(saes.TopKSAE(saes.TopKSAEConfig(d_in=D, d_sae=F, k=5)))
