@@ -313,11 +313,10 @@ def _contexts(lm: LanguageModel, config: TrainConfig) -> Contexts:
     special = [word for word in SPECIAL if getattr(lm.tokenizer, f"{word}_token_id", None) is not None]
     if data.prepend_bos and not {"bos", "eos"} & {*special}:
         raise ConfigError([("data.prepend_bos", f"must be false: no tokenizer of {lm.name!r} has a BOS or EOS token")])
-    has_eos = data.separator != "eos" or "eos" in special
     with within("data", data):
         return contexts_of(
             lm, context_length=length, batch_size=data.store_batch_size_prompts, drop_first=False,
-            exclude_positions=left_out, separator=data.separator if has_eos else None,
+            exclude_positions=left_out, separator=data.separator,
             first_token="bos" if data.prepend_bos else None, packing=data.packing,
             exclude_tokens=special if data.exclude_special_tokens else (),
         )
