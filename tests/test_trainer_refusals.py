@@ -40,6 +40,7 @@ def files(tmp_path_factory) -> Path:
     ({"data__separator": 10**6}, r"data\.separator: must be in 0\.\.4095, got 1000000"),
     ({"model__model_name": "{}/nowhere"}, r"model\.model_name: the folder '.*nowhere' does not exist"),
     ({"model__model_name": "{}/mute"}, r"data\.prepend_bos: must be false: no tokenizer of .* has a BOS"),
+    ({"model__model_name": "{}/mute", "data__prepend_bos": False}, r"data\.separator: .* has no tokenizer to say what"),
     ({"model__tokenizer_name": "{}/nowhere"}, r"model\.tokenizer_name: is neither a folder that exists nor"),
     ({"model__llm_device": "cuda:99"}, r"model\.llm_device: 'cuda:99' cannot be used"),
     ({"eval__dataset_path": "{}/nowhere.txt"}, r"eval\.dataset_path: '.*nowhere\.txt' does not exist"),

@@ -316,7 +316,7 @@ def _contexts(lm: LanguageModel, config: TrainConfig) -> Contexts:
     with within("data", data):
         return contexts_of(
             lm, context_length=length, batch_size=data.store_batch_size_prompts, drop_first=False,
-            exclude_positions=left_out, separator=data.separator,
+            exclude_positions=left_out, separator=None if data.separator == "none" else data.separator,
             first_token="bos" if data.prepend_bos else None, packing=data.packing,
             exclude_tokens=special if data.exclude_special_tokens else (),
         )
