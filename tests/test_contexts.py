@@ -139,7 +139,7 @@ def test_texts_that_are_none_are_named(lm, texts, error, match):
         ({"separator": "pad"}, ValueError, "separator: the tokenizer of 'tiny' has no PAD token; .*None"),
         ({"separator": 1.0}, TypeError, "separator"),
         ({"separator": -1}, ValueError, "separator"),
-        ({"separator": 300}, ValueError, "300 is no token"),
+        ({"separator": 300}, ValueError, r"separator must be in 0\.\.299, got 300"),
         ({"first_token": True}, TypeError, "first_token"),
         ({"exclude_tokens": "eos"}, TypeError, "exclude_tokens must be a collection"),
         ({"exclude_tokens": [None]}, TypeError, "exclude_tokens"),

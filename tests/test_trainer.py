@@ -304,7 +304,7 @@ def test_callbacks_hear_of_everything_in_order(tmp_path):
 
 
 def test_a_full_disk_ends_a_run_and_nothing_is_lost(finished, tmp_path, monkeypatch):
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def fill(_) -> None:
