@@ -1,8 +1,11 @@
 """A rule that a user writes outside the package, in a file of few lines, can do what the package's own can."""
 import copy
 import importlib.util
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ import torch
 import sae_engine as se
 from sae_engine.checkpoints import formats
 from sae_engine.data import evaluation_text, load_language_model
+from sae_engine.data.memory import TensorStream
 from sae_engine.testing import assert_same
+from sae_engine.training import Architecture
 
 FILE = Path(__file__).parents[1] / "examples" / "top_p.py"
 BACKENDS = ("reference", "torch", "triton")
@@ -26,6 +31,32 @@ def imported(file):
 
 
 TopP = imported(FILE).TopP
+TopPSAE = imported(FILE.with_name("top_p_sae.py")).TopPSAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSAE(Architecture):
+    """A rule that needs more than the pre-activations: rows of a second place."""
+
+    k: int = 4
+    context: ClassVar = {"gradient": "model.gradients"}
+
+    def build_rule(self, d_sae, steps):
+        return se.GradientTopK(self.k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfAnotherPlaceSAE(GradientSAE):
+    context: ClassVar = {"gradient": "blocks.0.hook_mlp_out"}
+
+
+class Undecorated(Architecture):
+    p: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renaming(Architecture):
+    name: str = "taken"
 
 
 def sparse_autoencoder(dtype=torch.float32):
@@ -158,3 +189,100 @@ def test_what_it_is_is_shown_and_what_it_is_not_is_refused():
         TopP(7)(torch.randn(2, 3))
     with pytest.raises(TypeError, match="TopP"):
         se.inference_form(sparse_autoencoder())
+
+
+# --- in a configuration ----------------------------------------------------------------------------------------------
+
+
+def configuration(folder, *, updates=4, eval_tokens=0, **sae):
+    return {
+        "saes": [{"hook_name": "model.rows", "d_sae": F, "aux_k": 4, **sae}], "data": {"training_tokens": updates * B},
+        "optim": {"train_batch_size_tokens": B}, "eval": {"eval_tokens": eval_tokens}, "logger": {"progress": False},
+        "output": {"output_path": str(folder), "save_steps": 2},
+    }  # fmt: skip
+
+
+def test_a_configuration_trains_it_by_the_name_of_its_class_and_a_run_goes_on(tmp_path):
+    rows = torch.randn(5 * B, D)
+    run = se.train(configuration(tmp_path / "run", architecture="top_p_sae:TopPSAE", p=P), dataset=rows)
+    assert run.config.saes[0].architecture == TopPSAE(p=P)
+    (sae,) = run.saes().values()
+    assert type(sae.activation) is TopP and sae.activation.p == P
+    in_python = configuration(tmp_path / "again")
+    saes = [se.training.TrainConfig.from_dict(configuration("x", architecture="top_p_sae:TopPSAE", p=P)).saes[0]]
+    config = se.training.TrainConfig.from_dict({**in_python, "sweep": {"p": [P]}, "saes": [saes[0].to_dict()]})
+    (other,) = se.train(config, dataset=rows).saes().values()
+    assert_same(tuple(other.state_dict().values()), tuple(sae.state_dict().values()))
+    for place in (tmp_path / "run" / "checkpoints").glob("step-*4"):
+        place.rename(tmp_path / place.name)
+    (resumed,) = se.training.resume(tmp_path / "run", dataset=rows).saes().values()
+    assert_same(tuple(resumed.state_dict().values()), tuple(sae.state_dict().values()))
+
+
+def test_a_program_that_has_not_imported_it_finds_it_by_its_name(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "saes: [{hook_name: blocks.1.hook_resid_pre, architecture: 'top_p_sae:TopPSAE', p: 0.5}]"
+    )
+    code = "import sys; from sae_engine.training import TrainConfig; print(TrainConfig.from_yaml(sys.argv[1]).saes)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run.yaml")], capture_output=True, text=True, timeout=120,
+        env={"PYTHONPATH": str(FILE.parent), "PATH": ""},
+    )  # fmt: skip
+    assert "TopPSAE(p=0.5)" in shown.stdout, shown.stderr
+
+
+def test_what_its_rule_needs_comes_from_a_place_of_its_own(tmp_path):
+    """As a TrainStep is given it: the trainer deals out the same rows of both places."""
+    rows, gradients = torch.randn(3 * B, D), torch.randn(3 * B, D)
+    config = configuration(
+        tmp_path / "run", architecture=f"{__name__}:GradientSAE", normalize_activations="none", b_dec_init="zeros",
+        aux_k_coefficient=0,
+    )  # fmt: skip
+    config["optim"] |= {"lr": 1e-3, "lr_warm_up_steps": 0, "lr_decay_steps": 0}
+    trainer = se.training.Trainer(config, dataset=[rows, gradients])
+    trainer.train()
+    (trained,) = trainer.trainees.values()
+    sae = trained.config.build(D, D, steps=4, seed=0)
+    step = se.training.TrainStep(sae, lr=1e-3, dead_after=trained.optim.dead_after)
+    stream = TensorStream([rows, gradients], batch_rows=B, seed=0)
+    for _ in range(4):
+        x, gradient = stream.next()
+        step(x, gradient=gradient)
+    assert_same(tuple(trained.sae.state_dict().values()), tuple(sae.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ("no_such_module:TopPSAE", "saes.0.architecture: 'no_such_module:TopPSAE' cannot be imported: No module named"),
+        ("top_p_sae:TopQ", "cannot be imported.*no attribute 'TopQ'"),
+        ("top_p:TopP", "'top_p:TopP' must be a class derived from Architecture"),
+        ("top_p_sae", "must be one of topk, .*, or module:Class of your own, got 'top_p_sae'"),
+        (f"{__name__}:Undecorated", r"must be a dataclass: Undecorated lacks @dataclass\(frozen=True, kw_only=True\)"),
+        (f"{__name__}:Renaming", "must not have fields that every entry of saes has: Renaming has name"),
+    ],
+)
+def test_architectures_that_are_none_are_refused_by_their_field(tmp_path, architecture, said):
+    with pytest.raises(se.training.config.ConfigError, match=said) as refused:
+        se.training.TrainConfig.from_dict(configuration(tmp_path, architecture=architecture))
+    assert [path for path, _ in refused.value.faults] == ["saes.0.architecture"]
+
+
+def test_one_inside_a_function_is_refused_since_no_file_could_name_it():
+    @dataclass(frozen=True, kw_only=True)
+    class Hidden(Architecture):
+        pass
+
+    with pytest.raises(ValueError, match="architecture: must be at the top of a module"):
+        se.training.config.SAEConfig(hook_name="model.rows", architecture=Hidden())
+
+
+def test_an_evaluation_that_lacks_what_the_rule_needs_is_refused_before_the_training(tmp_path):
+    config = configuration(tmp_path / "run", architecture=f"{__name__}:OfAnotherPlaceSAE",
+                           hook_name="blocks.1.hook_resid_pre", eval_tokens=64)  # fmt: skip
+    config["data"] |= {"shuffle_tokens": 8 * B, "context_size": 16}
+    with pytest.raises(ValueError, match=r"eval.eval_tokens: must be 0: the rule of .* needs gradient, which"):
+        se.train(config)
+    assert not (tmp_path / "run").exists()
+    config["eval"]["eval_tokens"] = 0
+    assert se.train(config).metrics()[-1]["metrics/l0"] == 4

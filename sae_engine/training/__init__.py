@@ -12,18 +12,19 @@ from .memory import peak_bytes
 from .step import TrainStep
 
 if TYPE_CHECKING:
+    from ._architecture import Architecture
     from .callbacks import Callback, Interrupted
     from .config import TrainConfig
     from .presets import preset
     from .run import Run
     from .trainer import Trainer, resume, train
 
-__all__ = ["Callback", "CapturedStep", "DeadLatents", "Interrupted", "Loss", "Run", "TrainConfig", "TrainStep",
-           "Trainer", "peak_bytes", "preset", "resume", "train"]  # fmt: skip
+__all__ = ["Architecture", "Callback", "CapturedStep", "DeadLatents", "Interrupted", "Loss", "Run", "TrainConfig",
+           "TrainStep", "Trainer", "peak_bytes", "preset", "resume", "train"]  # fmt: skip
 
 _RUNS = {
-    "callbacks": {"Callback", "Interrupted"}, "config": {"TrainConfig"}, "presets": {"preset"}, "run": {"Run"},
-    "trainer": {"Trainer", "resume", "train"},
+    "_architecture": {"Architecture"}, "callbacks": {"Callback", "Interrupted"}, "config": {"TrainConfig"},
+    "presets": {"preset"}, "run": {"Run"}, "trainer": {"Trainer", "resume", "train"},
 }  # fmt: skip
 
 

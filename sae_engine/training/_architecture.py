@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,19 +11,41 @@ from ..autoencoder import SparseAutoencoder
 from ..losses import Loss
 from ._faults import ConfigError
 
+OURS = __name__.partition(".")[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """What all architectures have in common.
 
+    One of your own is a frozen dataclass at the top of a module, whose fields are those of its entry in a file. A
+    configuration knows it as ``architecture: my_module:MySAE`` and imports that module.
+
+    Attributes:
+        tag: what a configuration calls it.
+        adam_beta1: where ``optim.adam_beta1`` is ``auto``.
+        context: what its rule is given beside the pre-activations (:attr:`~sae_engine.Activation.context_keys`) and an
+            autoencoder does not know itself: by name, the site whose rows these are, as the model has them.
+
     Example:
-        >>> from sae_engine.training.architectures import TopKSAE
-        >>> TopKSAE(k=64).build_rule(d_sae=1024, steps=100)
-        TopK(k=64)
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class StrongestSAE(Architecture):
+        ...     share: float = 0.9
+        ...     def build_rule(self, d_sae, steps):
+        ...         return se.TopK(max(int(d_sae * (1 - self.share)), 1))
+        >>> StrongestSAE(share=0.99).build_rule(d_sae=1024, steps=100)
+        TopK(k=10)
     """
 
     tag: ClassVar[str]
     adam_beta1: ClassVar[float] = 0.9
+    context: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.partition(".")[0] != OURS:
+            cls.tag = f"{cls.__module__}:{cls.__qualname__}"
 
     def learning_rate(self, d_sae: int) -> float:
         """dictionary_learning's, after Gao et al. 2024: ``2e-4 / sqrt(d_sae / 2**14)``."""

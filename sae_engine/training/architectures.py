@@ -1,11 +1,15 @@
 """The architectures that a configuration can name: for each its selection rule, its losses, and how it is trained.
 
-``architecture: topk`` in a file is :class:`TopKSAE` here. Names are SAELens' where it has the architecture. Defaults,
-of the optimizer too, are those of the paper that each class names, or of the implementation that made it known.
+``architecture: topk`` in a file is :class:`TopKSAE` here, and ``architecture: my_module:MySAE`` a class of the user's.
+Names are SAELens' where it has the architecture. Defaults, of the optimizer too, are those of the paper that each class
+names, or of the implementation that made it known.
 """
 from __future__ import annotations
 
+import functools
+import importlib
 import math
+import sys
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal
@@ -450,7 +454,7 @@ REFUSED: dict[str, tuple[type[rules.Activation], str]] = {
 
 
 def architecture_named(tag: object) -> type[Architecture]:
-    """The class of an architecture.
+    """The class of an architecture; that of a user, named ``module:Class``, is imported.
 
     Raises:
         ConfigError: there is none of that name, or none that a configuration can train.
@@ -463,5 +467,21 @@ def architecture_named(tag: object) -> type[Architecture]:
         return ARCHITECTURES[tag]
     if isinstance(tag, str) and tag in REFUSED:
         raise ConfigError([("architecture", f"{tag} cannot be trained from a configuration: {REFUSED[tag][1]}")])
+    if isinstance(tag, str) and ":" in tag:
+        return _of_a_user(tag)
     known = ", ".join(ARCHITECTURES)
-    raise ConfigError([("architecture", f"must be one of {known}, got {tag!r}{nearest(str(tag), ARCHITECTURES)}")])
+    raise ConfigError([("architecture", f"must be one of {known}, or module:Class of your own, got {tag!r}"
+                        f"{nearest(str(tag), ARCHITECTURES)}")])  # fmt: skip
+
+
+def _of_a_user(tag: str) -> type[Architecture]:
+    module, _, name = tag.partition(":")
+    try:
+        # The program itself may define some, and is not imported a second time under its own name.
+        found = functools.reduce(getattr, name.split("."), sys.modules.get(module) or importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError([("architecture", f"{tag!r} cannot be imported: {error}; is its folder in PYTHONPATH?")]
+                          ) from error  # fmt: skip
+    if not (isinstance(found, type) and issubclass(found, Architecture)):
+        raise ConfigError([("architecture", f"{tag!r} must be a class derived from Architecture, got {found!r:.80}")])
+    return found

@@ -101,7 +101,7 @@ def widths_of(config: TrainConfig) -> tuple[list[tuple[int, int]], int, bool]:
     model, wide = config.model, config.model.model_from_pretrained_kwargs
     width, length = width_and_length(model.model_name, revision=model.revision,
                                      trust_remote_code=bool(wide.get("trust_remote_code")))  # fmt: skip
-    others = {site for sae in saes for site in (sae.hook_name, sae.hook_name_out or sae.hook_name)}
+    others = {site for sae in saes for site in sae.sites}
     known = {site: width for site in others if _on_the_stream(site)}
     if missing := others - known.keys():
         known |= _measured(config, missing)
@@ -137,8 +137,7 @@ def stores_of(config: TrainConfig) -> dict[Site, ActivationStore]:
         stores = [ActivationStore(folder) for folder in below or [path]]
     for store in stores:
         found[Site.of(store.manifest["site"], store.manifest["layer"])] = store
-    names = [name for sae in config.expanded().saes for name in (sae.hook_name, sae.hook_name_out) if name is not None]
-    for site in (wanted := list(map(Site.of, names))):
+    for site in (wanted := [Site.of(name) for sae in config.expanded().saes for name in sae.sites]):
         if site not in found:
             there = ", ".join(map(str, found))
             raise ConfigError([("data.store_path", f"{str(path)!r} holds no activations of {site}; it holds {there}")])

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_type_hints
 
 from ..data._require import require
 from ._faults import ConfigError, nearest
-from .architectures import ARCHITECTURES, Architecture, TopKSAE, architecture_named
-from .sae_config import SAEConfig
+from .architectures import ARCHITECTURES, Architecture, TopKSAE
+from .sae_config import SAEConfig, architecture_in_a_file
 
 Config = TypeVar("Config")
 _REFUSING = {"extra": "forbid", "strict": True}
@@ -219,27 +219,43 @@ def _plain_scalars(value: Any) -> Any:
 
 
 @functools.cache
-def _adapter(kind: type) -> Any:
-    return require("pydantic").TypeAdapter(_checked(kind))
+def _adapter(kind: type, others: tuple[type[Architecture], ...] = ()) -> Any:
+    return require("pydantic").TypeAdapter(_checked(kind, others))
 
 
 @functools.cache
-def _checked(kind: type) -> Any:
-    """The dataclass as pydantic checks it: no other names, no conversions, entries of ``saes`` flat."""
+def _checked(kind: type, others: tuple[type[Architecture], ...]) -> Any:
+    """The dataclass as pydantic checks it: no other names, no conversions, entries of ``saes`` flat; ``others`` are
+    architectures beside the library's."""
     if kind is SAEConfig:
         pydantic = require("pydantic")
-        flat = tuple(_flat(tag) for tag in ARCHITECTURES)
+        flat = tuple(map(_flat, (*ARCHITECTURES.values(), *others)))
         return Annotated[Union[flat], pydantic.Field(discriminator="architecture")]  # noqa: UP007 - made here
-    return _copied(kind.__name__, [kind], {})
+    return _copied(kind.__name__, [kind], {}, others)
 
 
-def _flat(tag: str) -> type:
+def _flat(kind: type[Architecture]) -> type:
     """An entry of ``saes`` of one architecture."""
-    return _copied(f"{ARCHITECTURES[tag].__name__}Entry", [SAEConfig, ARCHITECTURES[tag]],
-                   {"architecture": (Literal[tag], dataclasses.field(default=tag))})  # fmt: skip
+    return _copied(f"{kind.__name__}Entry", [SAEConfig, kind],
+                   {"architecture": (Literal[kind.tag], dataclasses.field(default=kind.tag))}, ())  # fmt: skip
 
 
-def _copied(name: str, kinds: list[type], instead: dict[str, Any]) -> type:
+def _of_users(values: Any) -> tuple[type[Architecture], ...]:
+    """The architectures of users that a configuration names and that are there."""
+    saes = values.get("saes") if isinstance(values, dict) else None
+    tags = [entry.get("architecture") for entry in (saes if isinstance(saes, list) else ()) if isinstance(entry, dict)]
+    found = [_known(tag) for tag in dict.fromkeys(tag for tag in tags if isinstance(tag, str) and ":" in tag)]
+    return tuple(kind for kind in found if kind is not None)
+
+
+def _known(tag: Any) -> type[Architecture] | None:
+    try:
+        return architecture_in_a_file(tag)
+    except ConfigError:
+        return None
+
+
+def _copied(name: str, kinds: list[type], instead: dict[str, Any], others: tuple[type[Architecture], ...]) -> type:
     """A dataclass of the fields of others, without what these do when they are made."""
     entries: list[Any] = []
     for kind in kinds:
@@ -250,16 +266,16 @@ def _copied(name: str, kinds: list[type], instead: dict[str, Any]) -> type:
                 continue
             default = {key: getattr(entry, key) for key in ("default", "default_factory")
                        if getattr(entry, key) is not dataclasses.MISSING}  # fmt: skip
-            entries.append((entry.name, _inner(hints[entry.name]), dataclasses.field(**default)))
+            entries.append((entry.name, _inner(hints[entry.name], others), dataclasses.field(**default)))
     return dataclasses.make_dataclass(name, entries, kw_only=True, namespace={"__pydantic_config__": _REFUSING})
 
 
-def _inner(hint: Any) -> Any:
+def _inner(hint: Any, others: tuple[type[Architecture], ...]) -> Any:
     """A field's type with our dataclasses in it replaced."""
     if dataclasses.is_dataclass(hint):
-        return _checked(hint)  # type: ignore[arg-type]
+        return _checked(hint, others)  # type: ignore[arg-type]
     if getattr(hint, "__origin__", None) is tuple and dataclasses.is_dataclass(hint.__args__[0]):
-        return tuple[_checked(hint.__args__[0]), ...]  # type: ignore[misc,arg-type]
+        return tuple[_checked(hint.__args__[0], others), ...]  # type: ignore[misc,arg-type]
     return hint
 
 
@@ -272,7 +288,7 @@ def _checked_by_pydantic(kind: type, values: Any, faults: list[tuple[str, str]])
     pydantic = require("pydantic")
     for _ in range(2):
         try:
-            return _adapter(kind).validate_json(json.dumps(values))
+            return _adapter(kind, _of_users(values)).validate_json(json.dumps(values))
         except pydantic.ValidationError as error:
             found: dict[tuple, list[dict]] = {}
             for entry in error.errors(include_url=False):
@@ -304,7 +320,7 @@ def _fault(kind: type, path: tuple, entries: list[dict], values: Any) -> tuple[s
         return where, _unknown(kind, path, values)
     if first["type"] == "union_tag_invalid":
         try:
-            architecture_named(value["architecture"])
+            architecture_in_a_file(value["architecture"])
         except ConfigError as error:
             return error.below(where).faults[0]
     right = [_EXPECTED.get(entry["type"]) or entry.get("ctx", {}).get("expected") or entry["msg"] for entry in entries]
@@ -343,7 +359,7 @@ def _names(kind: type, path: tuple, values: Any) -> set[str]:
         elif getattr(hint, "__origin__", None) is not tuple:
             return set()
     if kind is SAEConfig:
-        return _fields(SAEConfig) | _fields(architecture_named(_at(values, path)["architecture"]))
+        return _fields(SAEConfig) | _fields(architecture_in_a_file(_at(values, path)["architecture"]))
     return _fields(kind)
 
 
@@ -396,7 +412,7 @@ def _part(kind: Any, checked: Any, faults: list[tuple[str, str]], path: str) -> 
         values: dict[str, Any] = vars(checked)
         architecture: Architecture = TopKSAE(k=1)  # which asks nothing of the other fields
         others = {name: values[name] for name in _fields(SAEConfig) - {"architecture"}}
-        owner = ARCHITECTURES[checked.architecture]
+        owner = architecture_in_a_file(checked.architecture)
         try:
             architecture = owner(**{name: values[name] for name in _fields(owner)})
         except ConfigError as error:
@@ -442,8 +458,8 @@ def _set(values: Any, path: list[str], value: Any) -> None:
             raise ConfigError([(said, f"unknown{nearest(name, known)}")])
         if not last:
             values = values[name]  # type: ignore[index]
-        elif name == "architecture" and values.get(name) in ARCHITECTURES and value in ARCHITECTURES:
-            for lost in _fields(ARCHITECTURES[values[name]]) - _fields(ARCHITECTURES[value]):
+        elif name == "architecture" and (old := _known(values.get(name))) and (new := _known(value)):
+            for lost in _fields(old) - _fields(new):
                 del values[lost]
             values[name] = value
         else:

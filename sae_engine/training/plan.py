@@ -57,6 +57,10 @@ class Plan:
     def provenance(self, name: str) -> Provenance:
         return self.provenances[name]
 
+    def context(self, sae: SAEConfig) -> dict[str, int]:
+        """What its rule is given beside the pre-activations: the numbers of these sites."""
+        return {name: self.sites.index(Site.of(site)) for name, site in sae.architecture.context.items()}
+
     def evaluated(self, saes: dict[str, SparseAutoencoder]) -> dict[str, dict[str, float]]:
         """Each one's numbers on text that none of them was trained on; nothing where there is none."""
         if self.lm is None or not self.config.eval.eval_tokens:
@@ -79,9 +83,14 @@ class Plan:
         return found
 
     def check_evaluation(self) -> None:
-        """Whether there is something to evaluate on, which a run had better know before it trains."""
-        if self.lm is not None and self.config.eval.eval_tokens:
-            self._documents()
+        """Whether there is something to evaluate on, and can be, which a run had better know before it trains."""
+        if self.lm is None or not self.config.eval.eval_tokens:
+            return
+        for sae in self.config.saes:
+            if context := sorted(sae.architecture.context):
+                raise ConfigError([("eval.eval_tokens", f"must be 0: the rule of {sae.name} needs "
+                                    f"{', '.join(context)}, which an evaluation does not have")])  # fmt: skip
+        self._documents()
 
     def _documents(self) -> list[Any]:
         """Text that no autoencoder of the run is trained on, as much as an evaluation reads."""
@@ -149,11 +158,17 @@ def planned(config: TrainConfig, *, model: Any, tokenizer: Any, dataset: Any, ra
 
 def _width(lm: LanguageModel, saes: Sequence[SAEConfig], site: Site) -> int:
     for number, sae in enumerate(saes):
-        for name in ("hook_name", "hook_name_out"):
-            if getattr(sae, name) is not None and Site.of(getattr(sae, name)) == site:
+        for place, name in zip(sae.sites, _fields_of(sae), strict=True):
+            if Site.of(place) == site:
                 with within(f"saes.{number}", sae, name):
                     return find_place(lm.model, site).width
     raise AssertionError(f"{site} is of no autoencoder")
+
+
+def _fields_of(sae: SAEConfig) -> tuple[str, ...]:
+    """Which field of an entry names each of its sites."""
+    out = () if sae.hook_name_out is None else ("hook_name_out",)
+    return ("hook_name", *out, *("architecture" for _ in sae.architecture.context))
 
 
 def _in_memory(config: TrainConfig, device: torch.device, rows: Sequence[Tensor], ranks: Ranks) -> Plan:
@@ -298,11 +313,11 @@ def _places(saes: tuple[SAEConfig, ...]) -> tuple[tuple[Site, ...], tuple[tuple[
     def number(name: str) -> int:
         return sites.setdefault(Site.of(name), len(sites))
 
-    places = tuple(
-        (number(sae.hook_name), number(sae.hook_name if sae.hook_name_out is None else sae.hook_name_out))
-        for sae in saes
-    )
-    return tuple(sites), places
+    places = []
+    for sae in saes:
+        numbers = [number(name) for name in sae.sites]
+        places.append((numbers[0], numbers[0 if sae.hook_name_out is None else 1]))
+    return tuple(sites), tuple(places)
 
 
 def _contexts(lm: LanguageModel, config: TrainConfig) -> Contexts:

@@ -104,6 +104,12 @@ class SAEConfig:
             yield "hook_name_out", ("must not be given for top_afa, which compares latents with the norm of what is "
                                     "read, as if that were reconstructed")  # fmt: skip
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of all places whose rows it is trained with: what it reads, reconstructs, and gives its rule."""
+        out = () if self.hook_name_out is None else (self.hook_name_out,)
+        return (self.hook_name, *out, *self.architecture.context.values())
+
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a file, the architecture's own fields beside the others.
 
@@ -192,7 +198,7 @@ def named(sae: SAEConfig, swept: dict[str, Any]) -> SAEConfig:
     except ConfigError as error:
         raise error.below("sweep") from None
     place = _words(changed.hook_name) + (f"-to-{_words(changed.hook_name_out)}" if changed.hook_name_out else "")
-    said = [place, changed.architecture.tag] if sae.name is None else [sae.name]
+    said = [place, _words(changed.architecture.tag)] if sae.name is None else [sae.name]
     known = {"hook_name", "hook_name_out", "architecture"} if sae.name is None else set()
     said += [f"{name}{_words(value)}" for name, value in swept.items() if name not in known]
     return replace(changed, name="-".join(said))
@@ -261,5 +267,32 @@ def _start_from(sae: SparseAutoencoder, source: str, unit_rows: bool) -> None:
 
 def _architecture(value: Any) -> str | None:
     if isinstance(value, Architecture):
-        return None
+        return _unfit(type(value))
     return f"must be one of sae_engine.training.architectures, such as TopKSAE(k=32), got {value!r}"
+
+
+def architecture_in_a_file(tag: object) -> type[Architecture]:
+    """The class that a file names.
+
+    Raises:
+        ConfigError: there is none, or a user's is not one that can stand in a file.
+
+    Example:
+        >>> architecture_in_a_file("topk").__name__
+        'TopKSAE'
+    """
+    kind = architecture_named(tag)
+    if (what := _unfit(kind)) is not None:
+        raise ConfigError([("architecture", what)])
+    return kind
+
+
+def _unfit(kind: type[Architecture]) -> str | None:
+    """What keeps a class from standing in a file and being read again."""
+    if "__dataclass_fields__" not in kind.__dict__:
+        return f"must be a dataclass: {kind.__name__} lacks @dataclass(frozen=True, kw_only=True)"
+    if "<locals>" in kind.tag:
+        return f"must be at the top of a module, where a configuration finds it, got {kind.tag}"
+    if taken := sorted({entry.name for entry in fields(kind)} & {entry.name for entry in fields(SAEConfig)}):
+        return f"must not have fields that every entry of saes has: {kind.__name__} has {', '.join(taken)}"
+    return None

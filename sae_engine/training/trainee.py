@@ -41,6 +41,7 @@ class Trainee:
         config: its entry of ``saes``, complete: no ``auto`` left.
         run: the whole configuration, likewise.
         places: numbers, among the sites of the stream, of what it reads and of what it reconstructs.
+        context: likewise, of what its rule is given beside the pre-activations, by name.
         widths: of all sites.
         total: updates of the run.
         device: to train on.
@@ -49,12 +50,14 @@ class Trainee:
     """
 
     def __init__(
-        self, config: SAEConfig, run: TrainConfig, *, places: tuple[int, int], widths: tuple[int, ...], total: int,
-        device: torch.device, world: int, reduce: Reduce | None, buffer: PreActivations,
+        self, config: SAEConfig, run: TrainConfig, *, places: tuple[int, int], context: Mapping[str, int],
+        widths: tuple[int, ...], total: int, device: torch.device, world: int, reduce: Reduce | None,
+        buffer: PreActivations,
     ) -> None:  # fmt: skip
         assert config.name is not None
         self.config, self.name, self.reduce = config, config.name, reduce
         self.reads, self.writes = places
+        self.context = context
         d_in, d_out = widths[self.reads], widths[self.writes]
         optim: Resolved = run.optim_of(config)
         self.optim = optim
@@ -140,7 +143,8 @@ class Trainee:
             loss.set(warm_up_factor(update, self.optim.sparsity_warm_up_steps))
         x = rows(self.reads, self.scales[0])
         target = None if self.writes == self.reads else rows(self.writes, self.scales[1])
-        self.sums.add(self.step(x, target), self.step._finite.count)
+        context = {name: rows(site, 1.0) for name, site in self.context.items()}
+        self.sums.add(self.step(x, target, **context), self.step._finite.count)
 
     def rate(self, update: int) -> float:
         """The learning rate of the update after ``update`` of them."""

@@ -237,8 +237,8 @@ class Trainer:
         for number, (sae, places) in enumerate(zip(config.saes, plan.places, strict=True)):
             with within(f"saes.{number}", sae):
                 self.trainees[str(sae.name)] = Trainee(
-                    sae, config, places=places, widths=plan.stream.widths, total=self.total, device=plan.device,
-                    world=world, reduce=reduce, buffer=buffer,
+                    sae, config, places=places, context=plan.context(sae), widths=plan.stream.widths,
+                    total=self.total, device=plan.device, world=world, reduce=reduce, buffer=buffer,
                 )  # fmt: skip
 
     def _begin(self) -> None:
