@@ -77,6 +77,30 @@ def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitu
     return values.flatten(), kept.flatten().int()
 
 
+@torch.no_grad()
+def merge_topk(
+    values: Tensor, scores: Tensor | None, latents: Tensor, pre: Tensor, score: Tensor | None, mask: Tensor | None,
+    first: int, magnitude: bool,
+) -> None:
+    """What each row holds, in place: of that and of a slab ``pre`` (B, C), the k that rank first.
+
+    Held are ``values`` and ``latents`` (B, k), ascending and below ``first``, and ``scores`` of them where a ``score``
+    (B, C) ranks. The slab's latents are ``first`` to ``first + C``; ``mask`` (F,) is over all of them.
+    """
+    columns = torch.arange(first, first + pre.shape[1], dtype=latents.dtype, device=latents.device)
+    among = torch.cat([latents, columns.expand(pre.shape)], 1)
+    new = torch.cat([values, pre], 1)
+    new_scores = new.abs() if magnitude else new
+    if scores is not None and score is not None:
+        new_scores = torch.cat([scores, score], 1)
+    allowed = torch.ones_like(new, dtype=torch.bool) if mask is None else mask[among.long()]
+    kept = first_k(ranking(new_scores, allowed), latents.shape[1])
+    values.copy_(new.gather(1, kept))
+    latents.copy_(among.gather(1, kept))
+    if scores is not None:
+        scores.copy_(new_scores.gather(1, kept))
+
+
 def batch_topk(pre: Tensor, mask: Tensor | None, total: int):
     """The ``total`` entries of the whole matrix with the largest relu(pre)."""
     mask = eligible(mask, pre)

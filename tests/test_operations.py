@@ -13,7 +13,8 @@ from sae_kernels.stock import densified
 BACKENDS = ("reference", "torch", "triton")
 FAST = ("torch", "triton")
 WITHOUT_BACK_ENDS = {  # composed of others, or the same wherever they run
-    "at_latents", "encode_entries", "encoder_gradient", "feature_budgets", "linear", "move_threshold", "zipf_shortfall",
+    "at_latents", "encode_entries", "encoder_gradient", "feature_budgets", "linear", "merge_topk", "move_threshold",
+    "zipf_shortfall",
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def _resolve_ties(score: Tensor, mask: Tensor | None, cut: Tensor, k: int) -> Te
     return torch.cat(kept)
 
 
-def _topk_columns(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
+def topk_columns(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
     """Ascending column indices (rows, k); ``mask`` tells masked entries, at -Inf in ``score``, from others at -Inf.
 
     ``torch.topk`` breaks ties as it likes. It is asked for a few more entries: where the last of them lies below the
@@ -123,7 +123,7 @@ def _topk_columns_among(score: Tensor, mask: Tensor, k: int) -> Tensor:
     kept = [eligible.new_empty(0, k)]
     for start in row_chunks(score):
         part = score[start : start + chunk_rows(score), eligible]
-        kept.append(eligible[_topk_columns(part, None, k)])
+        kept.append(eligible[topk_columns(part, None, k)])
     return torch.cat(kept)
 
 
@@ -139,12 +139,12 @@ def topk(pre: Tensor, score: Tensor | None, mask: Tensor | None, k: int, magnitu
     if k == num_latents:
         kept = torch.arange(k, device=pre.device).expand(rows, k)
     elif mask is None:
-        kept = _topk_columns(by, None, k)
+        kept = topk_columns(by, None, k)
     elif mask.dim() == 1 and mask.is_cpu:  # on a CPU, where reading it waits for nothing
         kept = _topk_columns_among(by, mask, k)
     else:
         mask = mask.expand(pre.shape)
-        kept = _topk_columns(torch.where(mask, by, -torch.inf), mask, k)
+        kept = topk_columns(torch.where(mask, by, -torch.inf), mask, k)
     values = pre.gather(1, kept)
     if apply_relu:
         values.masked_fill_(values <= 0, 0.0)
