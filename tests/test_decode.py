@@ -325,3 +325,35 @@ def test_16_bit_weights_are_widened_a_few_columns_at_a_time(entries, monkeypatch
     for ours, true in zip((sums, products), expected, strict=True):  # rounded once: half a unit in the last place
         spacing = torch.finfo(torch.bfloat16).eps
         torch.testing.assert_close(ours.float(), true, rtol=spacing / 2 * (1 + 1e-3), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_products_in_order_of_latents_are_the_same(dtype, monkeypatch):
+    """On a CPU, of a weight that no cache holds: some rows of the gradient at a time, the last of them fewer."""
+    with torch.device("cpu"):
+        codes = uneven(40, [7, 0, 40, 1, 12, 0, 3])
+        entries = 5 + codes.indices.numel()  # the last belong to no row
+        indices = torch.nn.functional.pad(codes.indices, (0, 5))
+        weight, grad = (torch.randn(rows, 24).to(dtype) for rows in (40, codes.rows))
+        arguments = grad, torch.ones(entries, dtype=torch.float64), indices, codes.offsets, weight
+    in_order_of_rows = backward.decode_backward_values(*arguments)
+    monkeypatch.setattr(limits, "GATHERED_IN_CACHE", 3 * 24)
+    with Largest(lambda tensor: tensor.dtype == torch.float32) as widened:
+        ours = backward.decode_backward_values(*arguments)
+    assert ours[-5:].tolist() == [0] * 5
+    if dtype == torch.bfloat16:  # sums of 24 exact products
+        scale = (grad.float().abs().max() * weight.float().abs().max()).item()
+        torch.testing.assert_close(ours, in_order_of_rows, rtol=0, atol=24 * scale * torch.finfo(torch.float32).eps)
+        assert 0 < widened.seen <= max(3 * 24, entries)
+    else:
+        assert torch.equal(ours, in_order_of_rows)
+
+
+def test_only_where_latents_come_again_are_products_made_in_their_order():
+    few, many = (torch.empty(entries, dtype=torch.int32, device="meta") for entries in (4000, 200_000))
+    small, large = (torch.empty(latents, 768, device="meta") for latents in (2048, 16384))
+    grad = torch.empty(2048, 768, device="meta")
+    assert backward._latents_come_again(grad, many, large)
+    assert not backward._latents_come_again(grad, many, small)  # the cache holds it
+    assert not backward._latents_come_again(grad, few, large)
+    assert not backward._latents_come_again(grad.expand(100, -1, -1).flatten(0, 1), many, large)  # few at a time

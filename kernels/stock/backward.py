@@ -1,8 +1,12 @@
 """The decoder's gradients at the values and at the weights, by ``embedding_bag`` and its own gradients."""
 import torch
+from torch import Tensor
 
+from . import limits
 from .decode import SUM, bags, wide_of, widened
 from .dense import entries_of_each_row, rows_of
+
+PRODUCTS = torch.ops.aten._embedding_bag_per_sample_weights_backward  # of two tables' rows, without copying a row
 
 
 def decode_backward_values(grad, values, indices, offsets, weight):
@@ -10,17 +14,57 @@ def decode_backward_values(grad, values, indices, offsets, weight):
     if values.numel() == 0 or grad.shape[0] == 0:
         return torch.zeros_like(values)
     wide = wide_of(grad, weight)
+    rows = rows_of(offsets, values.numel()).to(indices.dtype)
+    if weight.is_cpu and _latents_come_again(grad, indices, weight):
+        return _in_order_of_latents(grad, indices, offsets, rows, weight, wide).to(values.dtype)
     whole = entries_of_each_row(offsets, values.numel()) is not None  # every entry has a row
-    rows, ends = rows_of(offsets, values.numel()).to(indices.dtype), offsets.to(indices.dtype)
-    mine = rows if whole else rows.clamp(max=grad.shape[0] - 1)
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    ends, mine = offsets.to(indices.dtype), rows if whole else rows.clamp(max=grad.shape[0] - 1)
     if weight.dtype == wide or not weight.is_cpu:
-        out = products(grad.to(wide), weight.to(wide), indices, ends, mine, SUM)
+        out = PRODUCTS(grad.to(wide), weight.to(wide), indices, ends, mine, SUM)
     else:
         out = grad.new_zeros(values.numel(), dtype=wide)
         for columns, table, at in widened(weight, indices, wide):
-            out += products(grad[:, columns].to(wide), table, at, ends, mine, SUM)
+            out += PRODUCTS(grad[:, columns].to(wide), table, at, ends, mine, SUM)
     return (out if whole else torch.where(rows < grad.shape[0], out, 0.0)).to(values.dtype)
+
+
+def _rows_in_cache(grad: Tensor) -> int:
+    return max(limits.GATHERED_IN_CACHE // max(grad.shape[1], 1), 1)
+
+
+def _latents_come_again(grad: Tensor, indices: Tensor, weight: Tensor) -> bool:
+    """Whether the cache does not hold the weight, of which so many of the gradient's rows as it does hold ask for half.
+
+    With fewer entries than that, sorting costs more than it saves.
+    """
+    chunks = max(grad.shape[0] / _rows_in_cache(grad), 1)
+    return weight.numel() >= 2 * limits.GATHERED_IN_CACHE and 2 * indices.numel() >= weight.shape[0] * chunks
+
+
+def _in_order_of_latents(
+    grad: Tensor, indices: Tensor, offsets: Tensor, rows: Tensor, weight: Tensor, wide: torch.dtype
+) -> Tensor:
+    """The same products (N,), those of one latent one after the other.
+
+    So the weight is read in order, and once for all rows of the gradient that the cache holds; in the order of the rows
+    each entry would wait for its latent. What is wider than the weight is made of some latents at a time.
+    """
+    out = grad.new_zeros(indices.numel(), dtype=wide)  # what lies behind the last row stays 0
+    num_latents, step = weight.shape[0], _rows_in_cache(grad)
+    at_once = num_latents if weight.dtype == wide else min(step, num_latents)
+    firsts = range(0, num_latents, at_once)
+    bounds = torch.tensor([*firsts, num_latents], dtype=indices.dtype)
+    for start in range(0, grad.shape[0], step):
+        part = grad[start : start + step].to(wide)
+        entries = slice(int(offsets[start]), int(offsets[start + part.shape[0]]))
+        latents, order = indices[entries].sort()
+        mine, ends = (rows[entries] - start)[order], torch.searchsorted(latents, bounds).tolist()
+        inner = []
+        for first, low, high in zip(firsts, ends, ends[1:], strict=False):
+            some = weight[first : first + at_once].to(wide)
+            inner.append(PRODUCTS(some, part, mine[low:high], bounds, latents[low:high] - first, SUM))
+        out[entries].scatter_(0, order, torch.cat(inner))
+    return out
 
 
 def decode_backward_weight(grad, values, latent_offsets, latent_rows, latent_positions, dtype):
