@@ -42,6 +42,7 @@ Calls = dict[str, Callable[[], object]]
 def our_parts(s: Setup) -> tuple[Calls, SparseCodes]:
     """What TrainStep does with one objective, unit-norm rows and Adam, in parts; and the codes."""
     sae, x, backend = s.autoencoder(), s.x[0], backend_of(s.x[0])
+    sae._lay_out_by_latent()  # as TrainStep does
     encoder, decoder = sae.W_enc.detach().to(s.dtype), sae.W_dec.detach().to(s.dtype)
     b_enc, b_dec = sae.b_enc.detach(), sae.b_dec.detach()
     buffer = PreActivations()
