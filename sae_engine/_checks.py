@@ -210,6 +210,24 @@ def positive(name: str, value) -> float:
     return number
 
 
+def theta(theta: Tensor | float, pre: Tensor, num_latents: int) -> Tensor:
+    """A threshold as (F,) in the dtype in which pre-activations like ``pre`` are compared with it."""
+    wide = torch.promote_types(pre.dtype, torch.float32)
+    if not isinstance(theta, Tensor):
+        if (number := number_in(theta)) is None:
+            raise TypeError(f"theta must be a number or a tensor, got {type(theta).__name__}")
+        theta = torch.full((), number, dtype=torch.float64, device=pre.device)  # a fill: nothing comes from the host
+    floating("theta", theta, dims=theta.dim())
+    if theta.dim() > 1 or (theta.dim() == 1 and theta.shape[0] != num_latents):
+        raise ValueError(f"theta must be a scalar or have shape {(num_latents,)}, got {tuple(theta.shape)}")
+    same_device("theta", theta, pre)
+    rounded = theta.to(wide)
+    if theta.dtype != wide and theta.dtype == torch.float64:
+        below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+        rounded = torch.where(rounded.detach() > theta.detach(), below, rounded)
+    return rounded.expand(num_latents)
+
+
 def dtype_in(name: str, value) -> torch.dtype:
     """A floating dtype, given as such or by its name: ``torch.bfloat16``, ``"bfloat16"``."""
     chosen = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_kernels.dispatch import capturing, transforming
 from sae_kernels.ops import ops
 
 from . import _checks as check
 from ._cat import cat
+from ._running import PER_TOKEN, Running
+from ._slabs import NeedsWhole, default_budget_bytes, rectangles, running_of
 from .codes import SparseCodes, at_latents
 
 
@@ -100,6 +103,7 @@ def encode_with(
     scale: Tensor | None = None,
     pre: Tensor | None = None,
     keep_pre: bool = False,
+    memory_budget: int | None = None,
     backend: str = "auto",
     **context: Tensor,
 ) -> Encoded:
@@ -109,6 +113,9 @@ def encode_with(
         select: an activation module, or a sequence of them.
         keep_pre: whether the pre-activations come along. They are then differentiable (unless ``pre`` was given), by
             way of the (tokens, F) matrix that the codes alone spare.
+        memory_budget: bytes of pre-activations that may exist at a time where they are not kept. What is more passes by
+            in slabs of latents, or of tokens for rules that need whole rows. Default: a quarter of the memory that is
+            free, and whatever it takes for rules that need the whole batch at once.
         context: handed to each activation that names it in its ``context_keys``.
         x, W_enc, b_enc, b_dec, scale, pre: as in :func:`encode`.
 
@@ -118,6 +125,7 @@ def encode_with(
 
     Raises:
         TypeError, ValueError: as :func:`encode`; and ValueError where ``select`` is empty.
+        RuntimeError: a rule needs more than ``memory_budget``; says which.
 
     Example:
         >>> rules = se.TopK(1), se.TopK(2)
@@ -138,31 +146,110 @@ def encode_with(
         check.floating("pre", pre)
         check.shaped("pre", pre, (*x.shape[:-1], W_enc.shape[1]), x, why="one per token and latent")
     dtype = linear_dtype(x, W_enc)
-    given, result_dtype = pre is not None, dtype if pre is None else pre.dtype
+    memory_budget = None if memory_budget is None else check.integer_k(memory_budget, name="memory_budget")
     turners = [getattr(rule, "entry_values", None) for rule in rules]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and (keep_pre or None in turners)):
-        if pre is not None:
-            unscaled = pre = pre.detach()
-        else:
-            unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
-            pre = unscaled if scale is None else (unscaled * scale).to(dtype)
-    codes = [
-        rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
-        for rule, turner, mine in zip(rules, turners, contexts, strict=True)
-    ]
-    sparse = [number for number, turner in enumerate(turners) if turner is not None]
-    if sparse and torch.is_grad_enabled():  # without gradients the values are what was selected
-        matrix = check.matrix(unscaled.detach())
-        entries = [ops.gather(matrix, codes[n].indices, codes[n].offsets, backend) for n in sparse]
-        if given and scale is not None:
-            scales = [scale.detach()[codes[n].indices.long()] for n in sparse]
-            entries = [torch.where(s == 0, 0.0, e / s).to(e.dtype) for e, s in zip(entries, scales, strict=True)]
-        entries = _as_encoded(entries, [codes[n] for n in sparse], x, W_enc, b_enc, b_dec, dtype, backend)
-        for n, pre_entries in zip(sparse, entries, strict=True):
+    result_dtype = dtype if pre is None else pre.dtype
+    slabs = None
+    if pre is None and not keep_pre:
+        slabs = _slabs_for(rules, contexts, x, W_enc.shape[1], dtype, memory_budget, backend)
+    if slabs is not None:
+        codes, entries = _in_slabs(rules, *slabs, x, W_enc, b_enc, b_dec, scale, dtype, torch.is_grad_enabled())
+    else:
+        given = pre is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (keep_pre or None in turners)):
+            if pre is not None:
+                unscaled = pre = pre.detach()
+            else:
+                unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
+                pre = unscaled if scale is None else (unscaled * scale).to(dtype)
+        codes = [
+            rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
+            for rule, turner, mine in zip(rules, turners, contexts, strict=True)
+        ]
+        entries = []
+        if torch.is_grad_enabled():  # without gradients the values are what was selected
+            matrix = check.matrix(unscaled.detach())
+            entries = [
+                None if turner is None else ops.gather(matrix, c.indices, c.offsets, backend)
+                for turner, c in zip(turners, codes, strict=True)
+            ]
+            if given and scale is not None:
+                entries = [_divided(e, scale, c) for e, c in zip(entries, codes, strict=True)]
+    sparse = [number for number, of_rule in enumerate(entries) if of_rule is not None]
+    if sparse:
+        attached = _as_encoded(
+            [entries[n] for n in sparse], [codes[n] for n in sparse], x, W_enc, b_enc, b_dec, dtype, backend
+        )
+        for n, pre_entries in zip(sparse, attached, strict=True):
             if scale is not None:
                 pre_entries = (pre_entries * at_latents(scale, codes[n])).to(result_dtype)
             codes[n] = codes[n].replace(values=rules[n].entry_values(pre_entries, codes[n], **contexts[n]))
     return Encoded(tuple(codes), pre=pre if keep_pre else None)
+
+
+def _divided(entries: Tensor | None, scale: Tensor, codes: SparseCodes) -> Tensor | None:
+    """Pre-activations (N,) as they were before ``scale`` (F,) multiplied them."""
+    if entries is None:
+        return None
+    at = scale.detach()[codes.indices.long()]
+    return torch.where(at == 0, 0.0, entries / at).to(entries.dtype)
+
+
+# --- pre-activations that never exist whole --------------------------------------------------------------------------
+
+SMALL = 1 << 26  # bytes of pre-activations for which nobody asks how much memory is free
+
+
+def _slabs_for(
+    rules: tuple, contexts: list[dict[str, Any]], x: Tensor, num_latents: int, dtype: torch.dtype,
+    memory_budget: int | None, backend: str,
+) -> tuple[list[Running], tuple[int, int]] | None:  # fmt: skip
+    """What the rules keep as slabs pass by, and their shape; None where the whole matrix may, or has to, be there."""
+    tokens = x.shape[:-1].numel()
+    needed = tokens * num_latents * dtype.itemsize
+    budget = memory_budget
+    if budget is None:
+        if needed <= SMALL or torch.compiler.is_compiling() or transforming() or capturing(x):
+            return None
+        budget = default_budget_bytes(x.device)
+    if needed <= budget:
+        return None
+    flat = [
+        {name: t.reshape(tokens, *t.shape[x.dim() - 1 :]) if name in PER_TOKEN else t for name, t in mine.items()}
+        for mine in contexts
+    ]
+    try:
+        return running_of(rules, flat, tokens, num_latents, budget // dtype.itemsize, backend,
+                          dense_gradient=torch.is_grad_enabled())  # fmt: skip
+    except NeedsWhole:
+        if memory_budget is None:
+            return None
+        raise
+
+
+@torch.no_grad()
+def _in_slabs(
+    rules: tuple, running: list[Running], shape: tuple[int, int], x: Tensor, W_enc: Tensor, b_enc: Tensor | None,
+    b_dec: Tensor | None, scale: Tensor | None, dtype: torch.dtype, learns: bool,
+) -> tuple[list[SparseCodes], list[Tensor | None]]:  # fmt: skip
+    """The codes of each rule, and the pre-activations at them before ``scale``, where they are to be differentiated."""
+    matrix = check.matrix(x if b_dec is None else x - b_dec)
+    sparse = [learns and getattr(rule, "entry_values", None) is not None for rule in rules]
+    for of_rule, wanted in zip(running, sparse, strict=True):
+        of_rule.wants_entries = wanted
+    for tokens, latents in rectangles(matrix.shape[0], W_enc.shape[1], shape):
+        pre = linear(matrix[tokens], W_enc[:, latents], None if b_enc is None else b_enc[latents])
+        if scale is not None:
+            pre = (pre * scale[latents]).to(dtype)
+        for of_rule in running:
+            of_rule.add(pre, tokens, latents)
+        del pre  # before the next one is made
+    found = [of_rule.finish() for of_rule in running]
+    codes = [replace(c, batch_shape=tuple(x.shape[:-1])) for c, _ in found]
+    entries = [e if wanted else None for (_, e), wanted in zip(found, sparse, strict=True)]
+    if scale is not None:
+        entries = [_divided(e, scale, c) for e, c in zip(entries, codes, strict=True)]
+    return codes, entries
 
 
 def _contexts(rules: tuple, context: dict[str, Any]) -> list[dict[str, Any]]:

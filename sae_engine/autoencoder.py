@@ -195,8 +195,9 @@ class SparseAutoencoder(nn.Module):
         return self.encode_with(x, select=None, keep_pre=False, backend=backend, **context).codes[0]
 
     def encode_with(
-        self, x: Tensor, *, select: Any = None, keep_pre: bool = False, backend: str = "auto", **context: Tensor
-    ) -> Encoded:
+        self, x: Tensor, *, select: Any = None, keep_pre: bool = False, memory_budget: int | None = None,
+        backend: str = "auto", **context: Tensor,
+    ) -> Encoded:  # fmt: skip
         """:meth:`encode` with what a pass gives beside the codes of the autoencoder's own rule.
 
         Args:
@@ -204,6 +205,7 @@ class SparseAutoencoder(nn.Module):
                 backward pass: ``encode_with(x, select=[sae.activation, AuxTopK(256)], dead_mask=dead)``.
             keep_pre: whether the pre-activations (*batch_shape, d_sae) that the rules saw come along, differentiable.
                 A backward pass then holds on to the whole matrix, which codes alone spare it.
+            memory_budget: bytes of pre-activations that may exist at a time, as in :func:`functional.encode_with`.
             context: as in :meth:`encode`, for all of the rules.
 
         Returns:
@@ -228,7 +230,7 @@ class SparseAutoencoder(nn.Module):
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
         encoded = functional.encode_with(
             x, self.W_enc, self._encoder_bias, b_dec=b_dec, scale=scale, select=rules, keep_pre=keep_pre,
-            backend=backend, **self._context(x, rules), **context,
+            memory_budget=memory_budget, backend=backend, **self._context(x, rules), **context,
         )  # fmt: skip
         return encoded._replace(info=info)
 

@@ -288,31 +288,13 @@ def threshold(
         tensor([[0.5000, 0.0000, 1.0000]])
     """
     check.pre_activations(pre)
-    theta = _theta(theta, pre)
+    theta = check.theta(theta, pre, pre.shape[-1])
     if bandwidth is None:
         theta = theta.detach()
     else:
         bandwidth = float(check.positive("bandwidth", bandwidth))
     capacity = check.capacity_of(capacity)
     return sized(pre, capacity, ops.threshold(check.matrix(pre), theta, bandwidth, capacity, backend))
-
-
-def _theta(theta: Tensor | float, pre: Tensor) -> Tensor:
-    """theta as (F,) in the dtype of the comparison."""
-    wide = torch.promote_types(pre.dtype, torch.float32)
-    if not isinstance(theta, Tensor):
-        if (number := check.number_in(theta)) is None:
-            raise TypeError(f"theta must be a number or a tensor, got {type(theta).__name__}")
-        theta = torch.full((), number, dtype=torch.float64, device=pre.device)  # a fill: nothing comes from the host
-    check.floating("theta", theta, dims=theta.dim())
-    if theta.dim() > 1 or (theta.dim() == 1 and theta.shape[0] != pre.shape[-1]):
-        raise ValueError(f"theta must be a scalar or have shape {(pre.shape[-1],)}, got {tuple(theta.shape)}")
-    check.same_device("theta", theta, pre)
-    rounded = theta.to(wide)
-    if theta.dtype != wide and theta.dtype == torch.float64:
-        below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
-        rounded = torch.where(rounded.detach() > theta.detach(), below, rounded)
-    return rounded.expand(pre.shape[-1])
 
 
 def decode(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sae_engine as se
-from sae_engine.training import forward
+from sae_engine import _slabs
 
 F = 24
 RULES = {
@@ -78,5 +78,5 @@ def test_what_the_allocator_holds_in_reserve_is_free_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 69 << 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 39 << 30)
-    assert forward.free_memory_bytes(device) == 40 << 30
-    assert forward.default_budget_bytes(device) == 10 << 30
+    assert _slabs.free_memory_bytes(device) == 40 << 30
+    assert _slabs.default_budget_bytes(device) == 10 << 30

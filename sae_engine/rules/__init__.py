@@ -1,4 +1,5 @@
 """Every selection rule: a score, a scope and a criterion over the operations of ``functional``, in a module."""
+from .._running import Running
 from .aux_zipf import AuxZipfTopK
 from .base import Activation, captured_size, kept_values
 from .batch_topk import BatchTopK, MutualChoice
@@ -27,6 +28,7 @@ __all__ = [
     "MatryoshkaBatchTopK",
     "MutualChoice",
     "ReLU",
+    "Running",
     "RunningDensity",
     "SampledTopK",
     "StatisticalTopK",

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
+from .._running import RunningTopK
 from ..codes import SparseCodes
 from .base import Activation
 
@@ -48,6 +49,22 @@ class AuxZipfTopK(Activation):
         score = pre.detach().to(weight.dtype) * weight
         codes = functional.topk(pre, self.k, score=score, mask=weight > 0, relu=self.relu, backend=backend)
         return codes.replace(values=(codes.values * weight[codes.indices.long()]).to(pre.dtype))
+
+    def running(
+        self, tokens: int, num_latents: int, *, backend: str = "auto", shortfall: Tensor | None = None
+    ) -> RunningTopK:
+        weight = self._weight(torch.empty(0), shortfall)
+
+        def score(pre: Tensor, tokens: slice, latents: slice) -> Tensor:
+            wide = self._weight(pre, shortfall)[latents]
+            return pre.to(wide.dtype) * wide
+
+        def values(kept: Tensor, codes: SparseCodes) -> Tensor:
+            return (kept * self._weight(kept, shortfall)[codes.indices.long()]).to(kept.dtype)
+
+        return RunningTopK(
+            tokens, num_latents, backend, self.k, score=score, mask=weight > 0, relu=self.relu, values=values
+        )
 
     def entry_values(self, pre: Tensor, codes: SparseCodes, *, shortfall: Tensor | None = None) -> Tensor:
         weight = self._weight(pre, shortfall)[codes.indices.long()]

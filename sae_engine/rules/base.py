@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from sae_kernels.dispatch import capturing
 
 from .. import _checks as check
-from .. import functional
+from .._running import Running
 from ..codes import SparseCodes
-
-PER_TOKEN = frozenset({"target_norm", "attribution"})  # context with a row for each token; other context is per latent
 
 
 def kept_values(self, pre: Tensor, codes: SparseCodes, **context) -> Tensor:
@@ -54,9 +52,10 @@ class Activation(nn.Module):
     subclass that changes what ``_select`` stores has to say so anew.
 
     ``scope`` names what competes: entries of a ``"row"`` (or no others), of the whole ``"batch"`` or of a ``"latent"``.
-    For a batch that is worked through in chunks of rows, a rule of the latter kinds says in ``candidates(pre, tokens)``
-    which entries of a chunk may be kept of a batch of ``tokens``, and in ``total(tokens)`` or
-    ``latent_budgets(tokens)`` (F,) how many are: those with the largest values, ties to the lowest flat index.
+    Where the pre-activations of a batch exceed the memory that they may take, they pass by in rectangles. What the rule
+    keeps of them is then the business of ``running(tokens, num_latents, backend=..., **context)``, which returns an
+    object of the kind of :class:`Running`. Without it a rule of scope "row" is given all latents of some
+    tokens at a time, and any other one the whole batch or nothing.
     ``encoder_bias`` is False for rules under which an autoencoder's ``b_enc`` stays 0. ``settled`` is False while what
     the rule does may still change by a count of forwards, which a CUDA graph cannot follow.
 
@@ -78,9 +77,7 @@ class Activation(nn.Module):
     encoder_bias: ClassVar[bool] = True
     settled: bool = True
     entry_values: Callable[..., Tensor] | None = None
-    candidates: Callable[..., SparseCodes] | None = None
-    total: Callable[[int], int]
-    latent_budgets: Callable[[int], Tensor]
+    running: Callable[..., Running] | None = None
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -89,7 +86,7 @@ class Activation(nn.Module):
         if own or known is None or known.__module__.partition(".")[0] != OURS:
             RULES[cls.__name__] = cls  # checkpoints name rules: a user's is known once its module is imported
         if {"select", "_select"} & cls.__dict__.keys():  # what was said of the former selection no longer holds
-            for name in {"entry_values", "candidates"} - cls.__dict__.keys():
+            for name in {"entry_values", "running"} - cls.__dict__.keys():
                 setattr(cls, name, None)
 
     def forward(self, pre: Tensor, **context) -> Tensor:
@@ -168,7 +165,7 @@ class Activation(nn.Module):
 def above(pre: Tensor, theta: Tensor) -> Tensor:
     """pre where it exceeds theta (compared as :func:`functional.threshold` does) or is NaN, else 0."""
     check.floating("pre", pre)
-    theta = functional._theta(theta.detach(), pre)
+    theta = check.theta(theta.detach(), pre, pre.shape[-1])
     return torch.where((pre > theta) | pre.isnan(), pre, 0.0)
 
 

@@ -10,6 +10,7 @@ from sae_kernels.dispatch import capturing, transforming
 
 from .. import _checks as check
 from .. import functional
+from .._running import Running, RunningBatch, RunningThreshold
 from ..codes import SparseCodes
 from .base import Activation, above, apply_but, captured_size, kept_values
 
@@ -94,11 +95,16 @@ class BatchTopK(Activation):
         """Entries kept of a training batch."""
         return int(self.k * tokens)
 
-    def candidates(self, pre: Tensor, tokens: int, *, backend: str = "auto") -> SparseCodes:
-        """Entries of a part of a training batch of ``tokens`` that may be among those kept of it."""
-        if self.group is not None:
-            raise RuntimeError("BatchTopK(group=...) needs each rank's batch whole: raise memory_budget")
-        return functional.largest(pre, self.total(tokens), backend=backend)
+    def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> Running | None:
+        if not self.training:
+            return self._running_threshold(tokens, num_latents, backend, self.threshold)
+        if self.group is not None:  # its cut is agreed upon by all processes
+            return None
+        return RunningBatch(tokens, num_latents, backend, self.total(tokens))
+
+    def _running_threshold(self, tokens: int, num_latents: int, backend: str, theta: Tensor) -> RunningThreshold:
+        self._require_threshold()
+        return RunningThreshold(tokens, num_latents, backend, theta, capacity=captured_size)
 
     def _dense(self, pre: Tensor) -> Tensor:
         if self.training:

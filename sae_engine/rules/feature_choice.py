@@ -8,6 +8,7 @@ from sae_kernels.dispatch import capturing
 
 from .. import _checks as check
 from .. import functional
+from .._running import Running, RunningLatents
 from ..codes import SparseCodes
 from .base import above, apply_but, captured_size, kept_values
 from .batch_topk import BatchTopK
@@ -128,12 +129,13 @@ class FeatureChoice(BatchTopK):
         total = self.total(tokens)
         return functional.feature_budgets(self.density, total, tokens, exponent=exponent, shift=self.shift)
 
-    def candidates(self, pre: Tensor, tokens: int, *, backend: str = "auto") -> SparseCodes:
-        """As :meth:`BatchTopK.candidates`; where latents choose, the host reads how many there are."""
+    def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> Running | None:
+        """As :meth:`BatchTopK.running`; where latents choose, the host reads the budgets."""
+        if not self.training:
+            return self._running_threshold(tokens, num_latents, backend, self.inference_threshold())
         if self.phase == "mutual":
-            return super().candidates(pre, tokens, backend=backend)
-        most = self.latent_budgets(tokens).clamp(max=pre.shape[:-1].numel())
-        return functional.feature_topm(pre, most, backend=backend)
+            return super().running(tokens, num_latents, backend=backend)
+        return RunningLatents(tokens, num_latents, backend, self.latent_budgets(tokens))
 
     def _dense(self, pre: Tensor) -> Tensor:
         if self.training:

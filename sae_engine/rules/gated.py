@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional
+from .._running import RunningThreshold
 from ..codes import SparseCodes
 from .base import Activation, apply_but, captured_size
 
@@ -66,6 +67,10 @@ class Gated(Activation):
         self._check_width(pre)
         return functional.threshold(pre, -self.b_gate.detach(), capacity=captured_size(pre), backend=backend)
 
+    def running(self, tokens: int, num_latents: int, *, backend: str = "auto", values=None) -> RunningThreshold:
+        theta, values = -self.b_gate.detach(), self.entry_values if values is None else values
+        return RunningThreshold(tokens, num_latents, backend, theta, values=values, capacity=captured_size)
+
     def _check_width(self, pre: Tensor) -> None:
         check.pre_activations(pre)
         if pre.shape[-1] != self.d_sae:
@@ -95,6 +100,9 @@ class GateOf(Activation):
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         codes = self._gated[0]._open(pre, backend)
         return codes.replace(values=self.entry_values(codes.values, codes))
+
+    def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> RunningThreshold:
+        return self._gated[0].running(tokens, num_latents, backend=backend, values=self.entry_values)
 
     def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
         shift = functional.at_latents(self._gated[0].b_gate, codes)

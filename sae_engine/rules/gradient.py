@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
+from .._running import RunningTopK
 from ..codes import SparseCodes
 from .base import kept_values
 from .topk import TopK
@@ -41,6 +42,16 @@ class GradientTopK(TopK):
         check.pre_activations(pre)
         check.floating("attribution", attribution)
         check.shaped("attribution", attribution, pre.shape, pre, why="that of pre")
+        return functional.topk(pre, self.k, score=self._score(pre, attribution), backend=backend)
+
+    def _score(self, pre: Tensor, attribution: Tensor) -> Tensor:
         wide = torch.promote_types(pre.dtype, torch.float32)
-        score = pre.detach().to(wide) * (1 + self.beta * attribution.detach().to(wide).abs())
-        return functional.topk(pre, self.k, score=score, backend=backend)
+        return pre.detach().to(wide) * (1 + self.beta * attribution.detach().to(wide).abs())
+
+    def running(  # type: ignore[override]
+        self, tokens: int, num_latents: int, *, backend: str = "auto", attribution: Tensor
+    ) -> RunningTopK:
+        def score(pre: Tensor, rows: slice, latents: slice) -> Tensor:
+            return self._score(pre, attribution[rows, latents])
+
+        return RunningTopK(tokens, num_latents, backend, self.k, score=score)

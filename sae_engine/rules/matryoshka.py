@@ -33,7 +33,7 @@ class MatryoshkaBatchTopK(BatchTopK):
     """
 
     entry_values = kept_values
-    candidates = BatchTopK.candidates
+    running = BatchTopK.running
 
     def __init__(self, k: float, widths: Sequence[int], **options) -> None:
         super().__init__(k, **options)

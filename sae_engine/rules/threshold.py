@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional
+from .._running import RunningThreshold
 from ..codes import SparseCodes
 from .base import Activation, above, apply_but, captured_size, kept_values
 
@@ -30,6 +31,9 @@ class ReLU(Activation):
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.threshold(pre, 0.0, capacity=captured_size(pre), backend=backend)
+
+    def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> RunningThreshold:
+        return RunningThreshold(tokens, num_latents, backend, 0.0, capacity=captured_size)
 
 
 class JumpReLU(Activation):
@@ -65,6 +69,11 @@ class JumpReLU(Activation):
         return functional.threshold(
             pre, self._theta(), bandwidth=bandwidth, capacity=captured_size(pre), backend=backend
         )
+
+    def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> RunningThreshold:
+        bandwidth = self.bandwidth if self._learns() else None
+        theta = self._theta().detach()
+        return RunningThreshold(tokens, num_latents, backend, theta, bandwidth=bandwidth, capacity=captured_size)
 
     def needs(self) -> dict[str, str]:
         if not any(p.requires_grad for p in self.parameters()):

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
+from .._running import RunningTopK
 from ..codes import SparseCodes
 from .base import Activation, kept_values
 
@@ -30,6 +31,9 @@ class TopK(Activation):
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.topk(pre, self.k, backend=backend)
 
+    def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> RunningTopK:
+        return RunningTopK(tokens, num_latents, backend, self.k)
+
 
 class AbsTopK(TopK):
     """k entries of each token with the largest magnitude, sign kept. Zhu et al. 2025, arXiv:2510.00404.
@@ -44,6 +48,9 @@ class AbsTopK(TopK):
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.topk(pre, self.k, magnitude=True, backend=backend)
+
+    def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> RunningTopK:
+        return RunningTopK(tokens, num_latents, backend, self.k, magnitude=True, relu=False)
 
     def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
         return pre  # signed: a kept 0 passes its gradient
@@ -74,6 +81,11 @@ class AuxTopK(Activation):
 
     def _select(self, pre: Tensor, backend: str, *, dead_mask: Tensor) -> SparseCodes:
         return functional.topk(pre, self.k, mask=dead_mask, relu=self.relu, backend=backend)
+
+    def running(
+        self, tokens: int, num_latents: int, *, backend: str = "auto", dead_mask: Tensor
+    ) -> RunningTopK:
+        return RunningTopK(tokens, num_latents, backend, self.k, mask=dead_mask, relu=self.relu)
 
     @property
     def has_gate(self) -> bool:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._slabs import total_memory_bytes
 from ..data.sites import Site
 from ._faults import ConfigError, within
 from .config import TrainConfig
-from .forward import total_memory_bytes
 from .sae_config import SAEConfig
 
 if TYPE_CHECKING:

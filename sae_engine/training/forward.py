@@ -1,8 +1,7 @@
-"""The forward half of a step: each rule's codes of a batch, chunk by chunk, and what the decoder makes of them."""
+"""The forward half of a step: each rule's codes of a batch, slab by slab, and what the decoder makes of them."""
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,16 +11,15 @@ from torch import Tensor
 
 from sae_kernels.dispatch import capturing
 from sae_kernels.ops import ops
-from sae_kernels.reference import ordered_keys, relu
 from sae_kernels.stock.linear import linear
 
 from .. import _checks as check
 from .. import functional
-from .._cat import cat
+from .._slabs import rectangles, running_of
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..functional import EncodeInfo
-from ..rules.base import PER_TOKEN, Activation
+from ..rules.base import Activation
 
 UNTRANSPOSED = (None, None, None)  # no gradient is asked of these sums
 
@@ -159,34 +157,43 @@ class Forward:
         """The dtype of sums: fp32, or fp64 where the computation is."""
         return torch.promote_types(self.weights.decoder.dtype, torch.float32)
 
-    def encode(self, rules: Sequence[Activation], context: dict[str, Any], chunk_rows: int) -> None:
-        """Fills ``kept``, rule by rule, from the pre-activations of ``chunk_rows`` tokens at a time."""
+    def encode(self, rules: Sequence[Activation], context: dict[str, Any], memory_budget: int) -> None:
+        """Fills ``kept``, rule by rule, from pre-activations of which ``memory_budget`` bytes exist at a time."""
         given = {**self.sae._context(self.x, list(rules)), **context}
         if any("dead_mask" in rule.context_keys for rule in rules):
             given.setdefault("dead_mask", self.dead)
         contexts = [{name: given[name] for name in rule.context_keys & given.keys()} for rule in rules]
         for name in context.keys() - frozenset().union(*(rule.context_keys for rule in rules)):
             raise TypeError(f"no rule of this step takes {name}")
-        parts = [Parts(rule, self.tokens, self.sae.d_sae, self.backend) for rule in rules]
+        elements = memory_budget // self.weights.encoder.element_size()
+        learning = torch.enable_grad  # a rule that learns from what it keeps stores more then
+        with learning():
+            running, shape = running_of(
+                rules, contexts, self.tokens, self.sae.d_sae, elements, self.backend, dense_gradient=True
+            )
+        for rule, of_rule in zip(rules, running, strict=True):
+            of_rule.wants_entries = rule.entry_values is not None and not rule.has_gate
         pre = None
-        for start in range(0, self.tokens, chunk_rows):
-            chunk = slice(start, min(start + chunk_rows, self.tokens))
-            del pre  # before the next chunk's is made
-            of_chunk = [{name: t[chunk] if name in PER_TOKEN else t for name, t in c.items()} for c in contexts]
-            pre = self._pre_activations(chunk)
-            for part, context in zip(parts, of_chunk, strict=True):
-                part.add(pre, start, context)
-        for rule, whole, part in zip(rules, contexts, parts, strict=True):
-            codes, entries = part.merged()
+        for part in rectangles(self.tokens, self.sae.d_sae, shape):
+            del pre  # before the next one is made
+            pre = self._pre_activations(*part)
+            with learning():
+                for of_rule in running:
+                    of_rule.add(pre, *part)
+        with learning():
+            found = [of_rule.finish() for of_rule in running]
+        for rule, whole, (codes, entries) in zip(rules, contexts, found, strict=True):
+            codes = codes.detach()
             values = codes.values
             if self.norms is not None:
                 values = (values / self.norms_at(codes)).to(values.dtype)
             self.kept.append(Kept(rule, whole, codes, values, entries, pre if rule.entry_values is None else None))
 
-    def _pre_activations(self, rows: slice) -> Tensor:
-        """(rows, F) that the rules see, in the dtype of the computation."""
-        pre = self.buffer.product(self.encoded[rows], self.weights.encoder.T, self.sae._encoder_bias)
-        return pre if self.norms is None else pre.mul_(self.norms)
+    def _pre_activations(self, tokens: slice, latents: slice) -> Tensor:
+        """(tokens, latents) that the rules see, in the dtype of the computation."""
+        bias, weight = self.sae._encoder_bias, self.weights.encoder[latents].T
+        pre = self.buffer.product(self.encoded[tokens], weight, None if bias is None else bias[latents])
+        return pre if self.norms is None else pre.mul_(self.norms[latents])
 
     @property
     def divisors(self) -> Tensor:
@@ -249,43 +256,6 @@ class Forward:
         return out
 
 
-# --- chunks of rows: what each rule keeps of them, merged into what it keeps of the whole, exactly -------------------
-
-SHARE_OF_FREE_MEMORY = 4  # pre-activations get a quarter of it
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """Memory that nobody uses at the moment; half of all of it where the system does not say."""
-    if device.type == "cuda":  # the driver counts as used what torch's allocator keeps for later
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-        free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not POSIX
-        return 4 << 30
-    return free if pages == "SC_AVPHYS_PAGES" else free // 2
-
-
-def total_memory_bytes(device: torch.device) -> int:
-    """All memory of a device, or of the host; 16 GiB where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not POSIX
-        return 16 << 30
-
-
-def default_budget_bytes(device: torch.device) -> int:
-    return free_memory_bytes(device) // SHARE_OF_FREE_MEMORY
-
-
-def rows_within(budget_bytes: int, d_sae: int, dtype: torch.dtype) -> int:
-    """Rows of pre-activations that fit into ``budget_bytes``; at least one."""
-    return max(budget_bytes // (d_sae * dtype.itemsize), 1)
-
-
 class PreActivations:
     """The encoder's product. MKL writes it to memory that serves every step: fresh memory costs a fifth more.
 
@@ -307,111 +277,3 @@ class PreActivations:
             return self._memory[:size]
 
         return linear(x, weight, None if bias is None else bias.to(x.dtype), memory=memory)
-
-
-class Parts:
-    """What one rule keeps of a batch of ``rows`` tokens, chunk by chunk.
-
-    A rule of scope "row" keeps of each chunk what it keeps of the batch. Others name candidates
-    (``Activation.candidates``); of those seen so far the first under (value descending, flat index ascending) stay, of
-    the whole batch or of each latent.
-    """
-
-    def __init__(self, rule: Activation, rows: int, num_latents: int, backend: str) -> None:
-        self.rule, self.rows, self.num_latents, self.backend = rule, rows, num_latents, backend
-        self.wants_entries = rule.entry_values is not None and not rule.has_gate
-        self.codes: list[SparseCodes] = []
-        self.entries: list[Tensor] = []
-        self.running: tuple[Tensor, Tensor, Tensor | None] | None = None  # values, flat positions, entries
-
-    def add(self, pre: Tensor, start: int, context: dict[str, Tensor]) -> None:
-        """Rows ``start:`` of the batch, as pre-activations (chunk, F)."""
-        whole = pre.shape[0] == self.rows
-        if whole or self.rule.scope == "row":
-            if not whole and self.rule.entry_values is None:
-                raise self._needs_whole(pre)
-            with torch.enable_grad():  # a rule that learns from what it keeps stores more then
-                codes = self.rule.select(pre, backend=self.backend, **context).detach()
-            self.codes.append(codes)
-            if self.wants_entries:
-                self.entries.append(ops.gather(pre, codes.indices, codes.offsets, self.backend))
-            return
-        if self.rule.candidates is None:
-            raise self._needs_whole(pre)
-        codes = self.rule.candidates(pre, self.rows, backend=self.backend, **context)
-        row = torch.repeat_interleave(codes.offsets.diff(), output_size=codes.values.shape[0])
-        flat = (start + row) * codes.num_latents + codes.indices
-        entries = ops.gather(pre, codes.indices, codes.offsets, self.backend) if self.wants_entries else None
-        self._keep(codes.values, flat, entries)
-
-    def _keep(self, values: Tensor, flat: Tensor, entries: Tensor | None) -> None:
-        if self.running is not None:
-            values, flat = torch.cat([self.running[0], values]), torch.cat([self.running[1], flat])
-            entries = _both(self.running[2], entries)
-        if self.rule.scope == "latent":
-            kept = _first_of_latents(values, flat % self.num_latents, self.rule.latent_budgets(self.rows))
-        else:
-            total = min(self.rule.total(self.rows), values.shape[0])
-            kept = ops.batch_topk(values[None], None, total, self.backend)[1].long()
-        self.running = values[kept], flat[kept], None if entries is None else entries[kept]
-
-    def _needs_whole(self, pre: Tensor) -> RuntimeError:
-        needed = self.rows * pre.shape[1] * pre.element_size()
-        return RuntimeError(
-            f"{type(self.rule).__name__} needs the pre-activations of the whole batch at once ({needed:,} bytes): "
-            f"raise memory_budget to that, or use smaller batches"
-        )
-
-    def merged(self) -> tuple[SparseCodes, Tensor | None]:
-        """The codes of the batch, and the pre-activations at them where the rule's values have their own derivative."""
-        if self.running is not None:
-            (values, flat, entries), num_latents = self.running, self.num_latents
-            bounds = torch.arange(self.rows + 1, device=flat.device) * num_latents
-            offsets = torch.searchsorted(flat, bounds)
-            return SparseCodes(values, (flat % num_latents).int(), offsets, (self.rows,), num_latents), entries
-        if len(self.codes) == 1:
-            return self.codes[0], self.entries[0] if self.entries else None
-        if self.codes[0].required is None:
-            return cat(self.codes), torch.cat(self.entries) if self.entries else None
-        return _below_within_capacity(self.codes, self.entries)
-
-
-def _first_of_latents(values: Tensor, latents: Tensor, budgets: Tensor) -> Tensor:
-    """Ascending positions of each latent f's ``budgets[f]`` entries with the largest relu(value), ties to the first.
-
-    Reads the device for their number.
-    """
-    order = ordered_keys(relu(values)).argsort(descending=True, stable=True)
-    order = order[latents[order].argsort(stable=True)]
-    latent = latents[order]
-    rank = torch.arange(latent.shape[0], device=latent.device) - torch.searchsorted(latent, latent)
-    return order[rank < budgets[latent]].sort().values
-
-
-def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return None if first is None or second is None else torch.cat([first, second])
-
-
-def _below_within_capacity(codes: list[SparseCodes], entries: list[Tensor]) -> tuple[SparseCodes, Tensor | None]:
-    """``cat`` of codes with a capacity into one of the same capacity, without asking the device how full they are."""
-    capacity = codes[0].values.shape[0]
-    base = codes[0].offsets.new_zeros(())
-    spare = capacity  # one place more, for what does not fit
-    out = [codes[0].values.new_zeros(capacity + 1), codes[0].indices.new_zeros(capacity + 1)]
-    if entries:
-        out.append(entries[0].new_zeros(capacity + 1))
-    offsets = [codes[0].offsets[:1]]
-    position = torch.arange(capacity, device=base.device)
-    for number, part in enumerate(codes):
-        place = torch.where(position < part.offsets[-1], base + position, spare).clamp(max=spare)
-        for whole, piece in zip(out, (part.values, part.indices, *entries[number : number + 1]), strict=True):
-            whole[place] = piece
-        offsets.append((part.offsets[1:] + base).clamp(max=capacity))
-        assert part.required is not None
-        base = base + part.required
-    first = codes[0]
-    merged = SparseCodes(
-        out[0][:capacity], out[1][:capacity], torch.cat(offsets), (sum(c.rows for c in codes),), first.num_latents,
-        required=base,
-    )  # fmt: skip
-    return merged, out[2][:capacity] if entries else None

@@ -7,7 +7,7 @@ from sae_kernels.stock import limits
 from sae_kernels.stock.linear import by_onednn
 
 from .. import _checks as check
-from .forward import rows_within
+from .._slabs import slab_shape
 from .optimizer import rows_of_a_chunk
 
 OPERAND_MARGIN = 67  # columns beyond d_in of a 16-bit product's operands, at most
@@ -20,11 +20,11 @@ def peak_bytes(
 ) -> int:  # fmt: skip
     """Upper bound of what a :class:`TrainStep` with TopK needs beyond parameters, moments, batch and stored gradients.
 
-    In elements, with B tokens, F latents, C rows of pre-activations that fit ``memory_budget``, N = B (k + k_aux)
+    In elements, with B tokens, F latents, slabs of R tokens and C latents that fit ``memory_budget``, N = B (k + k_aux)
     entries and one or (with ``k_aux``) two outputs:
 
     ============================  ==========================================================================
-    pre-activations               C F in the compute dtype: one buffer
+    pre-activations               R C in the compute dtype: one buffer
     copies                        F (d_in + d_out) in the compute dtype, where that is not the parameters'
     dead counters                 F int64
     encoding                      the centred batch, N entries twice, and tiles of bounded size for top-k
@@ -59,24 +59,24 @@ def peak_bytes(
     narrow = compute in (torch.bfloat16, torch.float16)
     wide = torch.promote_types(compute, torch.float32).itemsize
     outputs = 2 if k_aux else 1
-    rows = min(rows_within(memory_budget, d_sae, compute), tokens)
+    rows, columns = slab_shape(tokens, d_sae, memory_budget // compute.itemsize)
     entries = tokens * (k + k_aux)
 
-    resident, pre = 8 * d_sae, rows * d_sae * compute.itemsize
+    resident, pre = 8 * d_sae, rows * columns * compute.itemsize
     if compute != dtype:
         resident += d_sae * (d_in + d_out) * compute.itemsize
 
     encoding = 2 * tokens * d_in * wide + 2 * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
-    tile = min(rows * d_sae, limits.CHUNK_ELEMENTS // 4)  # of top-k by groups: maxima, and what it looks among
+    tile = min(rows * columns, limits.CHUNK_ELEMENTS // 4)  # of top-k by groups: maxima, and what it looks among
     encoding += int(tile * min(1 / 8 + 16 * k / d_sae, 1) * compute.itemsize)
     if k_aux:  # columns of dead latents
-        encoding += min(rows * d_sae, limits.CHUNK_ELEMENTS) * compute.itemsize
+        encoding += min(rows * columns, limits.CHUNK_ELEMENTS) * compute.itemsize
     if narrow and device_type == "cpu":  # fp32 copies of some weights, and fp32 sums on their way to 16 bit
         most = limits.WIDE_ELEMENTS["cpu"]
-        encoding += 4 * (min(rows * d_sae, most) + min(d_sae * d_in, most))
+        encoding += 4 * (min(rows * columns, most) + min(columns * d_in, most))
     elif narrow:  # fp32 sums of few rows; or operands that hold the bias, the input's made in two steps, and the bias
         most, width = limits.WIDE_ELEMENTS["cuda"], d_in + OPERAND_MARGIN
-        encoding += max(4 * min(rows * d_sae, most), 2 * min(d_sae * width, most) + 4 * rows * width + 4 * d_sae)
+        encoding += max(4 * min(rows * columns, most), 2 * min(columns * width, most) + 4 * rows * width + 4 * d_sae)
 
     backward = tokens * (d_in + outputs * d_out) * wide + 12 * wide * entries + 8 * wide * d_sae
     width = d_in + d_out

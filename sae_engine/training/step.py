@@ -12,12 +12,13 @@ from sae_kernels.dispatch import capturing, resolve
 from sae_kernels.stock import densified
 
 from .. import _checks as check
+from .._slabs import default_budget_bytes
 from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
 from .backward import Finite, backward
-from .forward import DeadLatents, Forward, PreActivations, default_budget_bytes, rows_within
+from .forward import DeadLatents, Forward, PreActivations
 from .optimizer import Adam, Copies, Update
 
 Reduce = Callable[[list[Tensor]], None]
@@ -50,8 +51,9 @@ class TrainStep:
         reduce: for data parallelism: averages a list of tensors over all processes, in place. It is given the
             gradients, and which latents fired; tokens are counted per process.
         dead_after: tokens without firing after which a latent is dead.
-        memory_budget: bytes of pre-activations that may exist at a time; larger batches are encoded in chunks of rows,
-            and keep the same codes. Default: a quarter of the memory that is free at the first step.
+        memory_budget: bytes of pre-activations that may exist at a time; what is more passes by in slabs of latents, or
+            of tokens for rules that need whole rows, and the same codes are kept. Default: a quarter of the memory that
+            is free at the first step.
         density_interval: steps between two reads of the device, where there is something to read: how dense the codes
             of a rule with ``capacity`` are, and how many latents may be dead.
         dense: whether sums over codes go through GEMMs. Default: where codes are dense enough for that to be faster.
@@ -281,7 +283,7 @@ class TrainStep:
             numbers.append(None if rule is None else next(n for n, known in enumerate(rules) if rule is known))
         if self.memory_budget is None:
             self.memory_budget = default_budget_bytes(x.device)
-        forward.encode(rules, context, rows_within(self.memory_budget, sae.d_sae, self.compute_dtype))
+        forward.encode(rules, context, self.memory_budget)
         return forward, numbers
 
     def _density(self, codes: SparseCodes) -> bool | None:

@@ -1,0 +1,359 @@
+"""What each kind of rule keeps of pre-activations that pass by in rectangles and never exist whole.
+
+The codes are those of the whole matrix, whatever the cutting: bit for bit, ties, NaN and zeros included.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_kernels.ops import ops
+from sae_kernels.reference import ordered_keys, relu
+from sae_kernels.stock.dense import rows_of, uniform_offsets
+
+from . import _checks as check
+from .codes import SparseCodes
+
+PER_TOKEN = frozenset({"target_norm", "attribution"})  # context with a row for each token; other context is per latent
+
+Score = Callable[[Tensor, slice, slice], Tensor]
+
+
+class Running:
+    """What a rule keeps of a batch, of which it sees one rectangle after the other.
+
+    Of any tokens the latents come in ascending order; nothing else is asked of the order or the sizes. A shard of the
+    latents is a rectangle like any other.
+
+    Args:
+        tokens, num_latents: of the whole matrix.
+        backend: as everywhere.
+
+    Attributes:
+        wants_entries: whether :meth:`finish` is asked for the pre-activations at the codes, where those are not the
+            values. Set before anything is added.
+
+    Example:
+        >>> pre = torch.tensor([[0.5, 2.0, 1.0, 3.0]])
+        >>> running = se.TopK(2).running(tokens=1, num_latents=4)
+        >>> for latents in (slice(0, 2), slice(2, 4)):
+        ...     running.add(pre[:, latents], slice(0, 1), latents)
+        >>> running.finish()[0].indices
+        tensor([1, 3], dtype=torch.int32)
+    """
+
+    wants_entries = False
+
+    def __init__(self, tokens: int, num_latents: int, backend: str) -> None:
+        self.tokens, self.num_latents, self.backend = tokens, num_latents, backend
+
+    def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
+        """The pre-activations (tokens, latents) of that rectangle; nothing of the tensor is kept but what is copied."""
+        raise NotImplementedError
+
+    def finish(self) -> tuple[SparseCodes, Tensor | None]:
+        """The codes (tokens, num_latents), and the pre-activations at them where they are wanted."""
+        raise NotImplementedError
+
+    def entries_at(self, pre: Tensor, codes: SparseCodes) -> Tensor | None:
+        """(N,) of ``pre`` (rows, latents), where they are wanted."""
+        return ops.gather(pre, codes.indices, codes.offsets, self.backend) if self.wants_entries else None
+
+
+class Whole(Running):
+    """Any rule, of a matrix that is there at once."""
+
+    def __init__(self, rule: Any, context: dict[str, Any], tokens: int, num_latents: int, backend: str) -> None:
+        super().__init__(tokens, num_latents, backend)
+        self.rule, self.context = rule, context
+
+    def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
+        codes = self.rule.select(pre, backend=self.backend, **self.context)
+        self.found = codes, self.entries_at(pre, codes)
+
+    def finish(self) -> tuple[SparseCodes, Tensor | None]:
+        return self.found
+
+
+class _Parts(Running):
+    """A rule that keeps of a rectangle what it keeps of the whole."""
+
+    def __init__(self, tokens: int, num_latents: int, backend: str) -> None:
+        super().__init__(tokens, num_latents, backend)
+        self._parts: list[tuple[SparseCodes, slice, slice]] = []
+        self._entries: list[Tensor] = []
+
+    def select(self, pre: Tensor, tokens: slice, latents: slice) -> SparseCodes:
+        raise NotImplementedError
+
+    def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
+        codes = self.select(pre, tokens, latents).detach()
+        self._parts.append((codes, tokens, latents))
+        if (entries := self.entries_at(pre, codes)) is not None:
+            self._entries.append(entries)
+
+    def finish(self) -> tuple[SparseCodes, Tensor | None]:
+        return joined(self._parts, self._entries, self.tokens, self.num_latents)
+
+
+class WholeRows(_Parts):
+    """A rule whose rows do not know of one another, of all latents of some tokens at a time."""
+
+    def __init__(self, rule: Any, context: dict[str, Any], tokens: int, num_latents: int, backend: str) -> None:
+        super().__init__(tokens, num_latents, backend)
+        self.rule, self.context = rule, context
+
+    def select(self, pre: Tensor, tokens: slice, latents: slice) -> SparseCodes:
+        of_these = {name: t[tokens] if name in PER_TOKEN else t for name, t in self.context.items()}
+        return self.rule.select(pre, backend=self.backend, **of_these)
+
+
+class RunningThreshold(_Parts):
+    """Every entry above its latent's threshold; see ``functional.threshold``.
+
+    Args:
+        theta: a number, () or (F,).
+        capacity: of the whole, where the number of entries must not be asked for.
+        values: makes the values of what is kept, where those are not the pre-activations.
+    """
+
+    def __init__(
+        self, tokens: int, num_latents: int, backend: str, theta: Tensor | float, *, bandwidth: float | None = None,
+        values: Callable[[Tensor, SparseCodes], Tensor] | None = None, capacity: Callable[[Tensor], int | None],
+    ) -> None:  # fmt: skip
+        super().__init__(tokens, num_latents, backend)
+        self._theta, self._bandwidth, self._values, self._capacity = theta, bandwidth, values, capacity
+
+    def select(self, pre: Tensor, tokens: slice, latents: slice) -> SparseCodes:
+        theta = check.theta(self._theta, pre, self.num_latents)[latents]
+        capacity = self._capacity(pre)
+        values, indices, offsets, required = ops.threshold(pre, theta, self._bandwidth, capacity, self.backend)
+        return SparseCodes(values, indices, offsets, (pre.shape[0],), pre.shape[1],
+                           required=None if capacity is None else required)  # fmt: skip
+
+    def finish(self) -> tuple[SparseCodes, Tensor | None]:
+        codes, entries = super().finish()
+        if self._values is not None:
+            codes = codes.replace(values=self._values(codes.values, codes))
+        return codes, entries
+
+
+class RunningTopK(Running):
+    """The k entries of each token that rank first: those of the latents seen so far, into which each slab is merged.
+
+    Args:
+        score: (rows, latents) what ranks in place of a rectangle's pre-activations.
+        mask, magnitude, relu: as in ``functional.topk``; the mask is one of all latents.
+        values: makes the values of what is kept, from what ``functional.topk`` returns.
+    """
+
+    def __init__(
+        self, tokens: int, num_latents: int, backend: str, k: int, *, score: Score | None = None,
+        mask: Tensor | None = None, magnitude: bool = False, relu: bool = True,
+        values: Callable[[Tensor, SparseCodes], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(tokens, num_latents, backend)
+        self.k = check.integer_k(k, num_latents)
+        self._score, self._mask, self._magnitude, self._relu, self._values = score, mask, magnitude, relu, values
+        self._held: tuple[Tensor, Tensor | None, Tensor] | None = None  # (tokens, k) pre-activations, scores, latents
+
+    def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
+        score = None if self._score is None else self._score(pre, tokens, latents)
+        if self._held is None:
+            shape = self.tokens, self.k
+            scores = None if score is None else score.new_empty(shape)
+            self._held = pre.new_empty(shape), scores, pre.new_empty(shape, dtype=torch.int32)
+        values, scores, indices = (None if t is None else t[tokens] for t in self._held)
+        assert values is not None and indices is not None
+        if latents.start == 0 and pre.shape[1] >= self.k:
+            mask = None if self._mask is None else self._mask[latents]
+            _, first = ops.topk(pre, score, mask, self.k, self._magnitude, False, self.backend)
+            indices.copy_(first.view(indices.shape))
+            torch.gather(pre, 1, indices.long(), out=values)
+            if scores is not None and score is not None:
+                torch.gather(score, 1, indices.long(), out=scores)
+            return
+        kept = max(min(self.k - latents.start, pre.shape[1]), 0)  # of the first k latents, all
+        if kept:
+            columns = slice(latents.start, latents.start + kept)
+            values[:, columns] = pre[:, :kept]
+            indices[:, columns] = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=pre.device)
+            if scores is not None and score is not None:
+                scores[:, columns] = score[:, :kept]
+        if kept < pre.shape[1]:
+            ops.merge_topk(
+                values, scores, indices, pre[:, kept:], None if score is None else score[:, kept:], self._mask,
+                latents.start + kept, self._magnitude, self.backend,
+            )  # fmt: skip
+
+    def finish(self) -> tuple[SparseCodes, Tensor | None]:
+        assert self._held is not None
+        entries, _, latents = self._held
+        values = torch.where(entries <= 0, 0.0, entries) if self._relu else entries
+        if self._mask is not None:
+            values = torch.where(self._mask[latents.long()], values, 0.0)
+        offsets = uniform_offsets(self.tokens, self.k, values.device)
+        codes = SparseCodes(values.flatten(), latents.flatten(), offsets, (self.tokens,), self.num_latents, self.k)
+        if self._values is not None:
+            codes = codes.replace(values=self._values(codes.values, codes))
+        return codes, entries.flatten() if self.wants_entries else None
+
+
+class _ByFlatPosition(Running):
+    """Entries that compete beyond their row: those that may be kept of what was seen, in order of flat position."""
+
+    def __init__(self, tokens: int, num_latents: int, backend: str) -> None:
+        super().__init__(tokens, num_latents, backend)
+        self._held: tuple[Tensor, Tensor, Tensor | None] | None = None  # values, flat positions, entries
+
+    def candidates(self, pre: Tensor, latents: slice) -> SparseCodes:
+        """Of a rectangle, those that may be kept of the whole."""
+        raise NotImplementedError
+
+    def kept(self, values: Tensor, flat: Tensor) -> Tensor | None:
+        """Ascending positions of those that may be kept of all that was seen; None: all of them."""
+        raise NotImplementedError
+
+    def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
+        codes = self.candidates(pre, latents)
+        entries = self.entries_at(pre, codes)
+        rows = rows_of(codes.offsets, codes.values.shape[0])
+        found = codes.values, (tokens.start + rows) * self.num_latents + latents.start + codes.indices, entries
+        if self._held is not None:
+            found = _in_order(self._held, found)
+        kept = self.kept(found[0], found[1])
+        self._held = found if kept is None else _taken(found, kept)
+
+    def finish(self) -> tuple[SparseCodes, Tensor | None]:
+        assert self._held is not None
+        values, flat, entries = self._held
+        bounds = torch.arange(self.tokens + 1, device=flat.device) * self.num_latents
+        indices, offsets = (flat % self.num_latents).int(), torch.searchsorted(flat, bounds)
+        return SparseCodes(values, indices, offsets, (self.tokens,), self.num_latents), entries
+
+
+class RunningBatch(_ByFlatPosition):
+    """The ``total`` entries of the batch with the largest relu(pre), ties to the lowest flat position."""
+
+    def __init__(self, tokens: int, num_latents: int, backend: str, total: int) -> None:
+        super().__init__(tokens, num_latents, backend)
+        self._total = total
+        self._cut: Tensor | None = None  # () the least value that can still be kept, on a CPU, where nobody waits
+
+    def candidates(self, pre: Tensor, latents: slice) -> SparseCodes:
+        shape = (pre.shape[0],), pre.shape[1]
+        if self._cut is not None:
+            # An entry equal to the cut may precede one that is held: the largest number below it is exceeded by both.
+            below = torch.nextafter(self._cut, torch.zeros_like(self._cut)).expand(pre.shape[1])
+            values, indices, offsets, _ = ops.threshold(pre, below, None, None, self.backend)
+            if values.shape[0] <= self._total:
+                return SparseCodes(values, indices, offsets, *shape)
+        total = min(self._total, pre.numel())
+        return SparseCodes(*ops.batch_topk(pre, None, total, self.backend), *shape)
+
+    def kept(self, values: Tensor, flat: Tensor) -> Tensor | None:
+        if values.shape[0] < self._total:
+            return None
+        kept = ops.batch_topk(values[None], None, self._total, self.backend)[1].long()
+        if values.is_cpu and self._total:
+            least = values[kept].amin().to(torch.promote_types(values.dtype, torch.float32))
+            self._cut = least if bool(least > 0) else None  # of zeros the first count, and NaN is no number
+        return kept
+
+
+class RunningLatents(_ByFlatPosition):
+    """Each latent's ``budgets`` (F,) entries with the largest relu(pre), ties to the lowest token.
+
+    Reads the device for the budgets, once.
+    """
+
+    def __init__(self, tokens: int, num_latents: int, backend: str, budgets: Tensor) -> None:
+        super().__init__(tokens, num_latents, backend)
+        self._budgets = budgets
+        self._on_host = budgets.cpu()
+
+    def candidates(self, pre: Tensor, latents: slice) -> SparseCodes:
+        budgets = self._budgets[latents].clamp(max=pre.shape[0])
+        total = int(self._on_host[latents].clamp(max=pre.shape[0]).sum())
+        self._are_settled = pre.shape[0] == self.tokens  # such latents have seen all of their tokens
+        return SparseCodes(*ops.feature_topm(pre, budgets, total, self.backend), (pre.shape[0],), pre.shape[1])
+
+    def kept(self, values: Tensor, flat: Tensor) -> Tensor | None:
+        if self._are_settled:
+            return None
+        return _first_of_latents(values, flat % self.num_latents, self._budgets)
+
+
+# --- entries and codes of several rectangles -------------------------------------------------------------------------
+
+
+def joined(
+    parts: list[tuple[SparseCodes, slice, slice]], entries: list[Tensor], tokens: int, num_latents: int
+) -> tuple[SparseCodes, Tensor | None]:
+    """Codes of rectangles as those of the whole matrix; of any tokens the latents ascend from part to part.
+
+    With a capacity the result has that of the first part, and the device is not asked how full they are.
+    """
+    first = parts[0][0]
+    device, dtype = first.offsets.device, first.offsets.dtype
+    counts = torch.zeros(tokens, dtype=dtype, device=device)
+    for codes, rows, _ in parts:
+        counts[rows] += codes.offsets.diff()
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    room = first.values.shape[0] if first.required is not None else sum(codes.values.shape[0] for codes, *_ in parts)
+    out = [first.values.new_empty(room + 1), first.indices.new_empty(room + 1)]  # one place more, for what does not fit
+    out += [entries[0].new_empty(room + 1)] if entries else []
+    if first.required is not None:  # what nobody owns
+        for whole in out:
+            whole.zero_()
+    place_of_row = offsets[:-1].clone()
+    for number, (codes, rows, latents) in enumerate(parts):
+        row = rows_of(codes.offsets, codes.values.shape[0])
+        position = torch.arange(row.shape[0], device=device)
+        start = torch.cat([place_of_row[rows] - codes.offsets[:-1], counts.new_full((1,), room)])  # of no row: beyond
+        place = (position + start[row]).clamp(max=room)
+        values = codes.values, codes.indices + latents.start, *entries[number : number + 1]
+        for whole, part in zip(out, values, strict=True):
+            whole[place] = part
+        place_of_row[rows] += codes.offsets.diff()
+    required = None
+    if first.required is not None:
+        required = torch.stack([codes.required for codes, *_ in parts if codes.required is not None]).sum()
+        offsets = offsets.clamp(max=room)
+    of_rows = all(latents == slice(0, num_latents) for *_, latents in parts)
+    k = first.k if of_rows and all(codes.k == first.k for codes, *_ in parts) else None
+    codes = SparseCodes(out[0][:room], out[1][:room], offsets, (tokens,), num_latents, k, required=required)
+    return codes, out[2][:room] if entries else None
+
+
+def _in_order(a: tuple[Tensor, Tensor, Tensor | None], b: tuple[Tensor, Tensor, Tensor | None]):
+    """Two lists of values, ascending flat positions and entries as one list."""
+    at_a, at_b = a[1], b[1]
+    place = torch.cat([
+        torch.arange(at_a.shape[0], device=at_a.device) + torch.searchsorted(at_b, at_a),
+        torch.arange(at_b.shape[0], device=at_b.device) + torch.searchsorted(at_a, at_b),
+    ])  # fmt: skip
+    merged = []
+    for x, y in zip(a, b, strict=True):
+        both = None if x is None or y is None else torch.cat([x, y])
+        merged.append(None if both is None else torch.empty_like(both).scatter_(0, place, both))
+    return tuple(merged)
+
+
+def _taken(entries: tuple[Tensor, Tensor, Tensor | None], kept: Tensor):
+    return tuple(None if t is None else t[kept] for t in entries)
+
+
+def _first_of_latents(values: Tensor, latents: Tensor, budgets: Tensor) -> Tensor:
+    """Ascending positions of each latent f's ``budgets[f]`` entries with the largest relu(value), ties to the first.
+
+    Reads the device for their number.
+    """
+    order = ordered_keys(relu(values)).argsort(descending=True, stable=True)
+    order = order[latents[order].argsort(stable=True)]
+    latent = latents[order]
+    rank = torch.arange(latent.shape[0], device=latent.device) - torch.searchsorted(latent, latent)
+    return order[rank < budgets[latent]].sort().values
