@@ -54,6 +54,7 @@ def encode(
     b_dec: Tensor | None = None,
     scale: Tensor | None = None,
     pre: Tensor | None = None,
+    memory_budget: int | None = None,
     backend: str = "auto",
     **context: Tensor,
 ) -> SparseCodes:
@@ -72,6 +73,7 @@ def encode(
         scale: ``(F,)``, multiplies the pre-activations before selection (decoder norms), or None. Differentiable.
         pre: what is selected from, ``(*batch_shape, F)`` and multiplied by ``scale``, where it is known already: it is
             then taken as it is, in its own dtype. Constant for autograd: gradients go by way of the others.
+        memory_budget: as in :func:`encode_with`.
         context: what ``select`` names in its ``context_keys``.
 
     Returns:
@@ -89,7 +91,8 @@ def encode(
     if isinstance(select, list | tuple):
         raise TypeError(f"select must be one activation module, got {len(select)}: encode_with takes several")
     return encode_with(
-        x, W_enc, b_enc, select=select, b_dec=b_dec, scale=scale, pre=pre, keep_pre=False, backend=backend, **context
+        x, W_enc, b_enc, select=select, b_dec=b_dec, scale=scale, pre=pre, keep_pre=False,
+        memory_budget=memory_budget, backend=backend, **context,
     ).codes[0]
 
 
@@ -241,8 +244,9 @@ def _in_slabs(
         pre = linear(matrix[tokens], W_enc[:, latents], None if b_enc is None else b_enc[latents])
         if scale is not None:
             pre = (pre * scale[latents]).to(dtype)
-        for of_rule in running:
-            of_rule.add(pre, tokens, latents)
+        with torch.set_grad_enabled(learns):
+            for of_rule in running:
+                of_rule.add(pre, tokens, latents)
         del pre  # before the next one is made
     found = [of_rule.finish() for of_rule in running]
     codes = [replace(c, batch_shape=tuple(x.shape[:-1])) for c, _ in found]

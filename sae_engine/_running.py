@@ -63,21 +63,6 @@ class Running:
         return ops.gather(pre, codes.indices, codes.offsets, self.backend) if self.wants_entries else None
 
 
-class Whole(Running):
-    """Any rule, of a matrix that is there at once."""
-
-    def __init__(self, rule: Any, context: dict[str, Any], tokens: int, num_latents: int, backend: str) -> None:
-        super().__init__(tokens, num_latents, backend)
-        self.rule, self.context = rule, context
-
-    def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
-        codes = self.rule.select(pre, backend=self.backend, **self.context)
-        self.found = codes, self.entries_at(pre, codes)
-
-    def finish(self) -> tuple[SparseCodes, Tensor | None]:
-        return self.found
-
-
 class _Parts(Running):
     """A rule that keeps of a rectangle what it keeps of the whole."""
 
@@ -252,7 +237,8 @@ class RunningBatch(_ByFlatPosition):
             if values.shape[0] <= self._total:
                 return SparseCodes(values, indices, offsets, *shape)
         total = min(self._total, pre.numel())
-        return SparseCodes(*ops.batch_topk(pre, None, total, self.backend), *shape)
+        values, indices, offsets = ops.batch_topk(pre, None, total, self.backend)
+        return SparseCodes(values, indices, offsets, *shape)
 
     def kept(self, values: Tensor, flat: Tensor) -> Tensor | None:
         if values.shape[0] < self._total:
@@ -279,7 +265,8 @@ class RunningLatents(_ByFlatPosition):
         budgets = self._budgets[latents].clamp(max=pre.shape[0])
         total = int(self._on_host[latents].clamp(max=pre.shape[0]).sum())
         self._are_settled = pre.shape[0] == self.tokens  # such latents have seen all of their tokens
-        return SparseCodes(*ops.feature_topm(pre, budgets, total, self.backend), (pre.shape[0],), pre.shape[1])
+        values, indices, offsets = ops.feature_topm(pre, budgets, total, self.backend)
+        return SparseCodes(values, indices, offsets, (pre.shape[0],), pre.shape[1])
 
     def kept(self, values: Tensor, flat: Tensor) -> Tensor | None:
         if self._are_settled:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._running import Running, Whole, WholeRows
+from ._running import Running, WholeRows
 
 SHARE_OF_FREE_MEMORY = 4  # pre-activations get a quarter of it
 LATENTS_AT_LEAST = 2048  # of a slab that has not all of them: a CPU's product loses speed below
@@ -94,8 +94,7 @@ def running_of(
 ) -> tuple[list[Running], tuple[int, int]]:  # fmt: skip
     """What each rule keeps as rectangles pass by, and the shape of these, of ``elements`` at most.
 
-    One rectangle where all fits. Else slabs of latents where every rule has a way for that (``Activation.running``), or
-    all latents of some tokens where only rows compete.
+    Slabs of latents where every rule has a way for that (``Activation.running``), else all latents of some tokens.
 
     Args:
         contexts: of each rule, for all tokens: tensors with a row for each token, or of all latents.
@@ -104,12 +103,8 @@ def running_of(
     Raises:
         NeedsWhole: a rule needs the whole batch at once, which is more.
     """
-    pairs = list(zip(rules, contexts, strict=True))
-    shape = slab_shape(tokens, num_latents, elements)
-    if shape == (tokens, num_latents):
-        return [Whole(rule, context, tokens, num_latents, backend) for rule, context in pairs], shape
     found: list[Running] = []
-    for rule, context in pairs:
+    for rule, context in zip(rules, contexts, strict=True):
         make = getattr(rule, "running", None)
         running = None if make is None else make(tokens, num_latents, backend=backend, **context)
         if running is None:
@@ -121,6 +116,5 @@ def running_of(
                 )
             running = WholeRows(rule, context, tokens, num_latents, backend)
         found.append(running)
-    if any(isinstance(running, WholeRows) for running in found):
-        shape = slab_shape(tokens, num_latents, elements, whole_rows=True)
-    return found, shape
+    of_rows = any(isinstance(running, WholeRows) for running in found)
+    return found, slab_shape(tokens, num_latents, elements, whole_rows=of_rows)

@@ -176,10 +176,13 @@ class SparseAutoencoder(nn.Module):
         self.register_state_dict_post_hook(_contiguous)
         self.activation.to(self.W_enc.device)  # its dtypes are its own: a threshold stays as exact as it was made
 
-    def encode(self, x: Tensor, *, backend: str = "auto", **context: Tensor) -> SparseCodes:
+    def encode(
+        self, x: Tensor, *, memory_budget: int | None = None, backend: str = "auto", **context: Tensor
+    ) -> SparseCodes:
         """Codes of ``x`` (*batch_shape, d_in), over (*batch_shape, d_sae).
 
         Args:
+            memory_budget: bytes of pre-activations that may exist at a time, as in :func:`functional.encode_with`.
             context: what the rule needs and the autoencoder does not know. ``gradient`` (*batch_shape, d_out), the
                 gradient of the language model's loss at the reconstructed activations, becomes
                 :class:`GradientTopK`'s ``attribution``.
@@ -192,7 +195,9 @@ class SparseAutoencoder(nn.Module):
             >>> SparseAutoencoder(4, 16, se.TopK(2)).encode(torch.ones(3, 4)).to_padded()[1].shape
             torch.Size([3, 2])
         """
-        return self.encode_with(x, select=None, keep_pre=False, backend=backend, **context).codes[0]
+        return self.encode_with(
+            x, select=None, keep_pre=False, memory_budget=memory_budget, backend=backend, **context
+        ).codes[0]
 
     def encode_with(
         self, x: Tensor, *, select: Any = None, keep_pre: bool = False, memory_budget: int | None = None,
@@ -290,7 +295,9 @@ class SparseAutoencoder(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`encode`.
         """
-        (codes,), info, _ = self.encode_with(x, select=None, keep_pre=False, backend="auto", **context)
+        (codes,), info, _ = self.encode_with(
+            x, select=None, keep_pre=False, memory_budget=None, backend="auto", **context
+        )
         codes.assert_fits()
         self.activation.update(codes)
         return self.decode(codes, info)

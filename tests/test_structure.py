@@ -45,7 +45,9 @@ def test_what_defines_an_operation_is_found():
     files = FILES["feature_topm"]
     assert set(files.kernels) == {f"kernels/{name}.py" for name in (
         "reference", "ops", "operations", "stock/feature_topm", "device/feature_topm")}  # fmt: skip
-    assert (files.callers, files.benchmarks) == (["sae_engine/functional.py"], ["benchmarks/registry.py"])
+    assert (files.callers, files.benchmarks) == (
+        ["sae_engine/_running.py", "sae_engine/functional.py"], ["benchmarks/registry.py"]
+    )
 
 
 def test_an_operation_in_another_list_would_be_seen(tmp_path):

@@ -65,7 +65,7 @@ class Activation(nn.Module):
     Example:
         >>> class Largest(Activation):
         ...     def _select(self, pre, backend):
-        ...         return functional.topk(pre, 1, backend=backend)
+        ...         return se.functional.topk(pre, 1, backend=backend)
         >>> Largest()(torch.tensor([[1.0, 3.0, 2.0]]))
         tensor([[0., 3., 0.]])
         >>> se.SparseAutoencoder(4, 16, Largest()).encode(torch.ones(2, 4)).k

@@ -166,28 +166,46 @@ class Forward:
         for name in context.keys() - frozenset().union(*(rule.context_keys for rule in rules)):
             raise TypeError(f"no rule of this step takes {name}")
         elements = memory_budget // self.weights.encoder.element_size()
-        learning = torch.enable_grad  # a rule that learns from what it keeps stores more then
-        with learning():
-            running, shape = running_of(
-                rules, contexts, self.tokens, self.sae.d_sae, elements, self.backend, dense_gradient=True
-            )
-        for rule, of_rule in zip(rules, running, strict=True):
-            of_rule.wants_entries = rule.entry_values is not None and not rule.has_gate
-        pre = None
-        for part in rectangles(self.tokens, self.sae.d_sae, shape):
-            del pre  # before the next one is made
-            pre = self._pre_activations(*part)
-            with learning():
-                for of_rule in running:
-                    of_rule.add(pre, *part)
-        with learning():
-            found = [of_rule.finish() for of_rule in running]
-        for rule, whole, (codes, entries) in zip(rules, contexts, found, strict=True):
-            codes = codes.detach()
+        wants_entries = [rule.entry_values is not None and not rule.has_gate for rule in rules]
+        if self.tokens * self.sae.d_sae <= elements:
+            found = self._selected(rules, contexts, wants_entries)
+        else:
+            found = self._selected_in_slabs(rules, contexts, wants_entries, elements)
+        for rule, of_rule, (codes, entries, pre) in zip(rules, contexts, found, strict=True):
             values = codes.values
             if self.norms is not None:
                 values = (values / self.norms_at(codes)).to(values.dtype)
-            self.kept.append(Kept(rule, whole, codes, values, entries, pre if rule.entry_values is None else None))
+            self.kept.append(Kept(rule, of_rule, codes, values, entries, pre))
+
+    def _selected(self, rules: Sequence[Activation], contexts: list[dict[str, Any]], wants_entries: list[bool]):
+        """Codes, entries where they are wanted, and pre-activations where the rule's gradient is dense."""
+        pre = self._pre_activations(slice(0, self.tokens), slice(0, self.sae.d_sae))
+        for rule, context, wanted in zip(rules, contexts, wants_entries, strict=True):
+            with torch.enable_grad():  # a rule that learns from what it keeps stores more then
+                codes = rule.select(pre, backend=self.backend, **context).detach()
+            entries = ops.gather(pre, codes.indices, codes.offsets, self.backend) if wanted else None
+            yield codes, entries, pre if rule.entry_values is None else None
+
+    def _selected_in_slabs(
+        self, rules: Sequence[Activation], contexts: list[dict[str, Any]], wants_entries: list[bool], elements: int
+    ):
+        """The same of rules whose gradient is sparse, from slabs of ``elements``."""
+        d_sae = self.sae.d_sae
+        with torch.enable_grad():  # as above
+            running, shape = running_of(
+                rules, contexts, self.tokens, d_sae, elements, self.backend, dense_gradient=True
+            )
+        for of_rule, wanted in zip(running, wants_entries, strict=True):
+            of_rule.wants_entries = wanted
+        for part in rectangles(self.tokens, d_sae, shape):
+            pre = self._pre_activations(*part)
+            with torch.enable_grad():
+                for of_rule in running:
+                    of_rule.add(pre, *part)
+            del pre  # before the next one is made
+        for of_rule in running:
+            codes, entries = of_rule.finish()
+            yield codes.detach(), entries, None
 
     def _pre_activations(self, tokens: slice, latents: slice) -> Tensor:
         """(tokens, latents) that the rules see, in the dtype of the computation."""
