@@ -11,6 +11,7 @@ that no data decides, and its derivatives are right in any order. Which entries 
 import torch
 from torch import Tensor
 
+from ._rounding import are_narrow, rounded, rounding_bits
 from ._terms import NUMBER_OF_LISTS, terms_of
 
 
@@ -303,7 +304,8 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x: Tensor, along: Ten
     ``parameters``: W_dec (F, D_out), W_enc.T (F, D_in) and, where it is trained, b_enc (F,); the moments likewise.
     ``copies``: none, or the weights in the dtype of the computation, which the gradients are taken with and which are
     written anew. ``step`` () counts this step too. ``unit_rows``: the part of W_dec's gradient along its row is removed
-    before, its rows are scaled to norm 1 after. Where ``skip`` () is not 0, nothing changes.
+    before, its rows are scaled to norm 1 after. Where ``skip`` () is not 0, nothing changes. A weight's moments in
+    bfloat16 beside fp32 parameters are :func:`_rounding.rounded` after the parameter has moved by the exact ones.
 
     Returns d(center) (D_in,), the gradient at what was subtracted from the input, by way of the encoder as it was; and
     the sum of squares () of the gradients that Adam saw, before weight decay.
@@ -315,14 +317,20 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x: Tensor, along: Ten
     center = -(grads[2] @ encoder.to(wide))
     grads = ((without_parallel_part(grads[0], weight) if unit_rows else grads[0]), *grads[1:])[: len(parameters)]
     step = step.double()  # 1 - beta ** step is small at first
-    for parameter, grad, exp_avg, exp_avg_sq in zip(parameters, grads, exp_avgs, exp_avg_sqs, strict=True):
+    for number, (parameter, grad, exp_avg, exp_avg_sq) in enumerate(
+        zip(parameters, grads, exp_avgs, exp_avg_sqs, strict=True)
+    ):
         decayed = grad + weight_decay * parameter.to(wide)
-        first = beta1 * exp_avg + (1 - beta1) * decayed
-        second = beta2 * exp_avg_sq + (1 - beta2) * decayed.square()
+        first = beta1 * exp_avg.to(parameter.dtype) + (1 - beta1) * decayed
+        second = beta2 * exp_avg_sq.to(parameter.dtype) + (1 - beta2) * decayed.square()
         root = (second / (1 - beta2**step)).sqrt() + eps
         moved = parameter - lr * first / (1 - beta1**step) / root
         if unit_rows and parameter is weight:
             moved = scaled_to_unit_rows(moved)
+        if are_narrow(exp_avg, parameter):
+            num_latents, width = parameter.shape
+            bits = rounding_bits(step, number, num_latents, width, parameter.device)
+            first, second = rounded(first, bits[0]), rounded(second, bits[1])
         for tensor, new in ((exp_avg, first), (exp_avg_sq, second), (parameter, moved)):
             tensor.copy_(new if skip is None else torch.where(skip != 0, tensor.to(new.dtype), new))
     for copy, parameter in zip(copies, parameters, strict=False):

@@ -282,6 +282,19 @@ def test_a_signal_ends_a_run_tidily_and_it_goes_on_where_it_stopped(finished, tm
     assert_same(finished, run)
 
 
+def test_moments_in_bfloat16_go_on_where_they_stopped(tmp_path):
+    """The random bits of their rounding follow from the update, which is all that they need to be saved."""
+    folders = tmp_path / "whole", tmp_path / "stopped"
+    made = [settings(folder, optim__moments="bfloat16", data__training_tokens=64 * 6, eval__eval_steps=0)
+            for folder in folders]  # fmt: skip
+    whole = train(made[0])
+    with pytest.raises(Interrupted):
+        train(made[1], callbacks=[At(3, lambda _: signal.raise_signal(signal.SIGINT))])
+    kept = last(Run(folders[1])).tensors
+    assert sum(t.dtype == torch.bfloat16 for t in kept.values()) == 4
+    assert_same(whole, resume(folders[1]))
+
+
 def test_a_second_signal_ends_it_at_once(tmp_path):
     def twice(_) -> None:
         signal.raise_signal(signal.SIGINT)

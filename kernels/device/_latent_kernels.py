@@ -2,6 +2,7 @@
 import triton
 import triton.language as tl
 
+from .._rounding import NOT_ROUNDED_UP
 from .._terms import GIVEN
 from ._device import only_if
 
@@ -10,6 +11,7 @@ from ._device import only_if
 # order of `_arguments`. In a tuple within a tuple there are pointers alone: Triton 3.6 loses constants there, which
 # None and strides of 1 are. What is absent of several is told by flags, and something else stands in its place.
 _GIVEN = tl.constexpr(GIVEN)
+_NOT_ROUNDED_UP = tl.constexpr(NOT_ROUNDED_UP)
 
 
 @triton.jit
@@ -82,22 +84,54 @@ def _pass_split_kernel(
 
 
 @triton.jit
-def _moved(state, latent, columns, mask, keep, old, grad, corrections, settings, REPLICATED: tl.constexpr):
+def _mixed(h):
+    """``_rounding.mixed`` of uint32."""
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _rounded(exact, random):
+    """``_rounding.rounded``, still in fp32, which bfloat16 then holds exactly."""
+    bits = exact.to(tl.int32, bitcast=True)
+    random = tl.where((bits & 0x7FFFFFFF) >= _NOT_ROUNDED_UP, 0, random.to(tl.int32))
+    return ((bits + random) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded_moments(first, second, step, latent, columns, MATRIX: tl.constexpr):
+    """Both moments of one matrix rounded to bfloat16 by one hash of step and place (``_rounding.random_bits``)."""
+    salt = _mixed(step.to(tl.int32).to(tl.uint32, bitcast=True))
+    of_latent = _mixed(salt ^ latent.to(tl.uint32))
+    of_column = _mixed(salt ^ 0xFFFFFFFF ^ (2 * columns + MATRIX).to(tl.uint32))
+    h = (of_latent ^ of_column) * 0x9E3779B1
+    h = h ^ (h >> 16)
+    return _rounded(first, h & 0xFFFF), _rounded(second, h >> 16)
+
+
+@triton.jit
+def _moved(state, latent, columns, mask, keep, old, grad, factors, settings, MATRIX: tl.constexpr,
+           REPLICATED: tl.constexpr):
     """Moves the moments by ``grad``, where ``keep``, and returns the weights that follow from ``old``.
 
     Where the tile is REPLICATED several warps read each number and one writes it: they wait for one another in between.
+    Moments in bfloat16 beside fp32 weights are rounded by chance, and the weights follow from the exact ones.
     """
-    step_size, root = corrections
+    step_size, root, step = factors
     beta1, rest1, beta2, rest2, eps, weight_decay = settings
     grad += weight_decay * old
     at = _at(state, latent, columns, 1), _at(state, latent, columns, 2)
     first = beta1 * tl.load(at[0], mask=mask, other=0.0).to(tl.float32) + rest1 * grad
     second = beta2 * tl.load(at[1], mask=mask, other=1.0).to(tl.float32) + rest2 * grad * grad  # no 0 / 0 beside it
+    new = old - step_size * first / (tl.sqrt_rn(second) / root + eps)
+    if at[0].dtype.element_ty == tl.bfloat16 and state[0].dtype.element_ty == tl.float32:
+        first, second = _rounded_moments(first, second, step, latent, columns, MATRIX)
     if REPLICATED:
         tl.debug_barrier()
     tl.store(at[0], first.to(at[0].dtype.element_ty), mask=only_if(keep, mask))
     tl.store(at[1], second.to(at[1].dtype.element_ty), mask=only_if(keep, mask))
-    return old - step_size * first / (tl.sqrt_rn(second) / root + eps)
+    return new
 
 
 @triton.jit
@@ -122,7 +156,7 @@ def _latents_kernel(
     along_ptr, base,                        # [F] or None; two matrices and [F], or None; in
     dec_ptr, enc_ptr, slopes_ptr,           # [F, D_out], [F, D_in], [F] out, each or None, from latent `first` on
     decoder, encoder, bias,                 # parameters in and out, each or None
-    corrections_ptr, skip_ptr,              # [2] fp32, [] or None; in
+    factors_ptr, skip_ptr,                  # [3] fp32, [] or None; in
     center_ptr, square_ptr,                 # [programs, D_in], [programs] out, fp32
     first, stop, D_OUT, D_IN, stride_xb, stride_df, stride_ef, settings,
     MODES: tl.constexpr, OFFERED: tl.constexpr, MOVED: tl.constexpr,
@@ -136,7 +170,7 @@ def _latents_kernel(
     latent = first + program * GROUP
     last = tl.minimum(latent + GROUP, stop)
     if MOVED[0]:
-        corrections = (tl.load(corrections_ptr), tl.load(corrections_ptr + 1))
+        factors = (tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2))
         keep = latent >= 0
         if skip_ptr is not None:
             keep = tl.load(skip_ptr) == 0
@@ -185,7 +219,7 @@ def _latents_kernel(
             if UNIT_ROWS:
                 dec -= tl.sum(dec * old, axis=0) / _or_one(tl.sum(old * old, axis=0)) * old
             square += tl.sum(dec * dec, axis=0)
-            new = _moved(decoder, latent, offs_out, mask_out, keep, old, dec, corrections, settings, REPLICATED[0])
+            new = _moved(decoder, latent, offs_out, mask_out, keep, old, dec, factors, settings, 0, REPLICATED[0])
             if UNIT_ROWS:
                 new = new / _or_one(tl.sqrt_rn(tl.sum(new * new, axis=0)))
             _put(decoder, latent, offs_out, only_if(keep, mask_out), new, COPIED[0])
@@ -193,13 +227,13 @@ def _latents_kernel(
             old = tl.load(_at(encoder, latent, offs_in), mask=mask_in, other=0.0).to(tl.float32)
             center -= slopes * old
             square += tl.sum(enc * enc, axis=0)
-            new = _moved(encoder, latent, offs_in, mask_in, keep, old, enc, corrections, settings, REPLICATED[1])
+            new = _moved(encoder, latent, offs_in, mask_in, keep, old, enc, factors, settings, 1, REPLICATED[1])
             _put(encoder, latent, offs_in, only_if(keep, mask_in), new, COPIED[1])
         if MOVED[2]:
             none = tl.full((), 0, tl.int32)
             old = tl.load(_at(bias, latent, none)).to(tl.float32)
             square += slopes * slopes
-            new = _moved(bias, latent, none, keep | True, keep, old, slopes, corrections, settings, True)
+            new = _moved(bias, latent, none, keep | True, keep, old, slopes, factors, settings, 2, True)
             _put(bias, latent, none, keep, new, COPIED[2])
         latent += 1
     if MOVED[1]:
@@ -210,17 +244,17 @@ def _latents_kernel(
 
 @triton.jit
 def _matrix_kernel(
-    grad_ptr, slopes_ptr, state, corrections_ptr, skip_ptr,  # [stop - first, D] used up, [stop - first] or None
+    grad_ptr, slopes_ptr, state, factors_ptr, skip_ptr,  # [stop - first, D] used up, [stop - first] or None
     center_ptr, square_ptr,  # [programs, D] where slopes are given, [programs]; out, fp32
     first, stop, D, settings,
-    COPIED: tl.constexpr, UNIT_ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    MATRIX: tl.constexpr, COPIED: tl.constexpr, UNIT_ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Adam of BLOCK_F latents of one matrix of any strides from stored gradients, BLOCK_D columns at a time."""
     program = tl.program_id(0).to(tl.int64)
     local = program * BLOCK_F + tl.arange(0, BLOCK_F)
     latent = (first + local)[:, None]
     inside = latent < stop
-    corrections = (tl.load(corrections_ptr), tl.load(corrections_ptr + 1))
+    factors = (tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2))
     keep = first >= 0
     if skip_ptr is not None:
         keep = tl.load(skip_ptr) == 0
@@ -252,7 +286,7 @@ def _matrix_kernel(
         if UNIT_ROWS:
             grad -= along[:, None] * old
         square += tl.sum(grad * grad, axis=1)
-        new = _moved(state, latent, columns, mask, keep, old, grad, corrections, settings, False)
+        new = _moved(state, latent, columns, mask, keep, old, grad, factors, settings, MATRIX, False)
         if UNIT_ROWS:
             norm += tl.sum(new * new, axis=1)
             tl.store(grad_ptr + local[:, None] * D + columns, new, mask=mask)  # the gradient has done its work
@@ -294,10 +328,11 @@ def _slopes_kernel(
 
 
 @triton.jit
-def _corrections_kernel(out_ptr, step_ptr, lr_ptr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr):
-    """lr / (1 - beta1 ** step) and sqrt(1 - beta2 ** step), through fp64: at first the differences are small."""
+def _factors_kernel(out_ptr, step_ptr, lr_ptr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr):
+    """lr / (1 - beta1 ** step), sqrt(1 - beta2 ** step), and the step. Through fp64: at first differences are small."""
     step = tl.load(step_ptr).to(tl.float64)
     first = 1.0 - tl.exp(step * LOG_BETA1)
     second = 1.0 - tl.exp(step * LOG_BETA2)
     tl.store(out_ptr, (tl.load(lr_ptr).to(tl.float64) / first).to(tl.float32))
     tl.store(out_ptr + 1, tl.sqrt(second).to(tl.float32))
+    tl.store(out_ptr + 2, step.to(tl.float32))

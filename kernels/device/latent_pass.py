@@ -4,8 +4,10 @@ Math      per entry the slope <grad[row], W_dec[f]> + offered, gated; per latent
           slope * x[row] (W_enc.T) and slope (b_enc); then Adam of these rows and their moments, in place
 Grid      (F / GROUP,), after (N / SPLIT,) for runs of SPLIT entries of one latent; rows that no tile holds, and an
           encoder whose rows are strided, take a second launch over stored gradients, chunk by chunk of the latents
-Traffic   N*(D_out*s_g + D_in*s_x) gathered; 24 bytes a parameter read and written by Adam in fp32, s_c more for a copy
-Numerics  fp32, entries in order, partial sums in order, no atomics: bitwise reproducible
+Traffic   N*(D_out*s_g + D_in*s_x) gathered; 24 bytes a parameter read and written by Adam in fp32, 16 with moments in
+          bfloat16, s_c more for a copy
+Numerics  fp32, entries in order, partial sums in order, no atomics: bitwise reproducible; moments in bfloat16
+          rounded by a hash of step and place, after the update
 Source    Kingma & Ba 2014, arXiv:1412.6980; the index by latent: Gao et al. 2024, arXiv:2406.04093; one pass: ours
 """
 import functools
@@ -19,7 +21,7 @@ from .._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
 from ..stock import densified
 from . import _tuning
 from ._latent_kernels import (
-    _corrections_kernel,
+    _factors_kernel,
     _latents_kernel,
     _matrix_kernel,
     _pass_split_kernel,
@@ -85,18 +87,20 @@ def _inner_products(weight: Layout, entries: int, mode: int, offered: bool) -> L
 
 
 @planned
-def _corrections(beta1: float, beta2: float) -> Launch:
+def _factors(beta1: float, beta2: float) -> Launch:
     first, second = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
-    return Launch(_corrections_kernel, (1,), warps=1, LOG_BETA1=first, LOG_BETA2=second)
+    return Launch(_factors_kernel, (1,), warps=1, LOG_BETA1=first, LOG_BETA2=second)
 
 
 @planned
-def _matrix_update(width: int, by_columns: bool, copied: bool, unit_rows: bool, settings: tuple) -> tuple[int, Launch]:
+def _matrix_update(
+    width: int, matrix: int, by_columns: bool, copied: bool, unit_rows: bool, settings: tuple
+) -> tuple[int, Launch]:
     """Latents of one program, and the launch."""
     block_f, block_d = _tuning.stored_tile(by_columns)
     return block_f, Launch(
-        _matrix_kernel, (), warps=_tuning.stored_warps(block_f * block_d), D=width, settings=settings, COPIED=copied,
-        UNIT_ROWS=unit_rows, BLOCK_F=block_f, BLOCK_D=block_d,
+        _matrix_kernel, (), warps=_tuning.stored_warps(block_f * block_d), D=width, settings=settings, MATRIX=matrix,
+        COPIED=copied, UNIT_ROWS=unit_rows, BLOCK_F=block_f, BLOCK_D=block_d,
     )  # fmt: skip
 
 
@@ -139,7 +143,7 @@ class _Sums:
         launch(
             self.x, self.terms, self.strides, self.weight, self.along, self.base,
             *grads, *(None if four is None else _side_by_side(four) for four in state),
-            adam and adam.corrections, adam and adam.skip, center, square, latents.start, latents.stop,
+            adam and adam.factors, adam and adam.skip, center, square, latents.start, latents.stop,
             grid=(triton.cdiv(latents.stop - latents.start, group),),
         )  # fmt: skip
 
@@ -191,21 +195,23 @@ class _Adam:
     """What every launch of one step of Adam is told."""
 
     def __init__(self, step, lr, beta1, beta2, eps, weight_decay, unit_rows, skip):
-        self.corrections = torch.empty(2, dtype=torch.float32, device=step.device)
-        _corrections(beta1, beta2)(self.corrections, step, lr)
+        self.factors = torch.empty(3, dtype=torch.float32, device=step.device)
+        _factors(beta1, beta2)(self.factors, step, lr)
         self.settings = beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay
         self.unit_rows = unit_rows
         self.skip = skip if skip is None or skip.dtype == torch.bool else skip != 0
 
-    def of_stored(self, grad, state, latents: slice, *, slopes=None, unit_rows=False):
+    def of_stored(self, grad, state, latents: slice, *, matrix, slopes=None, unit_rows=False):
         """Adam of ``latents`` of one matrix; the partial sums of d(center), where ``slopes`` are given, and norm."""
         width = 1 if grad.dim() == 1 else grad.shape[1]
-        block, launch = _matrix_update(width, state[0][1] == 1, state[3] is not None, unit_rows, self.settings)
+        block, launch = _matrix_update(
+            width, matrix, state[0][1] == 1, state[3] is not None, unit_rows, self.settings
+        )  # fmt: skip
         programs = triton.cdiv(latents.stop - latents.start, block)
         center = None if slopes is None else grad.new_empty(programs, width)
         square = grad.new_empty(programs)
         launch(
-            grad, slopes, _side_by_side(state), self.corrections, self.skip, center, square, latents.start,
+            grad, slopes, _side_by_side(state), self.factors, self.skip, center, square, latents.start,
             latents.stop, grid=(programs,),
         )  # fmt: skip
         return center, square
@@ -246,11 +252,11 @@ def launch_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
                 squares.append(new(triton.cdiv(latents.stop - latents.start, group)))
                 fused = dict(group=group, state=(state[0], None, state[2]), adam=adam, square=squares[-1])
             sums.run(latents, grads, **(fused if whole else {}))
-        center, square = adam.of_stored(stored[1], state[1], latents, slopes=stored[2])
+        center, square = adam.of_stored(stored[1], state[1], latents, matrix=1, slopes=stored[2])
         centers.append(center)
         squares.append(square)
         if not whole:
-            squares.append(adam.of_stored(stored[0], state[0], latents, unit_rows=adam.unit_rows)[1])
+            squares.append(adam.of_stored(stored[0], state[0], latents, matrix=0, unit_rows=adam.unit_rows)[1])
             if state[2] is not None:
-                squares.append(adam.of_stored(stored[2], state[2], latents)[1])
+                squares.append(adam.of_stored(stored[2], state[2], latents, matrix=2)[1])
     return torch.cat(centers).sum(0).to(wide), torch.cat(squares).sum().to(wide)

@@ -3,10 +3,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
+from .._rounding import are_narrow
 from .._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
-from . import densified, limits
+from . import densified, limits, moments
 from .backward import decode_backward_values
 from .decode import bags, wide_of
 from .dense import to_dense
@@ -83,6 +83,9 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
     latent_pass = _LatentPass(x, copies[0] if copies else weight, along, terms_of(lists), wide)
     center, square = x.new_zeros(x.shape[1], dtype=wide), x.new_zeros((), dtype=wide)
     found_inf = None if skip is None else (skip != 0).float()  # fused Adam asks whether it is 1
+    adam = moments.FusedAdam(
+        found_inf=found_inf, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps
+    )
     num_latents, row_major = weight.shape[0], encoder.stride(1) != 1
     chunk = max(num_latents, 1)
     if weight.device.type == "cpu":
@@ -92,7 +95,11 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
         places = [[t[latents] for t in tensors] for tensors in (parameters, exp_avgs, exp_avg_sqs)]
         if row_major:  # a row-major W_enc, seen latent by latent, is copied along its rows
             places = [[tensors[0], tensors[1].T, *tensors[2:]] for tensors in places]
-        state = [[t.contiguous() for t in tensors] for tensors in places]  # fused Adam ignores strides
+        state = [[t if are_narrow(t, p) else t.contiguous() for t, p in zip(tensors, places[0], strict=True)]
+                 for tensors in places]  # fused Adam ignores strides  # fmt: skip
+        keys = [moments.keys(step, number, latents, p.shape[1], by_column=number == 1 and row_major)
+                if are_narrow(m, p) else None
+                for number, (p, m) in enumerate(zip(parameters, exp_avgs, strict=True))]  # fmt: skip
         grads = latent_pass.of(latents)
         center -= grads[2] @ encoder[latents].to(wide)
         if unit_rows:
@@ -103,10 +110,7 @@ def latent_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
         square += sum(_energy(grad) for grad in grads[: len(parameters)])
         used = [grads[0], grads[1].T.contiguous() if row_major else grads[1], grads[2]]
         used = [grad.to(parameter.dtype) for parameter, grad in zip(state[0], used, strict=False)]
-        adam(
-            state[0], used, state[1], state[2], [], [step - 1 for _ in used], fused=True, found_inf=found_inf,
-            amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
-        )  # fmt: skip
+        adam(state[0], used, state[1], state[2], [step - 1 for _ in used], keys)
         if unit_rows:
             norms = torch.linalg.vector_norm(state[0][0], dim=1, keepdim=True, dtype=wide)
             unchanged = norms == 0 if skip is None else (norms == 0) | (skip != 0)

@@ -152,6 +152,7 @@ class OptimConfig:
         gradient_accumulation_steps: batches of an update.
         dead_after: tokens without firing after which a latent is dead; auto: 10 M, in short runs 10 % of the tokens.
         compute_dtype: of products and codes; None: that of the parameters.
+        moments: of Adam, for the encoder's and the decoder's weights; ``bfloat16`` saves 4 bytes a weight.
         memory_budget: bytes of pre-activations at a time; None: an eighth of the device's memory.
         nonfinite: what happens to a batch with NaN or Inf: ``"skip"`` or ``"raise"``.
 
@@ -176,6 +177,7 @@ class OptimConfig:
     gradient_accumulation_steps: int = 1
     dead_after: Auto | int = "auto"
     compute_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    moments: Literal["float32", "bfloat16"] = "float32"
     memory_budget: int | None = None
     nonfinite: Literal["skip", "raise"] = "skip"
 
@@ -185,7 +187,7 @@ class OptimConfig:
             weight_decay=real("from 0"), train_batch_size_tokens=whole(), lr_warm_up_steps=auto(whole(0)),
             lr_decay_steps=auto(whole(0)), sparsity_warm_up_steps=auto(whole(0)), max_grad_norm=optional(real()),
             gradient_accumulation_steps=whole(), dead_after=auto(whole()), compute_dtype=optional(one_of(*_DTYPES)),
-            memory_budget=optional(whole()), nonfinite=one_of("skip", "raise"),
+            moments=one_of("float32", "bfloat16"), memory_budget=optional(whole()), nonfinite=one_of("skip", "raise"),
         )  # fmt: skip
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.optim.adam import adam
+from torch import Tensor
 
+from sae_kernels._rounding import are_narrow
 from sae_kernels.ops import ops
 from sae_kernels.reference import without_parallel_part
+from sae_kernels.stock.moments import FusedAdam, Keys, keys
 
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder, decoder_norms
@@ -42,13 +43,15 @@ class Adam(torch.optim.Adam):
     """``torch.optim.Adam`` whose update is made by a :class:`TrainStep`.
 
     State and ``state_dict`` are torch's: ``step``, ``exp_avg`` and ``exp_avg_sq`` of each parameter, in its layout. The
-    learning rate is a tensor on the device.
+    learning rate is a tensor on the device. ``moments`` is the dtype of those of W_dec and W_enc.
     """
 
     def __init__(
-        self, module: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-    ) -> None:
-        learned = [p for p in module.parameters() if p.requires_grad]
+        self, sae: SparseAutoencoder, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+        moments: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.matrices = [sae.W_dec, sae.W_enc]  # in the order of the operator, which tells them apart by it
+        learned = [p for p in sae.parameters() if p.requires_grad]
         if not learned:
             raise ValueError("sae has no parameter that requires a gradient")
         lr = check.positive("lr", lr)
@@ -56,10 +59,11 @@ class Adam(torch.optim.Adam):
         # Only now the tensor: torch would compare it with 0, and so wait for the device.
         self.options["lr"] = torch.full((), lr, dtype=torch.float32, device=learned[0].device)
         for p in learned:
+            kept = moments if any(p is matrix for matrix in self.matrices) else p.dtype
             self.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg": torch.zeros_like(p, dtype=kept, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, dtype=kept, memory_format=torch.preserve_format),
             }
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
@@ -95,27 +99,49 @@ class Adam(torch.optim.Adam):
             [contiguous_view(t, like=p) for t in (p, gradients[p].to(p.dtype), *self.moments(p))] for p in parameters
         ]
         rows, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*views, strict=True))
-        adam(
-            rows, grads, exp_avgs, exp_avg_sqs, [], [self.state[p]["step"] for p in parameters], fused=True,
-            found_inf=None if skip is None else skip.to(torch.float32), amsgrad=False, beta1=options["betas"][0],
+        update = FusedAdam(
+            found_inf=None if skip is None else skip.to(torch.float32), beta1=options["betas"][0],
             beta2=options["betas"][1], lr=options["lr"], weight_decay=options["weight_decay"], eps=options["eps"],
-            maximize=False,
         )  # fmt: skip
+        update(rows, grads, exp_avgs, exp_avg_sqs, [self.state[p]["step"] for p in parameters],
+               [self._keys(p) for p in parameters])  # fmt: skip
+
+    def _keys(self, parameter: Tensor) -> Keys | None:
+        """How the next step rounds the moments of a matrix, where it does, as :func:`contiguous_view` shows them."""
+        if self.moments(parameter)[0].dtype == parameter.dtype:
+            return None
+        number = next(n for n, matrix in enumerate(self.matrices) if matrix is parameter)
+        latents, width = reversed(parameter.shape) if number else parameter.shape
+        by_column = number == 1 and parameter.is_contiguous()
+        return keys(self.state[parameter]["step"] + 1, number, slice(0, latents), width, by_column=by_column)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """From a state of ours or of ``torch.optim.Adam`` over the same parameters.
 
         It is copied into the tensors that are here, each in its parameter's layout: a captured CUDA graph points to
         them.
+
+        Raises:
+            ValueError: moments are in bfloat16 there and in float32 here, or the other way round.
         """
-        rate, states = self.options["lr"], dict(self.state)
-        super().load_state_dict(state_dict)
+        rate, ours = self.options["lr"], [self.state[p] for p in self.options["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        theirs = [state_dict["state"].get(number, {}) for number in numbers]
+        for p, mine, saved in zip(self.options["params"], ours, theirs, strict=False):  # torch compares their number
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in saved and are_narrow(saved[name], p) != are_narrow(mine[name], p):
+                    raise ValueError(
+                        f"{name} of a parameter of shape {tuple(p.shape)} was saved in {saved[name].dtype} and is kept "
+                        f"in {mine[name].dtype} here: make the step with moments={saved[name].dtype}"
+                    )
+        # torch would copy all moments, in the dtype of the parameters, to the device, where they may not fit twice.
+        super().load_state_dict({**state_dict, "state": {}})
         rate.fill_(self.options["lr"])
         self.options.update(lr=rate, fused=True, foreach=None, capturable=False)
-        for p, ours in states.items():
-            for name, tensor in ours.items():
-                tensor.copy_(torch.as_tensor(self.state[p].get(name, 0.0)))  # nothing there: it has not stepped yet
-            self.state[p] = ours
+        for p, mine, saved in zip(self.options["params"], ours, theirs, strict=True):
+            for name, tensor in mine.items():
+                tensor.copy_(torch.as_tensor(saved.get(name, 0.0)))  # nothing there: it has not stepped yet
+            self.state[p] = mine
 
 
 def contiguous_view(tensor: Tensor, *, like: Tensor) -> Tensor:

@@ -45,6 +45,10 @@ class TrainStep:
             ``accumulate``.
         compute_dtype: of the products and codes, such as ``"bfloat16"``; parameters, sums and Adam stay as they
             are. Default: the parameters'.
+        moments: dtype of Adam's moments of ``W_dec`` and ``W_enc``. Default: the parameters'. ``"bfloat16"``, beside
+            float32 parameters, keeps 4 bytes a weight less: both moments are rounded by chance after the weights have
+            moved by the exact ones, up or down as makes the mean right, because to the nearest a second moment would
+            not decay. The chance is a hash of update and place, so that a run repeats and resumes bit for bit.
         scheduler: makes a learning-rate scheduler of the optimizer, for example
             ``lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, warmup)``; it advances with each update.
         accumulate: calls whose gradients are averaged into one update.
@@ -98,6 +102,7 @@ class TrainStep:
         normalize_decoder: bool | None = True,
         grad_clip: float | None = None,
         compute_dtype: torch.dtype | str | None = None,
+        moments: torch.dtype | str | None = None,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         accumulate: int = 1,
         reduce: Reduce | None = None,
@@ -124,7 +129,9 @@ class TrainStep:
         self.dense = dense if dense is None else check.flag("dense", dense)
         self.backend = resolve(backend, sae.W_enc)
         sae._lay_out_by_latent()
-        self.optimizer = Adam(sae, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.optimizer = Adam(
+            sae, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=_checked_moments(moments, sae)
+        )
         self.scheduler = None if scheduler is None else _checked_scheduler(scheduler(self.optimizer))
         self.dead = DeadLatents(
             sae.d_sae, dead_after=dead_after, read_interval=density_interval, device=sae.W_enc.device
@@ -343,6 +350,17 @@ class TrainStep:
         self.calls, self._dense_now, self.memory_budget = state["calls"], state["dense_now"], state["memory_budget"]
         self._seen, self._update.stored = None, {}
         self.refresh()
+
+
+def _checked_moments(moments: torch.dtype | str | None, sae: SparseAutoencoder) -> torch.dtype:
+    """The dtype of the weights' moments: that of the parameters, or bfloat16 beside float32."""
+    parameters = sae.W_dec.dtype
+    given = parameters if moments is None else check.dtype_in("moments", moments)
+    if given != parameters and (given, parameters) != (torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"moments must be {parameters}, as the parameters are, or torch.bfloat16 beside float32 ones, got {given}"
+        )
+    return given
 
 
 def _checked_scheduler(scheduler: Any) -> Any:

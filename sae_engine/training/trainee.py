@@ -80,7 +80,7 @@ class Trainee:
             self.sae, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
             weight_decay=optim.weight_decay, losses=losses, normalize_decoder=config.normalize_decoder,
             grad_clip=optim.max_grad_norm, compute_dtype=optim.compute_dtype,
-            accumulate=optim.gradient_accumulation_steps,
+            moments=optim.moments, accumulate=optim.gradient_accumulation_steps,
             scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor), reduce=reduce,
             dead_after=max(optim.dead_after // world, 1), memory_budget=optim.memory_budget, nonfinite=optim.nonfinite,
         )  # fmt: skip

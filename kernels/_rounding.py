@@ -1,0 +1,67 @@
+"""How Adam's moments in bfloat16 are rounded: up or down by chance, where the chance is a function of step and place.
+
+To the nearest, a second moment would not decay: 0.999 times a bfloat16 rounds to itself. This is the meaning, in plain
+integers; ``stock/moments.py`` and ``device/_latent_kernels.py`` have the same bits.
+"""
+import torch
+from torch import Tensor
+
+LOW = 0xFFFFFFFF  # numbers of 32 bits are kept in int64
+NOT_ROUNDED_UP = 0x7F7F0000  # magnitudes from bfloat16's largest number on: finite numbers stay finite, NaN stays NaN
+
+
+def are_narrow(moments: Tensor, parameter: Tensor) -> bool:
+    """Whether a parameter's moments are kept in bfloat16 and it is not."""
+    return moments.dtype == torch.bfloat16 and parameter.dtype == torch.float32
+
+
+def mixed(h: Tensor) -> Tensor:
+    """Another number of 32 bits for each, all of whose bits depend on all of the first's; one to one.
+
+    Two rounds of multiply and xorshift; the constants are those that Wellons found in 2018 to change half of the bits
+    for each bit that changes ("Prospecting for Hash Functions").
+    """
+    h = (h ^ (h >> 16)) * 0x7FEB352D & LOW
+    h = (h ^ (h >> 15)) * 0x846CA68B & LOW
+    return h ^ (h >> 16)
+
+
+def rounding_keys(step: Tensor, matrix: int, latents: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """A number of 32 bits for each latent and for each column of a matrix, at one step.
+
+    Both mix the step with a number of their own. A latent's number meets no column's: complements of non-negative
+    numbers are negative. ``matrix`` is 0 for W_dec and 1 for W_enc.
+    """
+    salt = mixed(step.long() & LOW)
+    return mixed(salt ^ latents.long()), mixed(salt ^ LOW ^ (2 * columns.long() + matrix))
+
+
+def random_bits(of_latent: Tensor, of_column: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers from 0 to 2^16 - 1, for the first moment of a place and for the second, from the keys of the place.
+
+    For two places of a matrix the keys' exclusive or is two different numbers of 32 random bits, of which the product
+    spreads each bit over all higher ones, and the shift over the lower ones.
+    """
+    h = (of_latent ^ of_column) * 0x9E3779B1 & LOW
+    h = h ^ (h >> 16)
+    return h & 0xFFFF, h >> 16
+
+
+def rounding_bits(step: Tensor, matrix: int, num_latents: int, width: int, device=None) -> tuple[Tensor, Tensor]:
+    """(F, D) int64: the random bits of both moments of a matrix.
+
+    A place has the same whatever lies around it and however the matrix is laid out, and others at every step.
+    """
+    latents, columns = (torch.arange(count, device=device) for count in (num_latents, width))
+    of_latent, of_column = rounding_keys(step.to(latents.device), matrix, latents, columns)
+    return random_bits(of_latent[:, None], of_column)
+
+
+def rounded(exact: Tensor, random: Tensor) -> Tensor:
+    """fp32 -> bfloat16, away from zero where the 16 bits that are cut off plus ``random`` carry, else towards it.
+
+    Of 2^16 random numbers as many carry as the cut bits say: the mean is ``exact``, which bfloat16 itself stays.
+    """
+    bits = exact.view(torch.int32).long()
+    random = torch.where((bits & 0x7FFFFFFF) >= NOT_ROUNDED_UP, 0, random)
+    return ((bits + random) >> 16).to(torch.int16).view(torch.bfloat16)
