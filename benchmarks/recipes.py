@@ -1,8 +1,9 @@
-"""The selection rules that ``rules.py`` compares, as data: how each is built, trained, and brought to an L0.
+"""The selection rules that ``rules.py`` compares, as data: how each is trained, and brought to an L0.
 
 A rule that sets its number of entries itself is built for it. One that does not is *steered*: after each step a number
 of its own (a penalty's weight, a target's scale, a count that it only aims at) moves by a share of how far, in
-logarithms, the batch's L0 lay from the wanted one. Steering is ours; papers sweep the number instead.
+logarithms, the batch's L0 lay from the wanted one. Steering is ours; papers sweep the number instead. What the library
+has no architecture for, because it is steered or needs gradients, is one of our own, as a user would write it.
 """
 
 from __future__ import annotations
@@ -10,15 +11,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from statistics import NormalDist
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import sae_engine as se
-from sae_engine.losses import AFA, L1, GateLoss, Loss, LossInput, NestedReconstruction, StepL0
+from sae_engine.losses import AFA, GateLoss, Loss, LossInput, l1
+from sae_engine.training import Architecture
+from sae_engine.training.architectures import (
+    AbsTopKSAE,
+    BatchTopKSAE,
+    FeatureChoiceSAE,
+    JumpReLUSAE,
+    MatryoshkaBatchTopKSAE,
+    SampledTopKSAE,
+    TopKSAE,
+)
 
 THRESHOLD_RATE = 0.05  # of running thresholds: these runs are too short for the usual 0.01 to catch up
 STEERING_RATE = 0.1
@@ -26,29 +36,16 @@ AFA_COEFF = 1 / 32
 THRESHOLDS = "held-out tokens by the learned thresholds, scaled to the L0 on training tokens"
 BANDWIDTH = 0.1  # of JumpReLU's estimator, beside thresholds of about 1
 
-Build = Callable[[int, int, int], se.Activation]  # k, d_sae, steps of the training
-Losses = Callable[[se.SparseAutoencoder, "Level"], list[Loss]]
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """One rule of the comparison.
-
-    ``losses`` are those beside the squared error (summed over d, per token). The level's strength begins at ``start``,
-    and steering moves it; ``steer`` puts it into the autoencoder where it is no weight of a loss. ``prepare`` changes
-    initial values.
-    """
+    """One rule of the comparison. ``prepare`` changes first weights by the rule and one batch."""
 
     name: str
-    build: Build
+    architecture: Callable[[int, int], Architecture]  # k, d_sae
     method: str
-    losses: Losses = lambda sae, level: []
-    steered: bool = False
-    start: float = 1.0
-    steer: Callable[[se.SparseAutoencoder, float, int], None] | None = None  # sae, strength, k
-    prepare: Callable[[se.SparseAutoencoder, int, Tensor], float | None] | None = None  # sae, k, x; may give a start
+    prepare: Callable[[se.SparseAutoencoder, int, Tensor], None] | None = None  # sae, k, x
     scaled: bool = True  # whether scale_encoder applies
-    gradients: bool = False  # whether the rule needs the language model's, as the context `gradient`
     inference: Callable[[se.SparseAutoencoder], se.Activation] | None = None  # another rule on held-out tokens
     calibrated: bool = False  # whether calibrate applies after training
 
@@ -69,41 +66,96 @@ class Claim:
     source: str
 
 
-class Level:
-    """The steered number of one run, as a logarithm."""
-
-    def __init__(self, recipe: Recipe, k: int, start: float | None = None) -> None:
-        self.recipe, self.k, self.value = recipe, k, math.log(recipe.start if start is None else start)
-
-    @property
-    def strength(self) -> float:
-        return math.exp(self.value)
-
-    def move(self, l0: Tensor) -> None:
-        """More strength where more entries a token than wanted were kept. Reads the device."""
-        if self.recipe.steered:
-            self.value += STEERING_RATE * (math.log(max(l0.item(), 0.5)) - math.log(self.k))
+# --- steered rules -------------------------------------------------------------------------------------------------
 
 
-# --- losses beside the reconstruction error ------------------------------------------------------------------------
+class Steered(se.Activation):
+    """A rule whose ``strength`` follows how many entries a token it keeps: more strength where more than ``l0``.
 
+    It is a logarithm in a buffer, so that a checkpoint holds it, and nothing waits for the device.
+    """
 
-class Steered(Loss):
-    """The loss that ``make`` gives for the strength of the moment."""
+    level: Tensor
+    l0: float
 
-    def __init__(self, make: Callable[[float], Loss], level: Level) -> None:
-        self._make, self._level = make, level
-        self.name, self.provides = self._now.name, self._now.provides
+    def steer_to(self, l0: float) -> None:
+        self.l0 = l0
+        self.register_buffer("level", torch.zeros((), dtype=torch.float64))
 
     @property
-    def _now(self) -> Loss:
-        return self._make(self._level.strength)
+    def strength(self) -> Tensor:
+        return self.level.exp()
 
-    def rule(self, sae: se.SparseAutoencoder, dead_at_most: int) -> se.Activation | None:
-        return self._now.rule(sae, dead_at_most)
+    def update(self, codes: se.SparseCodes) -> None:
+        super().update(codes)
+        kept = (codes.values != 0).sum() / codes.rows
+        self.level += STEERING_RATE * (kept.clamp(min=0.5).double().log() - math.log(self.l0))
+
+
+class SteeredReLU(Steered, se.ReLU):
+    """Strength is the weight of an L1 penalty."""
+
+    def __init__(self, l0: float) -> None:
+        super().__init__()
+        self.steer_to(l0)
+
+
+class SteeredGated(Steered, se.Gated):
+    """Strength is the weight of the gate's L1 penalty."""
+
+    def __init__(self, d_sae: int, l0: float) -> None:
+        super().__init__(d_sae)
+        self.steer_to(l0)
+
+
+class SteeredStatisticalTopK(Steered, se.StatisticalTopK):
+    """Strength divides the number of entries that is aimed at."""
+
+    def __init__(self, l0: float) -> None:
+        super().__init__(l0)
+        self.steer_to(l0)
+
+    def _shifted(self, pre: Tensor) -> Tensor:
+        self.k = min(max(self.l0 / self.strength.item(), 0.1), pre.shape[-1] / 4)
+        return super()._shifted(pre)
+
+
+class SteeredTopAFA(Steered, se.TopAFA):
+    """Strength divides the norm that a code is to have."""
+
+    entry_values = se.rules.kept_values
+
+    def __init__(self, l0: float) -> None:
+        super().__init__()
+        self.steer_to(l0)
+
+    def _select(self, pre: Tensor, backend: str, **context: Any) -> se.SparseCodes:
+        self.target_scale = 1 / self.strength.item()
+        return super()._select(pre, backend, **context)
+
+
+class SteeredL1(Loss):
+    name = "l1"
+    provides = frozenset({"sparsity"})
 
     def value(self, batch: LossInput) -> Tensor:
-        return self._now.value(batch)
+        penalty = l1(batch.codes, weight_norm=batch.decoder_norms)
+        return batch.sae.activation.strength.to(penalty.dtype) * penalty
+
+
+class SteeredGateLoss(Loss):
+    name = "gate"
+    provides = frozenset({"gate"})
+
+    def __init__(self) -> None:
+        self._unsteered = GateLoss(0.0, weigh_by_norm=False)
+
+    def rule(self, sae: se.SparseAutoencoder, dead_at_most: int) -> se.Activation | None:
+        return self._unsteered.rule(sae, dead_at_most)
+
+    def value(self, batch: LossInput) -> Tensor:
+        penalty = l1(batch.codes)
+        return self._unsteered.value(batch) + batch.sae.activation.strength.to(penalty.dtype) * penalty
 
 
 class NormOfTarget(AFA):
@@ -117,23 +169,70 @@ class NormOfTarget(AFA):
     pull = Loss.pull
 
 
-# --- how rules start, and are steered ------------------------------------------------------------------------------
+# --- their architectures, as a configuration names them ------------------------------------------------------------
 
 
-def aim(sae: se.SparseAutoencoder, strength: float, k: int) -> None:
-    sae.activation.k = min(max(k / strength, 0.1), sae.d_sae / 4)
+@dataclass(frozen=True, kw_only=True)
+class SteeredSAE(Architecture):
+    """Of a rule that is built for ``l0``."""
+
+    l0: float
+    rule: ClassVar[Callable[[float], se.Activation]]
+
+    def build_rule(self, d_sae: int, steps: int) -> se.Activation:
+        return type(self).rule(self.l0)
 
 
-def scale_target(sae: se.SparseAutoencoder, strength: float, k: int) -> None:
-    sae.activation.target_scale = 1 / strength
+@dataclass(frozen=True, kw_only=True)
+class SteeredReLUSAE(SteeredSAE):
+    rule = SteeredReLU
+
+    def losses(self, d_in: int, d_out: int) -> list[Loss]:
+        return [SteeredL1()]
 
 
-def sparse_target(sae: se.SparseAutoencoder, k: int, x: Tensor) -> float:
+@dataclass(frozen=True, kw_only=True)
+class SteeredGatedSAE(SteeredSAE):
+    def build_rule(self, d_sae: int, steps: int) -> se.Activation:
+        return SteeredGated(d_sae, self.l0)
+
+    def losses(self, d_in: int, d_out: int) -> list[Loss]:
+        return [SteeredGateLoss()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeredStatisticalTopKSAE(SteeredSAE):
+    rule = SteeredStatisticalTopK
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeredTopAFASAE(SteeredSAE):
+    rule = SteeredTopAFA
+
+    def losses(self, d_in: int, d_out: int) -> list[Loss]:
+        return [NormOfTarget(AFA_COEFF)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientTopKSAE(Architecture):
+    """The gradients are rows of a place of their own."""
+
+    k: int
+    context = {"gradient": "model.gradients"}  # noqa: RUF012 - as its base class has it
+
+    def build_rule(self, d_sae: int, steps: int) -> se.Activation:
+        return se.GradientTopK(self.k)
+
+
+# --- how rules start, and end --------------------------------------------------------------------------------------
+
+
+def sparse_target(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
     """The encoder as TopK would have it, and the strength at which the target is the norm of what TopK keeps."""
     top = se.TopK(k)
     scale_encoder(sae, x, select=top)
     kept = sae.encode_with(x, select=top).codes[0].values.view(len(x), k).norm(dim=1)
-    return ((x - sae.b_dec).norm(dim=1) / kept).mean().item()
+    sae.activation.level.copy_(((x - sae.b_dec).norm(dim=1) / kept).mean().log())
 
 
 def closed(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
@@ -178,38 +277,34 @@ def calibrate(sae: se.SparseAutoencoder, k: int, x: Tensor) -> None:
 # --- rules ---------------------------------------------------------------------------------------------------------
 
 RECIPES: tuple[Recipe, ...] = (
-    Recipe("TopK", lambda k, F, steps: se.TopK(k), ""),
-    Recipe("BatchTopK", lambda k, F, steps: se.BatchTopK(k, threshold_lr=THRESHOLD_RATE),
+    Recipe("TopK", lambda k, F: TopKSAE(k=k), ""),
+    Recipe("BatchTopK", lambda k, F: BatchTopKSAE(k=k, topk_threshold_lr=THRESHOLD_RATE),
            f"also mutual choice; {THRESHOLDS}", calibrated=True),
-    Recipe("FeatureChoice", lambda k, F, steps: se.FeatureChoice(
-               F, k, mutual_steps=steps // 2, threshold_lr=THRESHOLD_RATE, density_lr=THRESHOLD_RATE),
+    Recipe("FeatureChoice", lambda k, F: FeatureChoiceSAE(
+               k=k, mutual_share=0.5, topk_threshold_lr=THRESHOLD_RATE, density_lr=THRESHOLD_RATE),
            f"mutual choice in the first half, then Zipf budgets, thresholds per latent; {THRESHOLDS}",
            calibrated=True),
-    Recipe("MatryoshkaBatchTopK", lambda k, F, steps: se.MatryoshkaBatchTopK(
-               k, (F // 16, F // 4, F), threshold_lr=THRESHOLD_RATE),
-           f"mean of the errors of d_sae / 16, d_sae / 4 and all latents; {THRESHOLDS}",
-           lambda sae, level: [NestedReconstruction(sae.activation.widths, "mean")], calibrated=True),
-    Recipe("SampledTopK", lambda k, F, steps: se.SampledTopK(k, pool=4.0, threshold_lr=THRESHOLD_RATE),
+    Recipe("MatryoshkaBatchTopK", lambda k, F: MatryoshkaBatchTopKSAE(
+               k=k, widths=(F // 16, F // 4, F), topk_threshold_lr=THRESHOLD_RATE),
+           f"mean of the errors of d_sae / 16, d_sae / 4 and all latents; {THRESHOLDS}", calibrated=True),
+    Recipe("SampledTopK", lambda k, F: SampledTopKSAE(k=k, pool=4.0, topk_threshold_lr=THRESHOLD_RATE),
            f"pool of 4 k latents by L2 norm in training, all latents afterwards; {THRESHOLDS}",
            calibrated=True),
-    Recipe("GradientTopK", lambda k, F, steps: se.GradientTopK(k),
+    Recipe("GradientTopK", lambda k, F: GradientTopKSAE(k=k),
            "beta 1, gradient of the summed next-token loss; held-out tokens by plain TopK, without a gradient",
-           gradients=True, inference=lambda sae: se.TopK(sae.activation.k)),
-    Recipe("AbsTopK", lambda k, F, steps: se.AbsTopK(k), ""),
-    Recipe("StatisticalTopK", lambda k, F, steps: se.StatisticalTopK(k), "the count aimed at is steered",
-           steered=True, steer=aim),
-    Recipe("top-AFA", lambda k, F, steps: se.TopAFA(),
+           inference=lambda sae: se.TopK(sae.activation.k)),
+    Recipe("AbsTopK", lambda k, F: AbsTopKSAE(k=k), ""),
+    Recipe("StatisticalTopK", lambda k, F: SteeredStatisticalTopKSAE(l0=k), "the count aimed at is steered"),
+    Recipe("top-AFA", lambda k, F: SteeredTopAFASAE(l0=k),
            f"target_scale, in rule and loss, starts at what TopK keeps, is steered; afa_coeff {AFA_COEFF}",
-           lambda sae, level: [NormOfTarget(AFA_COEFF)],
-           steered=True, steer=scale_target, prepare=sparse_target, scaled=False),
-    Recipe("JumpReLU", lambda k, F, steps: se.JumpReLU(F, threshold=cut(k, F), bandwidth=BANDWIDTH),
-           f"d (L0 / target - 1)^2 added; bandwidth {BANDWIDTH}; thresholds start where L0 latents fire",
-           lambda sae, level: [StepL0(float(sae.d_out), target=level.k)]),
-    Recipe("Gated", lambda k, F, steps: se.Gated(F),
-           "L1 penalty of the gate, its weight steered; b_gate starts where L0 latents fire",
-           lambda sae, level: [Steered(partial(GateLoss, weigh_by_norm=False), level)], steered=True, prepare=closed),
-    Recipe("ReLU", lambda k, F, steps: se.ReLU(), "L1 penalty, its weight steered; b_enc starts where L0 latents fire",
-           lambda sae, level: [Steered(L1, level)], steered=True, prepare=biased),
+           prepare=sparse_target, scaled=False),
+    Recipe("JumpReLU", lambda k, F: JumpReLUSAE(
+               l0_target=k, jumprelu_init_threshold=cut(k, F), jumprelu_bandwidth=BANDWIDTH),
+           f"d (L0 / target - 1)^2 added; bandwidth {BANDWIDTH}; thresholds start where L0 latents fire"),
+    Recipe("Gated", lambda k, F: SteeredGatedSAE(l0=k),
+           "L1 penalty of the gate, its weight steered; b_gate starts where L0 latents fire", prepare=closed),
+    Recipe("ReLU", lambda k, F: SteeredReLUSAE(l0=k),
+           "L1 penalty, its weight steered; b_enc starts where L0 latents fire", prepare=biased),
 )  # fmt: skip
 
 CLAIMS = (

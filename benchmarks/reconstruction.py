@@ -4,24 +4,24 @@
     python benchmarks/run.py --only reconstruction --model openai-community/gpt2 --layer 8 --full
     python benchmarks/run.py --only reconstruction --model path/to/folder --layer 3
 
-Every rule is trained through sae_engine for each k (or afa_coeff) and seed. The control is the same training in plain
-dense PyTorch (``torch.topk``, scatter, dense matmuls) from the same initial weights on the same batches: it must reach
-the same error. Inputs are normalized token by token, (x − mean) / (std + 1e-5) with the unbiased std, and all errors
-are in that space. No auxiliary loss. ``benchmarks/README.md`` has the method.
+Every rule is trained by ``sae_engine.train`` for each k (or afa_coeff) and seed. The control is the same training in
+plain dense PyTorch (``torch.topk``, scatter, dense matmuls) from the same initial weights on the same batches: it must
+reach the same error. Inputs are normalized token by token, (x − mean) / (std + 1e-5) with the unbiased std, and all
+errors are in that space. No auxiliary loss. ``benchmarks/README.md`` has the method.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import platform
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import runs
 import torch
 from guarded import failed
 from progress import announce
@@ -39,19 +39,20 @@ from sae_engine.data import (
     load_language_model,
     stdlib_texts,
 )
+from sae_engine.data.memory import TensorStream
 from sae_engine.metrics import Reconstruction, Sparsity
+from sae_engine.training import Architecture
+from sae_engine.training.architectures import BatchTopKSAE, TopAFASAE, TopKSAE
 
 CACHE = ROOT / ".cache" / "activations"
 SPACE = "per-token normalized: (x - mean) / (std_unbiased + 1e-5)"
 OURS, DENSE = "sae_engine", "dense PyTorch"
 NORMALIZE_EPS = 1e-5
-LEARNING_RATE, BETAS = 3e-4, (0.9, 0.99)
+LEARNING_RATE, BETAS, EPS = 3e-4, (0.9, 0.99), 1e-8  # of Adam, over the error per element
 CALIBRATION_BATCHES = 8  # of training tokens, from which BatchTopK's threshold is found once it is trained
-MEAN_TOKENS = 8192  # b_dec starts as the mean of so many
-WARM_STEPS = 5  # left out of tokens per second
 
-
-METHOD = f"Adam {LEARNING_RATE}, betas {BETAS}, unit-norm decoder rows, b_dec from the mean, no auxiliary loss"
+METHOD = (f"Adam {LEARNING_RATE}, betas {BETAS}, unit-norm decoder rows, b_dec from the mean of {runs.MEAN_BATCHES} "
+          "batches, no auxiliary loss")  # fmt: skip
 METHODS = {
     "TopK": "tied unit-norm initial weights",
     "BatchTopK": "tied unit-norm initial weights, held-out tokens by a threshold from "
@@ -139,8 +140,11 @@ class Activations:
 
     train: ActivationStore
     held_out: ActivationStore
-    mean: Tensor  # (d,) of the first training tokens, normalized
     about: Row
+
+    def rows(self, device: torch.device) -> Tensor:
+        """(tokens, d) of all training rows, normalized."""
+        return normalized(self.train.tensor().to(device, torch.float32))
 
 
 def collect(
@@ -168,8 +172,7 @@ def collect(
         "space": SPACE, "first_positions": "dropped", "text": text, "train_tokens": len(train),
         "eval_tokens": len(held_out),
     }  # fmt: skip
-    first = next(train.batches(min(MEAN_TOKENS, len(train)), shuffle=False, dtype=torch.float32))
-    return Activations(train, held_out, normalized(first).mean(0), about)
+    return Activations(train, held_out, about)
 
 
 def training_documents() -> list[str]:
@@ -187,31 +190,14 @@ def normalized(x: Tensor) -> Tensor:
 # --- models --------------------------------------------------------------------------------------------------------
 
 
-RULES: dict[str, Callable[[float], se.Activation]] = {
-    "TopK": lambda knob: se.TopK(int(knob)), "BatchTopK": lambda knob: se.BatchTopK(int(knob)),
-    "top-AFA": lambda knob: se.TopAFA(),
+ARCHITECTURES: dict[str, Callable[[float], Architecture]] = {
+    "TopK": lambda knob: TopKSAE(k=int(knob)), "BatchTopK": lambda knob: BatchTopKSAE(k=int(knob)),
+    "top-AFA": lambda knob: TopAFASAE(afa_coefficient=knob),
 }  # fmt: skip
 
 
-class EngineModel(se.SparseAutoencoder):
-    """An autoencoder of sae_engine: codes all the way."""
-
-    def reconstruct(self, x: Tensor) -> tuple[Tensor, se.SparseCodes]:
-        codes = self.encode(x)
-        self.activation.update(codes)
-        return self.decode(codes), codes
-
-    measured = reconstruct
-
-    def norm_gap(self, codes: se.SparseCodes, x: Tensor) -> Tensor:
-        return se.losses.afa(codes, x)
-
-    def calibrate(self, batches: list[Tensor]) -> None:
-        se.calibrate_threshold(self, batches)
-
-
 class DenseModel(nn.Module):
-    """The same autoencoder as people write it: stock operators, dense activations, dense matmuls."""
+    """The control: an autoencoder as people write it, of stock operators, dense activations, dense matmuls."""
 
     def __init__(self, run: Run, start: se.SparseAutoencoder) -> None:
         super().__init__()
@@ -255,43 +241,98 @@ class DenseModel(nn.Module):
         x_hat, kept = self.reconstruct(x)
         return x_hat, se.SparseCodes.from_dense(kept)
 
-
-def build(run: Run, mean: Tensor, d_sae: int) -> EngineModel | DenseModel:
-    """Initial weights depend on rule, seed and ``mean`` (d,), where b_dec starts: run and control start alike."""
-    torch.manual_seed(run.seed)
-    options: dict[str, Any] = {"contiguous_parameters": False, "device": mean.device}
-    model = EngineModel(len(mean), d_sae, RULES[run.rule](run.knob), **options)
-    with torch.no_grad():
-        model.b_dec.copy_(mean)
-        if run.rule == "top-AFA":  # the authors' start: at it, the norm of the activations is the input's
-            nn.init.kaiming_uniform_(model.W_enc)
-            model.W_dec.copy_(model.W_enc.T / model.W_enc.norm(dim=0)[:, None])
-    return model if run.implementation == OURS else DenseModel(run, model)
+    def step(self, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
+        """One step of training; the squared error per element, before it."""
+        x_hat, kept = self.reconstruct(x)
+        error = (x_hat - x).square().mean()
+        loss = error if self.run.rule != "top-AFA" else error + self.run.knob * self.norm_gap(kept, x)
+        loss.backward()
+        step_with_unit_rows(optimizer, self.W_dec)
+        return error.detach()
 
 
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-def training_step(model: EngineModel | DenseModel, optimizer: torch.optim.Optimizer, x: Tensor, run: Run) -> Tensor:
-    """One step; returns the squared error per element, before it."""
-    x_hat, codes = model.reconstruct(x)
-    error = (x_hat - x).square().mean()
-    loss = error if run.rule != "top-AFA" else error + run.knob * model.norm_gap(codes, x)
-    loss.backward()
-    step_with_unit_rows(optimizer, model.W_dec)
-    return error.detach()
+Measure = Callable[[Tensor], tuple[Tensor, se.SparseCodes]]  # the reconstruction of a batch (tokens, d), and its codes
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(trained, lr=LEARNING_RATE, betas=BETAS)
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model, in the form that held-out rows meet."""
+
+    measured: Measure
+    W_dec: Tensor
+    errors: list[float]  # squared, per element, in training: a mean for each of its parts
+    tokens_per_second: float
+    seconds: float
 
 
-def batches(activations: ActivationStore, setting: Setting, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Normalized batches of one pass; the same seed gives the same."""
-    options: dict[str, Any] = {"seed": seed, "device": device, "dtype": torch.float32, "drop_last": True}
-    for x in activations.batches(setting.batch_tokens, **options):
-        yield normalized(x)
+def fit(
+    run: Run, rows: Tensor, budget: Budget, *, parts: int = runs.PARTS,
+    told: Callable[[int], object] = lambda step: None,
+) -> Fitted:  # fmt: skip
+    """Trains on each of ``rows`` (tokens, d) once. Ours is a run of :func:`sae_engine.train`; its control starts from
+    the same weights and sees the same batches."""
+    sae = runs.entry(ARCHITECTURES[run.rule](run.knob), budget.d_sae)
+    size: dict[str, Any] = {"batch": budget.batch_tokens, "seed": run.seed}
+    again = runs.batches(rows, **size)
+    some = [again.next()[0] for _ in range(min(CALIBRATION_BATCHES, budget.steps))]
+    begin = functools.partial(_as_authors, seed=run.seed) if run.rule == "top-AFA" else None
+    if run.implementation == OURS:
+        found = runs.train(  # whose error is summed over d
+            sae, rows, steps=budget.steps, lr=LEARNING_RATE, betas=BETAS, eps=EPS * rows.shape[1], parts=parts,
+            start=begin and (lambda trainer: begin(trainer.trainees["sae"].sae)), told=told, **size,
+        )  # fmt: skip
+        if run.rule == "BatchTopK":
+            se.calibrate_threshold(found.sae, some)
+        return Fitted(
+            _measured(found.sae.eval()), found.sae.W_dec, found.errors, found.tokens_per_second, found.seconds
+        )
+    first = runs.first_weights(sae, rows, steps=budget.steps, **size)
+    if begin is not None:
+        begin(first)
+    control = DenseModel(run, first)
+    errors, seconds = _trained_densely(control, runs.batches(rows, **size), budget.steps, parts, told)
+    if run.rule == "BatchTopK":
+        control.calibrate(some)
+    tokens = (budget.steps - budget.steps // parts) * budget.batch_tokens
+    return Fitted(control.eval().measured, control.W_dec, errors, tokens / seconds, seconds)
+
+
+@torch.no_grad()
+def _as_authors(sae: se.SparseAutoencoder, *, seed: int) -> None:
+    """The first weights of top-AFA's authors, but for ``b_dec``."""
+    b_dec = sae.b_dec.clone()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        se.init_as_top_afa(sae)
+    sae.b_dec.copy_(b_dec)
+
+
+def _measured(sae: se.SparseAutoencoder) -> Measure:
+    def run(x: Tensor) -> tuple[Tensor, se.SparseCodes]:
+        codes = sae.encode(x)
+        return sae.decode(codes), codes
+
+    return run
+
+
+def _trained_densely(
+    model: DenseModel, batches: TensorStream, steps: int, parts: int, told: Callable[[int], object]
+) -> tuple[list[float], float]:
+    """Errors of each part, and the seconds of all but the first."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, betas=BETAS, eps=EPS)
+    every, errors, started = max(steps // parts, 1), [], time.perf_counter()
+    for step in range(steps):
+        if step == every:
+            synchronize(model.W_dec.device)
+            started = time.perf_counter()
+        errors.append(model.step(optimizer, batches.next()[0]))
+        told(step + 1)
+    synchronize(model.W_dec.device)
+    return [part.mean().item() for part in torch.stack(errors).split(every)], time.perf_counter() - started
 
 
 def train(run: Run, data: Activations, setting: Setting, device: torch.device) -> Row:
@@ -303,48 +344,33 @@ def train(run: Run, data: Activations, setting: Setting, device: torch.device) -
         "method": f"{METHOD}; {METHODS[run.rule]}", **environment(device),
     }  # fmt: skip
     try:
-        return {**about, **_trained(run, data, setting, device, about), "utc": now_utc()}
+        return {**about, **_numbers(run, data, setting, device, about), "utc": now_utc()}
     except Exception as error:
         return failed(about, error, device)
 
 
-def _trained(run: Run, data: Activations, setting: Setting, device: torch.device, about: Row) -> Row:
-    """The numbers of a row."""
+def _numbers(run: Run, data: Activations, setting: Setting, device: torch.device, about: Row) -> Row:
+    """What was measured of a run."""
     where = f"{run.rule} {run.knob_name}={run.knob:g} {run.implementation} seed {run.seed}"
     announce(where, [about])
-    model = build(run, data.mean.to(device), setting.d_sae)
-    optimizer = make_optimizer(model)
-    errors, started, others = [], time.perf_counter(), OtherLoad()
-    for step, x in enumerate(batches(data.train, setting, run.seed, device)):
-        if step == WARM_STEPS:
-            synchronize(device)
-            started = time.perf_counter()
-        errors.append(training_step(model, optimizer, x, run))
-        announce(f"{where}: step {step + 1} of {setting.steps}", [about])
-    synchronize(device)
-    seconds = time.perf_counter() - started
+    others = OtherLoad()
+    fitted = fit(
+        run, data.rows(device), setting,
+        told=lambda step: announce(f"{where}: step {step} of {setting.steps}", [about]),
+    )  # fmt: skip
     other_load = others.cores()
-    timed_tokens = (len(errors) - WARM_STEPS) * setting.batch_tokens
-    last = torch.stack(errors[-max(len(errors) // 20, 1) :]).mean().item()
-    if run.rule == "BatchTopK":
-        once_more = batches(data.train, setting, run.seed, device)
-        model.calibrate(list(itertools.islice(once_more, CALIBRATION_BATCHES)))
     announce(f"{where}: held-out tokens", [about])
     return {
-        **quality(model.eval().measured, data.held_out, setting, device), "mse_train": short(last),
-        "tokens_per_second": short(timed_tokens / seconds), "seconds": short(seconds), "other_load": other_load,
+        **quality(fitted.measured, data.held_out, setting, device), "mse_train": short(fitted.errors[-1]),
+        "tokens_per_second": short(fitted.tokens_per_second), "seconds": short(fitted.seconds),
+        "other_load": other_load,
     }  # fmt: skip
 
 
 @torch.no_grad()
-def quality(
-    run: Callable[[Tensor], tuple[Tensor, se.SparseCodes]], held_out: ActivationStore, budget: Budget,
-    device: torch.device,
-) -> dict[str, float]:  # fmt: skip
-    """Error per element, fraction of variance unexplained, entries per token, latents that fire on no token or on many.
-
-    ``run`` gives the reconstruction of a batch (tokens, d), and its codes.
-    """
+def quality(run: Measure, held_out: ActivationStore, budget: Budget, device: torch.device) -> dict[str, float]:
+    """Error per element, fraction of variance unexplained, entries per token, latents that fire on no token or on
+    many."""
     reconstruction, sparsity = Reconstruction(space=SPACE), Sparsity(budget.d_sae)
     for rows in held_out.batches(budget.batch_tokens, shuffle=False, device=device, dtype=torch.float32):
         x = normalized(rows)

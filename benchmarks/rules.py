@@ -16,32 +16,31 @@ import argparse
 import dataclasses
 import functools
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import reconstruction
+import runs
 import torch
 from progress import ProgressBar
-from recipes import RECIPES, Level, Recipe, calibrate, find, scale_encoder
-from reconstruction import BETAS, WARM_STEPS, Budget
+from recipes import RECIPES, Recipe, Steered, calibrate, find, scale_encoder
+from reconstruction import BETAS, Budget
 from rows import ROOT, Row, cell, device_slug, environment, load, now_utc, short, store
-from timing import OtherLoad, synchronize
+from timing import OtherLoad
 from torch import Tensor
 
 import sae_engine as se
 from sae_engine import metrics
 from sae_engine.data import ActivationStore, LanguageModel, evaluation_text, load_language_model
 from sae_engine.data.contexts import context_batches
-from sae_engine.training import TrainStep
+from sae_engine.training import Trainer
 
 METHOD = (
     "Adam {learning_rate:g}, betas {betas}; unit-norm decoder rows, tied initial weights, the encoder scaled to the "
-    "least error on the first batch, b_dec from the mean; no auxiliary loss"
+    f"least error on the first batch, b_dec from the mean of {runs.MEAN_BATCHES} batches; no auxiliary loss"
 )
 
 CALIBRATION_TOKENS = 4096
@@ -65,87 +64,32 @@ FULL = Setting(12288, 4096, 4096 * 600, None, 65536, (16, 32, 64, 128), (0, 1, 2
 # --- one run -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Trained:
-    """An autoencoder after training, and what training took."""
-
-    sae: se.SparseAutoencoder
-    strength: float
-    tokens_per_second: float
-    seconds: float
-
-
 def train(
-    recipe: Recipe, k: int, seed: int, data: Data, setting: Setting, device: torch.device, bar: ProgressBar
-) -> Trained:
-    """One pass over the training tokens, in the order that ``seed`` gives."""
-    torch.manual_seed(seed)
-    rule = recipe.build(k, setting.d_sae, setting.steps)
-    sae = se.SparseAutoencoder(len(data.mean), setting.d_sae, rule, device=device)
-    with torch.no_grad():
-        sae.b_dec.copy_(data.mean)
-    x, context = next(batches(recipe, data, setting, seed, device))
-    level = prepare(recipe, sae, k, x, **context)
-    step = TrainStep(sae, lr=setting.learning_rate, betas=BETAS, losses=recipe.losses(sae, level))
-    started = time.perf_counter()
-    for number, (x, context) in enumerate(batches(recipe, data, setting, seed, device)):
-        if number == WARM_STEPS:
-            synchronize(device)
-            started = time.perf_counter()
-        training_step(step, level, x, **context)
-        bar.update()
-    synchronize(device)
-    seconds = time.perf_counter() - started
+    recipe: Recipe, k: int, seed: int, rows: Tensor, *more: Tensor, setting: Setting,
+    told: Callable[[int], object] = lambda update: None, parts: int = runs.PARTS,
+) -> runs.Trained:  # fmt: skip
+    """One pass over ``rows``, in the order that ``seed`` gives; ``more``: gradients, for a rule that needs them."""
+    entry = runs.entry(recipe.architecture(k, setting.d_sae), setting.d_sae)
+    trained = runs.train(
+        entry, rows, *more, batch=setting.batch_tokens, steps=setting.steps, seed=seed, lr=setting.learning_rate,
+        betas=BETAS, parts=parts, start=functools.partial(prepare, recipe, k, setting.batch_tokens), told=told,
+    )  # fmt: skip
     if recipe.calibrated:
-        rows = next(data.train.batches(CALIBRATION_TOKENS, seed=seed, device=device, dtype=torch.float32))
-        calibrate(sae, k, reconstruction.normalized(rows))
-    timed = (setting.steps - WARM_STEPS) * setting.batch_tokens
-    return Trained(sae, level.strength, timed / seconds, seconds)
+        some = runs.batches(rows, batch=min(CALIBRATION_TOKENS, len(rows)), seed=seed)
+        calibrate(trained.sae, k, some.next()[0])
+    return trained
 
 
 @torch.no_grad()
-def prepare(recipe: Recipe, sae: se.SparseAutoencoder, k: int, x: Tensor, **context: Tensor) -> Level:
-    """Initial values that depend on the rule and, for their scale, on one batch; where steering starts."""
-    start = None if recipe.prepare is None else recipe.prepare(sae, k, x)
+def prepare(recipe: Recipe, k: int, batch: int, trainer: Trainer) -> None:
+    """First weights that depend on the rule and, for their scale, on one batch."""
+    (trainee,) = trainer.trainees.values()
+    first = [rows[:batch] for rows in trainer.plan.stream.first_chunk()]
+    x = first[trainee.reads]
+    if recipe.prepare is not None:
+        recipe.prepare(trainee.sae, k, x)
     if recipe.scaled:
-        scale_encoder(sae, x, **context)
-    return Level(recipe, k, start)
-
-
-def training_step(step: TrainStep, level: Level, x: Tensor, **context: Tensor) -> dict[str, Tensor]:
-    """One step at the strength of the moment, which the step's L0 then moves; returns its report."""
-    if level.recipe.steer is not None:
-        level.recipe.steer(step.sae, level.strength, level.k)
-    report = step(x, **context)
-    level.move(report["l0"])
-    return report
-
-
-def batches(
-    recipe: Recipe, data: Data, setting: Setting, seed: int, device: torch.device
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Normalized batches of one pass, and what else the rule needs; the same seed gives every rule the same."""
-    options: dict[str, Any] = {"seed": seed, "device": device, "dtype": torch.float32, "drop_last": True}
-    found = (reconstruction.normalized(x) for x in data.train.batches(setting.batch_tokens, **options))
-    if not recipe.gradients:
-        yield from ((x, {}) for x in found)
-        return
-    gradients = data.gradients.batches(setting.batch_tokens, **options)
-    yield from ((x, {"gradient": g}) for x, g in zip(found, gradients, strict=True))
-
-
-class Gradients(ActivationStore):
-    """The language model's gradients at the rows of a store, in memory: the same seed shuffles both alike."""
-
-    def __init__(self, store: ActivationStore, rows: Tensor) -> None:
-        super().__init__(store.path)
-        if len(rows) != len(self):
-            raise ValueError(f"rows must be the {len(self)} of the store, got {len(rows)}")
-        sizes = [shard["tokens"] for shard in self.manifest["shards"]]
-        self._rows = rows.to(self.dtype).split(sizes)
-
-    def _load(self, index: int) -> Tensor:
-        return self._rows[index]
+        scale_encoder(trainee.sae, x, **{name: first[site] for name, site in trainee.context.items()})
 
 
 def read_all_gradients(lm: LanguageModel, store: ActivationStore, layer: int, site: str) -> Tensor:
@@ -171,16 +115,21 @@ class Data:
 
     def __init__(self, lm: LanguageModel, layer: int, site: str, setting: Setting, cache: Path | None, progress: bool):
         activations = reconstruction.collect(lm, layer, site, setting, cache=cache, progress=progress)
-        self.train, self.held_out = activations.train, activations.held_out
-        self.mean, self.about = activations.mean, activations.about
+        self.activations, self.about = activations, activations.about
         self.lm, self.place = lm, {"layer": layer, "site": site}
         self.context_length = min(lm.max_length, 256)
         measured = self.context_length - 1  # the first position of each context is left as it is
         self.loss_tokens = -(-setting.loss_tokens // measured) * measured
 
+        self.rows = activations.rows(next(lm.model.parameters()).device)
+
     @functools.cached_property
-    def gradients(self) -> Gradients:
-        return Gradients(self.train, read_all_gradients(self.lm, self.train, **self.place))
+    def gradients(self) -> Tensor:
+        return read_all_gradients(self.lm, self.activations.train, **self.place).to(self.rows.device)
+
+    def more(self, recipe: Recipe) -> list[Tensor]:
+        """What the rule of a recipe is given beside the rows."""
+        return [self.gradients] if recipe.architecture(1, 16).context else []
 
 
 @torch.no_grad()
@@ -199,7 +148,7 @@ def evaluate(recipe: Recipe, sae: se.SparseAutoencoder, data: Data, setting: Set
         max_tokens=data.loss_tokens,
     )["language"]  # fmt: skip
     losses = {name: short(language[name]) for name in ("ce_clean", "ce_spliced", "ce_ablated", "loss_recovered")}
-    return reconstruction.quality(run, data.held_out, setting, device) | losses
+    return reconstruction.quality(run, data.activations.held_out, setting, device) | losses
 
 
 # --- all runs ------------------------------------------------------------------------------------------------------
@@ -236,11 +185,13 @@ def measure(
         for recipe, k, seed, row in runs:
             bar.set_postfix_str(f"{recipe.name} L0={k} seed {seed}")
             others = OtherLoad()
-            trained = train(recipe, k, seed, data, setting, device, bar)
+            trained = train(recipe, k, seed, data.rows, *data.more(recipe), setting=setting,
+                            told=lambda _: bar.update())  # fmt: skip
+            rule = trained.sae.activation
             yield {
                 **row, "other_load": others.cores(),
                 **evaluate(recipe, trained.sae, data, setting, device),
-                "strength": short(trained.strength) if recipe.steered else None,
+                "strength": short(float(rule.strength)) if isinstance(rule, Steered) else None,
                 "tokens_per_second": short(trained.tokens_per_second), "seconds": short(trained.seconds),
                 "utc": now_utc(),
             }  # fmt: skip

@@ -15,7 +15,6 @@ should cost N steps and one pass.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import sys
 import tempfile
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from rows import ROOT, device_slug, environment
+from runs import seconds
 from torch import Tensor
 
 from sae_engine.training import TrainStep, train
@@ -45,17 +45,6 @@ def settings(folder: Path, *, saes: list[dict[str, Any]], updates: int, batch: i
         "logger": {"progress": False},
         "output": {"output_path": str(folder), "save_steps": updates},
     }
-
-
-def seconds(run: Run) -> dict[str, float]:
-    """What the updates of a run took, part by part, checkpoints and the first line's start apart."""
-    lines = [line for line in run.metrics() if "performance/seconds/step" in line]
-    parts = [key for key in lines[0] if key.startswith("performance/seconds/")]
-    spent = {key.rpartition("/")[2]: sum(line[key] for line in lines[1:]) for key in parts}
-    tokens = lines[-1]["tokens"] - lines[0]["tokens"]
-    whole = sum((b["tokens"] - a["tokens"]) / b["performance/tokens_per_second"]
-                for a, b in itertools.pairwise(lines))  # fmt: skip
-    return {"tokens": tokens, "whole": whole - spent.pop("saving", 0.0), **spent}
 
 
 def bare(run: Run, rows: Tensor, updates: int, batch: int) -> float:

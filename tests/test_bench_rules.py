@@ -16,7 +16,6 @@ import torch
 from benchmark_rows import rule_row
 
 import sae_engine as se
-from sae_engine.training import TrainStep
 
 CPU = torch.device("cpu")
 TINY = rules.Setting(
@@ -45,33 +44,20 @@ def tiny(tmp_path, monkeypatch):
 def test_every_rule_learns_and_reaches_the_l0_that_it_promises(recipe):
     """On sums of a few of 40 directions in 16 dimensions."""
     rng = torch.Generator().manual_seed(0)
-    directions = torch.randn(40, 16, generator=rng)
-
-    def batch():
-        weights = torch.rand(128, 40, generator=rng) * (torch.rand(128, 40, generator=rng) < 0.1)
-        return reconstruction.normalized(weights @ directions + 0.01 * torch.randn(128, 16, generator=rng))
-
-    def context(x):
-        return {"gradient": torch.randn(x.shape, generator=rng)} if recipe.gradients else {}
-
-    torch.manual_seed(0)
-    sae = se.SparseAutoencoder(16, 64, recipe.build(6, 64, 150))
-    x = batch()
-    level = rules.prepare(recipe, sae, 6, x, **context(x))
-    start = level.value
-    step = TrainStep(sae, lr=3e-3, losses=recipe.losses(sae, level))
-    errors, l0s = [], []
-    for _ in range(150):
-        x = batch()
-        report = rules.training_step(step, level, x, **context(x))
-        errors.append(report["squared_error"].item())
-        l0s.append(report["l0"].item())
-    assert sum(errors[-10:]) < 0.9 * sum(errors[:10])
-    assert sum(l0s[-30:]) / 30 == pytest.approx(6, rel=0.15)
+    directions, tokens = torch.randn(40, 16, generator=rng), 128 * 150
+    weights = torch.rand(tokens, 40, generator=rng) * (torch.rand(tokens, 40, generator=rng) < 0.1)
+    rows = reconstruction.normalized(weights @ directions + 0.01 * torch.randn(tokens, 16, generator=rng))
+    more = [torch.randn(rows.shape, generator=rng)] if recipe.architecture(6, 64).context else []
+    setting = dataclasses.replace(TINY, batch_tokens=128, train_tokens=tokens, learning_rate=3e-3)
+    trained = rules.train(recipe, 6, 0, rows, *more, setting=setting, parts=15)
+    assert trained.errors[-1] < 0.9 * trained.errors[0]
+    assert sum(trained.l0s[-3:]) / 3 == pytest.approx(6, rel=0.15)
+    sae = trained.sae
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
-    assert (level.value != start) == recipe.steered
+    if isinstance(sae.activation, recipes.Steered):
+        assert sae.activation.strength != 1
     if recipe.calibrated:
-        recipes.calibrate(sae, 6, x := batch())
+        recipes.calibrate(sae, 6, x := rows[:128])
         # within one entry a token where pre-activations tie at the cut in fp32
         assert sae.encode(x).l0.double().mean().item() == pytest.approx(6, abs=1 / 128)
 
@@ -92,21 +78,6 @@ def test_scaling_the_encoder_finds_the_least_error():
 def test_the_cut_lets_so_many_through():
     drawn = torch.randn(4000, 64)
     assert (drawn > recipes.cut(6, 64)).sum(1).double().mean().item() == pytest.approx(6, abs=0.15)  # 4 std errors
-
-
-def test_gradients_are_shuffled_as_their_rows_are(tmp_path):
-    from sae_engine.data import collect_activations, evaluation_text, load_language_model
-
-    store = collect_activations(
-        load_language_model(), evaluation_text(), tmp_path, layer=1, max_tokens=700, shard_tokens=200, progress=False
-    )
-    gradients = rules.Gradients(store, 2 * store.tensor())
-    for seed in (0, 1):
-        pairs = list(zip(store.batches(64, seed=seed), gradients.batches(64, seed=seed), strict=True))
-        assert len(pairs) == 11
-        assert all(torch.equal(2 * x, g) for x, g in pairs)
-    with pytest.raises(ValueError, match="rows"):
-        rules.Gradients(store, store.tensor()[:-1])
 
 
 def test_main_job_resumes_and_reports(tiny, capsys):
@@ -190,13 +161,12 @@ def test_published_numbers_stand_beside_gpt2_only(tmp_path):
     assert "*20.0*" in rules_report.write([rule_row(l0=20.0)], tmp_path)  # far from the wanted 32: marked
 
 
-def test_level_moves_towards_the_wanted_l0():
-    steered = next(r for r in recipes.RECIPES if r.steered)
-    level = recipes.Level(steered, 2)
-    level.move(torch.tensor(8.0))
-    assert level.value == pytest.approx(math.log(steered.start) + recipes.STEERING_RATE * math.log(8 / 2))
-    level.move(torch.tensor(0.0))  # nothing kept: still a number
-    assert math.isfinite(level.strength)
+def test_strength_moves_towards_the_wanted_l0():
+    rule = recipes.SteeredReLU(2)
+    rule.update(se.SparseCodes.from_dense(torch.ones(1, 8)))
+    assert rule.strength.log().item() == pytest.approx(recipes.STEERING_RATE * math.log(8 / 2))
+    rule.update(se.SparseCodes.from_dense(torch.zeros(1, 8)))  # nothing kept: still a number
+    assert math.isfinite(rule.strength)
 
 
 def test_bad_arguments_are_explained():

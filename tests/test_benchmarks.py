@@ -16,6 +16,8 @@ import timing
 import torch
 import traffic
 
+import sae_engine as se
+
 BENCHMARKS = Path(run.__file__).parent
 CPU = torch.device("cpu")
 TINY = sizes.Case("tiny", B=24, d=20, F=96, k=5)
@@ -248,36 +250,33 @@ RUNS = [
 
 
 def train_toy(rule, knob, implementation, steps=60):
-    """Errors per step, and the model, on sums of a few fixed directions."""
+    """Errors of each step, and the decoder, on sums of a few fixed directions."""
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(40, 16, generator=generator)
+    directions, tokens = torch.randn(40, 16, generator=generator), 128 * steps
+    weights = torch.rand(tokens, 40, generator=generator) * (torch.rand(tokens, 40, generator=generator) < 0.1)
+    rows = reconstruction.normalized(weights @ directions + 0.01 * torch.randn(tokens, 16, generator=generator))
     job = reconstruction.Run(rule, knob, implementation, seed=0)
-    model = reconstruction.build(job, torch.zeros(16), d_sae=64)
-    optimizer = reconstruction.make_optimizer(model)
-    errors = []
-    for _ in range(steps):
-        weights = torch.rand(128, 40, generator=generator) * (torch.rand(128, 40, generator=generator) < 0.1)
-        x = reconstruction.normalized(weights @ directions + 0.01 * torch.randn(128, 16, generator=generator))
-        errors.append(float(reconstruction.training_step(model, optimizer, x, job)))
-    return errors, model
+    fitted = reconstruction.fit(job, rows, reconstruction.Budget(64, 128, tokens, None), parts=steps)
+    return fitted.errors, fitted.W_dec
 
 
 @pytest.mark.parametrize(("rule", "knob"), RUNS)
 def test_training_learns_and_equals_the_dense_control(rule, knob):
-    ours, model = train_toy(rule, knob, reconstruction.OURS)
-    dense, control = train_toy(rule, knob, reconstruction.DENSE)
+    ours, W_dec = train_toy(rule, knob, reconstruction.OURS)
+    dense, of_control = train_toy(rule, knob, reconstruction.DENSE)
     assert sum(ours[-5:]) < 0.95 * sum(ours[:5])
     # Sums in another order differ by a few fp32 roundings: 1e-5 over the first steps. Later an entry at the cut may go
     # the other way, which moves a token's error by a few percent and the mean over 128 tokens by less than 3e-3.
     assert ours[:5] == pytest.approx(dense[:5], rel=1e-5)
     assert ours == pytest.approx(dense, rel=3e-3)
-    assert model.W_dec.norm(dim=1).sub(1).abs().max() < 1e-5
-    assert control.W_dec.norm(dim=1).sub(1).abs().max() < 1e-5
+    assert len(ours) == len(dense) == 60
+    assert W_dec.norm(dim=1).sub(1).abs().max() < 1e-5
+    assert of_control.norm(dim=1).sub(1).abs().max() < 1e-5
 
 
 def test_top_afa_starts_with_the_norm_of_its_input():
-    job = reconstruction.Run("top-AFA", 1 / 32, reconstruction.OURS, seed=0)
-    model = reconstruction.build(job, torch.zeros(64), d_sae=1024)
     x = torch.randn(32, 64)
+    model = se.SparseAutoencoder(64, 1024, se.TopAFA())
+    reconstruction._as_authors(model, seed=1)
     norms = torch.relu(x @ model.W_enc).norm(dim=1)
     assert (norms / x.norm(dim=1)).mean().item() == pytest.approx(1.0, abs=0.05)  # 32 tokens, std of each about 0.05
