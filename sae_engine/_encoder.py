@@ -12,7 +12,7 @@ from sae_kernels.ops import ops
 
 from . import _checks as check
 from ._cat import cat
-from ._running import PER_TOKEN, Running
+from ._running import PER_TOKEN, Running, as_tensor
 from ._slabs import NeedsWhole, default_budget_bytes, rectangles, running_of
 from .codes import SparseCodes, at_latents
 
@@ -165,6 +165,7 @@ def encode_with(
             else:
                 unscaled = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
                 pre = unscaled if scale is None else (unscaled * scale).to(dtype)
+        contexts = [{name: as_tensor(t) for name, t in mine.items()} for mine in contexts]
         codes = [
             rule.select(pre if turner is None else pre.detach(), backend=backend, **mine)
             for rule, turner, mine in zip(rules, turners, contexts, strict=True)
@@ -218,7 +219,10 @@ def _slabs_for(
     if needed <= budget:
         return None
     flat = [
-        {name: t.reshape(tokens, *t.shape[x.dim() - 1 :]) if name in PER_TOKEN else t for name, t in mine.items()}
+        {
+            name: t.reshape(tokens, *t.shape[x.dim() - 1 :]) if name in PER_TOKEN and isinstance(t, Tensor) else t
+            for name, t in mine.items()
+        }
         for mine in contexts
     ]
     try:

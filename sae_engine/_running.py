@@ -22,6 +22,40 @@ PER_TOKEN = frozenset({"target_norm", "attribution"})  # context with a row for 
 Score = Callable[[Tensor, slice, slice], Tensor]
 
 
+class Product:
+    """``x @ weight / divisors`` (*batch_shape, F) that is computed where it is looked at: an ``attribution``.
+
+    Args:
+        x: (*batch_shape, d).
+        weight: (d, F).
+        divisors: (F,), or None.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, divisors: Tensor | None, linear: Callable[[Tensor, Tensor], Tensor]):
+        self._x, self._weight, self._divisors, self._linear = x, weight, divisors, linear
+
+    def whole(self) -> Tensor:
+        """(*batch_shape, F)."""
+        return self._of(self._x, slice(None))
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
+        """Of some tokens, counted over all of ``batch_shape``, and some latents."""
+        return self._of(check.matrix(self._x)[place[0]], place[1])
+
+    def _of(self, x: Tensor, latents: slice) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            out = self._linear(x, self._weight[:, latents])
+            return out if self._divisors is None else out / self._divisors[latents]
+
+
+def as_tensor(context: Tensor | Product) -> Tensor:
+    return context.whole() if isinstance(context, Product) else context
+
+
+def _of_tokens(context: Tensor | Product, tokens: slice) -> Tensor:
+    return context[tokens, slice(None)] if isinstance(context, Product) else context[tokens]
+
+
 class Running:
     """What a rule keeps of a batch, of which it sees one rectangle after the other.
 
@@ -92,7 +126,7 @@ class WholeRows(_Parts):
         self.rule, self.context = rule, context
 
     def select(self, pre: Tensor, tokens: slice, latents: slice) -> SparseCodes:
-        of_these = {name: t[tokens] if name in PER_TOKEN else t for name, t in self.context.items()}
+        of_these = {name: _of_tokens(t, tokens) if name in PER_TOKEN else t for name, t in self.context.items()}
         return self.rule.select(pre, backend=self.backend, **of_these)
 
 

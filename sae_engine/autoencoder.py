@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional
 from ._encoder import linear_dtype
+from ._running import Product
 from .codes import SparseCodes
 from .functional import Encoded, EncodeInfo
 from .provenance import Provenance
@@ -229,13 +230,14 @@ class SparseAutoencoder(nn.Module):
         """
         rules = self.activation if select is None else select
         x, info = self._normalized(x)
-        if "gradient" in context:
-            context["attribution"] = self._attribution(context.pop("gradient"), x, info)
+        known: dict[str, Any] = {**self._context(x, rules), **context}
+        if "gradient" in known:
+            known["attribution"] = self._attribution(known.pop("gradient"), x, info)
         scale = decoder_norms(self.W_dec) if self.rescale_acts_by_decoder_norm else None
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
         encoded = functional.encode_with(
             x, self.W_enc, self._encoder_bias, b_dec=b_dec, scale=scale, select=rules, keep_pre=keep_pre,
-            memory_budget=memory_budget, backend=backend, **self._context(x, rules), **context,
+            memory_budget=memory_budget, backend=backend, **known,
         )  # fmt: skip
         return encoded._replace(info=info)
 
@@ -303,15 +305,14 @@ class SparseAutoencoder(nn.Module):
         return self.decode(codes, info)
 
     @torch.no_grad()
-    def _attribution(self, gradient: Tensor, x: Tensor, info: EncodeInfo) -> Tensor:
+    def _attribution(self, gradient: Tensor, x: Tensor, info: EncodeInfo) -> Product:
         """(*batch_shape, d_sae): what the loss changes by per unit of each code, by way of the reconstruction."""
         check.floating("gradient", gradient)
         check.shaped("gradient", gradient, (*x.shape[:-1], self.d_out), x, why="that of the reconstruction")
         if info.std is not None:
             gradient = gradient * info.std
-        with torch.autocast(x.device.type, enabled=False):
-            out = functional.linear(gradient, self.W_dec.T)
-            return out / decoder_norms(self.W_dec).clamp(min=1e-30) if self.rescale_acts_by_decoder_norm else out
+        norms = decoder_norms(self.W_dec).clamp(min=1e-30) if self.rescale_acts_by_decoder_norm else None
+        return Product(gradient.detach(), self.W_dec.detach().T, norms, functional.linear)
 
     @property
     def provenance(self) -> Provenance | None:

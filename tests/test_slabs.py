@@ -247,13 +247,15 @@ def test_encode_gives_the_same_codes_and_gradients(name, rescale, monkeypatch):
         assert_same(sae.encode(x, memory_budget=B * 40 * 8).indices, sae.encode(x).indices)
 
 
-def test_no_matrix_of_all_latents_is_made(monkeypatch):
+@pytest.mark.parametrize("rule", [se.TopK(4), se.AbsTopK(4), se.GradientTopK(4), se.JumpReLU(8192, threshold=3.0)])
+def test_no_matrix_of_all_latents_is_made(rule, monkeypatch):
     """Neither by the autoencoder's forward nor by its training step, where memory is short."""
     monkeypatch.setattr(_slabs, "default_budget_bytes", lambda device: 2**18)
     monkeypatch.setattr("sae_engine._encoder.default_budget_bytes", lambda device: 2**18)
     monkeypatch.setattr("sae_engine._encoder.SMALL", 0)
     tokens, latents = 64, 8192
-    sae = se.SparseAutoencoder(D, latents, se.TopK(4))
+    sae = se.SparseAutoencoder(D, latents, rule)
+    gradient = {"gradient": torch.randn(tokens, D)} if isinstance(rule, se.GradientTopK) else {}
     sizes = []
 
     class Watched(torch.utils._python_dispatch.TorchDispatchMode):
@@ -264,12 +266,18 @@ def test_no_matrix_of_all_latents_is_made(monkeypatch):
 
     x = torch.randn(tokens, D)
     with Watched():
-        sae(x).square().sum().backward()
+        sae(x, **gradient).square().sum().backward()
         sae.zero_grad()
     assert max(sizes) < tokens * latents / 4, max(sizes)
     sizes.clear()
     with torch.no_grad(), Watched():
-        sae.encode(x)
+        sae.encode(x, **gradient)
+    assert max(sizes) < tokens * latents / 4
+    sizes.clear()
+    losses = se.losses.StepL0(0.1) if isinstance(rule, se.JumpReLU) else se.losses.AuxK(4)
+    step = se.training.TrainStep(sae, lr=1e-3, losses=losses, memory_budget=2**18)
+    with Watched():
+        step(x, **gradient)
     assert max(sizes) < tokens * latents / 4
 
 

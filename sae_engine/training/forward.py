@@ -15,6 +15,7 @@ from sae_kernels.stock.linear import linear
 
 from .. import _checks as check
 from .. import functional
+from .._running import as_tensor
 from .._slabs import rectangles, running_of
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
@@ -168,6 +169,7 @@ class Forward:
         elements = memory_budget // self.weights.encoder.element_size()
         wants_entries = [rule.entry_values is not None and not rule.has_gate for rule in rules]
         if self.tokens * self.sae.d_sae <= elements:
+            contexts = [{name: as_tensor(t) for name, t in of_rule.items()} for of_rule in contexts]
             found = self._selected(rules, contexts, wants_entries)
         else:
             found = self._selected_in_slabs(rules, contexts, wants_entries, elements)
