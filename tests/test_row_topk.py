@@ -219,19 +219,18 @@ def test_lists_overflow_in_these_tests(small_tiles):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", HARD_KINDS)
 def test_groups_and_chunks_of_the_cpu_path(kind, masked, chunk, monkeypatch):
-    """Sizes at which groups of columns are searched first, and groups of those, in one chunk of rows and in several."""
+    """All sizes of groups of columns, and of groups of groups, in one chunk of rows and in several."""
     monkeypatch.setattr(limits, "CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(limits, "SCORES_IN_CACHE", chunk)
-    stages = set()
-    for num_latents, k in ((1024, 3), (520, 2), (256, 1), (264, 8), (1024, 2), (2048, 1)):
-        stages.add(len(limits.column_groups(num_latents, k)))
+    sizes = set()
+    for num_latents, k in ((1024, 3), (520, 2), (304, 4), (264, 8), (1024, 2), (2048, 1)):
+        sizes.add(limits.column_groups(num_latents, k))
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             pre = make_pre(kind, (7, num_latents), dtype)
             mask = torch.arange(num_latents) % 3 > 0 if masked else None
             for score in (None, make_pre("ties", (7, num_latents), dtype, seed=1)):
                 args = (pre, score, mask, k, False, False)
                 assert_same(stock.topk(*args), reference.topk(*args))
-    assert stages == {1, 2}
+    assert sizes == {(8, 8), (8, 4), (4, 4), (4, 2)}
 
 
 @pytest.mark.parametrize("eligible", [0, 1, 4, 5, 6, 39])

@@ -67,8 +67,9 @@ def peak_bytes(
         resident += d_sae * (d_in + d_out) * compute.itemsize
 
     encoding = 2 * tokens * d_in * wide + 2 * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
-    tile = min(rows * columns, limits.CHUNK_ELEMENTS // 4)  # of top-k by groups: maxima, and what it looks among
-    encoding += int(tile * min(1 / 8 + 16 * k / d_sae, 1) * compute.itemsize)
+    tile = min(rows * columns, limits.CHUNK_ELEMENTS)  # of top-k by groups: maxima, and what it looks among
+    maxima = 1 / next(iter(limits.column_groups(d_sae, k)), 1)
+    encoding += int(tile * min(maxima + 16 * (k + 9) / d_sae, 1) * compute.itemsize)
     if k_aux:  # columns of dead latents
         encoding += min(rows * columns, limits.CHUNK_ELEMENTS) * compute.itemsize
     if narrow and device_type == "cpu":  # fp32 copies of some weights, and fp32 sums on their way to 16 bit
