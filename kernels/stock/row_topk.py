@@ -95,8 +95,8 @@ def _in_largest_groups(x: Tensor, number: int, sizes: tuple[int, ...]) -> tuple[
 def _among_groups(x: Tensor, k: int, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Columns (rows, k) of the largest entries of ``x`` (rows, F), unsorted, and whether it is certain that they are.
 
-    It is not where an entry that was left out ties with the k-th, or is NaN. Of one group more than k, the least maximum
-    lies below the k-th entry but for ties.
+    It is not where an entry that was left out ties with the k-th, or is NaN. Of one group more than k, the least
+    maximum lies below the k-th entry but for ties.
     """
     among, columns, bound = _in_largest_groups(x, k + 1, sizes)
     top, position = among.topk(k, sorted=False)
