@@ -24,6 +24,7 @@ from sae_engine.training.trainee import Trainee
 
 B, D, F = 5, 16, 45  # no multiples of 16: Triton compiles anew for those
 ROOM = B * F
+IN_SLABS = {"latents": 2560, "memory_budget": B * 2048 * 4}  # two of them, of all tokens
 HAS_GPU = torch.cuda.is_available()  # a played device says that it is there
 
 
@@ -84,9 +85,9 @@ def autoencoder(make, *, eval=False, **options):
     return prepare
 
 
-def step(make=lambda: se.TopK(4), added=lambda: (), calls=2, **options):
+def step(make=lambda: se.TopK(4), added=lambda: (), calls=2, latents=F, **options):
     def prepare():
-        sae = se.SparseAutoencoder(D, F, make())
+        sae = se.SparseAutoencoder(D, latents, make())
         run, x = TrainStep(sae, lr=1e-3, losses=added(), **options), torch.randn(B, D)
         for _ in range(2):
             run.warm_up(x)
@@ -263,6 +264,8 @@ WITHOUT_WAITING = {
     "training.TrainStep, bf16": step(lambda: se.BatchTopK(3.5), compute_dtype=torch.bfloat16),
     "training.TrainStep, stored": step(grad_clip=1.0),
     "training.TrainStep, chunks": step(lambda: se.BatchTopK(3.5), memory_budget=2 * F * 4),
+    "training.TrainStep, slabs": step(added=lambda: AuxK(5), **IN_SLABS),
+    "training.TrainStep, slabs of a batch": step(lambda: se.BatchTopK(3.5), **IN_SLABS),
     "training.TrainStep, capacity": step(lambda: se.TopAFA(capacity=ROOM)),
     "training.TrainStep, FeatureChoice": step(lambda: se.FeatureChoice(F, 3.5)),
     "training.TrainStep, made": lambda: (
@@ -324,7 +327,7 @@ WAITING = {
         s := se.SparseAutoencoder(D, F, se.TopK(4)), x := torch.randn(B, D), on := torch.zeros(F, dtype=torch.bool),
         lambda: losses.evaluate(s, x, dead=on))[3],
     "training.TrainStep, density": step(lambda: se.TopAFA(capacity=ROOM), density_interval=2),
-    "training.TrainStep, FeatureChoice in chunks": step(lambda: se.FeatureChoice(F, 3.5), memory_budget=2 * F * 4),
+    "training.TrainStep, FeatureChoice in slabs": step(lambda: se.FeatureChoice(2560, 3.5), **IN_SLABS),
 }  # fmt: skip
 
 # Names without tensors of their own, or whose work is reading: the host gets numbers, text or files from them, or a
