@@ -169,6 +169,8 @@ norm_match share, S1, bf16
 threshold window, S1, bf16
 latent_adam two terms, S1, bf16
 latent_adam, S3, bf16
+latent_adam bf16 moments, S1, bf16
+latent_adam bf16 moments, S3, bf16
 """
 # For one GPU of each make, which are looked at more closely.
 WATCHED_CLOSELY = """
@@ -185,6 +187,7 @@ latent_gradients dense term, S1, bf16
 latent_adam dense term, S1, bf16
 latent_adam, S1, fp32
 latent_adam row-major, S3, bf16
+latent_adam row-major bf16 moments, S3, bf16
 latent_adam, d=16384, bf16
 """
 
@@ -378,8 +381,9 @@ def collect_all(targets: Sequence[str] = TARGETS, *, quick: bool = False, jobs: 
 # Bytes a thread that a kernel's configuration keeps in memory, where that was measured to be faster than fewer warps.
 # The latent pass beats itself with more registers (480 µs with 128 of them, 530 with 144, 541 with 168: NVIDIA H200, F
 # 32,768, d 768; 24 bytes on sm_90, 56 on sm_100, where nothing was measured). By Triton 3.9 norm matching's cut and the
-# splits of the latent pass keep one address, written once and read once a pass or step.
-KNOWN_SPILLS = {"latents": 56, "norm_cut": 8, "pass_split": 8}
+# splits of the latent pass keep one address, written once and read once a pass or step. So does the matrix' update that
+# rounds the moments of rows of 16,384 numbers (sm_80, sm_90).
+KNOWN_SPILLS = {"latents": 56, "norm_cut": 8, "pass_split": 8, "matrix": 8}
 # Triton 3.8 alone keeps more: norm matching's cut the addresses of its first loads (fp32, sm_80), two passes of batch
 # top-k one or two numbers. In the binary none is touched in the loop that reads the matrix, but the digits' one number,
 # once in 900 instructions. Triton 3.9 does as 3.8, but for the digits; norm matching's write keeps one address (sm_80),

@@ -26,23 +26,18 @@ def mixed(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def rounding_keys(step: Tensor, matrix: int, latents: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """A number of 32 bits for each latent and for each column of a matrix, at one step.
+def latent_keys(step: Tensor, matrix: int, latents: Tensor) -> Tensor:
+    """A number of 32 bits for each latent of a matrix (0: W_dec, 1: W_enc) at one step."""
+    return mixed(mixed(2 * step.long() + matrix & LOW) ^ latents.long())
 
-    Both mix the step with a number of their own. A latent's number meets no column's: complements of non-negative
-    numbers are negative. ``matrix`` is 0 for W_dec and 1 for W_enc.
+
+def random_bits(of_latent: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers from 0 to 2^16 - 1, for the first moment at a place and for the second: halves of one hash.
+
+    One to one in the columns of a latent. That the latent's key is mixed already spares the first shift of ``mixed``.
     """
-    salt = mixed(step.long() & LOW)
-    return mixed(salt ^ latents.long()), mixed(salt ^ LOW ^ (2 * columns.long() + matrix))
-
-
-def random_bits(of_latent: Tensor, of_column: Tensor) -> tuple[Tensor, Tensor]:
-    """Two numbers from 0 to 2^16 - 1, for the first moment of a place and for the second, from the keys of the place.
-
-    For two places of a matrix the keys' exclusive or is two different numbers of 32 random bits, of which the product
-    spreads each bit over all higher ones, and the shift over the lower ones.
-    """
-    h = (of_latent ^ of_column) * 0x9E3779B1 & LOW
+    h = (of_latent ^ columns) * 0x7FEB352D & LOW
+    h = (h ^ (h >> 15)) * 0x846CA68B & LOW
     h = h ^ (h >> 16)
     return h & 0xFFFF, h >> 16
 
@@ -53,8 +48,7 @@ def rounding_bits(step: Tensor, matrix: int, num_latents: int, width: int, devic
     A place has the same whatever lies around it and however the matrix is laid out, and others at every step.
     """
     latents, columns = (torch.arange(count, device=device) for count in (num_latents, width))
-    of_latent, of_column = rounding_keys(step.to(latents.device), matrix, latents, columns)
-    return random_bits(of_latent[:, None], of_column)
+    return random_bits(latent_keys(step.to(latents.device), matrix, latents)[:, None], columns)
 
 
 def rounded(exact: Tensor, random: Tensor) -> Tensor:

@@ -164,11 +164,18 @@ class Maker:
             found.append(Term(self.normal(self.B, self.d), values, offered, indices, offsets, *by_latent, mode))
         return lists_of(found)
 
-    def adam(self, *modes: int, dense_first: bool = False, row_major: bool = False) -> tuple:
-        """A step of fp32 parameters, computed in the dtype, of which there are copies where it is another."""
+    def adam(
+        self, *modes: int, dense_first: bool = False, row_major: bool = False, moments: torch.dtype | None = None
+    ) -> tuple:
+        """A step of fp32 parameters, computed in the dtype, of which there are copies where it is another.
+
+        ``moments``: the dtype of the weights' moments, where that is another than the parameters'.
+        """
         wide = torch.promote_types(self.dtype, FP32)
         state = [[self.uniform(*size, dtype=wide) for size in ((self.F, self.d), (self.F, self.d), (self.F,))]
                  for _ in range(3)]  # fmt: skip
+        for tensors in state[1:] if moments is not None else ():
+            tensors[:2] = [t.to(moments) for t in tensors[:2]]
         if row_major:
             for tensors in state:
                 tensors[1] = tensors[1].T.contiguous().T
@@ -414,6 +421,8 @@ _ROWS = (
             "three terms": lambda make: make.adam(GATED, GIVEN, GATED),
             "dense term": lambda make: make.adam(GATED, dense_first=True),
             "row-major": lambda make: make.adam(GATED, row_major=True),
+            "bf16 moments": lambda make: make.adam(GATED, moments=BF16),
+            "row-major bf16 moments": lambda make: make.adam(GATED, moments=BF16, row_major=True),
         },
         reads=lambda *arguments: _adam_traffic(*arguments).bytes,
         flops=lambda *arguments: _adam_traffic(*arguments).flops,

@@ -10,7 +10,7 @@ import torch
 import sae_engine as se
 from sae_engine.losses import AuxK
 from sae_engine.testing import allocated_by
-from sae_engine.training import TrainStep, peak_bytes
+from sae_engine.training import TrainStep, peak_bytes, state_bytes
 from sae_kernels.stock.linear import by_onednn
 
 MIB = 1 << 20
@@ -40,7 +40,7 @@ def needed(tokens, width, latents, budget, *, row_major=False, k_aux=0, **option
     apart += sum(p.numel() * p.element_size() for p in sae.parameters()) if stored else 0
     formula = peak_bytes(
         tokens, width, latents, K, memory_budget=budget, k_aux=k_aux, row_major=row_major, stored=stored,
-        compute_dtype=options.get("compute_dtype"),
+        **{name: options[name] for name in ("compute_dtype", "copies", "moments") if name in options},
     )  # fmt: skip
     return measured - apart, formula
 
@@ -56,6 +56,9 @@ CASES = [
     pytest.param(512, 64, 1 << 15, 8 * MIB, {"row_major": True}, id="row-major"),
     pytest.param(512, 64, 1 << 15, 8 * MIB, {"k_aux": 32}, id="AuxK"),
     pytest.param(512, 64, 1 << 15, 8 * MIB, {"compute_dtype": torch.bfloat16}, id="bf16"),
+    pytest.param(512, 64, 1 << 15, 8 * MIB, {"compute_dtype": torch.bfloat16, "copies": False}, id="bf16-no-copies"),
+    pytest.param(512, 64, 1 << 15, 8 * MIB, {"moments": torch.bfloat16}, id="moments"),
+    pytest.param(512, 64, 1 << 15, 8 * MIB, {"moments": torch.bfloat16, "grad_clip": 1.0}, id="moments-stored"),
     pytest.param(512, 64, 1 << 15, 8 * MIB, {"grad_clip": 1.0}, id="stored"),
     pytest.param(512, 64, 1 << 15, 8 * MIB, {"grad_clip": 1.0, "row_major": True}, id="stored-row-major"),
 ]
@@ -68,6 +71,49 @@ def test_peak_memory_is_within_the_formula(tokens, width, latents, budget, optio
     x = torch.empty(tokens, width)
     if "grad_clip" not in options or not by_onednn(x, x.T):  # else encoding counts, before any is stored
         assert measured > 0.75 * formula  # a bound that says something
+
+
+STATES = {
+    "as it comes": {}, "16-bit": {"compute_dtype": "bfloat16"},
+    "narrow moments": {"compute_dtype": "bfloat16", "moments": "bfloat16"},
+    "no copies": {"compute_dtype": "bfloat16", "moments": "bfloat16", "copies": False},
+    "fp64": {"dtype": torch.float64, "compute_dtype": "float32"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", STATES)
+def test_what_a_step_keeps_is_what_the_formula_says(options):
+    """Of what two steps leave in memory, without the parameters: moments, copies, and what is counted apart."""
+    options = dict(STATES[options])
+    dtype = options.pop("dtype", torch.float32)
+    sae = se.SparseAutoencoder(24, 256, se.TopK(4), d_out=16, dtype=dtype)
+    sae._lay_out_by_latent()  # which a step does once
+    said = state_bytes(24, 256, d_out=16, dtype=dtype, **options)
+    assert said.parameters == sum(p.numel() * p.element_size() for p in sae.parameters())
+    x, target, steps = torch.randn(8, 24), torch.randn(8, 16), []
+
+    def run():
+        steps.append(TrainStep(sae, lr=1e-3, memory_budget=WHOLE, **options))
+        for _ in range(2):
+            steps[0](x, target)
+
+    kept = allocated_by(run).kept
+    buffer = steps[0]._pre_activations._memory
+    apart = 8 * 256 + (0 if buffer is None else buffer.numel() * buffer.element_size())  # dead counters
+    assert said.moments + said.copies <= kept - apart <= said.moments + said.copies + 200  # and scalars
+    assert said.kept == said.parameters + said.moments + said.copies
+
+
+def test_a_million_latents_of_4096_fit_80_gb():
+    sizes, narrow = dict(d_in=4096, d_sae=1 << 20), dict(compute_dtype="bfloat16", moments="bfloat16")
+    weights = 2 * 4096 << 20
+    for options, kept, moved in (
+        ({"compute_dtype": "bfloat16"}, 14, 26), (narrow, 10, 18), (narrow | {"copies": False}, 8, 16),
+    ):  # fmt: skip
+        found = state_bytes(**sizes, **options)
+        assert found.kept == pytest.approx(kept * weights, rel=1e-3)
+        assert found.moved == pytest.approx(moved * weights, rel=1e-3)
+    assert state_bytes(**sizes, **narrow, copies=False).kept < 69e9 < 80e9 < state_bytes(**sizes, **narrow).kept
 
 
 def test_chunks_bound_the_pre_activations():

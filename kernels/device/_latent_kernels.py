@@ -101,11 +101,13 @@ def _rounded(exact, random):
 
 @triton.jit
 def _rounded_moments(first, second, step, latent, columns, MATRIX: tl.constexpr):
-    """Both moments of one matrix rounded to bfloat16 by one hash of step and place (``_rounding.random_bits``)."""
-    salt = _mixed(step.to(tl.int32).to(tl.uint32, bitcast=True))
-    of_latent = _mixed(salt ^ latent.to(tl.uint32))
-    of_column = _mixed(salt ^ 0xFFFFFFFF ^ (2 * columns + MATRIX).to(tl.uint32))
-    h = (of_latent ^ of_column) * 0x9E3779B1
+    """Both moments rounded to bfloat16 by one hash of step and place (``_rounding.random_bits``).
+
+    No part of it follows from the column alone: a loop over latents would hold that in registers.
+    """
+    key = _mixed(_mixed((2 * step.to(tl.int32) + MATRIX).to(tl.uint32)) ^ latent.to(tl.uint32))
+    h = (key ^ columns.to(tl.uint32)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
     h = h ^ (h >> 16)
     return _rounded(first, h & 0xFFFF), _rounded(second, h >> 16)
 
@@ -124,14 +126,14 @@ def _moved(state, latent, columns, mask, keep, old, grad, factors, settings, MAT
     at = _at(state, latent, columns, 1), _at(state, latent, columns, 2)
     first = beta1 * tl.load(at[0], mask=mask, other=0.0).to(tl.float32) + rest1 * grad
     second = beta2 * tl.load(at[1], mask=mask, other=1.0).to(tl.float32) + rest2 * grad * grad  # no 0 / 0 beside it
-    new = old - step_size * first / (tl.sqrt_rn(second) / root + eps)
-    if at[0].dtype.element_ty == tl.bfloat16 and state[0].dtype.element_ty == tl.float32:
-        first, second = _rounded_moments(first, second, step, latent, columns, MATRIX)
     if REPLICATED:
         tl.debug_barrier()
-    tl.store(at[0], first.to(at[0].dtype.element_ty), mask=only_if(keep, mask))
-    tl.store(at[1], second.to(at[1].dtype.element_ty), mask=only_if(keep, mask))
-    return new
+    kept = first, second
+    if at[0].dtype.element_ty == tl.bfloat16 and state[0].dtype.element_ty == tl.float32:
+        kept = _rounded_moments(first, second, step, latent, columns, MATRIX)
+    tl.store(at[0], kept[0].to(at[0].dtype.element_ty), mask=only_if(keep, mask))
+    tl.store(at[1], kept[1].to(at[1].dtype.element_ty), mask=only_if(keep, mask))
+    return old - step_size * first / (tl.sqrt_rn(second) / root + eps)
 
 
 @triton.jit

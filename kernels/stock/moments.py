@@ -5,21 +5,22 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from .._rounding import NOT_ROUNDED_UP, rounding_keys
+from .._rounding import NOT_ROUNDED_UP, latent_keys
 from . import limits
 
 LARGEST = torch.tensor(NOT_ROUNDED_UP, dtype=torch.int32).view(torch.float32).item()
-Keys = tuple[Tensor, Tensor]  # int32 random bits of each row of a tensor, and of each column
+Keys = tuple[Tensor, Tensor]  # int32, of each row of a tensor and of each column: their exclusive or is hashed
 
 
 def keys(step: Tensor, matrix: int, latents: slice, width: int, *, by_column: bool = False) -> Keys:
-    """What decides how the moments of ``latents`` of a matrix are rounded (``_rounding.rounding_keys``).
+    """What decides how the moments of ``latents`` of a matrix are rounded (``_rounding.random_bits``).
 
     ``by_column``: for the transposed matrix, of a column in each row.
     """
-    at = torch.arange(latents.start, latents.stop, device=step.device), torch.arange(width, device=step.device)
-    of_latent, of_column = (key.to(torch.int32) for key in rounding_keys(step, matrix, *at))
-    return (of_column, of_latent) if by_column else (of_latent, of_column)
+    of_latent = latent_keys(step, matrix, torch.arange(latents.start, latents.stop, device=step.device))
+    columns = torch.arange(width, dtype=torch.int32, device=step.device)
+    of_latent = of_latent.to(torch.int32)
+    return (columns, of_latent) if by_column else (of_latent, columns)
 
 
 class FusedAdam:
@@ -64,7 +65,7 @@ class FusedAdam:
     def _round(self, places: list[Tensor], exact: list[Tensor], of_row: Tensor, of_column: Tensor) -> None:
         """Both moments by one hash (``_rounding.random_bits``, ``rounded``), blocks of rows that stay in a cache.
 
-        In int32, whose products are the low halves, and whose shifts spread the sign over what is masked.
+        In int32, whose products are the low halves, and whose shifts spread the sign, which is masked.
         """
         size = of_row.numel() if of_row.is_cuda else max(limits.ROUNDED_IN_CACHE // max(of_column.numel(), 1), 1)
         any_large = [one.is_cuda or not _all_below(LARGEST, one) for one in exact]  # a CPU waits for no answer
@@ -72,7 +73,11 @@ class FusedAdam:
             keys_of_rows, *of_block = block
             h, high = self._scratch("random", of_block[0].shape, torch.int32, of_row)
             torch.bitwise_xor(keys_of_rows[:, None], of_column, out=h)
-            h *= 0x9E3779B1 - (1 << 32)
+            h *= 0x7FEB352D
+            torch.bitwise_right_shift(h, 15, out=high)
+            high &= 0x1FFFF
+            h ^= high
+            h *= 0x846CA68B - (1 << 32)
             torch.bitwise_right_shift(h, 16, out=high)
             h ^= high
             for place, one, random, may_be_large in zip(of_block[:2], of_block[2:], (h, high), any_large, strict=True):

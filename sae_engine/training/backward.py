@@ -51,7 +51,7 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
         at_decoder = _at_decoder(forward, mine, result.small)
         reached = at_decoder is not None
         grad = _of_rows(torch.zeros_like(forward.target) if at_decoder is None else at_decoder, repeats)
-        grad = grad.to(forward.weights.decoder.dtype)
+        grad = grad.to(forward.dtype)
         at_values, at_norms = (_total(getattr(pull, name) for pull in mine) for name in ("values", "norms"))
         if at_norms is not None:  # the slope of a row's norm is its direction
             norms = sae.W_dec.to(wide).norm(dim=1)

@@ -103,7 +103,7 @@ class DeadLatents:
 
 
 class Weights(NamedTuple):
-    """The weights in the dtype of the computation: the parameters themselves, or copies of them."""
+    """The parameters themselves, or copies of them in the dtype of the computation."""
 
     decoder: Tensor  # (F, d_out)
     encoder: Tensor  # (F, d_in): W_enc transposed
@@ -127,6 +127,7 @@ class Forward:
 
     sae: SparseAutoencoder
     weights: Weights
+    dtype: torch.dtype  # of the computation: products, codes, and what is gathered for sums
     norms: Tensor | None  # (F,) of the decoder's rows, where rules see pre-activations times norms
     x: Tensor  # (B, d_in) as the encoder sees it, before b_dec
     target: Tensor  # (B, d_out), fp32 or wider
@@ -147,7 +148,7 @@ class Forward:
     def encoded(self) -> Tensor:
         """(B, d_in) what the encoder multiplies, in the dtype of the computation."""
         x = self.x - self.sae.b_dec if self.sae.apply_b_dec_to_input else self.x
-        return x.to(self.weights.encoder.dtype)
+        return x.to(self.dtype)
 
     @property
     def tokens(self) -> int:
@@ -156,7 +157,7 @@ class Forward:
     @property
     def wide(self) -> torch.dtype:
         """The dtype of sums: fp32, or fp64 where the computation is."""
-        return torch.promote_types(self.weights.decoder.dtype, torch.float32)
+        return torch.promote_types(self.dtype, torch.float32)
 
     def encode(self, rules: Sequence[Activation], context: dict[str, Any], memory_budget: int) -> None:
         """Fills ``kept``, rule by rule, from pre-activations of which ``memory_budget`` bytes exist at a time."""
@@ -166,7 +167,7 @@ class Forward:
         contexts = [{name: given[name] for name in rule.context_keys & given.keys()} for rule in rules]
         for name in context.keys() - frozenset().union(*(rule.context_keys for rule in rules)):
             raise TypeError(f"no rule of this step takes {name}")
-        elements = memory_budget // self.weights.encoder.element_size()
+        elements = memory_budget // self.dtype.itemsize
         wants_entries = [rule.entry_values is not None and not rule.has_gate for rule in rules]
         if self.tokens * self.sae.d_sae <= elements:
             contexts = [{name: as_tensor(t) for name, t in of_rule.items()} for of_rule in contexts]
@@ -211,7 +212,7 @@ class Forward:
 
     def _pre_activations(self, tokens: slice, latents: slice) -> Tensor:
         """(tokens, latents) that the rules see, in the dtype of the computation."""
-        bias, weight = self.sae._encoder_bias, self.weights.encoder[latents].T
+        bias, weight = self.sae._encoder_bias, self.weights.encoder[latents].to(self.dtype).T
         pre = self.buffer.product(self.encoded[tokens], weight, None if bias is None else bias[latents])
         return pre if self.norms is None else pre.mul_(self.norms[latents])
 

@@ -1,6 +1,8 @@
 """How much memory a training step needs, as a formula; ``tests/test_memory.py`` holds the steps to it."""
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from sae_kernels.stock import limits
@@ -16,7 +18,7 @@ OPERAND_MARGIN = 67  # columns beyond d_in of a 16-bit product's operands, at mo
 def peak_bytes(
     tokens: int, d_in: int, d_sae: int, k: int, *, memory_budget: int, d_out: int | None = None, k_aux: int = 0,
     dtype: torch.dtype | str = torch.float32, compute_dtype: torch.dtype | str | None = None, row_major: bool = False,
-    stored: bool = False, device_type: str = "cpu",
+    stored: bool = False, copies: bool = True, moments: torch.dtype | str | None = None, device_type: str = "cpu",
 ) -> int:  # fmt: skip
     """Upper bound of what a :class:`TrainStep` with TopK needs beyond parameters, moments, batch and stored gradients.
 
@@ -31,6 +33,7 @@ def peak_bytes(
     backward pass                 B (d_in + outputs * d_out) in fp32, 12 words an entry, 8 words a latent
     a chunk of latents            on a CPU: 1.5 times its gradients, twice with two outputs; 2 more ``row_major``
     stored gradients' temporary   2 / 16 of the decoder's gradient; on a GPU 2 of at most 2^26 elements
+    moments in bfloat16           a chunk's of one weight in fp32, and random bits: on a GPU where gradients are stored
     ============================  ==========================================================================
 
     Encoding and backward pass do not overlap: the larger counts. On a CPU, which multiplies no mixed dtypes, 16-bit
@@ -43,6 +46,7 @@ def peak_bytes(
         k_aux: entries a token of an auxiliary selection.
         row_major: whether the autoencoder was made with ``contiguous_parameters=True``.
         stored: whether gradients are stored (``grad_clip``, ``reduce``, ``accumulate``).
+        copies, moments: of the step; without copies the encoder's latents of one slab are copied at a time.
 
     Raises:
         TypeError, ValueError: an argument is of another kind or out of range; names it.
@@ -64,7 +68,7 @@ def peak_bytes(
 
     resident, pre = 8 * d_sae, rows * columns * compute.itemsize
     if compute != dtype:
-        resident += d_sae * (d_in + d_out) * compute.itemsize
+        resident += (d_sae * (d_in + d_out) if check.flag("copies", copies) else columns * d_in) * compute.itemsize
 
     encoding = 2 * tokens * d_in * wide + 2 * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
     tile = min(rows * columns, limits.CHUNK_ELEMENTS)  # of top-k by groups: maxima, and what it looks among
@@ -90,7 +94,75 @@ def peak_bytes(
         chunk = min(rows_of_a_chunk(d_sae, d_out, device_type), d_sae) * d_out
         backward += 2 * chunk * wide + (outputs - 1) * d_sae * width * wide
         backward += d_sae * d_in * wide if row_major else 0
+    if moments is not None and check.dtype_in("moments", moments) != dtype:
+        backward += _rounding_bytes(d_in, d_out, d_sae, stored, device_type)
     some = torch.empty(2, 1, dtype=compute)
     if device_type == "cpu" and by_onednn(some, some.T):  # allocates its result: no buffer stays
         return resident + max(pre + encoding, backward)
     return resident + pre + max(encoding, backward)
+
+
+def _rounding_bytes(d_in: int, d_out: int, d_sae: int, stored: bool, device_type: str) -> int:
+    """Exact moments of the latents that are updated at a time, and the random bits of those that are rounded."""
+    if device_type != "cpu" and not stored:
+        return 0  # in registers
+    width, whole = max(d_in, d_out), d_sae * max(d_in, d_out)
+    exact = limits.WIDE_ELEMENTS[device_type] if stored else limits.latents_in_cache(d_in + d_out) * width
+    random = limits.ROUNDED_IN_CACHE if device_type == "cpu" else exact
+    return 2 * 4 * (min(exact, whole) + min(random, whole))
+
+
+class StateBytes(NamedTuple):
+    """Bytes of what a training step keeps, and what its update moves of that (:func:`state_bytes`)."""
+
+    parameters: int
+    moments: int
+    copies: int
+    moved: int  # parameters and moments read and written, copies written
+
+    @property
+    def kept(self) -> int:
+        return self.parameters + self.moments + self.copies
+
+
+def state_bytes(
+    d_in: int, d_sae: int, *, d_out: int | None = None, dtype: torch.dtype | str = torch.float32,
+    compute_dtype: torch.dtype | str | None = None, moments: torch.dtype | str | None = None, copies: bool = True,
+) -> StateBytes:  # fmt: skip
+    """What a :class:`TrainStep` keeps from step to step for an autoencoder without a skip connection.
+
+    A weight in fp32 is kept in this many bytes, and an update moves this many of them:
+
+    =======================================  ====  =====
+    in 16-bit computation                    kept  moved
+    =======================================  ====  =====
+    as it comes                              14    26
+    ``moments="bfloat16"``                   10    18
+    ``moments="bfloat16", copies=False``     8     16
+    =======================================  ====  =====
+
+    A rule's own parameters, counters of steps and of dead latents (8 bytes a latent) are not counted. What a step needs
+    besides while it runs is :func:`peak_bytes`, in which the copies are counted too.
+
+    Args:
+        d_in, d_sae, d_out: of the autoencoder; ``d_out`` is ``d_in`` by default.
+        dtype: of the parameters.
+        compute_dtype, moments, copies: of the step.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> state_bytes(4096, 2**20, compute_dtype="bfloat16", moments="bfloat16", copies=False).kept // 10**9
+        68
+    """
+    d_in, d_sae = check.integer_k(d_in, name="d_in"), check.integer_k(d_sae, name="d_sae")
+    d_out = d_in if d_out is None else check.integer_k(d_out, name="d_out")
+    dtype = check.dtype_in("dtype", dtype)
+    compute = dtype if compute_dtype is None else check.dtype_in("compute_dtype", compute_dtype)
+    of_weights = dtype if moments is None else check.dtype_in("moments", moments)
+    weights, vectors = d_sae * (d_in + d_out), d_sae + d_out
+    parameters = (weights + vectors) * dtype.itemsize
+    kept = 2 * (weights * of_weights.itemsize + vectors * dtype.itemsize)
+    copied = weights * compute.itemsize if check.flag("copies", copies) and compute != dtype else 0
+    return StateBytes(parameters, kept, copied, 2 * (parameters + kept) + copied)

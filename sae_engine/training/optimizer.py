@@ -158,16 +158,17 @@ class Copies:
 
     That is noticed by the parameters' versions and addresses; what is written in place through ``.data`` or NumPy moves
     neither, and nothing short of reading all parameters before each step would tell: ``TrainStep.refresh`` is for that.
+    Where they are not ``kept``, the parameters serve themselves.
     """
 
-    def __init__(self, sae: SparseAutoencoder, dtype: torch.dtype) -> None:
-        self.sae, self.dtype = sae, dtype
+    def __init__(self, sae: SparseAutoencoder, dtype: torch.dtype, *, kept: bool = True) -> None:
+        self.sae, self.dtype, self.kept = sae, dtype, kept
         self.weights: Weights | None = None
         self.made_of: tuple[tuple[int, int], ...] = ()
 
     @property
     def needed(self) -> bool:
-        return self.dtype != self.sae.W_dec.dtype
+        return self.kept and self.dtype != self.sae.W_dec.dtype
 
     def current(self) -> Weights:
         masters = self.sae.W_dec.detach(), self.sae.W_enc.detach().T

@@ -45,6 +45,9 @@ class TrainStep:
             ``accumulate``.
         compute_dtype: of the products and codes, such as ``"bfloat16"``; parameters, sums and Adam stay as they
             are. Default: the parameters'.
+        copies: whether copies of both weights in ``compute_dtype`` are kept from step to step. Without them, 2 bytes a
+            weight less in 16 bits, the encoder's is made anew for each slab of pre-activations, and sums over codes
+            gather the decoder's rows as they are, which are twice as many bytes and not rounded.
         moments: dtype of Adam's moments of ``W_dec`` and ``W_enc``. Default: the parameters'. ``"bfloat16"``, beside
             float32 parameters, keeps 4 bytes a weight less: both moments are rounded by chance after the weights have
             moved by the exact ones, up or down as makes the mean right, because to the nearest a second moment would
@@ -102,6 +105,7 @@ class TrainStep:
         normalize_decoder: bool | None = True,
         grad_clip: float | None = None,
         compute_dtype: torch.dtype | str | None = None,
+        copies: bool = True,
         moments: torch.dtype | str | None = None,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         accumulate: int = 1,
@@ -139,7 +143,7 @@ class TrainStep:
         self.calls = 0
         self._dense_now: bool | None = None  # the last decision for a rule with capacity
         self._warming_up = False
-        self._copies = Copies(sae, self.compute_dtype)
+        self._copies = Copies(sae, self.compute_dtype, kept=check.flag("copies", copies))
         self._pre_activations = PreActivations()
         self._update = Update(
             sae, self.optimizer, self._copies, unit_rows=self.normalize_decoder, reduce=reduce, backend=self.backend,
@@ -276,9 +280,9 @@ class TrainStep:
             gradient = check.matrix(check.floating("gradient", context.pop("gradient")))
             context["attribution"] = sae._attribution(gradient, seen, info)
         forward = Forward(
-            sae=sae, weights=weights, norms=decoder_norms(sae.W_dec) if sae.rescale_acts_by_decoder_norm else None,
-            x=seen, target=target.to(wide), info=info, counters=self.dead, buffer=self._pre_activations,
-            backend=self.backend,
+            sae=sae, weights=weights, dtype=self.compute_dtype,
+            norms=decoder_norms(sae.W_dec) if sae.rescale_acts_by_decoder_norm else None, x=seen,
+            target=target.to(wide), info=info, counters=self.dead, buffer=self._pre_activations, backend=self.backend,
         )  # fmt: skip
         dead_at_most = sae.d_sae if self._warming_up else self.dead.at_most(forward.tokens)
         rules = [sae.activation]
