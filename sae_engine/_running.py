@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_kernels.ops import ops
 from sae_kernels.reference import ordered_keys, relu
-from sae_kernels.stock.dense import rows_of, uniform_offsets
+from sae_kernels.stock.dense import uniform_offsets
 
 from . import _checks as check
 from .codes import SparseCodes
@@ -239,7 +239,7 @@ class _ByFlatPosition(Running):
     def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
         codes = self.candidates(pre, latents)
         entries = self.entries_at(pre, codes)
-        rows = rows_of(codes.offsets, codes.values.shape[0])
+        rows = _rows_of(codes)
         found = codes.values, (tokens.start + rows) * self.num_latents + latents.start + codes.indices, entries
         if self._held is not None:
             found = _in_order(self._held, found)
@@ -278,7 +278,7 @@ class RunningBatch(_ByFlatPosition):
         if values.shape[0] < self._total:
             return None
         kept = ops.batch_topk(values[None], None, self._total, self.backend)[1].long()
-        if values.is_cpu and self._total:
+        if values.is_cpu and self._total and not torch.compiler.is_compiling():
             least = values[kept].amin().to(torch.promote_types(values.dtype, torch.float32))
             self._cut = least if bool(least > 0) else None  # of zeros the first count, and NaN is no number
         return kept
@@ -332,7 +332,7 @@ def joined(
             whole.zero_()
     place_of_row = offsets[:-1].clone()
     for number, (codes, rows, latents) in enumerate(parts):
-        row = rows_of(codes.offsets, codes.values.shape[0])
+        row = _rows_of(codes)
         position = torch.arange(row.shape[0], device=device)
         start = torch.cat([place_of_row[rows] - codes.offsets[:-1], counts.new_full((1,), room)])  # of no row: beyond
         place = (position + start[row]).clamp(max=room)
@@ -348,6 +348,13 @@ def joined(
     k = first.k if of_rows and all(codes.k == first.k for codes, *_ in parts) else None
     codes = SparseCodes(out[0][:room], out[1][:room], offsets, (tokens,), num_latents, k, required=required)
     return codes, out[2][:room] if entries else None
+
+
+def _rows_of(codes: SparseCodes) -> Tensor:
+    """The row (N,) of each entry; entries that belong to no row get the number of rows. Looks at no value."""
+    entries = codes.values.shape[0]
+    counts = torch.cat([codes.offsets.diff(), entries - codes.offsets[-1:]])
+    return torch.repeat_interleave(counts, output_size=entries)
 
 
 def _in_order(a: tuple[Tensor, Tensor, Tensor | None], b: tuple[Tensor, Tensor, Tensor | None]):

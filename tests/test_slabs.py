@@ -288,3 +288,22 @@ def test_a_budget_that_is_none_is_refused():
             sae.encode(torch.randn(3, D), memory_budget=wrong)
     with pytest.raises(RuntimeError, match="SampledTopK needs the pre-activations of the whole batch"):
         se.SparseAutoencoder(D, F, se.SampledTopK(2)).encode(torch.randn(3, D), memory_budget=4 * F)
+
+
+@pytest.mark.no_poison  # the compiler runs torch.empty itself
+@pytest.mark.parametrize("name", ["TopK", "BatchTopK", "JumpReLU", "GradientTopK"])
+def test_slabs_compile_whole(name, monkeypatch, compile_backend):
+    monkeypatch.setattr(_slabs, "LATENTS_AT_LEAST", 16)
+    monkeypatch.setattr(_slabs, "ALIGNMENT", 8)
+    torch._dynamo.reset()
+    sae, x = se.SparseAutoencoder(D, F, RULES[name]()[0]), torch.randn(B, D)
+    gradient = {"gradient": torch.randn(B, D)} if name == "GradientTopK" else {}
+
+    def encode(x):
+        codes = sae.encode(x, memory_budget=B * 40 * 4, **gradient)
+        return codes.values, codes.indices, codes.offsets
+
+    expected = encode(x)
+    found = torch.compile(encode, fullgraph=True, backend=compile_backend)(x)
+    assert_same(found[1:], expected[1:])
+    torch.testing.assert_close(found[0], expected[0])
