@@ -44,7 +44,7 @@ DTYPE_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 # Streaming passes: kernels that read contiguous rows of their first argument, which 16-byte loads are due to serve.
 STREAMS = {"_group_max_kernel", "_column_group_max_kernel", "_row_topk_kernel", "_norm_cut_kernel",
-           "_bitmask_kernel"}  # fmt: skip
+           "_bitmask_kernel", "_merge_topk_kernel"}  # fmt: skip
 # What a kernel's main loop loads for each element, where that is not its first argument and vectors along it.
 MAIN_OPERANDS = {"_decode_kernel": ("weight_ptr",), "_row_split_kernel": ("weight_ptr",),
                  "_values_kernel": ("weight_ptr",), "_scatter_kernel": ("indices_ptr", "values_ptr"),
@@ -321,7 +321,8 @@ def report(cells: list[Cell], target: str, *, disassemble: bool = True) -> list[
 def wide_loads_due(launch: Any, warp_size: int) -> int:
     """16-byte loads a thread that a streaming pass needs for one tile, 0 for rows that cannot have them."""
     first = next(iter(launch.arguments.values()))
-    if launch.kernel not in STREAMS or launch.arguments["F"] % 16 or first.stride(-1) != 1:
+    width = launch.arguments.get("C", launch.arguments.get("F", 1))  # of a slab, or of all latents
+    if launch.kernel not in STREAMS or width % 16 or first.stride(-1) != 1:
         return 0
     if launch.arguments.get("HAS_MAXIMA"):  # streamed by another kernel
         return 0

@@ -234,7 +234,7 @@ class Operation:
     def apart(self, arguments: Arguments) -> list:
         """The arguments with copies of those that a call writes in place."""
         parameters = self.operator._schema.arguments
-        return [pytree.tree_map(torch.clone, a) if p.alias_info else a
+        return [pytree.tree_map(lambda t: None if t is None else t.clone(), a) if p.alias_info else a
                 for a, p in zip(arguments, parameters, strict=False)]  # fmt: skip
 
     def outcome(self, results: Any, arguments: Sequence) -> list[Tensor]:
@@ -259,6 +259,25 @@ class Operation:
         """What a call with these arguments, less the back end, cannot avoid. A rule whose number of entries follows
         from the data is given it as its capacity."""
         return Traffic(self.reads(*arguments) + nbytes(self.results_on_meta(*arguments)), self.flops(*arguments))
+
+
+MOST_OF_A_SLAB = 4096  # latents: 32 MiB of as many tokens in bf16, which an L2 cache holds
+
+
+def _merge_topk(make: Maker, *, masked: bool = False, scored: bool = False, magnitude: bool = False) -> Arguments:
+    """A slab that follows F latents of which each token's k are held."""
+    seen, width = make.pre(), min(make.F, MOST_OF_A_SLAB)
+    held = (seen.abs() if magnitude else seen).topk(make.k).indices.sort().values
+    scores, score = (make.normal(make.B, n, dtype=FP32) if scored else None for n in (make.k, width))
+    mask = make.mask(make.F + width) if masked else None
+    return (seen.gather(1, held), scores, held.int(), make.normal(make.B, width), score, mask, make.F, magnitude)
+
+
+def _merge_topk_reads(values, scores, latents, pre, score, mask, first, magnitude) -> int:
+    """What is held is written too, at most; of pre, where others rank, and of the mask only what can matter is read."""
+    rows, width = pre.shape
+    slab = nbytes(pre) if score is None else nbytes(score) + rows * min(values.shape[1], width) * pre.element_size()
+    return slab + 2 * nbytes(values, scores, latents) + (0 if mask is None else width + min(first, latents.numel()))
 
 
 def _norm_match(make: Maker, *, weighted: bool = True) -> Arguments:
@@ -314,6 +333,16 @@ _ROWS = (
             "magnitude": lambda make: (make.pre(), None, None, make.k, True, False),
             "transposed": lambda make: (make.normal(make.F, make.B).T, None, None, make.k, False, True),
         },
+    ),
+    Operation(
+        "merge_topk", "merge_topk.launch", packed_vectors=True, regimes={"k=512": {"k": 512}, "k=4096": {"k": 4096}},
+        examples={
+            "": _merge_topk,
+            "mask": lambda make: _merge_topk(make, masked=True),
+            "score": lambda make: _merge_topk(make, scored=True),
+            "magnitude": lambda make: _merge_topk(make, magnitude=True),
+        },
+        reads=_merge_topk_reads,
     ),
     Operation(
         "batch_topk", "batch_topk.launch", gradients=("pre",), regimes={"quarter kept": {"share": 0.25}},

@@ -10,7 +10,6 @@ from ._contract import define, differentiable, empty_rows, stored_entries, sum_b
 from .dispatch import implement, library, ops
 from .stock import linear as stock_linear
 from .stock import linear_16bit as stock_16bit
-from .stock import merge_topk as stock_merge_topk
 from .stock.dense import uniform_offsets
 
 __all__ = ["ops"]
@@ -102,19 +101,14 @@ differentiable("topk", _topk_context, _topk_backward)
 
 # --- merge_topk: the same of rows that pass by in slabs of latents ---------------------------------------------------
 
-library.define(
+
+@define(
     "merge_topk(Tensor(a!) values, Tensor(b!)? scores, Tensor(c!) latents, Tensor pre, Tensor? score, Tensor? mask,"
-    " SymInt first, bool magnitude, str backend) -> ()",
+    " SymInt first, bool magnitude) -> ()",
 )
+def _(values, scores, latents, pre, score, mask, first, magnitude, backend):
+    """What is held are constants: no gradient flows to the slab, whose entries are asked for in the end."""
 
-
-def _merge_topk(*arguments):
-    """Stock PyTorch on every device, for now. What is held are constants: no gradient flows to the slab."""
-    (reference if arguments[-1] == "reference" else stock_merge_topk).merge_topk(*arguments[:-1])
-
-
-implement("merge_topk", _merge_topk)
-torch.library.register_fake("sae_engine::merge_topk", lambda *_: None, lib=library)
 
 # --- batch_topk: `total` entries of the whole matrix ---------------------------------------------------------------
 

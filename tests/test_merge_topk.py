@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
+from sae_kernels.device import _tuning
 from sae_kernels.dispatch import interprets_triton
 from sae_kernels.ops import ops
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = 3
 
@@ -61,21 +62,44 @@ IDS = [f"K{k}-{'-'.join(map(str, widths))}" for k, widths in CUTTINGS]
 @pytest.mark.parametrize(("k", "widths"), CUTTINGS, ids=IDS)
 def test_any_cutting_selects_as_whole_rows_do(k, widths, dtype, backend):
     """Slabs of one latent, of fewer than k, of k, of no multiple of anything."""
-    slowly = backend == "triton" and interprets_triton()
-    for number, kind in enumerate(KINDS):
+    kinds = KINDS
+    if backend == "triton" and interprets_triton():  # slowly: each kind in two of the twelve
+        number = 3 * CUTTINGS.index((k, widths)) + DTYPES.index(dtype)
+        kinds = [KINDS[(number + n) % len(KINDS)] for n in (0, 5)]
+    for number, kind in enumerate(kinds):
         pre = hard_rows(kind, (ROWS, sum(widths)), dtype)
-        if slowly and (number + k) % 3 != DTYPES.index(dtype):  # each kind in one dtype
-            continue
-        for magnitude in ((False, True), (number % 2 == 1,))[slowly]:
+        for magnitude in (False, True) if kinds is KINDS else (number % 2 == 1,):
             check(pre, widths, k, backend, magnitude=magnitude)
+
+
+@pytest.fixture
+def small_lists(monkeypatch):
+    """Room for hardly more than what is held, and tiles that overflow it: as k = 4,096 has them, at small sizes."""
+    monkeypatch.setattr(_tuning, "merge_lanes", lambda k: _tuning.next_power_of_2(2 * k))
+    monkeypatch.setattr(_tuning, "merge_tile", lambda *_: _tuning.Tile(32, 4))
+
+
+@pytest.mark.sanitizer
+def test_lists_that_overflow_drop_nothing(small_lists):
+    """A list is merged when the next tile does not fit, and of a tile that fits no empty list its first k are listed.
+
+    Of rows that ascend every tile overflows; of others some.
+    """
+    k = 7
+    assert _tuning.merge_lanes(k) - k < 32, "a whole tile fits no list"
+    check(hard_rows("ascending", (1, 120), torch.bfloat16), (20, 100), k, "triton")
+    check(make_pre("ties", (2, 90), torch.bfloat16), (10, 80), k, "triton")
+    score, mask = hard_rows("ascending", (1, 120)), torch.arange(120) % 5 > 0
+    check(make_pre("special", (1, 120), torch.bfloat16), (10, 110), k, "triton", score=score, mask=mask)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("eligible", [0, 3, 60, 129])
 def test_masked_latents_fill_up_rows_by_their_index(eligible, backend):
     """Which also holds where none is eligible, or where -Inf is and outranks them."""
-    widths, k = (20, 9, 1, 70, 30), 8
-    for number, kind in enumerate(("normal", "special", "ties", "negative")):
+    widths, k = (20, 9, 101), 8
+    kinds = ("special", "negative") if backend == "triton" and interprets_triton() else HARD_KINDS  # slowly
+    for number, kind in enumerate(kinds):
         mask = torch.zeros(130, dtype=torch.bool)
         mask[torch.randperm(130)[:eligible]] = True
         pre = make_pre(kind, (ROWS, 130), torch.bfloat16)

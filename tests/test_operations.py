@@ -13,8 +13,7 @@ from sae_kernels.stock import densified
 BACKENDS = ("reference", "torch", "triton")
 FAST = ("torch", "triton")
 WITHOUT_BACK_ENDS = {  # composed of others, or the same wherever they run
-    "at_latents", "encode_entries", "encoder_gradient", "feature_budgets", "linear", "merge_topk", "move_threshold",
-    "zipf_shortfall",
+    "at_latents", "encode_entries", "encoder_gradient", "feature_budgets", "linear", "move_threshold", "zipf_shortfall",
 }  # fmt: skip
 
 
@@ -182,6 +181,8 @@ def test_traffic_grows_with_every_size(row):
 BY_HAND = {
     # the matrix read, values and indices written
     "topk": (40 + 12 + 24, 0),
+    # values and latents held, read and written; a slab of 10 latents
+    "merge_topk": (2 * (12 + 24) + 40, 0),
     "batch_topk": (40 + 12 + 24 + 24, 0),
     "feature_topm": (40 + 40 + 12 + 24 + 24, 0),
     # targets 2 x 4, weight norms 10 x 4, `required` 8; scale, square, add of 20 elements

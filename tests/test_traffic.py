@@ -266,6 +266,24 @@ def test_norm_match_reads_nothing_outside_rows_of_which_everything_may_be_kept(m
     assert torch.equal(codes.indices, f.norm_match(pre, target, backend="reference").indices)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_merge_topk_reads_a_slab_once_and_writes_what_changes(dtype, metering):
+    """Its tiles in which something exceeds what is held come twice more, from the cache; where nothing does, what ranks
+    of what is held is all that is read beside the slab."""
+    seen, slab = make_pre("normal", (2, 1024), dtype), make_pre("normal", (2, 2048), dtype, seed=1)
+    for most in (torch.inf, 1.0):
+        values, latents = (t.view(2, 8) for t in ops.topk(seen, None, None, 8, False, False, "torch"))
+        before, part = latents.clone(), slab.clamp(max=most)
+        with metering() as meter:
+            ops.merge_topk(values, None, latents, part, None, None, 1024, False, "triton")
+        changed = int((latents != before).sum())
+        assert meter.of(part).loaded_once == part.nbytes and (changed > 0) == (most > 1)
+        if changed == 0:
+            assert meter.total.moved == part.nbytes + values.nbytes
+        assert meter.of(part).loaded <= (3.1 if changed else 1) * part.nbytes
+        assert meter.of(latents).stored == 4 * changed and meter.of(values).stored == dtype.itemsize * changed
+
+
 # --- codes ---------------------------------------------------------------------------------------------------------
 
 

@@ -290,6 +290,21 @@ def candidate_warps(block: int) -> int:
     return min(block // 128, 8)
 
 
+MOST_MERGED = 16384  # entries that a row holds, with as many listed ones: the lanes of one scan
+
+
+def merge_lanes(k: int) -> int:
+    """What a row holds and as many places for what follows; a whole slab's 0.7*k of random data from the second on."""
+    return max(next_power_of_2(2 * k), 128)
+
+
+@searched(_tiles_around)
+def merge_tile(width: int, lanes: int) -> Tile:
+    """16 latents a thread and, up to 16 warps, 4 lanes of what is merged; twice as many take twice the registers."""
+    warps = min(max(lanes // 128, 1), 16)
+    return Tile(stream_block(width, min(512 * warps, 4096)), warps)
+
+
 def stream_block(num_latents: int, most: int = 4096) -> int:
     """Tile of a streaming pass: 16 bytes a thread and several loads in flight, no wider than the row needs."""
     return max(min(next_power_of_2(num_latents), most), 16)
