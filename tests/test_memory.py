@@ -4,6 +4,11 @@ The bound is the issue's: beyond parameters, moments and stored gradients, one b
 each weight in the compute dtype; all else is of the order of entries, batch, latents, or constant.
 """
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -188,3 +193,31 @@ def test_the_largest_published_size_on_a_gpu():
         4096, 768, 1 << 20, K, memory_budget=budget, compute_dtype=torch.bfloat16, device_type="cuda"
     )
     assert measured <= formula
+
+
+FAULTS = """
+import resource
+import torch
+from sae_engine import SparseAutoencoder, TopK
+from sae_engine.training import TrainStep
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+torch.set_num_threads(1)
+step, x = TrainStep(SparseAutoencoder(256, 2048, TopK(8)), lr=1e-3), torch.randn(2048, 256)
+for _ in range(5):
+    step(x)
+before = faults()
+for _ in range(4):
+    step(x)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
+def test_what_a_step_frees_serves_the_next():
+    """A step that got its temporaries from the system took 3,500 page faults at this size, a tenth of its time."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 500

@@ -1,6 +1,7 @@
 """How much memory a training step needs, as a formula; ``tests/test_memory.py`` holds the steps to it."""
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,19 @@ from .._slabs import slab_shape
 from .optimizer import rows_of_a_chunk
 
 OPERAND_MARGIN = 67  # columns beyond d_in of a 16-bit product's operands, at most
+
+GLIBC_KEEPS_BELOW = 32 << 20  # bytes of a block; larger ones always go back to the system
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """From now on glibc keeps up to 64 MB of freed memory for the process, where it has given it back to the system.
+
+    A step's temporaries of some MB would come from there anew each time, a page fault for every 4 kB of them. How much
+    glibc keeps follows the largest block below 32 MB that the process has freed, so one is freed here, without having
+    been written to. It does nothing to other allocators, nor where the environment sets glibc's bounds.
+    """
+    bytes(GLIBC_KEEPS_BELOW - (1 << 16))
 
 
 def peak_bytes(

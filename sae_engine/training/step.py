@@ -19,6 +19,7 @@ from ..losses import Loss, losses_for
 from ..losses.base import checked_target
 from .backward import Finite, backward
 from .forward import DeadLatents, Forward, PreActivations
+from .memory import keep_freed_memory
 from .optimizer import Adam, Copies, Update
 
 Reduce = Callable[[list[Tensor]], None]
@@ -133,6 +134,8 @@ class TrainStep:
         self.dense = dense if dense is None else check.flag("dense", dense)
         self.backend = resolve(backend, sae.W_enc)
         sae._lay_out_by_latent()
+        if sae.W_enc.is_cpu:
+            keep_freed_memory()
         self.optimizer = Adam(
             sae, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=_checked_moments(moments, sae)
         )
