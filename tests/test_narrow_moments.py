@@ -1,6 +1,7 @@
 """Adam's moments in bfloat16: rounded by chance, after the update, the same bits wherever they are made."""
 from types import SimpleNamespace
 
+import narrow_moments
 import pytest
 import torch
 from latent_passes import DTYPES, FAST, LAYOUTS, MODES, SHAPES, adam
@@ -201,7 +202,8 @@ def test_production_shapes(backend, layout):
 
 STEPS = {  # both ways of the optimizer
     "fused": {}, "stored": {"grad_clip": 0.5}, "accumulated": {"accumulate": 2}, "dense": {"dense": True},
-    "bf16": {"compute_dtype": BF16}, "unit rows off, decay": {"normalize_decoder": False, "weight_decay": 0.01},
+    "bf16": {"compute_dtype": BF16}, "no copies": {"compute_dtype": BF16, "copies": False},
+    "unit rows off, decay": {"normalize_decoder": False, "weight_decay": 0.01},
 }  # fmt: skip
 
 
@@ -325,6 +327,44 @@ def test_twenty_steps_stay_within_what_rounding_can_do():
     assert error.max() > 1e-5  # and does something
 
 
+# --- a step without copies in 16 bits --------------------------------------------------------------------------------
+
+
+def without_copies(rule, exact, **options):
+    """Reports and everything after a step, with copies and without; ``exact``: of decoder rows that 16 bits hold."""
+    found = []
+    for copies in (True, False):
+        sae = make(RULES[rule](), dtype=FP32)
+        with torch.no_grad():
+            sae.W_dec.copy_(sae.W_dec.to(BF16) if exact else sae.W_dec)
+        step = train_step(sae, lr=0.01, compute_dtype=BF16, copies=copies, **options)
+        torch.manual_seed(1)
+        found.append((step(torch.randn(14, 6)), all_of(sae, step)))
+        assert (step._copies.weights is None) != copies
+        step.refresh()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_clip": 0.5}, {"dense": True}, {"memory_budget": 800}], ids=str)
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - {"TopAFA"}))  # of few entries products add up in another order
+def test_a_step_without_copies_is_the_same_where_nothing_is_rounded(rule, options):
+    """The encoder is rounded either way; rows of the decoder that are bfloat16 already give the same sums."""
+    options = {"dense": False, **options}  # whether a GEMM pays is another question for rows in fp32
+    (report, with_them), (other, without) = without_copies(rule, exact=True, **options)
+    for name in report:
+        assert_same(report[name], other[name])
+    for one, two in zip(with_them, without, strict=True):
+        assert_same(one, two)
+
+
+def test_without_copies_the_decoders_rows_are_not_rounded():
+    (report, _), (other, _) = without_copies("TopK", exact=False)
+    assert report["squared_error"] != other["squared_error"]
+    for copies in (1, None):
+        with pytest.raises(TypeError, match="copies must be"):
+            TrainStep(make(RULES["TopK"](), dtype=FP32), lr=1e-3, copies=copies)
+
+
 # --- states and arguments --------------------------------------------------------------------------------------------
 
 
@@ -349,3 +389,11 @@ def test_moments_follow_the_parameters_unless_they_are_bfloat16_beside_float32()
             TrainStep(sae, lr=1e-3, moments=moments_dtype)
     with pytest.raises(ValueError, match=r"moments must be .*'int8'"):
         TrainStep(wide, lr=1e-3, moments="int8")
+
+
+def test_the_measurement_of_the_held_out_error_runs():
+    rows = torch.randn(64, 8)
+    results = {kept: [narrow_moments.trained(rows, rows, kept, 2, seed) for seed in (0, 1)]
+               for kept in narrow_moments.KEPT}  # fmt: skip
+    table = narrow_moments.markdown(results, 2)
+    assert all(f"| {kept} | {found[0]:.4f} | {found[1]:.4f} |" in table for kept, found in results.items())

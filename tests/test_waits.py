@@ -345,7 +345,7 @@ APART = {
     "metrics.evaluate_during",
     # A run reads the device where it logs, evaluates and saves; its updates are above.
     "Run", "Trainer", "train", *(f"training.{name}" for name in (
-        "Callback", "Interrupted", "Run", "TrainConfig", "Trainer", "preset", "resume")),
+        "Architecture", "Callback", "Interrupted", "Run", "TrainConfig", "Trainer", "preset", "resume")),
 }  # fmt: skip
 
 
