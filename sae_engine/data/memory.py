@@ -68,12 +68,12 @@ class TensorStream:
             missing -= len(part)
             self._taken += len(part)
         chosen = found[0] if len(found) == 1 else torch.cat(found)
-        return tuple(x[chosen] for x in self._rows)
+        return tuple(x.index_select(0, chosen) for x in self._rows)  # on a CPU several times as fast as x[chosen]
 
     def first_chunk(self) -> tuple[Tensor, ...]:
         """The first rows of the first epoch, at most ``chunk_rows`` a site; :meth:`next` begins with them too."""
         chosen = self._permutation(0)[: self._chunk_rows]
-        return tuple(x[chosen] for x in self._rows)
+        return tuple(x.index_select(0, chosen) for x in self._rows)
 
     @property
     def counts(self) -> dict[str, int]:

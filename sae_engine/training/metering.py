@@ -1,6 +1,7 @@
 """What a run measures of itself without waiting for the device: means of the steps' reports, and where time goes."""
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +27,12 @@ class Sums:
             self.names = [*dict.fromkeys([*report, "grad_norm"])]  # which only calls that update report
             self.total = self.total.new_zeros(len(self.names))
             self.count = torch.zeros_like(self.total)
-        missing = self.total.new_full((), float("nan"))
-        values = torch.stack([report.get(name, missing).to(torch.float64) for name in self.names])
+        found = [report[name] for name in self.names if name in report]
+        wide = functools.reduce(torch.promote_types, [value.dtype for value in found])
+        if len(found) < len(self.names):
+            missing = self.total.new_full((), float("nan"), dtype=wide)
+            found = [report.get(name, missing) for name in self.names]
+        values = torch.stack([value.to(wide) for value in found]).to(torch.float64)
         finite = values.isfinite()
         self.total += torch.where(finite, values, 0.0)
         self.count += finite

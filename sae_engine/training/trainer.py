@@ -471,4 +471,5 @@ class _Line(NamedTuple):
 
 
 def _scaled(rows: tuple[Tensor, ...], device: torch.device, site: int, scale: float) -> Tensor:
-    return rows[site].to(device, torch.float32) * scale
+    there = rows[site].to(device, torch.float32)
+    return there if scale == 1 else there * scale
