@@ -244,9 +244,9 @@ class Branches:
 
     def _random(self, name: str) -> Tensor:
         """As large as the module's output or the stream; the tokens differ in size, which a norm would take away."""
-        generator = torch.Generator().manual_seed(0)
-        value = torch.randn(self.shape, generator=generator)
-        value *= torch.tensor([1.0, 2.0, 0.5, 1.5, 0.75])[: self.shape[1]].view(1, -1, 1)
+        generator = torch.Generator("cpu").manual_seed(0)
+        value = torch.randn(self.shape, generator=generator, device="cpu")
+        value *= torch.tensor([1.0, 2.0, 0.5, 1.5, 0.75], device="cpu")[: self.shape[1]].view(1, -1, 1)
         there = self.outputs[name]
         size = max(float(there.float().square().mean().sqrt()), float(self.stream.float().abs().median()), 1e-3)
         return (value * size).to(there)

@@ -63,7 +63,7 @@ class Contexts:
         keep = present
         for excluded, these in ((self.excluded_tokens, input_ids), (self.excluded_positions, positions)):
             if excluded:
-                keep = keep & ~torch.isin(these, torch.tensor(excluded))
+                keep = keep & ~torch.isin(these, torch.tensor(excluded, device="cpu"))
         return keep.flatten().nonzero().squeeze(1)
 
 
@@ -134,7 +134,7 @@ def token_batches(lm: LanguageModel, texts: Iterable[Any], contexts: Contexts) -
     run = contexts.run
     size = contexts.batch_size * run
     alone: list[Tensor] = []  # where documents are not packed: rows
-    pending = torch.empty(3, 0, dtype=torch.int64)  # token ids, documents, offsets
+    pending = torch.empty(3, 0, dtype=torch.int64, device="cpu")  # token ids, documents, offsets
     are_given: bool | None = None  # as batches
     rows = 0  # of batches that were given
     for number, item in enumerate(texts):
@@ -150,7 +150,7 @@ def token_batches(lm: LanguageModel, texts: Iterable[Any], contexts: Contexts) -
             continue
         ids = token_ids_of(lm, item, number, contexts.separator if contexts.packing else None)
         document = torch.full_like(ids, number + contexts.documents_before)
-        tokens = torch.stack([ids, document, torch.arange(len(ids))])
+        tokens = torch.stack([ids, document, torch.arange(len(ids), device="cpu")])
         if not contexts.packing:
             alone += tokens.split(run, 1) if len(ids) else ()
             while len(alone) >= contexts.batch_size:
@@ -228,9 +228,9 @@ def packed(block: Tensor, contexts: Contexts, run: int) -> TokenBatch:
     ids, documents, offsets = block.view(3, -1, run)
     if contexts.first_token is not None:
         front = (len(ids), 1)
-        ids = torch.cat([torch.full(front, contexts.first_token), ids], 1)
-        documents, offsets = (torch.cat([torch.full(front, -1), t], 1) for t in (documents, offsets))
-    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        ids = torch.cat([torch.full(front, contexts.first_token, device="cpu"), ids], 1)
+        documents, offsets = (torch.cat([torch.full(front, -1, device="cpu"), t], 1) for t in (documents, offsets))
+    positions = torch.arange(ids.shape[1], device="cpu").expand(ids.shape)
     kept = contexts.kept(ids, positions, torch.ones_like(ids, dtype=torch.bool))
     return TokenBatch(ids, None, documents, offsets, positions, kept)
 
@@ -241,14 +241,13 @@ def unpacked(rows: Sequence[Tensor], contexts: Contexts) -> TokenBatch:
     A row that begins with ``first_token``, as a chat template may write it, gets no second one.
     """
     first = contexts.first_token
-    rows = [
-        row if first is None or int(row[0, 0]) == first else torch.cat([torch.tensor([[first], [-1], [-1]]), row], 1)
-        for row in rows
-    ]
+    if first is not None:
+        before = torch.tensor([[first], [-1], [-1]], device="cpu")
+        rows = [row if int(row[0, 0]) == first else torch.cat([before, row], 1) for row in rows]
     length = max(row.shape[1] for row in rows)
     block = torch.stack([torch.nn.functional.pad(row, (0, length - row.shape[1]), value=-1) for row in rows], 1)
-    lengths = torch.tensor([row.shape[1] for row in rows])
-    positions = torch.arange(length).expand(len(rows), length)
+    lengths = torch.tensor([row.shape[1] for row in rows], device="cpu")
+    positions = torch.arange(length, device="cpu").expand(len(rows), length)
     present = positions < lengths[:, None]
     ids, documents, offsets = block
     ids = ids.masked_fill(~present, 0)
@@ -277,14 +276,14 @@ def _given(item: Any, number: int, contexts: Contexts, rows: int) -> TokenBatch:
         padding = padding_of(ids, mask)
     except (TypeError, ValueError) as error:
         raise type(error)(f"texts: batch {number}: {error}") from None
-    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    positions = torch.arange(ids.shape[1], device="cpu").expand(ids.shape)
     present = torch.ones_like(ids, dtype=torch.bool)
     if padding is not None:
         assert mask is not None
         mask = mask.to(torch.int64)
         positions, present = positions - padding.first[:, None], mask.bool()
         ids = ids.masked_fill(~present, 0)  # whatever stands there: the same batch is the same batch
-    documents = (torch.arange(len(ids)) + rows + contexts.documents_before)[:, None].expand(ids.shape)
+    documents = (torch.arange(len(ids), device="cpu") + rows + contexts.documents_before)[:, None].expand(ids.shape)
     kept = contexts.kept(ids, positions, present)
     return TokenBatch(ids, mask if padding is not None else None, documents, positions, positions, kept)
 
@@ -292,14 +291,14 @@ def _given(item: Any, number: int, contexts: Contexts, rows: int) -> TokenBatch:
 def token_ids_of(lm: LanguageModel, document: Any, number: int, separator: int | None) -> Tensor:
     """(tokens,) int64 of one document, with the separator behind it; an empty document has none."""
     if isinstance(document, str):
-        ids = torch.tensor(_tokenize(lm, document, number), dtype=torch.int64)
+        ids = torch.tensor(_tokenize(lm, document, number), dtype=torch.int64, device="cpu")
     else:
         ids = _integers(document, f"texts: document {number}")
         if ids.ndim != 1:
             raise ValueError(f"texts: document {number} has shape {tuple(ids.shape)}: {_AS}")
     if separator is None or not len(ids):
         return ids
-    return torch.cat([ids, torch.tensor([separator])])
+    return torch.cat([ids, torch.tensor([separator], device="cpu")])
 
 
 def _integers(value: Any, name: str) -> Tensor:

@@ -319,7 +319,7 @@ def model_forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
 def few_tokens(model: nn.Module) -> Tensor:
     """(2, 5) token ids to look into a model with: from the middle of the vocabulary, away from tokens for images."""
     vocabulary = _vocabulary(model) or 20
-    return ((torch.arange(10) + vocabulary // 2) % vocabulary).view(2, 5).to(input_device(model))
+    return ((torch.arange(10, device="cpu") + vocabulary // 2) % vocabulary).view(2, 5).to(input_device(model))
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -168,7 +168,7 @@ class _Tokens:
         self._next = position["source"]  # the cursor of the next document
         self._documents = source.documents(self._next)
         self._before = self._next  # of the document that is being taken
-        self._ids = torch.empty(0, dtype=torch.int64)
+        self._ids = torch.empty(0, dtype=torch.int64, device="cpu")
         self._number = self._at = 0
         if position["token"]:
             self._fetch()
@@ -193,7 +193,7 @@ class _Tokens:
             while self._at == len(self._ids):
                 self._fetch()
             ids = self._ids[self._at : self._at + count]
-            offsets = torch.arange(self._at, self._at + len(ids))
+            offsets = torch.arange(self._at, self._at + len(ids), device="cpu")
             found.append(torch.stack([ids, torch.full_like(ids, self._number), offsets]))
             self._at += len(ids)
             count = 0 if of_one else count - len(ids)

@@ -258,7 +258,7 @@ class Staircase:
             raise
 
     def _read_parts(self, number: int) -> _Chunk:
-        slots = torch.randperm(self.chunk_rows, generator=self._generator("chunk", number))
+        slots = torch.randperm(self.chunk_rows, generator=self._generator("chunk", number), device="cpu")
         kept = range(max(0, self._period - number), self.chunks)
         parts: dict[int, list[Tensor]] = {}
         done = 0
@@ -268,7 +268,7 @@ class Staircase:
                 size = self._part_rows
                 parts = {j: [rows.new_empty(size, *rows.shape[1:]) for rows in found] for j in kept}
             to, order = slots[done : done + len(found[0])].sort()
-            bounds = torch.searchsorted(to, torch.arange(self.chunks + 1) * self._part_rows).tolist()
+            bounds = torch.searchsorted(to, torch.arange(self.chunks + 1, device="cpu") * self._part_rows).tolist()
             for site, rows in enumerate(found):
                 within, rows = (to % self._part_rows).to(rows.device), rows[order.to(rows.device)]
                 for j in kept:
@@ -276,13 +276,13 @@ class Staircase:
                     parts[j][site].index_copy_(0, within[of_part], rows[of_part])
             done += len(found[0])
         served = min(number + 1, self.chunks) * self._part_rows
-        order = torch.randperm(served, generator=self._generator("period", number)).to(found[0].device)
+        order = torch.randperm(served, generator=self._generator("period", number), device="cpu").to(found[0].device)
         return _Chunk(
             parts, order, self._reader.position, None if self._worker is None else self._worker.written()
         )
 
     def _generator(self, what: str, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_of(self.seed, what, number))
+        return torch.Generator("cpu").manual_seed(seed_of(self.seed, what, number))
 
 
 def seed_of(*parts: int | str) -> int:

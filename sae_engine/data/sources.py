@@ -175,16 +175,16 @@ class Source:
 def _token_ids(value: Any, mask: Any, where: str) -> Document:
     """The tokens of a record that its attention_mask has; padding is made anew where rows of a batch differ."""
     try:
-        ids = torch.as_tensor(value)
+        ids = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         ids = None
     if ids is not None and not ids.numel():
-        return Document(torch.empty(0, dtype=torch.int64))
+        return Document(torch.empty(0, dtype=torch.int64, device="cpu"))
     if ids is None or ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{where} must be a text, a list of token ids or a list of messages, got {value!r:.80}")
     if mask is None:
         return Document(ids.to(torch.int64))
-    present = torch.as_tensor(mask)
+    present = torch.as_tensor(mask, device="cpu")
     if present.shape != ids.shape or not bool(((present == 0) | (present == 1)).all()):
         raise ValueError(f"{where}: its attention_mask must be {len(ids)} numbers, 0 and 1, got {mask!r:.80}")
     at = present.nonzero().flatten()
@@ -322,8 +322,8 @@ class _Library:
         self.identity: Any = ["stdlib", _digest(self._texts), seed]
 
     def read(self, epoch: int, at: Any) -> Iterator[tuple[Any, Any]]:
-        generator = torch.Generator().manual_seed(seed_of(self._seed, "stdlib", epoch))
-        order = torch.randperm(len(self._texts), generator=generator).tolist()
+        generator = torch.Generator("cpu").manual_seed(seed_of(self._seed, "stdlib", epoch))
+        order = torch.randperm(len(self._texts), generator=generator, device="cpu").tolist()
         for place in range(at or 0, len(order)):
             yield place + 1, self._texts[order[place]]
 

@@ -117,7 +117,7 @@ class ActivationStore:
     def tensor(self, dtype: torch.dtype | str | None = None) -> Tensor:
         """All rows in the order of the text, ``(len(self), d_model)``, on the CPU; ``dtype=None`` as stored."""
         shards = [self._load(index) for index in range(len(self.manifest["shards"]))]
-        rows = torch.cat(shards) if shards else torch.empty(0, self.d_model, dtype=self.dtype)
+        rows = torch.cat(shards) if shards else torch.empty(0, self.d_model, dtype=self.dtype, device="cpu")
         return rows if dtype is None else rows.to(dtype_in("dtype", dtype))
 
     def row_tokens(self, start: int = 0, stop: int | None = None) -> RowTokens:
@@ -137,7 +137,7 @@ class ActivationStore:
         stop = len(self) if stop is None else check_int("stop", stop, 0, len(self))
         start = check_int("start", start, 0, stop)
         self._check_tokens()
-        found, first = [torch.empty(4, 0, dtype=torch.int32)], 0
+        found, first = [torch.empty(4, 0, dtype=torch.int32, device="cpu")], 0
         for index, shard in enumerate(self.manifest["shards"]):
             low, high = max(start - first, 0), min(stop - first, shard["tokens"])
             if low < high:
@@ -216,20 +216,23 @@ class ActivationStore:
         Rows that fill no batch are mixed with the shards that follow, so which rows those are has to be known before
         the first that is asked for; they alone are read.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         sizes = [shard["tokens"] for shard in self.manifest["shards"]]
-        order = torch.randperm(len(sizes), generator=generator).tolist() if shuffle else list(range(len(sizes)))
+        order = list(range(len(sizes)))
+        if shuffle:
+            order = torch.randperm(len(sizes), generator=generator, device="cpu").tolist()
         step = buffer_shards if shuffle else 1
         passed = 0
-        rest = torch.empty(2, 0, dtype=torch.int64)  # of rows that were passed over: the shard and the place in it
+        # Of rows that were passed over: the shard and the place in it.
+        rest = torch.empty(2, 0, dtype=torch.int64, device="cpu")
         carried: tuple[Tensor, Tensor] | None = None  # the same once rows are read
         for first in range(0, len(order), step):
             group = order[first : first + step]
             count = (rest.shape[1] if carried is None else len(carried[0])) + sum(sizes[index] for index in group)
-            mix = torch.randperm(count, generator=generator) if shuffle else slice(None)
+            mix = torch.randperm(count, generator=generator, device="cpu") if shuffle else slice(None)
             whole = count // batch_size * batch_size
             if carried is None and passed + whole <= start:
-                places = [torch.stack([torch.full((sizes[i],), i), torch.arange(sizes[i])]) for i in group]
+                places = [_places_of(i, sizes[i]) for i in group]
                 rest = torch.cat([rest, *places], 1)[:, mix][:, whole:]
                 passed += whole
                 continue
@@ -252,14 +255,15 @@ class ActivationStore:
                 self._check_finite(index, x)
         # Where tokens are not asked for, as many columns of none: what is done with rows is done with both.
         found = zip(group, shards, strict=True)
-        columns = [self._load_tokens(index) if tokens else torch.empty(0, len(x)) for index, x in found]
+        none = torch.empty(0, 1, dtype=torch.int32, device="cpu")
+        columns = [self._load_tokens(index) if tokens else none.expand(0, len(x)) for index, x in found]
         return torch.cat(shards), torch.cat(columns, 1)
 
     def _at(self, places: Tensor, tokens: bool, finite: bool) -> tuple[Tensor, Tensor]:
         """Rows by shard and place, in that order."""
         count = places.shape[1]
-        x = torch.empty(count, self.d_model, dtype=self.dtype)
-        columns = torch.empty(4, count, dtype=torch.int32) if tokens else torch.empty(0, count)
+        x = torch.empty(count, self.d_model, dtype=self.dtype, device="cpu")
+        columns = torch.empty(4 if tokens else 0, count, dtype=torch.int32, device="cpu")
         for index in places[0].unique().tolist():
             here = places[0] == index
             read, read_tokens = self._read([index], tokens, finite)
@@ -294,7 +298,8 @@ class ActivationStore:
     def _opened(self, index: int, read: Any) -> Tensor:
         file = self.path / self.manifest["shards"][index]["file"]
         try:
-            with require("safetensors").safe_open(file, framework="pt") as opened:
+            # What safetensors reads would lie on torch's default device, which is not the store's.
+            with torch.device("cpu"), require("safetensors").safe_open(file, framework="pt") as opened:
                 return read(opened)
         except Exception as error:  # the file was sound when the store was opened
             raise ValueError(f"{file} is missing or damaged: {error}") from error
@@ -329,6 +334,11 @@ def _cut(blocks: Iterator[tuple[Tensor, Tensor]], size: int, drop_last: bool) ->
 
 
 # ------------------------------------------------------------------------------- what collecting shares with this
+
+
+def _places_of(shard: int, rows: int) -> Tensor:
+    """(2, rows): the shard, and each place in it."""
+    return torch.stack([torch.full((rows,), shard, device="cpu"), torch.arange(rows, device="cpu")])
 
 
 def folder_in(name: str, path: str | Path) -> Path:
