@@ -368,6 +368,8 @@ class SparseAutoencoder(nn.Module):
         context = {}
         if "target_norm" in wanted:
             wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            # Codes have to be as long as what decoder rows add up to, x - b_dec, whether the encoder subtracts b_dec
+            # too or has it folded into b_enc. The b_dec of a transcoder to another width belongs to another space.
             centred = wide - self.b_dec.detach() if self.d_out == self.d_in else wide
             context["target_norm"] = centred.norm(dim=-1)
         if "weight_norm" in wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import math
 import random
+import shutil
 import signal
 from typing import Any
 
@@ -416,3 +417,52 @@ def test_the_small_preset_ends_within_its_band(tmp_path):
     assert 0.55 < last_line["evaluation/fvu"] < 0.64
     assert 0.58 < last_line["evaluation/ce_recovered"] < 0.73
     assert last_line["evaluation/l0"] == 8
+
+
+def test_documents_with_contexts_of_their_own_are_trained_on_evaluated_and_resumed(tmp_path):
+    """``packing: false``: each document has contexts of its own; that padding is not seen, test_padding shows."""
+    texts = [f"def f{n}(x):\n    return x + {n}\n" * (1 + n % 3) for n in range(90)]
+    few = {"data__eval_fraction_documents": 8, "data__training_tokens": 64 * 12}
+    trainer = Trainer(settings(tmp_path / "run", data__packing=False, **few), dataset=texts)
+    run = trainer.train()
+    assert trainer.plan.contexts is not None and not trainer.plan.contexts.packing
+    assert run.metrics()[-1]["evaluation/l0"] == 8 and 0 < run.metrics()[-1]["evaluation/fvu"] < 2
+    shutil.copytree(run.folder, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000000012")
+    assert_same(resume(tmp_path / "cut", dataset=texts), run)
+
+
+def test_an_autoencoder_that_was_saved_is_trained_further_to_the_end(finished, tmp_path):
+    """Its rows are taken as they are: the scale of the first training is in its weights."""
+    source = finished.folder / "sae" / next(iter(finished.saes()))
+    entry = SAE | {"from_pretrained": str(source), "normalize_activations": "none", "normalize_decoder": False}
+    run = train(settings(tmp_path / "run", saes=[entry], optim__lr=1e-4))
+    (before,), (after,) = finished.saes().values(), run.saes().values()
+    assert before.W_dec.shape == after.W_dec.shape and not torch.equal(before.W_dec, after.W_dec)
+    first = next(line for line in run.metrics() if "metrics/explained_variance" in line)
+    untrained = next(line for line in finished.metrics() if "metrics/explained_variance" in line)
+    assert first["metrics/explained_variance"] > untrained["metrics/explained_variance"] + 0.1
+    assert run.metrics()[-1]["evaluation/fvu"] < finished.metrics()[-1]["evaluation/fvu"]
+
+
+def test_a_run_that_dies_while_its_report_is_written_is_reported_again(tmp_path, monkeypatch):
+    from sae_engine.reports import run as report
+
+    class Killed(BaseException):
+        pass
+
+    def dies(text, path):
+        path.write_text(text[:100])
+        raise Killed
+
+    config = settings(tmp_path / "run", saes=[SAE | {"hook_name": "model.a"}], data__training_tokens=64 * 6)
+    rows = torch.randn(256, 16)
+    with monkeypatch.context() as patched:
+        patched.setattr(report, "write_text", dies)
+        with pytest.raises(Killed):
+            train(config, dataset=rows)
+    run = Run(tmp_path / "run")
+    assert not (run.folder / "report.md").exists()  # not a part of it either
+    assert [path.name for path in run.report()] == ["report.md", "report.html"]
+    resumed = resume(run.folder, dataset=rows)
+    assert len(resumed.saes()) == 1 and (run.folder / "report.html").read_text().rstrip().endswith("</html>")

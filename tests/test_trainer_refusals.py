@@ -12,6 +12,10 @@ from short_runs import SAE, settings
 from sae_engine.cli import main
 from sae_engine.data.models import EMBEDDED_FOLDER
 from sae_engine.training.callbacks import resume_command
+from sae_engine.training.config import ConfigError
+from sae_engine.training.plan import _batch_rows
+from sae_engine.training.ranks import Ranks
+from sae_engine.training.settings import configured
 from sae_engine.training.trainer import Trainer, resume
 
 MEMORY = {"name": "a", "hook_name": "model.a", "architecture": "topk", "k": 4, "d_sae": 32}
@@ -45,6 +49,7 @@ def files(tmp_path_factory) -> Path:
     ({"model__llm_device": "cuda:99"}, r"model\.llm_device: 'cuda:99' cannot be used"),
     ({"eval__dataset_path": "{}/nowhere.txt"}, r"eval\.dataset_path: '.*nowhere\.txt' does not exist"),
     ({"output__output_path": "{}/short.txt/run"}, r"output\.output_path: .*Not a directory"),
+    ({"saes": [SAE | {"aux_k": 999}]}, r"saes\.0\.aux_k: must not exceed d_sae = 128, got 999"),
     ({"output__hub_model_id": "a b/c"}, r"output\.hub_model_id: must be 'owner/repository', got 'a b/c'"),
     ({"saes": [SAE | {"from_pretrained": "{}/nowhere", "normalize_activations": "none"}]},
      r"saes\.0\.from_pretrained: must be a folder or a file of weights; there is none at"),
@@ -104,3 +109,23 @@ def test_the_command_line_says_it_in_one_line(files, tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and "error: data.column:" in said.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("setting", "said"), [
+    ("model.model_name=/nowhere", "model.model_name: is neither a folder that exists nor a hub name: '/nowhere'"),
+    ("saes.0.hook_name=blocks.9.hook_resid_pre", "saes.0.hook_name: blocks.9.hook_resid_pre: layer must be in 0..3"),
+    ("saes.0.hook_name=transformer.h.1.nothing", "saes.0.hook_name: site: GPT2Block has no module 'nothing'"),
+    ("saes.0.aux_k=999", "saes.0.aux_k: must not exceed d_sae = 256, got 999"),
+])  # fmt: skip
+def test_a_configuration_that_is_only_printed_is_refused_alike(setting, said, capsys):
+    assert main(["train", "--preset", "embedded-tiny", "--set", setting, "--print-config"]) == 1
+    shown = capsys.readouterr()
+    assert said in shown.err and not shown.out
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_by_its_field(tmp_path):
+    config = configured(settings(tmp_path, optim__train_batch_size_tokens=64))
+    assert _batch_rows(config, Ranks(rank=1, world=4)) == 16
+    said = r"^optim\.train_batch_size_tokens: must be a multiple of the 3 processes, got 64$"
+    with pytest.raises(ConfigError, match=said):
+        _batch_rows(config, Ranks(rank=1, world=3))

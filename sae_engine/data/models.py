@@ -344,10 +344,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def width_and_length(
+def model_sizes(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[int, int]:
-    """The width of a model's residual stream and its longest context, from its configuration alone.
+) -> tuple[int, int, int]:
+    """The width of a model's residual stream, its longest context and its layers, from its configuration alone.
 
     Raises:
         OSError: no such model, or the hub does not answer and its cache does not hold the configuration.
@@ -355,8 +355,8 @@ def width_and_length(
         ImportError: transformers is not installed.
 
     Example:
-        >>> width_and_length("embedded")
-        (256, 256)
+        >>> model_sizes("embedded")
+        (256, 256, 4)
     """
     transformers = require("transformers")
     folder = EMBEDDED_FOLDER if name_or_path == EMBEDDED else Path(name_or_path).expanduser()
@@ -372,7 +372,7 @@ def width_and_length(
             f"name_or_path: the configuration of {name_or_path!r} cannot be read: {_first_line(error)}"
         ) from error
     config = config.get_text_config()
-    return config.hidden_size, _max_length(config, None, name_or_path)
+    return config.hidden_size, _max_length(config, None, name_or_path), config.num_hidden_layers
 
 
 def _hub_config(name: str, revision: str | None, file: str = "config.json") -> tuple[Any, str | None]:

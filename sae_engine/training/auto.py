@@ -96,11 +96,18 @@ def widths_of(config: TrainConfig) -> tuple[list[tuple[int, int]], int, bool]:
         pairs = [(of_site[Site.of(sae.hook_name)], of_site[Site.of(sae.hook_name_out or sae.hook_name)])
                  for sae in saes]  # fmt: skip
         return pairs, next(iter(stores.values())).manifest["context_length"], False
-    from ..data.models import EMBEDDED, width_and_length
+    from ..data.models import EMBEDDED, model_sizes
 
     model, wide = config.model, config.model.model_from_pretrained_kwargs
-    width, length = width_and_length(model.model_name, revision=model.revision,
-                                     trust_remote_code=bool(wide.get("trust_remote_code")))  # fmt: skip
+    with within("model", model, "model_name"):
+        width, length, layers = model_sizes(model.model_name, revision=model.revision,
+                                            trust_remote_code=bool(wide.get("trust_remote_code")))  # fmt: skip
+    for number, sae in enumerate(saes):
+        for site, field in zip(sae.sites, sae.site_fields, strict=True):
+            layer = Site.of(site).layer
+            if layer is not None and layer >= layers:
+                what = f"{site}: layer must be in 0..{layers - 1}, got {layer}"
+                raise ConfigError([(f"saes.{number}.{field}", what)])
     others = {site for sae in saes for site in sae.sites}
     known = {site: width for site in others if _on_the_stream(site)}
     if missing := others - known.keys():
@@ -155,7 +162,13 @@ def _measured(config: TrainConfig, sites: set[str]) -> dict[str, int]:
     from ..data.places import find_place
 
     lm = load_language_model(config.model.model_name, revision=config.model.revision, dtype=config.model.dtype)
-    return {site: find_place(lm.model, site).width for site in sites}
+    found = {}
+    for number, sae in enumerate(config.expanded().saes):
+        for site, field in zip(sae.sites, sae.site_fields, strict=True):
+            if site in sites:
+                with within(f"saes.{number}", sae, field):
+                    found[site] = find_place(lm.model, site).width
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ the rules
@@ -182,6 +195,8 @@ def _sae(sae: SAEConfig, d_in: int) -> SAEConfig:
     d_sae = sae.sized(d_in)
     kind = sae.architecture.resolved(d_in, d_sae, sae.normalize_activations)
     sae = _filled(sae, aux_k=min(max(d_in // 2, 1), d_sae))
+    if sae.aux_k > d_sae:  # type: ignore[operator]
+        raise ConfigError([("aux_k", f"must not exceed d_sae = {d_sae}, got {sae.aux_k}")])
     return replace(sae, architecture=kind, d_sae=d_sae, expansion_factor=None)
 
 

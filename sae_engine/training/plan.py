@@ -158,17 +158,11 @@ def planned(config: TrainConfig, *, model: Any, tokenizer: Any, dataset: Any, ra
 
 def _width(lm: LanguageModel, saes: Sequence[SAEConfig], site: Site) -> int:
     for number, sae in enumerate(saes):
-        for place, name in zip(sae.sites, _fields_of(sae), strict=True):
+        for place, name in zip(sae.sites, sae.site_fields, strict=True):
             if Site.of(place) == site:
                 with within(f"saes.{number}", sae, name):
                     return find_place(lm.model, site).width
     raise AssertionError(f"{site} is of no autoencoder")
-
-
-def _fields_of(sae: SAEConfig) -> tuple[str, ...]:
-    """Which field of an entry names each of its sites."""
-    out = () if sae.hook_name_out is None else ("hook_name_out",)
-    return ("hook_name", *out, *("architecture" for _ in sae.architecture.context))
 
 
 def _in_memory(config: TrainConfig, device: torch.device, rows: Sequence[Tensor], ranks: Ranks) -> Plan:
@@ -340,10 +334,8 @@ def _contexts(lm: LanguageModel, config: TrainConfig) -> Contexts:
 def _batch_rows(config: TrainConfig, ranks: Ranks) -> int:
     rows, left = divmod(config.optim.train_batch_size_tokens, ranks.world)
     if left:
-        raise ValueError(
-            f"optim.train_batch_size_tokens must be a multiple of the {ranks.world} processes, got "
-            f"{config.optim.train_batch_size_tokens}"
-        )
+        raise ConfigError([("optim.train_batch_size_tokens", f"must be a multiple of the {ranks.world} processes, got "
+                            f"{config.optim.train_batch_size_tokens}")])  # fmt: skip
     return rows
 
 

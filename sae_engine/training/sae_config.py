@@ -110,6 +110,12 @@ class SAEConfig:
         out = () if self.hook_name_out is None else (self.hook_name_out,)
         return (self.hook_name, *out, *self.architecture.context.values())
 
+    @property
+    def site_fields(self) -> tuple[str, ...]:
+        """Which field says each of :attr:`sites`."""
+        out = () if self.hook_name_out is None else ("hook_name_out",)
+        return ("hook_name", *out, *("architecture" for _ in self.architecture.context))
+
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a file, the architecture's own fields beside the others.
 
