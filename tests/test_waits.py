@@ -339,7 +339,7 @@ APART = {
     "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
     "losses", "metrics", "training", "SparseCodes", "SparseCodes.cuda", "metrics.evaluate",
     "metrics.ppl_sparsity", "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes",
-    "training.state_bytes", "training.StateBytes", "training.Loss",
+    "training.state_bytes", "training.Loss",
     "losses.Loss", "losses.LossInput", "losses.Pull", "Provenance",
     "losses.losses_for", "ablate", "max_activating", "steer",
     "metrics.evaluate_during",

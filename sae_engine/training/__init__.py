@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..losses import Loss
 from .captured import CapturedStep
 from .forward import DeadLatents
-from .memory import StateBytes, peak_bytes, state_bytes
+from .memory import peak_bytes, state_bytes
 from .step import TrainStep
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .run import Run
     from .trainer import Trainer, resume, train
 
-__all__ = ["Architecture", "Callback", "CapturedStep", "DeadLatents", "Interrupted", "Loss", "Run", "StateBytes",
-           "TrainConfig", "TrainStep", "Trainer", "peak_bytes", "preset", "resume", "state_bytes", "train"]  # fmt: skip
+__all__ = ["Architecture", "Callback", "CapturedStep", "DeadLatents", "Interrupted", "Loss", "Run", "TrainConfig",
+           "TrainStep", "Trainer", "peak_bytes", "preset", "resume", "state_bytes", "train"]  # fmt: skip
 
 _RUNS = {
     "_architecture": {"Architecture"}, "callbacks": {"Callback", "Interrupted"}, "config": {"TrainConfig"},
