@@ -62,7 +62,7 @@ def markdown(results: dict[str, list[float]], steps: int) -> str:
         f"Held-out FVU after {steps:,} steps of {BATCH} tokens (TopK {K}, {LATENTS:,} latents, layer {LAYER} of the "
         f"embedded model, lr {LEARNING_RATE:g}), a column a seed. One thread, "
         f"torch {metadata.version('torch')}, {platform.machine()}; "
-        "`python benchmarks/narrow_moments.py` makes this file.",
+        f"`python benchmarks/narrow_moments.py --steps {steps} --seeds {seeds}` makes this file.",
         "",
         "| moments of both weights | " + " | ".join(f"seed {n}" for n in range(seeds)) + " | mean | spread |",
         "|---|" + "---|" * (seeds + 2),
