@@ -433,7 +433,7 @@ def test_errors_of_the_command_are_lines(tmp_path, capsys):
         (["--preset", "gpt2-topk-32k", "--set", "model.model_name=nobody/none", "--print-config"],
          ["the hub did not answer for the config.json of 'nobody/none'"]),
         (["--preset", "embedded", "--set", "model.model_name=./none", "--print-config"],
-         ["name_or_path is neither a folder that exists nor a hub name: './none'"]),
+         ["model.model_name: is neither a folder that exists nor a hub name: './none'"]),
     ]:  # fmt: skip
         assert cli.main(["train", *arguments]) == 1
         said = capsys.readouterr().err.splitlines()
