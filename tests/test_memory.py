@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 
+import fake_memory
 import pytest
 import torch
 
@@ -57,6 +58,7 @@ CASES = [
     pytest.param(512, 64, 1 << 15, 4 * MIB, {}, id="F15-chunks"),
     pytest.param(512, 64, 1 << 16, WHOLE, {}, id="F16"),
     pytest.param(512, 64, 1 << 16, 8 * MIB, {}, id="F16-chunks"),
+    pytest.param(512, 64, 1 << 17, 8 * MIB, {}, id="F17-chunks"),
     pytest.param(512, 128, 1 << 15, 8 * MIB, {}, id="wide"),
     pytest.param(512, 64, 1 << 15, 8 * MIB, {"row_major": True}, id="row-major"),
     pytest.param(512, 64, 1 << 15, 8 * MIB, {"k_aux": 32}, id="AuxK"),
@@ -149,6 +151,30 @@ def test_the_largest_published_size():
     narrow = peak_bytes(**sizes, memory_budget=buffer, compute_dtype=torch.bfloat16, device_type="cuda")
     assert buffer + copies < narrow < buffer + copies + GIB / 2
     assert peak_bytes(**sizes, memory_budget=WHOLE) > 16 * GIB
+
+
+NARROW = {"compute_dtype": "bfloat16", "moments": "bfloat16", "copies": False}
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # to see that nobody wrote parameters
+@pytest.mark.parametrize(("width", "gigabytes"), [(4096, 69 * 1.02), (768, 14)])
+def test_a_million_latents_fit(width, gigabytes):
+    """F = 2^20, B = 32,768: parameters, moments, the batch and all that a step needs, on a card of 80 GB."""
+    tokens, latents = 32_768, 1 << 20
+    with fake_memory.Living() as memory:
+        step = TrainStep(se.SparseAutoencoder(width, latents, se.TopK(K)), lr=1e-3, memory_budget=2**28, **NARROW)
+        x = torch.randn(tokens, width, dtype=torch.bfloat16)
+        kept, memory.peak = memory.now, memory.now
+        for _ in range(2):
+            step(x)
+    state = state_bytes(width, latents, **NARROW)
+    counters = 9 * latents + 2**20  # of the dead, on the way; and scalars
+    assert state.kept <= kept - x.numel() * 2 <= state.kept + counters
+    assert memory.peak <= gigabytes * 1e9
+    formula = {budget: peak_bytes(tokens, width, latents, K, memory_budget=budget, device_type="cuda", **NARROW)
+               for budget in (2**25, 2**28)}  # fmt: skip
+    assert memory.peak - kept <= formula[2**28]
+    assert state.kept + formula[2**25] <= gigabytes * 1e9
 
 
 def test_allocations_are_measured_exactly():

@@ -50,7 +50,9 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
         codes = _in_rows(kept.codes, forward.runs.get(number), repeats)
         at_decoder = _at_decoder(forward, mine, result.small)
         reached = at_decoder is not None
-        grad = _of_rows(torch.zeros_like(forward.target) if at_decoder is None else at_decoder, repeats)
+        if at_decoder is None:
+            at_decoder = torch.zeros_like(forward.given, dtype=wide)
+        grad = _of_rows(at_decoder, repeats)
         grad = grad.to(forward.dtype)
         at_values, at_norms = (_total(getattr(pull, name) for pull in mine) for name in ("values", "norms"))
         if at_norms is not None:  # the slope of a row's norm is its direction
@@ -141,9 +143,10 @@ def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]
         return decoded
     if sae.W_skip is not None and info.skipped is not None:
         _add(small, sae.W_skip, whole.T @ info.skipped.to(whole.dtype))
-    std = 1.0 if info.std is None else info.std
-    _add(small, sae.b_dec, (whole * std).sum(0))
-    decoded = _total([decoded, *(output * std for output in flat)])
+    if info.std is not None:
+        whole, flat = whole * info.std, [output * info.std for output in flat]
+    _add(small, sae.b_dec, whole.sum(0))
+    decoded = _total([decoded, *flat])
     if not nested:
         return decoded
     runs = _total(output.flip(1).cumsum(1).flip(1) for output in nested)

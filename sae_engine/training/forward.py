@@ -130,7 +130,7 @@ class Forward:
     dtype: torch.dtype  # of the computation: products, codes, and what is gathered for sums
     norms: Tensor | None  # (F,) of the decoder's rows, where rules see pre-activations times norms
     x: Tensor  # (B, d_in) as the encoder sees it, before b_dec
-    target: Tensor  # (B, d_out), fp32 or wider
+    given: Tensor  # (B, d_out) to be reconstructed, as it came
     info: EncodeInfo
     counters: DeadLatents
     buffer: PreActivations
@@ -143,6 +143,11 @@ class Forward:
     def dead(self) -> Tensor:
         """(F,) bool, as before this batch."""
         return self.counters.mask
+
+    @functools.cached_property
+    def target(self) -> Tensor:
+        """(B, d_out) in fp32 or wider. The error alone does without it."""
+        return self.given.to(self.wide)
 
     @functools.cached_property
     def encoded(self) -> Tensor:
@@ -244,12 +249,16 @@ class Forward:
             if info.std is None and info.mean is None and not skips:
                 self._residuals[number] = ops.decode_error(
                     kept.values, kept.codes.indices, kept.codes.offsets, self.weights.decoder, self.sae.b_dec,
-                    self.target, self.target.dtype, self.backend,
+                    self.given, self.wide, self.backend,
                 )  # fmt: skip
             else:
                 residual = self._output(number).sub_(self.target)
                 self._residuals[number] = residual, torch.linalg.vecdot(residual, residual)
         return self._residuals[number]
+
+    def forget_residuals(self) -> None:
+        """Once all losses have been taken: their memory serves the backward half."""
+        self._residuals.clear()
 
     def nested_residuals(self, number: int, widths: Sequence[int]) -> Tensor:
         """(B, widths, d_out) the output of each prefix of the latents minus the target; the last is the residual."""

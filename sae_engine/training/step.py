@@ -225,19 +225,21 @@ class TrainStep:
         main, tokens = forward.kept[0].codes, forward.tokens
         overflow = None if main.required is None else main.required > main.values.shape[0]
         with densified.choosing(self._density(main)):
+            spread = _spread(target, forward.wide)
             losses: dict[str, Tensor] = {}
             pulls = []
             for loss, number in zip(self.losses, numbers, strict=True):
                 if number is None:
-                    losses[loss.name] = forward.target.new_zeros(())
+                    losses[loss.name] = x.new_zeros((), dtype=forward.wide)
                 else:
                     losses[loss.name], pull = loss.pull(forward, number)
                     pulls.append(pull)
             report = {"loss": torch.stack(list(losses.values())).sum(), **losses}
             squares = forward.residual(0)[1].sum()
             report["squared_error"] = squares / tokens
-            report["fvu"] = squares / (forward.target - forward.target.mean(0)).square().sum()
+            report["fvu"] = squares / spread
             report["l0"] = (main.values != 0).sum() / tokens
+            forward.forget_residuals()
             pending = backward(forward, pulls)
             del forward, pulls  # their memory serves the update
             self.calls += 1
@@ -277,7 +279,6 @@ class TrainStep:
     def _forward(self, x: Tensor, target: Tensor, context: dict[str, Any]) -> tuple[Forward, list[int | None]]:
         """The batch encoded for all losses, and the number of each one's codes."""
         sae, weights = self.sae, self._copies.current()
-        wide = torch.promote_types(self.compute_dtype, torch.float32)
         seen, info = sae._normalized(x)
         if "gradient" in context:
             gradient = check.matrix(check.floating("gradient", context.pop("gradient")))
@@ -285,7 +286,7 @@ class TrainStep:
         forward = Forward(
             sae=sae, weights=weights, dtype=self.compute_dtype,
             norms=decoder_norms(sae.W_dec) if sae.rescale_acts_by_decoder_norm else None, x=seen,
-            target=target.to(wide), info=info, counters=self.dead, buffer=self._pre_activations, backend=self.backend,
+            given=target, info=info, counters=self.dead, buffer=self._pre_activations, backend=self.backend,
         )  # fmt: skip
         dead_at_most = sae.d_sae if self._warming_up else self.dead.at_most(forward.tokens)
         rules = [sae.activation]
@@ -382,6 +383,12 @@ def _checked_scheduler(scheduler: Any) -> Any:
             f"{', '.join(needed)}; leave it out, and step one of your own on step.optimizer where the metric is known"
         )
     return scheduler
+
+
+def _spread(target: Tensor, wide: torch.dtype) -> Tensor:
+    """() squared distances of the rows from their mean."""
+    mean = target.mean(0, dtype=wide)
+    return (target.to(wide) - mean).square_().sum()
 
 
 def _fired(codes: SparseCodes) -> Tensor:
