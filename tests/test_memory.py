@@ -234,10 +234,13 @@ torch.set_num_threads(1)
 step, x = TrainStep(SparseAutoencoder(256, 2048, TopK(8)), lr=1e-3), torch.randn(2048, 256)
 for _ in range(5):
     step(x)
-before = faults()
-for _ in range(4):
-    step(x)
-print(faults() - before)
+rounds = []
+for _ in range(3):  # the heap may still grow once; what it takes anew each time, it takes in all of them
+    before = faults()
+    for _ in range(4):
+        step(x)
+    rounds.append(faults() - before)
+print(min(rounds))
 """
 
 
