@@ -8,10 +8,12 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import fake_memory
 import pytest
 import torch
+import wide
 
 import sae_engine as se
 from sae_engine.losses import AuxK
@@ -224,6 +226,7 @@ def test_the_largest_published_size_on_a_gpu():
 FAULTS = """
 import resource
 import torch
+import wide
 from sae_engine import SparseAutoencoder, TopK
 from sae_engine.training import TrainStep
 
@@ -250,3 +253,10 @@ def test_what_a_step_frees_serves_the_next():
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
     done = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 500
+
+
+def test_the_readme_has_the_tables_of_wide_dictionaries():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    for table in (wide.sizes(), wide.cards()):
+        first = readme.index(table[0])
+        assert readme[first : first + len(table)] == table
