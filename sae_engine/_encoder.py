@@ -209,11 +209,13 @@ def _slabs_for(
     memory_budget: int | None, backend: str,
 ) -> tuple[list[Running], tuple[int, int]] | None:  # fmt: skip
     """What the rules keep as slabs pass by, and their shape; None where the whole matrix may, or has to, be there."""
+    budget = memory_budget
+    if budget is None and (torch.compiler.is_compiling() or transforming() or capturing(x)):
+        return None  # a graph serves any number of tokens, on other machines too
     tokens = x.shape[:-1].numel()
     needed = tokens * num_latents * dtype.itemsize
-    budget = memory_budget
     if budget is None:
-        if needed <= SMALL or torch.compiler.is_compiling() or transforming() or capturing(x):
+        if needed <= SMALL:
             return None
         budget = default_budget_bytes(x.device)
     if needed <= budget:

@@ -47,7 +47,7 @@ def test_every_kernel_keeps_its_promises(target, compiled):
     assert not [row for row in rows if row["wide_loads"] < row["wide_loads_due"]]
     assert not [row for row in rows if row["fp_fusion"] is not True]
     streams = {row["kernel"] for row in rows if row["wide_loads_due"]}
-    expected = {"row_topk", "group_max", "column_group_max", "norm_cut", "bitmask"}
+    expected = {"row_topk", "merge_topk", "group_max", "column_group_max", "norm_cut", "bitmask"}
     # with 64 threads a warp a thread of the streaming pass has four columns, 16 bytes in fp32 alone: no quick cell
     assert streams == (expected - {"bitmask"} if target == "gfx942" else expected)
     assert f"## {target}" in done.stdout and done.returncode == (1 if whole["defects"] else 0)
