@@ -169,8 +169,6 @@ norm_match share, S1, bf16
 threshold window, S1, bf16
 latent_adam two terms, S1, bf16
 latent_adam, S3, bf16
-latent_adam bf16 moments, S1, bf16
-latent_adam bf16 moments, S3, bf16
 """
 # For one GPU of each make, which are looked at more closely.
 WATCHED_CLOSELY = """
@@ -187,6 +185,7 @@ latent_gradients dense term, S1, bf16
 latent_adam dense term, S1, bf16
 latent_adam, S1, fp32
 latent_adam row-major, S3, bf16
+latent_adam bf16 moments, S1, bf16
 latent_adam row-major bf16 moments, S3, bf16
 latent_adam, d=16384, bf16
 """
