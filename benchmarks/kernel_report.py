@@ -170,7 +170,7 @@ threshold window, S1, bf16
 latent_adam two terms, S1, bf16
 latent_adam, S3, bf16
 """
-# For one GPU of each make, which are looked at more closely.
+CLOSELY = ("sm_90", "gfx942")  # one GPU of each make
 WATCHED_CLOSELY = """
 encode, S1, bf16
 topk, S3, bf16
@@ -200,7 +200,7 @@ def full_cells() -> list[Cell]:
 
 def quick_cells(target: str) -> list[Cell]:
     """Each operation once, and what is watched: what a test suite has time for."""
-    watched = WATCHED + (WATCHED_CLOSELY if target in ("sm_90", "gfx942") else "")
+    watched = WATCHED + (WATCHED_CLOSELY if target in CLOSELY else "")
     dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
     lines = [line.split(", ") for line in watched.split("\n") if line]
     return [(CASES[name], S1, BF16) for name in OPERATIONS] + [
@@ -361,8 +361,10 @@ def compiled_anew(cells: list[Cell], target: str, batches: tuple[int, ...] = (1,
 
 def collect(target: str, quick: bool) -> dict[str, list[Row]]:
     """The rows of one target, and what its launches compile anew when only the number of tokens changes."""
+    # What is compiled anew follows from the sizes, for all GPUs of one make alike.
+    anew = compiled_anew(quick_cells(target), target) if target in CLOSELY or not quick else []
     return {"rows": report(quick_cells(target) if quick else full_cells(), target, disassemble=not quick),
-            "compiled_anew": compiled_anew(quick_cells(target), target)}  # fmt: skip
+            "compiled_anew": anew}  # fmt: skip
 
 
 def collect_all(targets: Sequence[str] = TARGETS, *, quick: bool = False, jobs: int = 1) -> dict[str, Any]:
