@@ -226,7 +226,6 @@ def test_the_largest_published_size_on_a_gpu():
 FAULTS = """
 import resource
 import torch
-import wide
 from sae_engine import SparseAutoencoder, TopK
 from sae_engine.training import TrainStep
 
