@@ -36,7 +36,7 @@ def needed(tokens, width, latents, budget, *, row_major=False, k_aux=0, **option
         step = TrainStep(sae, lr=1e-3, memory_budget=budget, losses=AuxK(k_aux) if k_aux else (), **options)
         for _ in range(2):  # the second with all state in place
             if k_aux:
-                step.dead.since_fired[::3] = step.dead.dead_after
+                step.dead.since_fired.fill_(step.dead.dead_after)[::8] = 0
                 step.dead.tokens = step.dead.dead_after
             step(x)
         steps.append(step)

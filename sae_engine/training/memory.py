@@ -112,7 +112,8 @@ def peak_bytes(
         backward += _rounding_bytes(d_in, d_out, d_sae, stored, device_type)
     some = torch.empty(2, 1, dtype=compute)
     if device_type == "cpu" and by_onednn(some, some.T):  # allocates its result: no buffer stays
-        return resident + max(pre + encoding, backward)
+        packed = columns * d_in * wide  # and lays the weights out for itself
+        return resident + max(pre + packed + encoding, backward)
     return resident + pre + max(encoding, backward)
 
 
