@@ -88,6 +88,9 @@ def peak_bytes(
     tile = min(rows * columns, limits.CHUNK_ELEMENTS)  # of top-k by groups: maxima, and what it looks among
     maxima = 1 / next(iter(limits.column_groups(d_sae, k)), 1)
     encoding += int(tile * min(maxima + 16 * (k + 9) / d_sae, 1) * compute.itemsize)
+    if columns < d_sae:  # what is held of earlier slabs, and the groups that a piece of this one looks at
+        piece = min(max(limits.SCORES_IN_CACHE // columns, 1), rows)
+        encoding += 16 * entries + 32 * piece * (k + k_aux) * wide
     if k_aux:  # columns of dead latents
         encoding += min(rows * columns, limits.CHUNK_ELEMENTS) * compute.itemsize
     if narrow and device_type == "cpu":  # fp32 copies of some weights, and fp32 sums on their way to 16 bit
@@ -112,8 +115,7 @@ def peak_bytes(
         backward += _rounding_bytes(d_in, d_out, d_sae, stored, device_type)
     some = torch.empty(2, 1, dtype=compute)
     if device_type == "cpu" and by_onednn(some, some.T):  # allocates its result: no buffer stays
-        packed = columns * d_in * wide  # and lays the weights out for itself
-        return resident + max(pre + packed + encoding, backward)
+        return resident + max(pre + encoding, backward)
     return resident + pre + max(encoding, backward)
 
 
