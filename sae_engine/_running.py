@@ -4,6 +4,7 @@ The codes are those of the whole matrix, whatever the cutting: bit for bit, ties
 """
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ class Product:
         x: (*batch_shape, d).
         weight: (d, F).
         divisors: (F,), or None.
+        linear: ``functional.linear``, which stands above this file.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, divisors: Tensor | None, linear: Callable[[Tensor, Tensor], Tensor]):
@@ -56,7 +58,7 @@ def _of_tokens(context: Tensor | Product, tokens: slice) -> Tensor:
     return context[tokens, slice(None)] if isinstance(context, Product) else context[tokens]
 
 
-class Running:
+class Running(ABC):
     """What a rule keeps of a batch, of which it sees one rectangle after the other.
 
     Of any tokens the latents come in ascending order; nothing else is asked of the order or the sizes. A shard of the
@@ -84,13 +86,13 @@ class Running:
     def __init__(self, tokens: int, num_latents: int, backend: str) -> None:
         self.tokens, self.num_latents, self.backend = tokens, num_latents, backend
 
+    @abstractmethod
     def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
         """The pre-activations (tokens, latents) of that rectangle; nothing of the tensor is kept but what is copied."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> tuple[SparseCodes, Tensor | None]:
         """The codes (tokens, num_latents), and the pre-activations at them where they are wanted."""
-        raise NotImplementedError
 
     def entries_at(self, pre: Tensor, codes: SparseCodes) -> Tensor | None:
         """(N,) of ``pre`` (rows, latents), where they are wanted."""
@@ -105,8 +107,9 @@ class _Parts(Running):
         self._parts: list[tuple[SparseCodes, slice, slice]] = []
         self._entries: list[Tensor] = []
 
+    @abstractmethod
     def select(self, pre: Tensor, tokens: slice, latents: slice) -> SparseCodes:
-        raise NotImplementedError
+        """The codes of a rectangle, in its own numbering."""
 
     def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
         codes = self.select(pre, tokens, latents).detach()
@@ -176,6 +179,11 @@ class RunningTopK(Running):
     ) -> None:  # fmt: skip
         super().__init__(tokens, num_latents, backend)
         self.k = check.integer_k(k, num_latents)
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (num_latents,)):
+            raise ValueError(
+                f"mask must be boolean with shape ({num_latents},) in slabs, one for each "
+                f"latent, got {mask.dtype} with shape {tuple(mask.shape)}"
+            )
         self._score, self._mask, self._magnitude, self._relu, self._values = score, mask, magnitude, relu, values
         self._held: tuple[Tensor, Tensor | None, Tensor] | None = None  # (tokens, k) pre-activations, scores, latents
 
@@ -228,13 +236,13 @@ class _ByFlatPosition(Running):
         super().__init__(tokens, num_latents, backend)
         self._held: tuple[Tensor, Tensor, Tensor | None] | None = None  # values, flat positions, entries
 
+    @abstractmethod
     def candidates(self, pre: Tensor, latents: slice) -> SparseCodes:
         """Of a rectangle, those that may be kept of the whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kept(self, values: Tensor, flat: Tensor) -> Tensor | None:
         """Ascending positions of those that may be kept of all that was seen; None: all of them."""
-        raise NotImplementedError
 
     def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
         codes = self.candidates(pre, latents)

@@ -105,6 +105,8 @@ def running_of(
     """
     found: list[Running] = []
     for rule, context in zip(rules, contexts, strict=True):
+        if (checked := getattr(rule, "_check_context", None)) is not None:
+            checked(context)  # as ``select`` does
         make = getattr(rule, "running", None)
         running = None if make is None else make(tokens, num_latents, backend=backend, **context)
         if running is None:

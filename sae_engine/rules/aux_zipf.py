@@ -54,6 +54,7 @@ class AuxZipfTopK(Activation):
         self, tokens: int, num_latents: int, *, backend: str = "auto", shortfall: Tensor | None = None
     ) -> RunningTopK:
         weight = self._weight(torch.empty(0), shortfall)
+        check.shaped("shortfall", weight, (num_latents,), weight, why="one per latent")
 
         def score(pre: Tensor, tokens: slice, latents: slice) -> Tensor:
             wide = self._weight(pre, shortfall)[latents]

@@ -100,6 +100,7 @@ class BatchTopK(Activation):
             return self._running_threshold(tokens, num_latents, backend, self.threshold)
         if self.group is not None:  # its cut is agreed upon by all processes
             return None
+        check.number_k(self.k, num_latents)
         return RunningBatch(tokens, num_latents, backend, self.total(tokens))
 
     def _running_threshold(self, tokens: int, num_latents: int, backend: str, theta: Tensor) -> RunningThreshold:

@@ -131,6 +131,7 @@ class FeatureChoice(BatchTopK):
 
     def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> Running | None:
         """As :meth:`BatchTopK.running`; where latents choose, the host reads the budgets."""
+        self._check_latents(num_latents)
         if not self.training:
             return self._running_threshold(tokens, num_latents, backend, self.inference_threshold())
         if self.phase == "mutual":
@@ -167,9 +168,11 @@ class FeatureChoice(BatchTopK):
         functional.move_threshold(self.latent_threshold, smallest, rate)
 
     def _check_width(self, pre: Tensor) -> None:
-        check.pre_activations(pre)
-        if pre.shape[-1] != self.d_sae:
-            raise ValueError(f"pre must have d_sae = {self.d_sae} latents, got shape {tuple(pre.shape)}")
+        self._check_latents(check.pre_activations(pre).shape[-1])
+
+    def _check_latents(self, num_latents: int) -> None:
+        if num_latents != self.d_sae:
+            raise ValueError(f"pre must have d_sae = {self.d_sae} latents, got {num_latents}")
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         if f"{prefix}forwards" in state_dict:

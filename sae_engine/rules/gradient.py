@@ -51,6 +51,10 @@ class GradientTopK(TopK):
     def running(  # type: ignore[override]
         self, tokens: int, num_latents: int, *, backend: str = "auto", attribution: Tensor
     ) -> RunningTopK:
+        if isinstance(attribution, Tensor):  # else a product, made for this matrix
+            check.floating("attribution", attribution, dims=2)
+            check.shaped("attribution", attribution, (tokens, num_latents), attribution, why="that of pre")
+
         def score(pre: Tensor, rows: slice, latents: slice) -> Tensor:
             return self._score(pre, attribution[rows, latents])
 

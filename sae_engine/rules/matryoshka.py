@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import _checks as check
+from .._running import Running
 from ..codes import SparseCodes
 from .base import kept_values
 from .batch_topk import BatchTopK
@@ -33,14 +34,19 @@ class MatryoshkaBatchTopK(BatchTopK):
     """
 
     entry_values = kept_values
-    running = BatchTopK.running
 
     def __init__(self, k: float, widths: Sequence[int], **options) -> None:
         super().__init__(k, **options)
         self.widths = check.widths(widths)
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
-        check.pre_activations(pre)
-        if self.widths[-1] != pre.shape[-1]:
-            raise ValueError(f"widths must end with the number of latents {pre.shape[-1]}, got {self.widths}")
+        self._check_widths(check.pre_activations(pre).shape[-1])
         return super()._select(pre, backend)
+
+    def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> Running | None:
+        self._check_widths(num_latents)
+        return super().running(tokens, num_latents, backend=backend)
+
+    def _check_widths(self, num_latents: int) -> None:
+        if self.widths[-1] != num_latents:
+            raise ValueError(f"widths must end with the number of latents {num_latents}, got {self.widths}")
