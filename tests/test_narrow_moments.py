@@ -6,6 +6,7 @@ import pytest
 import torch
 from latent_passes import DTYPES, FAST, LAYOUTS, MODES, SHAPES, adam
 from latent_passes import make as make_pass
+from rows import load
 from training_cases import RULES, make, train_step
 
 import sae_engine as se
@@ -391,9 +392,25 @@ def test_moments_follow_the_parameters_unless_they_are_bfloat16_beside_float32()
         TrainStep(wide, lr=1e-3, moments="int8")
 
 
-def test_the_measurement_of_the_held_out_error_runs():
+def test_the_measurement_of_the_held_out_error_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def trained_once(rows, held, kept, steps, seed, trained=narrow_moments.trained):
+        made.append((kept, seed))
+        return trained(rows, held, kept, steps, seed)
+
     rows = torch.randn(64, 8)
-    results = {kept: [narrow_moments.trained(rows, rows, kept, 2, seed) for seed in (0, 1)]
-               for kept in narrow_moments.KEPT}  # fmt: skip
-    table = narrow_moments.markdown(results, 2)
-    assert all(f"| {kept} | {found[0]:.4f} | {found[1]:.4f} |" in table for kept, found in results.items())
+    monkeypatch.setattr(narrow_moments, "activations", lambda: (rows, rows))
+    monkeypatch.setattr(narrow_moments, "trained", trained_once)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of the process that all tests share
+    for seeds in (1, 2, 2):
+        assert narrow_moments.main(["--steps", "2", "--seeds", str(seeds), "--out", str(tmp_path)]) == 0
+    assert made == [(kept, seed) for seed in (0, 1) for kept in narrow_moments.KEPT]
+    found = {(row["moments"], row["seed"]): row["fvu"] for row in load(tmp_path / "narrow-moments.jsonl")}
+    table = (tmp_path / "narrow-moments.md").read_text()
+    assert table == capsys.readouterr().out[-len(table) :]
+    for seed in (0, 1):
+        assert f"| {seed} | " + " | ".join(f"{found[kept, seed]:.4f}" for kept in narrow_moments.KEPT) + " |" in table
+    apart = [found["bfloat16", seed] - found["float32", seed] for seed in (0, 1)]
+    error = abs(apart[0] - apart[1]) / 2
+    assert f"{sum(apart) / 2:+.4f} with a standard error of {error:.4f} (2 seeds)" in table
