@@ -127,7 +127,7 @@ def expected_feature_topm(i: Inputs) -> Tensor:
 
 
 def expected_threshold(i: Inputs) -> Tensor:
-    values, indices, offsets, _ = reference.threshold(i.pre, i.theta, None, None)
+    values, indices, offsets, _ = reference.threshold(i.pre, i.theta, None, None, False)
     return reference.to_dense(values, indices, offsets, i.case.F)
 
 

@@ -301,7 +301,7 @@ OPS: tuple[Op, ...] = (
             Provider("nonzero + index", lambda i: lambda: above_compressed(i.pre, i.theta), baseline=True),
             Provider("torch.where", lambda i: lambda: above_dense(i.pre, i.theta), note=DENSE),
         ),
-        moved("threshold", lambda i: (i.pre, i.theta, None, int((i.pre > i.theta).sum()))),
+        moved("threshold", lambda i: (i.pre, i.theta, None, int((i.pre > i.theta).sum()), False)),
         check_selection("threshold", expected_threshold, batch=False),
     ),
     Op(

@@ -286,11 +286,13 @@ def _norm_match(make: Maker, *, weighted: bool = True) -> Arguments:
     return pre, make.strongest(score).norm(dim=1), weight_norm, False, make.B * make.k
 
 
-def _threshold(make: Maker, bandwidth: float | None = None, *, scalar: bool = False) -> Arguments:
+def _threshold(
+    make: Maker, bandwidth: float | None = None, *, scalar: bool = False, magnitude: bool = False
+) -> Arguments:
     pre = make.pre()
     level = make.strongest(pre)[:, -1].mean()
     theta = level.expand(make.F) if scalar else level + 0.1 * make.uniform(make.F)
-    return pre, theta, bandwidth, make.B * make.k
+    return pre, theta, bandwidth, make.B * make.k, magnitude
 
 
 def _feature_topm(make: Maker, pre: Tensor) -> Arguments:
@@ -374,6 +376,7 @@ _ROWS = (
             "": _threshold,
             "scalar": lambda make: _threshold(make, scalar=True),
             "window": lambda make: _threshold(make, 0.1),
+            "magnitude": lambda make: _threshold(make, magnitude=True),
         },
     ),
     Operation(

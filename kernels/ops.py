@@ -163,15 +163,16 @@ differentiable("norm_match", _compressed_context, lambda ctx, grad, *_: (_compre
 
 
 @define(
-    "threshold(Tensor pre, Tensor theta, float? bandwidth, SymInt? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    "threshold(Tensor pre, Tensor theta, float? bandwidth, SymInt? capacity, bool magnitude)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     plain=reference.threshold_storing_all,
 )
-def _(pre, theta, bandwidth, capacity, backend):
+def _(pre, theta, bandwidth, capacity, magnitude, backend):
     return *empty_rows(pre, stored_entries(capacity)), pre.new_empty((), dtype=torch.int64)
 
 
 def _threshold_context(ctx, inputs, output):
-    pre, theta, ctx.bandwidth, _, ctx.backend = inputs
+    pre, theta, ctx.bandwidth, *_, ctx.backend = inputs
     values, indices, offsets, _ = output
     ctx.num_latents = pre.shape[1]
     # The estimator of theta's gradient needs pre where the stored value is 0: pre itself is alive, a copy is not.
@@ -181,7 +182,7 @@ def _threshold_context(ctx, inputs, output):
 
 def _threshold_backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 5
+        return (None,) * 6
     values, indices, offsets, *window = ctx.saved_tensors
     grad_theta = None
     kept = grad
@@ -189,7 +190,7 @@ def _threshold_backward(ctx, grad, *_):
         kept = torch.where(values == 0, 0.0, grad)
         if ctx.needs_input_grad[1]:
             grad_theta = _rectangle_gradient(ctx, grad, indices, offsets, *window)
-    return ops.to_dense(kept, indices, offsets, ctx.num_latents, ctx.backend), grad_theta, None, None, None
+    return ops.to_dense(kept, indices, offsets, ctx.num_latents, ctx.backend), grad_theta, *(None,) * 4
 
 
 def _rectangle_gradient(ctx, grad, indices, offsets, pre, theta):

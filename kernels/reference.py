@@ -149,17 +149,19 @@ def norm_matched(pre: Tensor, target: Tensor, weight_norm: Tensor | None, is_sha
     return (order.argsort(dim=-1) < count[:, None]) & positive
 
 
-def threshold(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity: int | None):
-    """Entries above theta (F,); with ``bandwidth`` every entry above theta - bandwidth / 2, those up to theta as 0."""
-    wide = pre.to(theta.dtype)
+def threshold(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity: int | None, magnitude: bool):
+    """Entries above theta (F,), with ``magnitude`` those that exceed it in magnitude; with ``bandwidth``, which goes
+    with values alone, every entry above theta - bandwidth / 2, those up to theta as 0."""
+    wide = pre.abs().to(theta.dtype) if magnitude else pre.to(theta.dtype)
     kept = (wide > (theta if bandwidth is None else theta - bandwidth / 2)) | pre.isnan()
     values = torch.where((wide > theta) | pre.isnan(), pre, 0.0)
     return compress_kept(values, kept, capacity)
 
 
-def threshold_storing_all(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity=None):
+def threshold_storing_all(pre: Tensor, theta: Tensor, bandwidth: float | None, capacity=None, magnitude=False):
     """The same for ``torch.func``: see :func:`store_all`. With ``bandwidth`` theta has the slope of ``ops.py``."""
     known, cut = pre.detach().to(theta.dtype), theta.detach()
+    known = known.abs() if magnitude else known
     kept = (known > cut) | known.isnan()
     dense = torch.where(kept, pre, 0.0)
     if bandwidth is not None:  # a term that is 0, with the slope of the rectangle estimator and the slope of that

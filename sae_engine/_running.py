@@ -152,7 +152,7 @@ class RunningThreshold(_Parts):
     def select(self, pre: Tensor, tokens: slice, latents: slice) -> SparseCodes:
         theta = check.theta(self._theta, pre, self.num_latents)[latents]
         capacity = self._capacity(pre)
-        values, indices, offsets, required = ops.threshold(pre, theta, self._bandwidth, capacity, self.backend)
+        values, indices, offsets, required = ops.threshold(pre, theta, self._bandwidth, capacity, False, self.backend)
         return SparseCodes(values, indices, offsets, (pre.shape[0],), pre.shape[1],
                            required=None if capacity is None else required)  # fmt: skip
 
@@ -275,7 +275,7 @@ class RunningBatch(_ByFlatPosition):
         if self._cut is not None:
             # An entry equal to the cut may precede one that is held: the largest number below it is exceeded by both.
             below = torch.nextafter(self._cut, torch.zeros_like(self._cut)).expand(pre.shape[1])
-            values, indices, offsets, _ = ops.threshold(pre, below, None, None, self.backend)
+            values, indices, offsets, _ = ops.threshold(pre, below, None, None, False, self.backend)
             if values.shape[0] <= self._total:
                 return SparseCodes(values, indices, offsets, *shape)
         total = min(self._total, pre.numel())

@@ -262,6 +262,7 @@ def threshold(
     pre: Tensor,
     theta: Tensor | float,
     *,
+    magnitude: bool = False,
     bandwidth: float | None = None,
     capacity: int | None = None,
     backend: str = "auto",
@@ -272,6 +273,7 @@ def threshold(
         pre: ``(*batch_shape, F)`` pre-activations. Differentiable: kept entries pass their gradient.
         theta: a number, a scalar tensor or ``(F,)``. Compared in fp32 (fp64 for fp64 ``pre``); a wider theta is
             rounded down, which changes no comparison.
+        magnitude: keeps the entries whose magnitude exceeds theta, with their signs. Not together with ``bandwidth``.
         bandwidth: width of the rectangle estimator. Stores every ``pre > theta - bandwidth / 2`` with value
             ``pre * (pre > theta)``, and gives theta its gradient
             ``-(theta / bandwidth) * sum(grad over |pre - theta| < bandwidth / 2)``. Without it theta has none.
@@ -286,15 +288,20 @@ def threshold(
     Example:
         >>> threshold(torch.tensor([[0.5, 2.0, 1.0]]), torch.tensor([0.0, 3.0, 0.5])).to_dense()
         tensor([[0.5000, 0.0000, 1.0000]])
+        >>> threshold(torch.tensor([[0.5, -2.0, 1.0]]), 0.75, magnitude=True).to_dense()
+        tensor([[ 0., -2.,  1.]])
     """
     check.pre_activations(pre)
     theta = check.theta(theta, pre, pre.shape[-1])
+    magnitude = check.flag("magnitude", magnitude)
     if bandwidth is None:
         theta = theta.detach()
+    elif magnitude:
+        raise ValueError(f"bandwidth must be None with magnitude=True, got {bandwidth}: its estimator is of pre > theta")
     else:
         bandwidth = float(check.positive("bandwidth", bandwidth))
     capacity = check.capacity_of(capacity)
-    return sized(pre, capacity, ops.threshold(check.matrix(pre), theta, bandwidth, capacity, backend))
+    return sized(pre, capacity, ops.threshold(check.matrix(pre), theta, bandwidth, capacity, magnitude, backend))
 
 
 def decode(

@@ -25,6 +25,33 @@ def test_matches_definition(dtype, backend):
         assert torch.equal(codes.offsets.diff(), kept.sum(1)) and torch.equal(codes.indices, kept.nonzero()[:, 1].int())
 
 
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_magnitude_matches_definition(dtype, backend):
+    """Signs stay; a threshold below 0 keeps everything, and one of 0 everything but zeros; 205 is no whole tile."""
+    for kind in HARD_KINDS:
+        pre = make_pre(kind, (3, 205), dtype)
+        theta = torch.rand(205)
+        theta[:2] = torch.tensor([-1.0, 0.0])
+        codes = f.threshold(pre, theta, magnitude=True, backend=backend)
+        kept = (pre.float().abs() > theta) | pre.isnan()
+        assert_same(codes.to_dense(), torch.where(kept, pre, 0.0))
+        assert torch.equal(codes.offsets.diff(), kept.sum(1)) and torch.equal(codes.indices, kept.nonzero()[:, 1].int())
+
+
+def test_magnitude_passes_the_gradient_to_what_is_kept():
+    pre = torch.tensor([[-2.0, 1.0, 0.5, -0.5]], requires_grad=True)
+    (f.threshold(pre, 0.75, magnitude=True).to_dense() * torch.tensor([3.0, 5.0, 7.0, 9.0])).sum().backward()
+    assert pre.grad.tolist() == [[3.0, 5.0, 0.0, 0.0]]
+
+
+def test_magnitude_has_no_bandwidth():
+    with pytest.raises(ValueError, match="bandwidth must be None with magnitude=True, got 0.5"):
+        f.threshold(torch.zeros(1, 4), 0.0, magnitude=True, bandwidth=0.5)
+    with pytest.raises(TypeError, match="magnitude"):
+        f.threshold(torch.zeros(1, 4), 0.0, magnitude="yes")
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 200), (1, 1), (2, 37), (2, 2500), (0, 10)], ids=str)
@@ -32,9 +59,9 @@ def test_equals_reference_on_hard_rows(shape, dtype, backend):
     for number, kind in enumerate(HARD_KINDS):
         pre = make_pre(kind, shape, dtype)
         theta, capacities = torch.rand(shape[1]), (None, 3, pre.numel() + 2)
-        cases = list(product((None, 0.5), capacities))
+        cases = [*product((None, 0.5), capacities, (False,)), *product((None,), capacities, (True,))]
         if backend == "triton" and interprets_triton():  # slowly: with and without a bandwidth, one capacity in turn
-            cases = [(None, capacities[number % 3]), (0.5, capacities[(number + 1) % 3])]
+            cases = [(None, capacities[number % 3], number % 2 == 0), (0.5, capacities[(number + 1) % 3], False)]
         for case in cases:
             args = (pre, theta, *case)
             assert_same(ops.threshold(*args, backend), ops.threshold(*args, "reference"))
@@ -47,7 +74,7 @@ def test_kernel_finds_places_across_rows_and_segments(shape):
     pre[0, shape[1] // 2 :] += 2  # dense from here on
     kept = int((pre > 1.5).sum())
     for capacity in (None, kept - 7, kept + 900):
-        args = pre, torch.full((shape[1],), 1.5), None, capacity
+        args = pre, torch.full((shape[1],), 1.5), None, capacity, False
         assert_same(ops.threshold(*args, "triton"), ops.threshold(*args, "reference"))
 
 
@@ -109,15 +136,17 @@ def test_gradcheck():
 @pytest.mark.sanitizer
 def test_small_and_complete():
     pre, theta = make_pre("special", (2, 300), torch.bfloat16), torch.rand(300)
-    args = (pre, theta, 0.2, 700)
-    assert_same(ops.threshold(*args, "triton"), ops.threshold(*args, "reference"))
+    for args in ((pre, theta, 0.2, 700, False), (pre, theta, None, 700, True)):
+        assert_same(ops.threshold(*args, "triton"), ops.threshold(*args, "reference"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_production_shape(dtype):
     pre, theta = torch.randn(256, 32768, device="cuda").to(dtype), torch.rand(32768, device="cuda") + 2
-    assert_same(ops.threshold(pre, theta, None, None, "triton"), ops.threshold(pre, theta, None, None, "reference"))
+    for magnitude in (False, True):
+        args = pre, theta, None, None, magnitude
+        assert_same(ops.threshold(*args, "triton"), ops.threshold(*args, "reference"))
 
 
 @pytest.mark.parametrize(
