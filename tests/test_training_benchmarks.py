@@ -10,6 +10,7 @@ import step
 import step_report
 import steps
 import torch
+import trainer
 from benchmark_rows import ACTIVATIONS, step_row
 
 BENCHMARKS = Path(peers.__file__).parent
@@ -177,3 +178,32 @@ def test_steps_that_fail_get_rows_that_say_so(monkeypatch):
     assert failed["failing"].startswith("raised ZeroDivisionError")
     assert failed["wrong"].startswith("WRONG: wrong: the first error is 1")
     assert failed.keys() == {"failing", "wrong"}
+
+
+# --- a run beside its step -----------------------------------------------------------------------------------------
+
+
+def test_a_run_and_its_loop_are_timed_between_the_same_updates_by_turns(monkeypatch):
+    """On a clock that only updates move: a run's take 3, a loop's 2, the cold ones 100 each."""
+    now, turns, known = 0.0, [], trainer.Timed.updated
+
+    def turn(name, original, seconds):
+        def updated(self, update):
+            nonlocal now
+            now += 100 if update <= self.between[0] else seconds
+            known(self, update)
+
+        def one(config, rows, timed):
+            turns.append(name)
+            monkeypatch.setattr(trainer.Timed, "updated", updated)
+            return original(config, rows, timed)
+
+        return one
+
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(trainer, "run_of", turn("run", trainer.run_of, 3))
+    monkeypatch.setattr(trainer, "loop_of", turn("loop", trainer.loop_of, 2))
+    monkeypatch.setattr(trainer, "seconds", lambda run: {"activations": 1.0, "step": 2.0, "logging": 1.0, "whole": 4.0})
+    row = trainer.from_memory(trainer.Memory(8, 64, 16, cold=2, timed=4, rounds=2), CPU)
+    assert turns == ["loop", "run", "run", "loop"]
+    assert row.split(" | ")[4:9] == ["8", "5", "**66.7%**", "66.7% to 66.7%", "66.7%"]
