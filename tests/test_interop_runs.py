@@ -5,6 +5,7 @@ import pytest
 import torch
 from short_runs import settings
 
+from sae_engine.checkpoints.saelens import sparsity_in
 from sae_engine.data import read_sites
 from sae_engine.training.trainer import Trainer
 
@@ -73,8 +74,8 @@ def test_sae_lens_loads_what_a_run_leaves(sae, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk", "log_jumprelu"])
-def test_sae_lens_loads_what_a_run_publishes(architecture, tmp_path):
-    """Batch rules with the threshold that they have learned."""
+def test_sae_lens_loads_what_a_run_publishes(architecture, tmp_path, monkeypatch):
+    """Batch rules with the threshold that they have learned; how often latents fire, as its loader of the hub has it."""
     lens = pytest.importorskip("sae_lens", reason="needs sae-lens: make test-interop")
     x = 20 * (torch.randn(1024, 16, generator=torch.Generator().manual_seed(0)) + 1)
     own = {"jumprelu_init_threshold": 0.5, "jumprelu_bandwidth": 0.1} if "jump" in architecture else {"k": 8}
@@ -83,6 +84,11 @@ def test_sae_lens_loads_what_a_run_publishes(architecture, tmp_path):
     run = Trainer(config, dataset=x).train()
     run.push("someone/saes", folder=tmp_path / "pushed", dry_run=True)
     theirs = lens.SAE.load_from_disk(tmp_path / "pushed" / sae["hook_name"], device="cpu")
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda filename, **_: str(tmp_path / "pushed" / filename))
+    *_, logs = loaders.sae_lens_huggingface_loader("someone/saes", sae["hook_name"])
+    assert torch.allclose(10 ** logs.double(), sparsity_in(run.folder / "sae" / "a"), atol=1e-9) and logs.shape == (64,)
     with torch.no_grad():
         codes, found = theirs.encode(x), run.saes()["a"].encode(x).to_dense()
         assert 0 < (codes != 0).sum() < codes.numel()

@@ -88,7 +88,9 @@ def test_a_folder_for_each_hook_that_we_read_back(rule, tmp_path):
     assert header["base_model"] == ["openai-community/gpt2"] and header["datasets"] == ["Skylion007/openwebtext"]
     assert header["license"] == "mit" and header["library_name"] == "saelens" and "saelens" in header["tags"]
     assert f"SAE.from_pretrained('me/saes', '{HOOK}')" in text and "Trained *twice*." in text
-    assert f"| `{HOOK}` | {'JumpReLU' if rule == 'BatchTopK' else rule}" in text
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| `{HOOK}` |"))
+    assert row.split(" | ")[1].startswith("JumpReLU" if rule == "BatchTopK" else rule)
+    assert row.endswith(f"| {density.double().sum():.4g} | {1 / F:.2%} |") and "`sparsity.safetensors` beside" in text
 
 
 def test_several_are_named_by_their_hooks_or_by_a_mapping(tmp_path):

@@ -15,8 +15,10 @@ from killed_runs import Kill, outcome, statuses
 from short_runs import SAE, settings
 
 import sae_engine as se
+from sae_engine.checkpoints.saelens import sparsity_in
 from sae_engine.training import checkpoint
 from sae_engine.training.callbacks import Callback, Interrupted
+from sae_engine.training.metering import Densities
 from sae_engine.training.run import Run
 from sae_engine.training.trainer import Trainer, resume, train
 
@@ -84,6 +86,29 @@ def test_a_run_trains_and_leaves_what_it_promises(finished):
     evaluations = [line for line in lines if "evaluation/fvu" in line]
     assert [line["step"] for line in evaluations] == [12, 24]
     assert 0 < evaluations[-1]["evaluation/fvu"] < 1 and evaluations[-1]["evaluation/l0"] == 8
+
+
+def test_it_leaves_how_often_each_latent_fires_and_publishes_it(finished, tmp_path):
+    (folder,) = (finished.folder / "sae").iterdir()
+    shares = sparsity_in(folder)
+    assert shares.shape == (128,) and float(shares.sum()) == pytest.approx(8, abs=1e-3)  # as many as each token keeps
+    assert {place.name for place in folder.iterdir()} == {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
+    hook = SAE["hook_name"]
+    done = finished.push("me/saes", folder=tmp_path / "out", dry_run=True)
+    assert f"{hook}/sparsity.safetensors" in done.files and "| 8 | " in (tmp_path / "out" / "README.md").read_text()
+    assert torch.allclose(sparsity_in(tmp_path / "out" / hook), shares, atol=1e-9)
+
+
+def test_densities_are_of_the_last_updates():
+    """Windows of 2: behind update 5 those of updates 3 to 5, without the one that was left out."""
+    density, one = Densities(3, 2, torch.device("cpu")), torch.tensor([1.0, 0.0, 4.0])
+    assert density.shares() is None
+    for update in range(1, 6):
+        skipped = torch.tensor(update == 4)
+        density.add(torch.full((3,), torch.nan) if skipped else update * one, 10 * update, skipped)
+    again = Densities(3, 2, torch.device("cpu"))
+    again.load(density.state())
+    assert again.shares().tolist() == [0.1, 0.0, 0.4] and again.counts.sum(0).tolist() == [8, 0, 32, 80]
 
 
 def test_what_it_trained_takes_activations_as_the_model_has_them(finished):

@@ -85,6 +85,17 @@ def test_dead_latents_are_counted_in_tokens():
     assert torch.equal(step.dead.mask, ~fired)
 
 
+def test_tokens_are_counted_on_which_each_latent_fires_over_all_calls_of_an_update():
+    sae = make(se.TopK(2))
+    step = train_step(sae, lr=1e-9, accumulate=2)
+    batches = [torch.randn(B, D, dtype=F64) for _ in range(2)]
+    expected = sum((sae.encode(x).to_dense() != 0).sum(0) for x in batches)
+    step(batches[0])
+    assert step.seen is None
+    step(batches[1])
+    assert step.seen.tokens == 2 * B and torch.equal(step.seen.fired, expected.float()) and expected.max() > 1
+
+
 def test_report():
     sae = make(se.TopK(4))
     x = torch.randn(B, D, dtype=F64)

@@ -4,7 +4,8 @@ Keys: W_enc (d_in, d_sae), W_dec (d_sae, d_out), b_enc, b_dec; ``threshold`` (d_
 a float64 scalar, of BatchTopK in training form; gated: b_gate, b_mag, r_mag. What SAELens has no field for stands under
 ``metadata.sae_engine``. A rule that SAELens does not have is an architecture of its own name, with its tensors beside
 the weights; SAELens refuses such files. Configurations of versions before 6 are read too. The factor that a training
-run's activations were scaled by lies beside them, in ``activation_scaler.json``.
+run's activations were scaled by lies beside them, in ``activation_scaler.json``, and in ``sparsity.safetensors`` how
+often each latent fires: (d_sae,) ``sparsity``, log10 of the share of tokens, to which 1e-10 is added.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ import torch
 from .. import _checks as check
 from .. import rules
 from .. import rules as act
-from .._files import write_tensors
+from .._files import replace_file, write_tensors
 from ..provenance import Provenance
 from . import _folding as folding
 from ._checkpoint import WEIGHTS as OF_THE_AUTOENCODER
@@ -33,7 +34,7 @@ from .card import CENTRED, RAW, UNKNOWN, SourceCard, residual_of
 NAME, KIND = "saelens", "safetensors"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 CONFIG_REQUIRED = True
-SCALER = "activation_scaler.json"
+SCALER, SPARSITY = "activation_scaler.json", "sparsity.safetensors"
 LAYOUT = "6.54.12"  # the version of SAELens whose layout this is: without one it assumes that of version 5
 # Architecture → rule. Matryoshka differs from BatchTopK in its training loss alone.
 ARCHITECTURES: dict[str, type[act.Activation]] = {
@@ -48,6 +49,7 @@ WRITTEN: dict[type[act.Activation], str] = {
     rules.MatryoshkaBatchTopK: "matryoshka_batchtopk",
 }  # fmt: skip
 BATCH = ("batchtopk", "matryoshka_batchtopk")
+_NEVER = 1e-10  # the share of which the logarithm is that of a latent that never fires
 OURS = "sae_engine."  # architectures that SAELens does not have: this, and the name of our rule, or of a user's
 # SAELens rescales by decoder norms where it counts entries, nowhere else.
 COUNTING = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
@@ -154,6 +156,25 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
         WEIGHTS: lambda name: write_tensors(name, tensors, {"format": "pt"}),
         CONFIG: text_writer(content),
     })  # fmt: skip
+
+
+def save_sparsity(shares: torch.Tensor, folder: Path) -> None:
+    """Writes, beside a checkpoint, the shares (d_sae,) of tokens on which its latents fire."""
+    logs = torch.log10(shares.double() + _NEVER).float().cpu()
+    replace_file(folder / SPARSITY, lambda name: write_tensors(name, {"sparsity": logs}))
+
+
+def sparsity_in(path: str | PathLike) -> torch.Tensor | None:
+    """What :func:`save_sparsity` wrote, or SAELens did; None where there is no such file."""
+    file = Path(path) / SPARSITY
+    if not file.is_file():
+        return None
+    from safetensors.torch import load_file
+
+    logs = load_file(file).get("sparsity")
+    if logs is None:
+        raise ValueError(f"{file} holds no 'sparsity'")
+    return (10 ** logs.double() - _NEVER).clamp(0, 1)
 
 
 def architecture_of(c: Checkpoint) -> str:

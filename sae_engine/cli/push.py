@@ -32,8 +32,9 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from sae_engine import SparseAutoencoder
+    from sae_engine.checkpoints.saelens import sparsity_in
     from sae_engine.latents import push
-    from sae_engine.latents.publishing import hook_of, sparsity_in
+    from sae_engine.latents.publishing import hook_of
 
     opened = [(name, path, SparseAutoencoder.from_pretrained(path)) for name, path in _sources(args.sae)]
     hooks = {path: hook_of(sae, path) for _, path, sae in opened}

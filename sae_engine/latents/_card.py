@@ -6,14 +6,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from ..checkpoints._checkpoint import Checkpoint, words
 from ..metrics.place import hub_name
 
+_DENSITY = ("`sparsity.safetensors` beside the weights has, for each latent, log10 of the share of tokens on which it "
+            "fires, as SAELens writes it: −10 where it never did.")  # fmt: skip
 _DATASET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def card(
-    checkpoints: Mapping[str, Checkpoint], repo_id: str, layouts: Sequence[str], description: str, license: str | None
+    checkpoints: Mapping[str, Checkpoint], repo_id: str, layouts: Sequence[str], description: str, license: str | None,
+    sparsity: Mapping[str, Tensor],
 ) -> str:
     """The whole file. What is said of an autoencoder is what its checkpoint says; nothing is guessed."""
     models = sorted({name for c in checkpoints.values() if (name := hub_name(words(c)[0]))})
@@ -32,9 +37,11 @@ def card(
         description.strip(),
         f"Sparse autoencoders of {', '.join(f'`{name}`' for name in models) or 'a model that is not named'}.",
         "\n".join([
-            "| folder | rule | d_in | latents | input | target | normalization |", "|---|---|---|---|---|---|---|",
-            *(_row(name, c) for name, c in checkpoints.items()),
+            "| folder | rule | d_in | latents | input | target | normalization | L0 | never fired |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_row(name, c, sparsity.get(name)) for name, c in checkpoints.items()),
         ]),
+        _DENSITY if sparsity and "saelens" in layouts else "",
         _loading(repo_id, next(iter(checkpoints))) if "saelens" in layouts else "",
         *(f"Trained on {text}." for text in texts),
         _others(layouts),
@@ -50,12 +57,13 @@ def _loading(repo_id: str, name: str) -> str:
     )
 
 
-def _row(name: str, c: Checkpoint) -> str:
+def _row(name: str, c: Checkpoint, shares: Tensor | None) -> str:
     d_in, d_sae = c.tensors["W_enc"].shape
     _, hook, target = words(c)
     options = ", ".join(f"{key}={value}" for key, value in c.options.items() if key in ("k", "widths"))
     cells = [f"`{name}`", f"{c.activation.__name__}({options})" if options else c.activation.__name__, str(d_in),
              str(d_sae), hook or "–", target or "–", c.normalize_activations]  # fmt: skip
+    cells += ["–", "–"] if shares is None else [f"{shares.sum():.4g}", f"{(shares == 0).double().mean():.2%}"]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

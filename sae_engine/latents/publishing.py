@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .._checks import flag
@@ -36,7 +35,6 @@ from ..rules import BatchTopK, JumpReLU, LogJumpReLU, ReLU, TopK
 from ._card import card
 
 LAYOUTS = ("saelens", "saebench", "circuit-tracer")
-SPARSITY = "sparsity.safetensors"
 # SAELens' registry of what can be loaded for inference; the rules that it knows and we write.
 _LOADABLE = ("standard", "topk", "jumprelu", "gated", "abstopk", "transcoder", "skip_transcoder", "jumprelu_transcoder",
              "jumprelu_skip_transcoder")  # fmt: skip
@@ -128,7 +126,7 @@ def push(
         if "circuit-tracer" in layouts:
             _circuit_tracer(list(named.values()), root / "circuit-tracer", f"{repo_id}//circuit-tracer")
         root.mkdir(exist_ok=True)
-        text = card({name: one.form for name, one in named.items()}, repo_id, layouts, description, license)
+        text = card({name: one.form for name, one in named.items()}, repo_id, layouts, description, license, sparsity)
         (root / "README.md").write_text(text, encoding="utf-8")
         if target is not None:
             if target.is_dir():
@@ -171,8 +169,7 @@ def _saelens(one: _Named, folder: Path, sparsity: Tensor | None) -> None:
         )
     saelens.save(one.form, folder)
     if sparsity is not None:
-        logs = torch.log10(sparsity.double() + 1e-10).float()
-        write_tensors(folder / SPARSITY, {"sparsity": logs})
+        saelens.save_sparsity(sparsity, folder)
 
 
 def _saebench(one: _Named, folder: Path) -> None:
@@ -292,14 +289,3 @@ def _sparsity(given: Mapping[str, Tensor], named: Mapping[str, _Named]) -> dict[
         if not isinstance(share, Tensor) or share.shape != (d_sae,) or not bool(((share >= 0) & (share <= 1)).all()):
             raise ValueError(f"sparsity: {name} must be ({d_sae},) of shares in 0..1, got {share!r:.80}")
     return {name: share.detach().cpu() for name, share in given.items()}
-
-
-def sparsity_in(path: str | Path) -> Tensor | None:
-    """The shares of tokens on which latents fire, where a file of them lies beside a checkpoint, as SAELens has it."""
-    file = Path(path) / SPARSITY
-    if not file.is_file():
-        return None
-    logs = require("safetensors.torch").load_file(file).get("sparsity")
-    if logs is None:
-        raise ValueError(f"{file} holds no 'sparsity'")
-    return (10 ** logs.double() - 1e-10).clamp(0, 1)

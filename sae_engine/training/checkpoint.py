@@ -17,7 +17,7 @@ from ..data._require import require
 from ..data.models import file_sha256
 
 FOLDER, STATE = "checkpoints", "state.json"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{9})")
 
 

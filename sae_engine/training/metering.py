@@ -59,6 +59,38 @@ class Sums:
 _STATE = ("total", "count", "skipped", "in_a_row")  # of Sums
 
 
+class Densities:
+    """The share of tokens on which each latent fires, over the last updates: at least ``window`` of them, if so many
+    there are, and fewer than twice as many. Counted on the device, exactly.
+    """
+
+    def __init__(self, d_sae: int, window: int, device: torch.device) -> None:
+        self.window, self.updates = window, 0
+        # (2, d_sae + 1): of the window before and of the running one, each latent's tokens, and all tokens.
+        self.counts = torch.zeros(2, d_sae + 1, dtype=torch.float64, device=device)
+
+    def add(self, fired: Tensor, tokens: int, skip: Tensor | None) -> None:
+        """An update's ``fired`` (d_sae,), of so many tokens; not where ``skip`` () is set."""
+        if self.updates and self.updates % self.window == 0:
+            self.counts[0].copy_(self.counts[1])
+            self.counts[1].zero_()
+        self.updates += 1
+        seen = torch.cat([fired, fired.new_full((1,), tokens)])
+        self.counts[1].add_(seen if skip is None else torch.where(skip, 0, seen))
+
+    def shares(self) -> Tensor | None:
+        """(d_sae,) fp64; None before the first update."""
+        counts = self.counts.sum(0)
+        return counts[:-1] / counts[-1] if counts[-1] else None
+
+    def state(self) -> dict[str, Any]:
+        return {"counts": self.counts, "updates": self.updates}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.counts.copy_(state["counts"])
+        self.updates = state["updates"]
+
+
 class Arriving:
     """Numbers (n,) that the host reads later: copied now, without waiting for what computes them."""
 

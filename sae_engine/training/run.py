@@ -91,6 +91,7 @@ class Run:
             ValueError: neither is given; or as that function.
             FileNotFoundError: the run has not ended.
         """
+        from ..checkpoints.saelens import sparsity_in
         from ..latents.publishing import push
 
         repo_id = self.config.output.hub_model_id if repo_id is None else repo_id
@@ -98,8 +99,10 @@ class Run:
             raise ValueError("repo_id must be given: the run's output.hub_model_id names no repository")
         hooks = {str(sae.name): sae.hook_name for sae in self.config.saes}
         alone = len(set(hooks.values())) == len(hooks)
-        saes = {hooks[name] if alone else f"{hooks[name]}/{name}": sae for name, sae in self.saes().items()}
-        return push(saes, repo_id, **options)
+        folders = {name: hooks[name] if alone else f"{hooks[name]}/{name}" for name in hooks}
+        found = {folders[name]: sparsity_in(self.folder / SAES / name) for name in hooks}
+        options.setdefault("sparsity", {name: shares for name, shares in found.items() if shares is not None})
+        return push({folders[name]: sae for name, sae in self.saes().items()}, repo_id, **options)
 
     def report(self) -> list[Path]:
         """Writes ``report.md`` and ``report.html`` anew from what is there."""

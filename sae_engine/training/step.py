@@ -152,7 +152,8 @@ class TrainStep:
             sae, self.optimizer, self._copies, unit_rows=self.normalize_decoder, reduce=reduce, backend=self.backend,
             grad_clip=None if grad_clip is None else check.positive("grad_clip", grad_clip), accumulate=self.accumulate,
         )  # fmt: skip
-        self._seen: _Seen | None = None  # since the last update
+        self._seen: Seen | None = None  # since the last update
+        self.seen: Seen | None = None  # between the two last updates
         self._finite = Finite(nonfinite, sae.W_enc.device)
 
     @property
@@ -244,7 +245,7 @@ class TrainStep:
             del forward, pulls  # their memory serves the update
             self.calls += 1
             bad = self._finite.of(report["loss"], pending, has_capacity=overflow is not None)
-            since = self._seen = _Seen(_fired(main).float(), tokens, _either(overflow, bad)).after(self._seen)
+            since = self._seen = Seen(_firing(main).float(), tokens, _either(overflow, bad)).after(self._seen)
             if self._update.can_be_fused(pending):
                 grad_norm = self.optimizer.step(lambda: self._update.fused(pending, since.skip))
             else:
@@ -257,7 +258,7 @@ class TrainStep:
         if self.calls % self.accumulate == 0:
             report["grad_norm"] = grad_norm
             self.dead.count(since.fired > 0, since.tokens, since.skip)
-            self._seen = None
+            self.seen, self._seen = since, None
             if self.scheduler is not None and not capturing(x):
                 self.scheduler.step()
         report["dead"] = self.dead.mask.mean(dtype=torch.float32)
@@ -391,23 +392,23 @@ def _spread(target: Tensor, wide: torch.dtype) -> Tensor:
     return (target.to(wide) - mean).square_().sum()
 
 
-def _fired(codes: SparseCodes) -> Tensor:
-    """(F,) bool: latents with a value other than 0."""
-    place = torch.where(codes.values != 0, codes.indices, codes.num_latents).long()
-    return place.new_zeros(codes.num_latents + 1, dtype=torch.bool).index_fill_(0, place, True)[:-1]
+def _firing(codes: SparseCodes) -> Tensor:
+    """(F,) int32: the tokens on which each latent has a value other than 0; unused capacity holds zeros."""
+    counts = codes.indices.new_zeros(codes.num_latents, dtype=torch.int32)
+    return counts.scatter_add_(0, codes.indices.long(), (codes.values != 0).int())
 
 
-class _Seen(NamedTuple):
-    """What the calls since the last update have seen."""
+class Seen(NamedTuple):
+    """What the calls that make an update together have seen."""
 
-    fired: Tensor  # (F,) above 0 for latents that fired
+    fired: Tensor  # (F,) the tokens on which each latent fired; with ``reduce``, a mean over processes
     tokens: int
     skip: Tensor | None  # whether the update must not happen
 
-    def after(self, before: _Seen | None) -> _Seen:
+    def after(self, before: Seen | None) -> Seen:
         if before is None:
             return self
-        return _Seen(before.fired + self.fired, before.tokens + self.tokens, _either(before.skip, self.skip))
+        return Seen(before.fired + self.fired, before.tokens + self.tokens, _either(before.skip, self.skip))
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

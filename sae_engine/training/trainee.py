@@ -19,7 +19,7 @@ from ..provenance import Provenance
 from ..rules import BatchTopK, FeatureChoice, SampledTopK
 from .config import Resolved, SAEConfig, TrainConfig
 from .forward import PreActivations
-from .metering import Sums
+from .metering import Densities, Sums
 from .schedule import lr_factor, warm_up_factor
 from .step import TrainStep
 
@@ -86,6 +86,8 @@ class Trainee:
         )  # fmt: skip
         self.step._pre_activations = buffer
         self.sums = Sums(device)
+        update = optim.train_batch_size_tokens * optim.gradient_accumulation_steps
+        self.densities = Densities(self.sae.d_sae, -(-optim.dead_after // update), device)
 
     def _select_together(self) -> None:
         """A batch rule's batch is that of all processes.
@@ -145,6 +147,8 @@ class Trainee:
         target = None if self.writes == self.reads else rows(self.writes, self.scales[1])
         context = {name: rows(site, 1.0) for name, site in self.context.items()}
         self.sums.add(self.step(x, target, **context), self.step._finite.count)
+        if self.step.seen is not None and self.step.calls % self.step.accumulate == 0:
+            self.densities.add(*self.step.seen)
 
     def rate(self, update: int) -> float:
         """The learning rate of the update after ``update`` of them."""
@@ -167,7 +171,8 @@ class Trainee:
 
     def state(self) -> dict[str, Any]:
         """All that its next step depends on, tensors among it; the same in all processes."""
-        return {"sae": dict(self.sae.state_dict()), "step": self.step.state_dict(), "scales": list(self.scales)}
+        return {"sae": dict(self.sae.state_dict()), "step": self.step.state_dict(), "scales": list(self.scales),
+                "densities": self.densities.state()}  # fmt: skip
 
     def own_state(self) -> dict[str, Any]:
         """What this process has counted, in JSON's types."""
@@ -176,6 +181,7 @@ class Trainee:
     def load(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         self.sae.load_state_dict(state["sae"])
         self.step.load_state_dict(state["step"])
+        self.densities.load(state["densities"])
         self.step._finite.count.fill_(own["skipped"])
         self.scales = (state["scales"][0], state["scales"][1])
         self.sums.load(own["sums"])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._files import LOCK, only_writer, replace_file
 from ..autoencoder import SparseAutoencoder
+from ..checkpoints.saelens import save_sparsity
 from . import checkpoint, saved_state
 from ._faults import within
 from .callbacks import Callback, Interrupted, resume_command
@@ -444,8 +445,10 @@ class Trainer:
         """The autoencoders as others load them, and the report."""
         if not self.ranks.writes:
             return
-        for name in self.trainees:
+        for name, trainee in self.trainees.items():
             self._exported(name).save_pretrained(self.folder / SAES / name)
+            if (shares := trainee.densities.shares()) is not None:
+                save_sparsity(shares, self.folder / SAES / name)
         self.run.report()
 
     def _exported(self, name: str) -> SparseAutoencoder:
