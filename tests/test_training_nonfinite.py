@@ -1,10 +1,12 @@
 """TrainStep(nonfinite=): a batch that is not finite changes not one bit, and is counted or raised for."""
+import math
+
 import pytest
 import torch
 
 import sae_engine as se
 from sae_engine.training import TrainStep
-from sae_engine.training.backward import Finite
+from sae_engine.training.backward import Finite, _is_too_large, _is_too_large_by_host
 
 D, F = 6, 20
 RULES = {
@@ -79,6 +81,23 @@ def test_an_accumulated_update_is_left_out_whole():
     assert unchanged(before, state(step)) and step.skipped == 1
     step(batch()), step(batch())
     assert not unchanged(before, state(step))
+
+
+LARGE = 3e38 ** 0.5  # its square is just finite in float32
+
+
+@pytest.mark.parametrize(("loss", "slopes", "others", "bad"), [
+    (1.0, [2.0, 3.0], [4.0], False), (1.0, [0.0], [0.0, 0.0], False), (-1.0, [1e-30, 1e-38], [1e30], False),
+    (1.0, [LARGE], [0.0], False), (1.0, [LARGE, LARGE], [0.0], True), (1.0, [1e10], [1e8], False),
+    (1.0, [1e10], [1e10], True), (torch.nan, [1.0], [1.0], True), (torch.inf, [1.0], [1.0], True),
+    (-torch.inf, [1.0], [1.0], True), (1.0, [torch.nan], [1.0], True), (1.0, [0.0], [torch.inf], True),
+    (1.0, [1.0], [2.0, torch.nan], True),
+])  # fmt: skip
+def test_host_and_device_find_the_same_too_large(loss, slopes, others, bad):
+    numbers = torch.tensor([loss, *slopes, *others])
+    assert bool(_is_too_large(numbers, len(slopes))) is _is_too_large_by_host(numbers, len(slopes)) is bad
+    if all(map(math.isfinite, (loss, *slopes, *others))):  # the squares of these are finite in float64
+        assert not _is_too_large_by_host(numbers.double(), len(slopes))
 
 
 def test_without_a_host_read_the_flag_stays_on_the_device(monkeypatch):

@@ -220,12 +220,11 @@ class Finite:
         slopes = [*grads, *offered, *pending.dense, *pending.small.values()]
         slopes += [] if pending.along is None else [pending.along]
         multiplied = [pending.x, *values]
-        norms = torch.stack(torch._foreach_norm([*slopes, *multiplied], 2, dtype=loss.dtype))
-        bound = norms[: len(slopes)].sum() * (1 + norms[len(slopes) :].sum())
-        bad = (loss + bound.square()) * 0 != 0  # of NaN and of Inf: NaN
-        if bad.is_cpu:
-            return bad if bool(bad) else None
-        return bad
+        numbers = torch.stack([loss, *torch._foreach_norm([*slopes, *multiplied], 2, dtype=loss.dtype)])
+        if not numbers.is_cpu:
+            return _is_too_large(numbers, len(slopes))
+        is_bad = _is_too_large_by_host(numbers, len(slopes))
+        return torch.ones((), dtype=torch.bool, device="cpu") if is_bad else None
 
     def note(self, bad: Tensor | None) -> None:
         """After the update: counts, and starts telling the host."""
@@ -255,6 +254,23 @@ class Finite:
                 f"input, loss or gradients of {new} batch(es) held NaN or Inf, or numbers too large{late}; parameters, "
                 'moments and counters are those before it. Look at the batch, or pass nonfinite="skip" to leave it out'
             )
+
+
+def _is_too_large(numbers: Tensor, slopes: int) -> Tensor:
+    """() bool, whether a loss or the square of a bound on gradients is not finite; where the device decides.
+
+    ``numbers`` are the loss, the norms of ``slopes`` slopes and those of what they are multiplied by.
+    """
+    of_slopes, of_multiplied = numbers[1 : 1 + slopes].sum(), numbers[1 + slopes :].sum()
+    bound = torch.addcmul(of_slopes, of_slopes, of_multiplied)
+    return torch.addcmul(numbers[0], bound, bound) * 0 != 0  # of NaN and of Inf: NaN
+
+
+def _is_too_large_by_host(numbers: Tensor, slopes: int) -> bool:
+    """The same on a CPU, which has read five numbers before it has called an operator."""
+    loss, *norms = numbers.tolist()
+    bound = sum(norms[:slopes]) * (1 + sum(norms[slopes:]))
+    return not abs(loss + bound * bound) <= torch.finfo(numbers.dtype).max  # nor does NaN
 
 
 def _sent(number: Tensor) -> tuple[Tensor, torch.cuda.Event]:

@@ -80,11 +80,11 @@ class DeadLatents:
 
     def count(self, fired: Tensor, batch_tokens: int, skip: Tensor | None = None) -> None:
         """After a batch: ``fired`` (d_sae,) bool; where ``skip`` () is set, the batch does not count."""
-        if skip is None:
-            self.since_fired.add_(batch_tokens).masked_fill_(fired, 0)
-        else:
-            counted = torch.where(fired, 0, self.since_fired + batch_tokens)
-            self.since_fired.copy_(torch.where(skip, self.since_fired, counted))
+        self.since_fired.add_(batch_tokens)
+        if skip is not None:
+            fired = fired > skip
+            self.since_fired.add_(skip, alpha=-batch_tokens)
+        self.since_fired.masked_fill_(fired, 0)
         self.tokens += batch_tokens
 
     def state_dict(self) -> dict:

@@ -77,21 +77,21 @@ class Adam(torch.optim.Adam):
         """The one parameter group."""
         return self.param_groups[0]
 
-    def counted(self, parameters: list[Tensor], skip: Tensor | None) -> Tensor:
-        """Advances the parameters' step counters, except where ``skip`` () is set; returns one of them."""
+    def counted(self, parameters: list[Tensor], skipped: Tensor | None) -> Tensor:
+        """Advances the parameters' step counters, unless ``skipped`` () float32 is 1; returns one of them."""
         counters = [self.state[p]["step"] for p in parameters]
-        if skip is None:
+        if skipped is None:
             torch._foreach_add_(counters, 1.0)
         else:  # a single tensor would be read by the host, as a number
-            torch._foreach_add_(counters, [(~skip).to(torch.float32)] * len(counters))
+            torch._foreach_add_(counters, [1 - skipped] * len(counters))
         return counters[0]
 
     def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         state = self.state[parameter]
         return state["exp_avg"], state["exp_avg_sq"]
 
-    def apply(self, gradients: dict[Tensor, Tensor], skip: Tensor | None) -> None:
-        """torch's fused Adam on the parameters with these gradients; nothing changes where ``skip`` () is set."""
+    def apply(self, gradients: dict[Tensor, Tensor], skipped: Tensor | None) -> None:
+        """torch's fused Adam on the parameters with these gradients, unless ``skipped`` () float32 is 1."""
         if not gradients:
             return
         options, parameters = self.options, list(gradients)
@@ -100,8 +100,8 @@ class Adam(torch.optim.Adam):
         ]
         rows, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*views, strict=True))
         update = FusedAdam(
-            found_inf=None if skip is None else skip.to(torch.float32), beta1=options["betas"][0],
-            beta2=options["betas"][1], lr=options["lr"], weight_decay=options["weight_decay"], eps=options["eps"],
+            found_inf=skipped, beta1=options["betas"][0], beta2=options["betas"][1], lr=options["lr"],
+            weight_decay=options["weight_decay"], eps=options["eps"],
         )  # fmt: skip
         update(rows, grads, exp_avgs, exp_avg_sqs, [self.state[p]["step"] for p in parameters],
                [self._keys(p) for p in parameters])  # fmt: skip
@@ -218,14 +218,15 @@ class Update:
         weights = self.copies.current()
         options = optimizer.options
         copies = list(weights) if self.copies.needed else []
+        skipped = None if skip is None else skip.to(torch.float32)
         center, square = latent_adam(
             pending.terms, pending.x, pending.along, parameters, exp_avgs, exp_avg_sqs, copies,
-            step=optimizer.counted(learned, skip), lr=options["lr"], betas=options["betas"], eps=options["eps"],
+            step=optimizer.counted(learned, skipped), lr=options["lr"], betas=options["betas"], eps=options["eps"],
             weight_decay=options["weight_decay"], unit_rows=self.unit_rows, skip=skip, backend=self.backend,
         )  # fmt: skip
         self.copies.written()
         small = self._small(pending, center)
-        optimizer.apply(small, skip)
+        optimizer.apply(small, skipped)
         return torch.stack([square, *(g.square().sum().to(square.dtype) for g in small.values())]).sum().sqrt()
 
     def _small(self, pending: Backward, center: Tensor) -> dict[Tensor, Tensor]:
@@ -270,7 +271,7 @@ class Update:
             torch._foreach_mul_(list(gradients.values()), (self.grad_clip / (norm + 1e-6)).clamp(max=1))
         if sae.W_enc in gradients:
             gradients[sae.W_enc] = gradients[sae.W_enc].T
-        self.optimizer.apply(gradients, skip)
+        self.optimizer.apply(gradients, None if skip is None else skip.to(torch.float32))
         if self.unit_rows and sae.W_dec.requires_grad:
             rows = decoder_norms(sae.W_dec)[:, None]
             unchanged = rows == 0 if skip is None else (rows == 0) | skip
