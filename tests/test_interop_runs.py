@@ -75,7 +75,7 @@ def test_sae_lens_loads_what_a_run_leaves(sae, tmp_path):
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk", "log_jumprelu"])
 def test_sae_lens_loads_what_a_run_publishes(architecture, tmp_path, monkeypatch):
-    """Batch rules with the threshold that they have learned; how often latents fire, as its loader of the hub has it."""
+    """Batch rules with the threshold that they have learned, and how often latents fire."""
     lens = pytest.importorskip("sae_lens", reason="needs sae-lens: make test-interop")
     x = 20 * (torch.randn(1024, 16, generator=torch.Generator().manual_seed(0)) + 1)
     own = {"jumprelu_init_threshold": 0.5, "jumprelu_bandwidth": 0.1} if "jump" in architecture else {"k": 8}

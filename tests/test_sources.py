@@ -1,6 +1,7 @@
 """Documents of every kind of text: in order, from any place, epoch after epoch, dealt to ranks, some held out."""
 
 import copy
+import functools
 import gzip
 import json
 import sys
@@ -321,19 +322,25 @@ class Streamed:
     column_names = ("id", "text")
     info = types.SimpleNamespace(dataset_name="played")
 
-    def __init__(self):
-        self.at, self._files_cache = 0, Shared()
+    def __init__(self, numbers):
+        self.at, self._numbers, self._files_cache, self.num_shards = 0, numbers, Shared(), 1
 
     def __iter__(self):
-        while self.at < len(TEXTS):
+        while self.at < len(self._numbers):
+            number = self._numbers[self.at]
             self.at += 1
-            yield {"id": self.at - 1, "text": TEXTS[self.at - 1]}
+            yield {"id": number, "text": TEXTS[number]}
 
     def state_dict(self):
         return {"at": self.at}
 
     def load_state_dict(self, state):
         self.at = state["at"]
+
+    def shard(self, num_shards, index):
+        size = len(self._numbers) // num_shards
+        last = None if index == num_shards - 1 else (index + 1) * size
+        return Streamed(self._numbers[index * size : last])
 
 
 @pytest.fixture
@@ -346,7 +353,9 @@ def hub(monkeypatch):
             raise FileNotFoundError("Dataset 'no/such' doesn't exist on the Hub or cannot be accessed.\nMore.")
         if name == "wrong":
             raise ValueError("BuilderConfig 'wrong' not found. Available: ['default']")
-        return Streamed()
+        found = Streamed(range(len(TEXTS)))
+        found.num_shards = 5 if path == "many/files" else 1
+        return found
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     return asked
@@ -362,6 +371,29 @@ def test_data_sets_on_the_hub_are_streamed(hub):
     assert [text for _, text in found] == [TEXTS[i] for i in (*range(23), *range(23)) if i % 4 != 3][:35]
     again = open_source("some/text", dataset_name="small", split="validation", hold_out=4)
     assert first(again, 9, json.loads(json.dumps(found[11][0]))) == found[12:21]
+
+
+def test_files_of_a_data_set_on_the_hub_come_in_an_order_that_the_seed_says(hub):
+    """Each document once an epoch, in its file's order; what is held out is never trained on, in any epoch."""
+    files = [*(TEXTS[start : start + 4] for start in (0, 4, 8, 12)), TEXTS[16:]]
+    orders = []
+    for seed in (0, 1, 0):
+        source = open_source("many/files", hold_out=None, seed=seed)
+        documents = first(source, 2 * len(TEXTS))
+        found = [text for _, text in documents]
+        assert found[: len(TEXTS)] == found[len(TEXTS) :] and sorted(found[: len(TEXTS)]) == sorted(TEXTS)
+        order = sorted(range(5), key=lambda number: found.index(files[number][0]))
+        assert found[: len(TEXTS)] == [text for number in order for text in files[number]]
+        orders.append(order)
+        for number in (0, 3, 4, 21, 22, 30):  # within a file, at the end of one, of the epoch
+            cursor = json.loads(json.dumps(documents[number][0]))
+            again = open_source("many/files", hold_out=None, seed=seed)
+            assert first(again, 9, cursor) == documents[number + 1 : number + 10]
+    assert orders[0] == orders[2] != orders[1]
+    held = open_source("many/files", hold_out=4, seed=1)
+    kept = held.held_out(10)
+    assert len(kept) == 5 and not {*kept} & {text for _, text in first(held, 60)}
+    assert held.fingerprint != open_source("many/files", hold_out=4, seed=2).fingerprint
 
 
 def test_what_the_hub_refuses_is_named(hub):
@@ -404,22 +436,24 @@ def test_parquet_reads_the_columns_that_it_needs(tmp_path):
 
 @pytest.mark.interop  # SAELens brings datasets and pyarrow
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_real_streamed_data_sets_go_on_from_any_cursor(tmp_path, kind):
+def test_real_streamed_data_sets_go_on_from_any_cursor(tmp_path, kind, monkeypatch):
+    """One that is given, in its own order; one of the hub, for which these files stand in: by seed, the second first."""
     datasets = pytest.importorskip("datasets")
     files = sorted(map(str, Path(write(tmp_path, kind)).glob(f"*.{kind}")))
     reader = {"jsonl": "json"}.get(kind, kind)
-
-    def opened():
-        streamed = datasets.load_dataset(reader, data_files=files, split="train", streaming=True)
-        return open_source(streamed, hold_out=5)
-
-    whole = first(opened(), 40)
-    assert [text for _, text in whole] == [t for i, t in [*enumerate(TEXTS)] * 3 if i % 5 != 4][:40]
-    for number in (0, 3, 9, 14, 18, 19, 25):
-        cursor = json.loads(json.dumps(whole[number][0]))
-        # Its state says the same place in several ways: which chunk of a file was read since when.
-        assert [(c["document"], text) for c, text in first(opened(), 6, cursor)] == [
-            (c["document"], text) for c, text in whole[number + 1 : number + 7]
-        ]
-    mapped = datasets.load_dataset(reader, data_files=files, split="train")
-    assert texts(open_source(mapped, hold_out=5), 40) == [text for _, text in whole]
+    load = functools.partial(datasets.load_dataset, reader, data_files=files)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **options: load(**options))
+    cut = {"jsonl": 9, "parquet": 16}[kind]
+    given = (lambda: open_source(load(split="train", streaming=True), hold_out=5)), TEXTS
+    of_the_hub = (lambda: open_source("some/texts", hold_out=5, seed=0)), [*TEXTS[cut:], *TEXTS[:cut]]
+    for opened, expected in (given, of_the_hub):
+        whole = first(opened(), 40)
+        assert [text for _, text in whole] == [t for i, t in [*enumerate(expected)] * 3 if i % 5 != 4][:40]
+        for number in (0, 3, 9, 14, 18, 19, 25):
+            cursor = json.loads(json.dumps(whole[number][0]))
+            # Its state says the same place in several ways: which chunk of a file was read since when.
+            assert [(c["document"], text) for c, text in first(opened(), 6, cursor)] == [
+                (c["document"], text) for c, text in whole[number + 1 : number + 7]
+            ]
+    mapped = load(split="train")
+    assert texts(open_source(mapped, hold_out=5), 40) == texts(given[0](), 40)

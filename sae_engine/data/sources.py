@@ -231,14 +231,15 @@ def open_source(
             - a text file, cut into documents of some 8,000 characters where a paragraph ends, or at lines
               ``<|endoftext|>``; a folder, of which each text file is a document (one above 1 MiB: several);
             - a file ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` (needs pyarrow), or a folder of such: a document a line;
-            - the name of a data set on the hub (needs datasets), which is streamed;
+            - the name of a data set on the hub (needs datasets), which is streamed, its files in an order that ``seed``
+              says;
             - a sequence of documents or of records, or a data set of the library datasets.
         dataset_name, split: of data sets on the hub.
         column: of records: where the text is, a list of token ids (of ``input_ids`` those that ``attention_mask``
             has), or a list of messages, which become a text by the tokenizer's chat template.
         hold_out: every so-many-th document is kept out of :meth:`Source.documents`; None: none.
         rank, world: the documents are dealt to ``world`` ranks; this is one of them.
-        seed: of the order of ``"stdlib"``.
+        seed: of the order of ``"stdlib"``, and of the files of a data set on the hub.
         tokenizer: for chats; of token ids without a mask, it tells padding.
 
     Raises:
@@ -289,7 +290,7 @@ def _records(path: Any, name: str | None, split: str | None, column: str, seed: 
     is_path = isinstance(path, Path) or text.startswith((".", "/", "~")) or Path(text).suffix in FileRecords.SUFFIXES
     if is_path or text.count("/") > 1 or any(c.isspace() for c in text):
         raise FileNotFoundError(f"dataset_path: {text!r} does not exist")
-    return _on_the_hub(text, name, split)
+    return _on_the_hub(text, name, split, check_int("seed", seed, 0))
 
 
 class _Listed:
@@ -329,27 +330,40 @@ class _Library:
 
 
 class _Hub:
-    """A data set that the library ``datasets`` streams; its own state says where it is."""
+    """A data set that the library ``datasets`` streams; its own state says where it is.
+
+    With a ``seed`` its files follow each other in an order that the seed says, the same in every epoch, so that those
+    documents are held out which come at every so-manieth place. Documents within a file are not shuffled: of a buffer
+    that does it, a state does not say what it held.
+    """
 
     held_out: list[Any] | None = None
 
-    def __init__(self, dataset: Any, description: str, identity: list[Any]) -> None:
+    def __init__(self, dataset: Any, description: str, identity: list[Any], seed: int | None = None) -> None:
         self._dataset, self.description = dataset, description
         self.columns: Any = dataset.column_names
-        self.identity: Any = ["datasets", description, *identity]
+        self._order: list[int] = []  # of the files, where it is not their own
+        if seed is not None and dataset.num_shards > 1:
+            generator = torch.Generator("cpu").manual_seed(seed_of(seed, "shards"))
+            self._order = torch.randperm(dataset.num_shards, generator=generator, device="cpu").tolist()
+        self.identity: Any = ["datasets", description, *identity, self._order]
 
     def read(self, epoch: int, at: Any) -> Iterator[tuple[Any, Any]]:
         # A copy, since a data set keeps its place in itself; but for the cache of file systems that all of them share,
         # which another thread may be writing to.
         shared = {id(part): part for name, part in vars(self._dataset).items() if name.endswith("_cache")}
         dataset = copy.deepcopy(self._dataset, shared)
-        if at is not None:
-            dataset.load_state_dict(at)
-        for record in dataset:
-            yield dataset.state_dict(), record
+        place, state = at or (0, None)
+        for place in range(place, max(len(self._order), 1)):  # noqa: B020, the place goes on
+            part = dataset.shard(len(self._order), self._order[place]) if self._order else dataset
+            if state is not None:
+                part.load_state_dict(state)
+            state = None
+            for record in part:
+                yield [place, part.state_dict()], record
 
 
-def _on_the_hub(path: str, name: str | None, split: str | None) -> _Hub:
+def _on_the_hub(path: str, name: str | None, split: str | None, seed: int) -> _Hub:
     if split is None:
         raise ValueError(f"split: which part of the data set {path!r} is to be read must be said")
     datasets = require("datasets")
@@ -360,4 +374,6 @@ def _on_the_hub(path: str, name: str | None, split: str | None) -> _Hub:
         kind = ValueError if isinstance(error, ValueError) else OSError
         which = f"{path!r}, dataset_name={name!r}, split={split!r}"
         raise kind(f"dataset_path: {which} is neither a file nor a data set that the hub has: {said}") from error
-    return _Hub(found, "/".join(filter(None, (path, name, split))), [path, name, split])
+    if not hasattr(found, "shard"):
+        raise ImportError("datasets must be 3.2 or newer: pip install --upgrade datasets")
+    return _Hub(found, "/".join(filter(None, (path, name, split))), [path, name, split], seed)

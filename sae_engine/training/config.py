@@ -78,7 +78,7 @@ class DataConfig:
 
     Args:
         dataset_path: ``"stdlib"`` (the standard library of this Python), a file or folder of text, ``.jsonl``,
-            ``.parquet``, or a hub name, which is streamed.
+            ``.parquet``, or a hub name, which is streamed, its files in an order that the run's ``seed`` says.
         dataset_name, split, column: of a hub data set; the column also of JSON lines and parquet.
         context_size: tokens of a context; auto: the model's longest, at most 1024.
         packing: whether documents fill contexts behind each other; else each has its own, padded.
