@@ -1,8 +1,10 @@
 """Every selection against the reference, bit for bit, on drawn shapes, strides, dtypes, ties and special values.
 
-2,000 cases on the torch back end and 300 in Triton's interpreter, the same ones on every run.
+2,800 cases on the torch back end and DRAWN_CASES (30) of each selection in Triton's interpreter, the same ones on every
+run.
 """
 import math
+import os
 from itertools import pairwise
 
 import pytest
@@ -17,7 +19,8 @@ from sae_engine.testing import assert_same
 pytestmark = pytest.mark.filterwarnings(*(f"ignore:{what} encountered:RuntimeWarning" for what in (
     "overflow", "underflow", "invalid value", "divide by zero")))  # fmt: skip
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would compile every case anew")
-BACKENDS = [pytest.param("torch", 400, id="torch"), pytest.param("triton", 60, id="triton", marks=INTERPRETED)]
+BACKENDS = [pytest.param("torch", 400, id="torch"), pytest.param(
+    "triton", int(os.environ.get("DRAWN_CASES", "30")), id="triton", marks=INTERPRETED)]  # fmt: skip
 NUMBERS = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, -math.nan, 0.5, 2.0]),
     st.sampled_from([1e-45, -1e-45, 1.2e-38, 3e38, -3e38, 65504.0, 6e-8, 1 + 2**-7, 1 + 2**-10]),  # where dtypes end

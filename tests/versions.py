@@ -10,9 +10,12 @@ What a row runs:
     hard cases  the Triton back end against the reference in Triton's interpreter; oldest and newest Triton alone
     torch       operators, torch.compile, autograd and modules on the other back ends; once for each torch
 --quick leaves the running interpreter's own versions out, which `make test` has tested, and torch with them; it
-compiles the oldest and the newest Triton's binaries for one GPU, and draws hard cases instead of walking through all.
+compiles the oldest and the newest Triton's binaries for one GPU, and draws a few hard cases in place of all.
+
+Each of these is one process, and --jobs of them run at a time: a row has parts that cannot be shared out.
 """
 import argparse
+import concurrent.futures
 import os
 import re
 import runpy
@@ -28,6 +31,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / ".venvs"
 MATRIX = runpy.run_path(str(ROOT / "sae_engine" / "_versions.py"))["MATRIX"]
+LENGTHS = ["torch", "launches", "binaries", "hard cases"]  # checks by the time that they take
 ENDS = (MATRIX[0][1], MATRIX[-1][1])  # the oldest and the newest Triton
 # The interpreter of Triton 3.6 makes an int of an array of one element, which NumPy 2.4 refuses.
 BESIDE_TRITON = {"3.6.0": ["numpy<2.4"]}
@@ -58,16 +62,17 @@ class Row(NamedTuple):
         return {**kept, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **path, **cache, **more}
 
 
-def checks(row: Row, *, quick: bool, with_torch: bool, jobs: int) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+def checks(row: Row, *, quick: bool, with_torch: bool) -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """(name, command, environment) of everything that a row runs."""
     archs = ["--arch", "sm_90"] if quick else []
     listing = KEPT / f"kernels-{row.triton}.md"
-    kernels = ["-W", "ignore", "benchmarks/kernel_report.py", "--quick", *archs, "--jobs", str(jobs)]
+    kernels = ["-W", "ignore", "benchmarks/kernel_report.py", "--quick", *archs]
     yield "binaries", [row.python, *kernels, "--markdown", str(listing)], row.environment()
-    pytest = [row.python, "-m", "pytest", "-q", "-n", str(jobs)]
+    pytest = [row.python, "-m", "pytest", "-q"]
     yield "launches", [*pytest, *LAUNCHES], row.environment()
     if row.triton in ENDS:
-        yield "hard cases", [*pytest, *(DRAWN if quick else HARD_CASES)], row.environment(TRITON_INTERPRET="1")
+        drawn = {"DRAWN_CASES": "20"} if quick else {}
+        yield "hard cases", [*pytest, *(DRAWN if quick else HARD_CASES)], row.environment(TRITON_INTERPRET="1", **drawn)
     if with_torch:
         yield "torch", [*pytest, *ON_TORCH], row.environment(TRITON_INTERPRET="1")
 
@@ -139,6 +144,20 @@ def rows(*, quick: bool, torch: str) -> list[tuple[str, str]]:
     return [pair for pair in pairs if not quick or (pair[1] in ENDS and pair != own)]
 
 
+def run(row: Row, name: str, command: list[str], environment: dict[str, str]) -> str:
+    """Runs a check, says what came of it, and gives its verdict."""
+    start = time.monotonic()
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=environment, **piped)
+    verdict = "failed" if done.returncode else "passed"
+    summary = next(iter(re.findall(r"\d+ passed.*", done.stdout)[-1:]), "").strip(" =")
+    seconds = time.monotonic() - start
+    said = f"torch {row.torch}, triton {row.triton}: {name:<11} {verdict} after {seconds:.0f} s {summary}"
+    trouble = f"\n    {' '.join(command)}\n{tail(done.stdout)}" if done.returncode else ""
+    print(said.rstrip() + trouble, flush=True)
+    return verdict
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the matrix of torch and Triton versions.")
     parser.add_argument("--quick", action="store_true", help="minutes: the installed torch, oldest and newest Triton")
@@ -146,28 +165,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--torch-index", default="", metavar="URL", help="where torch is taken from, PyPI by default")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
     args = parser.parse_args(argv)
-    verdicts, seen = {"passed": 0, "failed": 0}, set()
+    verdicts, seen, found = {"passed": 0, "failed": 0}, set(), []
     for torch, triton in rows(quick=args.quick, torch="installed" if args.quick else args.torch):
         print(f"torch {torch}, triton {triton}", flush=True)
-        with_torch = not args.quick and torch not in seen
-        seen.add(torch)
         try:
             row = prepare(torch, triton, args.torch_index)
         except RuntimeError as error:
             print(f"  cannot be installed: {error}", flush=True)
             verdicts["failed"] += 1
             continue
-        for name, command, environment in checks(row, quick=args.quick, with_torch=with_torch, jobs=args.jobs):
-            start = time.monotonic()
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  text=True)  # fmt: skip
-            verdict = "failed" if done.returncode else "passed"
+        with_torch = not args.quick and torch not in seen
+        found += [(row, *check) for check in checks(row, quick=args.quick, with_torch=with_torch)]
+        seen.add(torch)
+    longest_first = sorted(found, key=lambda check: LENGTHS.index(check[1]))
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for verdict in pool.map(lambda check: run(*check), longest_first):
             verdicts[verdict] += 1
-            summary = next(iter(re.findall(r"\d+ passed.*", done.stdout)[-1:]), "")
-            seconds = time.monotonic() - start
-            print(f"  {name:<11} {verdict} after {seconds:.0f} s {summary.strip(' =')}".rstrip(), flush=True)
-            if done.returncode:
-                print(f"    {' '.join(command)}\n{tail(done.stdout)}", flush=True)
     print("{passed} passed, {failed} failed".format(**verdicts))
     return 1 if verdicts["failed"] or not verdicts["passed"] else 0
 
