@@ -24,8 +24,8 @@ endif
 
 # Quiet: one line a stage, which make prints; errors are shown whole.
 PIP_INSTALL = $(PY) -m pip install --quiet -c constraints.txt
-# Tests run in $(JOBS) processes, one torch thread each, where pytest-xdist is installed.
-WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist loadfile")
+# Tests run in $(JOBS) processes, one torch thread each, where pytest-xdist is installed; tests/conftest.py orders files.
+WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist loadfile --no-loadscope-reorder")
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

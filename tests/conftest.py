@@ -55,6 +55,12 @@ UNWRITTEN_INT = {
 }
 
 
+# A file is one process's: the longest ones come first, lest one of them be begun when the others have ended.
+LONG_FILES = ("test_kernel_report", "test_frontend", "test_gpu_rehearsal", "test_autotune", "test_row_topk",
+              "test_norm_match", "test_batch_topk", "test_traffic", "test_decode", "test_threshold", "test_bench_run",
+              "test_registration", "test_selection_properties", "test_loss_objects")  # fmt: skip
+
+
 class _Watched(types.ModuleType):
     """``_tuning`` as tests change it: launchers then plan their launches anew."""
 
@@ -85,6 +91,7 @@ def pytest_ignore_collect(collection_path):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG_FILES.index(item.path.stem) if item.path.stem in LONG_FILES else len(LONG_FILES))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

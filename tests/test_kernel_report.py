@@ -15,19 +15,25 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 TOOLS = KERNELS.parent / "benchmarks"
 
 
-def run(code, tmp_path):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """What one test has compiled the next one need not; nothing of it is from another run."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(code, cache):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    environment["TRITON_CACHE_DIR"] = str(cache)
     environment["PYTHONPATH"] = os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(tmp_path_factory, cache):
     """What the command line says of all targets."""
     folder = tmp_path_factory.mktemp("kernels")
     command = ["--quick", "--json", str(folder / "report.json")]
-    done = run(f"import kernel_report; raise SystemExit(kernel_report.main({command}))", folder)
+    done = run(f"import kernel_report; raise SystemExit(kernel_report.main({command}))", cache)
     assert (folder / "report.json").exists(), done.stderr
     return json.loads((folder / "report.json").read_text()), done
 
@@ -74,12 +80,12 @@ assert few == [("_group_max_kernel", (1, 32)), ("_row_topk_kernel", (1,))]
 
 
 @pytest.mark.slow
-def test_selections_take_few_launches(tmp_path):
+def test_selections_take_few_launches(cache):
     """Batch top-k six at most, threshold and norm match three, stock operators' among them.
 
     And the rows of a small batch are streamed by many programs.
     """
-    done = run(LAUNCHES, tmp_path)
+    done = run(LAUNCHES, cache)
     assert done.returncode == 0, done.stderr
 
 
@@ -101,8 +107,8 @@ for target in ("sm_90", "gfx942"):
 
 
 @pytest.mark.slow
-def test_instructions_of_the_main_loop_are_read_from_the_binary(tmp_path):
-    done = run(DISASSEMBLE, tmp_path)
+def test_instructions_of_the_main_loop_are_read_from_the_binary(cache):
+    done = run(DISASSEMBLE, cache)
     assert done.returncode == 0, done.stderr
 
 
@@ -122,9 +128,9 @@ assert 62.4 < found[0]["floor_microseconds"] < 63 and "not measurements" in pred
 
 
 @pytest.mark.slow
-def test_predictions_say_so_and_lie_above_the_floor(tmp_path):
+def test_predictions_say_so_and_lie_above_the_floor(cache):
     script = KERNELS.parent / "benchmarks" / "predict.py"
-    done = run(f"import sys; sys.argv[1:] = [{str(script)!r}]\n{PREDICT}", tmp_path)
+    done = run(f"import sys; sys.argv[1:] = [{str(script)!r}]\n{PREDICT}", cache)
     assert done.returncode == 0, done.stderr
 
 
@@ -144,8 +150,8 @@ assert report.compiled_anew([(case, report.S1, report.BF16)], "sm_90"), "nothing
 
 
 @pytest.mark.slow
-def test_a_launch_that_depends_on_the_batch_is_found(tmp_path):
-    done = run(RECOMPILE, tmp_path)
+def test_a_launch_that_depends_on_the_batch_is_found(cache):
+    done = run(RECOMPILE, cache)
     assert done.returncode == 0, done.stderr
 
 
