@@ -1,8 +1,9 @@
-"""Contracts of what works latent by latent: the encoder's gradient at the codes, and a training step's pass."""
+"""Contracts of what works latent by latent: the encoder's gradient at the codes, a training step's pass, an MLP's kept
+neurons."""
 import torch
 
 from . import _terms
-from ._contract import define, differentiable, once_differentiable, weight_gradient_backward
+from ._contract import define, differentiable, not_differentiable, once_differentiable, weight_gradient_backward
 from .dispatch import implement, library, ops, resolve
 from .stock import densified, limits
 
@@ -78,3 +79,13 @@ def _(parameters, exp_avgs, exp_avg_sqs, copies, x, *rest):
 
 
 once_differentiable("latent_gradients")
+
+# --- sparse_mlp: the neurons of an MLP that its tokens keep ----------------------------------------------------------
+
+
+@define("sparse_mlp(Tensor? x, Tensor kept, Tensor? up, Tensor? up_bias, Tensor down, Tensor? down_bias) -> Tensor")
+def _(x, kept, up, up_bias, down, down_bias, backend):
+    return kept.new_empty((kept.shape[0], down.shape[1]))
+
+
+not_differentiable("sparse_mlp", "has no gradient: run the dense MLP where one is asked for")

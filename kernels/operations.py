@@ -7,81 +7,18 @@ gradient in ``ops.py``.
 """
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import budgets
-from ._terms import GATED, GIVEN, NUMBER_OF_LISTS, Term, lists_of, terms_of
+from ._terms import GATED, GIVEN, Term, lists_of
+from ._traffic import Traffic, adam_traffic, code_bytes, gradient_traffic, named_bytes, nbytes
 from .stock import dense
 
 FP32, BF16 = torch.float32, torch.bfloat16
-
-# --- what an operation moves -----------------------------------------------------------------------------------------
-
-
-class Traffic(NamedTuple):
-    """What an operation cannot avoid.
-
-    ``bytes``: every input element that can influence the result once, every element of the result once. What an
-    implementation moves beyond them (temporaries, second passes) shows as a lower share of the machine's bandwidth.
-    ``flops``: floating-point additions and multiplications, two per multiply-add; comparisons, conversions and integer
-    work count nothing, so pure selections have 0.
-    """
-
-    bytes: int
-    flops: int
-
-    def __add__(self, other):  # one operation after the other, the result between them counted as both say
-        return Traffic(self.bytes + other.bytes, self.flops + other.flops)
-
-
-def nbytes(*tensors: Any) -> int:
-    """Bytes of all tensors in ``tensors``, lists and tuples of them included."""
-    return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(tensors) if isinstance(t, Tensor))
-
-
-def _code_bytes(values: Tensor, rows: int) -> int:
-    """Bytes of compressed rows: values, int32 indices and int64 offsets. Transposed codes count the same: a row in
-    place of a latent, and which order an operation gets them in is not what it is about."""
-    return values.numel() * (values.element_size() + 4) + (rows + 1) * 8
-
-
-def _named_bytes(weight: Tensor, *indices: Tensor) -> int:
-    """Bytes of the rows of ``weight`` that codes name; of as many as can be on the meta device, which has no values."""
-    named = torch.cat(indices)
-    rows = min(named.numel(), weight.shape[0]) if named.is_meta else int(named.unique().numel())
-    return rows * weight.shape[1] * weight.element_size()
-
-
-def _pass_traffic(x: Tensor, weight: Tensor | None, lists: tuple) -> Traffic:
-    """What both forms of the latent pass read, ``weight`` where given, and their sums. Every entry counts as gated,
-    with nothing offered."""
-    terms = terms_of(lists)
-    read = nbytes(x) + sum(_code_bytes(t.values, x.shape[0]) + nbytes(t.grad) for t in terms)
-    flops = sum(t.values.numel() * (4 * t.grad.shape[1] + 2 * x.shape[1] + 1) for t in terms)
-    return Traffic(read + (0 if weight is None else _named_bytes(weight, *(t.indices for t in terms))), flops)
-
-
-def _gradient_traffic(x: Tensor, weight: Tensor, along: Tensor | None, *lists_dtype: Any) -> Traffic:
-    return _pass_traffic(x, weight, lists_dtype[:NUMBER_OF_LISTS]) + Traffic(nbytes(along), 0)
-
-
-def _adam_traffic(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest) -> Traffic:
-    """Parameters and moments are read and written, copies written; without copies the gradients use the weights.
-
-    Flops of a parameter: decay 2, moments 7, root and quotient 6, norm 2; d(center) 2 of an encoder's parameter;
-    projection 6 and scaling 3 of a decoder's.
-    """
-    lists, unit_rows = rest[:NUMBER_OF_LISTS], rest[NUMBER_OF_LISTS + 6]
-    weight, encoder = parameters[:2]
-    sums = _pass_traffic(x, copies[0] if copies else None, lists)  # without copies, parameters that are read anyway
-    numbers = sum(p.numel() for p in parameters)
-    flops = 17 * numbers + 2 * encoder.numel() + (9 * weight.numel() if unit_rows else 0)
-    return sums + Traffic(2 * nbytes(parameters, exp_avgs, exp_avg_sqs) + nbytes(copies, along), flops)
-
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
@@ -312,11 +249,35 @@ def _decode(make: Maker, *, weight_dtype: torch.dtype | None = None, plain: bool
 
 def _decode_reads(values, indices, offsets, weight, *bias_target) -> int:
     """The codes, each row of the weight that they name, and of what follows the tensors that are read."""
-    return nbytes(values, indices, offsets, bias_target) + _named_bytes(weight, indices)
+    return nbytes(values, indices, offsets, bias_target) + named_bytes(weight, indices)
 
 
 def _decode_flops(values, indices, offsets, weight, bias, *_) -> int:
     return weight.shape[1] * (2 * values.numel() + (0 if bias is None else offsets.numel() - 1))
+
+
+def _sparse_mlp(make: Maker, *, gated: bool = True, biased: bool = False, wide: bool = False) -> Arguments:
+    """k neurons of each token, at least; ``down`` has half as many columns again as ``up``."""
+    kept, width = make.pre(), make.d + make.d // 2
+    if not make.is_meta:
+        kept = torch.where(kept >= kept.topk(make.k).values[:, -1:], kept, 0.0)
+    dtype = torch.promote_types(make.dtype, FP32) if wide else make.dtype
+    up_bias, down_bias = (make.normal(n, dtype=FP32) if biased else None for n in (make.F, width))
+    x, up = (make.normal(make.B, make.d), make.weight(dtype)) if gated else (None, None)
+    return x, kept, up, up_bias if gated else None, make.normal(make.F, width, dtype=dtype), down_bias
+
+
+def _sparse_mlp_traffic(x, kept, up, up_bias, down, down_bias) -> Traffic:
+    """Of the weights, the rows that some token keeps; on the meta device, which has no values, all of them."""
+    num_neurons = down.shape[0]
+    union, entries = num_neurons, kept.numel()
+    if not kept.is_meta:
+        union, entries = int((kept != 0).any(0).sum()), int(kept.count_nonzero())
+    used = nbytes(up, up_bias, down) * union // max(num_neurons, 1)
+    width = down.shape[1] + (0 if up is None else up.shape[1])
+    once = (up is not None) + (up_bias is not None)  # bias and gate of a product
+    flops = entries * (2 * width + once) + (0 if down_bias is None else kept.shape[0] * down.shape[1])
+    return Traffic(nbytes(x, kept, down_bias) + used, flops)
 
 
 ROW_TOPK_REGIMES = {
@@ -405,13 +366,13 @@ _ROWS = (
         "decode_backward_values", "backward.launch_values", is_exact=False, packed_vectors=True,
         examples={"": lambda make: (make.normal(make.B, make.d), *make.codes(), make.weight())},
         reads=lambda grad, values, indices, offsets, weight: (
-            nbytes(grad, indices, offsets) + _named_bytes(weight, indices)),
+            nbytes(grad, indices, offsets) + named_bytes(weight, indices)),
         flops=lambda grad, values, *_: 2 * values.numel() * grad.shape[1],
     ),
     Operation(
         "decode_backward_weight", "backward.launch_weight", is_exact=False, packed_vectors=True,
         examples={"": lambda make: (make.normal(make.B, make.d), *make.transposed_codes(), make.dtype)},
-        reads=lambda grad, values, *_: nbytes(grad) + _code_bytes(values, grad.shape[0]),
+        reads=lambda grad, values, *_: nbytes(grad) + code_bytes(values, grad.shape[0]),
         flops=lambda grad, values, *_: 2 * values.numel() * grad.shape[1],
     ),
     Operation(
@@ -428,6 +389,17 @@ _ROWS = (
         examples={"": lambda make: (*make.latents(), make.F)},
     ),
     Operation(
+        "sparse_mlp", "sparse_mlp.launch", is_exact=False, packed_vectors=True, regimes={"one token": {"B": 1}},
+        examples={
+            "": _sparse_mlp,
+            "biases": lambda make: _sparse_mlp(make, biased=True),
+            "not gated": lambda make: _sparse_mlp(make, gated=False),
+            "fp32 weights": lambda make: _sparse_mlp(make, wide=True),
+        },
+        reads=lambda *arguments: _sparse_mlp_traffic(*arguments).bytes,
+        flops=lambda *arguments: _sparse_mlp_traffic(*arguments).flops,
+    ),
+    Operation(
         "linear_16bit", "linear_16bit.launch", gradients=("x", "weight", "bias"), is_exact=False,
         examples={
             "": lambda make: _linear_16bit(make, make.normal(make.F, dtype=FP32)),
@@ -442,8 +414,8 @@ _ROWS = (
             "two terms": lambda make: _latent_gradients(make, make.terms(GATED, GIVEN), make.uniform(make.F)),
             "dense term": lambda make: _latent_gradients(make, make.terms(GATED, dense_first=True)),
         },
-        reads=lambda *arguments: _gradient_traffic(*arguments).bytes,
-        flops=lambda *arguments: _gradient_traffic(*arguments).flops,
+        reads=lambda *arguments: gradient_traffic(*arguments).bytes,
+        flops=lambda *arguments: gradient_traffic(*arguments).flops,
     ),
     Operation(
         "latent_adam", "latent_pass.launch_adam", is_exact=False,
@@ -456,8 +428,8 @@ _ROWS = (
             "bf16 moments": lambda make: make.adam(GATED, moments=BF16),
             "row-major bf16 moments": lambda make: make.adam(GATED, moments=BF16, row_major=True),
         },
-        reads=lambda *arguments: _adam_traffic(*arguments).bytes,
-        flops=lambda *arguments: _adam_traffic(*arguments).flops,
+        reads=lambda *arguments: adam_traffic(*arguments).bytes,
+        flops=lambda *arguments: adam_traffic(*arguments).flops,
     ),
 )  # fmt: skip
 

@@ -264,6 +264,24 @@ def decode_backward_values(grad: Tensor, values: Tensor, indices: Tensor, offset
     return gather(grad.to(wide) @ weight.to(wide).T, indices, offsets).to(values.dtype)
 
 
+def sparse_mlp(
+    x: Tensor | None, kept: Tensor, up: Tensor | None, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None
+) -> Tensor:
+    """(B, D_out): ``h @ down + down_bias``, h being ``kept`` (B, F), times ``x @ up.T + up_bias`` if there is ``up``.
+
+    ``x`` (B, D), ``up`` (F, D), ``down`` (F, D_out). A neuron at 0 in ``kept`` is not kept: it has no part in its
+    token's sum, whatever stands in its rows of the weights. Rounded once, to the dtype of ``kept``.
+    """
+    wide = accumulation_dtype(*(t for t in (x, kept, up, up_bias, down, down_bias) if t is not None))
+    is_kept, hidden, down = kept != 0, kept.to(wide), down.to(wide)
+    if x is not None and up is not None:
+        hidden = hidden * linear(x.to(wide), up.to(wide).T, up_bias)
+    hidden = torch.where(is_kept, hidden, 0.0)
+    sums = [h @ torch.where(keeps[:, None], down, 0.0) for h, keeps in zip(hidden, is_kept, strict=True)]
+    out = torch.stack(sums) if sums else down.new_zeros(0, down.shape[1])
+    return (out if down_bias is None else out + down_bias.to(wide)).to(kept.dtype)
+
+
 def decode_backward_weight(
     grad: Tensor, values: Tensor, latent_offsets: Tensor, rows: Tensor, positions: Tensor, dtype: torch.dtype
 ) -> Tensor:

@@ -27,8 +27,8 @@ from .codes import SparseCodes, at_latents
 
 __all__ = [
     "EncodeInfo", "Encoded", "at_latents", "batch_topk", "decode", "decode_prefixes", "encode", "encode_with",
-    "energy_share", "feature_budgets", "feature_topm", "largest", "linear", "move_threshold", "norm_match", "threshold",
-    "topk", "zipf_shortfall",
+    "energy_share", "feature_budgets", "feature_topm", "largest", "linear", "move_threshold", "norm_match",
+    "sparse_mlp", "threshold", "topk", "zipf_shortfall",
 ]
 
 
@@ -391,6 +391,77 @@ def decode_prefixes(
         parts = decode(runs.replace(values=runs.values.to(wide)), W_dec, backend=backend)
         out = parts.cumsum(-2)
         return (out if b_dec is None else out + b_dec.to(wide)).to(dtype)
+
+
+def sparse_mlp(
+    x: Tensor | None, kept: Tensor, up: Tensor | None, down: Tensor, up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None, *, backend: str = "auto",
+) -> Tensor:
+    """An MLP of which each token keeps few neurons, for one token or a few: inference only.
+
+    ``out = h @ down + down_bias``, with ``h = kept * (x @ up.T + up_bias)`` where ``kept`` is not 0, and 0 elsewhere;
+    without ``up``, ``h = kept``.
+
+    Args:
+        x: ``(*batch_shape, d_in)``, or None without ``up``.
+        kept: ``(*batch_shape, F)``: of a gated MLP the activations of its gate, otherwise of its neurons; 0 where a
+            token does not keep one. NaN and infinities are kept.
+        up: ``(F, d_in)``, as ``nn.Linear`` stores it, or None.
+        down: ``(F, d_out)``: a row a neuron, the transpose of what ``nn.Linear`` stores. Rows that lie whole are read
+            where they are; of another layout the rows that are used are copied.
+        up_bias, down_bias: ``(F,)`` and ``(d_out,)``, or None.
+
+    Returns:
+        ``(*batch_shape, d_out)`` in the dtype of ``kept``, that of ``x`` as well; weights and biases may have others.
+
+    Cost: reads the rows of both weights that some token keeps: on a GPU once for each 8 tokens, on a CPU once for each
+    token. Where more than about half of them are kept, or there are many tokens, the dense MLP is faster.
+
+    Numerics: sums in fp32 or wider, rounded once; on a CPU each product, each h and each eighth of a sum of 16-bit
+    numbers is rounded to 16 bits as well. Same bits on every run and for any number of threads. A row of a weight that
+    a token does not keep leaves no trace in its result, whatever it holds. Source: the dense MLP; skipping as in Liu et
+    al. 2023, arXiv:2310.17157 (Deja Vu), and Lee et al. 2024, arXiv:2404.08763 (CATS).
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or ``x`` has another dtype than ``kept``; names it.
+        ValueError: a shape or a device does not fit, only one of ``x`` and ``up`` is given, or a gradient would be
+            asked of an argument, which this has not; names it.
+
+    Example:
+        >>> x, gate = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 3.0, 0.0]])  # one neuron of three is kept
+        >>> up, down = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), torch.eye(3)
+        >>> sparse_mlp(x, gate, up, down)  # 3 * (1 + 2)
+        tensor([[0., 9., 0.]])
+    """
+    named = {"x": x, "kept": kept, "up": up, "down": down, "up_bias": up_bias, "down_bias": down_bias}
+    check.floating("kept", kept)
+    check.floating("down", down, dims=2)
+    shapes = {"down": ((kept.shape[-1], down.shape[1]), "a row a neuron"), "down_bias": (down.shape[1:], "d_out")}
+    if (x is None) != (up is None):
+        raise ValueError(f"x and up go together, got only {'up' if x is None else 'x'}")
+    if up is None and up_bias is not None:
+        raise ValueError("up_bias needs up, which is None")
+    if x is not None:
+        check.floating("x", x)
+        if x.dtype != kept.dtype:
+            raise TypeError(f"x must have the dtype of kept, {kept.dtype}, got {x.dtype}")
+        shapes |= {"x": ((*kept.shape[:-1], x.shape[-1]), "that of kept but for the last dimension"),
+                   "up": ((kept.shape[-1], x.shape[-1]), "a row a neuron, of d_in"),
+                   "up_bias": (kept.shape[-1:], "one a neuron")}  # fmt: skip
+    for name, tensor in named.items():
+        if tensor is None or tensor is kept:
+            continue
+        shape, why = shapes[name]
+        check.floating(name, tensor, dims=len(shape))
+        check.shaped(name, tensor, shape, kept, why=why)
+    if torch.is_grad_enabled() and not transforming():
+        asked = [name for name, tensor in named.items() if tensor is not None and tensor.requires_grad]
+        if asked:
+            raise ValueError(f"sparse_mlp has no gradient, and {asked[0]} requires one: call it under torch.no_grad(), "
+                             "or run the dense MLP")  # fmt: skip
+    rows = None if x is None else check.matrix(x)
+    out = ops.sparse_mlp(rows, check.matrix(kept), up, up_bias, down, down_bias, backend)
+    return out.view(*kept.shape[:-1], down.shape[1])
 
 
 def move_threshold(threshold: Tensor, smallest: Tensor, rate: float) -> None:

@@ -183,6 +183,9 @@ WITHOUT_WAITING = {
     "functional.move_threshold": lambda: (
         t := torch.full((), -1.0), v := torch.rand(()), lambda: f.move_threshold(t, v, 0.1))[2],
     "functional.feature_budgets": lambda: (d := torch.rand(F), lambda: f.feature_budgets(d, 20, B))[1],
+    "functional.sparse_mlp": lambda: (
+        x := torch.randn(2, D), kept := torch.randn(2, F).relu(), up := torch.randn(F, D), down := torch.randn(F, D),
+        lambda: f.sparse_mlp(x, kept, up, down))[4],
     "functional.zipf_shortfall": lambda: (d := torch.rand(F), lambda: f.zipf_shortfall(d, 3))[1],
     # rules: dense in every mode, codes where their number is known
     "TopK": module(lambda: se.TopK(4)),

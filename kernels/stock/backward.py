@@ -13,19 +13,27 @@ def decode_backward_values(grad, values, indices, offsets, weight):
     """The per-sample-weight gradient of ``embedding_bag``: no (N, D) temporary."""
     if values.numel() == 0 or grad.shape[0] == 0:
         return torch.zeros_like(values)
-    wide = wide_of(grad, weight)
+    shared = grad.dtype == weight.dtype == values.dtype  # summed in fp32 and rounded once as it is
+    wide = values.dtype if shared else wide_of(grad, weight)
     rows = rows_of(offsets, values.numel()).to(indices.dtype)
     if weight.is_cpu and _latents_come_again(grad, indices, weight):
         return _in_order_of_latents(grad, indices, offsets, rows, weight, wide).to(values.dtype)
     whole = entries_of_each_row(offsets, values.numel()) is not None  # every entry has a row
-    ends, mine = offsets.to(indices.dtype), rows if whole else rows.clamp(max=grad.shape[0] - 1)
-    if weight.dtype == wide or not weight.is_cpu:
-        out = PRODUCTS(grad.to(wide), weight.to(wide), indices, ends, mine, SUM)
-    else:
-        out = grad.new_zeros(values.numel(), dtype=wide)
-        for columns, table, at in widened(weight, indices, wide):
-            out += PRODUCTS(grad[:, columns].to(wide), table, at, ends, mine, SUM)
+    mine = rows if whole else rows.clamp(max=grad.shape[0] - 1)
+    out = products(grad, weight, indices, offsets.to(indices.dtype), mine, wide)
     return (out if whole else torch.where(rows < grad.shape[0], out, 0.0)).to(values.dtype)
+
+
+def products(
+    grad: Tensor, weight: Tensor, indices: Tensor, offsets: Tensor, rows: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(N,) <grad[row], weight[index]>, in the ``dtype`` that both have, or in one as wide as either."""
+    if weight.dtype == dtype or not weight.is_cpu:
+        return PRODUCTS(grad.to(dtype), weight.to(dtype), indices, offsets, rows, SUM)
+    out = grad.new_zeros(indices.numel(), dtype=dtype)
+    for columns, table, at in widened(weight, indices, dtype):
+        out += PRODUCTS(grad[:, columns].to(dtype), table, at, offsets, rows, SUM)
+    return out
 
 
 def _rows_in_cache(grad: Tensor) -> int:
