@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .activations import read_activations, read_sites, run_with_replacement, stream_activations
     from .collecting import collect_activations, collect_sites
+    from .contexts import ContextSettings
     from .gradients import read_gradients
     from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
     from .sites import SITES, Site
@@ -22,6 +23,7 @@ __all__ = [
     "HELD_OUT_MODULES",
     "SITES",
     "ActivationStore",
+    "ContextSettings",
     "LanguageModel",
     "RowStream",
     "RowTokens",
@@ -45,6 +47,7 @@ __all__ = [
 _MODULES = {
     "activations": {"read_activations", "read_sites", "run_with_replacement", "stream_activations"},
     "collecting": {"collect_activations", "collect_sites"},
+    "contexts": {"ContextSettings"},
     "gradients": {"read_gradients"},
     "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
     "sites": {"SITES", "Site"},

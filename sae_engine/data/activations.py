@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -198,26 +198,12 @@ def stream_activations(
     *,
     layer: int | None = None,
     site: str | Site = "resid_pre",
-    context_length: int | None = None,
-    batch_size: int = 8,
-    drop_first: bool = True,
-    separator: str | int | None = "eos",
-    first_token: str | int | None = "bos",
-    exclude_tokens: Collection[str | int] = (),
-    exclude_positions: Collection[int] = (),
     dtype: torch.dtype | str | None = None,
     max_tokens: int | None = None,
     progress: bool = False,
+    **contexts: Any,
 ) -> Iterator[Tensor]:
     """Activations of texts, batch by batch, in the order of the text.
-
-    The tokens of each non-empty document are followed by the separator, and all documents form one
-    stream, which is cut into runs of ``context_length - 1`` tokens. A context is ``first_token``
-    followed by one run, so every token of the stream
-    is in exactly one context. The last run may be shorter; it is a context of its own length, alone in its
-    batch. Nothing is padded.
-
-    Batches of token ids are run as they are given, padded or not: nothing is put before their rows or between them.
 
     Args:
         lm: from :func:`load_language_model`.
@@ -225,20 +211,12 @@ def stream_activations(
             ``input_ids`` (B, T) and, where some are padding, ``attention_mask``, as tokenizers and data loaders give
             them, or ``input_ids`` alone. Consumed lazily.
         layer, site: as :func:`read_activations` has them.
-        context_length: tokens per context, at least 2; default ``min(lm.max_length, 256)``. Batches may be shorter.
-        batch_size: contexts per forward pass.
-        drop_first: leave out each context's first position, whose activations are far larger than all others
-            and the same everywhere. With ``first_token``, one row per token of the stream remains.
-        separator: what stands behind each document: ``"eos"``, ``"bos"``, ``"pad"``, a token id, or None for nothing.
-        first_token: what stands before each context, likewise; ``"bos"`` is the end-of-text token where the
-            tokenizer has no other, as GPT-2. None: nothing, and a run has ``context_length`` tokens.
-        exclude_tokens: leave out the rows of these tokens, by name or id: ``["bos", "eos", "pad", 198]``. The model
-            sees them all the same.
-        exclude_positions: leave out these positions of each context, counted from 0 at its first token that is no
-            padding. ``drop_first`` leaves out position 0.
         dtype: of the result; None is the model's.
         max_tokens: stop after exactly so many rows; None is all.
         progress: show a bar on standard error.
+        contexts: how documents become contexts and which tokens become rows: any of ``context_length``,
+            ``batch_size``, ``drop_first``, ``separator``, ``first_token``, ``exclude_tokens`` and
+            ``exclude_positions``, as :class:`ContextSettings` explains them.
 
     Yields:
         ``(tokens, d_model)`` on the model's device; ``tokens`` is at most ``batch_size * context_length``.
@@ -258,17 +236,13 @@ def stream_activations(
         >>> next(stream_activations(lm, [padded], layer=1, drop_first=False)).shape[0]
         2
     """
-    contexts, max_tokens = check_stream(
-        lm, texts, layer, site, max_tokens, context_length=context_length, batch_size=batch_size,
-        drop_first=drop_first, separator=separator, first_token=first_token, exclude_tokens=exclude_tokens,
-        exclude_positions=exclude_positions,
-    )  # fmt: skip
+    settings, max_tokens = check_stream(lm, texts, layer, site, max_tokens, **contexts)
     dtype, place = None if dtype is None else dtype_in("dtype", dtype), Site.of(site, layer)
 
     def generate() -> Iterator[Tensor]:
         done = 0
         with progress_bar(progress, max_tokens) as bar:
-            for batch in token_batches(lm, texts, contexts):
+            for batch in token_batches(lm, texts, settings):
                 (rows,) = batch_rows(lm, batch, place)
                 rows = rows[: None if max_tokens is None else max_tokens - done]
                 if not len(rows):
@@ -292,7 +266,7 @@ def check_stream(
     layer: int | None,
     site: str | Site,
     max_tokens: int | None,
-    **settings: Any,
+    **contexts: Any,
 ) -> tuple[Contexts, int | None]:
     """Every check of :func:`stream_activations` that needs no text: its settings and the most rows."""
     if not isinstance(lm, LanguageModel):
@@ -300,8 +274,7 @@ def check_stream(
     if isinstance(texts, (str, bytes, Mapping, Tensor)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts must be an iterable of documents or batches, got {type(texts).__name__}")
     find_place(lm.model, site, layer)
-    contexts = contexts_of(lm, **settings)
-    return contexts, None if max_tokens is None else check_int("max_tokens", max_tokens, 1)
+    return contexts_of(lm, **contexts), None if max_tokens is None else check_int("max_tokens", max_tokens, 1)
 
 
 def batch_rows(lm: LanguageModel, batch: TokenBatch, *sites: Site) -> tuple[Tensor, ...]:

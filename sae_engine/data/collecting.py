@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
@@ -39,13 +39,6 @@ def collect_activations(
     *,
     layer: int | None = None,
     site: str | Site = "resid_pre",
-    context_length: int | None = None,
-    batch_size: int = 8,
-    drop_first: bool = True,
-    separator: str | int | None = "eos",
-    first_token: str | int | None = "bos",
-    exclude_tokens: Collection[str | int] = (),
-    exclude_positions: Collection[int] = (),
     max_tokens: int | None = None,
     dtype: torch.dtype | str = torch.float16,
     shard_tokens: int = 65536,
@@ -54,6 +47,7 @@ def collect_activations(
     resume: bool = True,
     extend: bool = False,
     progress: bool = True,
+    **contexts: Any,
 ) -> ActivationStore:
     """Write the rows of :func:`stream_activations` to a folder of shards, and return the store.
 
@@ -67,8 +61,7 @@ def collect_activations(
     a run left that failed before its first shard is in nobody's way.
 
     Args:
-        lm, texts, layer, site, context_length, batch_size, drop_first, separator, first_token, exclude_tokens,
-            exclude_positions, max_tokens: as :func:`stream_activations` has them.
+        lm, texts, layer, site, max_tokens, contexts: as :func:`stream_activations` has them.
         out_dir: folder; made when missing.
         dtype: of the shards: float16, bfloat16, float32, or int8: half of float16, with a mean and a deviation for each
             dimension of a shard and a scale for each row; some 5e-5 of the rows' variance is lost.
@@ -160,10 +153,10 @@ def _collected(
     resume: bool,
     extend: bool,
     progress: bool,
-    **settings: Any,
+    contexts: dict[str, Any],
 ) -> list[ActivationStore]:
     first = (layer, site) if sites is None else (None, sites[0])
-    contexts, max_tokens = check_stream(lm, texts, *first, max_tokens, **settings)
+    settings, max_tokens = check_stream(lm, texts, *first, max_tokens, **contexts)
     stored_as = "int8" if dtype in (torch.int8, "int8") else _dtype_name(dtype_in("dtype", dtype))
     if stored_as not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -182,7 +175,7 @@ def _collected(
         "sha256": lm.sha256,
         "model_dtype": _dtype_name(next(lm.model.parameters()).dtype),
         **_of_place(places[0]),
-        **contexts.words,
+        **settings.words,
         "max_tokens": max_tokens,
         "dtype": stored_as,
         "shard_tokens": shard_tokens,
@@ -202,7 +195,7 @@ def _collected(
             before = {sum(part["documents"] for part in collection.manifest["earlier"]) for collection in unfinished}
             if len(before) > 1:
                 raise ValueError(f"out_dir: in {str(out_dir)!r}, collections hold different texts: extend each alone")
-            _collect(lm, texts, replace(contexts, documents_before=before.pop()), unfinished, progress)
+            _collect(lm, texts, replace(settings, documents_before=before.pop()), unfinished, progress)
     return [ActivationStore(folder) for folder in folders]
 
 

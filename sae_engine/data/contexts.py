@@ -36,9 +36,50 @@ class TokenBatch(NamedTuple):
         return b"".join(t.numpy().tobytes() for t in (self.input_ids, self.attention_mask) if t is not None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContextSettings:
+    """How documents become contexts and which tokens become rows: what all that read texts take by these names.
+
+    The tokens of each non-empty document are followed by the separator, and all documents form one stream, which is cut
+    into runs of ``context_length - 1`` tokens. A context is ``first_token`` followed by one run, so every token of the
+    stream is in exactly one context. The last run may be shorter; it is a context of its own length, alone in its
+    batch. Nothing is padded.
+
+    Batches of token ids are run as they are given, padded or not: nothing is put before their rows or between them.
+
+    Args:
+        context_length: tokens per context, at least 2; default ``min(lm.max_length, 256)``. Batches may be shorter.
+        batch_size: contexts per forward pass.
+        drop_first: leave out each context's first position, whose activations are far larger than all others
+            and the same everywhere. With ``first_token``, one row per token of the stream remains.
+        separator: what stands behind each document: ``"eos"``, ``"bos"``, ``"pad"``, a token id, or None for nothing.
+        first_token: what stands before each context, likewise; ``"bos"`` is the end-of-text token where the
+            tokenizer has no other, as GPT-2. None: nothing, and a run has ``context_length`` tokens.
+        exclude_tokens: leave out the rows of these tokens, by name or id: ``["bos", "eos", "pad", 198]``. The model
+            sees them all the same.
+        exclude_positions: leave out these positions of each context, counted from 0 at its first token that is no
+            padding. ``drop_first`` leaves out position 0.
+
+    Raises:
+        TypeError: there is no such setting. What they are is checked where the model is known that they are for.
+
+    Example:
+        >>> ContextSettings(context_length=128, separator=None).first_token
+        'bos'
+    """
+
+    context_length: int | None = None
+    batch_size: int = 8
+    drop_first: bool = True
+    separator: str | int | None = "eos"
+    first_token: str | int | None = "bos"
+    exclude_tokens: Collection[str | int] = ()
+    exclude_positions: Collection[int] = ()
+
+
 @dataclass(frozen=True)
 class Contexts:
-    """How documents become contexts and which tokens become rows, as :func:`stream_activations` says it. Checked.
+    """:class:`ContextSettings`, checked for one model, its tokens by their ids.
 
     ``words`` is the same as a manifest has it: a token is ``"bos"``, ``"eos"``, ``"pad"`` or its id in digits. Not
     ``packing``: each document has contexts of its own, without a separator, padded on the right.
@@ -50,9 +91,9 @@ class Contexts:
     separator: int | None
     excluded_tokens: tuple[int, ...]
     excluded_positions: tuple[int, ...]
-    documents_before: int
     words: dict[str, Any]
     packing: bool = True
+    documents_before: int = 0
 
     @property
     def run(self) -> int:
@@ -67,51 +108,38 @@ class Contexts:
         return keep.flatten().nonzero().squeeze(1)
 
 
-def contexts_of(
-    lm: LanguageModel,
-    *,
-    context_length: int | None = None,
-    batch_size: int = 8,
-    drop_first: bool = True,
-    separator: str | int | None = "eos",
-    first_token: str | int | None = "bos",
-    exclude_tokens: Collection[str | int] = (),
-    exclude_positions: Collection[int] = (),
-    documents_before: int = 0,
-    packing: bool = True,
-) -> Contexts:
-    """The settings of :func:`stream_activations` that say what a batch is, checked. ``lm`` is one.
+def contexts_of(lm: LanguageModel, *, packing: bool = True, **settings: Any) -> Contexts:
+    """What these :class:`ContextSettings` are for ``lm``; ``packing=False`` gives each document contexts of its own.
 
-    ``packing=False`` gives each document contexts of its own.
+    Raises:
+        TypeError, ValueError: a setting is of another kind or out of range, or the tokenizer has no such token.
     """
-    if context_length is None:
-        context_length = min(lm.max_length, 256)
-    context_length = check_int("context_length", context_length, 2, lm.max_length)
-    batch_size = check_int("batch_size", batch_size, 1)
-    flag("drop_first", drop_first)
+    said = ContextSettings(**settings)
+    length = min(lm.max_length, 256) if said.context_length is None else said.context_length
+    length = check_int("context_length", length, 2, lm.max_length)
+    batch_size = check_int("batch_size", said.batch_size, 1)
+    flag("drop_first", said.drop_first)
     flag("packing", packing)
-    excluded = {"exclude_tokens": exclude_tokens, "exclude_positions": exclude_positions}
+    excluded = {"exclude_tokens": said.exclude_tokens, "exclude_positions": said.exclude_positions}
     for name, value in excluded.items():
         if isinstance(value, (str, bytes)) or not isinstance(value, Collection):
             raise TypeError(f"{name} must be a collection, as [0, 1], got {value!r}")
-    positions = sorted({check_int("exclude_positions", value, 0, context_length - 1) for value in exclude_positions})
-    tokens = tuple(_token(lm, "exclude_tokens", value) for value in exclude_tokens)
-    first = _token(lm, "first_token", first_token)
+    positions = sorted({check_int("exclude_positions", value, 0, length - 1) for value in said.exclude_positions})
+    tokens = tuple(_token(lm, "exclude_tokens", value) for value in said.exclude_tokens)
     return Contexts(
-        length=context_length,
+        length=length,
         batch_size=batch_size,
-        first_token=first,
-        separator=_token(lm, "separator", separator),
+        first_token=_token(lm, "first_token", said.first_token),
+        separator=_token(lm, "separator", said.separator),
         excluded_tokens=tuple(token for token in tokens if token is not None),
-        excluded_positions=tuple(sorted({*positions, *([0] if drop_first else [])})),
-        documents_before=documents_before,
+        excluded_positions=tuple(sorted({*positions, *([0] if said.drop_first else [])})),
         words={
-            "context_length": context_length,
+            "context_length": length,
             "batch_size": batch_size,
-            "drop_first": drop_first,
-            "separator": _word(separator),
-            "first_token": _word(first_token),
-            "exclude_tokens": sorted({_word(value) for value in exclude_tokens}),
+            "drop_first": said.drop_first,
+            "separator": _word(said.separator),
+            "first_token": _word(said.first_token),
+            "exclude_tokens": sorted({_word(value) for value in said.exclude_tokens}),
             "exclude_positions": positions,
         },
         packing=packing,
@@ -173,7 +201,7 @@ def token_batches(lm: LanguageModel, texts: Iterable[Any], contexts: Contexts) -
 def context_batches(
     lm: LanguageModel, texts: Iterable[str], context_length: int, batch_size: int
 ) -> Iterator[Tensor]:
-    """``(contexts, length)`` int64 token ids on the CPU, packed as :func:`stream_activations` does by default."""
+    """``(contexts, length)`` int64 token ids on the CPU, packed as :class:`ContextSettings` says."""
     contexts = contexts_of(lm, context_length=context_length, batch_size=batch_size)
     for number, batch in enumerate(token_batches(lm, texts, contexts)):
         if batch.attention_mask is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,12 @@ def collect(
     layer: int | None = None,
     site: str | Site | None = None,
     normalize: str | None = None,
-    context_length: int | None = None,
-    batch_size: int = 8,
-    drop_first: bool = True,
-    separator: str | int | None = "eos",
-    first_token: str | int | None = "bos",
-    exclude_tokens: Collection[str | int] = (),
-    exclude_positions: Collection[int] = (),
     max_tokens: int | None = None,
     dtype: torch.dtype | str = torch.float16,
     shard_tokens: int = 262144,
     text_source: str | None = None,
     progress: bool = True,
+    **contexts: Any,
 ) -> Features:
     """Write which latents fire on which tokens of a text, and return what reads it.
 
@@ -62,9 +56,7 @@ def collect(
 
     Args:
         sae: its rule runs as in eval mode.
-        lm, documents, context_length, batch_size, drop_first, separator, first_token, exclude_tokens,
-            exclude_positions: as :func:`sae_engine.data.stream_activations` has them. Tokens that are left out are
-            stored without codes.
+        lm, documents: as :func:`sae_engine.data.stream_activations` has them.
         folder: made when missing.
         layer, site, normalize: where the autoencoder belongs, and what its input is; by default what
             ``sae.provenance`` says.
@@ -73,6 +65,8 @@ def collect(
         shard_tokens: a shard is closed behind the batch with which it reaches so many tokens.
         text_source: what the text is, in words, for the manifest.
         progress: show a bar on standard error.
+        contexts: any of :class:`sae_engine.data.ContextSettings`, by name. Tokens that are left out are stored without
+            codes.
 
     Raises:
         TypeError, ValueError: an argument is not as above; a manifest differs from this request (names the field);
@@ -90,11 +84,7 @@ def collect(
         True
     """
     where = belonging(lm, sae, layer=layer, site=site, normalize=normalize, reads_only=True)
-    contexts, max_tokens = check_stream(
-        lm, documents, None, where.place.site, max_tokens, context_length=context_length, batch_size=batch_size,
-        drop_first=drop_first, separator=separator, first_token=first_token, exclude_tokens=exclude_tokens,
-        exclude_positions=exclude_positions,
-    )  # fmt: skip
+    settings, max_tokens = check_stream(lm, documents, None, where.place.site, max_tokens, **contexts)
     dtype = dtype_in("dtype", dtype)
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -107,7 +97,7 @@ def collect(
         "format": FORMAT, "model": lm.name, "revision": lm.revision, "sha256": lm.sha256,
         "model_dtype": _word(next(lm.model.parameters()).dtype), "sae": repr(sae.activation),
         "sae_sha256": memory_sha256(sae), "d_in": sae.d_in, "d_sae": sae.d_sae, "layer": where.place.site.layer,
-        "site": where.place.site.place, "normalize": where.normalization.kind, **contexts.words,
+        "site": where.place.site.place, "normalize": where.normalization.kind, **settings.words,
         "max_tokens": max_tokens, "dtype": _word(dtype), "shard_tokens": check_int("shard_tokens", shard_tokens, 1),
         "text_source": text_source,
     }  # fmt: skip
@@ -119,7 +109,7 @@ def collect(
         manifest = _begin(target, request)
         if not manifest["complete"]:
             with evaluating(sae):
-                batches = token_batches(lm, documents, contexts)
+                batches = token_batches(lm, documents, settings)
                 _collect(lm, encoder, batches, target, manifest, where.place.site, progress)
     return Features(target)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,16 +35,10 @@ def evaluate(
     target_layer: int | None = None,
     target_site: str | Site | None = None,
     normalize: str = "none",
-    context_length: int | None = None,
-    batch_size: int = 8,
-    drop_first: bool = True,
-    separator: str | int | None = "eos",
-    first_token: str | int | None = "bos",
-    exclude_tokens: Collection[str | int] = (),
-    exclude_positions: Collection[int] = (),
     max_tokens: int | None = None,
     centre: Tensor | None = None,
     progress: bool = False,
+    **contexts: Any,
 ) -> dict[str, Any]:
     """All metrics of an autoencoder on texts: three forward passes of the language model and one of the autoencoder.
 
@@ -56,18 +50,17 @@ def evaluate(
     Args:
         sae: in eval mode during the call, afterwards as before; as wide as the model is at its places.
         lm: from :func:`sae_engine.data.load_language_model`, on the device of ``sae``.
-        texts, layer, site, context_length, batch_size, separator, first_token: as
-            :func:`sae_engine.data.stream_activations`.
+        texts, layer, site: as :func:`sae_engine.data.stream_activations`.
         target_layer, target_site: of a transcoder, the place of its output; by default ``layer``, and none.
         normalize: what the autoencoder's input is: ``"none"``, the model's activations; ``"token"``, each token
             minus its mean over its standard deviation (unbiased) + 1e-5. Errors are measured in that space, and the
             reconstruction is brought back before it takes its place. (An autoencoder with
             ``normalize_activations="layer_norm"`` does this itself, and is measured in raw space.) Not for transcoders.
-        drop_first: leave each context's first position as it is in all runs, and out of all metrics.
-        exclude_tokens, exclude_positions: no rows either; but the model's losses there are measured.
         max_tokens: stop after exactly so many rows; None is all.
         centre: (d,), as :class:`Reconstruction` has it.
         progress: show a bar on standard error.
+        contexts: any of :class:`sae_engine.data.ContextSettings`, by name. What they exclude stays as it is in all runs
+            and is in no metric, but for the model's losses there (not of a first position that is dropped).
 
     Returns:
         Plain numbers, strings and lists by section: ``setting``, ``reconstruction``, ``sparsity``, ``decoder``,
@@ -92,11 +85,7 @@ def evaluate(
     from ..data.activations import progress_bar
 
     splice = Splice(sae, lm, (site, layer), (target_site, target_layer), Normalization(normalize))
-    settings = {
-        "context_length": context_length, "batch_size": batch_size, "drop_first": drop_first, "separator": separator,
-        "first_token": first_token, "exclude_tokens": exclude_tokens, "exclude_positions": exclude_positions,
-    }  # fmt: skip
-    batches = splice.batches(texts, max_tokens, **settings)
+    batches = splice.batches(texts, max_tokens, **contexts)
     measures = _Measures(sae, splice, centre)
     runs = {"clean": _same, "spliced": measures.update, "ablated": _zeros}
     with in_eval_mode(sae), progress_bar(progress, max_tokens) as bar:
@@ -107,11 +96,12 @@ def evaluate(
         "loss_recovered": loss_recovered(clean, spliced, ablated), "kl_spliced": losses["spliced"]["kl"],
         "kl_ablated": losses["ablated"]["kl"], "predicted": losses["clean"]["predicted"],
     }  # fmt: skip
+    words = splice.words
     setting = {
         "model": lm.name, "revision": lm.revision, "sha256": lm.sha256, "d": sae.d_in,
-        "layer": splice.place.layer, "site": splice.place.place,
-        "context_length": splice.words["context_length"], "first_positions": "dropped" if drop_first else "kept",
-        **{name: splice.words[name] for name in ("separator", "first_token", "exclude_tokens", "exclude_positions")},
+        "layer": splice.place.layer, "site": splice.place.place, "context_length": words["context_length"],
+        "first_positions": "dropped" if words["drop_first"] else "kept",
+        **{name: words[name] for name in ("separator", "first_token", "exclude_tokens", "exclude_positions")},
         "activation": repr(sae.activation), "d_sae": sae.d_sae,
     }  # fmt: skip
     if splice.is_transcoder:
@@ -127,36 +117,29 @@ def evaluate_during(
     *,
     site: str | Site,
     target_site: str | Site | None = None,
-    context_length: int | None = None,
-    batch_size: int = 8,
-    drop_first: bool = True,
-    separator: str | int | None = "eos",
-    first_token: str | int | None = "bos",
-    exclude_tokens: Collection[str | int] = (),
-    exclude_positions: Collection[int] = (),
     packing: bool = True,
     max_tokens: int | None = None,
     scale: float = 1.0,
     target_scale: float | None = None,
     baselines: dict[Hashable, float] | None = None,
+    **contexts: Any,
 ) -> dict[str, float]:
     """What one looks at while an autoencoder is trained: one forward pass of the language model, no divergences.
 
     The numbers are those that :func:`evaluate` has under its own names for the same documents and settings.
 
     Args:
-        sae, lm, context_length, batch_size, max_tokens: as :func:`evaluate`.
+        sae, lm, max_tokens: as :func:`evaluate`.
         documents: strings, or token ids in one dimension, which no autoencoder was trained on.
         site, target_site: of the input, and of a transcoder's output, layer and all (``"blocks.3.hook_resid_post"``).
-        drop_first, separator, first_token, exclude_tokens, exclude_positions: as
-            :func:`sae_engine.data.stream_activations`. Rows that training does not see are not measured and stay as
-            they are in every run.
         packing: False: each document has contexts of its own, padded; padding is neither measured nor seen.
         scale, target_scale: what the autoencoder's input, and a transcoder's target, are multiplied by in training;
             ``target_scale`` None is ``scale``.
         baselines: the caller's dictionary, in which the cross-entropies of the clean and of the ablated model are
             kept: they need no autoencoder, so of N at one site, at M steps, one computes them (two passes more). It
             belongs to one ``lm`` and one set of documents. None: they are computed.
+        contexts: any of :class:`sae_engine.data.ContextSettings`, by name. Rows that training does not see are not
+            measured and stay as they are in every run.
 
     Returns:
         ``evaluation/fvu``, ``l0``, ``dead`` (a share of the latents), ``ce_clean``, ``ce_spliced``, ``ce_ablated``
@@ -176,14 +159,9 @@ def evaluate_during(
         (8.0, 2)
     """
     splice = Splice(sae, lm, (site, None), (target_site, None), Normalization("none", scale, target_scale))
-    settings: dict[str, Any] = {
-        "context_length": context_length, "batch_size": batch_size, "drop_first": drop_first, "separator": separator,
-        "first_token": first_token, "exclude_tokens": exclude_tokens, "exclude_positions": exclude_positions,
-        "packing": packing,
-    }  # fmt: skip
-    batches = splice.batches(documents, max_tokens, **settings)
+    batches = splice.batches(documents, max_tokens, packing=packing, **contexts)
     measures, kept = _Errors(sae, splice), {} if baselines is None else baselines
-    said = (max_tokens, *((name, str(value)) for name, value in settings.items()))
+    said = (max_tokens, packing, str(splice.words))
     keys: dict[str, Hashable] = {"clean": ("clean", *said), "ablated": ("ablated", str(splice.target), *said)}
     wanted = {"clean": _same, "ablated": _zeros}
     runs = {run: replace for run, replace in wanted.items() if keys[run] not in kept} | {"spliced": measures.update}

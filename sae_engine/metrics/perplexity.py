@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,15 +33,9 @@ def ppl_sparsity(
     target_layer: int | None = None,
     target_site: str | Site | None = None,
     normalize: str = "none",
-    context_length: int | None = None,
-    batch_size: int = 8,
-    drop_first: bool = True,
-    separator: str | int | None = "eos",
-    first_token: str | int | None = "bos",
-    exclude_tokens: Collection[str | int] = (),
-    exclude_positions: Collection[int] = (),
     max_tokens: int | None = None,
     steps: int = 10,
+    **contexts: Any,
 ) -> dict[str, Any]:
     """PPL-p% sparsity: how many latents may be left out before the spliced model's perplexity rises by p %.
 
@@ -74,11 +68,7 @@ def ppl_sparsity(
     """
     rise, steps = check.positive("rise", rise), check.integer_k(steps, name="steps")
     splice = Splice(sae, lm, (site, layer), (target_site, target_layer), Normalization(normalize))
-    settings = {
-        "context_length": context_length, "batch_size": batch_size, "drop_first": drop_first, "separator": separator,
-        "first_token": first_token, "exclude_tokens": exclude_tokens, "exclude_positions": exclude_positions,
-    }  # fmt: skip
-    batches = list(splice.batches(texts, max_tokens, **settings))
+    batches = list(splice.batches(texts, max_tokens, **contexts))
     with in_eval_mode(sae):
         low, high = _contribution_range(splice, batches)
         whole = _truncated(splice, batches, sys.float_info.min)  # drops nothing
