@@ -293,8 +293,9 @@ def test_a_second_moment_decays_where_no_gradient_comes():
     weight, nothing = torch.zeros(64, 64), torch.zeros(64, 64)
     update = moments.FusedAdam(found_inf=None, beta1=0.9, beta2=beta2, lr=torch.tensor(0.1), weight_decay=0.0, eps=1e-8)
     for step in range(steps):
-        keys = moments.keys(torch.tensor(step + 1.0), 0, slice(0, 64), 64)
-        update([weight], [nothing], [first], [second], [torch.tensor(float(step))], [keys])
+        count = torch.tensor(step + 1.0)
+        keys = moments.keys(count, 0, slice(0, 64), 64)
+        update([weight], [nothing], [first], [second], [count], [keys])
         nearest = (nearest.float() * beta2).to(BF16)
     assert nearest.double().mean() == start  # what the rounding is there for
     # A rounding errs by at most a unit in the last place, of less than 2: its variance is at most a quarter of that.

@@ -36,6 +36,17 @@ def products(
     return out
 
 
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """(R,) the dot product of each row of ``a`` (R, D) with that of ``b``, of one dtype.
+
+    A CPU's ``vecdot`` multiplies first and sums then, in three times the time.
+    """
+    if not a.is_cpu:
+        return torch.linalg.vecdot(a, b)
+    rows = torch.arange(a.shape[0] + 1, dtype=torch.int32)
+    return PRODUCTS(a, b, rows[:-1], rows, rows[:-1], SUM)
+
+
 def _rows_in_cache(grad: Tensor) -> int:
     return max(limits.GATHERED_IN_CACHE // max(grad.shape[1], 1), 1)
 

@@ -24,9 +24,14 @@ def bags(weights: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Te
         weights, indices = weights[:owned], indices[:owned]
     else:  # without reading the device: a last bag takes the entries that belong to no row, and is cut off
         ends = F.pad(offsets, (0, 1), value=indices.numel())
+    return full_bags(weights, indices, ends.to(indices.dtype), table)[:bags]
+
+
+def full_bags(weights: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    """The same where every entry has a bag, and ``offsets`` the dtype of ``indices``."""
     if indices.numel() == 0 or table.shape[0] == 0:
-        return table.new_zeros(bags, table.shape[1])
-    return torch.embedding_bag(table, indices, ends.to(indices.dtype), False, SUM, False, weights, True)[0][:bags]
+        return table.new_zeros(offsets.numel() - 1, table.shape[1])
+    return torch.embedding_bag(table, indices, offsets, False, SUM, False, weights, True)[0]
 
 
 def widened(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:

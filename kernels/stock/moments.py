@@ -3,7 +3,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from .._rounding import NOT_ROUNDED_UP, latent_keys
 from . import limits
@@ -37,7 +36,7 @@ class FusedAdam:
         self, parameters: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
         steps: list[Tensor], all_keys: list[Keys | None],
     ) -> None:  # fmt: skip
-        """One step in place, which the counters ``steps`` come to count; ``all_keys`` has those of narrow moments.
+        """One step in place, which the counters ``steps`` count already; ``all_keys`` has those of narrow moments.
 
         Parameters and gradients are contiguous, and so are moments but for narrow ones.
         """
@@ -48,19 +47,21 @@ class FusedAdam:
         for (parameter, grad, *moments, step), its_keys in zip(tensors, all_keys, strict=True):
             if its_keys is None:
                 continue
-            before = step.clone()
             most = max(limits.WIDE_ELEMENTS[parameter.device.type] // max(parameter.shape[1], 1), 1)
             for start in range(0, parameter.shape[0], most):
                 rows = slice(start, start + most)
                 places = [moment[rows] for moment in moments]
                 exact = [one.copy_(place) for one, place in zip(
                     self._scratch("exact", places[0].shape, torch.float32, grad), places, strict=True)]  # fmt: skip
-                self._update([(parameter[rows], grad[rows], *exact, step.copy_(before))])
+                self._update([(parameter[rows], grad[rows], *exact, step)])
                 self._round(places, exact, its_keys[0][rows], its_keys[1])
 
     def _update(self, tensors: Sequence[tuple[Tensor, ...]]) -> None:
-        parameters, grads, firsts, seconds, steps = (list(column) for column in zip(*tensors, strict=True))
-        adam(parameters, grads, firsts, seconds, [], steps, fused=True, amsgrad=False, maximize=False, **self.options)
+        for dtype in {parameter.dtype for parameter, *_ in tensors}:
+            same = [five for five in tensors if five[0].dtype == dtype]
+            parameters, grads, firsts, seconds, steps = map(list, zip(*same, strict=True))
+            torch._fused_adam_(parameters, grads, firsts, seconds, [], steps, amsgrad=False, maximize=False,
+                               grad_scale=None, **self.options)  # fmt: skip
 
     def _round(self, places: list[Tensor], exact: list[Tensor], of_row: Tensor, of_column: Tensor) -> None:
         """Both moments by one hash (``_rounding.random_bits``, ``rounded``), blocks of rows that stay in a cache.

@@ -103,17 +103,18 @@ class Adam(torch.optim.Adam):
             found_inf=skipped, beta1=options["betas"][0], beta2=options["betas"][1], lr=options["lr"],
             weight_decay=options["weight_decay"], eps=options["eps"],
         )  # fmt: skip
+        self.counted(parameters, skip)
         update(rows, grads, exp_avgs, exp_avg_sqs, [self.state[p]["step"] for p in parameters],
                [self._keys(p) for p in parameters])  # fmt: skip
 
     def _keys(self, parameter: Tensor) -> Keys | None:
-        """How the next step rounds the moments of a matrix, where it does, as :func:`contiguous_view` shows them."""
+        """How this step rounds the moments of a matrix, where it does, as :func:`contiguous_view` shows them."""
         if self.moments(parameter)[0].dtype == parameter.dtype:
             return None
         number = next(n for n, matrix in enumerate(self.matrices) if matrix is parameter)
         latents, width = reversed(parameter.shape) if number else parameter.shape
         by_column = number == 1 and parameter.is_contiguous()
-        return keys(self.state[parameter]["step"] + 1, number, slice(0, latents), width, by_column=by_column)
+        return keys(self.state[parameter]["step"], number, slice(0, latents), width, by_column=by_column)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """From a state of ours or of ``torch.optim.Adam`` over the same parameters.
