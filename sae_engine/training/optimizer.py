@@ -103,7 +103,7 @@ class Adam(torch.optim.Adam):
             found_inf=skipped, beta1=options["betas"][0], beta2=options["betas"][1], lr=options["lr"],
             weight_decay=options["weight_decay"], eps=options["eps"],
         )  # fmt: skip
-        self.counted(parameters, skip)
+        self.counted(parameters, skipped)
         update(rows, grads, exp_avgs, exp_avg_sqs, [self.state[p]["step"] for p in parameters],
                [self._keys(p) for p in parameters])  # fmt: skip
 
