@@ -40,22 +40,27 @@ def test_info_as_a_table(capsys):
         assert word in out
 
 
-def test_how_the_model_is_loaded(text_file, tmp_path, monkeypatch):
+def test_how_the_model_is_loaded(text_file, tmp_path, monkeypatch, capsys):
     seen = {}
 
     def load(folder, **options):
         seen.update(options)
-        options.pop("device_map", None)  # which needs accelerate
+        options.pop("device_map", None), options.pop("quantization_config", None)  # accelerate, bitsandbytes
         return original(folder, **options)
 
     original = transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr("sae_engine.data.models.require_installed", lambda *_: None)
     arguments = ["collect", str(tmp_path / "out"), "--tokens", "20", "--text", text_file, "--quiet",
                  "--batch-size", "1", "--context-length", "16", "--model-dtype", "bfloat16", "--trust-remote-code",
-                 "--device-map", '{"": "cpu"}', "--model-kwargs", '{"attn_implementation": "eager"}']  # fmt: skip
-    assert cli.main(arguments) == 0
+                 "--device-map", '{"": "cpu"}', "--attn-implementation", "eager", "--quantization", "8bit"]  # fmt: skip
+    assert cli.main([*arguments, "--model-kwargs", '{"low_cpu_mem_usage": true}']) == 0
     assert ActivationStore(tmp_path / "out").manifest["model_dtype"] == "bfloat16"
     assert (seen["device_map"], seen["attn_implementation"], seen["trust_remote_code"]) == ({"": "cpu"}, "eager", True)
+    assert (seen["quantization_config"], seen["low_cpu_mem_usage"]) == ({"load_in_8bit": True}, True)
+    capsys.readouterr()
+    assert cli.main([*arguments, "--model-kwargs", '{"attn_implementation": "sdpa"}']) == 1
+    assert "--model-kwargs: --attn-implementation says 'attn_implementation' as well" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_models import DOCUMENTS, MODELS, collect, tokenizer_of_bytes
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from sae_engine.data import load_language_model, read_sites, stream_activations
+from sae_engine.data import load_language_model, models, read_sites, stream_activations
 from sae_engine.data._require import require
 from sae_engine.data.contexts import context_batches
 
@@ -242,6 +242,7 @@ def test_options_reach_transformers(tokenizer, monkeypatch, tmp_path):
 
     original = transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(models, "require_installed", lambda *_: None)
     load_language_model(tmp_path, device_map="auto", quantization_config={"load_in_8bit": True}, trust_remote_code=True)
     assert (seen["device_map"], seen["quantization_config"], seen["trust_remote_code"], seen["dtype"]) == (
         "auto", {"load_in_8bit": True}, True, "auto"
@@ -260,6 +261,19 @@ def test_options_reach_transformers(tokenizer, monkeypatch, tmp_path):
     ):
         with pytest.raises(error, match=message):
             load_language_model(tmp_path, model_kwargs=kwargs)
+
+
+@pytest.mark.parametrize(("options", "package", "what"), [
+    ({"device_map": "auto"}, "accelerate", "device_map"), ({"device_map": {"": "cpu"}}, "accelerate", "device_map"),
+    ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes", "quantization_config: loading in 8 or 4 bits"),
+    ({"model_kwargs": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}}, "bitsandbytes",
+     "quantization_config: loading in 8 or 4 bits"),
+])  # fmt: skip
+def test_a_package_that_an_option_needs_is_asked_for_before_anything_is_loaded(monkeypatch, options, package, what):
+    monkeypatch.setattr(models, "_hub_folder", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else "there")
+    with pytest.raises(ImportError, match=f"^{what} needs the package '{package}': pip install {package}$"):
+        load_language_model("some/model", **options)
 
 
 def test_folder_without_weights(tmp_path):

@@ -440,3 +440,19 @@ def test_errors_of_the_command_are_lines(tmp_path, capsys):
         assert len(said) == len(lines) and said[0].startswith("sae-engine: error: ")
         for line, wanted in zip(said, lines, strict=True):
             assert wanted in line
+
+
+def test_what_from_pretrained_takes_reaches_it(monkeypatch):
+    import transformers
+
+    from sae_engine.training.plan import _language_model
+
+    seen, original = [], transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained",
+                        lambda folder, **options: (seen.append(options), original(folder, **options))[1])
+    saes = [SAEConfig(hook_name="blocks.2.mlp.hook_post", d_sae=64, architecture=TopKSAE(k=4))]  # of no known width
+    named = ModelConfig(model_from_pretrained_kwargs={"attn_implementation": "eager", "trust_remote_code": True})
+    config = TrainConfig(model=named, saes=saes)
+    assert widths_of(config)[0] == [(1024, 1024)]
+    assert _language_model(config, torch.device("cpu"), None, None).model.config._attn_implementation == "eager"
+    assert [(options["attn_implementation"], options["trust_remote_code"]) for options in seen] == [("eager", True)] * 2

@@ -24,9 +24,11 @@ def add_model_and_text(
     parser.add_argument(
         "--device-map", default=None, metavar="MAP", help="of transformers, in place of --device: auto, or JSON"
     )
+    parser.add_argument("--quantization", choices=("8bit", "4bit"), default=None, help="of the model, by bitsandbytes")
+    parser.add_argument("--attn-implementation", default=None, metavar="NAME", help="of transformers: eager, sdpa, …")
     parser.add_argument(
         "--model-kwargs", default=None, metavar="JSON",
-        help="""what else from_pretrained of transformers takes: {"quantization_config": {"load_in_8bit": true}}""",
+        help="""what else from_pretrained of transformers takes: {"max_memory": {"0": "20GiB"}}""",
     )  # fmt: skip
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--layer", type=int, default=None, help=f"block; {layer}")
@@ -91,18 +93,28 @@ def load_model(args: argparse.Namespace, model: str | None, revision: str | None
     import torch
 
     from sae_engine.data import load_language_model
+    from sae_engine.data.models import loading_options, without_progress_bar
 
     device = args.device
     if device is None and args.device_map is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device_map = args.device_map
+    said = {} if args.model_kwargs is None else _json_object("--model-kwargs", args.model_kwargs)
+    device_map, bits, attention = args.device_map, args.quantization, args.attn_implementation
     if device_map is not None and device_map.startswith("{"):
         device_map = _json_object("--device-map", device_map)
-    return load_language_model(
-        model, revision=revision, device=device, dtype=args.model_dtype, device_map=device_map,
-        trust_remote_code=args.trust_remote_code, fallback=fallback,
-        model_kwargs=None if args.model_kwargs is None else _json_object("--model-kwargs", args.model_kwargs),
-    )  # fmt: skip
+    options = {
+        "--device-map": ("device_map", device_map), "--attn-implementation": ("attn_implementation", attention),
+        "--trust-remote-code": ("trust_remote_code", args.trust_remote_code or None),
+        "--quantization": ("quantization_config", None if bits is None else {f"load_in_{bits}": True}),
+    }  # fmt: skip
+    for option, (name, value) in options.items():
+        if value is not None and name in said:
+            raise ValueError(f"--model-kwargs: {option} says {name!r} as well; give one of them")
+        said |= {} if value is None else {name: value}
+    with without_progress_bar(args.quiet):
+        return load_language_model(
+            model, revision=revision, device=device, dtype=args.model_dtype, fallback=fallback, **loading_options(said)
+        )
 
 
 def _json_object(option: str, text: str) -> dict[str, Any]:

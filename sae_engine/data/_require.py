@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
+
+
+def require_installed(package: str, what: str) -> None:
+    """An ImportError that says what to install, where it is missing; a package that is there is not imported."""
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{what} needs the package {package!r}: pip install {package}", name=package)
 
 
 def require(module: str) -> Any:

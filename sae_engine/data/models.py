@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .._checks import device_in, dtype_in, flag
-from ._require import require
+from ._require import require, require_installed
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "embedded_model"
 EMBEDDED = "embedded"
@@ -100,7 +100,8 @@ def load_language_model(
             safetensors), weights lack parameters of the model, or the model is not causal or does not say how long a
             context may be.
         OSError: no such model, the hub does not answer, or the folder has no weights.
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or not what ``device_map`` (accelerate) or ``quantization_config``
+            (bitsandbytes) needs.
 
     Example:
         >>> load_language_model("embedded", dtype="bfloat16").model.dtype
@@ -120,12 +121,15 @@ def load_language_model(
     if device is not None and device_map is not None:
         raise ValueError(f"device: {device!r} and device_map={device_map!r} both say where the model goes; give one")
     device = torch.device("cpu") if device is None else device_in("device", device)
+    if device.type == "meta":
+        raise ValueError("device: 'meta' holds no numbers; a model that computes needs another")
     flag("fallback", fallback)
     flag("trust_remote_code", trust_remote_code)
     options = {"device_map": device_map, "quantization_config": quantization_config,
                "trust_remote_code": trust_remote_code}  # fmt: skip
     options = {option: value for option, value in options.items() if value} | _checked_kwargs(model_kwargs, options)
 
+    _check_packages(options)
     if name_or_path == "":
         raise ValueError("name_or_path must name a folder or a hub model, got an empty string")
     name = EMBEDDED if name_or_path is None else str(name_or_path)
@@ -161,6 +165,32 @@ def _checked_kwargs(model_kwargs: Mapping[str, Any] | None, own: Mapping[str, An
         if name in _DECIDED:
             raise ValueError(f"model_kwargs: {name!r} is not for the caller to say: weights must be whole")
     return dict(model_kwargs)
+
+
+_OWN = ("device_map", "quantization_config", "trust_remote_code")  # of from_pretrained, arguments here too
+
+
+def loading_options(from_pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' ``from_pretrained`` takes, as arguments of :func:`load_language_model`.
+
+    Example:
+        >>> loading_options({"device_map": "auto", "attn_implementation": "eager"})
+        {'device_map': 'auto', 'model_kwargs': {'attn_implementation': 'eager'}}
+    """
+    own = {name: value for name, value in from_pretrained.items() if name in _OWN}
+    others = {name: value for name, value in from_pretrained.items() if name not in _OWN}
+    return own | ({"model_kwargs": others} if others else {})
+
+
+def _check_packages(options: Mapping[str, Any]) -> None:
+    """That what these options need is installed: said before anything is downloaded."""
+    config = options.get("quantization_config")
+    said = config if isinstance(config, Mapping) else vars(config) if config is not None else {}
+    of_bytes = any(said.get(name) or said.get(f"_{name}") for name in ("load_in_8bit", "load_in_4bit"))
+    if of_bytes:
+        require_installed("bitsandbytes", "quantization_config: loading in 8 or 4 bits")
+    if of_bytes or options.get("device_map") is not None:
+        require_installed("accelerate", "quantization_config" if of_bytes else "device_map")
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -206,7 +236,7 @@ def _load_folder(
 ) -> LanguageModel:
     transformers = require("transformers")
     sha256 = weights_sha256(folder)
-    with _no_progress_bar(transformers) if folder == EMBEDDED_FOLDER else nullcontext():
+    with without_progress_bar(folder == EMBEDDED_FOLDER):  # loading 8 MB takes no time
         if folder == EMBEDDED_FOLDER and dtype is None:
             dtype = torch.float32
         model = _model_in(transformers, folder, name, {"dtype": dtype or "auto", **options})
@@ -400,15 +430,16 @@ def _max_length(config: Any, tokenizer: Any, name: str) -> int:
 
 
 @contextmanager
-def _no_progress_bar(transformers: Any) -> Iterator[None]:
-    """Loading 8 MB takes no time; a bar for it is noise."""
-    logging_ = transformers.utils.logging
-    enabled = logging_.is_progress_bar_enabled()
-    logging_.disable_progress_bar()
+def without_progress_bar(hidden: bool = True) -> Iterator[None]:
+    """Inside, transformers shows no bar while it loads, where ``hidden``."""
+    logging_ = require("transformers").utils.logging
+    was_shown = logging_.is_progress_bar_enabled()
+    if hidden:
+        logging_.disable_progress_bar()
     try:
         yield
     finally:
-        if enabled:
+        if hidden and was_shown:
             logging_.enable_progress_bar()
 
 

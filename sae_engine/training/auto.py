@@ -158,10 +158,13 @@ def _on_the_stream(site: str) -> bool:
 
 def _measured(config: TrainConfig, sites: set[str]) -> dict[str, int]:
     """The widths of any sites, in the model itself."""
-    from ..data.models import load_language_model
+    from ..data.models import load_language_model, loading_options
     from ..data.places import find_place
 
-    lm = load_language_model(config.model.model_name, revision=config.model.revision, dtype=config.model.dtype)
+    named = config.model
+    with within("model", named, "model_name"):
+        lm = load_language_model(named.model_name, revision=named.revision, dtype=named.dtype,
+                                 **loading_options(named.model_from_pretrained_kwargs))  # fmt: skip
     found = {}
     for number, sae in enumerate(config.expanded().saes):
         for site, field in zip(sae.sites, sae.site_fields, strict=True):

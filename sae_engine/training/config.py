@@ -50,7 +50,7 @@ class ModelConfig:
         llm_device: where it runs; None: where the autoencoders are.
         tokenizer_name: of a tokenizer that is not the model's.
         model_from_pretrained_kwargs: handed to transformers: ``device_map``, ``quantization_config``,
-            ``trust_remote_code``.
+            ``trust_remote_code``, ``attn_implementation``.
 
     Raises:
         ConfigError: an argument is of another kind or out of range.

@@ -12,7 +12,7 @@ from .. import _checks as check
 from ..autoencoder import SparseAutoencoder
 from ..data.contexts import Contexts, contexts_of, rows_in_words
 from ..data.memory import TensorStream
-from ..data.models import LanguageModel, load_language_model, load_tokenizer
+from ..data.models import LanguageModel, load_language_model, load_tokenizer, loading_options
 from ..data.places import find_place
 from ..data.sites import Site
 from ..data.sources import Source, open_source
@@ -290,7 +290,7 @@ def _language_model(config: TrainConfig, device: torch.device, model: Any, token
     if tokenizer is None and named.tokenizer_name is not None:
         with within("model", named, "tokenizer_name"):
             tokenizer = load_tokenizer(named.tokenizer_name)
-    options: dict[str, Any] = dict(named.model_from_pretrained_kwargs)
+    options = loading_options(named.model_from_pretrained_kwargs)
     if "device_map" not in options:
         own = named.llm_device
         options["device"] = device if own is None else check.device_in("model.llm_device", own)
