@@ -1,6 +1,6 @@
 """From which density on codes are better densified: the measurement behind ``densified.DENSE_SHARE``.
 
-    python benchmarks/crossover.py [--device cuda]
+    python benchmarks/crossover.py [--device cuda] [--rows 8]
 
 Times each operation on codes both ways over k and prints, per operation, the share k / F at which the GEMM overtakes
 the gathers (log-linear between the two k around it). Rows go to ``results/<device>/crossover.jsonl``.
@@ -30,9 +30,9 @@ SIZES = {"cpu": (1024, 768, 8192, torch.float32), "cuda": (4096, 768, 32768, tor
 SHARES = [1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
 
 
-def calls(k: int, device: torch.device) -> dict[str, object]:
+def calls(k: int, rows: int, device: torch.device) -> dict[str, object]:
     """Each operation on codes of k distinct latents a row."""
-    rows, width, num_latents, dtype = SIZES[device.type]
+    _, width, num_latents, dtype = SIZES[device.type]
     torch.manual_seed(0)
     codes = functional.topk(torch.randn(rows, num_latents, device=device, dtype=dtype), k, relu=False)
     weight = torch.randn(num_latents, width, device=device, dtype=dtype)
@@ -72,14 +72,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time operations on codes as gathers and as GEMMs over the density.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results", metavar="FOLDER")
+    parser.add_argument("--rows", type=int, help="tokens, where those are few (densified.FEW_ROWS)")
     options = parser.parse_args()
     device = torch.device(options.device)
     rows, width, num_latents, dtype = SIZES[device.type]
+    rows = options.rows or rows
     measured: dict[str, list[float]] = {}
     stored: list[Row] = []
     for share in tqdm(SHARES, unit="density"):
         k = round(share * num_latents)
-        for name, call in calls(k, device).items():
+        for name, call in calls(k, rows, device).items():
             paths = {"gathers": forced(call, math.inf), "gemm": forced(call, 0.0)}
             timings = time_interleaved([[run] for run in paths.values()], device, budget_seconds=2, least_rounds=3)
             measured.setdefault(name, []).append(timings[0].ms_p50 / timings[1].ms_p50)

@@ -40,8 +40,9 @@ def make_pre(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float
 
 def force_dense(share: float) -> dict[str, dict[str, float]]:
     """A ``densified.DENSE_SHARE`` under which operations on codes always gather (inf) or always densify (0)."""
-    operations = ("decode", "decode_backward_values", "decode_backward_weight")
-    return {device: dict.fromkeys(operations, share) for device in ("cpu", "cuda", "cuda, 16 bit")}
+    from sae_kernels.stock.densified import DENSE_SHARE
+
+    return {kind: dict.fromkeys(shares, share) for kind, shares in DENSE_SHARE.items()}
 
 
 class Allocated(NamedTuple):

@@ -3,10 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as nn_functional
 
+from sae_engine import SparseCodes
 from sae_engine import functional as f
-from sae_engine.testing import assert_same, assert_within_budget
+from sae_engine.testing import allocated_by, assert_same, assert_within_budget
 from sae_kernels.dispatch import interprets_triton
 from sae_kernels.ops import ops
+from sae_kernels.stock import densified
 from sae_kernels.stock import sparse_mlp as stock
 
 BACKENDS = ("reference", "torch", "triton")
@@ -127,21 +129,39 @@ def test_the_same_bits_for_any_number_of_threads(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("step", [1, 2])
-def test_the_operators_that_a_cpu_runs_sum_in_fp32(dtype, step):
-    """Of each PyTorch that is supported: sums of 16 bits would stop growing at some hundreds of ones."""
-    width, count = 5000, 3000
-    ones = torch.ones(2, step * width).to(dtype)[:, ::step]
-    x, at = ones[:1], torch.tensor([1])
-    products = stock.products(x, ones, at, at - 1, at - 1, dtype)
-    assert products.item() == torch.tensor(float(width)).to(dtype)
-    x[0, 0], x[0, 1:3] = 2.0 if dtype == torch.bfloat16 else 2048.0, 0.25  # what is small against the sum counts
-    exact = (x.double() @ ones[1].double()).item()
-    assert products.dtype == dtype and stock.products(x, ones, at, at - 1, at - 1, dtype).item() == torch.tensor(
-        exact).to(dtype)  # fmt: skip
-    table = torch.ones(count, 40).to(dtype)
-    kept = torch.ones(1, count).to(dtype)
-    assert torch.equal(ops.sparse_mlp(None, kept, None, None, table, None, "torch"),
-                       torch.full((1, 40), float(count)).to(dtype))  # fmt: skip
+def test_the_operators_that_a_cpu_runs_sum_16_bits_in_fp32(dtype, step):
+    """Of each PyTorch that is supported: in 16 bits a sum of ones would stop at 256, or at 2048."""
+    width = 5000
+    x = torch.ones(1, step * width).to(dtype)[:, ::step]
+    x[0, ::7] = 0.25
+    weight = torch.ones(3, step * width).to(dtype)[:, ::step]
+    exact = x.double().sum().to(dtype)
+    at = torch.tensor([1])
+    assert torch.equal(stock.products(x, weight, at, at - 1, at - 1, dtype), exact[None])
+    assert torch.equal(ops.linear_16bit(x, weight.T, None, dtype, "torch"), exact.expand(1, 3))
+    kept, table = x, torch.ones(width, 3 * step).to(dtype)[:, ::step]
+    found = ops.sparse_mlp(None, kept, None, None, table, None, "torch")
+    assert (found.double() - x.double().sum()).abs().max() <= torch.finfo(dtype).eps * exact  # eighths round as well
+
+
+def test_no_weight_is_copied():
+    """Rows of 16 bits are multiplied and summed where they lie: all that is allocated is a fraction of a matrix."""
+    num_neurons, d = 4096, 256
+    up, down = (torch.randn(num_neurons, d).bfloat16() for _ in range(2))
+    x, kept = torch.randn(1, d).bfloat16(), torch.zeros(1, num_neurons).bfloat16()
+    kept[0, ::20] = 1.0
+    codes = SparseCodes.from_dense(kept)
+    of_codes = codes.values, codes.indices, codes.offsets
+    calls = {
+        "sparse_mlp": lambda: ops.sparse_mlp(x, kept, up, None, down, None, "torch"),
+        "decode_backward_values": lambda: ops.decode_backward_values(x, *of_codes, up, "torch"),
+        "decode": lambda: ops.decode(*of_codes, down, None, torch.bfloat16, None, None, None, "torch"),
+        "decode of fp32 codes": lambda: ops.decode(
+            codes.values.float(), *of_codes[1:], down, None, torch.float32, None, None, None, "torch"),
+        "linear_16bit": lambda: ops.linear_16bit(x, up.T, None, torch.bfloat16, "torch"),
+    }  # fmt: skip
+    most = {name: allocated_by(call).peak for name, call in calls.items()}
+    assert {name: peak for name, peak in most.items() if peak > up.nbytes / 4} == {}
 
 
 @pytest.mark.sanitizer
@@ -154,6 +174,21 @@ def test_every_kernel_in_small():
         args[1][0, 3], args[4][3] = 1.0, torch.inf
         found = ops.sparse_mlp(*args, "triton")
         assert not found[0].isfinite().any() and found[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_gather_denser_codes_than_many(dtype):
+    """By ``benchmarks/crossover.py --rows``; both ways agree. 0.4 of all latents are kept."""
+    weight = torch.randn(50, 24).to(dtype)
+    for rows in (1, densified.FEW_ROWS, densified.FEW_ROWS + 1):
+        codes = f.topk(torch.randn(rows, 50).to(dtype), 20, relu=False)
+        args = torch.randn(rows, 24).to(dtype), codes.values, codes.indices, codes.offsets, weight
+        assert densified.pays("decode_backward_values", args) == (rows > densified.FEW_ROWS)
+        truth = ops.decode_backward_values(*(t.double() if t.is_floating_point() else t for t in args), "reference")
+        yardstick = ops.decode_backward_values(*args, "reference")
+        for choice in (False, True):
+            with densified.choosing(choice):
+                assert_within_budget(ops.decode_backward_values(*args, "torch"), truth, yardstick)
 
 
 def test_gradients_are_refused():

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from . import limits
 from .decode import SUM, bags, wide_of, widened
-from .dense import entries_of_each_row, rows_of
+from .dense import entries_of_each_row, rows_of, rows_of_uniform
 
 PRODUCTS = torch.ops.aten._embedding_bag_per_sample_weights_backward  # of two tables' rows, without copying a row
 
@@ -15,13 +15,15 @@ def decode_backward_values(grad, values, indices, offsets, weight):
         return torch.zeros_like(values)
     shared = grad.dtype == weight.dtype == values.dtype  # summed in fp32 and rounded once as it is
     wide = values.dtype if shared else wide_of(grad, weight)
-    rows = rows_of(offsets, values.numel()).to(indices.dtype)
+    k = entries_of_each_row(offsets, values.numel())  # then every entry has a row
+    rows = rows_of(offsets, values.numel()) if k is None else rows_of_uniform(values.numel(), k, offsets.device)
+    rows, ends = rows.to(indices.dtype), offsets.to(indices.dtype)
     if weight.is_cpu and _latents_come_again(grad, indices, weight):
         return _in_order_of_latents(grad, indices, offsets, rows, weight, wide).to(values.dtype)
-    whole = entries_of_each_row(offsets, values.numel()) is not None  # every entry has a row
-    mine = rows if whole else rows.clamp(max=grad.shape[0] - 1)
-    out = products(grad, weight, indices, offsets.to(indices.dtype), mine, wide)
-    return (out if whole else torch.where(rows < grad.shape[0], out, 0.0)).to(values.dtype)
+    if k is not None:
+        return products(grad, weight, indices, ends, rows, wide).to(values.dtype)
+    out = products(grad, weight, indices, ends, rows.clamp(max=grad.shape[0] - 1), wide)
+    return torch.where(rows < grad.shape[0], out, 0.0).to(values.dtype)
 
 
 def products(

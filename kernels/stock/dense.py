@@ -16,14 +16,23 @@ def entries_of_each_row(offsets: Tensor, entries: int) -> int | None:
     if not (offsets.is_cpu and rows and entries) or entries % rows:
         return None
     k = entries // rows
+    if rows == 1:
+        return k if offsets.tolist() == [0, k] else None
     return k if torch.equal(offsets, torch.arange(0, entries + 1, k, device=offsets.device)) else None
+
+
+def rows_of_uniform(entries: int, k: int, device: torch.device) -> Tensor:
+    """The row (N,) int64 of each entry, of rows that own ``k`` each."""
+    if entries == k:
+        return torch.zeros(entries, dtype=torch.int64, device=device)
+    return torch.arange(entries // k, device=device).repeat_interleave(k)
 
 
 def rows_of(offsets: Tensor, entries: int) -> Tensor:
     """The row (N,) int64 of each entry; entries that belong to no row get row B."""
     k = entries_of_each_row(offsets, entries)
     if k is not None:
-        return torch.arange(entries // k, device=offsets.device).repeat_interleave(k)
+        return rows_of_uniform(entries, k, offsets.device)
     counts = torch.cat([offsets.diff(), entries - offsets[-1:]])
     return torch.repeat_interleave(torch.arange(offsets.numel(), device=offsets.device), counts, output_size=entries)
 

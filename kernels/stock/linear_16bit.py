@@ -38,7 +38,12 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weig
 
 
 def _linear_16bit_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The fp32 product of the rounded operands, biased and rounded once; fp32 copies are of some latents at a time."""
+    """The fp32 product of the rounded operands, biased and rounded once; fp32 copies are of some latents at a time.
+
+    One row times latents that lie whole needs none, where nothing is added before the sums are rounded.
+    """
+    if x.shape[0] == 1 and bias is None and dtype == x.dtype and weight.stride(0) == 1:
+        return torch.mv(weight.T, x[0])[None]
     out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
     wide = x.float()
     bias = x.new_zeros(()).expand(weight.shape[1]) if bias is None else bias

@@ -17,11 +17,14 @@ def sparse_mlp(
     """
     wide = wide_of(*(t for t in (x, kept, up, up_bias, down, down_bias) if t is not None))
     if len(kept) == 1:
-        neurons = kept[0].nonzero()[:, 0]
-        rows, hidden, count = torch.zeros_like(neurons), kept[0, neurons], neurons.numel()
-        pieces = torch.tensor([count * piece // PIECES for piece in range(PIECES + 1)], device=kept.device)
+        one = kept.reshape(-1)
+        neurons = one.nonzero().squeeze(1)
+        count = neurons.numel()
+        step = max(-(-count // PIECES), 1)
+        pieces = torch.arange(0, PIECES * step + 1, step, device=kept.device).clamp_(max=count)
+        rows, hidden = torch.zeros_like(neurons), one.index_select(0, neurons)
     else:
-        rows, neurons = kept.nonzero().unbind(1)
+        rows, neurons = kept.nonzero(as_tuple=True)
         hidden, pieces = kept[rows, neurons], _pieces(rows, len(kept))
     if x is not None and up is not None:
         product = products(x, up, neurons, pieces, rows, kept.dtype if up.dtype == x.dtype else wide)
