@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from typing import Any
 
 from . import _checks as check
 
 __all__ = ["Provenance"]
 
+_FACTORS = ("activation_scale", "target_scale")
 _INTEGERS = {"layer": 0, "target_layer": 0, "d": 1, "d_target": 1, "context_length": 1}  # name → the least it can be
 
 
@@ -36,6 +38,8 @@ class Provenance:
         first_token: what was put before each context: ``"bos"``, ``"none"``.
         excluded: tokens whose rows were left out: ``"first"`` for each context's first position, ``"position 3"`` for
             another, ``"bos"``, ``"eos"``, ``"pad"``, or an id in digits.
+        activation_scale, target_scale: what its rows and, of a transcoder, its targets were multiplied by in training.
+            It is in the weights, which take rows as they are.
 
     Raises:
         TypeError, ValueError: an attribute is of another kind or out of range; names it.
@@ -66,6 +70,8 @@ class Provenance:
     separator: str | None = None
     first_token: str | None = None
     excluded: tuple[str, ...] | None = None
+    activation_scale: float | None = None
+    target_scale: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -79,6 +85,13 @@ class Provenance:
                 if number < _INTEGERS[name]:
                     raise ValueError(f"{name} must be at least {_INTEGERS[name]}, got {value!r}")
                 object.__setattr__(self, name, number)
+            elif name in _FACTORS:
+                factor = check.number_in(value)
+                if factor is None:
+                    raise TypeError(f"{name} must be a number or None, got {value!r}")
+                if not 0 < factor < inf:
+                    raise ValueError(f"{name} must be positive and finite, got {value!r}")
+                object.__setattr__(self, name, float(factor))
             elif name == "excluded":
                 if isinstance(value, str) or not all(isinstance(token, str) for token in value):
                     raise TypeError(f"excluded must be a sequence of strings or None, got {value!r}")

@@ -437,7 +437,7 @@ def test_parquet_reads_the_columns_that_it_needs(tmp_path):
 @pytest.mark.interop  # SAELens brings datasets and pyarrow
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_real_streamed_data_sets_go_on_from_any_cursor(tmp_path, kind, monkeypatch):
-    """One that is given, in its own order; one of the hub, for which these files stand in: by seed, the second first."""
+    """One that is given, in its own order; one of the hub, for which these files stand in: the second first."""
     datasets = pytest.importorskip("datasets")
     files = sorted(map(str, Path(write(tmp_path, kind)).glob(f"*.{kind}")))
     reader = {"jsonl": "json"}.get(kind, kind)

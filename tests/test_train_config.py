@@ -110,7 +110,6 @@ BAD = [
     ("saes: [{hook_name: a.b, name: a/b}]", ["saes.0.name: must be a name for a folder"]),
     ("saes: [{hook_name: a.b, name: x}, {hook_name: c.d, name: x}]", ["saes: two are named x"]),
     ("saes: [{hook_name: a.b, d_sae: null, expansion_factor: null}]", ["saes.0.d_sae: must be given where"]),
-    ("saes: [{hook_name: a.b, from_pretrained: c}]", ["saes.0.normalize_activations: must be none with"]),
     ("saes: [{hook_name: a.b, architecture: matryoshka_batchtopk, widths: [4, 2]}]",
      ["saes.0.widths: must be positive"]),
     ("saes: [{hook_name: a.b, architecture: sampled_topk, pool: .5}]", ["saes.0.pool: must be at least 1, got 0.5"]),
@@ -397,15 +396,39 @@ def test_a_run_may_start_from_what_was_saved(tmp_path):
                            ({"architecture": ARCHITECTURES["abstopk"](k=4)}, "is a TopK, not a AbsTopK")):  # fmt: skip
         with pytest.raises(ConfigError, match=fault):
             replace(start, **changed).build(8, 8, steps=10, seed=4)
+    scaled = replace(start, normalize_activations="expected_average_only_in")
+    with pytest.raises(ConfigError, match=r"normalize_activations: must be none: .* does not say by what its rows"):
+        scaled.build(8, 8, steps=10, seed=4)
     with torch.no_grad():
         made.W_dec.mul_(2)
+    made.provenance = se.Provenance(activation_scale=0.5)  # its decoder has twice the norm for it
     made.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="normalize_decoder: must be false: rows of"):
+    again = scaled.build(8, 8, steps=10, seed=4)
+    assert torch.equal(again.W_dec, made.W_dec / 2) and torch.equal(again.W_enc, made.W_enc * 2)
+    with pytest.raises(ConfigError, match=r"normalize_decoder: must be false: rows .*, or normalize_activations exp"):
+        start.build(8, 8, steps=10, seed=4)
+    made.provenance = None
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"normalize_decoder: must be false: rows of .* be scaled to 1$"):
         start.build(8, 8, steps=10, seed=4)
     assert replace(start, normalize_decoder=False).build(8, 8, steps=10, seed=4).W_dec.norm(dim=1).min() > 1.9
 
 
 # -------------------------------------------------------------------------------------------------- command line
+
+
+def test_the_rate_of_further_training_is_at_most_that_of_a_long_run():
+    saes = [SAEConfig(hook_name=PLACE, d_sae=2**14, from_pretrained=source) for source in (None, "somewhere")]
+    config = TrainConfig(saes=saes, data=DataConfig(training_tokens=2_000_000))
+    found = resolved(config, [(8, 8)] * 2, max_length=64, device_type="cpu", embedded=False)
+    assert found.updates == 488 and [found.optim_of(sae).lr for sae in found.saes] == [8e-4, 2e-4]
+    few = resolved(replace(config, data=DataConfig(training_tokens=25 * 4096)), [(8, 8)] * 2, max_length=64,
+                   device_type="cpu", embedded=False)  # fmt: skip
+    assert [few.optim_of(sae).lr for sae in few.saes] == [8e-4, 5e-5]  # which few updates do not undo
+    jumps = [replace(sae, architecture=ARCHITECTURES["jumprelu"]()) for sae in saes]
+    found = resolved(replace(config, saes=jumps), [(8, 8)] * 2, max_length=64, device_type="cpu", embedded=False)
+    first, further = (found.optim_of(sae).sparsity_warm_up_steps for sae in found.saes)
+    assert first > 0 and further == 0
 
 
 def test_the_printed_configuration_is_the_run_s(tmp_path, capsys):

@@ -458,12 +458,15 @@ def test_documents_with_contexts_of_their_own_are_trained_on_evaluated_and_resum
 
 
 def test_an_autoencoder_that_was_saved_is_trained_further_to_the_end(finished, tmp_path):
-    """Its rows are taken as they are: the scale of the first training is in its weights."""
+    """On rows scaled as in the first training, which its files say: other text, the same numbers at the start."""
     source = finished.folder / "sae" / next(iter(finished.saes()))
-    entry = SAE | {"from_pretrained": str(source), "normalize_activations": "none", "normalize_decoder": False}
-    run = train(settings(tmp_path / "run", saes=[entry], optim__lr=1e-4))
+    run = train(settings(tmp_path / "run", saes=[SAE | {"from_pretrained": str(source)}], seed=1))
     (before,), (after,) = finished.saes().values(), run.saes().values()
     assert before.W_dec.shape == after.W_dec.shape and not torch.equal(before.W_dec, after.W_dec)
+    assert before.provenance.activation_scale == after.provenance.activation_scale == last(run).plain["saes"][
+        str(run.config.saes[0].name)]["scales"][0]  # fmt: skip
+    norms = next(t for name, t in last(run).tensors.items() if name.endswith("/sae/W_dec")).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
     first = next(line for line in run.metrics() if "metrics/explained_variance" in line)
     untrained = next(line for line in finished.metrics() if "metrics/explained_variance" in line)
     assert first["metrics/explained_variance"] > untrained["metrics/explained_variance"] + 0.1

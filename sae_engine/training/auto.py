@@ -2,7 +2,9 @@
 
 The rules are those of the papers and libraries that the architectures name, for runs of any length. Short runs, of
 fewer than 20,000 updates, are ours: a larger learning rate, a warm-up of 5 % and latents that count as dead after 10 %
-of the tokens, so that what is made for billions of tokens does something within a million.
+of the tokens, so that what is made for billions of tokens does something within a million. An autoencoder that is
+trained further has at most the rate of a long run, and a smaller one in few updates, which would not make up for what a
+large one undoes first.
 """
 from __future__ import annotations
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 SHORT = 20_000  # updates
 _WARM_UP = 1_000
 _FASTEST = 4.0  # times the rate of a long run. FVU after 192 updates: .31 at that rate, .25 at 2 × it, .21 at 4 × it
+# Updates from which further training has the rate of a long run. FVU .121 before; 20 updates at ¼, 1 and 4 × that rate:
+# .121, .123, .134; 100 updates: .1205, .1209, .124.
+_FURTHER = 400
 _DEAD_AFTER = 10_000_000
 _CHUNK = {"cuda": 262_144, "cpu": 16_384}
 _MIB = 2**20
@@ -206,6 +211,7 @@ def _sae(sae: SAEConfig, d_in: int) -> SAEConfig:
 def _optim(config: TrainConfig, updates: int) -> TrainConfig:
     short = updates < SHORT
     factor = min(_FASTEST, math.sqrt(SHORT / updates)) if short else 1.0
+    further = min(1.0, math.sqrt(updates / _FURTHER))
     tokens = config.data.training_tokens
     assert tokens != "auto"
     optim = _filled(
@@ -221,14 +227,20 @@ def _optim(config: TrainConfig, updates: int) -> TrainConfig:
         optim = replace(optim, memory_budget=max(share // _MIB, 1) * _MIB)
     config = replace(config, optim=optim)
     own: dict[str, list[Any]] = {
-        "lr": [float(f"{sae.architecture.learning_rate(sae.sized(1)) * factor:.4g}") for sae in config.saes],
+        "lr": [_rate(sae, further if sae.from_pretrained else factor) for sae in config.saes],
         "adam_beta1": [sae.architecture.adam_beta1 for sae in config.saes],
-        "sparsity_warm_up_steps": [sae.architecture.sparsity_warm_up(updates) for sae in config.saes],
+        "sparsity_warm_up_steps": [0 if sae.from_pretrained else sae.architecture.sparsity_warm_up(updates)
+                                   for sae in config.saes],
     }
     for name, values in own.items():
         if getattr(config.optim, name) == "auto":
             config = _each(config, name, values)
     return config
+
+
+def _rate(sae: SAEConfig, factor: float) -> float:
+    """The architecture's own, times ``factor``, in four digits."""
+    return float(f"{sae.architecture.learning_rate(sae.sized(1)) * factor:.4g}")
 
 
 def _each(config: TrainConfig, name: str, values: Sequence[Any]) -> TrainConfig:

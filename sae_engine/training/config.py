@@ -141,13 +141,15 @@ class OptimConfig:
     """Adam, its schedule, and what counts as a dead latent.
 
     Args:
-        lr: auto: the architecture's own, times min(4, sqrt(20,000 / updates)).
+        lr: auto: the architecture's own, times min(4, sqrt(20,000 / updates)) where that is above 1; of an autoencoder
+            ``from_pretrained``, times min(1, sqrt(updates / 400)).
         adam_beta1: auto: the architecture's own, 0.9, or 0 where the paper has that.
         adam_beta2, adam_eps, weight_decay: as in ``torch.optim.Adam``.
         train_batch_size_tokens: rows of a batch, over all processes.
         lr_warm_up_steps: updates of the linear rise; auto: 1,000, in short runs 5 %.
         lr_decay_steps: updates of the linear fall to 0 at the end; auto: a fifth.
-        sparsity_warm_up_steps: updates over which the weight of a sparsity loss rises; auto: the architecture's own.
+        sparsity_warm_up_steps: updates over which the weight of a sparsity loss rises; auto: the architecture's own, 0
+            with ``from_pretrained``.
         max_grad_norm: clip the norm of all gradients together.
         gradient_accumulation_steps: batches of an update.
         dead_after: tokens without firing after which a latent is dead; auto: 10 M, in short runs 10 % of the tokens.

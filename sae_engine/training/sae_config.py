@@ -4,11 +4,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ..autoencoder import SparseAutoencoder
+from ..checkpoints._checkpoint import build, of
+from ..checkpoints._folding import fold_input_scale
 from ._faults import (
     ConfigError,
     auto,
@@ -45,8 +48,9 @@ class SAEConfig:
         aux_k: latents of its reconstruction; auto: half of d_in.
         normalize_decoder: keep the decoder's rows at norm 1.
         seed: of the first weights; None: the run's.
-        from_pretrained: folder or hub name of an autoencoder to start from, whose rows are taken as they are: with
-            ``normalize_activations: none``. ``b_dec_init`` then says nothing.
+        from_pretrained: folder or hub name of an autoencoder to start from. Rows are scaled as it says that they were
+            in its training; one that does not say it needs ``normalize_activations: none``. ``b_dec_init`` then says
+            nothing.
         lr, adam_beta1, sparsity_warm_up_steps: in place of those of ``optim``, for this one; None: those.
 
     Raises:
@@ -82,11 +86,8 @@ class SAEConfig:
             sized = "must be given where expansion_factor is not"
         elif isinstance(self.d_sae, int) and getattr(self.architecture, "k", 0) > self.d_sae:
             sized = f"k must not exceed d_sae = {self.d_sae}, got {getattr(self.architecture, 'k')}"  # noqa: B009
-        raw = self.normalize_activations == "none"
         settle(
             self, ("k" if sized and sized.startswith("k") else "d_sae", sized and sized.removeprefix("k ")),
-            ("normalize_activations", None if self.from_pretrained is None or raw else
-             "must be none with from_pretrained, whose weights take activations as they are"),
             *(self._of_a_transcoder() if self.hook_name_out is not None else ()),
             name=optional(name_of_folder), hook_name=place, hook_name_out=optional(place), architecture=_architecture,
             d_sae=optional(whole()), expansion_factor=optional(real()),
@@ -164,7 +165,8 @@ class SAEConfig:
             sae = SparseAutoencoder(d_in, d_sae, kind.build_rule(d_sae, steps), d_out=d_out, dtype=dtype, device="cpu",
                                     normalize_activations=layer_norm, apply_b_dec_to_input=not coder)  # fmt: skip
         if self.from_pretrained is not None:
-            _start_from(sae, self.from_pretrained, self.normalize_decoder)
+            scaled = self.normalize_activations == "expected_average_only_in"
+            _start_from(sae, self.from_pretrained, unit_rows=self.normalize_decoder, scaled=scaled)
         else:
             generator = torch.Generator("cpu").manual_seed(seed if self.seed is None else self.seed)
             with torch.no_grad():
@@ -248,10 +250,19 @@ def _directions(rows: int, width: int, generator: torch.Generator) -> torch.Tens
 
 
 @torch.no_grad()
-def _start_from(sae: SparseAutoencoder, source: str, unit_rows: bool) -> None:
-    """Copies the weights of an autoencoder that was saved."""
+def _start_from(sae: SparseAutoencoder, source: str, *, unit_rows: bool, scaled: bool) -> None:
+    """Copies the weights of an autoencoder that was saved, for the rows as it was trained on where they are scaled."""
     with within("from_pretrained", None):
         found = SparseAutoencoder.from_pretrained(source)
+    if scaled:
+        known = found.provenance
+        if known is None or known.activation_scale is None:
+            what = f"must be none: {source} does not say by what its rows were multiplied in training"
+            raise ConfigError([("normalize_activations", what)])
+        target_scale = known.target_scale or known.activation_scale
+        unfolded = fold_input_scale(of(found), 1 / known.activation_scale, 1 / target_scale)
+        found = build(SparseAutoencoder, unfolded, Path(source))
+    sae.provenance = found.provenance
     for name in ("d_in", "d_out", "d_sae", "normalize_activations", "apply_b_dec_to_input",
                  "rescale_acts_by_decoder_norm"):  # fmt: skip
         if getattr(found, name) != (wanted := getattr(sae, name)):
@@ -263,8 +274,11 @@ def _start_from(sae: SparseAutoencoder, source: str, unit_rows: bool) -> None:
         raise ConfigError([("from_pretrained", f"{source} has a skip connection, which no configuration trains")])
     norms = found.W_dec.float().norm(dim=1)
     if unit_rows and bool(((norms - 1).abs() > 1e-3).any()):
+        known = found.provenance
+        other = known is not None and known.activation_scale is not None and not scaled
+        way_out = ", or normalize_activations expected_average_only_in, as in its training" * other
         raise ConfigError([("normalize_decoder", f"must be false: rows of {source} have norms from {norms.min():.3g} "
-                            f"to {norms.max():.3g}, and would be scaled to 1")])  # fmt: skip
+                            f"to {norms.max():.3g}, and would be scaled to 1{way_out}")])  # fmt: skip
     held = dict(found.named_parameters()) | dict(found.named_buffers())
     for name, tensor in (*sae.named_parameters(), *sae.named_buffers()):
         if name in held and not name.endswith("forwards"):  # what counts the forwards of a training starts at 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +104,14 @@ class Trainee:
 
     @torch.no_grad()
     def begin(self, rows: tuple[Tensor, ...], ranks: int) -> None:
-        """Scale and ``b_dec``, from the first rows of all sites, of all ``ranks``."""
+        """Scale and ``b_dec``, from the first rows of all sites, of all ``ranks``; or as they were saved."""
+        if self.config.from_pretrained is not None:
+            known = self.sae.provenance
+            if self.config.normalize_activations == SCALED and known is not None and known.activation_scale is not None:
+                self.scales = known.activation_scale, known.target_scale or known.activation_scale
+            return
         if self.config.normalize_activations == SCALED:
             self.scales = self._scale(rows[self.reads], ranks), self._scale(rows[self.writes], ranks)
-        if self.config.from_pretrained is not None:
-            return
         if self.config.b_dec_init == "zeros":
             return
         target = rows[self.writes].to(self.sae.W_dec.device, torch.float32) * self.scales[1]
@@ -165,6 +169,10 @@ class Trainee:
     def exported(self, provenance: Provenance | None = None) -> SparseAutoencoder:
         """A copy in evaluation mode for activations as the model has them: the scale is in its weights."""
         checkpoint = fold_input_scale(of(self.sae), *self.scales)
+        if provenance is not None and self.config.normalize_activations == SCALED:
+            is_coder = self.writes != self.reads
+            provenance = replace(provenance, activation_scale=self.scales[0],
+                                 target_scale=self.scales[1] if is_coder else None)  # fmt: skip
         sae = build(SparseAutoencoder, checkpoint, Path(self.name), device=self.sae.W_dec.device)
         sae.provenance = provenance
         return sae.eval()
