@@ -30,7 +30,7 @@ WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist load
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-peers test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report architectures structure tune dist-check gpu clean \
+.PHONY: help bench rules bench-peers test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report architectures structure tune dist-check gpu clean \
   given-environment
 
 help: ## list these commands
@@ -38,6 +38,9 @@ help: ## list these commands
 
 bench: $(READY) ## the main job: operations, training steps, reconstruction; a report in under five minutes (ONLY=operations|training|quality …, BENCH_ARGS=…)
 	@$(PY) benchmarks/run.py $(if $(ONLY),--only $(ONLY)) $(BENCH_ARGS)
+
+rules: $(READY) ## every selection rule at the same L0, 4 L0s and 3 seeds, under an hour; begun anew it does what is missing (RULES_ARGS=…)
+	@$(PY) benchmarks/rules.py $(RULES_ARGS)
 
 bench-peers: $(PEERS_VENV)/.installed ## whole training steps beside other libraries, in their own environment (BENCH_ARGS=…)
 	@$(PEERS_VENV)/bin/python benchmarks/run.py --only steps $(BENCH_ARGS)

@@ -1,6 +1,7 @@
 """Every selection rule at the same L0: on the same activations, with the same budget, over several seeds.
 
-    python benchmarks/rules.py                                          # the embedded model, under half an hour
+    python benchmarks/rules.py                                          # the embedded model, 144 runs, under an hour
+    python benchmarks/rules.py --seconds 240                            # so much of what is missing of them
     python benchmarks/rules.py --quick                                  # a smoke run, apart from the real results
     python benchmarks/rules.py --model openai-community/gpt2 --layer 8  # beside the published numbers
     python benchmarks/rules.py --rules TopK BatchTopK --l0 32 64
@@ -15,7 +16,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,9 +170,11 @@ def identity(recipe: Recipe, k: int, seed: int, data: Data, setting: Setting, de
 def measure(
     device: torch.device, setting: Setting, recipes: Sequence[Recipe], *, done: Sequence[Row] = (),
     model: str | None = None, layer: int | None = None, site: str = "resid_pre", cache: Path | None = None,
-    progress: bool = True,
+    progress: bool = True, seconds: float = math.inf,
 ) -> Iterator[Row]:  # fmt: skip
-    """Yields one row per run, seed by seed, so that an interrupted job has every rule; leaves out what is ``done``."""
+    """Yields one row per run, seed by seed, so that an interrupted job has every rule; leaves out what is ``done``, and
+    what would begin after so many ``seconds``, of which the first run is never part."""
+    until = time.monotonic() + seconds
     lm = load_language_model(model, device=device)
     layer = round(lm.num_layers * 2 / 3) if layer is None else layer
     data = Data(lm, layer, site, setting, cache, progress)
@@ -182,7 +187,11 @@ def measure(
                 if cell(row) not in there:
                     runs.append((recipe, k, seed, row))
     with ProgressBar(total=len(runs) * setting.steps, desc="training", unit="step", disable=not progress) as bar:
-        for recipe, k, seed, row in runs:
+        for number, (recipe, k, seed, row) in enumerate(runs):
+            if number and time.monotonic() > until:
+                print(f"\n{len(runs) - number} of {len(runs)} runs are left; the same command carries on",
+                      file=sys.stderr)  # fmt: skip
+                return
             bar.set_postfix_str(f"{recipe.name} L0={k} seed {seed}")
             others = OtherLoad()
             trained = train(recipe, k, seed, data.rows, *data.more(recipe), setting=setting,
@@ -210,6 +219,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--site", default="resid_pre", choices=("resid_pre", "mlp_out", "resid_post"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="begin nothing after so long")
     parser.add_argument("--again", action="store_true", help="measure cells that have rows already")
     parser.add_argument("--report-only", action="store_true", help="measure nothing: the report from stored rows")
     return parser.parse_args(arguments)
@@ -236,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
         done = [] if options.again else load(file)
         place = {"model": options.model, "layer": options.layer, "site": options.site}
         try:
-            for row in measure(device, setting, recipes, done=done, **place):
+            for row in measure(device, setting, recipes, done=done, seconds=options.seconds, **place):
                 store(file, [row])
         except KeyboardInterrupt:
             print("\ninterrupted; the rows so far are kept, the same command carries on", file=sys.stderr)

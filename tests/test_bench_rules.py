@@ -89,6 +89,8 @@ def test_main_job_resumes_and_reports(tiny, capsys):
     second = rows.load(folder / "rules.jsonl")
     assert [(r["rule"], r["k"]) for r in second] == [("TopK", 4), ("ReLU", 4), ("TopK", 8), ("ReLU", 8)]
     assert second[0] == first[0]  # not measured again
+    tiny("--rules", "ReLU", "TopK", "--l0", "4", "--again", "--seconds", "0")
+    assert "1 of 2 runs are left; the same command carries on" in capsys.readouterr().err
     tiny("--rules", "TopK", "--l0", "4", "--again")
     again = rows.load(folder / "rules.jsonl")
     assert len(again) == 4
