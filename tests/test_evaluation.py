@@ -7,7 +7,14 @@ import torch
 from metric_cases import assert_close
 
 import sae_engine as se
-from sae_engine.data import evaluation_text, load_language_model, run_with_replacement, stream_activations
+from sae_engine import latents
+from sae_engine.data import (
+    collect_activations,
+    evaluation_text,
+    load_language_model,
+    run_with_replacement,
+    stream_activations,
+)
 from sae_engine.data.contexts import context_batches
 from sae_engine.metrics import NextTokenLoss, Reconstruction, evaluate, evaluate_during, ppl_sparsity
 from sae_engine.metrics.splice import Normalization
@@ -339,6 +346,28 @@ def test_evaluation_during_training_refuses(lm, change, error, match):
     arguments = {"documents": ["some words"], "site": SITE, **SHORT, **change}
     with pytest.raises(error, match=match):
         evaluate_during(random_sae(), lm, **arguments)
+
+
+def test_rows_are_those_of_the_store_that_it_was_trained_on_unless_others_are_named(lm, tmp_path):
+    texts, place = evaluation_text()[:2], {"layer": 1, "site": "resid_mid"}
+    often = lm.tokenizer(texts[0])["input_ids"][5]
+    rows = {"context_length": 24, "separator": None, "first_token": None, "drop_first": False,
+            "exclude_tokens": [often]}  # fmt: skip
+    store = collect_activations(lm, texts, tmp_path / "store", **place, **rows, max_tokens=150, progress=False)
+    sae = se.SparseAutoencoder(lm.d_model, 64, se.TopK(4))
+    sae.provenance = store.provenance
+    by_default = {**place, "max_tokens": 150}
+    found, said = evaluate(sae, lm, texts, **by_default), evaluate(sae, lm, texts, **by_default, **rows)
+    assert found == said and found["setting"]["separator"] == "none" and found["setting"]["context_length"] == 24
+    other = evaluate(sae, lm, texts, **by_default, separator="eos", exclude_tokens=())
+    assert (other["setting"]["separator"], other["setting"]["exclude_tokens"]) == ("eos", [])
+    assert other["setting"]["context_length"] == 24 and other["language"] != found["language"]
+    by_default["steps"] = 1
+    assert ppl_sparsity(sae, lm, texts, **by_default) == ppl_sparsity(sae, lm, texts, **by_default, **rows)
+    features = latents.collect(sae, lm, texts, tmp_path / "features", max_tokens=150, progress=False)
+    assert {name: features.manifest[name] for name in ("separator", "context_length", "exclude_tokens")} == {
+        "separator": "none", "context_length": 24, "exclude_tokens": [str(often)]
+    }  # fmt: skip
 
 
 def test_evaluation_restores_the_mode_and_refuses(lm):

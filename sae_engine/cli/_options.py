@@ -141,17 +141,6 @@ def check_model(name: str, sae: Any, place: Any, lm: Any) -> None:
         )
 
 
-def rows_of(place: Any, lm: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Which rows an autoencoder is given, as far as the arguments or its files say it, and as far as the model can."""
-    found = dict(place.contexts)
-    if args.context_length is None and "context_length" in found:
-        found["context_length"] = min(found["context_length"], lm.max_length)
-    word = found.get("separator")
-    if args.separator is None and isinstance(word, str) and getattr(lm.tokenizer, f"{word}_token_id", None) is None:
-        found["separator"] = None  # as SAELens, whose files may name a token that the model's tokenizer lacks
-    return found
-
-
 def open_texts(words: list[str], suffixes: list[str]) -> tuple[Any, str]:
     """The documents that ``--text`` names, and how the manifest names them."""
     from sae_engine.data import evaluation_text, iter_text_files, stdlib_texts

@@ -16,7 +16,6 @@ from ._options import (
     layer_and_site,
     load_model,
     open_texts,
-    rows_of,
 )
 
 
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     saes = {name: SparseAutoencoder.from_pretrained(path) for name, path in zip(names, args.sae, strict=True)}
     layer, site = (args.layer, None) if args.site is None else layer_and_site(args.site, args.layer)
     said = {"model": args.model, "revision": args.revision, "layer": layer, "site": site,
-            "target_site": args.target_site, "normalize": args.normalize, **contexts_in(args)}  # fmt: skip
+            "target_site": args.target_site, "normalize": args.normalize}  # fmt: skip
     places = {name: place_of(sae, name, **said) for name, sae in saes.items()}  # all of them before any is measured
     measured = {}
     for wanted in dict.fromkeys((place.model, place.revision) for place in places.values()):  # each is loaded once
@@ -85,7 +84,7 @@ def _measured(sae: Any, place: Any, lm: Any, args: argparse.Namespace) -> dict[s
     options: dict[str, Any] = {
         "layer": place.layer, "site": place.site, "target_layer": place.target_layer, "target_site": place.target_site,
         "normalize": place.normalize, "batch_size": args.batch_size, "max_tokens": args.tokens,
-        **rows_of(place, lm, args),
+        **contexts_in(args),
     }  # fmt: skip
     sae.to(next(lm.model.parameters()).device)
     texts, source = open_texts(args.text, args.suffixes)

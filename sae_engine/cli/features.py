@@ -16,7 +16,6 @@ from ._options import (
     layer_and_site,
     load_model,
     open_texts,
-    rows_of,
 )
 
 
@@ -79,7 +78,7 @@ def opened(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     target = (sae.provenance or Provenance()).target_site
     place = place_of(
         sae, name, model=args.model, revision=args.revision, layer=layer, site=site, normalize=args.normalize,
-        target_site="mlp_out" if target in (None, "unknown") else None, **contexts_in(args),
+        target_site="mlp_out" if target in (None, "unknown") else None,
     )  # fmt: skip
     lm = load_model(args, place.model, place.revision)
     check_model(name, sae, place, lm)
@@ -97,7 +96,7 @@ def encoded(args: argparse.Namespace, sae: Any, lm: Any, place: Any, folder: Pat
     features = collect(
         sae, lm, texts, folder, layer=place.layer, site=place.site, normalize=place.normalize, text_source=source,
         batch_size=args.batch_size, max_tokens=args.tokens, dtype=args.dtype, progress=not args.quiet,
-        **rows_of(place, lm, args),
+        **contexts_in(args),
     )  # fmt: skip
     if args.tokens is not None and features.manifest["encoded"] < args.tokens:
         print(f"sae-engine: the text had {features.manifest['encoded']} tokens, fewer than --tokens {args.tokens}",

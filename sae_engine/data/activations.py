@@ -269,12 +269,16 @@ def check_stream(
     **contexts: Any,
 ) -> tuple[Contexts, int | None]:
     """Every check of :func:`stream_activations` that needs no text: its settings and the most rows."""
-    if not isinstance(lm, LanguageModel):
-        raise TypeError(f"lm must be a LanguageModel (see load_language_model), got {type(lm).__name__}")
+    check_model(lm)
     if isinstance(texts, (str, bytes, Mapping, Tensor)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts must be an iterable of documents or batches, got {type(texts).__name__}")
     find_place(lm.model, site, layer)
     return contexts_of(lm, **contexts), None if max_tokens is None else check_int("max_tokens", max_tokens, 1)
+
+
+def check_model(lm: LanguageModel) -> None:
+    if not isinstance(lm, LanguageModel):
+        raise TypeError(f"lm must be a LanguageModel (see load_language_model), got {type(lm).__name__}")
 
 
 def batch_rows(lm: LanguageModel, batch: TokenBatch, *sites: Site) -> tuple[Tensor, ...]:

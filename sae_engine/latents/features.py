@@ -15,12 +15,13 @@ from .._checks import dtype_in, flag
 from .._files import only_writer, replace_file
 from ..autoencoder import SparseAutoencoder
 from ..data._require import require
-from ..data.activations import batch_rows, check_finite, check_stream, progress_bar
+from ..data.activations import batch_rows, check_finite, check_model, check_stream, progress_bar
 from ..data.contexts import TokenBatch, check_int, token_batches
 from ..data.models import LanguageModel, memory_sha256
 from ..data.places import evaluating
 from ..data.sites import Site
 from ..data.store import folder_in
+from ..metrics.place import contexts_for
 from ..metrics.splice import Normalization
 from ._belonging import belonging
 from .stored import DTYPES, FORMAT, MANIFEST, Features, FeatureTokens, check_sha256, check_shard, read_manifest
@@ -65,8 +66,8 @@ def collect(
         shard_tokens: a shard is closed behind the batch with which it reaches so many tokens.
         text_source: what the text is, in words, for the manifest.
         progress: show a bar on standard error.
-        contexts: any of :class:`sae_engine.data.ContextSettings`, by name. Tokens that are left out are stored without
-            codes.
+        contexts: any of :class:`sae_engine.data.ContextSettings`, by name; by default what ``sae.provenance`` says of
+            them. Tokens that are left out are stored without codes.
 
     Raises:
         TypeError, ValueError: an argument is not as above; a manifest differs from this request (names the field);
@@ -83,7 +84,9 @@ def collect(
         ...     collect(sae, lm, ["A text."], folder, layer=2, site="resid_post", progress=False).codes(1).k is None
         True
     """
+    check_model(lm)
     where = belonging(lm, sae, layer=layer, site=site, normalize=normalize, reads_only=True)
+    contexts = contexts_for(sae, lm, contexts)
     settings, max_tokens = check_stream(lm, documents, None, where.place.site, max_tokens, **contexts)
     dtype = dtype_in("dtype", dtype)
     if dtype not in DTYPES.values():

@@ -14,6 +14,7 @@ from ..codes import SparseCodes
 from .decoder import decoder_similarity
 from .language import NextTokenLoss, loss_recovered
 from .norms import EpsilonLBO, TailTruncation, contributing_rows
+from .place import contexts_for
 from .reconstruction import Reconstruction
 from .sparsity import Sparsity
 from .splice import Batch, Normalization, Replace, Splice, in_eval_mode
@@ -42,9 +43,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """All metrics of an autoencoder on texts: three forward passes of the language model and one of the autoencoder.
 
-    Texts are packed as :func:`sae_engine.data.stream_activations` packs them, and rows are its rows: the settings with
-    which an autoencoder's training data were collected are those to evaluate it with. The reconstruction, or zeros,
-    take the activations' place at ``layer`` and ``site`` in all rows, and later layers go on from there.
+    Texts are packed as :func:`sae_engine.data.stream_activations` packs them, and rows are its rows. The
+    reconstruction, or zeros, take the activations' place at ``layer`` and ``site`` in all rows, and later layers go on
+    from there.
     A transcoder is measured against, and put in the place of, its target's activations.
 
     Args:
@@ -59,8 +60,9 @@ def evaluate(
         max_tokens: stop after exactly so many rows; None is all.
         centre: (d,), as :class:`Reconstruction` has it.
         progress: show a bar on standard error.
-        contexts: any of :class:`sae_engine.data.ContextSettings`, by name. What they exclude stays as it is in all runs
-            and is in no metric, but for the model's losses there (not of a first position that is dropped).
+        contexts: any of :class:`sae_engine.data.ContextSettings`, by name; by default what ``sae.provenance`` says of
+            them. What they exclude stays as it is in all runs and is in no metric, but for the model's losses there
+            (not of a first position that is dropped).
 
     Returns:
         Plain numbers, strings and lists by section: ``setting``, ``reconstruction``, ``sparsity``, ``decoder``,
@@ -85,7 +87,7 @@ def evaluate(
     from ..data.activations import progress_bar
 
     splice = Splice(sae, lm, (site, layer), (target_site, target_layer), Normalization(normalize))
-    batches = splice.batches(texts, max_tokens, **contexts)
+    batches = splice.batches(texts, max_tokens, **contexts_for(sae, lm, contexts))
     measures = _Measures(sae, splice, centre)
     runs = {"clean": _same, "spliced": measures.update, "ablated": _zeros}
     with in_eval_mode(sae), progress_bar(progress, max_tokens) as bar:

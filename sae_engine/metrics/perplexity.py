@@ -15,6 +15,7 @@ from .. import functional
 from ..autoencoder import SparseAutoencoder
 from .language import NextTokenLoss
 from .norms import TailTruncation, contributing_rows
+from .place import contexts_for
 from .splice import Batch, Normalization, Splice, in_eval_mode
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def ppl_sparsity(
     """
     rise, steps = check.positive("rise", rise), check.integer_k(steps, name="steps")
     splice = Splice(sae, lm, (site, layer), (target_site, target_layer), Normalization(normalize))
-    batches = list(splice.batches(texts, max_tokens, **contexts))
+    batches = list(splice.batches(texts, max_tokens, **contexts_for(sae, lm, contexts)))
     with in_eval_mode(sae):
         low, high = _contribution_range(splice, batches)
         whole = _truncated(splice, batches, sys.float_info.min)  # drops nothing

@@ -2,11 +2,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..autoencoder import SparseAutoencoder
 from ..data.sites import Site
 from ..provenance import Provenance
+
+if TYPE_CHECKING:
+    from ..data import LanguageModel
 
 # TransformerLens' short names of models that have another name on the Hugging Face hub.
 _GPT2 = {"gpt2-small": "gpt2", **{f"gpt2-{size}": f"gpt2-{size}" for size in ("medium", "large", "xl")}}
@@ -25,17 +29,13 @@ class Place(NamedTuple):
     target_layer: int | None
     target_site: str | None
     normalize: str
-    contexts: dict[str, Any]  # the settings of it that say which rows there are, as far as anything says them
 
 
 def place_of(
     sae: SparseAutoencoder, name: str, *, model: str | None = None, revision: str | None = None,
     layer: int | None = None, site: str | None = None, target_site: str | None = None, normalize: str | None = None,
-    **contexts: Any,
 ) -> Place:  # fmt: skip
     """What the arguments say, and where they are None, what ``sae.provenance`` says; nothing is guessed.
-
-    ``contexts`` are settings of :func:`~sae_engine.metrics.evaluate` that say which rows there are.
 
     Raises:
         ValueError: neither says the place, or a transcoder's target; names ``name``, what is known, and the options of
@@ -69,12 +69,26 @@ def place_of(
         target_layer=None if not is_transcoder else said.target_layer if target_site is None else None,
         target_site=target,
         normalize=normalize or said.normalize or "none",
-        contexts=_contexts(said) | {name: value for name, value in contexts.items() if value is not None},
     )  # fmt: skip
 
 
+def contexts_for(sae: SparseAutoencoder, lm: LanguageModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """:class:`~sae_engine.data.ContextSettings` by name: those given, and of the others what ``sae.provenance`` says.
+
+    That holds as far as ``lm`` can: contexts are no longer than its own, and a separator that its tokenizer lacks,
+    which files of SAELens may name, stands nowhere.
+    """
+    found = _contexts(sae.provenance or Provenance())
+    if "context_length" in found:
+        found["context_length"] = min(found["context_length"], lm.max_length)
+    word = found.get("separator")
+    if isinstance(word, str) and getattr(lm.tokenizer, f"{word}_token_id", None) is None:
+        found["separator"] = None
+    return found | dict(given)
+
+
 def _contexts(said: Provenance) -> dict[str, Any]:
-    """What provenance says about rows, as :func:`~sae_engine.metrics.evaluate` takes it."""
+    """What provenance says about rows."""
     found: dict[str, Any] = {} if said.context_length is None else {"context_length": said.context_length}
     found |= {name: token(word) for name in ("separator", "first_token") if (word := getattr(said, name)) is not None}
     if said.excluded is not None:
