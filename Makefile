@@ -60,11 +60,11 @@ test-compiled: $(READY) ## compiled kernels without a GPU, every operation, with
 	set -e; for arch in $(if $(ALL),sm_80 sm_90,$(ARCH)); do for seed in $(if $(ALL),1 2,$(SEED)); do \
 	  $(COMPILED) PTX_EMULATOR_ARCH=$$arch PTX_EMULATOR_SEED=$$seed $(PY) -m pytest $(WORKERS) $(PYTEST_ARGS); done; done
 
-test-compiled-quick: $(READY) ## every kernel, compiled for sm_80 and for sm_90, in small cases: what CI runs
+test-compiled-quick: $(READY) ## every kernel, compiled for sm_80 and for sm_90, in small cases, and what is slow in the interpreter: what CI runs
 	$(NEEDS_CXX)
 	PYTHONPATH=tests/emulator $(COMPILED) $(PY) -c 'from ptx_emulator import runtime; runtime.library()'
 	for arch in sm_80 sm_90; do $(COMPILED) PTX_EMULATOR_ARCH=$$arch PTX_EMULATOR_SEED=1 \
-	  $(PY) -m pytest -m 'sanitizer or compiled' & running="$$running $$!"; done; \
+	  $(PY) -m pytest -m 'sanitizer or compiled or emulated' & running="$$running $$!"; done; \
 	failed=0; for process in $$running; do wait $$process || failed=1; done; exit $$failed
 
 test-interop: PY = $(PEERS_VENV)/bin/python

@@ -55,6 +55,9 @@ UNWRITTEN_INT = {
 }
 
 
+# Unless asked to run everything: `make test-versions`, whose other Tritons the emulator does not run.
+SKIPS_SLOW = os.environ.get("TRITON_INTERPRET") == "1" and not os.environ.get("INTERPRET_ALL")
+
 # A file is one process's: the longest ones come first, lest one of them be begun when the others have ended.
 LONG_FILES = ("test_kernel_report", "test_frontend", "test_gpu_rehearsal", "test_autotune", "test_row_topk",
               "test_norm_match", "test_batch_topk", "test_traffic", "test_decode", "test_threshold", "test_bench_run",
@@ -99,6 +102,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="looks into Triton's interpreter"))
         if item.get_closest_marker("compiled") and not COMPILED_FOR:
             item.add_marker(pytest.mark.skip(reason="runs compiled kernels: make test-compiled"))
+        if item.get_closest_marker("emulated") and SKIPS_SLOW and not _launches_nothing(item):
+            item.add_marker(pytest.mark.skip(reason="slow in the interpreter: make test-compiled-quick"))
     if COMPILED_FOR:
         others = [item for item in items if _launches_nothing(item)]
         config.hook.pytest_deselected(items=others)

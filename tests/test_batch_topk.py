@@ -81,6 +81,7 @@ def test_bounds_by_many_programs_and_rows_that_overflow(case, dtype, monkeypatch
         assert_same(ops.batch_topk(*args, "triton"), ops.batch_topk(*args, "reference"))
 
 
+@pytest.mark.emulated
 def test_more_rows_than_are_summed_at_a_time():
     """And enough programs to clear the histograms in passing."""
     pre = make_pre("ties", (260, 16), torch.bfloat16)

@@ -270,6 +270,7 @@ def uneven(num_latents, lengths, dtype=torch.float32):
     return SparseCodes(torch.randn(int(offsets[-1])).to(dtype), indices, offsets, (len(lengths),), num_latents)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("path", ["triton"], indirect=True)
 @pytest.mark.parametrize(("width", "split"), [(20, _tuning.SPLIT_ROW), (1100, 32)])
 def test_rows_of_none_to_hundreds_of_entries(path, width, split, monkeypatch):

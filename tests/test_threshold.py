@@ -67,6 +67,7 @@ def test_equals_reference_on_hard_rows(shape, dtype, backend):
             assert_same(ops.threshold(*args, backend), ops.threshold(*args, "reference"))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("shape", [(300, 2), (2, 20000)], ids=["many rows", "rows in segments"])
 def test_kernel_finds_places_across_rows_and_segments(shape):
     """Sums of counts over more rows than are summed at once; several programs a row, several tiles each."""

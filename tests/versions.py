@@ -71,8 +71,8 @@ def checks(row: Row, *, quick: bool, with_torch: bool) -> Iterator[tuple[str, li
     pytest = [row.python, "-m", "pytest", "-q"]
     yield "launches", [*pytest, *LAUNCHES], row.environment()
     if row.triton in ENDS:
-        drawn = {"DRAWN_CASES": "20"} if quick else {}
-        yield "hard cases", [*pytest, *(DRAWN if quick else HARD_CASES)], row.environment(TRITON_INTERPRET="1", **drawn)
+        tests, which = (DRAWN, {"DRAWN_CASES": "20"}) if quick else (HARD_CASES, {"INTERPRET_ALL": "1"})
+        yield "hard cases", [*pytest, *tests], row.environment(TRITON_INTERPRET="1", **which)
     if with_torch:
         yield "torch", [*pytest, *ON_TORCH], row.environment(TRITON_INTERPRET="1")
 
