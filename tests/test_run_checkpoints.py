@@ -90,7 +90,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
     write(tmp_path, 1)
     monkeypatch.setattr(Path, "rename", raises)
-    with pytest.raises(OSError, match="update 2 could not be written, earlier ones are whole: No space left"):
+    said = "update 2 could not be written, earlier ones are whole: No space left on device; make room, then sae-eng"
+    with pytest.raises(OSError, match=said):
         write(tmp_path, 2)
     assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["step-000000001"]
 

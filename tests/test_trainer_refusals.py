@@ -12,7 +12,7 @@ from short_runs import SAE, settings
 from sae_engine.cli import main
 from sae_engine.data.models import EMBEDDED_FOLDER
 from sae_engine.training.callbacks import resume_command
-from sae_engine.training.config import ConfigError
+from sae_engine.training.config import ConfigError, TrainConfig
 from sae_engine.training.plan import _batch_rows
 from sae_engine.training.ranks import Ranks
 from sae_engine.training.settings import configured
@@ -121,6 +121,26 @@ def test_a_configuration_that_is_only_printed_is_refused_alike(setting, said, ca
     assert main(["train", "--preset", "embedded-tiny", "--set", setting, "--print-config"]) == 1
     shown = capsys.readouterr()
     assert said in shown.err and not shown.out
+
+
+def test_without_the_hub_a_configuration_is_printed_with_what_is_known(tmp_path, monkeypatch, capsys):
+    def refuses(*_, **__):
+        raise ConnectionError("no network")
+
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.HfApi, "model_info", refuses)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: None)
+    assert main(["train", "--preset", "gpt2-topk-32k", "--set", "saes.0.k=7", "--print-config"]) == 0
+    shown = capsys.readouterr()
+    assert "model.model_name: the hub did not answer" in shown.err and "stays auto" in shown.err
+    (tmp_path / "run.yaml").write_text(shown.out)
+    printed = TrainConfig.from_yaml(tmp_path / "run.yaml")
+    assert printed.saes[0].architecture.k == 7 and printed.optim.lr == "auto"
+
+
+def test_the_name_of_a_preset_is_no_file(capsys):
+    assert main(["train", "embedded"]) == 1
+    assert "there is no file 'embedded'; did you mean --preset embedded?" in capsys.readouterr().err
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_by_its_field(tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--output", metavar="DIR", help="the run folder: output.output_path")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run of that folder")
     parser.add_argument(
-        "--print-config", action="store_true", help="print the configuration, every auto resolved; train nothing"
+        "--print-config", action="store_true",
+        help="print the configuration, every auto resolved (but where the hub, which has the model's sizes, does not "
+        "answer); train nothing",
     )
     parser.add_argument("--print-schema", action="store_true", help="print the JSON schema of configurations")
     parser.set_defaults(run=run)
@@ -67,6 +70,8 @@ def _config(args: argparse.Namespace) -> Any:
     from ..training.config_files import with_settings
     from ..training.presets import PRESETS, preset
 
+    if args.config in PRESETS and args.preset is None and not Path(args.config).exists():
+        raise FileNotFoundError(f"CONFIG.yaml: there is no file {args.config!r}; did you mean --preset {args.config}?")
     if (args.config is None) == (args.preset is None):
         raise ValueError(f"give one of CONFIG.yaml, --preset ({', '.join(PRESETS)}) and --resume RUN")
     config = TrainConfig.from_yaml(args.config) if args.preset is None else preset(args.preset)
@@ -78,10 +83,17 @@ def _resolved(config: Any) -> str:
     """The configuration as the run folder will have it, with a comment where a number was not given."""
     import torch
 
+    from ..data.models import HubUnavailable
     from ..training.auto import resolved, widths_of
     from ..training.config_files import differences, to_yaml
 
-    widths, max_length, embedded = widths_of(config)
+    try:
+        widths, max_length, embedded = widths_of(config)
+    except OSError as error:
+        if not isinstance(error.__cause__, HubUnavailable):
+            raise
+        print(f"sae-engine: {error}; what depends on it stays auto", file=sys.stderr)
+        return config.expanded().to_yaml()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     found = resolved(config, widths, max_length=max_length, device_type=device_type, embedded=embedded).to_dict()
     said = config.expanded().to_dict()

@@ -29,7 +29,7 @@ _SAFETENSORS, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
 logger = logging.getLogger(__name__)
 
 
-class _HubUnavailable(OSError):
+class HubUnavailable(OSError):
     """The hub did not answer, and what was asked for is not in its cache."""
 
 
@@ -146,7 +146,7 @@ def load_language_model(
         raise ValueError(f"name_or_path is neither a folder that exists nor a hub name: {name!r}")
     try:
         folder, commit = _hub_folder(name, revision, trust_remote_code)
-    except _HubUnavailable as error:
+    except HubUnavailable as error:
         if not fallback:
             raise
         logger.warning("%s; using the embedded model instead (a small model, not %s)", error, name)
@@ -414,7 +414,7 @@ def _hub_config(name: str, revision: str | None, file: str = "config.json") -> t
         cached = hub.try_to_load_from_cache(name, file, revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent, None
-        raise _HubUnavailable(
+        raise HubUnavailable(
             f"the hub did not answer for the {file} of {name!r} ({_first_line(error)}), and its cache does not hold it"
         ) from error
 
@@ -472,4 +472,4 @@ def _hub_folder(name: str, revision: str | None, with_code: bool) -> tuple[Path,
         if isinstance(cached, str) and _weight_files(Path(cached).parent):
             folder = Path(cached).parent
             return folder, folder.name
-        raise _HubUnavailable(f"the hub did not answer for {name!r} ({_first_line(error)})") from error
+        raise HubUnavailable(f"the hub did not answer for {name!r} ({_first_line(error)})") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._files import write_tensors
 from ..data._require import require
 from ..data.models import file_sha256
+from .callbacks import resume_command
 
 FOLDER, STATE = "checkpoints", "state.json"
 FORMAT = 2
@@ -69,7 +70,7 @@ def write(run: Path, update: int, plain: Mapping[str, Any], files: Mapping[str, 
         shutil.rmtree(aside, ignore_errors=True)
         raise type(error)(
             error.errno, f"the checkpoint of update {update} could not be written, earlier ones are whole: "
-            f"{error.strerror}", str(place),
+            f"{error.strerror}" + f"; make room, then {resume_command(run)}" * bool(listed(run)), str(place),
         ) from error  # fmt: skip
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

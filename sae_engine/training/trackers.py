@@ -125,10 +125,10 @@ class JsonLines(Tracker):
         before = os.fstat(file).st_size
         try:
             _write_all(file, text.encode())
-        except OSError:
+        except OSError as error:
             with suppress(OSError):  # the line's beginning takes room that was there before
                 os.ftruncate(file, before)
-            raise
+            raise type(error)(error.errno, error.strerror, str(self.path)) from error
 
     def sync(self) -> int:
         """Waits until all lines are on the disk; the file's length in bytes, as :meth:`truncate` takes it."""
