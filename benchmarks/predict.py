@@ -1,6 +1,7 @@
 """Predicted times of every operation on an H200 and an H100, for a machine without a GPU. Nothing here is measured.
 
     python benchmarks/predict.py                    # Markdown and JSON in benchmarks/results/kernel-report
+    python benchmarks/predict.py --steps            # whole training steps alone, in prediction-steps.md and .jsonl
 
 Each launch is compiled for sm_90 and its binary read (kernel_report.py). Its predicted time is the largest of
 
@@ -13,8 +14,15 @@ Each launch is compiled for sm_90 and its binary read (kernel_report.py). Its pr
 plus a gap between dependent launches. Stock operators cost the gap or their bytes. Code behind a branch that uniform
 codes do not take is counted as issued, so what "issue" binds is a bound from above. A prediction is confirmed when the
 measured time lies within a factor of 1.5; the report of a GPU run sets the two beside one another.
+
+Of a whole step, which is TrainStep itself on tensors without numbers, each launch is predicted so, one after the other;
+matrix products take the longer of their flops and their bytes. Where data decides what a kernel does, as in merging
+slabs, its instructions and bytes are those that the emulator counted on normal numbers (counted.py). Its floor is the
+encoder's product and the bytes that Adam moves.
 """
 import argparse
+import collections
+import functools
 import json
 import sys
 from pathlib import Path
@@ -22,9 +30,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 import kernel_report as report
+import torch
 import traffic
 
+import sae_engine as se
 from sae_engine._files import replace_file
+from sae_engine.training import TrainStep, state_bytes
 from sae_kernels.operations import OPERATIONS
 
 # Bytes a second that a copy reads and writes. The H200's is the roof of the card in benchmarks/results/nvidia-h200; the
@@ -110,12 +121,56 @@ def moved(launch, shape):
             return entries * SECTOR, entries * SECTOR
         case "_entry_rows_kernel":
             return entries * 12, entries * 12
+        case "_operand_kernel":
+            copied = size("weight_ptr") + size("bias_ptr") + size("out_ptr")
+            return copied, copied
+        case "_merge_topk_kernel":
+            return size("score_ptr") + size("values_ptr") + size("latents_ptr"), rows * counted_merges(launch, shape)[1]
+        case "_latents_kernel":
+            once = size("x_ptr") + size("center_ptr")
+            for number, tensors in enumerate((a["decoder"], a["encoder"], a["bias"])):
+                parameter, *moments, copy = tensors[::3]  # each with its strides
+                once += 2 * sum(t.numel() * t.element_size() for t in (parameter, *moments))
+                once += copy.numel() * copy.element_size() if a["COPIED"][number] else 0
+            return once, rows * counted_latents(a)["bytes"]
+        case "_factors_kernel" | "_pass_split_kernel":
+            return 0, 0  # three numbers; uniform latents: none is split
     raise ValueError(f"{launch.kernel} has no model: add one to moved()")
+
+
+@functools.cache
+def counted():
+    """What the emulator counted: counted.py."""
+    return json.loads((Path(__file__).parent / "results" / "kernel-report" / "counted.json").read_text())
+
+
+def counted_merges(launch, shape):
+    """Instructions and bytes of a row, of all slabs after the first on the mean.
+
+    Of slab n a row's entries exceed what it holds k / n times, whatever the slab's width is.
+    """
+    a, found = launch.arguments, counted()["merge_topk"]
+    slabs = -(-shape.F // a["C"]) - 1
+    if (a["K"], True) != (found["k"], slabs <= len(found["bytes"])):
+        raise ValueError(f"counted.py has not counted {slabs} merges of k={a['K']}: let it")
+    mean = lambda numbers: sum(numbers[:slabs]) / slabs  # noqa: E731
+    # Of a slab twice as wide all but the merging itself, which the last slabs are nearly without, is twice as much.
+    more = a["C"] / found["C"] - 1
+    return [mean(found[name]) + more * min(found[name]) for name in ("instructions", "bytes")]
+
+
+def counted_latents(a):
+    """Of one program, of GROUP latents as wide as these."""
+    return next(one for one in counted()["latents"] if one["d"] == a["D_OUT"] == a["D_IN"])
+
+
+_binaries = {}
 
 
 def predict(launch, shape, copy, compile_):
     """One launch: seconds, and which of the three it waits for."""
-    binary = compile_.read_binary(launch.compiled, "sm_90")
+    binary = _binaries.get(launch.binary) or compile_.read_binary(launch.compiled, "sm_90")
+    _binaries[launch.binary] = binary
     dram, asked = moved(launch, shape)
     warps = launch.compiled.metadata.num_warps
     programs = 1
@@ -128,6 +183,10 @@ def predict(launch, shape, copy, compile_):
     if launch.kernel == "_write_kept_kernel":  # words of bits, around the loop over columns where many are set
         once *= -(-shape.F // (32 * launch.arguments["WORDS"]))
     issued = programs * warps * (once + passes * binary.loop_instructions + rounds * binary.search_instructions)
+    if launch.kernel == "_merge_topk_kernel":
+        issued = programs * counted_merges(launch, shape)[0]
+    if launch.kernel == "_latents_kernel":
+        issued = programs * counted_latents(launch.arguments)["instructions"]
     in_flight = binary.occupancy * 64 * 32 * binary.loop_bytes
     share = min(in_flight / (copy / SMS * LATENCY), 1) if in_flight else 1
     waits = {
@@ -186,6 +245,66 @@ def rows(shapes, dtype, gpu="H200"):
                    {"kernel": "topk", "microseconds": round(topk, 2), "bound": "see topk"}])  # fmt: skip
 
 
+# --- whole steps -----------------------------------------------------------------------------------------------------
+
+LIKE_FOR_LIKE = report.Shape("d=2688 F=344064", 4096, 2688, 344_064, 32)  # of the published step: 134 ms, no optimizer
+STEPS = ((report.S2, None), (report.S2, 2**25), (LIKE_FOR_LIKE, None), (LIKE_FOR_LIKE, 2**25))  # bytes of a slab
+PADDING, PRODUCT = "aten.pad", "aten.mm"
+
+
+def launches_of_step(shape, memory_budget):
+    """All that one step launches, once another has gone before: our launches, and the names and bytes of torch's."""
+    import ahead_of_time
+
+    launches = []
+    with report._as_if_on_a_gpu() as stock, ahead_of_time.compiling("sm_90", launches.append), torch.device("meta"):
+        step = TrainStep(
+            se.SparseAutoencoder(shape.d, shape.F, se.TopK(shape.k)), lr=1e-4, compute_dtype=report.BF16,
+            memory_budget=memory_budget or 2**40, nonfinite="skip",  # no event of a GPU is asked
+        )  # fmt: skip
+        x = torch.empty(shape.B, shape.d, dtype=report.BF16)
+        for _ in range(2):
+            launches.clear()
+            stock.torch_kernels.clear()
+            step(x)
+    return launches, list(stock.torch_kernels)
+
+
+def steps(gpu):
+    """A row for each of STEPS; ``parts`` has the sum over the launches of each kind."""
+    import ahead_of_time
+
+    copy = COPY[gpu]
+    for shape, memory_budget in STEPS:
+        launches, torch_kernels = launches_of_step(shape, memory_budget)
+        flops = 2 * shape.B * shape.d * shape.F / sum(name.startswith(PRODUCT) for name, _ in torch_kernels)
+        sums = collections.defaultdict(lambda: {"microseconds": 0.0, "launches": 0, "bound": ""})
+
+        def add(part, sums=sums):
+            one = sums[part["kernel"]]
+            one["microseconds"] = round(one["microseconds"] + part["microseconds"], 2)
+            one["launches"] += 1
+            one["bound"] = part["bound"]
+
+        for launch in launches:
+            add(predict(launch, shape, copy, ahead_of_time))
+        for name, size in torch_kernels:
+            part = stock(name, size, copy)
+            if name.startswith(PRODUCT):
+                part["microseconds"] = round(1e6 * max(flops / GEMM, size / copy) + 1e6 * GAP, 2)
+            elif not name.startswith((PADDING, "aten.sort")):
+                part["kernel"] = "other stock operators"
+            add(part)
+        parts = sorted(({"kernel": name, **one} for name, one in sums.items()), key=lambda one: -one["microseconds"])
+        moved = state_bytes(shape.d, shape.F, compute_dtype=report.BF16).moved
+        product = traffic.linear(shape.B, shape.d, shape.F, 2)
+        least = max(product.flops / GEMM, product.bytes / copy) + moved / copy
+        name = "step" if memory_budget is None else f"step, slabs of {memory_budget >> 20} MiB"
+        total = sum(part["microseconds"] for part in parts)
+        yield {**row(gpu, name, "training", shape, report.BF16, total, 1e6 * least, parts),
+               "launches": sum(part["launches"] for part in parts)}  # fmt: skip
+
+
 def row(gpu, name, mode, shape, dtype, microseconds, floor, parts):
     longest = max(parts, key=lambda part: part["microseconds"])
     return {"prediction": True, "gpu": gpu, "op": name, "mode": mode, "shape": shape.name,
@@ -217,17 +336,35 @@ def markdown(found):
     return "\n".join(head) + "\n"
 
 
+def of_parts(found):
+    """A table for each step: what it spends its predicted time on."""
+    lines = []
+    for r in found:
+        lines += ["", f"## {r['gpu']}, {r['shape']}, {r['op']}: {r['predicted_microseconds'] / 1000:.2f} ms", "",
+                  "| launches | predicted, µs | number | bound |", "|---|---|---|---|"]  # fmt: skip
+        for part in r["parts"]:
+            kernel, microseconds = part["kernel"].strip("_"), part["microseconds"]
+            lines.append(f"| {kernel} | {microseconds:.0f} | {part['launches']} | {part['bound']} |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).parent / "results" / "kernel-report"
     parser.add_argument("--out", type=Path, default=default, help="folder for prediction.md and prediction.jsonl")
+    parser.add_argument("--steps", action="store_true", help="whole training steps, in prediction-steps.md and .jsonl")
     options = parser.parse_args()
-    found = [r for gpu in COPY for r in rows((report.S1, report.S2, report.S3), report.BF16, gpu)]
+    if options.steps:
+        name, found = "prediction-steps", [r for gpu in COPY for r in steps(gpu)]
+        text = markdown(found) + of_parts(found)
+    else:
+        name = "prediction"
+        found = [r for gpu in COPY for r in rows((report.S1, report.S2, report.S3), report.BF16, gpu)]
+        text = markdown(found)
     options.out.mkdir(parents=True, exist_ok=True)
-    text = markdown(found)
-    replace_file(options.out / "prediction.md", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(options.out / f"{name}.md", lambda path: path.write_text(text, encoding="utf-8"))
     lines = "".join(json.dumps(r) + "\n" for r in found)
-    replace_file(options.out / "prediction.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    replace_file(options.out / f"{name}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
     sys.stdout.write(text)
 
 

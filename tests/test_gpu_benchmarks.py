@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import checks
 import derived
@@ -13,6 +14,7 @@ import inputs
 import jobs
 import operations
 import ours
+import predict
 import pytest
 import registry
 import report
@@ -386,3 +388,24 @@ def test_host_and_graph_stand_beside_the_device_time():
     made[0] |= {"host_ms": 0.0123, "no_graph": "it waits"}
     text = report.markdown(made, [])
     assert "CUDA graph" in text and "12.3 µs" in text and "it waits" in text
+
+
+def test_what_merging_slabs_costs_is_the_mean_of_what_was_counted(monkeypatch):
+    """Of slabs as wide as those that were counted; of wider ones, with what a slab costs that holds nothing."""
+    numbers = {"merge_topk": {"C": 100, "k": 2, "instructions": [90, 50, 40], "bytes": [9, 6, 3]}}
+    monkeypatch.setattr(predict, "counted", lambda: numbers)
+    cost = lambda latents, width, k=2: predict.counted_merges(  # noqa: E731
+        SimpleNamespace(arguments={"C": width, "K": k}), SimpleNamespace(F=latents)
+    )
+    assert cost(400, 100) == [60, 6] and cost(250, 100) == [70, 7.5] and cost(600, 200) == [70 + 40, 7.5 + 3]
+    for latents, k in ((500, 2), (400, 3)):
+        with pytest.raises(ValueError, match=f"k={k}"):
+            cost(latents, 100, k)
+
+
+def test_the_predictions_of_steps_say_that_they_are_predictions():
+    found = Path(predict.__file__).parent / "results" / "kernel-report" / "prediction-steps.jsonl"
+    for line in map(json.loads, found.read_text().splitlines()):
+        assert line["prediction"] and line["floor_microseconds"] < line["predicted_microseconds"]
+        assert abs(sum(part["microseconds"] for part in line["parts"]) - line["predicted_microseconds"]) < 1
+        assert sum(part["launches"] for part in line["parts"]) == line["launches"]
