@@ -26,6 +26,8 @@ endif
 PIP_INSTALL = $(PY) -m pip install --quiet -c constraints.txt
 # Tests run in $(JOBS) processes, one torch thread each, where pytest-xdist is installed; tests/conftest.py orders files.
 WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist loadfile --no-loadscope-reorder")
+# The files that may use a marker: importing all of them takes each process half a minute.
+marked = $(shell grep -lw '$(1)' tests/test_*.py)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -47,7 +49,7 @@ bench-peers: $(PEERS_VENV)/.installed ## whole training steps beside other libra
 
 test: $(READY) ## the whole test suite (PYTEST_ARGS=…, JOBS=2)
 	$(PY) -m pytest $(WORKERS) -m 'not serial' $(PYTEST_ARGS)
-	$(PY) -m pytest -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: PYTEST_ARGS selected none of these
+	$(PY) -m pytest -m serial $(or $(PYTEST_ARGS),$(call marked,serial)) || [ $$? -eq 5 ]  # 5: PYTEST_ARGS selected none of these
 
 # Compiled kernels on tests/emulator: several resident programs, warps preempted at random, what was compiled kept.
 ARCH ?= sm_90
@@ -69,7 +71,7 @@ test-compiled-quick: $(READY) ## every kernel, compiled for sm_80 and for sm_90,
 
 test-interop: PY = $(PEERS_VENV)/bin/python
 test-interop: $(PEERS_VENV)/.installed ## against SAELens, sparsify and dictionary_learning, in an environment of their own
-	$(PEERS_VENV)/bin/python -m pytest $(WORKERS) -m interop $(PYTEST_ARGS)
+	$(PEERS_VENV)/bin/python -m pytest $(WORKERS) -m interop $(or $(PYTEST_ARGS),$(call marked,interop))
 
 test-versions: $(READY) ## every torch and Triton that is supported, each in an environment under .venvs (VERSIONS_ARGS=--quick)
 	$(PY) tests/versions.py --torch-index '$(TORCH_INDEX)' --jobs $(JOBS) $(VERSIONS_ARGS)

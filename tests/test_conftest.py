@@ -2,6 +2,7 @@
 interpreter masks are boolean and bf16 is widened exactly, whichever its version."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -54,6 +55,12 @@ def test_compiled_equals_eager(compile_backend):
 @pytest.mark.no_poison
 def test_marked_tests_have_torch_as_it_is():
     assert torch.empty is torch._C._VariableFunctions.empty
+
+
+def test_files_say_the_markers_by_which_make_finds_them(request):
+    """`make test-interop` imports no other file. Of a whole run this sees all files."""
+    using = {item.path for item in request.session.items if item.get_closest_marker("interop")}
+    assert [path.name for path in using if not re.search(r"\binterop\b", path.read_text(encoding="utf-8"))] == []
 
 
 INTERPRETED = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about Triton's interpreter")
