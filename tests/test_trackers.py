@@ -379,16 +379,16 @@ def test_elsewhere_a_line_every_half_minute():
     progress, clock = bar(stream)
     for second in range(0, 101):
         clock.now = 1000.0 + second
-        progress.update(5000 * second, 0.031)
-    progress.update(1_000_000, 0.031)
-    progress.update(1_000_000, 0.031)
+        progress.update(5000 * second, None if second == 0 else 0.5 if second <= 35 else 0.0)
+    progress.update(1_000_000, 2.5)
+    progress.update(1_000_000)
     progress.close()
     assert stream.getvalue().splitlines() == [
-        "  0 % of 1.00M tokens, waited for activations 3 %",
-        " 15 % of 1.00M tokens, 5.00k tokens/s, 2:50 left, waited for activations 3 %",
-        " 30 % of 1.00M tokens, 5.00k tokens/s, 2:20 left, waited for activations 3 %",
-        " 45 % of 1.00M tokens, 5.00k tokens/s, 1:50 left, waited for activations 3 %",
-        "100 % of 1.00M tokens, 10.0k tokens/s, 1:40 in all, waited for activations 3 %",
+        "  0 % of 1.00M tokens",
+        " 15 % of 1.00M tokens, 5.00k tokens/s, 2:50 left, waited for activations 50 %",
+        " 30 % of 1.00M tokens, 5.00k tokens/s, 2:20 left, waited for activations 29 %",
+        " 45 % of 1.00M tokens, 5.00k tokens/s, 1:50 left, waited for activations 4 %",  # of the last minute
+        "100 % of 1.00M tokens, 10.0k tokens/s, 1:40 in all, waited for activations 20 %",  # of the whole
     ]
     assert "\r" not in stream.getvalue()
 

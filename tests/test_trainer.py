@@ -95,7 +95,9 @@ def test_it_leaves_how_often_each_latent_fires_and_publishes_it(finished, tmp_pa
     assert {place.name for place in folder.iterdir()} == {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
     hook = SAE["hook_name"]
     done = finished.push("me/saes", folder=tmp_path / "out", dry_run=True)
-    assert f"{hook}/sparsity.safetensors" in done.files and "| 8 | " in (tmp_path / "out" / "README.md").read_text()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"{hook}/sparsity.safetensors" in done.files and "| 8 | " in text
+    assert f"rows were multiplied by {finished.saes()[folder.name].provenance.activation_scale:.6g}. That" in text
     assert torch.allclose(sparsity_in(tmp_path / "out" / hook), shares, atol=1e-9)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checkpoints._checkpoint import Checkpoint, words
 from ..metrics.place import hub_name
+from ..provenance import Provenance
 
 _DENSITY = ("`sparsity.safetensors` beside the weights has, for each latent, log10 of the share of tokens on which it "
             "fires, as SAELens writes it: −10 where it never did.")  # fmt: skip
@@ -44,6 +45,7 @@ def card(
         _DENSITY if sparsity and "saelens" in layouts else "",
         _loading(repo_id, next(iter(checkpoints))) if "saelens" in layouts else "",
         *(f"Trained on {text}." for text in texts),
+        *(_scale(name, c.provenance) for name, c in checkpoints.items() if c.provenance),
         _others(layouts),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -55,6 +57,14 @@ def _loading(repo_id: str, name: str) -> str:
         "```python\nimport sae_engine as se\n\n"
         f"sae = se.SparseAutoencoder.from_pretrained({f'{repo_id}/{name}'!r})\n```"
     )
+
+
+def _scale(name: str, known: Provenance) -> str:
+    if known.activation_scale is None:
+        return ""
+    targets = "" if known.target_scale is None else f", and its targets by {known.target_scale:.6g}"
+    return (f"`{name}`: in training rows were multiplied by {known.activation_scale:.6g}{targets}. That is in the "
+            "weights, which take them as they are.")  # fmt: skip
 
 
 def _row(name: str, c: Checkpoint, shares: Tensor | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 import time
@@ -16,8 +15,8 @@ from .. import _checks as check
 class Progress:
     """How far a run is: one line that is written over on a terminal, elsewhere a line of its own every half minute.
 
-    It shows the tokens trained on, the rate of the last minute and the time that is left at that rate, in the end
-    those of the whole, and the share of the time that the step waited for activations.
+    It shows the tokens trained on, the rate of the last minute, the time that is left at that rate, and the share of
+    that minute in which the step waited for activations; in the end those of the whole.
 
     Args:
         total_tokens: of the whole run, those of a run that is resumed included.
@@ -33,7 +32,7 @@ class Progress:
         >>> stream, clock = io.StringIO(), itertools.count(0, 40)
         >>> bar = Progress(1_000_000, True, stream=stream, clock=lambda: next(clock))
         >>> bar.update(0)
-        >>> bar.update(200_000, starved_share=0.25)
+        >>> bar.update(200_000, waited=10.0)
         >>> print(stream.getvalue().splitlines()[-1])
          20 % of 1.00M tokens, 5.00k tokens/s, 2:40 left, waited for activations 25 %
     """
@@ -50,24 +49,28 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._show, self._clock = bool(show), clock
         self._rewrites = self._show and self._stream.isatty()
-        self._samples: deque[tuple[float, int]] = deque()
-        self._began: tuple[float, int] | None = None
+        self._samples: deque[tuple[float, int, float]] = deque()  # time, tokens, seconds waited for activations
+        self._began: tuple[float, int, float] | None = None
+        self._waited: float | None = None
         self._drawn: float | None = None  # when the last line was written
         self._line = ""  # the last line as it was written
         self._latest = ""
 
-    def update(self, tokens: int, starved_share: float | None = None) -> None:
-        """``tokens`` trained on so far; ``starved_share`` (0 to 1) of the time was spent on waiting for activations."""
+    def update(self, tokens: int, waited: float | None = None) -> None:
+        """``tokens`` trained on so far; ``waited``: of the seconds since the last call, those without activations."""
         if not self._show:
             return
+        if waited is not None:
+            self._waited = (self._waited or 0.0) + waited
         now = self._clock()
         if self._drawn is not None and tokens < self.total and now - self._drawn < self._pause():
             return
-        self._began = self._began or (now, tokens)
-        self._samples.append((now, tokens))
+        sample = now, tokens, self._waited or 0.0
+        self._began = self._began or sample
+        self._samples.append(sample)
         while len(self._samples) > 2 and now - self._samples[1][0] >= self.WINDOW:
             self._samples.popleft()
-        before, self._latest = self._latest, self._text(tokens, starved_share)
+        before, self._latest = self._latest, self._text(tokens)
         if self._rewrites or self._latest != before:
             self._draw(self._latest)
         self._drawn = now
@@ -90,17 +93,18 @@ class Progress:
     def _pause(self) -> float:
         return self.REDRAW if self._rewrites else self.EVERY
 
-    def _text(self, tokens: int, starved_share: float | None) -> str:
+    def _text(self, tokens: int) -> str:
         done = tokens >= self.total
-        (before, first), (now, _) = self._began if done and self._began else self._samples[0], self._samples[-1]
+        before, first, had_waited = self._began if done and self._began else self._samples[0]
+        now, _, waited = self._samples[-1]
         rate = (tokens - first) / (now - before) if now > before else 0.0
         parts = [f"{100 * tokens // self.total:3d} % of {_short(self.total)} tokens"]
         if rate > 0:
             parts.append(f"{_short(rate)} tokens/s")
             left = f"{_duration((self.total - tokens) / rate)} left"
             parts.append(f"{_duration(now - before)} in all" if done else left)
-        if starved_share is not None and math.isfinite(starved_share):
-            parts.append(f"waited for activations {starved_share:.0%}".replace("%", " %"))
+        if self._waited is not None and now > before:
+            parts.append(f"waited for activations {100 * (waited - had_waited) / (now - before):.0f} %")
         return ", ".join(parts)
 
     def _draw(self, text: str) -> None:

@@ -268,7 +268,7 @@ class Trainer:
         self._ids: dict[str, str | None] = {} if saved is None else dict(saved.plain["trackers"])
         logged = self.config.logger
         self._progress = Progress(self.total * self._batch, show=logged.progress and self.ranks.writes)
-        self._progress.update(self.update * self._batch, 0.0)
+        self._progress.update(self.update * self._batch)
         self._clock, self._logged = Clock(), self.update
         if not self.ranks.writes:
             return
@@ -397,7 +397,7 @@ class Trainer:
                     "performance/starved": parts["activations"] / seconds,
                     **{f"performance/seconds/{part}": spent for part, spent in parts.items()}}  # fmt: skip
         self._record(metrics, line.update)
-        self._progress.update(tokens, parts["activations"] / seconds)
+        self._progress.update(tokens, parts["activations"])
         self._tell("on_log", metrics)
         if in_a_row >= SKIPPED_IN_A_ROW:
             raise FloatingPointError(
