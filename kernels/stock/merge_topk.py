@@ -15,7 +15,7 @@ def merge_topk(
     values: Tensor, scores: Tensor | None, latents: Tensor, pre: Tensor, score: Tensor | None, mask: Tensor | None,
     first: int, magnitude: bool,
 ) -> None:
-    """As many rows at a time as stay in a CPU's cache between the maxima and the second look."""
+    """As many rows at a time as memory is meant for."""
     rows, width = pre.shape
     columns = None
     if mask is not None:  # nothing masked displaces what is held, which ranks no lower, and comes first
@@ -23,7 +23,7 @@ def merge_topk(
         width = columns.numel()
     if width == 0:
         return
-    step = max(limits.SCORES_IN_CACHE // width, 1) if pre.is_cpu else chunk_rows(pre)
+    step = max(limits.MERGED_SCORES // width, 1) if pre.is_cpu else chunk_rows(pre)
     for start in range(0, rows, step):
         some = slice(start, start + step)
         held = [t[some] for t in (values, scores) if t is not None]

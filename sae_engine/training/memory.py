@@ -89,7 +89,7 @@ def peak_bytes(
     maxima = 1 / next(iter(limits.column_groups(d_sae, k)), 1)
     encoding += int(tile * min(maxima + 16 * (k + 9) / d_sae, 1) * compute.itemsize)
     if columns < d_sae:  # what is held of earlier slabs, and the groups that a piece of this one looks at
-        piece = min(max(limits.SCORES_IN_CACHE // columns, 1), rows)
+        piece = min(max(limits.MERGED_SCORES // columns, 1), rows)
         encoding += 16 * entries + 32 * piece * (k + k_aux) * wide
     if k_aux:  # columns of dead latents
         encoding += min(rows * columns, limits.CHUNK_ELEMENTS) * compute.itemsize
