@@ -85,8 +85,9 @@ def shown(rows: list[Row], over: tuple[str, ...]) -> str:
     """Medians, and what they are of the sum of the floor's."""
     floor = sum(row["ms_p50"] for row in rows if row["provider"] in over)
     lines = [f"F={rows[0]['shape']['F']:,}, {rows[0]['device']}, other processes took {rows[0]['other_load']} cores"]
-    lines += [f"  {row['provider']:<18} {row['ms_p50']:8.1f} ms  {row['ms_p50'] / floor:5.2f} ×  ({row['samples']} rounds)"
-              for row in rows]  # fmt: skip
+    for row in rows:
+        ms = row["ms_p50"]
+        lines.append(f"  {row['provider']:<18} {ms:8.1f} ms  {ms / floor:5.2f} ×  ({row['samples']} rounds)")
     return "\n".join(lines)
 
 
