@@ -253,6 +253,11 @@ def device_in(name: str, value) -> torch.device:
     return device
 
 
+def device_or_default(device) -> torch.device | None:
+    """The argument ``device``; None, torch's default one, stays None."""
+    return None if device is None else device_in("device", device)
+
+
 def capacity_of(capacity) -> int | None:
     return None if capacity is None else count("capacity", capacity)
 

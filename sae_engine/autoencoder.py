@@ -52,6 +52,7 @@ class SparseDecoder(nn.Module):
         self.d_sae = check.integer_k(d_sae, name="d_sae")
         self.d_in = check.integer_k(d_in, name="d_in")
         dtype = None if dtype is None else check.dtype_in("dtype", dtype)
+        device = check.device_or_default(device)
         self.W_dec = nn.Parameter(unit_rows(d_sae, d_in, dtype=dtype, device=device))
         self.register_parameter("b_dec", nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device)) if bias else None)
 
@@ -152,6 +153,7 @@ class SparseAutoencoder(nn.Module):
                 f"normalize_activations={normalize_activations!r} needs d_out = d_in, got d_out={d_out}, d_in={d_in}"
             )
         dtype = None if dtype is None else check.dtype_in("dtype", dtype)
+        device = check.device_or_default(device)
         decoder_init_norm = check.positive("decoder_init_norm", decoder_init_norm)
         check.flag("skip", skip)
         if contiguous_parameters is not None:

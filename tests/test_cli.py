@@ -50,7 +50,7 @@ def test_how_the_model_is_loaded(text_file, tmp_path, monkeypatch, capsys):
 
     original = transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr("sae_engine.data.models.require_installed", lambda *_: None)
+    monkeypatch.setattr("sae_engine.data.loading.require_installed", lambda *_: None)
     arguments = ["collect", str(tmp_path / "out"), "--tokens", "20", "--text", text_file, "--quiet",
                  "--batch-size", "1", "--context-length", "16", "--model-dtype", "bfloat16", "--trust-remote-code",
                  "--device-map", '{"": "cpu"}', "--attn-implementation", "eager", "--quantization", "8bit"]  # fmt: skip

@@ -125,6 +125,10 @@ def test_several_sites_are_carried_on_each_from_where_it_is(lm, tmp_path, monkey
     more = collect_sites(lm, ["Another text. " * 9], tmp_path / "whole", sites, **{**options, "max_tokens": None},
                          extend=True)  # fmt: skip
     assert len({len(store) for store in more}) == 1 and len(more[0]) > 700
+    with pytest.raises(ValueError, match="collections hold different texts: extend each alone"):
+        collect_sites(lm, DOCUMENTS, tmp_path / "whole", [*sites, "resid_pre_layer_0"], **options)
+    assert [len(store) for store in collect_sites(lm, DOCUMENTS, tmp_path / "whole", sites, **options)] == [
+        len(more[0])] * 3  # fmt: skip
 
 
 def test_sites_that_are_none_or_twice(lm, tmp_path):

@@ -305,6 +305,7 @@ def test_text_files_in_sorted_order(tmp_path):
     assert list(iter_text_files(tmp_path)) == ["a", "b", "c"]
     assert list(iter_text_files(tmp_path, [".md"])) == ["b"]
     assert list(iter_text_files([tmp_path / "sub", tmp_path / "d.bin"])) == ["c", "d"]
+    assert list(iter_text_files("/dev/null")) == []  # neither file nor folder, as what a shell's <(command) gives
     with pytest.raises(FileNotFoundError, match=r"paths.*nowhere"):
         iter_text_files([tmp_path, tmp_path / "nowhere"])
     with pytest.raises(ValueError, match=r"paths.*\.rst"):

@@ -54,6 +54,21 @@ def test_constructors_put_everything_on_the_device(name):
     assert {t.device.type for t in tensors(module).values()} == {"meta"}
 
 
+@pytest.mark.parametrize("name", ON_A_DEVICE)
+def test_a_device_that_is_none_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=r"^device must be a device's name, as 'cpu' or 'cuda:0', got 'gpu'$"):
+        ON_A_DEVICE[name](device="gpu")
+    with pytest.raises(ValueError, match=r"^device: 'cuda:99' cannot be used on this machine"):
+        ON_A_DEVICE[name](device="cuda:99")
+    with pytest.raises(TypeError, match=r"^device must be a torch.device or its name"):
+        ON_A_DEVICE[name](device=1.5)
+
+
+def test_loading_looks_at_the_device_before_the_file():
+    with pytest.raises(ValueError, match=r"^device: 'cuda:99' cannot be used on this machine"):
+        se.SparseAutoencoder.from_pretrained("there/is/no/such/folder", device="cuda:99")
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_an_autoencoder_takes_its_rule_along(name, dtype):

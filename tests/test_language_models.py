@@ -1,5 +1,6 @@
 """Language models from folders, from the hub and from its cache; and what is imported for them."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from tiny_models import DOCUMENTS, MODELS, collect, tokenizer_of_bytes
 from torch import nn
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from sae_engine.data import load_language_model, models, read_sites, stream_activations
+from sae_engine.data import load_language_model, loading, models, read_sites, stream_activations
 from sae_engine.data._require import require
 from sae_engine.data.contexts import context_batches
 
@@ -81,6 +82,29 @@ def test_hub_model_comes_from_its_cache(tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", offline)
     lm = load_language_model("someone/tiny", dtype=torch.bfloat16)  # HF_HUB_OFFLINE=1: no network is asked
     assert (lm.name, lm.revision, lm.d_model, lm.model.dtype) == ("someone/tiny", commit, 32, torch.bfloat16)
+
+
+def test_a_cache_that_holds_a_part_is_not_taken_for_all_there_is(tokenizer, monkeypatch, tmp_path, caplog):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(tmp_path / "config.json"))
+    MODELS["gpt2"]().save_pretrained(tmp_path)
+    assert load_language_model("someone/tiny").tokenizer is None
+    assert "its cache holds no tokenizer: load it once with a network, or give token ids" in caplog.text
+    tokenizer.save_pretrained(tmp_path)
+    whole = tmp_path / "model.safetensors"
+    whole.rename(tmp_path / "model-00001-of-00003.safetensors")
+    parts = {name: f"model-0000{1 + number % 3}-of-00003.safetensors" for number, name in enumerate("abcd")}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+    with pytest.raises(FileNotFoundError, match=r"lacks 2 of 3 files of weights, as 'model-00002-of-00003\.safe"):
+        load_language_model("someone/tiny")
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json' is damaged"):
+        load_language_model(tmp_path)
+    index.unlink(), (tmp_path / "model-00001-of-00003.safetensors").unlink()
+    with pytest.raises(OSError, match=r"did not answer for 'someone/tiny'.*its cache holds .* without its weights"):
+        load_language_model("someone/tiny")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +266,7 @@ def test_options_reach_transformers(tokenizer, monkeypatch, tmp_path):
 
     original = transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr(models, "require_installed", lambda *_: None)
+    monkeypatch.setattr(loading, "require_installed", lambda *_: None)
     load_language_model(tmp_path, device_map="auto", quantization_config={"load_in_8bit": True}, trust_remote_code=True)
     assert (seen["device_map"], seen["quantization_config"], seen["trust_remote_code"], seen["dtype"]) == (
         "auto", {"load_in_8bit": True}, True, "auto"

@@ -70,6 +70,7 @@ def load(
         16
     """
     dtype = None if dtype is None else check.dtype_in("dtype", dtype)
+    device = check.device_or_default(device)
     check.flag("fold_decoder_norms", fold_decoder_norms)
     c, file = read(path, format=format, activation_scale=activation_scale, residual=residual)
     if fold_decoder_norms:

@@ -79,8 +79,8 @@ def _refuse(name: str, repository: str, inside: str, commit: str) -> NoReturn:
         files = hub.HfApi().list_repo_files(repository, revision=commit)
     except Exception as error:
         raise ConnectionError(
-            f"path={name!r}: the cache has this repository without {inside or 'weights'!r}, and the hub did not answer "
-            f"({_first_line(error)}): load it once with a network"
+            f"path={name!r}: of {inside or 'this repository'!r} the cache holds a part at most, and the hub did not "
+            f"answer ({_first_line(error)}): load it once with a network"
         ) from error
     folders = sorted({file.rpartition("/")[0] for file in files if file.endswith(_WEIGHTS)} - {""})
     below = [folder for folder in folders if folder.startswith(f"{inside}/")] if inside else folders

@@ -93,7 +93,8 @@ def load_model(args: argparse.Namespace, model: str | None, revision: str | None
     import torch
 
     from sae_engine.data import load_language_model
-    from sae_engine.data.models import loading_options, without_progress_bar
+    from sae_engine.data.loading import loading_options
+    from sae_engine.data.models import without_progress_bar
 
     device = args.device
     if device is None and args.device_map is None:

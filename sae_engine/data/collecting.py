@@ -191,11 +191,13 @@ def _collected(
             _Collection(folder, _begin(folder, {**request, **_of_place(place)}, resume, extend))
             for folder, place in zip(folders, places, strict=True)
         ]
+        holds = {tuple((part["text_source"], part["max_tokens"]) for part in [*one.manifest["earlier"], one.manifest])
+                 for one in begun}  # fmt: skip
+        if len(holds) > 1:
+            raise ValueError(f"out_dir: in {str(out_dir)!r}, collections hold different texts: extend each alone")
         if unfinished := [collection for collection in begun if not collection.manifest["complete"]]:
             before = {sum(part["documents"] for part in collection.manifest["earlier"]) for collection in unfinished}
-            if len(before) > 1:
-                raise ValueError(f"out_dir: in {str(out_dir)!r}, collections hold different texts: extend each alone")
-            _collect(lm, texts, replace(settings, documents_before=before.pop()), unfinished, progress)
+            _collect(lm, texts, replace(settings, documents_before=max(before)), unfinished, progress)
     return [ActivationStore(folder) for folder in folders]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 
 from .._checks import device_in, dtype_in, flag
-from ._require import require, require_installed
+from ._require import require
+from .loading import check_packages
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "embedded_model"
 EMBEDDED = "embedded"
@@ -129,7 +131,7 @@ def load_language_model(
                "trust_remote_code": trust_remote_code}  # fmt: skip
     options = {option: value for option, value in options.items() if value} | _checked_kwargs(model_kwargs, options)
 
-    _check_packages(options)
+    check_packages(options)
     if name_or_path == "":
         raise ValueError("name_or_path must name a folder or a hub model, got an empty string")
     name = EMBEDDED if name_or_path is None else str(name_or_path)
@@ -165,32 +167,6 @@ def _checked_kwargs(model_kwargs: Mapping[str, Any] | None, own: Mapping[str, An
         if name in _DECIDED:
             raise ValueError(f"model_kwargs: {name!r} is not for the caller to say: weights must be whole")
     return dict(model_kwargs)
-
-
-_OWN = ("device_map", "quantization_config", "trust_remote_code")  # of from_pretrained, arguments here too
-
-
-def loading_options(from_pretrained: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers' ``from_pretrained`` takes, as arguments of :func:`load_language_model`.
-
-    Example:
-        >>> loading_options({"device_map": "auto", "attn_implementation": "eager"})
-        {'device_map': 'auto', 'model_kwargs': {'attn_implementation': 'eager'}}
-    """
-    own = {name: value for name, value in from_pretrained.items() if name in _OWN}
-    others = {name: value for name, value in from_pretrained.items() if name not in _OWN}
-    return own | ({"model_kwargs": others} if others else {})
-
-
-def _check_packages(options: Mapping[str, Any]) -> None:
-    """That what these options need is installed: said before anything is downloaded."""
-    config = options.get("quantization_config")
-    said = config if isinstance(config, Mapping) else vars(config) if config is not None else {}
-    of_bytes = any(said.get(name) or said.get(f"_{name}") for name in ("load_in_8bit", "load_in_4bit"))
-    if of_bytes:
-        require_installed("bitsandbytes", "quantization_config: loading in 8 or 4 bits")
-    if of_bytes or options.get("device_map") is not None:
-        require_installed("accelerate", "quantization_config" if of_bytes else "device_map")
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -291,6 +267,7 @@ def _described(
 
 def _model_in(transformers: Any, folder: Path, name: str, options: dict[str, Any]) -> Any:
     """The model with all of its weights: transformers fills what a file lacks with random numbers."""
+    _check_whole(folder)
     for file in folder.glob(_SAFETENSORS):
         try:
             with require("safetensors").safe_open(file, framework="pt"):
@@ -317,17 +294,37 @@ def _model_in(transformers: Any, folder: Path, name: str, options: dict[str, Any
     return model
 
 
+def _check_whole(folder: Path) -> None:
+    """Of weights in several files, that all are there: a cache may hold some of them."""
+    kind = _SAFETENSORS if any(folder.glob(_SAFETENSORS)) else _PICKLED
+    for index in folder.glob(f"{kind}.index.json"):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            missing = sorted(file for file in named if not (folder / file).is_file())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"name_or_path: {str(index)!r} is damaged: {error!r}") from error
+        if missing:
+            raise FileNotFoundError(
+                f"name_or_path: {str(folder)!r} lacks {len(missing)} of {len(named)} files of weights, as "
+                f"{missing[0]!r}: load it once more with a network, or copy them"
+            )
+
+
 def _tokenizer_in(transformers: Any, folder: Path, name: str, options: dict[str, Any]) -> Any:
     """The folder's tokenizer; None where it holds none, for which transformers makes one that knows no token."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:
-        if not any(folder.glob("*token*")) and not any(folder.glob("*vocab*")):
+        if not _has_tokenizer(folder):
             return None
         raise ValueError(f"name_or_path: the tokenizer of {name!r} cannot be read: {_first_line(error)}") from error
     files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
     is_of_bytes = len(files) == 1  # such a tokenizer, ByT5's among them, has no file
     return tokenizer if is_of_bytes or any((folder / file).is_file() for file in files) else None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("*token*")) or any(folder.glob("*vocab*"))
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -469,7 +466,12 @@ def _hub_folder(name: str, revision: str | None, with_code: bool) -> tuple[Path,
         raise OSError(refused) from error
     except Exception as error:  # each version of the hub's client has its own network errors
         cached = hub.try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(cached, str) and _weight_files(Path(cached).parent):
-            folder = Path(cached).parent
-            return folder, folder.name
-        raise HubUnavailable(f"the hub did not answer for {name!r} ({_first_line(error)})") from error
+        silent = f"the hub did not answer for {name!r} ({_first_line(error)})"
+        if not isinstance(cached, str):
+            raise HubUnavailable(silent) from error
+        folder = Path(cached).parent
+        if not _weight_files(folder):
+            raise HubUnavailable(f"{silent}, and its cache holds the model without its weights") from error
+        if not _has_tokenizer(folder):  # which does not say that the repository has none
+            logger.warning("%s; its cache holds no tokenizer: load it once with a network, or give token ids", silent)
+        return folder, folder.name

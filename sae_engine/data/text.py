@@ -71,7 +71,9 @@ def iter_text_files(
     for root in roots:
         if not root.exists():
             raise FileNotFoundError(f"paths: {str(root)!r} does not exist")
-        found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in suffixes and p.is_file())
+        found = [root]  # a file, or what can be read like one
+        if root.is_dir():
+            found = sorted(p for p in root.rglob("*") if p.suffix in suffixes and p.is_file())
         if not found:
             raise ValueError(f"paths: folder {str(root)!r} has no file ending in one of {tuple(suffixes)}")
         files += found

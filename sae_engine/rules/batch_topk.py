@@ -76,6 +76,7 @@ class BatchTopK(Activation):
         self.initial_threshold = initial_threshold
         self.group = group
         first = -1.0 if initial_threshold is None else float(initial_threshold)
+        device = check.device_or_default(device)
         self.register_buffer("threshold", torch.full((), first, dtype=torch.float64, device=device))
         if threshold_start:
             self._count_forwards()

@@ -40,6 +40,7 @@ class RunningDensity(nn.Module):
         if self.rate > 1:
             raise ValueError(f"rate must satisfy 0 < rate <= 1, got {rate}")
         d_sae = check.integer_k(d_sae, name="d_sae")
+        device = check.device_or_default(device)
         self.register_buffer("density", torch.full((d_sae,), -1.0, dtype=torch.float64, device=device))
 
     @torch.no_grad()

@@ -41,6 +41,7 @@ class Gated(Activation):
     def __init__(self, d_sae: int, *, device=None) -> None:
         super().__init__()
         self.d_sae = check.integer_k(d_sae, name="d_sae")
+        device = check.device_or_default(device)
         for name in ("b_gate", "b_mag", "r_mag"):
             self.register_parameter(name, nn.Parameter(torch.zeros(d_sae, dtype=torch.float32, device=device)))
 

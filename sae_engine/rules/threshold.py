@@ -59,6 +59,7 @@ class JumpReLU(Activation):
         self.d_sae = check.integer_k(d_sae, name="d_sae")
         first = float(check.from_zero("threshold", threshold))
         self.bandwidth = check.positive("bandwidth", bandwidth)
+        device = check.device_or_default(device)
         self.threshold = nn.Parameter(torch.full((self.d_sae,), first, dtype=torch.float32, device=device))
 
     def _learns(self) -> bool:
@@ -126,6 +127,7 @@ class LogJumpReLU(JumpReLU):
         self.d_sae = check.integer_k(d_sae, name="d_sae")
         self.bandwidth = check.positive("bandwidth", bandwidth)
         first = math.log(check.positive("threshold", threshold))
+        device = check.device_or_default(device)
         self.log_threshold = nn.Parameter(torch.full((d_sae,), first, dtype=torch.float32, device=device))
 
     @property

@@ -163,7 +163,8 @@ def _on_the_stream(site: str) -> bool:
 
 def _measured(config: TrainConfig, sites: set[str]) -> dict[str, int]:
     """The widths of any sites, in the model itself."""
-    from ..data.models import load_language_model, loading_options
+    from ..data.loading import loading_options
+    from ..data.models import load_language_model
     from ..data.places import find_place
 
     named = config.model

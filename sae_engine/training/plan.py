@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder
 from ..data.contexts import Contexts, contexts_of, rows_in_words
+from ..data.loading import loading_options
 from ..data.memory import TensorStream
-from ..data.models import LanguageModel, load_language_model, load_tokenizer, loading_options
+from ..data.models import LanguageModel, load_language_model, load_tokenizer
 from ..data.places import find_place
 from ..data.sites import Site
 from ..data.sources import Source, open_source
