@@ -15,6 +15,7 @@ from sae_engine.training.callbacks import resume_command
 from sae_engine.training.config import ConfigError, TrainConfig
 from sae_engine.training.plan import _batch_rows
 from sae_engine.training.ranks import Ranks
+from sae_engine.training.run import Run
 from sae_engine.training.settings import configured
 from sae_engine.training.trainer import Trainer, resume
 
@@ -27,6 +28,7 @@ def files(tmp_path_factory) -> Path:
     (folder / "empty.txt").touch()
     (folder / "short.txt").write_text("One short document.")
     (folder / "other.jsonl").write_text('{"txt": "a text"}\n' * 300)
+    (folder / "ids.jsonl").write_text('{"input_ids": [5, 99999]}\n' * 300)
     mute = folder / "mute"
     mute.mkdir()
     for file in EMBEDDED_FOLDER.iterdir():
@@ -41,6 +43,9 @@ def files(tmp_path_factory) -> Path:
     ({"data__dataset_path": "{}/empty.txt"}, r"data\.dataset_path: there is no text in .*empty\.txt"),
     ({"data__dataset_path": "{}/short.txt"}, r"eval: .*short\.txt has no document to hold out"),
     ({"data__dataset_path": "{}/other.jsonl"}, r"data\.column: .*other\.jsonl has no 'text', it has 'txt'"),
+    ({"data__dataset_path": "{}/ids.jsonl", "data__column": "input_ids"},
+     r"data\.dataset_path: document 0 of .*ids\.jsonl, column 'input_ids' holds token id 99999, and 'embedded' has"),
+    ({"data__split": "test"}, r"data\.split: is for data sets on the hub, got 'test'"),
     ({"data__separator": 10**6}, r"data\.separator: must be in 0\.\.4095, got 1000000"),
     ({"model__model_name": "{}/nowhere"}, r"model\.model_name: the folder '.*nowhere' does not exist"),
     ({"model__model_name": "{}/mute"}, r"data\.prepend_bos: must be false: no tokenizer of .* has a BOS"),
@@ -96,6 +101,29 @@ def test_a_run_goes_on_in_its_own_folder(tmp_path):
     assert run.folder == moved and run.config.output.output_path == str(moved)
     assert [place.name for place in tmp_path.iterdir()] == [moved.name]
     assert resume_command(moved) == f"sae-engine train --resume '{moved}'"
+
+
+def test_a_hub_that_refuses_is_heard_before_the_first_update_and_at_the_end_costs_nothing(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    class Api:
+        def create_repo(self, repo_id, exist_ok, private=False):
+            asked.append(repo_id)
+            if len(asked) in refused:
+                raise OSError("403 Forbidden")
+            return "https://hub"
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    config = settings(tmp_path / "run", saes=[MEMORY | {"hook_name": "blocks.1.hook_resid_pre"}],
+                      data__training_tokens=128, output__push_to_hub=True, output__hub_model_id="me/saes")  # fmt: skip
+    refused = {1, 3}
+    with pytest.raises(OSError, match=r"^output\.hub_model_id: 403 Forbidden"):
+        Trainer(config, dataset=torch.randn(300, 16)).train()
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RuntimeError, match=r"^output\.push_to_hub: the run has ended and .* --to me/saes: 403"):
+        Trainer(config, dataset=torch.randn(300, 16)).train()
+    assert asked == ["me/saes"] * 3 and len(Run(tmp_path / "run").saes()) == 1
 
 
 def test_the_command_line_says_it_in_one_line(files, tmp_path, capsys):

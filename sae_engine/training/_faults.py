@@ -59,7 +59,7 @@ def within(path: str, part: Any, field: str | None = None) -> Iterator[None]:
         raise kind(f"{path}.{field}: {said}" if field else f"{path}: {said}") from error
 
 
-_ARGUMENT = re.compile(r"(\w+)(?:: | (?=must |is neither ))(.*)")  # as errors of the library begin
+_ARGUMENT = re.compile(r"(\w+)(?:: | (?=must |is neither |is for ))(.*)")  # as errors of the library begin
 _KINDS = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, OSError, ImportError, TypeError,
           ValueError)  # fmt: skip
 

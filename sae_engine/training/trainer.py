@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -23,6 +24,7 @@ from torch import Tensor
 from .._files import LOCK, only_writer, replace_file
 from ..autoencoder import SparseAutoencoder
 from ..checkpoints.saelens import save_sparsity
+from ..data._require import require
 from . import checkpoint, saved_state
 from ._faults import within
 from .callbacks import Callback, Interrupted, resume_command
@@ -166,6 +168,7 @@ class Trainer:
             self._settle_folder()
             if self.ranks.writes:
                 self._claim(stack)
+                self._reserve()
             self.ranks.gathered(None)  # the others wait for the folder
             self.run = Run(self.folder)
             stack.callback(saved_state.set_random_state, saved_state.random_state())
@@ -220,6 +223,13 @@ class Trainer:
             if self._resumes is None:
                 stack.callback(self._leave, is_new)
             replace_file(self.folder / CONFIG, lambda path: path.write_text(self.config.to_yaml(), encoding="utf-8"))
+
+    def _reserve(self) -> None:
+        """The repository in which the autoencoders are to be published: a refusal had better be heard now."""
+        output = self.config.output
+        if output.push_to_hub:
+            with within("output", output, "hub_model_id"):
+                require("huggingface_hub").HfApi().create_repo(output.hub_model_id, exist_ok=True)
 
     def _leave(self, is_new: bool) -> None:
         """Nothing stays of a run that could not begin: without a checkpoint there is nothing to go on from."""
@@ -328,7 +338,12 @@ class Trainer:
         self._status = "finished"
         self._tell("on_end")
         if self.ranks.writes and self.config.output.push_to_hub:
-            self.run.push()
+            try:
+                self.run.push()
+            except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+                command = f"sae-engine push {shlex.quote(str(self.folder))} --to {self.config.output.hub_model_id}"
+                raise RuntimeError(f"output.push_to_hub: the run has ended and is whole, but is not published; to try "
+                                   f"again: {command}: {' '.join(str(error).split())}") from error  # fmt: skip
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
