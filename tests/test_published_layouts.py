@@ -40,6 +40,13 @@ def test_llama_scope(tmp_path, x):
     assert_same(se.SparseAutoencoder.from_pretrained(tmp_path / "again").eval()(x), sae(x))
 
 
+def test_llama_scope_that_says_one_norm_alone(tmp_path, x):
+    write_llama_scope(tmp_path / "one", dataset_average_activation_norm={"in": 6.3125})
+    write_llama_scope(tmp_path / "both")
+    one, both = (se.SparseAutoencoder.from_pretrained(tmp_path / name).eval() for name in ("one", "both"))
+    assert_same(one(x), both(x))
+
+
 def test_llama_scope_with_decoder_rows_of_any_length(tmp_path, x):
     """The threshold counts them, so latents are as large as what they add."""
     weights = write_llama_scope(tmp_path, unit=False)
@@ -50,6 +57,29 @@ def test_llama_scope_with_decoder_rows_of_any_length(tmp_path, x):
     torch.testing.assert_close(sae(x), out, **CLOSE)
 
 
+@pytest.mark.parametrize("unit", [True, False])
+def test_llama_scope_transcoder(unit, tmp_path, x):
+    """By what its latents add to the output as it is, in fp64."""
+    norm_in, norm_out, threshold = 2.75, 0.8125, 0.40625
+    weights = {name: t.double() for name, t in write_llama_scope(
+        tmp_path, unit=unit, hook_point_in="blocks.8.ln2.hook_normalized", hook_point_out="blocks.8.hook_mlp_out",
+        dataset_average_activation_norm={"in": norm_in, "out": norm_out}, jump_relu_threshold=threshold,
+    ).items()}  # fmt: skip
+    directions = weights["decoder.weight"] / weights["decoder.weight"].norm(dim=0)
+    pre = x.double() * (D**0.5 / norm_in) @ weights["encoder.weight"].T + weights["encoder.bias"]
+    adds = pre * weights["decoder.weight"].norm(dim=0) * (norm_out / D**0.5)
+    adds = torch.where(adds > threshold, adds, 0.0)
+    out = adds @ directions.T + weights["decoder.bias"] * (norm_out / D**0.5)
+    sae = se.SparseAutoencoder.from_pretrained(tmp_path).eval()
+    assert 0.1 < (adds > 0).double().mean() < 0.9
+    assert torch.equal(sae.encode(x).to_dense() > 0, adds > 0)
+    torch.testing.assert_close(sae(x).double(), out, **CLOSE)
+    place = se.Provenance(layer=8, site="ln2.hook_normalized", target_layer=8, target_site="mlp_out")
+    assert sae.provenance == place
+    sae.save_pretrained(tmp_path / "again")
+    assert_same(se.SparseAutoencoder.from_pretrained(tmp_path / "again").eval()(x), sae(x))
+
+
 def test_llama_scope_in_16_bits_is_not_normalized_anew(tmp_path):
     """Rows that 16-bit numbers cannot bring nearer to length 1 are of length 1."""
     weights = write_llama_scope(tmp_path, dtype=torch.bfloat16, norm_activation="inference")
@@ -58,9 +88,10 @@ def test_llama_scope_in_16_bits_is_not_normalized_anew(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"hook_point_out": "blocks.8.hook_mlp_out"}, "a transcoder, from blocks.8.hook_resid_post to blocks.8.hook_mlp"),
-    ({"dataset_average_activation_norm": {"in": 64.0, "out": 3.4}}, "which of them the threshold goes by"),
-    ({"dataset_average_activation_norm": None}, "dataset_average_activation_norm must be a positive number, got None"),
+    ({"hook_point_out": "blocks.8.mlp", "sparsity_include_decoder_norm": False}, "a transcoder, from blocks.8"),
+    ({"hook_point_out": "blocks.8.mlp", "apply_decoder_bias_to_pre_encoder": True}, "what it means is not known"),
+    ({"dataset_average_activation_norm": {"in": 64.0, "out": 3.4}}, "norms in and out differ"),
+    ({"dataset_average_activation_norm": None}, "activation_norm.in must be a positive number, got None"),
     ({"act_fn": "topk"}, "act_fn must be 'jumprelu' to be read, got 'topk'"),
     ({"norm_activation": "token-wise"}, "norm_activation must be 'dataset-wise' or 'inference' to be read"),
     ({"jump_relu_threshold": -1.0}, "jump_relu_threshold must be a positive number, got -1.0"),
