@@ -24,6 +24,7 @@ from sae_kernels import reference
 from sae_kernels._terms import GATED, GIVEN
 from sae_kernels.device import _tuning
 from sae_kernels.stock import limits
+from sae_kernels.stock.backward import row_products
 
 
 def state_of(s, number=3):
@@ -320,6 +321,21 @@ def test_latents_in_chunks_on_a_cpu(layout, monkeypatch):
                 assert ((chunked[name] - whole).abs() <= numbers * torch.finfo(torch.float32).eps * terms).all()
             else:
                 assert_same(chunked[name], whole)
+
+
+@pytest.mark.parametrize("width", [1, 13, 768])
+def test_products_of_rows_err_as_sums_of_their_length_do(width):
+    """Whatever rows stand beside them, and with NaN and infinity where those belong."""
+    a, b = torch.randn(70, width), torch.randn(70, width)
+    found = row_products(a, b)
+    magnitudes = (a.double() * b.double()).abs().sum(1)
+    bound = width * torch.finfo(torch.float32).eps * magnitudes
+    assert ((found.double() - (a.double() * b.double()).sum(1)).abs() <= bound).all()
+    assert_same(row_products(a[32:], b[32:]), found[32:])
+    a[3], a[5, 0] = torch.nan, torch.inf
+    after = row_products(a, b.abs())
+    assert after[3].isnan() and after[5] == torch.inf and after.isfinite().sum() == 68
+    assert row_products(a[:0], b[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
