@@ -37,6 +37,7 @@ from .rules import (
 )
 
 if _TYPE_CHECKING:
+    from . import lm
     from .acceleration.switch import CannotAccelerate, accelerate, accelerated, restore
     from .latents import ablate, max_activating, steer
     from .training import Run, Trainer, train
@@ -81,6 +82,7 @@ __all__ = [
     "inference_form",
     "init_as_top_afa",
     "init_sparse",
+    "lm",
     "losses",
     "max_activating",
     "metrics",
@@ -96,9 +98,11 @@ def __getattr__(name: str):
         from .acceleration import switch
 
         return getattr(switch, name)
-    if name in ("ablate", "latents", "max_activating", "steer"):  # nor are language models
+    if name in ("ablate", "latents", "lm", "max_activating", "steer"):  # nor are language models
         from importlib import import_module
 
+        if name == "lm":
+            return import_module(".lm", __name__)
         latents = import_module(".latents", __name__)
         return latents if name == "latents" else getattr(latents, name)
     if name in ("Run", "Trainer", "train"):  # nor is a training of them

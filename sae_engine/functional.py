@@ -297,7 +297,7 @@ def threshold(
     if bandwidth is None:
         theta = theta.detach()
     elif magnitude:
-        raise ValueError(f"bandwidth must be None with magnitude=True, got {bandwidth}: its estimator is of pre > theta")
+        raise ValueError(f"bandwidth must be None with magnitude=True, got {bandwidth}: it is for pre > theta")
     else:
         bandwidth = float(check.positive("bandwidth", bandwidth))
     capacity = check.capacity_of(capacity)

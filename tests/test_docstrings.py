@@ -19,7 +19,7 @@ MODULES = sorted(
 PUBLIC = {
     "sae_engine": se.__all__,
     **{f"sae_engine.{part}": importlib.import_module(f"sae_engine.{part}").__all__ for part in (
-        "functional", "losses", "metrics", "training", "data", "latents")},
+        "functional", "losses", "metrics", "training", "data", "latents", "lm")},
     "sae_engine.training.architectures": [kind.__name__ for kind in ARCHITECTURES.values()],
     "sae_engine.training.auto": ["resolved", "widths_of"],
     "sae_engine.training.config": config.__all__,
@@ -38,6 +38,8 @@ EXCEPT = {
     "FeatureTokens": "five fields, which Features.tokens reads",
     "Lens": "four fields, which logit_lens fills",
     "Published": "three fields, which push fills",
+    "LayerReport": "four fields, which report fills",
+    "Report": "four fields, which report fills",
     "LatentEntries": "two fields, which Features.by_latent reads",
     "ByLatent": "three fields, shown where SparseCodes.by_latent makes them",
     "SparseCodes.assert_fits": "does nothing that one could see, unless it ends the program",
@@ -59,7 +61,7 @@ SKIPPED = {
 }  # fmt: skip
 # Without a word on errors: they hold what they are given, or have none to raise.
 CANNOT_FAIL = {"ByLatent", "Context", "EncodeInfo", "Encoded", "FeatureTokens", "Interrupted", "LanguageModel",
-               "LatentEntries", "Lens", "LossInput", "Published", "Pull", "ReLU", "RowTokens",
+               "LatentEntries", "LayerReport", "Lens", "LossInput", "Published", "Pull", "ReLU", "Report", "RowTokens",
                "Site", "SourceCard", "SparseCodes", "SparseCodes.transposed_for", "loss_recovered"}  # fmt: skip
 
 

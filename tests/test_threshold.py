@@ -46,7 +46,7 @@ def test_magnitude_passes_the_gradient_to_what_is_kept():
 
 
 def test_magnitude_has_no_bandwidth():
-    with pytest.raises(ValueError, match="bandwidth must be None with magnitude=True, got 0.5"):
+    with pytest.raises(ValueError, match=r"bandwidth must be None with magnitude=True, got 0\.5"):
         f.threshold(torch.zeros(1, 4), 0.0, magnitude=True, bandwidth=0.5)
     with pytest.raises(TypeError, match="magnitude"):
         f.threshold(torch.zeros(1, 4), 0.0, magnitude="yes")

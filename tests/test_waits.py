@@ -340,7 +340,7 @@ WAITING = {
 APART = {
     "Activation", "ByLatent", "EncodeInfo", "Encoded", "functional.EncodeInfo", "functional.Encoded",
     "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
-    "losses", "metrics", "training", "SparseCodes", "SparseCodes.cuda", "metrics.evaluate",
+    "lm", "losses", "metrics", "training", "SparseCodes", "SparseCodes.cuda", "metrics.evaluate",
     "metrics.ppl_sparsity", "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes",
     "training.state_bytes", "training.Loss",
     "losses.Loss", "losses.LossInput", "losses.Pull", "Provenance",

@@ -23,7 +23,8 @@ _originals: dict[type, Any] = {}  # class of theirs -> its __init__, None if inh
 
 
 def accelerate(obj: T, *, exact: bool = False) -> T:
-    """Makes an autoencoder of SAELens, dictionary_learning or sparsify run on sae_engine's operations, in place.
+    """Makes an autoencoder of SAELens, dictionary_learning or sparsify run on sae_engine's operations, in place;
+    or has a language model of transformers skip the weights that it multiplies by zeros.
 
     The object stays what it is: its class becomes a subclass (so ``isinstance`` holds), its parameters stay the same
     ``Parameter`` objects with the same names, dtypes and strides, optimizers and checkpoints go on, hooks fire with the
@@ -35,6 +36,9 @@ def accelerate(obj: T, *, exact: bool = False) -> T:
     sae_lens             topk, abstopk, jumprelu and standard; batchtopk and matryoshka_batchtopk, which only train
     dictionary_learning  ``AutoEncoderTopK``, ``BatchTopKSAE``, ``MatryoshkaBatchTopKSAE``, ``JumpReluAutoEncoder``
     sparsify             ``SparseCoder`` with ``activation="topk"``
+    transformers         causal models whose MLPs make zeros: ReLU, ProSparse, Gemma 3n's top-k. Up to 8 tokens without
+                         gradients do not read what zeros multiply; everything else runs as before. ``W_down`` is laid
+                         out column by column, in its place. :func:`sae_engine.lm.sparsify` lets rules make more zeros
     ===================  ==========================================================================================
 
     Args:
@@ -61,6 +65,12 @@ def accelerate(obj: T, *, exact: bool = False) -> T:
         return obj
     if isinstance(obj, type):
         return _class_for(obj, exact)  # type: ignore[return-value]
+    if _is_language_model(obj):
+        from ..lm import switching
+
+        if exact:
+            raise ValueError("exact=True corrects gradients of autoencoders; a language model has none to correct")
+        return switching.accelerate(obj)
     plain = _plain_class(type(obj))
     peer = _peer_of(plain)
     if peer is None:
@@ -94,6 +104,10 @@ def restore(obj: T) -> T:
         return obj
     if isinstance(obj, type):
         return _plain_class(obj)  # type: ignore[return-value]
+    if _is_language_model(obj):
+        from ..lm import switching
+
+        return switching.restore(obj)
     plain = _plain_class(type(obj))
     if _peer_of(plain) is None:
         raise TypeError(f"obj must be an autoencoder that accelerate() takes, or a library's name, got {type(obj)}")
@@ -133,6 +147,12 @@ def _library(name: str) -> Any:
     if name not in LIBRARIES:
         raise ValueError(f"obj must name one of {', '.join(LIBRARIES)}, got {name!r}")
     return importlib.import_module(f".{name}", __package__)
+
+
+def _is_language_model(obj: Any) -> bool:
+    """Whether it is a model of transformers, or a LanguageModel around one; neither is imported to find out."""
+    names = {(base.__module__.partition(".")[0], base.__name__) for base in type(obj).__mro__}
+    return bool(names & {("transformers", "PreTrainedModel"), (__name__.partition(".")[0], "LanguageModel")})
 
 
 def _peer_of(plain: type) -> Any:

@@ -11,11 +11,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from . import collect, compare, convert, dashboard, evaluate, features, info, push, train, verify
+from . import collect, compare, convert, dashboard, evaluate, features, info, lm, push, train, verify
 from ._options import INTERRUPTED
 
 # As --help lists them.
-_COMMANDS = (info, train, collect, verify, evaluate, convert, compare, features, dashboard, push)
+_COMMANDS = (info, train, collect, verify, evaluate, convert, compare, features, dashboard, push, lm)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

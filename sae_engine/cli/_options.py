@@ -18,7 +18,20 @@ def add_model_and_text(
     ``text`` is the default word, ``unsaid`` what model, layer and site are unless given.
     """
     model, layer, site = unsaid
-    parser.add_argument("--model", default=None, metavar="NAME", help=f"hub name or local folder; {model}")
+    add_model(parser, unsaid=model)
+    parser.add_argument("--layer", type=int, default=None, help=f"block; {layer}")
+    parser.add_argument(
+        "--site", default=None, action="append" if several_sites else "store",
+        help="resid_pre, attn_out, resid_mid, mlp_out, resid_post, …, as TransformerLens and transformers spell them "
+        "(blocks.3.hook_resid_post, model.layers.3), or a module's name, ':input' behind it for what it is given; "
+        + ("again for several in one pass; " if several_sites else "") + site,
+    )  # fmt: skip
+    add_text(parser, text=text)
+
+
+def add_model(parser: argparse.ArgumentParser, *, unsaid: str) -> None:
+    """What says which language model, and how it is loaded: for :func:`load_model`."""
+    parser.add_argument("--model", default=None, metavar="NAME", help=f"hub name or local folder; {unsaid}")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
     parser.add_argument("--model-dtype", default=None, metavar="DTYPE", help="of the model; its checkpoint's")
     parser.add_argument(
@@ -31,13 +44,11 @@ def add_model_and_text(
         help="""what else from_pretrained of transformers takes: {"max_memory": {"0": "20GiB"}}""",
     )  # fmt: skip
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--layer", type=int, default=None, help=f"block; {layer}")
-    parser.add_argument(
-        "--site", default=None, action="append" if several_sites else "store",
-        help="resid_pre, attn_out, resid_mid, mlp_out, resid_post, …, as TransformerLens and transformers spell them "
-        "(blocks.3.hook_resid_post, model.layers.3), or a module's name, ':input' behind it for what it is given; "
-        + ("again for several in one pass; " if several_sites else "") + site,
-    )  # fmt: skip
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 …; a GPU if there is one")
+
+
+def add_text(parser: argparse.ArgumentParser, *, text: str) -> None:
+    """What says which text, and how much of it: for :func:`open_texts`."""
     parser.add_argument("--tokens", type=int, default=None, metavar="N", help="all of the text")
     parser.add_argument(
         "--text", nargs="+", default=[text], metavar="PATH",
@@ -46,7 +57,6 @@ def add_model_and_text(
     )  # fmt: skip
     parser.add_argument("--suffixes", nargs="+", default=[".txt", ".md", ".py", ".rst"], help="read from folders")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="contexts per forward pass")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 …; a GPU if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
