@@ -37,7 +37,7 @@ def codes_of(pre, k):
 def of_row(name):
     """Every tensor that a call of the operation leaves, by back end; the same numbers in fp64 by ``None``."""
     row = OPERATIONS[name]
-    args = row.example(SimpleNamespace(B=B, d=D, F=60, k=20), torch.float32, torch.get_default_device())
+    args = row.example(SimpleNamespace(B=B, d=D, F=24, k=20), torch.float32, torch.get_default_device())
 
     def run(backend):
         given = row.apart(in_fp64(args) if backend is None else args)

@@ -44,6 +44,7 @@ def assert_holds_its_share(codes, pre, share, weight=None):
         assert len(kept) == 1 or energy[len(kept) - 2] < goal * (1 + NEAR), (number, len(kept))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("backend", ALL)
 def test_equals_the_argsort_rule_on_random_rows(backend):
     rows = 16 if backend == "triton" else 1000
@@ -97,6 +98,7 @@ def test_short_rows_of_any_size(backend):
     assert_holds_its_share(f.energy_share(pre, 0.8, backend=backend), pre, 0.8)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("backend", ALL)
 def test_special_shares(backend):
     pre = torch.tensor([[3.0, -9.0, 1.0, 2.0]])

@@ -33,6 +33,7 @@ def rows_of(codes):
     return [codes.indices[a:b].tolist() for a, b in pairwise(codes.offsets.tolist())]
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_equals_the_argsort_rule_on_random_rows(backend):
     rows = 1000 if backend != "triton" or torch.cuda.is_available() else 60  # interpreted, a row takes half a second
