@@ -284,6 +284,26 @@ def test_merge_topk_reads_a_slab_once_and_writes_what_changes(dtype, metering):
         assert meter.of(latents).stored == 4 * changed and meter.of(values).stored == dtype.itemsize * changed
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_sparse_mlp_reads_each_row_of_the_union_once_for_8_tokens(gated, metering):
+    """And nothing of a row that no token keeps. Nine tokens: two blocks, the second of one."""
+    num_neurons, d, d_out = 60, 48, 80
+    kept = torch.where(torch.rand(9, num_neurons) < 0.05, torch.randn(9, num_neurons), 0.0).bfloat16()
+    kept[:, 5], kept[:8, 6], kept[8, 7] = 0.0, 1.0, 1.0
+    x, up, down = (torch.randn(*shape).bfloat16() for shape in ((9, d), (num_neurons, d), (num_neurons, d_out)))
+    with metering() as meter:
+        ops.sparse_mlp(x if gated else None, kept, up if gated else None, None, down, None, "triton")
+    blocks = [(rows != 0).any(0) for rows in (kept[:8], kept[8:])]
+    read, distinct = sum(int(union.sum()) for union in blocks), int((blocks[0] | blocks[1]).sum())
+    for weight, is_read in ((up, gated), (down, True)):
+        row = weight.shape[1] * 2
+        assert meter.of(weight).loaded == (read * row if is_read else 0)
+        assert meter.of(weight).loaded_once == (distinct * row if is_read else 0)
+    needed = OPERATIONS["sparse_mlp"].traffic(x if gated else None, kept, up if gated else None, None, down, None)
+    once = sum(meter.of(t).loaded_once for t in (kept, down, *((x, up) if gated else ())))
+    assert once + 9 * d_out * 2 == needed.bytes
+
+
 # --- codes ---------------------------------------------------------------------------------------------------------
 
 

@@ -23,8 +23,7 @@ class MarkTiles(NamedTuple):
 
 @searched(
     lambda tiles, rows, num_neurons: [
-        MarkTiles(block, ahead, -(-tiles.share // block) * block, warps)
-        for block in _around(tiles.block, 32, 2048)
+        tiles._replace(ahead=ahead, warps=warps)
         for ahead in _around(tiles.ahead, 32, 8192)
         for warps in _around(tiles.warps, 1, 8)
     ]
@@ -49,22 +48,21 @@ class UnionTile(NamedTuple):
 
 def _tiles_around(tile: UnionTile, rows: int, width: int) -> list[UnionTile]:
     return [
-        UnionTile(neurons, columns, warps)
+        tile._replace(neurons=neurons, warps=warps)
         for neurons in _around(tile.neurons, 1, 32)
-        for columns in _around(tile.columns, 16, 4096)
         for warps in _around(tile.warps, 1, 8)
-        if neurons * columns <= 256 * 32 * warps
+        if neurons * tile.columns <= 128 * 32 * warps
     ]
 
 
 @searched(_tiles_around)
 def up_tile(rows: int, width: int) -> UnionTile:
-    """Whole rows of ``up`` where they fit, 64 numbers a thread, so that few sums go through shared memory.
+    """Two whole rows of ``up`` where they fit, so that few sums go through shared memory: 64 numbers a thread.
 
-    Two at a time; four where several tokens are multiplied with them, which come from the cache anew for each tile.
+    32 where several tokens are multiplied with them, which come from the cache anew for each tile: 64 spill.
     """
-    neurons, columns = 4 if rows >= 4 else 2, max(min(next_power_of_2(width), 4096), 16)
-    return UnionTile(neurons, columns, min(max(neurons * columns // 2048, 1), 8))
+    columns = max(min(next_power_of_2(width), 4096), 16)
+    return UnionTile(2, columns, min(max(2 * columns // (32 * (32 if rows >= 4 else 64)), 1), 8))
 
 
 def up_programs(tile: UnionTile, blocks: int, num_neurons: int) -> int:
@@ -76,13 +74,18 @@ def up_programs(tile: UnionTile, blocks: int, num_neurons: int) -> int:
 def down_tile(rows: int, width: int) -> UnionTile:
     """One warp, 8 columns a thread, a 16-byte load of 16-bit numbers: the sum over neurons stays inside each thread.
 
-    8 rows in flight beside the sums of 8 tokens, 16 beside those of one or two.
+    16 rows in flight beside the sums of one token, 4 beside those of 8: more would spill. Rows not aligned are loaded
+    column by column, which takes a register for each.
     """
-    return UnionTile(8 if rows >= 4 else 16, max(min(next_power_of_2(width), 256), 16), 1)
+    neurons = 4 if rows >= 4 else 8 if rows == 2 or width % 16 else 16
+    return UnionTile(neurons, max(min(next_power_of_2(width), 256), 16), 1)
 
 
 def down_parts(tile: UnionTile, blocks: int, num_neurons: int, width: int) -> int:
-    """Parts of the union that are summed apart: 8 warps for each SM, 32 KB in flight, whose sums are added in order."""
+    """Parts of the union that are summed apart: 8 warps for each SM, as many as 230 registers a thread leave room for.
+
+    16 KB of 16-bit numbers are in flight with 8 tokens, 64 KB with one.
+    """
     tiles = -(-width // tile.columns)
     return max(min(8 * SMS // tile.warps // (tiles * blocks), -(-num_neurons // tile.neurons)), 1)
 

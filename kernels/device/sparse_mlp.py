@@ -102,8 +102,8 @@ def _sum_of_rows(
 ):
     """[ROWS, columns] each token's sum over the union's neurons [start, end).
 
-    A neuron that a token does not keep counts 0 times its row. MASKED leaves it out, which takes twice as long, and
-    gives something else where that row is not finite.
+    A neuron that a token does not keep counts 0 times its row. MASKED leaves it out, which takes several times as long
+    and gives something else where that row is not finite.
     """
     acc = tl.zeros((ROWS, column.shape[0]), tl.float32)
     while start < end:
@@ -149,7 +149,7 @@ def _down_kernel(
         not_finite = tl.max(tl.max((acc - acc != 0.0).to(tl.int32), axis=1), axis=0)
         if not_finite > 0:
             acc = _sum_of_rows(kept_ptr, values_ptr, union_ptr, weight_ptr, start, end, column, mask_d, B, F, stride_kb,
-                               stride_kf, stride_wf, HAS_UP, True, ROWS, BLOCK_U)
+                               stride_kf, stride_wf, HAS_UP, True, ROWS, 1)
     token = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     at = (tl.program_id(0).to(tl.int64) * B + token)[:, None] * D + offs_d[None, :]
     tl.store(partial_ptr + at, acc, mask=(token < B)[:, None] & mask_d[None, :])
