@@ -38,13 +38,6 @@ def make_pre(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     return x.to(torch.get_default_device())
 
 
-def force_dense(share: float) -> dict[str, dict[str, float]]:
-    """A ``densified.DENSE_SHARE`` under which operations on codes always gather (inf) or always densify (0)."""
-    from sae_kernels.stock.densified import DENSE_SHARE
-
-    return {kind: dict.fromkeys(shares, share) for kind, shares in DENSE_SHARE.items()}
-
-
 class Allocated(NamedTuple):
     """Bytes of memory beyond what there was before a call."""
 

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tune
+from density import force_dense
 
 from sae_engine import SparseCodes, TopK
 from sae_engine import functional as f
-from sae_engine.testing import assert_same, assert_within_budget, force_dense, same_bits
+from sae_engine.testing import assert_same, assert_within_budget, same_bits
 from sae_kernels import ops
 from sae_kernels.device import _autotune, _tuning
 from sae_kernels.operations import OPERATIONS, in_fp64

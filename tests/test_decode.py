@@ -1,11 +1,12 @@
 """functional.decode, its kernel and both its gradients (kernels/device/decode.py, backward.py; densified.py)."""
 import pytest
 import torch
+from density import force_dense
 from largest_tensor import Largest
 
 from sae_engine import SparseCodes
 from sae_engine import functional as f
-from sae_engine.testing import assert_same, assert_within_budget, force_dense
+from sae_engine.testing import assert_same, assert_within_budget
 from sae_kernels import reference
 from sae_kernels.device import _tuning
 from sae_kernels.ops import ops

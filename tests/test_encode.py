@@ -1,12 +1,13 @@
 """functional.encode: the same codes as the dense pre-activations give, and sparse gradients of everything in it."""
 import pytest
 import torch
+from density import force_dense
 from largest_tensor import Largest
 
 import sae_engine as se
 from sae_engine import _encoder
 from sae_engine import functional as f
-from sae_engine.testing import assert_same, force_dense
+from sae_engine.testing import assert_same
 from sae_kernels.ops import ops
 from sae_kernels.stock import densified, limits
 

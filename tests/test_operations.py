@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from density import force_dense
 from torch.utils import _pytree as pytree
 
-from sae_engine.testing import assert_same, assert_within_budget, force_dense
+from sae_engine.testing import assert_same, assert_within_budget
 from sae_kernels import reference
 from sae_kernels.operations import OPERATIONS, Operation, in_fp64
 from sae_kernels.ops import ops

@@ -90,3 +90,11 @@ def test_the_lines_on_cuda_graphs():
 def test_every_module_of_the_table_exists():
     for name in re.findall(r"^\| `(\w+)\([^|]*\|", README, re.MULTILINE):
         assert hasattr(se, name) or hasattr(se.functional, name), name
+
+
+def test_the_lines_on_language_models(capsys):
+    (lines,) = [block for block in BLOCKS if "sparsify(" in block]
+    short = lines.replace("tokens=8192", "tokens=256").replace("tokens=4096", "tokens=256")
+    assert short != lines
+    exec(short, {})
+    assert "perplexity" in capsys.readouterr().out

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from density import force_dense
 from training_cases import F64, B, D, F, assert_parameters_close, make, train_step
 
 import sae_engine as se
 from sae_engine.losses import AFA, L1, MultiTopK
-from sae_engine.testing import assert_same, force_dense
+from sae_engine.testing import assert_same
 from sae_engine.training import TrainStep
 from sae_kernels.stock import densified
 
