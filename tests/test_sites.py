@@ -185,7 +185,7 @@ SPELT = {
     "resid_mid": ["blocks.3.hook_resid_mid", "blocks.3.hook_mlp_in"],
     "attn_out": ["blocks.3.hook_attn_out", "attn_out_layer_3", "model.layers.3.attn_out"],
     "mlp_out": ["blocks.3.hook_mlp_out", "mlp_out_layer3"],
-    "z": ["blocks.3.attn.hook_z"],
+    "z": ["blocks.3.attn.hook_z", "blocks.3.hook_z"],
     "mlp_post": ["blocks.3.mlp.hook_post"],
     "mlp_in": ["blocks.3.mlp.hook_in"],
     "self_attn.o_proj": ["model.layers.3.self_attn.o_proj", "blocks.3.self_attn.o_proj",
@@ -199,6 +199,11 @@ def test_all_spellings_are_one_site(name):
     assert (site.name, site.layer) == (name, 3) and SPELT[name]
     for spelling in [*SPELT[name], str(site)]:
         assert Site.of(spelling) == Site.of(spelling, 3) == Site.of(site.place, site.layer) == site, spelling
+
+
+@pytest.mark.parametrize("name", ["hook_z", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "hook_mlp_out"])
+def test_a_hook_without_its_block_takes_the_layer(name):
+    assert str(Site.of(name, 3)) == str(Site.of(f"blocks.3.{name}"))
 
 
 def test_modules_outside_blocks_and_their_inputs():

@@ -14,6 +14,7 @@ _CANONICAL = {"z": "attn.hook_z", "mlp_in": "mlp.hook_in", "mlp_post": "mlp.hook
 # TransformerLens' names inside a block. Its hook_mlp_in is the stream before the norm, not what the MLP is given.
 _HOOKS = {
     **{_CANONICAL.get(name, f"hook_{name}"): name for name in SITES},
+    "hook_z": "z",  # as it is called without its module
     "hook_in": "resid_pre",
     "hook_out": "resid_post",
     "hook_mlp_in": "resid_mid",
