@@ -101,6 +101,15 @@ def test_it_leaves_how_often_each_latent_fires_and_publishes_it(finished, tmp_pa
     assert torch.allclose(sparsity_in(tmp_path / "out" / hook), shares, atol=1e-9)
 
 
+def test_the_folder_of_a_run_is_told_from_that_of_an_autoencoder(finished, tmp_path):
+    (folder,) = (finished.folder / "sae").iterdir()
+    with pytest.raises(ValueError, match=f"is the folder of a run: name one of its autoencoders: {folder}$"):
+        se.SparseAutoencoder.from_pretrained(finished.folder)
+    shutil.copy(finished.folder / "metrics.jsonl", tmp_path)
+    with pytest.raises(ValueError, match="is the folder of a run: it has not ended and has none yet"):
+        se.SparseAutoencoder.from_pretrained(tmp_path)
+
+
 def test_densities_are_of_the_last_updates():
     """Windows of 2: behind update 5 those of updates 3 to 5, without the one that was left out."""
     density, one = Densities(3, 2, torch.device("cpu")), torch.tensor([1.0, 0.0, 4.0])

@@ -151,6 +151,10 @@ def _choose(source: Source, format: str) -> tuple[ModuleType, Files]:
             halves.append((module, own, None))
     if len(whole) > 1:
         raise ValueError(f"{source.place} may have any of the formats {[m.NAME for m, _, _ in whole]}: name one")
+    if not whole and (source.place / "metrics.jsonl").is_file():  # what a training left
+        inside = [str(file.parent) for file in sorted(source.place.glob("sae/*/cfg.json"))]
+        what = f"name one of its autoencoders: {', '.join(inside)}" if inside else "it has not ended and has none yet"
+        raise ValueError(f"{source.place} is the folder of a run: {what}")
     if not whole and source.damaged:
         raise next(iter(source.damaged.values()))
     if not whole and not halves:
