@@ -22,7 +22,7 @@ def calls(monkeypatch):
         return own(x, kept, *args, **options)
 
     monkeypatch.setattr(functional, "sparse_mlp", counted)
-    monkeypatch.setattr(layers, "CPU_DENSE_SMALL", 1.0)
+    monkeypatch.setattr(layers, "densest", lambda numbers: 1.0)
     return seen
 
 
@@ -118,7 +118,12 @@ def test_up_to_eight_tokens_run_sparse(rows, calls):
 
 
 def test_what_keeps_much_runs_dense(monkeypatch):
+    """Where half is kept, and where a matrix is small."""
+    assert (layers.densest(4096 * 1024), layers.densest(2048 * 512), layers.densest(64)) == (0.45, 0.2, 0.0)
     monkeypatch.setattr(functional, "sparse_mlp", None)  # calling it would raise
+    small = se.lm.sparsify(make("Llama"), se.lm.TopShare(0.99))
+    assert stepwise(small, token_ids()).isfinite().all()
+    monkeypatch.setattr(layers, "densest", lambda numbers: 0.2)
     model = se.lm.sparsify(make("Llama"), se.lm.TopShare(0.5))
     assert stepwise(model, token_ids()).isfinite().all()
     accelerated = se.accelerate(make("OPT", relu=True))  # half of its activations are zero

@@ -18,10 +18,15 @@ from .places import Found, Halves, by_input
 from .rules import Learned, Rule
 
 MOST_ROWS = 8  # more tokens keep too many different entries
-# Share of kept entries above which dense code is faster: on a CPU of large and of small matrices, on a GPU of the union
-# of a batch's entries.
-CPU_DENSE, CPU_DENSE_SMALL, SMALL = 0.45, 0.2, 1024 * 4096
-GPU_DENSE = 0.6
+GPU_DENSE = 0.6  # share of entries that a batch keeps together, above which a GPU's dense code is faster
+
+
+def densest(numbers: int) -> float:
+    """Share of kept entries up to which a CPU is faster with their rows alone, of a matrix of so many numbers.
+
+    What is not read of a small one does not pay for the calls.
+    """
+    return 0.45 if numbers >= 1 << 22 else 0.2 if numbers >= 1 << 20 else 0.0
 
 
 class Seen(Protocol):
@@ -62,9 +67,8 @@ class Selection:
             return False
         density = self.learned.density
         if kept.is_cpu:
-            if density is None:
-                density = int(kept.count_nonzero()) / kept.numel()
-            return density <= (CPU_DENSE if weight.numel() >= SMALL else CPU_DENSE_SMALL)
+            most = densest(weight.numel())
+            return most > 0 and (int(kept.count_nonzero()) / kept.numel() if density is None else density) <= most
         return density is None or 1 - (1 - density) ** rows <= GPU_DENSE
 
     def bias(self, down: nn.Module) -> Tensor | None:
