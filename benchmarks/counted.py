@@ -92,7 +92,7 @@ def main() -> None:
     ptx_emulator.install(arch=90, num_sms=132, seed=1, resident=1)
     on_cpu_tensors = mock.patch.object(dispatch, "interprets_triton", return_value=True)
     with ptx_emulator.configured(count=True, checks=()), on_cpu_tensors:
-        found = {"merge_topk": merges(), "latents": [latent_pass(*sizes) for sizes in PASSES]}
+        found = {"merges": merges(), "latents": [latent_pass(*sizes) for sizes in PASSES]}
     made = {"triton": metadata.version("triton"), "torch": metadata.version("torch"),
             "commit": environment(torch.device("cpu"))["commit"]}  # fmt: skip
     write_atomically(options.out, json.dumps({**made, **found}, indent=1) + "\n")

@@ -149,7 +149,7 @@ def counted_merges(launch, shape):
 
     Of slab n a row's entries exceed what it holds k / n times, whatever the slab's width is.
     """
-    a, found = launch.arguments, counted()["merge_topk"]
+    a, found = launch.arguments, counted()["merges"]
     slabs = -(-shape.F // a["C"]) - 1
     if (a["K"], True) != (found["k"], slabs <= len(found["bytes"])):
         raise ValueError(f"counted.py has not counted {slabs} merges of k={a['K']}: let it")

@@ -392,7 +392,7 @@ def test_host_and_graph_stand_beside_the_device_time():
 
 def test_what_merging_slabs_costs_is_the_mean_of_what_was_counted(monkeypatch):
     """Of slabs as wide as those that were counted; of wider ones, with what a slab costs that holds nothing."""
-    numbers = {"merge_topk": {"C": 100, "k": 2, "instructions": [90, 50, 40], "bytes": [9, 6, 3]}}
+    numbers = {"merges": {"C": 100, "k": 2, "instructions": [90, 50, 40], "bytes": [9, 6, 3]}}
     monkeypatch.setattr(predict, "counted", lambda: numbers)
     cost = lambda latents, width, k=2: predict.counted_merges(  # noqa: E731
         SimpleNamespace(arguments={"C": width, "K": k}), SimpleNamespace(F=latents)
