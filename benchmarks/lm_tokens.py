@@ -1,7 +1,7 @@
 """Tokens a second of whole language models on a CPU, token by token: plain, and skipping weights.
 
-    python benchmarks/lm_models.py --quick          # tiny models, seconds, to see that it works
-    python benchmarks/lm_models.py --threads 2      # two models of some 200 M random parameters: minutes
+    python benchmarks/lm_tokens.py --quick          # tiny models, seconds, to see that it works
+    python benchmarks/lm_tokens.py --threads 2      # two models of some 200 M random parameters: minutes
 
 One has Llama's architecture and goes on with a tenth of each gate's activations by a threshold (``se.lm.Threshold``,
 which changes the function); the other has Gemma 3n's, whose first layers keep a twentieth by themselves, and is
@@ -95,8 +95,8 @@ def row(name: str, make: Any, change: Any, scale: int, tokens: int, dtype: torch
     before, after = (statistics.median(way.times[2:]) for way in ways)
     apart = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*(w.logits for w in ways), strict=True))
     size = sum(p.numel() for p in plain.parameters()) / 1e6
-    return (f"| {name}, {size:.0f} M parameters, {str(dtype).removeprefix('torch.')} | {1 / before:.1f} | {1 / after:.1f} "
-            f"| {before / after:.2f} | {apart:.1e} |")  # fmt: skip
+    what = f"{name}, {size:.0f} M parameters, {str(dtype).removeprefix('torch.')}"
+    return f"| {what} | {1 / before:.1f} | {1 / after:.1f} | {before / after:.2f} | {apart:.1e} |"
 
 
 def main() -> None:
