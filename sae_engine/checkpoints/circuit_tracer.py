@@ -40,7 +40,8 @@ def load(files: Files) -> Checkpoint:
     if activation == "topk":
         raise ValueError(
             f"{file}: activation 'topk' keeps negative pre-activations too, which no rule here does; to have it "
-            "without them, build SparseAutoencoder(d_in, d_sae, TopK(k), apply_b_dec_to_input=False) and copy the tensors"
+            "without them, build SparseAutoencoder(d_in, d_sae, TopK(k), apply_b_dec_to_input=False) and copy the "
+            "tensors"
         )
     if activation not in (("jumprelu", None) if has_threshold else ("relu", None)):
         said_by_weights = "with" if has_threshold else "without"
