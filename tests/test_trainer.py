@@ -12,7 +12,7 @@ import killed_runs
 import pytest
 import torch
 from killed_runs import Kill, outcome, statuses
-from short_runs import SAE, settings
+from short_runs import SAE, settings, timeless
 
 import sae_engine as se
 from sae_engine.checkpoints.saelens import sparsity_in
@@ -47,15 +47,6 @@ def finished(tmp_path_factory) -> Run:
     run = train(settings(folder))
     torch.set_num_threads(before)
     return run
-
-
-def timeless(run: Run) -> list[dict[str, Any]]:
-    """The metrics without what depends on when they were written; NaN equals itself."""
-    return [
-        {key: "nan" if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()
-         if key != "time" and not key.startswith("performance/")}
-        for line in run.metrics()
-    ]  # fmt: skip
 
 
 def last(run: Run) -> checkpoint.Saved:

@@ -1,8 +1,11 @@
-"""The settings of a run of seconds on the embedded model, to be varied."""
+"""The settings of a run of seconds on the embedded model, to be varied, and what two runs have in common."""
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
+
+from sae_engine.training.run import Run
 
 SAE = {"hook_name": "blocks.1.hook_resid_pre", "architecture": "topk", "k": 8, "d_sae": 128}
 SETTINGS: dict[str, Any] = {
@@ -28,3 +31,12 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         else:
             found[section] = value
     return found
+
+
+def timeless(run: Run) -> list[dict[str, Any]]:
+    """The metrics without what depends on when they were written; NaN equals itself."""
+    return [
+        {key: "nan" if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()
+         if key != "time" and not key.startswith("performance/")}
+        for line in run.metrics()
+    ]  # fmt: skip
