@@ -2,6 +2,7 @@
 
     python benchmarks/predict.py                    # Markdown and JSON in benchmarks/results/kernel-report
     python benchmarks/predict.py --steps            # whole training steps alone, in prediction-steps.md and .jsonl
+    python benchmarks/predict.py --mlps             # a sparse MLP alone, in prediction-mlps.md and .jsonl
 
 Each launch is compiled for sm_90 and its binary read (kernel_report.py). Its predicted time is the largest of
 
@@ -37,6 +38,7 @@ import sae_engine as se
 from sae_engine._files import replace_file
 from sae_engine.training import TrainStep, state_bytes
 from sae_kernels.operations import OPERATIONS
+from sae_kernels.ops import ops
 
 # Bytes a second that a copy reads and writes. The H200's is the roof of the card in benchmarks/results/nvidia-h200; the
 # H100's is the same share, nine tenths, of what its memory is specified for.
@@ -52,6 +54,11 @@ SHARE = 256 * 4  # bytes of the counts from which a program finds its place
 SECTOR = 32  # bytes that a gather of a few moves
 
 CASES = ("topk", "batch_topk", "norm_match", "threshold", "decode", "decode_error", "to_dense")
+
+
+def union_of(shape):
+    """Neurons that one of the tokens keeps, k each, any as likely as another."""
+    return shape.F * (1 - (1 - shape.k / shape.F) ** shape.B)
 
 
 def moved(launch, shape):
@@ -119,6 +126,16 @@ def moved(launch, shape):
             return 0, 0  # uniform latents and rows: none is split
         case "_scatter_kernel" | "_gather_kernel":
             return entries * SECTOR, entries * SECTOR
+        case "_union_kernel":  # the marks were just written; each program counts what lies before its share
+            return 0, size("kept_ptr") * (1 + launch.grid[0]) / 2 + 4 * union_of(shape)
+        case "_up_kernel":  # tokens come from the cache for each tile of rows
+            weight = union_of(shape) * a["D"] * a["weight_ptr"].element_size()
+            return weight, weight + size("x_ptr") * union_of(shape) / a["BLOCK_U"]
+        case "_down_kernel":
+            weight = union_of(shape) * a["D"] * a["weight_ptr"].element_size()
+            return weight, weight + launch.grid[1] * union_of(shape) * a["ROWS"] * 4 + size("partial_ptr")
+        case "_sum_kernel":
+            return 0, size("partial_ptr") + size("out_ptr")
         case "_entry_rows_kernel":
             return entries * 12, entries * 12
         case "_operand_kernel":
@@ -305,6 +322,43 @@ def steps(gpu):
                "launches": sum(part["launches"] for part in parts)}  # fmt: skip
 
 
+# --- a language model's MLP ------------------------------------------------------------------------------------------
+
+# of Llama 3 8B, 5 % of its neurons kept
+MLPS = (report.Shape("MLP 4096 x 14336, 1 token", 1, 4096, 14336, 717),
+        report.Shape("MLP 4096 x 14336, 8 tokens", 8, 4096, 14336, 717))  # fmt: skip
+
+
+def _sparse_mlp(shape, dtype):
+    empty = functools.partial(torch.empty, dtype=dtype, device="meta")
+    x, kept, up, down = (empty(*sizes) for sizes in (
+        (shape.B, shape.d), (shape.B, shape.F), (shape.F, shape.d), (shape.F, shape.d)))  # fmt: skip
+    return functools.partial(ops.sparse_mlp, x, kept, up, None, down, None, "triton")
+
+
+def mlps(gpu):
+    """For each of MLPS the operation, and the whole gated MLP: with it, and dense by three products."""
+    import ahead_of_time
+
+    copy, dtype = COPY[gpu], report.BF16
+    for shape in MLPS:
+        found = report.run_cell((report.Case("", _sparse_mlp, gradient=False), shape, dtype), "sm_90")
+        parts = [{**predict(launch, shape, copy, ahead_of_time), "launches": 1} for _, launch in found.launches]
+        total = sum(part["microseconds"] for part in parts)
+        matrix, vectors = shape.F * shape.d * 2, shape.B * (2 * shape.d + shape.F) * 2
+        read = 2 * matrix * union_of(shape) / shape.F
+        yield row(gpu, "sparse_mlp", "forward", shape, dtype, total, 1e6 * (read + vectors) / copy, parts)
+        product = stock("product with a matrix", matrix, copy)
+        product["microseconds"] += 1e6 * GAP
+        small = [stock(name, 0, copy) for name in ("activation", "absolute value", "comparison", "where")]
+        whole = [product, *small, *parts]
+        yield row(gpu, "gated MLP, sparse", "forward", shape, dtype, sum(part["microseconds"] for part in whole),
+                  1e6 * (matrix + read + vectors) / copy, whole)  # fmt: skip
+        dense = [product] * 3 + [stock(name, 0, copy) for name in ("activation", "multiplication")]
+        yield row(gpu, "gated MLP, dense", "forward", shape, dtype, sum(part["microseconds"] for part in dense),
+                  1e6 * (3 * matrix + vectors) / copy, dense)  # fmt: skip
+
+
 def row(gpu, name, mode, shape, dtype, microseconds, floor, parts):
     longest = max(parts, key=lambda part: part["microseconds"])
     return {"prediction": True, "gpu": gpu, "op": name, "mode": mode, "shape": shape.name,
@@ -353,8 +407,12 @@ def main():
     default = Path(__file__).parent / "results" / "kernel-report"
     parser.add_argument("--out", type=Path, default=default, help="folder for prediction.md and prediction.jsonl")
     parser.add_argument("--steps", action="store_true", help="whole training steps, in prediction-steps.md and .jsonl")
+    parser.add_argument("--mlps", action="store_true", help="a sparse MLP, in prediction-mlps.md and .jsonl")
     options = parser.parse_args()
-    if options.steps:
+    if options.mlps:
+        name, found = "prediction-mlps", [r for gpu in COPY for r in mlps(gpu)]
+        text = markdown(found) + of_parts([r for r in found if r["op"] == "sparse_mlp"])
+    elif options.steps:
         name, found = "prediction-steps", [r for gpu in COPY for r in steps(gpu)]
         text = markdown(found) + of_parts(found)
     else:

@@ -46,7 +46,7 @@ class UnionTile(NamedTuple):
     warps: int
 
 
-def _tiles_around(tile: UnionTile, rows: int, width: int) -> list[UnionTile]:
+def _tiles_around(tile: UnionTile, *_: int) -> list[UnionTile]:
     return [
         tile._replace(neurons=neurons, warps=warps)
         for neurons in _around(tile.neurons, 1, 32)
@@ -56,13 +56,15 @@ def _tiles_around(tile: UnionTile, rows: int, width: int) -> list[UnionTile]:
 
 
 @searched(_tiles_around)
-def up_tile(rows: int, width: int) -> UnionTile:
+def up_tile(rows: int, width: int, itemsize: int) -> UnionTile:
     """Two whole rows of ``up`` where they fit, so that few sums go through shared memory: 64 numbers a thread.
 
-    32 where several tokens are multiplied with them, which come from the cache anew for each tile: 64 spill.
+    Four where several tokens are multiplied with them, which come from the cache anew for each tile, and 64 bytes a
+    thread: more spill on one GPU or another.
     """
-    columns = max(min(next_power_of_2(width), 4096), 16)
-    return UnionTile(2, columns, min(max(2 * columns // (32 * (32 if rows >= 4 else 64)), 1), 8))
+    neurons, most, numbers = (2, 4096, 64) if rows < 4 else (4, 2048, 64 // itemsize)
+    columns = max(min(next_power_of_2(width), most), 16)
+    return UnionTile(neurons, columns, min(max(neurons * columns // (32 * numbers), 1), 16))
 
 
 def up_programs(tile: UnionTile, blocks: int, num_neurons: int) -> int:

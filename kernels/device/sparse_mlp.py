@@ -202,7 +202,7 @@ def _plan(
     product = None
     if up is not None:
         d = up.shape[1]
-        tile = _union_tuning.up_tile(rows, d)
+        tile = _union_tuning.up_tile(rows, d, up.dtype.itemsize)
         product = Launch(
             _up_kernel, (_union_tuning.up_programs(tile, blocks, neurons), blocks), warps=tile.warps, D=d,
             stride_xb=strides_of(x)[0], stride_xd=strides_of(x)[1], stride_wf=up.strides[0], stride_wd=up.strides[1],
