@@ -44,6 +44,7 @@ CALLS = {
     "feature_topm": (
         lambda: functional.feature_topm(meta(B, F), meta(F, dtype=torch.int32), total=B * K), 3, 9),
     "decode": (lambda: functional.decode(codes(), meta(F, D)), 2, 0),
+    "sparse_mlp": (lambda: functional.sparse_mlp(meta(8, D), meta(8, F), meta(F, D), meta(F, D), None, meta(D)), 4, 0),
     "to_dense": (lambda: codes().to_dense(), 1, 1),
     "by_latent": (lambda: codes().by_latent, 1, 6),
     "value gradients": (
