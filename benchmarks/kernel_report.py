@@ -341,14 +341,16 @@ def compiled_anew(cells: list[Cell], target: str, batches: tuple[int, ...] = (1,
     """Binaries that a cell's case compiles at other numbers of tokens and neither at its own nor at FEW: none.
 
     Rows are streamed by one program each where they are many, by several where they are few: two sets of binaries.
-    Two kinds of cells are left out: a transposed matrix, whose stride is the number of tokens, and on AMD matrices of
-    2 GiB or more, since Triton addresses smaller ones with 32 bits there and so keeps two binaries for either side.
+    An MLP's few tokens are 1, 2, 4 or 8 in a binary: that many. Two kinds of cells are left out: a transposed matrix,
+    whose stride is the number of tokens, and on AMD matrices of 2 GiB or more, since Triton addresses smaller ones with
+    32 bits there and so keeps two binaries for either side.
     """
     anew: list[Row] = []
     for case, shape, dtype in cells:
         if "transposed" in case.name or (target == "gfx942" and shape.B * shape.F * dtype.itemsize >= 2**31):
             continue
-        own = [shape, replace(shape, B=FEW)]
+        few = (1, 2, 4) if case.name.startswith("sparse_mlp") else ()
+        own = [shape, *(replace(shape, B=tokens) for tokens in (FEW, *few))]
         known = {launch.binary for size in own for _, launch in run_cell((case, size, dtype), target).launches}
         for batch in batches:
             for mode, launch in run_cell((case, replace(shape, B=batch), dtype), target).launches:

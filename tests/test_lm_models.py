@@ -130,6 +130,23 @@ def test_what_keeps_much_runs_dense(monkeypatch):
     assert stepwise(accelerated, token_ids()).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_autocast_and_gradients_of_biases(kind, calls):
+    """Under autocast the dtypes are those of the plain model; where a bias alone learns, the dense code runs."""
+    plain, model, ids = make(kind), se.lm.sparsify(make(kind), se.lm.TopShare(0.01)), token_ids(1, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, ours = (one(input_ids=ids).logits for one in (plain, model))
+    assert calls and ours.dtype == expected.dtype
+    torch.testing.assert_close(ours, expected, atol=0.1, rtol=0.1)  # bfloat16 through two blocks
+    calls.clear()
+    model.requires_grad_(False)
+    module = layers.skipping(model).popitem()[1]
+    bias = torch.nn.Parameter(torch.zeros(32))
+    (module if kind == "GPT2" else module.down_proj).bias = bias
+    module(torch.randn(2, 128 if kind == "GPT2" else 32)).sum().backward()
+    assert not calls and torch.equal(bias.grad, torch.full((32,), 2.0))
+
+
 @pytest.mark.parametrize("kind", GATED)
 def test_what_is_not_kept_is_not_read(kind, calls):
     """NaN in the rows of W_up and the columns of W_down that no token keeps leaves no trace."""

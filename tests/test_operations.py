@@ -226,6 +226,6 @@ def test_traffic_counts_latents_that_are_named_and_parameters_that_serve_as_weig
 
 def test_traffic_asks_for_a_count_that_follows_from_the_data():
     row = OPERATIONS["threshold"]
-    *args, _ = arguments(row)
+    *args, _, magnitude = arguments(row)
     with pytest.raises(ValueError, match="capacity"):
-        row.traffic(*args, None)
+        row.traffic(*args, None, magnitude)

@@ -453,8 +453,9 @@ def test_errors_of_the_command_are_lines(tmp_path, capsys):
         (["--resume", "run", "--preset", "embedded"],
          ["--resume goes on with the run's own configuration, without --pre"]),
         ([str(tmp_path / "none.yaml")], ["none.yaml"]),
-        (["--preset", "gpt2-topk-32k", "--set", "model.model_name=nobody/none", "--print-config"],
-         ["the hub did not answer for the config.json of 'nobody/none'"]),
+        (["--preset", "gpt2-topk-32k", "--set", "model.model_name=nobody/none", "--set",
+          f"output.output_path={tmp_path / 'run'}"],
+         ["the hub did not answer for 'nobody/none'"]),
         (["--preset", "embedded", "--set", "model.model_name=./none", "--print-config"],
          ["model.model_name: is neither a folder that exists nor a hub name: './none'"]),
     ]:  # fmt: skip

@@ -57,13 +57,13 @@ class Selection:
             self.seen(kept != 0 if mask is None else mask)
         return kept, mask if self.learned.mean is not None else None
 
-    def skips(self, kept: Tensor, weight: Tensor, *inputs: Tensor) -> bool:
+    def skips(self, kept: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         """Whether only rows of ``weight`` (F, D) that are kept are to be read: by sizes and what was measured before,
         on a CPU also by what is there, since nobody waits for that."""
         rows = kept.shape[0]
         if self.always_dense or rows > MOST_ROWS or rows == 0:
             return False
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (kept, weight, *inputs)):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (kept, weight, *others)):
             return False
         density = self.learned.density
         if kept.is_cpu:
@@ -141,9 +141,9 @@ class GatedMLP(_SkipsWeights):
         kept, mask = state.kept(a)
         linear = getattr(mlp, halves.down)
         down = by_input(linear)
-        if state.skips(kept, down, rows, up):
+        if state.skips(kept, down, rows, up, up_bias, linear.bias):
             out = functional.sparse_mlp(
-                rows, kept, up, _rows_of(down), up_bias, state.bias(linear), backend=state.backend
+                rows.to(kept.dtype), kept, up, _rows_of(down), up_bias, state.bias(linear), backend=state.backend
             )
             if mask is not None:  # a kept entry counts as itself, and no longer as the mean
                 mean = torch.where(mask, -state.learned.mean, 0.0).to(kept.dtype)  # type: ignore[operator]
@@ -169,7 +169,7 @@ class SparseInput(_SkipsWeights):
         rows = x.reshape(-1, x.shape[-1])
         kept, mask = state.kept(rows)
         weight = by_input(linear)
-        if not state.skips(kept, weight, rows):
+        if not state.skips(kept, weight, linear.bias):
             if state.rule.keeps_zeros_out:
                 return super().forward(x)  # type: ignore[misc]
             if mask is not None:
@@ -177,6 +177,8 @@ class SparseInput(_SkipsWeights):
             return super().forward(kept.view(x.shape))  # type: ignore[misc]
         if mask is not None:
             kept = torch.where(mask, kept - state.learned.mean.to(kept.dtype), 0.0)  # type: ignore[union-attr]
+        if torch.is_autocast_enabled(kept.device.type):  # as it does with a linear layer
+            kept = kept.to(torch.get_autocast_dtype(kept.device.type))
         out = functional.sparse_mlp(
             None, kept, None, _rows_of(weight), None, state.bias(linear), backend=state.backend
         )
