@@ -256,7 +256,8 @@ def test_dict_class():
 
 def test_the_lines_of_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    short, block = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "se.accelerate(" in b]
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "se.accelerate(" in b]
+    short, block = (b for b in blocks if "se.lm." not in b)  # language models: tests/test_readme.py
     sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(d_in=D, d_sae=F, k=5))
     names = {"se": se, "sae": sae, "TopKTrainer": TopKTrainer, "steps": 2000, "d_in": D, "d_sae": F, "k": 5}
     try:
