@@ -339,6 +339,14 @@ def test_experts_stay_dense():
         se.lm.sparsify(model, se.lm.TopShare(0.5))
 
 
+def test_a_block_that_is_asked_for_and_has_no_mlp_is_refused():
+    model = make("Llama")
+    model.model.layers[0].mlp = nn.Identity()
+    with pytest.raises(se.CannotAccelerate, match="layers: block 0 has nothing that can skip weights"):
+        se.lm.sparsify(model, se.lm.TopShare(0.5), at="gate", layers=[0, 1])
+    assert list(layers.skipping(se.lm.sparsify(model, se.lm.TopShare(0.5)))) == ["model.layers.1.mlp"]
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from ..acceleration._base import CannotAccelerate
 from ..data.places import _blocks
 
+# A probe's two sums are of the same numbers in another order: this many roundings of the largest number.
+ROUNDINGS = 32
+
 
 class NothingThere(CannotAccelerate):
     """The model has no module of the kind that was asked for."""
-
-
-# A probe's two sums are of the same numbers in another order: this many roundings of the largest number.
-ROUNDINGS = 32
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,14 @@ def find(model: nn.Module, at: str, layers: Iterable[int] | None) -> tuple[list[
     path, blocks = _blocks(model)
     found: list[Found] = []
     experts: list[str] = []
+    without: list[int] = []
     for number in _checked_layers(layers, len(blocks)):
-        found += _in_block(f"{path}.{number}", blocks[number], at, experts)
+        inside = list(_in_block(f"{path}.{number}", blocks[number], at, experts))
+        found += inside
+        if not inside:
+            without.append(number)
+    if layers is not None and found and without:  # unless asked by number, those blocks are meant that have one
+        raise NothingThere(f"layers: block {without[0]} has nothing that can skip weights at={at!r}, as others have")
     if not found:
         what = {"gate": "no gated MLP", "hidden": "no MLP of two or three linear layers", "inputs": "no linear layer"}
         also = f"; experts stay dense: {', '.join(experts)}" if experts else ""

@@ -35,7 +35,8 @@ def sparsify(
     The function changes, by how much is for :func:`report` to say. Parameters keep names, shapes and values, so
     that the model saves and loads as before; ``generate``, caches and attention are the model's own. Up to 8 tokens
     without gradients run sparse, others dense with the same rule as a mask. W_down of an ``nn.Linear`` is laid out
-    column by column, in its place. :func:`se.restore` undoes everything.
+    column by column, in its place. Experts, and blocks that have no such MLP, stay as they are: :func:`report` lists
+    the modules that skip. :func:`se.restore` undoes everything.
 
     Args:
         model: of transformers, or a :class:`sae_engine.data.LanguageModel`.
