@@ -12,10 +12,10 @@ from sae_engine.data import (
     evaluation_text,
     iter_text_files,
     read_activations,
+    run_with_replacement,
     stdlib_texts,
     stream_activations,
 )
-from sae_engine.data.activations import run_with_replacement
 from sae_engine.data.contexts import context_batches
 
 RESIDUAL_SITES = ("resid_pre", "mlp_out", "resid_post")

@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .activations import read_activations, read_sites, run_with_replacement, stream_activations
+    from .activations import read_activations, read_sites, stream_activations
     from .collecting import collect_activations, collect_sites
     from .contexts import ContextSettings
     from .gradients import read_gradients
     from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
+    from .replacing import run_with_replacement, run_with_replacements
     from .sites import SITES, Site
     from .sources import open_source
     from .store import ActivationStore, RowTokens
@@ -39,17 +40,19 @@ __all__ = [
     "read_gradients",
     "read_sites",
     "run_with_replacement",
+    "run_with_replacements",
     "stdlib_texts",
     "stream_activations",
     "weights_sha256",
 ]
 
 _MODULES = {
-    "activations": {"read_activations", "read_sites", "run_with_replacement", "stream_activations"},
+    "activations": {"read_activations", "read_sites", "stream_activations"},
     "collecting": {"collect_activations", "collect_sites"},
     "contexts": {"ContextSettings"},
     "gradients": {"read_gradients"},
     "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
+    "replacing": {"run_with_replacement", "run_with_replacements"},
     "sites": {"SITES", "Site"},
     "sources": {"open_source"},
     "store": {"ActivationStore", "RowTokens"},

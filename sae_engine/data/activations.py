@@ -1,4 +1,4 @@
-"""Activations of a causal language model at any site, read by forward hooks; its logits with others in their place."""
+"""Activations of a causal language model at any site, read by forward hooks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_activations(
         >>> read_activations(lm.model, ids, layer=1).shape == (1, 3, lm.d_model)
         True
     """
-    _check_ids(input_ids)
+    check_ids(input_ids)
     place = find_place(model, site, layer)
     padding = padding_of(input_ids, attention_mask)
     if padding is None:
@@ -88,7 +88,7 @@ def read_sites(
         >>> torch.allclose(middle + added, after, atol=1e-4)
         True
     """
-    _check_ids(input_ids)
+    check_ids(input_ids)
     if isinstance(sites, (str, Site)) or not isinstance(sites, Sequence):
         raise TypeError(f"sites must be a sequence of sites, got {sites!r}")
     if not sites:
@@ -122,74 +122,6 @@ def _read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, places: S
         if number not in found:
             raise never_reached(model, place.site)
     return [found[number] for number in range(len(places))]
-
-
-def run_with_replacement(
-    model: nn.Module,
-    input_ids: Tensor,
-    replace: Callable[[Tensor], Tensor],
-    *,
-    layer: int | None = None,
-    site: str | Site = "resid_pre",
-    attention_mask: Tensor | None = None,
-) -> Tensor:
-    """Logits of the model with the site's activations replaced on the way: ``replace`` maps (B, T, d_model) to itself.
-
-    What ``replace`` returns is cast to the model's dtype, so that returning its argument changes no bit.
-
-    Args:
-        model, input_ids, layer, site, attention_mask: as :func:`read_activations` has them.
-        replace: called once, outside autograd; it must not write to its argument, which is 0 at padding.
-
-    Returns:
-        ``(B, T, vocabulary)``, in the model's dtype; 0 at padding.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as :func:`read_activations`; ValueError also where ``replace`` returns
-            another shape.
-
-    Example:
-        >>> from sae_engine.data import load_language_model
-        >>> lm = load_language_model()
-        >>> ids = torch.tensor([[1, 2, 3]])
-        >>> logits = run_with_replacement(lm.model, ids, torch.zeros_like, layer=1)
-        >>> logits.shape[:2]
-        torch.Size([1, 3])
-    """
-    _check_ids(input_ids)
-    place = find_place(model, site, layer)
-    if (padding := padding_of(input_ids, attention_mask)) is not None:
-        def on_tokens(hidden: Tensor) -> Tensor:
-            return padding.into(_checked(replace, padding.back(hidden)), hidden)
-
-        logits = _replaced(model, padding.input_ids, padding.attention_mask, on_tokens, place)
-        return padding.back(logits)
-    return _replaced(model, input_ids, torch.ones_like(input_ids), lambda x: _checked(replace, x), place)
-
-
-def _checked(replace: Callable[[Tensor], Tensor], before: Tensor) -> Tensor:
-    after = replace(before)
-    if not isinstance(after, Tensor) or after.shape != before.shape:
-        got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
-        raise ValueError(f"replace must return a tensor of shape {tuple(before.shape)}, got {got}")
-    return after
-
-
-def _replaced(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, replace: Callable[[Tensor], Tensor], place: Place
-) -> Tensor:
-    reached = False
-
-    def write(hidden: Tensor) -> Tensor:
-        nonlocal reached
-        reached = True
-        return replace(hidden)
-
-    with evaluating(model), place.hooked(input_ids.shape, write), torch.no_grad():
-        logits = model_forward(model, input_ids, attention_mask).logits
-    if not reached:
-        raise never_reached(model, place.site)
-    return logits
 
 
 def stream_activations(
@@ -375,7 +307,7 @@ class _NoBar:
 # ------------------------------------------------------------------------------------------ inside a model
 
 
-def _check_ids(input_ids: Tensor) -> None:
+def check_ids(input_ids: Tensor) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise TypeError(f"input_ids must be a tensor of integers, got {getattr(input_ids, 'dtype', type(input_ids))}")
     if input_ids.ndim != 2 or not input_ids.numel():

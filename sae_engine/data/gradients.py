@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .activations import _check_ids
+from .activations import check_ids
 from .padding import padding_of
 from .places import evaluating, find_place, model_forward, never_reached
 from .sites import Site
@@ -45,7 +45,7 @@ def read_gradients(
         >>> x.shape == gradient.shape, gradient[0, -1].abs().max().item()
         (True, 0.0)
     """
-    _check_ids(input_ids)
+    check_ids(input_ids)
     if input_ids.shape[1] < 2:
         raise ValueError(f"input_ids must be (B, T) with T >= 2, got shape {tuple(input_ids.shape)}")
     padding = padding_of(input_ids, attention_mask)

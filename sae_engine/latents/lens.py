@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.activations import run_with_replacement
 from ..data.contexts import check_int
 from ..data.models import LanguageModel
 from ..data.places import input_device
+from ..data.replacing import run_with_replacement
 from ..data.sites import Site
 
 IN_THE_STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")

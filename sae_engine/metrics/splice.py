@@ -138,7 +138,7 @@ class Splice:
 
     def logits(self, batch: Batch, replace: Replace) -> Tensor:
         """Logits with ``replace`` of input and target rows in the target's place."""
-        from ..data.activations import run_with_replacement
+        from ..data.replacing import run_with_replacement
 
         def on_site(hidden: Tensor) -> Tensor:
             y = self._rows(hidden, batch)
