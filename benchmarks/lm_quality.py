@@ -14,27 +14,26 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 import torch
-import torch.nn.functional as F
 from rows import ROOT, device_slug, environment
-from torch import Tensor
+from train_embedded_model import batches, loss_of, rate_at, token_stream
 
 import sae_engine as se
 from sae_engine.data import HELD_OUT_MODULES, LanguageModel, evaluation_text, load_language_model, stdlib_texts
-from sae_engine.data.contexts import context_batches
 
 CACHE = ROOT / ".cache" / "gated_model"
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 4, "max_position_embeddings": 256, "tie_word_embeddings": True}  # fmt: skip
-STEPS, CONTEXTS, LENGTH, PEAK = 1000, 8, 192, 3e-3
+STEPS, CONTEXTS, PEAK = 1500, 8, 3e-3
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 TOKENS = 4096  # to learn from, and as many to measure
 
@@ -76,31 +75,23 @@ def trained(tokenizer: Any, steps: int) -> Any:
     torch.manual_seed(0)
     mark = tokenizer.eos_token_id
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=mark, eos_token_id=mark, **SIZES))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.1)
-    begun = time.monotonic()
-    for step, ids in enumerate(itertools.islice(_batches(), steps)):
-        warm, left = min((step + 1) / 50, 1.0), 0.5 * (1 + math.cos(math.pi * step / steps))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.1)
+    stream = token_stream(tokenizer.backend_tokenizer, list(stdlib_texts(exclude=HELD_OUT_MODULES)))
+    begun, lately = time.monotonic(), []
+    for step, ids in enumerate(itertools.islice(batches(stream, CONTEXTS, seed=0), steps)):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK * warm * (0.02 + 0.98 * left)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            group["lr"] = rate_at(step / steps, PEAK)
+        loss = loss_of(model, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 100 == 0:
-            print(f"gated model: step {step + 1} of {steps}, loss {float(loss.detach()):.3f}, "
+        lately.append(float(loss.detach()))
+        if len(lately) == 100:
+            print(f"gated model: step {step + 1} of {steps}, loss {statistics.mean(lately):.3f}, "
                   f"{time.monotonic() - begun:.0f} s", flush=True)  # fmt: skip
+            lately.clear()
     return model.eval()
-
-
-def _batches() -> Iterator[Tensor]:
-    """Contexts of the standard library without what is held out, in an order that a seed says."""
-    lm = load_language_model()
-    texts = list(stdlib_texts(exclude=HELD_OUT_MODULES))
-    for epoch in itertools.count():
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(epoch)).tolist()
-        yield from context_batches(lm, (texts[place] for place in order), LENGTH, CONTEXTS)
 
 
 def table(
@@ -126,7 +117,7 @@ def table(
                 rises.append(f"{100 * found.rise:.2f} ({density:.0%} kept)")
             rows.append(f"| {at} | {name} | {' | '.join(rises)} |")
             print(rows[-1], flush=True)
-    head = [f"{lm.name} `{lm.sha256[:8]}`, perplexity {before:.2f}:", "",
+    head = [f"{Path(lm.name).name} `{lm.sha256[:8]}`, perplexity {before:.2f}:", "",
             "| at | rule | " + " | ".join(f"{share:.0%}" for share in sparsities) + " |",
             "|---|---" + "|---" * len(sparsities) + "|"]  # fmt: skip
     return [*head, *rows, ""]
