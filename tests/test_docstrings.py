@@ -19,7 +19,7 @@ MODULES = sorted(
 PUBLIC = {
     "sae_engine": se.__all__,
     **{f"sae_engine.{part}": importlib.import_module(f"sae_engine.{part}").__all__ for part in (
-        "functional", "losses", "metrics", "training", "data", "latents", "lm")},
+        "functional", "losses", "metrics", "training", "data", "distributed", "latents", "lm")},
     "sae_engine.training.architectures": [kind.__name__ for kind in ARCHITECTURES.values()],
     "sae_engine.training.auto": ["resolved", "widths_of"],
     "sae_engine.training.config": config.__all__,
@@ -38,6 +38,8 @@ EXCEPT = {
     "FeatureTokens": "five fields, which Features.tokens reads",
     "Lens": "four fields, which logit_lens fills",
     "Published": "three fields, which push fills",
+    "Estimate": "one field, which estimate fills",
+    "Layout": "nine fields, which estimate fills",
     "LayerReport": "four fields, which report fills",
     "Report": "four fields, which report fills",
     "LatentEntries": "two fields, which Features.by_latent reads",
@@ -60,9 +62,10 @@ SKIPPED = {
     "SparseAutoencoder.from_pretrained": "asks the hub; save_pretrained reads what it wrote",
 }  # fmt: skip
 # Without a word on errors: they hold what they are given, or have none to raise.
-CANNOT_FAIL = {"ByLatent", "Context", "EncodeInfo", "Encoded", "FeatureTokens", "Interrupted", "LanguageModel",
-               "LatentEntries", "LayerReport", "Lens", "LossInput", "Published", "Pull", "ReLU", "Report", "RowTokens",
-               "Site", "SourceCard", "SparseCodes", "SparseCodes.transposed_for", "loss_recovered"}  # fmt: skip
+CANNOT_FAIL = {"ByLatent", "Context", "EncodeInfo", "Encoded", "Estimate", "FeatureTokens", "Interrupted",
+               "LanguageModel", "LatentEntries", "LayerReport", "Layout", "Lens", "LossInput", "Published", "Pull",
+               "ReLU", "Report", "RowTokens", "Site", "SourceCard", "SparseCodes", "SparseCodes.transposed_for",
+               "loss_recovered"}  # fmt: skip
 
 
 def public():

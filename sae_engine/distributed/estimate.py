@@ -1,0 +1,301 @@
+"""Which mesh suits an autoencoder, a batch and an interconnect: bytes, milliseconds and memory, by arithmetic.
+
+Nothing here is measured while it runs. A step's time is the sum of its parts, as if nothing overlapped, and each part
+is its work over one rate of :class:`Hardware`.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+
+from .. import _checks as check
+
+SCOPES = ("row", "batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The rates that an estimate divides by; the defaults are an H200's in machines of eight.
+
+    Products and memory were measured on such a card (``benchmarks/results/nvidia-h200``, rows of kind "roof"). The
+    others are assumptions: whoever has the machines should replace them by what they measure.
+
+    Args:
+        flops_16_bit, flops_32_bit: of products a second, bf16 or fp16 and fp32.
+        memory_bytes_per_second: of one device's memory.
+        cache_bytes_per_second: at which rows of the decoder are gathered.
+        link_bytes_per_second: that a rank sends to others of its node.
+        ring_bytes_per_second: that a rank sends in a gather over nodes, whose rings use all adapters of a node.
+        network_bytes_per_second: that a rank sends to another node by itself.
+        call_seconds: of one collective, whatever its size.
+        memory_bytes: of one device.
+        devices_per_node: that the faster link connects.
+
+    Raises:
+        TypeError: a rate is no number.
+        ValueError: a rate is not above 0.
+
+    Example:
+        >>> Hardware(devices_per_node=64).devices_per_node
+        64
+    """
+
+    flops_16_bit: float = 790e12
+    flops_32_bit: float = 51e12
+    memory_bytes_per_second: float = 4.3e12
+    cache_bytes_per_second: float = 5.5e12
+    link_bytes_per_second: float = 450e9
+    ring_bytes_per_second: float = 360e9
+    network_bytes_per_second: float = 50e9
+    call_seconds: float = 30e-6
+    memory_bytes: float = 141e9
+    devices_per_node: int = 8
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check.positive(field.name, getattr(self, field.name))
+        check.integer_k(self.devices_per_node, name="devices_per_node")
+
+
+class Layout(NamedTuple):
+    """One mesh, and what a training step on it is estimated to take.
+
+    Attributes:
+        latent, node, data: sizes of the mesh's dimensions: ranks of a node that share the latents, nodes that do, and
+            such groups, each with tokens of its own.
+        milliseconds: by part of a step.
+        sent_bytes: that a rank sends in a step, by part.
+        memory_bytes: that a rank holds, by part.
+        tokens_per_second: of all ranks together.
+        efficiency: that rate, over as many devices' as there are if one held all latents and all else were free.
+        fits: whether the memory is a device's.
+    """
+
+    latent: int
+    node: int
+    data: int
+    milliseconds: dict[str, float]
+    sent_bytes: dict[str, float]
+    memory_bytes: dict[str, float]
+    tokens_per_second: float
+    efficiency: float
+    fits: bool
+
+    @property
+    def step_milliseconds(self) -> float:
+        return sum(self.milliseconds.values())
+
+    @property
+    def communication(self) -> float:
+        """The share of a step's time in which ranks send."""
+        return sum(ms for part, ms in self.milliseconds.items() if part.startswith("send")) / self.step_milliseconds
+
+    def __str__(self) -> str:
+        """The arithmetic: a line for each part."""
+        held, sent = sum(self.memory_bytes.values()), sum(self.sent_bytes.values())
+        parts = [
+            (f"step {self.step_milliseconds:.1f} ms, {self.tokens_per_second:,.0f} tokens/s, "
+             f"{self.efficiency:.0%} of linear", {name: f"{ms:.2f} ms" for name, ms in self.milliseconds.items()}),
+            (f"sent by a rank: {sent / 1e6:,.0f} MB",
+             {name: f"{n / 1e6:,.1f} MB" for name, n in self.sent_bytes.items()}),
+            (f"held by a rank: {held / 1e9:.1f} GB" + ", more than a device has" * (not self.fits),
+             {name: f"{n / 1e9:.2f} GB" for name, n in self.memory_bytes.items()}),
+        ]  # fmt: skip
+        lines = [f"from_env(latent={self.latent}, node={self.node}, data={self.data})"]
+        for title, named in parts:
+            lines += ["", title, *(f"  {name:24} {value:>12}" for name, value in named.items())]
+        return "\n".join(lines)
+
+
+class Estimate(NamedTuple):
+    """Every mesh of so many devices, the fastest that fits first.
+
+    Attributes:
+        layouts: those that fit by their time, then those that do not.
+    """
+
+    layouts: tuple[Layout, ...]
+
+    @property
+    def best(self) -> Layout | None:
+        """The fastest that fits; None where none does."""
+        return self.layouts[0] if self.layouts[0].fits else None
+
+    def __str__(self) -> str:
+        """A table of all meshes."""
+        lines = ["latent  node  data       ms  sending     tokens/s  of linear  GB held"]
+        for one in self.layouts:
+            held = sum(one.memory_bytes.values()) / 1e9
+            lines.append(
+                f"{one.latent:6}{one.node:6}{one.data:6}{one.step_milliseconds:9.1f}{one.communication:9.0%}"
+                f"{one.tokens_per_second:13,.0f}{one.efficiency:11.0%}{held:9.0f}"
+                + "  too large" * (not one.fits)
+            )
+        return "\n".join(lines)
+
+
+class _Sizes(NamedTuple):
+    """Of a step: ``tokens`` of one group, ``itemsize`` bytes of the compute dtype, ``outputs`` reconstructions."""
+
+    tokens: float
+    d_in: int
+    d_out: int
+    d_sae: int
+    k: float
+    aux_k: int
+    itemsize: int
+    scope: str
+    memory_budget: float
+
+    @property
+    def outputs(self) -> int:
+        return 2 if self.aux_k else 1
+
+
+def estimate(
+    d_in: int, d_sae: int, k: float, tokens: int, devices: int, *, d_out: int | None = None, scope: str = "row",
+    aux_k: int = 0, compute_dtype: torch.dtype | str = "bfloat16", memory_budget: float = 4e9,
+    hardware: Hardware = Hardware(),
+) -> Estimate:  # fmt: skip
+    """Which mesh trains an autoencoder fastest, by arithmetic: latents over the ranks of a node, over nodes, or tokens.
+
+    Args:
+        d_in, d_sae, d_out: sizes of the autoencoder; ``d_out`` is ``d_in`` by default.
+        k: latents a token.
+        tokens: of a batch, of all ranks together.
+        devices: of all nodes together.
+        scope: ``"row"`` for rules that choose in each token, ``"batch"`` for those that choose in a batch.
+        aux_k: dead latents a token that AuxK trains, 0 without it.
+        compute_dtype: of products and codes; parameters, moments and sums are fp32.
+        memory_budget: bytes of pre-activations at a time.
+        hardware: rates and sizes to divide by.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: an argument is out of range; names it.
+
+    Example:
+        >>> found = estimate(4096, 2**20, 64, tokens=2**15, devices=8)
+        >>> found.best[:3], round(found.best.step_milliseconds, 1)
+        ((8, 1, 1), 56.5)
+        >>> estimate(4096, 2**17, 64, tokens=2**18, devices=64).best[:3]  # a small dictionary: tokens over nodes
+        (8, 2, 4)
+
+    Source: a step's parts and volumes are those of :class:`sae_engine.training.TrainStep` on a mesh.
+    """
+    d_in, d_sae = check.integer_k(d_in, name="d_in"), check.integer_k(d_sae, name="d_sae")
+    d_out = d_in if d_out is None else check.integer_k(d_out, name="d_out")
+    k = check.number_k(k, d_sae)
+    tokens, devices = check.integer_k(tokens, name="tokens"), check.integer_k(devices, name="devices")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+    if aux_k != 0:
+        aux_k = check.integer_k(aux_k, d_sae, name="aux_k")
+    itemsize = check.dtype_in("compute_dtype", compute_dtype).itemsize
+    memory_budget = check.positive("memory_budget", memory_budget)
+    if not isinstance(hardware, Hardware):
+        raise TypeError(f"hardware must be a Hardware, got {hardware!r}")
+    found = []
+    for latent, node, data in _meshes(devices, hardware.devices_per_node):
+        if latent * node <= d_sae:
+            sizes = _Sizes(tokens / data, d_in, d_out, d_sae, k, aux_k, itemsize, scope, memory_budget)
+            found.append(_layout(sizes, latent, node, data, hardware))
+    return Estimate(tuple(sorted(found, key=lambda one: (not one.fits, one.step_milliseconds))))
+
+
+def _meshes(devices: int, per_node: int) -> Iterator[tuple[int, int, int]]:
+    """(latent, node, data) with that product: latents go over nodes where they fill each."""
+    for shards in range(1, devices + 1):
+        if devices % shards:
+            continue
+        if shards <= per_node:
+            yield shards, 1, devices // shards
+        elif shards % per_node == 0:
+            yield per_node, shards // per_node, devices // shards
+
+
+def _layout(sizes: _Sizes, latent: int, node: int, data: int, rates: Hardware) -> Layout:
+    sent = sent_bytes(sizes, latent, node, data)
+    milliseconds = _milliseconds(sizes, sent, latent, node, data, rates)
+    alone = _Sizes(sizes.tokens * data, *sizes[1:])
+    linear = sum(_milliseconds(alone, sent_bytes(alone, 1, 1, 1), 1, 1, 1, rates).values()) / (latent * node * data)
+    held = held_bytes(sizes, latent * node, data)
+    step = sum(milliseconds.values())
+    return Layout(
+        latent, node, data, milliseconds, sent, held, sizes.tokens * data / step * 1e3, linear / step,
+        sum(held.values()) <= rates.memory_bytes,
+    )  # fmt: skip
+
+
+def sent_bytes(sizes: _Sizes, latent: int, node: int, data: int) -> dict[str, float]:
+    """That a rank sends in a step, by part."""
+    tokens, d_in, d_out, d_sae, k, aux_k, s, scope, _ = sizes
+    shards = latent * node
+    share = (shards - 1) / shards
+    if scope == "row":
+        selection = {"candidates": share * tokens * (k + aux_k) * s, "counts": share * tokens * 4 * sizes.outputs}
+    else:  # relu's keys have 15 bits in 16-bit types, 31 in fp32: one histogram or two; then each row's ties
+        bins = (1 << 15) + 1 + (1 << 16) * (s // 2 - 1)
+        selection = {"histograms": 2 * share * 8 * bins, "ties": (shards - 1) * tokens * 4,
+                     "candidates": share * tokens * aux_k * s}  # fmt: skip
+    # Parts of x̂ are added in a node first, and each rank sends on what it has added.
+    inside = (latent - 1) / latent + (node - 1) / node / latent
+    return {
+        "rows, calls, status": 24.0 * (shards - 1),
+        "x": share * tokens * d_in * s,
+        **selection,
+        "parts of the output": inside * tokens * d_out * 4 * sizes.outputs,
+        "gradient of the output": share * tokens * d_out * s * sizes.outputs,
+        "sums": 8.0 * (shards - 1) * (2 * d_out + 4) + 4.0 * (shards - 1) * (d_in + 1),
+        "gradients over data": (data - 1) / data * d_sae / shards * (d_in + d_out) * (4 + s),
+    }
+
+
+def held_bytes(sizes: _Sizes, shards: int, data: int) -> dict[str, float]:
+    """That a rank holds, by part: parameters and counters, both moments, copies, rows, codes."""
+    tokens, d_in, d_out, d_sae, k, aux_k, s, _, memory_budget = sizes
+    latents = d_sae / shards
+    weights = latents * (d_in + d_out)
+    return {
+        "parameters": 4 * weights + 20 * latents,
+        "moments": 8 * weights / data,
+        "copies": s * weights if s < 4 else 0.0,
+        "gradients over data": 4 * weights if data > 1 else 0.0,
+        "rows": tokens * (d_in + d_out) / 2 * (2 * s + 8),
+        "pre-activations": min(memory_budget, tokens * latents * s),
+        "codes": 48 * tokens * (k + aux_k),
+    }
+
+
+def _milliseconds(
+    sizes: _Sizes, sent: dict[str, float], latent: int, node: int, data: int, rates: Hardware
+) -> dict[str, float]:
+    tokens, d_in, d_out, d_sae, k, aux_k, s, _, _ = sizes
+    shards = latent * node
+    latents = d_sae / shards
+    flops = rates.flops_16_bit if s < 4 else rates.flops_32_bit * 4 / s
+    parts = sent["parts of the output"]
+    across = parts * ((node - 1) / node / latent) / ((latent - 1) / latent + (node - 1) / node / latent or 1.0)
+    chosen = sum(sent.get(name, 0.0) for name in ("candidates", "counts", "histograms", "ties"))
+    gathered = sent["x"] + sent["gradient of the output"]
+    of_node = rates.link_bytes_per_second if node == 1 else rates.ring_bytes_per_second
+    beyond = chosen * (node - 1) / node * shards / (shards - 1) if node > 1 else 0.0
+    sending = (
+        gathered / of_node
+        + (parts - across + chosen - beyond) / rates.link_bytes_per_second
+        + (across + beyond) / rates.network_bytes_per_second
+        + 7 * rates.call_seconds
+    ) * (shards > 1)
+    between = rates.network_bytes_per_second if shards * data > rates.devices_per_node else rates.link_bytes_per_second
+    return {
+        "encoder": 2e3 * tokens * d_in * latents / flops,
+        "selection": 1e3 * sizes.outputs * tokens * latents * s / rates.memory_bytes_per_second,
+        "decode and backward": 1e3 * 3 * tokens * (k + aux_k) / shards * (d_in + d_out) / 2 * s
+        / rates.cache_bytes_per_second,
+        "Adam": 1e3 * (24 + (s if s < 4 else 0)) * (d_in + d_out) * latents / data / rates.memory_bytes_per_second,
+        "sending over latents": 1e3 * sending,
+        "sending over data": 1e3 * sent["gradients over data"] / between,
+    }  # fmt: skip

@@ -1,0 +1,89 @@
+"""Which mesh suits which sizes: the arithmetic, against sums that are written out here."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sae_engine.distributed import Hardware, estimate
+
+WIDE = {"d_in": 4096, "d_sae": 2**20, "k": 64}
+
+
+def test_the_parts_of_a_step_on_eight_devices():
+    tokens, d, k = 2**15, 4096, 64
+    best = estimate(**WIDE, tokens=tokens, devices=8).best
+    assert best[:3] == (8, 1, 1) and best.fits
+    share, rates = 7 / 8, Hardware()
+    sent = best.sent_bytes
+    assert sent["x"] == share * tokens * d * 2 == sent["gradient of the output"]
+    assert sent["parts of the output"] == share * tokens * d * 4
+    assert sent["candidates"] + sent["counts"] == share * tokens * (k * 2 + 4)
+    assert sent["gradients over data"] == 0
+    # 943 MB that grow with the batch; what does not is below a thousandth
+    assert sum(sent.values()) == pytest.approx(share * tokens * (d * 8 + k * 2 + 4), rel=1e-3)
+    parts = best.milliseconds
+    assert parts["encoder"] == 2e3 * tokens * d * 2**20 / 8 / rates.flops_16_bit
+    assert parts["Adam"] == 26e3 * 2 * d * 2**20 / 8 / rates.memory_bytes_per_second
+    chosen = sum(sent[name] for name in ("x", "gradient of the output", "parts of the output", "candidates", "counts"))
+    assert parts["sending over latents"] == pytest.approx(1e3 * (chosen / 450e9 + 7 * 30e-6))
+    assert best.step_milliseconds == sum(parts.values()) == pytest.approx(56.5, abs=0.05)
+    assert best.tokens_per_second == tokens / best.step_milliseconds * 1e3
+    latents = 2**20 / 8
+    held = latents * (2 * d * (12 + 2) + 20) + tokens * d * (2 * 2 + 8) + 4e9 + 48 * tokens * k
+    assert sum(best.memory_bytes.values()) == held
+
+
+def test_latents_stay_in_a_node_and_tokens_go_over_nodes_where_the_dictionary_is_small():
+    few, many = (estimate(4096, F, 64, tokens=2**18, devices=64).best for F in (2**17, 2**20))
+    assert few.data > many.data and few.latent == many.latent == 8
+    assert few.latent * few.node * few.data == 64
+    by_mesh = {one[:3]: one for one in estimate(4096, 2**17, 64, tokens=2**18, devices=64).layouts}
+    assert by_mesh[8, 1, 8].tokens_per_second > 1.5 * by_mesh[8, 8, 1].tokens_per_second
+    one_link = estimate(**WIDE, tokens=2**18, devices=64, hardware=Hardware(devices_per_node=64))
+    assert {one.node for one in one_link.layouts} == {1}
+    assert one_link.best.communication < many.communication
+
+
+def test_what_no_device_holds_is_said_and_comes_last():
+    small = estimate(**WIDE, tokens=2**15, devices=2, hardware=Hardware(memory_bytes=80e9))
+    assert [one.fits for one in small.layouts] == [True, False] and small.best.latent == 2
+    none = estimate(**WIDE, tokens=2**15, devices=1, hardware=Hardware(memory_bytes=80e9))
+    assert none.best is None
+    assert "too large" in str(none) and "more than a device has" in str(none.layouts[0])
+    assert "held by a rank: 65.9 GB\n" in str(small.best)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float32"])
+def test_a_batch_rule_sends_histograms_and_ties_instead_of_candidates(dtype):
+    layouts = estimate(64, 4096, 8, 512, 2, scope="batch", compute_dtype=dtype).layouts
+    (two,) = (one for one in layouts if one.latent == 2)
+    bins = 2**15 + 1 + (2**16 if dtype == "float32" else 0)
+    assert two.sent_bytes["histograms"] == 8 * bins and two.sent_bytes["ties"] == 512 * 4
+    assert two.sent_bytes["candidates"] == 0
+    assert ("copies", 0.0) not in two.memory_bytes.items() or dtype == "float32"
+
+
+def test_auxk_doubles_what_outputs_send():
+    plain, with_dead = (estimate(64, 4096, 8, 512, 4, aux_k=a).layouts[-1].sent_bytes for a in (0, 16))
+    for part in ("parts of the output", "gradient of the output", "counts"):
+        assert with_dead[part] == 2 * plain[part]
+    assert with_dead["candidates"] == 3 * plain["candidates"]
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"devices": 0}, "devices must satisfy 1 <= devices, got 0"),
+    ({"k": 2**21}, "k must satisfy 0 < k <= 1048576"),
+    ({"scope": "column"}, "scope must be one of .* got 'column'"),
+    ({"aux_k": -1}, "aux_k must satisfy"),
+    ({"tokens": 1.5}, "tokens must be an int"),
+    ({"hardware": "H200"}, "hardware must be a Hardware, got 'H200'"),
+    ({"compute_dtype": "int8"}, "compute_dtype"),
+])  # fmt: skip
+def test_refusals(changes, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        estimate(**{**WIDE, "tokens": 2**15, "devices": 8, **changes})
+
+
+def test_hardware_is_checked():
+    with pytest.raises(ValueError, match="link_bytes_per_second must be positive and finite, got 0"):
+        Hardware(link_bytes_per_second=0)
