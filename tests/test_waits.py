@@ -256,6 +256,12 @@ WITHOUT_WAITING = {
     # metrics
     "metrics.Reconstruction": metric(metrics.Reconstruction, lambda: (torch.randn(B, D), torch.randn(B, D))),
     "metrics.Sparsity": metric(lambda: metrics.Sparsity(F), lambda: (codes(capacity=ROOM),)),
+    "metrics.SiteReconstruction": metric(
+        lambda: metrics.SiteReconstruction([3, D - 3]), lambda: (torch.randn(B, D), torch.randn(B, D))),
+    "metrics.SourceSparsity": metric(lambda: metrics.SourceSparsity(B, F), lambda: (codes(capacity=ROOM),)),
+    "metrics.LatentScaling": metric(
+        lambda: metrics.LatentScaling(torch.randn(F, D)), lambda: (codes(capacity=ROOM), torch.randn(B, D))),
+    "metrics.relative_norms": lambda: (n := torch.rand(F, 2), lambda: metrics.relative_norms(n))[1],
     "metrics.EpsilonLBO": metric(
         lambda: metrics.EpsilonLBO(torch.rand(F), points=4), lambda: (codes(), torch.randn(B, D))),
     "metrics.TailTruncation": metric(lambda: metrics.TailTruncation(torch.randn(F, D), [0.5, 1.0]), lambda: (codes(),)),
@@ -324,6 +330,7 @@ WAITING = {
     "inference_form": lambda: (
         s := se.SparseAutoencoder(D, F, se.BatchTopK(3, initial_threshold=0.1)), lambda: se.inference_form(s))[1],
     "metrics.decoder_similarity": lambda: (w := torch.randn(F, D), lambda: metrics.decoder_similarity(w))[1],
+    "metrics.cross_layer_share": lambda: (n := torch.rand(2, F, 3), lambda: metrics.cross_layer_share(n))[1],
     "training.TrainStep, dead": step(added=lambda: AuxK(5), dead_after=4, density_interval=2),
     "losses.StepL0": step(learning, lambda: losses.StepL0(0.1)),
     "losses.TanhL0": step(learning, lambda: losses.TanhL0(0.1)),

@@ -10,18 +10,24 @@ from .language import NextTokenLoss, loss_recovered
 from .norms import EpsilonLBO, TailTruncation
 from .perplexity import ppl_sparsity
 from .reconstruction import Reconstruction
-from .sparsity import Sparsity
+from .sites import LatentScaling, SiteReconstruction, cross_layer_share, relative_norms
+from .sparsity import SourceSparsity, Sparsity
 
 __all__ = [
     "EpsilonLBO",
+    "LatentScaling",
     "NextTokenLoss",
     "Reconstruction",
+    "SiteReconstruction",
+    "SourceSparsity",
     "Sparsity",
     "TailTruncation",
+    "cross_layer_share",
     "decoder_cosines",
     "decoder_similarity",
     "evaluate",
     "evaluate_during",
     "loss_recovered",
     "ppl_sparsity",
+    "relative_norms",
 ]

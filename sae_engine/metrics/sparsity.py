@@ -114,6 +114,75 @@ class Sparsity:
         return {"edges": edges, "counts": torch.bincount(place, minlength=bins).tolist()}
 
 
+class SourceSparsity:
+    """:class:`Sparsity` of each source of codes that are source-major: (sources, *batch_shape, d_sae).
+
+    Args:
+        sources: how many there are.
+        d_sae: latents of one.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+        RuntimeError: ``compute()`` before any token was seen.
+
+    Example:
+        >>> metric = SourceSparsity(2, 3)
+        >>> metric.update(se.SparseCodes.from_dense(torch.tensor([[[1.0, 2.0, 0.0]], [[0.0, 0.0, 3.0]]])))
+        >>> found = metric.compute()
+        >>> [source["l0"] for source in found["sources"]], found["l0"], found["dead"]
+        ([2.0, 1.0], 3.0, 3)
+    """
+
+    def __init__(self, sources: int, d_sae: int) -> None:
+        self._sources = [Sparsity(d_sae) for _ in range(check.integer_k(sources, name="sources"))]
+        self._fired: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, codes: SparseCodes) -> None:
+        """Adds the tokens of ``codes``; of one source they may also be (*batch_shape, d_sae). May be empty."""
+        F, count = self._sources[0].d_sae, len(self._sources)
+        check_codes(codes, F)
+        if count == 1:
+            self._sources[0].update(codes)
+            return
+        if codes.batch_shape[:1] != (count,):
+            raise ValueError(f"codes must have {count} sources in their first dimension, got {tuple(codes.shape)}")
+        if self._fired is None:  # each source's counts are a row of these
+            self._fired = torch.zeros(count, F, dtype=torch.int64, device=codes.device)
+            self._l0 = torch.zeros(count, F + 1, dtype=torch.int64, device=codes.device)
+            self._overflowed = torch.zeros((), dtype=torch.bool, device=codes.device)
+            for number, each in enumerate(self._sources):
+                each._fired, each._l0, each._overflowed = self._fired[number], self._l0[number], self._overflowed
+        rows = codes.rows // count
+        fired, latents = owned_entries(codes)
+        fired = fired & (codes.values != 0)
+        entries = torch.arange(len(latents), device=codes.device)
+        row = torch.searchsorted(codes.offsets, entries, right=True) - 1
+        source = (row // max(rows, 1)).clamp(max=count - 1)  # what no row owns lies behind the last
+        self._fired.view(-1).index_add_(0, source * F + latents, fired.long())
+        l0 = codes.l0.reshape(count, rows)
+        places = l0 + torch.arange(count, device=codes.device)[:, None] * (F + 1)
+        self._l0.view(-1).index_add_(0, places.flatten(), torch.ones_like(places).flatten())
+        if codes.required is not None:
+            self._overflowed |= codes.required > codes.values.shape[0]
+        for each in self._sources:
+            each.tokens += rows
+
+    def compute(self) -> dict[str, Any]:
+        """``tokens``; ``l0``: entries of a token in all sources; ``dead``, ``dead_fraction``: of all latents; and in
+        ``sources`` what :meth:`Sparsity.compute` says of each.
+
+        Raises:
+            RuntimeError: no token has been seen, or some codes had overflowed their capacity.
+        """
+        found = [each.compute() for each in self._sources]
+        dead, latents = sum(each["dead"] for each in found), sum(each["d_sae"] for each in found)
+        return {
+            "tokens": found[0]["tokens"], "l0": sum(each["l0"] for each in found), "dead": dead,
+            "dead_fraction": dead / latents, "sources": found,
+        }  # fmt: skip
+
+
 def check_codes(codes: SparseCodes, d_sae: int) -> None:
     if not isinstance(codes, SparseCodes):
         raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}: SparseCodes.from_dense makes them")
