@@ -11,6 +11,7 @@ from . import (
 from ._cat import cat
 from .autoencoder import SparseAutoencoder, SparseDecoder
 from .codes import ByLatent, SparseCodes
+from .crosscoder import Crosscoder
 from .functional import Encoded, EncodeInfo
 from .inference import calibrate_threshold, inference_form
 from .initial import init_as_top_afa, init_sparse
@@ -52,6 +53,7 @@ __all__ = [
     "BatchTopK",
     "ByLatent",
     "CannotAccelerate",
+    "Crosscoder",
     "EncodeInfo",
     "Encoded",
     "FeatureChoice",

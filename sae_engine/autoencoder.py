@@ -331,6 +331,21 @@ class SparseAutoencoder(nn.Module):
         self._provenance = value
 
     @property
+    def sources(self) -> tuple[Any, ...]:
+        """What it is made of: itself. Of a :class:`Crosscoder`, each set of latents with its encoder and decoder."""
+        return (self,)
+
+    @property
+    def reads(self) -> slice:
+        """Columns of the input that the latents read: all."""
+        return slice(0, self.d_in)
+
+    @property
+    def writes(self) -> slice:
+        """Columns of the output that the latents write: all."""
+        return slice(0, self.d_out)
+
+    @property
     def _encoder_bias(self) -> Tensor | None:
         return self.b_enc if self.activation.encoder_bias else None
 

@@ -85,6 +85,11 @@ def autoencoder(make, *, eval=False, **options):
     return prepare
 
 
+def crosscoder(make):
+    """Of two layers of which the first writes both: a forward and its gradients."""
+    return lambda: (clt := se.Crosscoder.clt(2, D, F, make()), x := torch.randn(B, 2, D), lambda: backward(clt(x)))[2]
+
+
 def step(make=lambda: se.TopK(4), added=lambda: (), calls=2, latents=F, **options):
     def prepare():
         sae = se.SparseAutoencoder(D, latents, make())
@@ -150,6 +155,8 @@ def of_codes(loss, rule=lambda: None):
 
 
 WITHOUT_WAITING = {
+    "Crosscoder": crosscoder(lambda: se.TopK(4)),
+    "Crosscoder, a rule each": crosscoder(lambda: [se.TopK(4), se.TopK(4)]),
     # functional
     "functional.topk": selecting(lambda p: f.topk(p, 4)),
     "functional.topk, sorted": lambda: (p := torch.randn(B, F), lambda: f.topk(p, 4, sorted=True))[1],
@@ -311,6 +318,7 @@ WAITING = {
     "functional.threshold": lambda: (p := torch.randn(B, F), lambda: f.threshold(p, 0.0))[1],
     "functional.feature_topm": lambda: (
         p := torch.randn(B, F), m := torch.full((F,), 2), lambda: f.feature_topm(p, m))[2],
+    "Crosscoder, one budget": crosscoder(lambda: se.BatchTopK(3.5)),
     "ReLU.select": lambda: (p := pre(), lambda: se.ReLU().select(p))[1],
     "Gated.select": module(lambda: se.Gated(F), dense=False),
     "StatisticalTopK.select": module(lambda: se.StatisticalTopK(4), dense=False),

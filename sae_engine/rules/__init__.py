@@ -8,6 +8,7 @@ from .feature_choice import FeatureChoice
 from .gated import Gated
 from .gradient import GradientTopK
 from .matryoshka import MatryoshkaBatchTopK
+from .per_source import PerSource
 from .sampled import SampledTopK
 from .statistical import StatisticalTopK
 from .threshold import JumpReLU, LogJumpReLU, ReLU
@@ -27,6 +28,7 @@ __all__ = [
     "LogJumpReLU",
     "MatryoshkaBatchTopK",
     "MutualChoice",
+    "PerSource",
     "ReLU",
     "Running",
     "RunningDensity",
