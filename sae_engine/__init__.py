@@ -3,15 +3,17 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import (
     _saved_codes,  # noqa: F401 - pickles and compiled functions know SparseCodes by it
+    distributed,
     functional,
     losses,
     metrics,
     training,
 )
 from ._cat import cat
-from .autoencoder import SparseAutoencoder, SparseDecoder
+from .autoencoder import SparseAutoencoder
 from .codes import ByLatent, SparseCodes
 from .crosscoder import Crosscoder
+from .decoder import SparseDecoder
 from .functional import Encoded, EncodeInfo
 from .inference import calibrate_threshold, inference_form
 from .initial import init_as_top_afa, init_sparse
@@ -80,6 +82,7 @@ __all__ = [
     "accelerated",
     "calibrate_threshold",
     "cat",
+    "distributed",
     "functional",
     "inference_form",
     "init_as_top_afa",

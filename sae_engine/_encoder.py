@@ -13,7 +13,7 @@ from sae_kernels.ops import ops
 from . import _checks as check
 from ._cat import cat
 from ._running import PER_TOKEN, Running, as_tensor
-from ._slabs import NeedsWhole, default_budget_bytes, rectangles, running_of
+from ._slabs import NeedsWhole, default_budget_bytes, rectangles, running_of, widest
 from .codes import SparseCodes, at_latents
 
 
@@ -213,7 +213,10 @@ def _slabs_for(
     if budget is None and (torch.compiler.is_compiling() or transforming() or capturing(x)):
         return None  # a graph serves any number of tokens, on other machines too
     tokens = x.shape[:-1].numel()
-    needed = tokens * num_latents * dtype.itemsize
+    if any(getattr(rule, "shards", None) is not None for rule in rules):
+        needed = tokens * widest(rules, num_latents) * dtype.itemsize
+    else:
+        needed = tokens * num_latents * dtype.itemsize
     if budget is None:
         if needed <= SMALL:
             return None

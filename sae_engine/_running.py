@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from sae_kernels.stock.dense import uniform_offsets
 
 from . import _checks as check
 from .codes import SparseCodes
+
+if TYPE_CHECKING:
+    from .distributed.shards import Shards
 
 PER_TOKEN = frozenset({"target_norm", "attribution"})  # context with a row for each token; other context is per latent
 
@@ -170,15 +173,17 @@ class RunningTopK(Running):
         score: (rows, latents) what ranks in place of a rectangle's pre-activations.
         mask, magnitude, relu: as in ``functional.topk``; the mask is one of all latents.
         values: makes the values of what is kept, from what ``functional.topk`` returns.
+        shards: over which the latents are cut, of which these are one.
     """
 
     def __init__(
         self, tokens: int, num_latents: int, backend: str, k: int, *, score: Score | None = None,
         mask: Tensor | None = None, magnitude: bool = False, relu: bool = True,
-        values: Callable[[Tensor, SparseCodes], Tensor] | None = None,
+        values: Callable[[Tensor, SparseCodes], Tensor] | None = None, shards: Shards | None = None,
     ) -> None:  # fmt: skip
         super().__init__(tokens, num_latents, backend)
-        self.k = check.integer_k(k, num_latents)
+        self._wanted = check.integer_k(k, num_latents if shards is None else shards.num_latents)
+        self.k, self._shards = min(self._wanted, num_latents), shards
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (num_latents,)):
             raise ValueError(
                 f"mask must be boolean with shape ({num_latents},) in slabs, one for each "
@@ -195,6 +200,8 @@ class RunningTopK(Running):
             self._held = pre.new_empty(shape), scores, pre.new_empty(shape, dtype=torch.int32)
         values, scores, indices = (None if t is None else t[tokens] for t in self._held)
         assert values is not None and indices is not None
+        if not pre.shape[1]:
+            return
         if latents.start == 0 and pre.shape[1] >= self.k:
             mask = None if self._mask is None else self._mask[latents]
             _, first = ops.topk(pre, score, mask, self.k, self._magnitude, False, self.backend)
@@ -218,7 +225,7 @@ class RunningTopK(Running):
 
     def finish(self) -> tuple[SparseCodes, Tensor | None]:
         assert self._held is not None
-        entries, _, latents = self._held
+        entries, scores, latents = self._held
         values = torch.where(entries <= 0, 0.0, entries) if self._relu else entries
         if self._mask is not None:
             values = torch.where(self._mask[latents.long()], values, 0.0)
@@ -226,7 +233,12 @@ class RunningTopK(Running):
         codes = SparseCodes(values.flatten(), latents.flatten(), offsets, (self.tokens,), self.num_latents, self.k)
         if self._values is not None:
             codes = codes.replace(values=self._values(codes.values, codes))
-        return codes, entries.flatten() if self.wants_entries else None
+        found = entries.flatten() if self.wants_entries else None
+        if self._shards is None:
+            return codes, found
+        by = scores if scores is not None else entries.abs() if self._magnitude else entries
+        allowed = None if self._mask is None else self._mask[latents.long()]
+        return self._shards.narrowed(codes, self._shards.kept_of_rows(by, allowed, self._wanted).flatten(), found)
 
 
 class _ByFlatPosition(Running):
@@ -263,11 +275,17 @@ class _ByFlatPosition(Running):
 
 
 class RunningBatch(_ByFlatPosition):
-    """The ``total`` entries of the batch with the largest relu(pre), ties to the lowest flat position."""
+    """The ``total`` entries of the batch with the largest relu(pre), ties to the lowest flat position.
 
-    def __init__(self, tokens: int, num_latents: int, backend: str, total: int) -> None:
+    With ``shards`` those of the latents of all shards, of which these are one.
+    """
+
+    def __init__(
+        self, tokens: int, num_latents: int, backend: str, total: int, shards: Shards | None = None
+    ) -> None:
         super().__init__(tokens, num_latents, backend)
-        self._total = total
+        self._wanted, self._shards = total, shards
+        self._total = total if shards is None else min(total, tokens * num_latents)
         self._cut: Tensor | None = None  # () the least value that can still be kept, on a CPU, where nobody waits
 
     def candidates(self, pre: Tensor, latents: slice) -> SparseCodes:
@@ -290,6 +308,12 @@ class RunningBatch(_ByFlatPosition):
             least = values[kept].amin().to(torch.promote_types(values.dtype, torch.float32))
             self._cut = least if bool(least > 0) else None  # of zeros the first count, and NaN is no number
         return kept
+
+    def finish(self) -> tuple[SparseCodes, Tensor | None]:
+        codes, entries = super().finish()
+        if self._shards is None:
+            return codes, entries
+        return self._shards.narrowed(codes, self._shards.kept_of_batch(codes, self._wanted), entries)
 
 
 class RunningLatents(_ByFlatPosition):

@@ -119,4 +119,11 @@ def running_of(
             running = WholeRows(rule, context, tokens, num_latents, backend)
         found.append(running)
     of_rows = any(isinstance(running, WholeRows) for running in found)
-    return found, slab_shape(tokens, num_latents, elements, whole_rows=of_rows)
+    shape = slab_shape(tokens, widest(rules, num_latents), elements, whole_rows=of_rows)
+    return found, (shape[0], min(shape[1], num_latents))
+
+
+def widest(rules: Sequence[Any], num_latents: int) -> int:
+    """Latents of the largest shard, where the rules select over shards: all cut their tokens alike."""
+    shards = next((shards for rule in rules if (shards := getattr(rule, "shards", None)) is not None), None)
+    return num_latents if shards is None else shards.layout.largest

@@ -1,4 +1,4 @@
-"""SparseDecoder and SparseAutoencoder: parameters, conventions and the forward pass around a selection rule."""
+"""SparseAutoencoder: parameters, conventions and the forward pass around a selection rule."""
 from __future__ import annotations
 
 from os import PathLike
@@ -9,66 +9,25 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional
+from ._decoder_rows import decoder_norms, unit_rows
 from ._encoder import linear_dtype
 from ._running import Product
 from .codes import SparseCodes
+from .distributed import passes
 from .functional import Encoded, EncodeInfo
 from .provenance import Provenance
 from .rules.base import Activation
 
 if TYPE_CHECKING:
-    from .checkpoints.card import SourceCard
+    from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["SparseAutoencoder", "SparseDecoder"]
+    from .checkpoints.card import SourceCard
+    from .distributed.shards import Shards
+
+__all__ = ["SparseAutoencoder"]
 
 NORMALIZATIONS = ("none", "layer_norm", "center")
 LAYER_NORM_EPS = 1e-5
-
-
-class SparseDecoder(nn.Module):
-    """A linear decoder that takes codes or a dense tensor: ``codes @ W_dec + b_dec``.
-
-    A dense input gets the dense gradient at every entry, zeros included; codes get it at their entries.
-
-    Args:
-        d_sae: number of latents.
-        d_in: width of the output.
-        bias: whether to have ``b_dec`` (d_in,).
-
-    Raises:
-        TypeError, ValueError: an argument is of another kind or out of range; names it.
-        ValueError: an input has another number of latents.
-
-    Example:
-        >>> decoder = SparseDecoder(16, 4)
-        >>> decoder(se.functional.topk(torch.ones(3, 16), 2)).shape, decoder(torch.ones(3, 16)).shape
-        (torch.Size([3, 4]), torch.Size([3, 4]))
-    """
-
-    b_dec: Tensor | None
-
-    def __init__(self, d_sae: int, d_in: int, *, bias: bool = True, dtype=None, device=None) -> None:
-        super().__init__()
-        self.d_sae = check.integer_k(d_sae, name="d_sae")
-        self.d_in = check.integer_k(d_in, name="d_in")
-        dtype = None if dtype is None else check.dtype_in("dtype", dtype)
-        device = check.device_or_default(device)
-        self.W_dec = nn.Parameter(unit_rows(d_sae, d_in, dtype=dtype, device=device))
-        self.register_parameter("b_dec", nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device)) if bias else None)
-
-    def forward(self, codes: SparseCodes | Tensor) -> Tensor:
-        """(*batch_shape, d_in)."""
-        if isinstance(codes, SparseCodes):
-            return functional.decode(codes, self.W_dec, self.b_dec)
-        check.floating("codes", codes)
-        if codes.shape[-1] != self.d_sae:
-            raise ValueError(f"codes must have d_sae = {self.d_sae} in the last dimension, got {tuple(codes.shape)}")
-        return functional.linear(codes, self.W_dec, self.b_dec)
-
-    __prepare_scriptable__ = check.no_torchscript
-
-    def extra_repr(self) -> str:
-        return f"d_sae={self.d_sae}, d_in={self.d_in}, bias={self.b_dec is not None}"
 
 
 class SparseAutoencoder(nn.Module):
@@ -95,7 +54,10 @@ class SparseAutoencoder(nn.Module):
         contiguous_parameters: how ``W_enc`` lies in memory; results are the same to rounding. True: row-major, which
             LBFGS, ``parameters_to_vector`` and FSDP2 need of every parameter. False: latent-contiguous, strides
             (1, d_in), with which a :class:`~sae_engine.training.TrainStep` is 3 to 19 % faster; all else hardly
-            notices. None: row-major, until a ``TrainStep`` lays it out anew for itself.
+            notices. None: row-major, until a ``TrainStep`` lays it out anew for itself; on a mesh by latent.
+        mesh: a ``DeviceMesh`` over whose ranks the latents are cut, as :func:`sae_engine.distributed.from_env` makes
+            it. Parameters are DTensors; every rank brings its own tokens and gets its own codes and outputs, which are
+            those of one device. A gradient is that of the sum of all ranks' losses.
 
     With :class:`TopAFA` and :class:`Gated` there is no encoder bias: ``b_enc`` is 0 and not trained.
 
@@ -108,6 +70,7 @@ class SparseAutoencoder(nn.Module):
     Raises:
         TypeError: ``activation`` is no rule, or an argument is of another kind; names it.
         ValueError: an argument is out of range, or the rule keeps more entries than there are latents.
+        TypeError: with a mesh, the rule cannot say how it selects where each rank has some of the latents.
 
     Example:
         >>> sae = SparseAutoencoder(4, 16, se.TopK(2))
@@ -123,6 +86,8 @@ class SparseAutoencoder(nn.Module):
     W_skip: Tensor | None
     card: SourceCard | None
     _provenance: Provenance | None = None
+    shards: Shards | None = None  # with a mesh: which latents are whose
+    _share: tuple[SparseAutoencoder, ...] = ()
 
     def __init__(
         self,
@@ -139,6 +104,7 @@ class SparseAutoencoder(nn.Module):
         contiguous_parameters: bool | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         super().__init__()
         self.d_in = check.integer_k(d_in, name="d_in")
@@ -166,18 +132,36 @@ class SparseAutoencoder(nn.Module):
         self.apply_b_dec_to_input = check.flag("apply_b_dec_to_input", apply_b_dec_to_input) and self.d_out == d_in
         self.normalize_activations = normalize_activations
         self.rescale_acts_by_decoder_norm = check.flag("rescale_acts_by_decoder_norm", rescale_acts_by_decoder_norm)
+        if mesh is not None:
+            self.shards = passes.shards_of(mesh, self.d_sae, device)
+            device = torch.device(self.shards.mesh.device_type) if device is None else device
 
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "shards": self.shards}
         W_dec = unit_rows(d_sae, self.d_out, **options) * decoder_init_norm
         W_enc = W_dec.clone() if self.d_out == d_in else unit_rows(d_sae, d_in, **options) * decoder_init_norm
-        self.W_enc = nn.Parameter(W_enc.T if contiguous_parameters is False else W_enc.T.contiguous())
+        by_latent = contiguous_parameters is False or (mesh is not None and contiguous_parameters is None)
+        self.W_enc = nn.Parameter(W_enc.T if by_latent else W_enc.T.contiguous())
+        del options["shards"]
         self._may_lay_out = contiguous_parameters is None
         self.W_dec = nn.Parameter(W_dec)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, **options), requires_grad=activation.encoder_bias)
+        self.b_enc = nn.Parameter(torch.zeros(len(W_dec), **options), requires_grad=activation.encoder_bias)
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, **options))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in, **options)) if skip else None)
         self.register_state_dict_post_hook(_contiguous)
         self.activation.to(self.W_enc.device)  # its dtypes are its own: a threshold stays as exact as it was made
+        if self.shards is not None:
+            self._share = (passes.split(self, self.shards),)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self._share:
+            passes.rejoin(self, self._share[0])
+        return self
+
+    @property
+    def share(self) -> SparseAutoencoder:
+        """With a mesh, this rank's latents as an autoencoder of so many, in the same memory; otherwise itself."""
+        return passes.as_it_is_now(self, self._share[0]) if self._share else self
 
     def encode(
         self, x: Tensor, *, memory_budget: int | None = None, backend: str = "auto", **context: Tensor
@@ -230,6 +214,8 @@ class SparseAutoencoder(nn.Module):
             >>> own.k, wider.k, pre.shape
             (2, 4, torch.Size([3, 16]))
         """
+        if self.shards is not None:
+            return passes.encode_with(self, x, select, keep_pre, memory_budget, backend, context)
         rules = self.activation if select is None else select
         x, info = self._normalized(x)
         known: dict[str, Any] = {**self._context(x, rules), **context}
@@ -275,20 +261,31 @@ class SparseAutoencoder(nn.Module):
                         f"info is needed because of {cause}, for the same {tuple(codes.batch_shape)} tokens as codes: "
                         "pass encode_with(x).info"
                     )
-        if self.rescale_acts_by_decoder_norm:
-            norms = decoder_norms(self.W_dec)
-            norms = torch.where(norms == 0, 1.0, norms)  # a zero row decodes to zero, whatever it is divided by
-            values = codes.values / functional.at_latents(norms, codes)
-            codes = codes.replace(values=values.to(codes.values.dtype))
+        if self.shards is not None:
+            return passes.decode_own(self, codes, info, backend)
+        codes = self._divided_by_norms(codes)
         dtype = linear_dtype(codes.values, self.W_dec)
         wide = torch.promote_types(dtype, torch.float32) if needed else dtype  # what is summed up is rounded once
         out = functional.decode(codes, self.W_dec, self.b_dec, result_dtype=wide, backend=backend)
+        return self._finished(out, info, dtype)
+
+    def _divided_by_norms(self, codes: SparseCodes) -> SparseCodes:
+        """What the decoder multiplies: where codes hold values times norms, these are divided out."""
+        if not self.rescale_acts_by_decoder_norm:
+            return codes
+        norms = decoder_norms(self.W_dec)
+        norms = torch.where(norms == 0, 1.0, norms)  # a zero row decodes to zero, whatever it is divided by
+        values = codes.values / functional.at_latents(norms, codes)
+        return codes.replace(values=values.to(codes.values.dtype))
+
+    def _finished(self, out: Tensor, info: EncodeInfo, dtype: torch.dtype) -> Tensor:
+        """The sums of decoder rows with layer norm and centring undone and the skip connection added, in ``dtype``."""
         if info.std is not None:
             out = out * info.std
         if info.mean is not None:
             out = out + info.mean
         if self.W_skip is not None and info.skipped is not None:
-            out = out + functional.linear(info.skipped, self.W_skip.T, result_dtype=wide)
+            out = out + functional.linear(info.skipped, self.W_skip.T, result_dtype=out.dtype)
         return out.to(dtype)
 
     def forward(self, x: Tensor, **context: Tensor) -> Tensor:
@@ -299,6 +296,8 @@ class SparseAutoencoder(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`encode`.
         """
+        if self.shards is not None:
+            return passes.forward(self, x, context)
         (codes,), info, _ = self.encode_with(
             x, select=None, keep_pre=False, memory_budget=None, backend="auto", **context
         )
@@ -477,16 +476,6 @@ def _contiguous(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
     """``state_dict`` holds a row-major copy of a latent-contiguous ``W_enc``: safetensors takes no other layout."""
     name = f"{prefix}W_enc"
     tensor = state.get(name)
-    if tensor is not None and not isinstance(tensor, nn.Parameter):  # keep_vars=True asks for the parameter itself
+    is_asked_for = isinstance(tensor, nn.Parameter)  # itself, by keep_vars=True
+    if tensor is not None and not is_asked_for and module.shards is None:
         state[name] = tensor.contiguous()
-
-
-def decoder_norms(W_dec: Tensor) -> Tensor:
-    """(F,) norms of the rows in fp32 or wider, differentiable: rounded to 16 bits they would bias what is selected."""
-    return torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.promote_types(W_dec.dtype, torch.float32))
-
-
-def unit_rows(rows: int, width: int, *, dtype=None, device=None) -> Tensor:
-    """Random directions, one a row: drawn and normalized in fp32."""
-    drawn = torch.randn(rows, width, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    return (drawn / drawn.norm(dim=1, keepdim=True)).to(dtype or torch.get_default_dtype())

@@ -16,7 +16,7 @@ from structure import ENGINE, KERNELS, ROOT, circles, imports, module_name, ours
 # Of kernels/device, what a machine without Triton imports too: how launches are configured.
 WITHOUT_TRITON = {"sae_kernels.device", "sae_kernels.device._autotune", "sae_kernels.device._tuning"}
 # A training step works on entries that it made itself, and calls operators without functional's checks.
-IS_TRAINING = re.compile(r"sae_engine\.(training|losses)(\.\w+)?").fullmatch
+IS_TRAINING = re.compile(r"sae_engine\.(training|losses|distributed)(\.\w+)?").fullmatch
 # functional and what it stands on. These know the package below, and none of the modules above.
 IS_FOUNDATION = re.compile(r"sae_engine\.(functional|codes|_[a-z]\w*)").fullmatch
 

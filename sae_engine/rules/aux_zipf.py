@@ -32,6 +32,7 @@ class AuxZipfTopK(Activation):
 
     shortfall: Tensor | None
     context_keys = frozenset({"shortfall"})
+    selects_over_shards = True
 
     def __init__(self, k: int, *, relu: bool = True, shortfall: Tensor | None = None) -> None:
         super().__init__()
@@ -64,8 +65,9 @@ class AuxZipfTopK(Activation):
             return (kept * self._weight(kept, shortfall)[codes.indices.long()]).to(kept.dtype)
 
         return RunningTopK(
-            tokens, num_latents, backend, self.k, score=score, mask=weight > 0, relu=self.relu, values=values
-        )
+            tokens, num_latents, backend, self.k, score=score, mask=weight > 0, relu=self.relu, values=values,
+            shards=self.shards,
+        )  # fmt: skip
 
     def entry_values(self, pre: Tensor, codes: SparseCodes, *, shortfall: Tensor | None = None) -> Tensor:
         weight = self._weight(pre, shortfall)[codes.indices.long()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from sae_kernels.dispatch import capturing
 from .. import _checks as check
 from .._running import Running
 from ..codes import SparseCodes
+
+if TYPE_CHECKING:
+    from ..distributed.shards import Shards
 
 
 def kept_values(self, pre: Tensor, codes: SparseCodes, **context) -> Tensor:
@@ -56,6 +59,10 @@ class Activation(nn.Module):
     keeps of them is then the business of ``running(tokens, num_latents, backend=..., **context)``, which returns an
     object of the kind of :class:`Running`. Without it a rule of scope "row" is given all latents of some
     tokens at a time, and any other one the whole batch or nothing.
+    Where latents are cut over a mesh, ``shards`` is there, and ``select`` is given the pre-activations of a rank's own
+    latents, for the tokens of all ranks. A rule that then keeps what one device would says so by
+    ``selects_over_shards = True``: one whose latents do not compete, or whose ``running`` or ``_select`` heeds
+    ``shards``.
     ``encoder_bias`` is False for rules under which an autoencoder's ``b_enc`` stays 0. ``settled`` is False while what
     the rule does may still change by a count of forwards, which a CUDA graph cannot follow.
 
@@ -76,6 +83,8 @@ class Activation(nn.Module):
     scope: str = "row"
     encoder_bias: ClassVar[bool] = True
     settled: bool = True
+    selects_over_shards: ClassVar[bool] = False
+    shards: Shards | None = None
     entry_values: Callable[..., Tensor] | None = None
     running: Callable[..., Running] | None = None
 
@@ -88,6 +97,7 @@ class Activation(nn.Module):
         if {"select", "_select"} & cls.__dict__.keys():  # what was said of the former selection no longer holds
             for name in {"entry_values", "running"} - cls.__dict__.keys():
                 setattr(cls, name, None)
+            cls.selects_over_shards = cls.__dict__.get("selects_over_shards", False)
 
     def forward(self, pre: Tensor, **context) -> Tensor:
         """Dense activations with the shape and dtype of ``pre``."""
@@ -97,6 +107,12 @@ class Activation(nn.Module):
     def select(self, pre: Tensor, *, backend: str = "auto", **context) -> SparseCodes:
         """The same activations as codes."""
         self._check_context(context)
+        if self.shards is not None and self.running is not None:
+            rows, latents = check.matrix(pre), slice(0, pre.shape[-1])
+            running = self.running(len(rows), pre.shape[-1], backend=backend, **context)
+            if running is not None:
+                running.add(rows, slice(0, len(rows)), latents)
+                return running.finish()[0]
         return self._select(pre, backend, **context)
 
     def _select(self, pre: Tensor, backend: str, **context) -> SparseCodes:

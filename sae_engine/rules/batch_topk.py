@@ -58,6 +58,7 @@ class BatchTopK(Activation):
     threshold: Tensor
     forwards: Tensor
     scope = "batch"
+    selects_over_shards = True
     entry_values = kept_values
     _exact: tuple[str, ...] = ("threshold",)  # buffers that no cast of the module touches
 
@@ -101,8 +102,8 @@ class BatchTopK(Activation):
             return self._running_threshold(tokens, num_latents, backend, self.threshold)
         if self.group is not None:  # its cut is agreed upon by all processes
             return None
-        check.number_k(self.k, num_latents)
-        return RunningBatch(tokens, num_latents, backend, self.total(tokens))
+        check.number_k(self.k, num_latents if self.shards is None else self.shards.num_latents)
+        return RunningBatch(tokens, num_latents, backend, self.total(tokens), self.shards)
 
     def _running_threshold(self, tokens: int, num_latents: int, backend: str, theta: Tensor) -> RunningThreshold:
         self._require_threshold()
@@ -135,6 +136,8 @@ class BatchTopK(Activation):
         smallest = smallest.min() if smallest.shape[0] else self.threshold.new_full((), torch.inf)
         if self.group is not None:
             torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self.group)
+        if self.shards is not None:
+            smallest = self.shards.wire.least(smallest, "threshold")
         if teaches is not None:
             smallest = torch.where(teaches, smallest, torch.inf)
         functional.move_threshold(self.threshold, smallest, rate)

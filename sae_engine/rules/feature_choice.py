@@ -1,6 +1,8 @@
 """Feature Choice: every latent chooses its tokens."""
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,18 @@ from ..codes import SparseCodes
 from .base import above, apply_but, captured_size, kept_values
 from .batch_topk import BatchTopK
 from .density import fired_share
+
+
+@dataclass
+class _Counted:
+    """What the host knows: its count of forwards, at least what ``forwards`` holds, and whether that is the device's.
+
+    A shard's copy of a rule has the same object.
+    """
+
+    forwards: int
+    is_settled: bool
+
 
 BUDGETS = ("zipf", "uniform")
 INFERENCE = ("latent", "global")
@@ -57,6 +71,7 @@ class FeatureChoice(BatchTopK):
 
     latent_threshold: Tensor
     density: Tensor
+    selects_over_shards = True
     entry_values = kept_values
 
     def __init__(
@@ -80,8 +95,7 @@ class FeatureChoice(BatchTopK):
             self.register_buffer(name, torch.full((d_sae,), -1.0, dtype=torch.float64, device=device))
         self._exact = ("threshold", "latent_threshold", "density")
         self._count_forwards()
-        self._counted = 0  # the host's count of forwards, at least what `forwards` holds
-        self._is_settled = self.mutual_steps == 0
+        self._host = _Counted(0, self.mutual_steps == 0)
 
     @property
     def phase(self) -> str:
@@ -91,10 +105,9 @@ class FeatureChoice(BatchTopK):
         out has not moved its count, and the host need not have heard of it.
         """
         may_ask = not torch.compiler.is_compiling() and not capturing(self.forwards)
-        if not self._is_settled and self._counted >= self.mutual_steps and may_ask:
-            self._counted = int(self.forwards)
-            self._is_settled = self._counted >= self.mutual_steps
-        return "mutual" if self._counted < self.mutual_steps else "feature"
+        if not self._host.is_settled and self._host.forwards >= self.mutual_steps and may_ask:
+            self._counted_are(int(self.forwards))
+        return "mutual" if self._host.forwards < self.mutual_steps else "feature"
 
     @property
     def settled(self) -> bool:  # type: ignore[override]
@@ -102,9 +115,11 @@ class FeatureChoice(BatchTopK):
 
     def end_mutual_choice(self) -> None:
         """From the next training forward on, latents choose."""
-        self._counted = max(self._counted, self.mutual_steps)
-        self.forwards.fill_(self._counted)
-        self._is_settled = True
+        self._counted_are(max(self._host.forwards, self.mutual_steps))
+        self.forwards.fill_(self._host.forwards)
+
+    def _counted_are(self, forwards: int) -> None:
+        self._host.forwards, self._host.is_settled = forwards, forwards >= self.mutual_steps
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         self._check_width(pre)
@@ -127,7 +142,11 @@ class FeatureChoice(BatchTopK):
         """(d_sae,) int32: tokens that each latent keeps of a training batch."""
         exponent = 0.0 if self.budgets == "uniform" else self.exponent
         total = self.total(tokens)
-        return functional.feature_budgets(self.density, total, tokens, exponent=exponent, shift=self.shift)
+        density, shards = self.density, self.shards
+        if shards is not None:
+            density = shards.all_latents(density, "densities")
+        budgets = functional.feature_budgets(density, total, tokens, exponent=exponent, shift=self.shift)
+        return budgets if shards is None else budgets[shards.mine]
 
     def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> Running | None:
         """As :meth:`BatchTopK.running`; where latents choose, the host reads the budgets."""
@@ -158,7 +177,7 @@ class FeatureChoice(BatchTopK):
         with torch.no_grad():
             functional.move_threshold(self.density, fired_share(codes), self.density_lr)
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:  # no checkpoint's second run
-            self._counted += 1
+            self._host.forwards += 1
 
     def move_thresholds(self, codes: SparseCodes, rate: float, teaches: Tensor | None = None) -> None:
         super().move_thresholds(codes, rate, teaches)
@@ -176,8 +195,7 @@ class FeatureChoice(BatchTopK):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         if f"{prefix}forwards" in state_dict:
-            self._counted = int(state_dict[f"{prefix}forwards"])
-            self._is_settled = self._counted >= self.mutual_steps
+            self._counted_are(int(state_dict[f"{prefix}forwards"]))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn, recurse: bool = True):

@@ -37,6 +37,7 @@ class Gated(Activation):
     b_mag: Tensor
     r_mag: Tensor
     encoder_bias = False
+    selects_over_shards = True
 
     def __init__(self, d_sae: int, *, device=None) -> None:
         super().__init__()

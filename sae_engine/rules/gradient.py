@@ -32,6 +32,7 @@ class GradientTopK(TopK):
     """
 
     context_keys = frozenset({"attribution"})
+    selects_over_shards = True
     entry_values = kept_values
 
     def __init__(self, k: int, *, beta: float = 1.0) -> None:
@@ -58,4 +59,4 @@ class GradientTopK(TopK):
         def score(pre: Tensor, rows: slice, latents: slice) -> Tensor:
             return self._score(pre, attribution[rows, latents])
 
-        return RunningTopK(tokens, num_latents, backend, self.k, score=score)
+        return RunningTopK(tokens, num_latents, backend, self.k, score=score, shards=self.shards)

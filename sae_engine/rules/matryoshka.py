@@ -33,6 +33,7 @@ class MatryoshkaBatchTopK(BatchTopK):
         ['matryoshka']
     """
 
+    selects_over_shards = True
     entry_values = kept_values
 
     def __init__(self, k: float, widths: Sequence[int], **options) -> None:
@@ -48,5 +49,6 @@ class MatryoshkaBatchTopK(BatchTopK):
         return super().running(tokens, num_latents, backend=backend)
 
     def _check_widths(self, num_latents: int) -> None:
-        if self.widths[-1] != num_latents:
-            raise ValueError(f"widths must end with the number of latents {num_latents}, got {self.widths}")
+        every = num_latents if self.shards is None else self.shards.num_latents
+        if self.widths[-1] != every:
+            raise ValueError(f"widths must end with the number of latents {every}, got {self.widths}")

@@ -45,6 +45,7 @@ class SampledTopK(BatchTopK):
     """
 
     scope = "latent"
+    selects_over_shards = True
     entry_values = kept_values
 
     def __init__(self, k: float, *, pool: float = 4.0, score: str = "l2", **options) -> None:
@@ -62,14 +63,25 @@ class SampledTopK(BatchTopK):
         if not self.training:
             return super()._select(pre, backend)
         check.pre_activations(pre)
-        check.number_k(self.k, pre.shape[-1])
+        every = pre.shape[-1] if self.shards is None else self.shards.num_latents
+        check.number_k(self.k, every)
         size = math.ceil(self.k * self.pool)
-        if size >= pre.shape[-1]:
+        if self.shards is not None:
+            return self._select_over_shards(check.matrix(pre), size, backend)
+        if size >= every:
             return functional.batch_topk(pre, self.k, backend=backend)
         score = column_score(check.matrix(pre.detach()), self.score)
         best = functional.topk(score[None], size, relu=False, backend=backend).indices.long()
         mask = torch.zeros(pre.shape[-1], dtype=torch.bool, device=pre.device).index_fill(0, best, True)
         return functional.batch_topk(pre, self.k, mask=mask, backend=backend)
+
+    def _select_over_shards(self, pre: Tensor, size: int, backend: str) -> SparseCodes:
+        shards = self.shards
+        assert shards is not None
+        score = shards.all_latents(column_score(pre.detach(), self.score), "scores")
+        best = functional.topk(score[None], min(size, len(score)), relu=False, backend=backend).indices.long()
+        mask = torch.zeros_like(score, dtype=torch.bool).index_fill_(0, best, True)[shards.mine]
+        return shards.batch_topk(pre, self.total(pre.shape[0]), mask, backend)
 
 
 def column_score(pre: Tensor, kind: str) -> Tensor:

@@ -30,6 +30,8 @@ class StatisticalTopK(Activation):
         tensor([3], dtype=torch.int32)
     """
 
+    selects_over_shards = True
+
     def __init__(self, k: float) -> None:
         super().__init__()
         self.k = check.number_k(k)
@@ -43,11 +45,19 @@ class StatisticalTopK(Activation):
     def _shifted(self, pre: Tensor) -> Tensor:
         """pre - theta, computed in fp32 or wider, in the dtype of pre."""
         check.pre_activations(pre)
-        if not self.k < pre.shape[-1]:
-            raise ValueError(f"k must satisfy 0 < k < {pre.shape[-1]} (the number of latents), got {self.k}")
+        every = pre.shape[-1] if self.shards is None else self.shards.num_latents
+        if not self.k < every:
+            raise ValueError(f"k must satisfy 0 < k < {every} (the number of latents), got {self.k}")
         wide = pre.to(torch.promote_types(pre.dtype, torch.float32))
-        mean = wide.mean(-1, keepdim=True)
-        variance = (wide - mean).square().mean(-1, keepdim=True)
+        mean = self._row_mean(wide, every)
+        variance = self._row_mean((wide - mean).square(), every)
         std = variance.clamp(min=torch.finfo(wide.dtype).tiny).sqrt()  # the root's slope at 0 is infinite
-        share = torch.full((), 1 - self.k / pre.shape[-1], dtype=torch.float64, device=pre.device)
+        share = torch.full((), 1 - self.k / every, dtype=torch.float64, device=pre.device)
         return (wide - (mean + std * torch.special.ndtri(share).to(wide.dtype))).to(pre.dtype)
+
+    def _row_mean(self, wide: Tensor, every: int) -> Tensor:
+        """(*batch_shape, 1) over ``every`` latent, of which ``wide`` may be one shard's."""
+        if self.shards is None:
+            return wide.mean(-1, keepdim=True)
+        sums = self.shards.sum(wide.sum(-1, keepdim=True, dtype=torch.float64), "row sums")
+        return (sums / every).to(wide.dtype)

@@ -21,6 +21,7 @@ class ReLU(Activation):
         tensor([1], dtype=torch.int32)
     """
 
+    selects_over_shards = True
     entry_values = kept_values
 
     def needs(self) -> dict[str, str]:
@@ -53,6 +54,7 @@ class JumpReLU(Activation):
     """
 
     threshold: Tensor
+    selects_over_shards = True
 
     def __init__(self, d_sae: int, *, threshold: float = 0.01, bandwidth: float = 0.05, device=None) -> None:
         super().__init__()

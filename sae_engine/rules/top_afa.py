@@ -28,6 +28,7 @@ class TopAFA(Activation):
 
     context_keys = frozenset({"target_norm", "weight_norm"})
     encoder_bias = False
+    selects_over_shards = True
     entry_values = kept_values
 
     def __init__(self, *, capacity: int | None = None, target_scale: float = 1.0) -> None:
@@ -39,4 +40,6 @@ class TopAFA(Activation):
         capacity = captured_size(pre) if self.capacity is None else self.capacity
         if self.target_scale != 1:
             target_norm = target_norm * self.target_scale
+        if self.shards is not None:
+            return self.shards.norm_match(check.matrix(pre), target_norm, weight_norm, capacity)
         return functional.norm_match(pre, target_norm, weight_norm=weight_norm, capacity=capacity, backend=backend)

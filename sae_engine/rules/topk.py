@@ -22,6 +22,7 @@ class TopK(Activation):
         tensor([[0., 2., 0., 1.]])
     """
 
+    selects_over_shards = True
     entry_values = kept_values
 
     def __init__(self, k: int) -> None:
@@ -32,7 +33,7 @@ class TopK(Activation):
         return functional.topk(pre, self.k, backend=backend)
 
     def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> RunningTopK:
-        return RunningTopK(tokens, num_latents, backend, self.k)
+        return RunningTopK(tokens, num_latents, backend, self.k, shards=self.shards)
 
 
 class AbsTopK(TopK):
@@ -46,11 +47,13 @@ class AbsTopK(TopK):
         tensor([ 2., -3.])
     """
 
+    selects_over_shards = True
+
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         return functional.topk(pre, self.k, magnitude=True, backend=backend)
 
     def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> RunningTopK:
-        return RunningTopK(tokens, num_latents, backend, self.k, magnitude=True, relu=False)
+        return RunningTopK(tokens, num_latents, backend, self.k, magnitude=True, relu=False, shards=self.shards)
 
     def entry_values(self, pre: Tensor, codes: SparseCodes) -> Tensor:
         return pre  # signed: a kept 0 passes its gradient
@@ -73,6 +76,7 @@ class AuxTopK(Activation):
     """
 
     context_keys = frozenset({"dead_mask"})
+    selects_over_shards = True
 
     def __init__(self, k: int, *, relu: bool = True) -> None:
         super().__init__()
@@ -85,7 +89,9 @@ class AuxTopK(Activation):
     def running(
         self, tokens: int, num_latents: int, *, backend: str = "auto", dead_mask: Tensor
     ) -> RunningTopK:
-        return RunningTopK(tokens, num_latents, backend, self.k, mask=dead_mask, relu=self.relu)
+        return RunningTopK(
+            tokens, num_latents, backend, self.k, mask=dead_mask, relu=self.relu, shards=self.shards
+        )
 
     @property
     def has_gate(self) -> bool:

@@ -1,0 +1,117 @@
+"""Encoding and decoding where latents are cut over a mesh: a rank's own tokens in, its own codes and outputs out."""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional
+from .._decoder_rows import decoder_norms
+from .._running import PER_TOKEN, Product
+from .._slabs import default_budget_bytes
+from ..codes import SparseCodes
+from ..functional import Encoded, EncodeInfo
+from .mesh import checked_mesh
+from .shards import Shards, check_rules
+from .share import as_it_is_now, attached, rejoin, split
+
+if TYPE_CHECKING:
+    from ..autoencoder import SparseAutoencoder
+
+__all__ = ["as_it_is_now", "decode_own", "encode_with", "forward", "rejoin", "shards_of", "split"]
+
+
+def shards_of(mesh: object, d_sae: int, device: torch.device | None) -> Shards:
+    """Raises TypeError or ValueError, naming ``mesh``, where it is none that latents can be cut over."""
+    return Shards(checked_mesh(mesh, d_sae, device), d_sae)
+
+
+def encode_with(
+    sae: SparseAutoencoder, x: Tensor, select: Any, keep_pre: bool, memory_budget: int | None, backend: str,
+    context: dict[str, Any],
+) -> Encoded:  # fmt: skip
+    """As ``SparseAutoencoder.encode_with``, of my tokens."""
+    if keep_pre:
+        raise ValueError("keep_pre must be False on a mesh, where no rank has the pre-activations of all latents")
+    codes, info, mine = _encoded(sae, x, select, memory_budget, backend, context)
+    return Encoded(tuple(replace(_shards(mine).to_owners(c), batch_shape=tuple(x.shape[:-1])) for c in codes), info)
+
+
+def forward(sae: SparseAutoencoder, x: Tensor, context: dict[str, Any]) -> Tensor:
+    """As ``SparseAutoencoder.forward``, of my tokens: no code goes anywhere, only sums of decoder rows do."""
+    (codes,), info, mine = _encoded(sae, x, None, None, "auto", context)
+    sae.share.activation.update(codes)
+    return _decoded(mine, codes, info, tuple(x.shape[:-1]), "auto")
+
+
+def decode_own(sae: SparseAutoencoder, codes: SparseCodes, info: EncodeInfo, backend: str) -> Tensor:
+    """As ``SparseAutoencoder.decode``, from the codes of my tokens."""
+    mine = attached(sae)
+    shards = _shards(mine)
+    shards.begin(codes.rows, 0)
+    return _decoded(mine, shards.to_latents(codes), info, codes.batch_shape, backend)
+
+
+def _encoded(
+    sae: SparseAutoencoder, x: Tensor, select: Any, memory_budget: int | None, backend: str, context: dict[str, Any]
+) -> tuple[tuple[SparseCodes, ...], EncodeInfo, SparseAutoencoder]:
+    """Codes of my latents for the tokens of all ranks, one for each rule; and what :func:`decode` needs.
+
+    The parameters of the share that comes along are functions of those of ``sae``.
+    """
+    given, info = sae._normalized(x)
+    mine = attached(sae)
+    shards = _shards(mine)
+    listed = list(select) if isinstance(select, list | tuple) else [sae.activation if select is None else select]
+    rules = [rule if rule is not sae.activation else mine.activation for rule in listed]
+    for rule in rules:
+        rule.shards = shards
+    check_rules(rules)
+    rows = check.matrix(given)
+    budget = default_budget_bytes(x.device) if memory_budget is None else check.integer_k(
+        memory_budget, name="memory_budget")  # fmt: skip
+    budget = shards.begin(len(rows), budget)
+    known: dict[str, Any] = {**mine._context(rows, rules), **context}
+    if "gradient" in known:
+        known["attribution"] = mine._attribution(known.pop("gradient"), given, info)
+    known = {name: of_mesh(shards, name, tensor) for name, tensor in known.items()}
+    dtype = functional.linear_dtype(rows, mine.W_enc)
+    centred = (rows - mine.b_dec if mine.apply_b_dec_to_input else rows).to(dtype)
+    scale = decoder_norms(mine.W_dec) if mine.rescale_acts_by_decoder_norm else None
+    encoded = functional.encode_with(
+        shards.gather_rows(centred, "x"), mine.W_enc, mine._encoder_bias, scale=scale, select=rules,
+        memory_budget=budget, backend=backend, **known,
+    )  # fmt: skip
+    return encoded.codes, info, mine
+
+
+def _decoded(
+    mine: SparseAutoencoder, codes: SparseCodes, info: EncodeInfo, batch_shape: tuple[int, ...], backend: str
+) -> Tensor:
+    """(*batch_shape, d_out) of my tokens, from codes of my latents for all tokens."""
+    codes = mine._divided_by_norms(codes)
+    dtype = functional.linear_dtype(codes.values, mine.W_dec)
+    wide = torch.promote_types(dtype, torch.float32)
+    part = functional.decode(codes, mine.W_dec, result_dtype=wide, backend=backend)
+    out = _shards(mine).sum_parts(part, "x_hat") + mine.b_dec
+    return mine._finished(out.view(*batch_shape, mine.d_out), info, dtype)
+
+
+def of_mesh(shards: Shards, name: str, tensor: Any) -> Any:
+    """A rule's context for the tokens of all ranks and my latents, from that of mine and all, or mine alone."""
+    if name in PER_TOKEN:
+        if isinstance(tensor, Product):
+            return Product(shards.gather_rows(check.matrix(tensor._x), name), tensor._weight, tensor._divisors,
+                           functional.linear)  # fmt: skip
+        return shards.gather_rows(tensor.reshape(-1, *tensor.shape[tensor.dim() :]), name)
+    is_whole = isinstance(tensor, Tensor) and tensor.shape == (shards.num_latents,) and shards.size > 1
+    return tensor[shards.mine] if is_whole else tensor
+
+
+def _shards(share: SparseAutoencoder) -> Shards:
+    shards = share.activation.shards
+    assert shards is not None
+    return shards

@@ -1,0 +1,181 @@
+"""One autoencoder's latents over a mesh, as one of its ranks sees them: what is its own, and the way to the others."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..codes import SparseCodes
+from . import entries, selection
+from .layout import Ownership
+from .sums import GatheredRows, SummedParts, SummedRanks
+from .wire import Wire, tree_sum
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["Shards"]
+
+
+class Shards:
+    """A rank has some latents whole, and sees the tokens of every rank; a batch is their concatenation by rank.
+
+    Attributes:
+        mesh: a ``DeviceMesh``.
+        layout: which latents are whose.
+        wire: to the other ranks; it counts what is sent.
+        rows: tokens of each rank in the batch at hand (:meth:`begin`).
+        trims: whether codes are as long as there are entries, which the host reads: on a CPU, where nobody waits.
+            Otherwise they have room for all that this rank may have to keep.
+    """
+
+    def __init__(self, mesh: DeviceMesh, num_latents: int) -> None:
+        self.mesh, self.dimensions = mesh, list(mesh.mesh.shape)
+        self.wire = Wire(_group_of(mesh))
+        self.layout = Ownership.over(num_latents, self.dimensions, self.wire.rank)
+        self.rows: list[int] = []
+        self.trims = mesh.device_type == "cpu"
+
+    @property
+    def rank(self) -> int:
+        return self.wire.rank
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return self.wire.size
+
+    @property
+    def num_latents(self) -> int:
+        """Of all ranks together."""
+        return self.layout.num_latents
+
+    @property
+    def mine(self) -> slice:
+        """My latents, among all."""
+        return self.layout.mine
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole batch."""
+        return sum(self.rows)
+
+    @property
+    def first_row(self) -> int:
+        """My first token's place in the batch."""
+        return sum(self.rows[: self.rank])
+
+    def begin(self, rows: int, budget: int) -> int:
+        """Tells the others, host to host, how many tokens are mine; the least of every rank's memory ``budget``.
+
+        Raises:
+            ValueError: nobody has any tokens.
+        """
+        told = self.wire.hosts([rows, budget], "rows")
+        self.rows = [numbers[0] for numbers in told]
+        if not self.tokens:
+            raise ValueError("x must hold at least one token on some rank of the mesh, got none on all")
+        return min(numbers[1] for numbers in told)
+
+    # --- tokens and latents to and fro, for autograd too -----------------------------------------------------------
+
+    def gather_rows(self, mine: Tensor, name: str) -> Tensor:
+        """(all tokens, …) from mine; its gradient is the sum over ranks, as a tree."""
+        return GatheredRows.apply(mine, self.wire, self.rows, name)
+
+    def sum_parts(self, part: Tensor, name: str) -> Tensor:
+        """(my tokens, …): the sum of every rank's ``part`` (all tokens, …), as a tree."""
+        return SummedParts.apply(part, self.wire, self.rows, name)
+
+    def sum(self, part: Tensor, name: str) -> Tensor:
+        """The sum of every rank's floats, as a tree; integers' by the wire."""
+        if not part.is_floating_point():
+            return self.wire.add(part, name)
+        return SummedRanks.apply(part, self.wire, name)
+
+    def spread(self, rows: Tensor, name: str) -> Tensor:
+        """() fp64: the squared distances of every rank's ``rows`` (n, d) from the mean of them all."""
+        wide = rows.double()
+        mean = wide.mean(0) if len(rows) else wide.new_zeros(rows.shape[1])
+        mine = torch.cat([mean, (wide - mean).square().sum()[None]])
+        every = self.wire.gather(mine, name)
+        counts = torch.tensor(self.rows, dtype=torch.float64).to(rows.device, non_blocking=True)
+        means, squares = every[:, :-1], every[:, -1]
+        middle = tree_sum(list(counts[:, None] * means)) / self.tokens
+        return tree_sum(list(squares + counts * (means - middle).square().sum(1)))
+
+    def all_latents(self, mine: Tensor, name: str) -> Tensor:
+        """(F,) of every rank's latents, from (my latents,)."""
+        return self.wire.gather_rows(mine, self.layout.numbers, name)
+
+    # --- selection: see selection.py --------------------------------------------------------------------------------
+
+    def kept_of_rows(self, by: Tensor, allowed: Tensor | None, k: int) -> Tensor:
+        return selection.row_mask(self, by, allowed, k)
+
+    def kept_of_batch(self, codes: SparseCodes, total: int, allowed: Tensor | None = None) -> Tensor:
+        return selection.batch_mask(self, codes, total, allowed)
+
+    def batch_topk(self, pre: Tensor, total: int, mask: Tensor | None, backend: str) -> SparseCodes:
+        return selection.batch_topk(self, pre, total, mask, backend)
+
+    def norm_match(self, pre: Tensor, target: Tensor, weight_norm: Tensor | None, capacity: int | None) -> SparseCodes:
+        return selection.norm_match(self, pre, target, weight_norm, capacity)
+
+    def narrowed(self, codes: SparseCodes, kept: Tensor, *others: Tensor | None) -> tuple:
+        """The codes where ``kept`` (N,), and ``others`` (N,) there."""
+        return selection.narrowed(codes, kept, others, trims=self.trims)
+
+    # --- codes of all latents of my tokens, and codes of my latents of all tokens ----------------------------------
+
+    def to_owners(self, codes: SparseCodes) -> SparseCodes:
+        return entries.to_owners(self, codes)
+
+    def to_latents(self, codes: SparseCodes) -> SparseCodes:
+        return entries.to_latents(self, codes)
+
+    # --- tensors of which each rank has a part ----------------------------------------------------------------------
+
+    def as_whole(self, mine: Tensor, dim: int | None) -> DTensor:
+        """A DTensor over ``mine``, in the same memory: cut along ``dim``, or the same on every rank with None."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        placements: list[Any] = [Replicate() if dim is None else Shard(dim) for _ in self.dimensions]
+        shape = list(mine.shape)
+        if dim is not None:
+            shape[dim] = self.num_latents
+        transposed = dim == 1 and mine.stride(0) == 1 != mine.stride(1)
+        strides = torch.empty(shape[::-1] if transposed else shape, device="meta").stride()
+        return DTensor.from_local(
+            mine, self.mesh, placements, run_check=False, shape=torch.Size(shape),
+            stride=strides[::-1] if transposed else strides,
+        )  # fmt: skip
+
+
+    def __reduce__(self):
+        raise TypeError("what lies on a mesh can be neither copied nor pickled: its process group is this process's")
+
+
+def _group_of(mesh: DeviceMesh):
+    """Of all ranks of the mesh, those of the inner dimension next to one another."""
+    import torch.distributed as dist
+
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks == list(range(dist.get_world_size())):
+        return None
+    return dist.new_group(ranks)
+
+
+def check_rules(rules: Sequence[Any]) -> None:
+    """Raises TypeError for a rule that cannot say how it selects where a rank has some of the latents only."""
+    for rule in rules:
+        if not getattr(rule, "selects_over_shards", False):
+            raise TypeError(
+                f"{type(rule).__name__} cannot say how it selects over latents that are cut over a mesh: make its "
+                "selection heed Activation.shards and set selects_over_shards = True, or train without mesh"
+            )
