@@ -59,6 +59,7 @@ EXCEPT = {
 SKIPPED = {
     **dict.fromkeys(["CapturedStep", "SparseCodes.cuda"], "needs a GPU"),
     **dict.fromkeys(["accelerate", "accelerated", "restore"], "needs another library; make test-interop runs them"),
+    "from_env": "needs processes that torchrun has started; tests/test_mesh.py has them",
     "SparseAutoencoder.from_pretrained": "asks the hub; save_pretrained reads what it wrote",
 }  # fmt: skip
 # Without a word on errors: they hold what they are given, or have none to raise.

@@ -354,7 +354,7 @@ WAITING = {
 # device what the host had. And a step that is replayed as a graph, in which nothing can wait.
 APART = {
     "Activation", "ByLatent", "EncodeInfo", "Encoded", "functional.EncodeInfo", "functional.Encoded",
-    "CannotAccelerate", "accelerate", "accelerated", "restore", "functional",
+    "CannotAccelerate", "accelerate", "accelerated", "restore", "distributed", "functional",
     "lm", "losses", "metrics", "training", "SparseCodes", "SparseCodes.cuda", "metrics.evaluate",
     "metrics.ppl_sparsity", "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes",
     "training.state_bytes", "training.Loss",
