@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,7 @@ class SparseAutoencoder(nn.Module):
         True
     """
 
+    has_sites: ClassVar[bool] = False  # whether it reads and writes several, as a Crosscoder does
     activation: Activation
     W_skip: Tensor | None
     card: SourceCard | None
@@ -393,13 +394,14 @@ class SparseAutoencoder(nn.Module):
             context["weight_norm"] = torch.ones_like(norms) if self.rescale_acts_by_decoder_norm else norms
         return context
 
-    def save_pretrained(self, path: str | PathLike, format: str = "saelens") -> None:
+    def save_pretrained(self, path: str | PathLike, format: str | None = None) -> None:
         """Writes a checkpoint, whole or not at all; files that are there are replaced.
 
         Args:
             path: a folder; of formats of one file (``"openai"``, ``"gemma_scope"``) also that file's name.
             format: ``"saelens"``, which holds everything, or another of :data:`sae_engine.checkpoints.formats.FORMATS`.
-                Decoder norms, and ``b_dec`` on the input, are folded into the encoder where a format knows neither.
+                Decoder norms, and ``b_dec`` on the input, are folded into the encoder where a format knows neither. Of
+                a :class:`Crosscoder` ``"sae_engine"``, or another of ``checkpoints.crosslayer.formats.FORMATS``.
 
         Raises:
             ValueError: ``format`` is unknown or cannot hold this autoencoder; says what would be lost.
@@ -429,7 +431,8 @@ class SparseAutoencoder(nn.Module):
         Args:
             path: a folder, a file of weights, or ``owner/repository[/folder][/file]`` of the Hugging Face hub.
             format: ``"auto"`` decides by what the files hold; or a key of
-                :data:`sae_engine.checkpoints.formats.READ`.
+                :data:`sae_engine.checkpoints.formats.READ`. Folders of crosscoders, and of whole transcoder sets, are
+                read by :class:`Crosscoder`'s; its formats are ``checkpoints.crosslayer.formats.READ``.
             device: where the parameters go; the default device.
             dtype: of the parameters; that of the file. Thresholds keep theirs.
             activation_scale: what multiplied the activations in training, for SAELens' ``expected_average_only_in``:

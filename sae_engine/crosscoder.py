@@ -135,6 +135,7 @@ class Crosscoder(SparseAutoencoder):
         (torch.Size([3, 5, 16]), torch.Size([5, 4]))
     """
 
+    has_sites = True
     W_enc: nn.ParameterList  # type: ignore[assignment]
     W_dec: nn.ParameterList  # type: ignore[assignment]
     W_skip: nn.ParameterList | None  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks as check
 from .autoencoder import SparseAutoencoder
-from .rules import BatchTopK, FeatureChoice, JumpReLU
+from .rules import Activation, BatchTopK, FeatureChoice, JumpReLU, PerSource
 
 
 def calibrate_threshold(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> SparseAutoencoder:
@@ -69,6 +69,7 @@ def inference_form(sae: SparseAutoencoder) -> SparseAutoencoder:
 
     Parameters are shared, not copied. This is the form in which SAELens exports BatchTopK and Matryoshka, and the one
     in which :class:`FeatureChoice` has a checkpoint (``save_pretrained``); ``state_dict`` keeps the training form.
+    Each source of a :class:`Crosscoder` has a JumpReLU of its own, also where one rule chose for all.
     Thresholds are rounded down to fp32, which changes no comparison with pre-activations of fp32 or less.
 
     Raises:
@@ -81,7 +82,17 @@ def inference_form(sae: SparseAutoencoder) -> SparseAutoencoder:
         >>> type(inference_form(sae).activation).__name__
         'JumpReLU'
     """
-    rule = sae.activation
+    jumps = [_jumprelu(source.activation, sae.d_sae) for source in sae.sources]
+    form = copy.copy(sae)
+    form._modules = dict(sae._modules)
+    form.activation = jumps[0] if len(jumps) == 1 and not isinstance(sae.activation, PerSource) else PerSource(jumps)
+    form.training = False
+    form.activation.eval()
+    return form
+
+
+def _jumprelu(rule: Activation, d_sae: int) -> JumpReLU:
+    """The thresholds that a rule has come to."""
     if isinstance(rule, JumpReLU):
         theta: Tensor = rule._theta().detach()
     elif isinstance(rule, BatchTopK):
@@ -89,13 +100,9 @@ def inference_form(sae: SparseAutoencoder) -> SparseAutoencoder:
         theta = rule.inference_threshold() if isinstance(rule, FeatureChoice) else rule.threshold
     else:
         raise TypeError(f"sae must have a rule with learned thresholds, got {type(rule).__name__}")
-    jump = JumpReLU(sae.d_sae, device=theta.device)
+    jump = JumpReLU(d_sae, device=theta.device)
     with torch.no_grad():
         rounded = theta.float()
         below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
         jump.threshold.copy_(torch.where(rounded.double() > theta.double(), below, rounded))
-    form = copy.copy(sae)
-    form._modules = dict(sae._modules)
-    form.activation = jump
-    form.training = jump.training = False
-    return form
+    return jump

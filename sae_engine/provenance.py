@@ -10,6 +10,7 @@ from . import _checks as check
 __all__ = ["Provenance"]
 
 _FACTORS = ("activation_scale", "target_scale")
+_WORDS = ("excluded", "sites", "target_sites", "models")  # several of each
 _INTEGERS = {"layer": 0, "target_layer": 0, "d": 1, "d_target": 1, "context_length": 1}  # name → the least it can be
 
 
@@ -28,7 +29,11 @@ class Provenance:
         layer, site: the place in the model, as :func:`~sae_engine.data.read_activations` takes it.
         target_layer, target_site: of a transcoder, the place that its output belongs to; None for an autoencoder,
             the site ``"unknown"`` for a transcoder whose files do not name it.
-        d, d_target: width of the input and, of a transcoder, of the target.
+        sites, target_sites: of a crosscoder, all places that it reads and reconstructs, each with its layer, as
+            ``"blocks.3.hook_resid_mid"``; ``layer`` and ``site`` are then None, and ``target_sites`` too where it
+            reconstructs what it reads.
+        models: of a crosscoder of several models, the model of each of ``sites``; ``model`` is the first.
+        d, d_target: width of the input and, of a transcoder, of the target; of all sites together.
         normalize: what was done to a row before the autoencoder saw it, as :func:`~sae_engine.metrics.evaluate` takes
             it: ``"none"`` or ``"token"``.
         model_dtype, dtype: of the model that computed the activations, and of the activations as stored: ``"float16"``.
@@ -59,6 +64,9 @@ class Provenance:
     site: str | None = None
     target_layer: int | None = None
     target_site: str | None = None
+    sites: tuple[str, ...] | None = None
+    target_sites: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
     d: int | None = None
     d_target: int | None = None
     normalize: str | None = None
@@ -92,27 +100,34 @@ class Provenance:
                 if not 0 < factor < inf:
                     raise ValueError(f"{name} must be positive and finite, got {value!r}")
                 object.__setattr__(self, name, float(factor))
-            elif name == "excluded":
-                if isinstance(value, str) or not all(isinstance(token, str) for token in value):
-                    raise TypeError(f"excluded must be a sequence of strings or None, got {value!r}")
+            elif name in _WORDS:
+                is_sequence = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
+                if not is_sequence:
+                    raise TypeError(f"{name} must be a sequence of strings or None, got {value!r}")
                 object.__setattr__(self, name, tuple(value))
             elif not isinstance(value, str):
                 raise TypeError(f"{name} must be a string or None, got {value!r}")
+        if self.models is not None and (self.sites is None or len(self.models) != len(self.sites)):
+            raise ValueError(f"models must name the model of each of sites {self.sites}, got {self.models!r}")
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
+        width = "" if self.d is None else f", d = {self.d}"
+        if self.sites is not None:
+            models = " and ".join(dict.fromkeys(self.models or ())) or f"{self.model or 'model not known'}{revision}"
+            target = "" if self.target_sites is None else f" to {_briefly(self.target_sites)}"
+            return f"{models}, {_briefly(self.sites)}{target}{width}"
         layer = "layer not known" if self.layer is None else f"layer {self.layer}"
         target = ""
         if self.target_site is not None:
             other = f"layer {self.target_layer}, " if self.target_layer not in (None, self.layer) else ""
             target = f" to {other}{self.target_site}"
-        width = "" if self.d is None else f", d = {self.d}"
         return f"{self.model or 'model not known'}{revision}, {layer}, {self.site or 'site not known'}{target}{width}"
 
     def to_dict(self) -> dict[str, Any]:
         """What is known, in JSON's types alone."""
         known = {name: value for name, value in asdict(self).items() if value is not None}
-        return known | ({"excluded": list(self.excluded)} if self.excluded is not None else {})
+        return {name: list(value) if name in _WORDS else value for name, value in known.items()}
 
     @classmethod
     def from_dict(cls, value: object) -> Provenance | None:
@@ -128,3 +143,8 @@ class Provenance:
             return cls(**{field.name: value[field.name] for field in fields(cls) if field.name in value})
         except (TypeError, ValueError):
             return None
+
+
+def _briefly(sites: tuple[str, ...]) -> str:
+    """``blocks.0.hook_resid_mid … blocks.11.hook_resid_mid``."""
+    return " ".join(sites) if len(sites) < 3 else f"{sites[0]} … {sites[-1]} ({len(sites)})"

@@ -9,6 +9,10 @@ from ..data.sites import Site
 from ..provenance import Provenance
 from .card import UNKNOWN
 
+# TransformerLens' short names of models that have another name on the Hugging Face hub.
+_GPT2 = {"gpt2-small": "gpt2", **{f"gpt2-{size}": f"gpt2-{size}" for size in ("medium", "large", "xl")}}
+_OWNERS = (("EleutherAI", re.compile(r"pythia-\d+(\.\d+)?[mb](-deduped)?(-v0)?")),
+           ("google", re.compile(r"gemma-(2-|3-)?\d+b(-it|-pt)?")))  # fmt: skip
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -61,3 +65,11 @@ def agreed(ours: Provenance | None, theirs: Provenance | None) -> Provenance | N
         if any(new not in (None, UNKNOWN, old) for new, old in zip(place, recorded, strict=True)):
             changed |= {layer: place[0], site: place[1]}
     return replace(ours, **changed)
+
+
+def hub_name(model: str | None) -> str | None:
+    """``model`` as the hub has it, where it is one of TransformerLens' short names."""
+    if model in _GPT2:
+        return f"openai-community/{_GPT2[model]}"
+    owner = next((owner for owner, names in _OWNERS if model is not None and names.fullmatch(model)), None)
+    return f"{owner}/{model}" if owner else model

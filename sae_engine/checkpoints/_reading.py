@@ -87,7 +87,7 @@ def look_at(place: Path) -> Source:
         try:
             kind = _kind(file)
             if file.name in _YAML:
-                configs[file] = _read_yaml(file)
+                configs[file] = read_yaml(file)
             elif kind == "json" or file.suffix == ".json":
                 configs[file] = read_json(file)
             elif place in (folder, file) and kind is not None:
@@ -157,7 +157,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
     yaml = require("yaml")
     if file.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size} bytes: too many for a configuration")

@@ -27,6 +27,8 @@ from ._checkpoint import Checkpoint, Files, build, of
 from ._folding import unit_decoder_rows
 from ._reading import Source, WeightFile, look_at
 from .card import CENTRED, RAW, UNKNOWN
+from .crosslayer import formats as crosslayer
+from .crosslayer import transcoder_set
 
 FORMATS: dict[str, ModuleType] = {
     module.NAME: module
@@ -72,10 +74,26 @@ def load(
     dtype = None if dtype is None else check.dtype_in("dtype", dtype)
     device = check.device_or_default(device)
     check.flag("fold_decoder_norms", fold_decoder_norms)
+    if cls.has_sites:
+        given = {"activation_scale": activation_scale, "residual": residual, "fold_decoder_norms": fold_decoder_norms}
+        if said := [name for name, value in given.items() if value not in (None, False)]:
+            raise ValueError(f"{said[0]} must be left out, got {given[said[0]]!r}: a crosscoder has none")
+        return crosslayer.load(cls, _find(path)[0], format=format, device=device, dtype=dtype)
+    if format == "auto" and holds_crosscoder(path):
+        raise ValueError(f"{path!s} is a crosscoder: Crosscoder.from_pretrained loads it")
     c, file = read(path, format=format, activation_scale=activation_scale, residual=residual)
     if fold_decoder_norms:
         c = unit_decoder_rows(c)
     return build(cls, c, file, device=device, dtype=dtype)
+
+
+def holds_crosscoder(path: str | PathLike) -> bool:
+    """Whether a folder is a crosscoder's and nothing else; a set of transcoders is also an autoencoder for each layer.
+
+    Raises:
+        ValueError: the folder may be of several formats.
+    """
+    return crosslayer.detect(_find(path)[0]) not in (None, transcoder_set.NAME)
 
 
 def read(
@@ -105,7 +123,7 @@ def read(
     return c.taking_raw_residuals() if residual == CENTRED else c, files.weights.path
 
 
-def save(sae, path: str | PathLike, *, format: str = "saelens") -> None:
+def save(sae, path: str | PathLike, *, format: str | None = None) -> None:
     """Writes an autoencoder; see :meth:`sae_engine.SparseAutoencoder.save_pretrained`.
 
     Raises:
@@ -118,6 +136,10 @@ def save(sae, path: str | PathLike, *, format: str = "saelens") -> None:
         ...     detect(folder)
         'dictionary_learning'
     """
+    if sae.has_sites:
+        crosslayer.save(sae, path, format="sae_engine" if format is None else format)
+        return
+    format = "saelens" if format is None else format
     known(format)
     FORMATS[format].save(of(sae), path)
 

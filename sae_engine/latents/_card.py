@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..checkpoints._checkpoint import Checkpoint, words
-from ..metrics.place import hub_name
+from ..checkpoints._places import hub_name
 from ..provenance import Provenance
 
 _DENSITY = ("`sparsity.safetensors` beside the weights has, for each latent, log10 of the share of tokens on which it "

@@ -25,11 +25,10 @@ from ..autoencoder import SparseAutoencoder
 from ..checkpoints import _folding as folding
 from ..checkpoints import dictionary_learning, hub, saelens
 from ..checkpoints._checkpoint import Checkpoint, laid_out, of, words
-from ..checkpoints._places import spelled
+from ..checkpoints._places import hub_name, spelled
 from ..data._require import require
 from ..data.store import folder_in
 from ..inference import inference_form
-from ..metrics.place import hub_name
 from ..provenance import Provenance
 from ..rules import BatchTopK, JumpReLU, LogJumpReLU, ReLU, TopK
 from ._card import card

@@ -1,21 +1,16 @@
 """Which model and which place in it an autoencoder is evaluated at: what its files say, or the user."""
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..autoencoder import SparseAutoencoder
+from ..checkpoints._places import hub_name
 from ..data.sites import Site
 from ..provenance import Provenance
 
 if TYPE_CHECKING:
     from ..data import LanguageModel
-
-# TransformerLens' short names of models that have another name on the Hugging Face hub.
-_GPT2 = {"gpt2-small": "gpt2", **{f"gpt2-{size}": f"gpt2-{size}" for size in ("medium", "large", "xl")}}
-_OWNERS = (("EleutherAI", re.compile(r"pythia-\d+(\.\d+)?[mb](-deduped)?(-v0)?")),
-           ("google", re.compile(r"gemma-(2-|3-)?\d+b(-it|-pt)?")))  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -115,11 +110,3 @@ def _is_site(site: str | None, layer: int | None) -> bool:
         return site is not None and bool(Site.of(site, layer or 0).name)
     except ValueError:
         return False
-
-
-def hub_name(model: str | None) -> str | None:
-    """``model`` as the hub has it, where it is one of TransformerLens' short names."""
-    if model in _GPT2:
-        return f"openai-community/{_GPT2[model]}"
-    owner = next((owner for owner, names in _OWNERS if model is not None and names.fullmatch(model)), None)
-    return f"{owner}/{model}" if owner else model

@@ -1,0 +1,1 @@
+"""Checkpoints of crosscoders and cross-layer transcoders: a file for each format, :mod:`.formats` chooses."""
