@@ -70,7 +70,7 @@ test-compiled-quick: $(READY) ## every kernel, compiled for sm_80 and for sm_90,
 	failed=0; for process in $$running; do wait $$process || failed=1; done; exit $$failed
 
 test-interop: PY = $(PEERS_VENV)/bin/python
-test-interop: $(PEERS_VENV)/.installed ## against SAELens, sparsify and dictionary_learning, in an environment of their own
+test-interop: $(PEERS_VENV)/.installed ## against SAELens, sparsify, dictionary_learning and circuit-tracer, in an environment of their own
 	$(PEERS_VENV)/bin/python -m pytest $(WORKERS) -m interop $(or $(PYTEST_ARGS),$(call marked,interop))
 
 test-versions: $(READY) ## every torch and Triton that is supported, each in an environment under .venvs (VERSIONS_ARGS=--quick)

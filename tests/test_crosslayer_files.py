@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from crosscoder_cases import MODEL, READ, made
 from pair_loop import SITES, WIRINGS, D, F, batch, coder
 from safetensors.torch import load_file, save_file
 
@@ -14,30 +15,12 @@ from sae_engine.checkpoints.crosslayer import formats
 from sae_engine.checkpoints.opened import opened
 from sae_engine.cli import main
 
-MODEL = "openai-community/gpt2"
-SITES_READ = tuple(f"blocks.{layer}.hook_resid_mid" for layer in range(SITES))
-SITES_WRITTEN = tuple(f"blocks.{layer}.hook_mlp_out" for layer in range(SITES))
-PLACE = se.Provenance(model=MODEL, sites=SITES_READ, target_sites=SITES_WRITTEN, layer=None)
-WRITTEN = {  # format: wirings and rules that it holds
+HELD = {  # format: wirings and rules that it holds
     "circuit_tracer_clt": [("causal", "jumprelu"), ("causal", "relu")],
     "transcoder_set": [("local", "jumprelu"), ("local", "relu")],
     "gemma_scope_2_clt": [("causal", "jumprelu"), ("each", "jumprelu")],
     "dictionary_learning_crosscoder": [("joint", "relu"), ("joint", "batch")],
 }
-
-
-def made(wiring, rule, **options):
-    """A crosscoder in fp32 with nothing at 0, whose rules have learned thresholds of their own."""
-    found = coder(wiring, rule, dtype=torch.float32, **options)
-    with torch.no_grad():
-        for source in found.sources:
-            if isinstance(source.activation, se.JumpReLU):
-                source.activation.threshold.uniform_(0.05, 0.3)
-            elif isinstance(source.activation, se.BatchTopK):
-                source.activation.k = 3
-                source.activation.threshold.fill_(0.1234567)
-    found.provenance = PLACE
-    return found.eval()
 
 
 def inputs():
@@ -88,7 +71,7 @@ def test_own_format_holds_sites_of_several_widths_and_dtypes(tmp_path):
     assert se.Crosscoder.from_pretrained(tmp_path, dtype="float32").b_dec.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("format", "wiring", "rule"), [(f, *each) for f, held in WRITTEN.items() for each in held])
+@pytest.mark.parametrize(("format", "wiring", "rule"), [(f, *each) for f, held in HELD.items() for each in held])
 def test_other_formats_come_back_bit_for_bit(format, wiring, rule, tmp_path):
     one = made(wiring, rule, skip=format in ("transcoder_set", "gemma_scope_2_clt"))
     one.save_pretrained(tmp_path / "a", format=format)
@@ -101,7 +84,7 @@ def test_other_formats_come_back_bit_for_bit(format, wiring, rule, tmp_path):
     assert kept[0] == kept[1] and kept[0]
 
 
-@pytest.mark.parametrize(("format", "wiring"), [(f, held[0][0]) for f, held in WRITTEN.items() if "dict" not in f])
+@pytest.mark.parametrize(("format", "wiring"), [(f, held[0][0]) for f, held in HELD.items() if "dict" not in f])
 @pytest.mark.parametrize("decoder_norm", ["joint", "sum"])
 def test_decoder_norms_are_folded_where_a_format_knows_none(format, wiring, decoder_norm, tmp_path):
     one = made(wiring, "jumprelu", rescale_acts_by_decoder_norm=True, decoder_norm=decoder_norm).double()
@@ -161,7 +144,7 @@ def test_what_circuit_tracer_could_not_know_is_refused():
     one.provenance = None
     with pytest.raises(ValueError, match="set its provenance"):
         one.save_pretrained("unused", format="circuit_tracer_clt")
-    one.provenance = se.Provenance(sites=SITES_READ[::-1])
+    one.provenance = se.Provenance(sites=READ[::-1])
     with pytest.raises(ValueError, match="only one place in layers 0, 1, 2"):
         one.save_pretrained("unused", format="circuit_tracer_clt")
 

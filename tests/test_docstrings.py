@@ -29,6 +29,8 @@ PUBLIC = {
     "sae_engine.checkpoints.convert": ["convert"],
     "sae_engine.checkpoints.formats": ["detect", "load", "save"],
     "sae_engine.checkpoints.card": ["SourceCard"],
+    "sae_engine.checkpoints.crosslayer.formats": ["detect", "load", "save"],
+    "sae_engine.checkpoints.opened": ["opened"],
 }  # fmt: skip
 METHODS = (se.SparseCodes, se.SparseAutoencoder)
 

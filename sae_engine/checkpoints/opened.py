@@ -14,6 +14,13 @@ def opened(path: str | PathLike, **options: Any) -> SparseAutoencoder:
 
     Raises:
         As these.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     se.Crosscoder.clt(2, 4, 16, se.TopK(2)).save_pretrained(folder)
+        ...     type(opened(folder)).__name__
+        'Crosscoder'
     """
     kind = Crosscoder if options.get("format", "auto") == "auto" and holds_crosscoder(path) else SparseAutoencoder
     return kind.from_pretrained(path, **options)
