@@ -360,7 +360,7 @@ APART = {
     "training.state_bytes", "training.Loss",
     "losses.Loss", "losses.LossInput", "losses.Pull", "Provenance",
     "losses.losses_for", "ablate", "max_activating", "steer",
-    "metrics.evaluate_during",
+    "metrics.evaluate_during", "metrics.evaluate_sites", "metrics.evaluate_sites_during",
     # A run reads the device where it logs, evaluates and saves; its updates are above.
     "Run", "Trainer", "train", *(f"training.{name}" for name in (
         "Architecture", "Callback", "Interrupted", "Run", "TrainConfig", "Trainer", "preset", "resume")),

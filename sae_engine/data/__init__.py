@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .gradients import read_gradients
     from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
     from .replacing import run_with_replacement, run_with_replacements
+    from .shared import check_same_tokens
     from .sites import SITES, Site
     from .sources import open_source
     from .store import ActivationStore, RowTokens
@@ -30,6 +31,7 @@ __all__ = [
     "RowTokens",
     "Site",
     "StoreStream",
+    "check_same_tokens",
     "collect_activations",
     "collect_sites",
     "evaluation_text",
@@ -53,6 +55,7 @@ _MODULES = {
     "gradients": {"read_gradients"},
     "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
     "replacing": {"run_with_replacement", "run_with_replacements"},
+    "shared": {"check_same_tokens"},
     "sites": {"SITES", "Site"},
     "sources": {"open_source"},
     "store": {"ActivationStore", "RowTokens"},

@@ -10,6 +10,7 @@ from .language import NextTokenLoss, loss_recovered
 from .norms import EpsilonLBO, TailTruncation
 from .perplexity import ppl_sparsity
 from .reconstruction import Reconstruction
+from .replacement import evaluate_sites, evaluate_sites_during
 from .sites import LatentScaling, SiteReconstruction, cross_layer_share, relative_norms
 from .sparsity import SourceSparsity, Sparsity
 
@@ -27,6 +28,8 @@ __all__ = [
     "decoder_similarity",
     "evaluate",
     "evaluate_during",
+    "evaluate_sites",
+    "evaluate_sites_during",
     "loss_recovered",
     "ppl_sparsity",
     "relative_norms",

@@ -84,7 +84,7 @@ class Splice:
         self, sae: SparseAutoencoder, lm: LanguageModel, place: tuple[str | Site, int | None],
         target: tuple[str | Site | None, int | None], normalization: Normalization,
     ) -> None:  # fmt: skip
-        from ..data.places import find_place, input_device
+        from ..data.places import find_place
         from ..data.sites import SITES, Site
 
         self.normalization = normalization
@@ -109,32 +109,12 @@ class Splice:
             there = find_place(lm.model, site).width
             if width != there:
                 raise ValueError(f"sae must have {name} = {there}, the width of {lm.name!r} at {site}, got {width}")
-        self._device = input_device(lm.model)
         self._inputs: tuple[Batch, Tensor] | None = None  # what the transcoder is given for a batch
 
     def batches(self, texts: Iterable[Any], max_tokens: int | None, **settings: Any) -> Iterator[Batch]:
-        """Contexts on the model's device; arguments are checked now, texts are read when asked for.
-
-        ``settings`` are those of :func:`sae_engine.data.stream_activations`, and ``packing``. What they exclude stays
-        as it is in every run and is no row, but what it predicts is measured, except of each context's first position.
-        """
-        from ..data.activations import check_stream
-        from ..data.contexts import token_batches
-
-        contexts, limit = check_stream(self.lm, texts, None, self.place, max_tokens, **settings)
-        self.words, first = contexts.words, int(0 in contexts.excluded_positions)
-        found = _limited(token_batches(self.lm, texts, contexts), limit)
-        return (self._placed(ids, mask, rows, first) for ids, mask, rows in found)
-
-    def _placed(self, ids: Tensor, mask: Tensor | None, rows: Tensor, first: int) -> Batch:
-        if mask is None:
-            spans = [(slice(None), slice(first, ids.shape[1]))]
-        else:
-            begins, counts = mask.int().argmax(1).tolist(), mask.sum(1).tolist()
-            spans = [(slice(n, n + 1), slice(begin + first, begin + count))
-                     for n, (begin, count) in enumerate(zip(begins, counts, strict=True)) if count > first]  # fmt: skip
-            mask = mask.to(self._device)
-        return Batch(ids.to(self._device), mask, rows.to(self._device), spans)
+        """As :func:`batches_of`; ``words`` are then what the settings are in words."""
+        self.words, found = batches_of(self.lm, self.place, texts, max_tokens, **settings)
+        return found
 
     def logits(self, batch: Batch, replace: Replace) -> Tensor:
         """Logits with ``replace`` of input and target rows in the target's place."""
@@ -150,11 +130,7 @@ class Splice:
 
     def add(self, loss: NextTokenLoss, batch: Batch, replace: Replace, *, clean: Tensor | None = None) -> Tensor:
         """Adds to ``loss`` what is predicted of ``batch``; returns the logits, which ``clean`` are of another run."""
-        logits = self.logits(batch, replace)
-        ids = batch.ids.to(logits.device)
-        for span in batch.spans:
-            loss.update(logits[span], ids[span], clean=None if clean is None else clean[span])
-        return logits
+        return predicted(loss, batch, self.logits(batch, replace), clean)
 
     def _rows(self, hidden: Tensor, batch: Batch) -> Tensor:
         found = hidden.flatten(0, 1)[batch.rows.to(hidden.device)]
@@ -168,6 +144,44 @@ class Splice:
             hidden = read_activations(self.lm.model, batch.ids, site=self.place, attention_mask=batch.mask)
             self._inputs = batch, self._rows(hidden, batch)
         return self._inputs[1]
+
+
+def batches_of(
+    lm: LanguageModel, site: Site, texts: Iterable[Any], max_tokens: int | None, **settings: Any
+) -> tuple[dict[str, Any], Iterator[Batch]]:
+    """Contexts on the model's device; arguments are checked now, texts are read when asked for.
+
+    ``settings`` are those of :func:`sae_engine.data.stream_activations`, and ``packing``, which come back in words.
+    What they exclude stays as it is in every run and is no row, but what it predicts is measured, except of each
+    context's first position.
+    """
+    from ..data.activations import check_stream
+    from ..data.contexts import token_batches
+    from ..data.places import input_device
+
+    contexts, limit = check_stream(lm, texts, None, site, max_tokens, **settings)
+    first, device = int(0 in contexts.excluded_positions), input_device(lm.model)
+    found = _limited(token_batches(lm, texts, contexts), limit)
+    return contexts.words, (_placed(device, ids, mask, rows, first) for ids, mask, rows in found)
+
+
+def _placed(device: torch.device, ids: Tensor, mask: Tensor | None, rows: Tensor, first: int) -> Batch:
+    if mask is None:
+        spans = [(slice(None), slice(first, ids.shape[1]))]
+    else:
+        begins, counts = mask.int().argmax(1).tolist(), mask.sum(1).tolist()
+        spans = [(slice(n, n + 1), slice(begin + first, begin + count))
+                 for n, (begin, count) in enumerate(zip(begins, counts, strict=True)) if count > first]  # fmt: skip
+        mask = mask.to(device)
+    return Batch(ids.to(device), mask, rows.to(device), spans)
+
+
+def predicted(loss: NextTokenLoss, batch: Batch, logits: Tensor, clean: Tensor | None = None) -> Tensor:
+    """Adds to ``loss`` what ``logits`` predict of ``batch``, beside those of another run; returns them."""
+    ids = batch.ids.to(logits.device)
+    for span in batch.spans:
+        loss.update(logits[span], ids[span], clean=None if clean is None else clean[span])
+    return logits
 
 
 def _limited(batches: Iterator[TokenBatch], left: int | None) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
