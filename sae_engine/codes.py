@@ -230,13 +230,9 @@ class SparseCodes:
         if deep() and not bool(((indices >= 0) & (indices < num_latents)).all() & (indices.diff(dim=1) > 0).all()):
             raise ValueError(f"indices must lie in [0, {num_latents}) and be distinct within a row")
         return cls(
-            values=values.reshape(rows, k).gather(1, order).flatten(),
-            indices=indices.int().flatten(),
-            offsets=uniform_offsets(rows, k, values.device),
-            batch_shape=tuple(values.shape[:-1]),
-            num_latents=num_latents,
-            k=k,
-        )
+            values.reshape(rows, k).gather(1, order).flatten(), indices.int().flatten(),
+            uniform_offsets(rows, k, values.device), tuple(values.shape[:-1]), num_latents, k,
+        )  # fmt: skip
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> SparseCodes:
@@ -316,7 +312,11 @@ class SparseCodes:
             >>> codes.split_latents([1, 3]).l0
             tensor([[1, 2]])
         """
-        number = len(widths := checked_widths(widths, self.num_latents))
+        return self.runs(checked_widths(widths, self.num_latents))
+
+    def runs(self, widths: Sequence[int]) -> SparseCodes:
+        """:meth:`split_latents` of widths as they are: some may be equal, or 0. ``codes.runs([0, 3])``"""
+        number = len(widths)
         # Filled on the device: a tensor made of a list would come from the host, which waits and cannot be captured.
         bounds = torch.cat([torch.full((1,), width, dtype=torch.int32, device=self.device) for width in widths])
         run = torch.searchsorted(bounds, self.indices, right=True)

@@ -96,6 +96,11 @@ class Shards:
             return self.wire.add(part, name)
         return SummedRanks.apply(part, self.wire, name)
 
+    def sums(self, numbers: Sequence[Tensor], name: str) -> list[Tensor]:
+        """The sums of every rank's numbers (), each in its dtype, by way of fp64."""
+        summed = self.sum(torch.stack([number.double() for number in numbers]), name)
+        return [total.to(number.dtype) for total, number in zip(summed, numbers, strict=True)]
+
     def spread(self, rows: Tensor, name: str) -> Tensor:
         """() fp64: the squared distances of every rank's ``rows`` (n, d) from the mean of them all."""
         wide = rows.double()
@@ -110,6 +115,10 @@ class Shards:
     def all_latents(self, mine: Tensor, name: str) -> Tensor:
         """(F,) of every rank's latents, from (my latents,)."""
         return self.wire.gather_rows(mine, self.layout.numbers, name)
+
+    def widths_of_mine(self, widths: Sequence[int]) -> list[int]:
+        """Of prefixes of all latents, how many of mine each has."""
+        return [min(max(width, self.mine.start), self.mine.stop) - self.mine.start for width in widths]
 
     # --- selection: see selection.py --------------------------------------------------------------------------------
 

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from ..training.forward import Forward
 
 
+def every_latent(sae: SparseAutoencoder) -> int:
+    """Of the autoencoder, also where it is one rank's share of one."""
+    shards = getattr(sae, "shards", None)
+    return sae.d_sae if shards is None else shards.num_latents
+
+
 @dataclass(frozen=True)
 class AuxK(Loss):
     """Dead latents reconstruct what the others left of the target, without b_dec. Gao et al. 2024, arXiv:2406.04093.
@@ -57,6 +63,7 @@ class AuxK(Loss):
     normalize: bool = True
     scale_by_dead: bool = False
     name = "auxk"
+    adds_over_shards = True
 
     def __post_init__(self) -> None:
         self._settle(k=None if self.k is None else check.integer_k(self.k))
@@ -79,7 +86,7 @@ class AuxK(Loss):
 
     def wanted(self, sae: SparseAutoencoder) -> int:
         """Entries of each token where enough latents are dead."""
-        return min(max(sae.d_in // 2, 1) if self.k is None else self.k, sae.d_sae)
+        return min(max(sae.d_in // 2, 1) if self.k is None else self.k, every_latent(sae))
 
     def number_of_dead(self, rule: Activation, dead: Tensor) -> Tensor:
         """() on the device."""
@@ -92,27 +99,29 @@ class AuxK(Loss):
         left = (batch.target - batch.main.output).detach()
         if batch.info.std is not None:
             left = left / batch.info.std
-        weight = self._weight(batch.rule, batch.sae, batch.dead, left)
+        spread = (left - left.mean(0)).square().sum()
+        weight = self._weight(self.number_of_dead(batch.rule, batch.dead), batch.sae, spread, batch.tokens)
         return weight * (batch.decoded - left).square().sum() / batch.tokens
 
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         left = -forward.residual(0)[0]
         if forward.info.std is not None:
             left = left / forward.info.std
-        weight = self._weight(forward.kept[number].rule, forward.sae, forward.dead, left)
+        dead = forward.total(self.number_of_dead(forward.kept[number].rule, forward.dead))
+        spread = forward.spread(left) if self.normalize else left.new_zeros(())
+        weight = self._weight(dead, forward.sae, spread, forward.tokens)
         self.observe(forward.kept[0].codes)
         error = forward.decode(number).sub_(left)
         loss = weight * error.square().sum() / forward.tokens
         return loss, Pull(number, decoded=error.mul_(2 / forward.tokens * weight))
 
-    def _weight(self, rule: Activation, sae: SparseAutoencoder, dead: Tensor, left: Tensor) -> Tensor:
-        """What multiplies the squared error of the residual ``left`` (B, d_out)."""
-        number = self.number_of_dead(rule, dead)
-        weight = self.coefficient * (number > 0).to(left.dtype)
+    def _weight(self, number: Tensor, sae: SparseAutoencoder, spread: Tensor, tokens: int) -> Tensor:
+        """What multiplies the squared error of the residual, whose squared distance from its mean is ``spread`` ()."""
+        weight = self.coefficient * (number > 0).to(spread.dtype)
         if self.scale_by_dead:
-            weight = weight * (number / self.wanted(sae)).clamp(max=1).to(left.dtype)
+            weight = weight * (number / self.wanted(sae)).clamp(max=1).to(spread.dtype)
         if self.normalize:
-            spread = (left - left.mean(0)).square().sum() / left.shape[0]
+            spread = spread / tokens
             weight = torch.where(spread > 0, weight / spread, 0.0)
         return weight
 
@@ -153,6 +162,10 @@ class AuxZipf(AuxK):
     shift: float = 0.0
     name = "aux_zipf"
 
+    @property
+    def adds_over_shards(self) -> bool:  # type: ignore[override]
+        return self.density is None  # the rule's own are cut as the latents are
+
     def __post_init__(self) -> None:
         super().__post_init__()
         exponent, shift = check.budget_law(self.exponent, self.shift)
@@ -167,7 +180,10 @@ class AuxZipf(AuxK):
         if density is None or latents is None:
             missing = "density" if density is None else "latents"
             raise TypeError(f"AuxZipf needs {missing}, which {type(sae.activation).__name__} does not have")
+        shards = getattr(sae, "shards", None)
+        density = density if shards is None else shards.all_latents(density, "densities")
         short = functional.zipf_shortfall(density, latents, exponent=self.exponent, shift=self.shift)
+        short = short if shards is None else short[shards.mine]
         return AuxZipfTopK(self.wanted(sae), relu=self.relu, shortfall=short)
 
     def number_of_dead(self, rule: Activation, dead: Tensor) -> Tensor:
@@ -199,6 +215,7 @@ class MultiTopK(Loss):
     factor: int = 4
     coefficient: float = 1 / 8
     name = "multi_topk"
+    adds_over_shards = True
 
     def __post_init__(self) -> None:
         self._settle(factor=check.integer_k(self.factor, name="factor"))
@@ -210,7 +227,7 @@ class MultiTopK(Loss):
             raise TypeError(f"MultiTopK needs a rule with k, got {sae.activation!r}")
         wider = copy.copy(sae.activation)
         wider.__dict__.update(sae.activation.__dict__)  # a process group, too, which copies leave out
-        setattr(wider, "k", min(self.factor * k, sae.d_sae))  # noqa: B010 - no attribute that all rules have
+        setattr(wider, "k", min(self.factor * k, every_latent(sae)))  # noqa: B010 - no attribute that all rules have
         return wider
 
     def value(self, batch: LossInput) -> Tensor:

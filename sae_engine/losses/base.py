@@ -131,6 +131,10 @@ class Loss:
     differentiates it through the kept values, the output, the decoder norms and the rule's own parameters. Ours
     override :meth:`pull` where a gradient written by hand is faster.
 
+    Where latents are cut over a mesh, a rank sees the codes of its own latents for the tokens of all ranks, beside the
+    output of its own tokens. A loss that is then the sum of what the ranks make of these says so by
+    ``adds_over_shards = True``: a sum over tokens of a function of their outputs, or over entries of one of theirs.
+
     Example:
         >>> class Entropy(Loss):
         ...     name = "entropy"
@@ -141,6 +145,7 @@ class Loss:
 
     name: str
     provides: ClassVar[frozenset[str]] = frozenset()  # which of a rule's needs (Activation.needs) it meets
+    adds_over_shards: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -245,6 +250,7 @@ class Reconstruction(Loss):
     """
 
     name = "squared_error"
+    adds_over_shards = True
 
     def value(self, batch: LossInput) -> Tensor:
         return (batch.output - batch.target).square().sum() / batch.tokens
@@ -276,6 +282,7 @@ class NestedReconstruction(Loss):
     widths: tuple[int, ...]
     reduction: str = "sum"
     name = "matryoshka"
+    adds_over_shards = True
     provides = frozenset({"nested"})
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class L1(Loss):
 
     coefficient: float
     name = "l1"
+    adds_over_shards = True
     provides = frozenset({"sparsity"})
 
     def __post_init__(self) -> None:
@@ -66,6 +67,10 @@ class StepL0(Loss):
     def __post_init__(self) -> None:
         self._settle(coefficient=check.from_zero("coefficient", self.coefficient))
 
+    @property
+    def adds_over_shards(self) -> bool:  # type: ignore[override]
+        return self.target is None  # the square of a sum does not add
+
     def value(self, batch: LossInput) -> Tensor:
         if not isinstance(batch.rule, JumpReLU):
             raise TypeError(f"StepL0 trains the thresholds of a JumpReLU, which {type(batch.rule).__name__} is not")
@@ -93,6 +98,7 @@ class TanhL0(Loss):
     coefficient: float
     scale: float = 4.0
     name = "tanh_l0"
+    adds_over_shards = True
     provides = frozenset({"sparsity"})
 
     def __post_init__(self) -> None:

@@ -46,6 +46,10 @@ class Warmed(Loss):
     def __repr__(self) -> str:
         return f"Warmed({self.loss!r})"
 
+    @property
+    def adds_over_shards(self) -> bool:  # type: ignore[override]
+        return self.loss.adds_over_shards
+
     def set(self, factor: float) -> None:
         """Of the next steps; nothing waits for it, and a captured CUDA graph sees it."""
         self.factor.fill_(factor)

@@ -52,8 +52,7 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
         reached = at_decoder is not None
         if at_decoder is None:
             at_decoder = torch.zeros_like(forward.given, dtype=wide)
-        grad = _of_rows(at_decoder, repeats)
-        grad = grad.to(forward.dtype)
+        grad = _of_rows(forward.of_all_ranks(at_decoder.to(forward.dtype), "gradient"), repeats)
         at_values, at_norms = (_total(getattr(pull, name) for pull in mine) for name in ("values", "norms"))
         if at_norms is not None:  # the slope of a row's norm is its direction
             norms = sae.W_dec.to(wide).norm(dim=1)

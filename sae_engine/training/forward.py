@@ -16,9 +16,11 @@ from sae_kernels.stock.linear import linear
 from .. import _checks as check
 from .. import functional
 from .._running import as_tensor
-from .._slabs import rectangles, running_of
+from .._slabs import rectangles, running_of, widest
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
+from ..distributed.passes import of_mesh
+from ..distributed.shards import Shards
 from ..functional import EncodeInfo
 from ..rules.base import Activation
 
@@ -33,6 +35,7 @@ class DeadLatents:
         dead_after: tokens without firing after which a latent counts as dead (Gao et al. 2024: 10 million).
         read_interval: steps between two reads of the device, which happen only once enough tokens have passed for any
             latent to be dead. The bound holds for all steps between.
+        shards: over which latents are cut, of which these are one; the bound is on those of all.
 
     Attributes:
         since_fired: (d_sae,) int64.
@@ -48,7 +51,11 @@ class DeadLatents:
         tensor([False,  True,  True])
     """
 
-    def __init__(self, d_sae: int, *, dead_after: int = 10_000_000, read_interval: int = 100, device=None) -> None:
+    def __init__(
+        self, d_sae: int, *, dead_after: int = 10_000_000, read_interval: int = 100, device=None,
+        shards: Shards | None = None,
+    ) -> None:  # fmt: skip
+        self.shards = shards
         self.dead_after = check.integer_k(dead_after, name="dead_after")
         self.read_interval = check.integer_k(read_interval, name="read_interval")
         self.since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
@@ -61,6 +68,12 @@ class DeadLatents:
         """(d_sae,) bool, True for dead latents."""
         return self.since_fired >= self.dead_after
 
+    def share(self) -> Tensor:
+        """() of all latents, dead ones."""
+        if self.shards is None:
+            return self.mask.mean(dtype=torch.float32)
+        return self.shards.wire.add(self.mask.sum(), "dead").float() / self.shards.num_latents
+
     def at_most(self, batch_tokens: int) -> int:
         """No more latents than this are dead now: exact on a CPU, else read at most once in ``read_interval`` steps.
 
@@ -69,12 +82,13 @@ class DeadLatents:
         """
         self._captured |= capturing(self.since_fired)
         if self._captured:
-            return self.since_fired.numel()
+            return self.since_fired.numel() if self.shards is None else self.shards.num_latents
         if self.tokens <= self._holds_until:
             return self._bound
         # Nobody waits for a CPU tensor: it is read each time.
         ahead = (self.read_interval - 1) * batch_tokens if self.since_fired.is_cuda else 0
-        self._bound = int((self.since_fired + ahead >= self.dead_after).sum())
+        number = (self.since_fired + ahead >= self.dead_after).sum()
+        self._bound = int(number if self.shards is None else self.shards.wire.add(number, "dead"))
         self._holds_until = self.tokens + ahead
         return self._bound
 
@@ -135,6 +149,7 @@ class Forward:
     counters: DeadLatents
     buffer: PreActivations
     backend: str
+    shards: Shards | None = None  # of whose latents these are one; ``x`` and ``given`` are then one rank's tokens
     kept: list[Kept] = field(default_factory=list)
     runs: dict[int, SparseCodes] = field(default_factory=dict)  # (B, widths): codes cut at nested prefixes' widths
     _residuals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -153,11 +168,31 @@ class Forward:
     def encoded(self) -> Tensor:
         """(B, d_in) what the encoder multiplies, in the dtype of the computation."""
         x = self.x - self.sae.b_dec if self.sae.apply_b_dec_to_input else self.x
-        return x.to(self.dtype)
+        return self.of_all_ranks(x.to(self.dtype), "x")
 
     @property
     def tokens(self) -> int:
-        return self.x.shape[0]
+        """B, of all ranks."""
+        return self.x.shape[0] if self.shards is None else self.shards.tokens
+
+    def of_all_ranks(self, rows: Tensor, name: str) -> Tensor:
+        """(B, …) from one rank's."""
+        return rows if self.shards is None else self.shards.gather_rows(rows, name)
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """(one rank's tokens, …) of sums over all latents, from (B, …) of those over one rank's."""
+        return sums if self.shards is None else self.shards.sum_parts(sums, "x_hat")
+
+    def total(self, number: Tensor) -> Tensor:
+        """A number that is a sum over latents, of all ranks."""
+        return number if self.shards is None else self.shards.sum(number, "dead")
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """() squared distances of rows, one for each token, from their mean."""
+        if self.shards is not None:
+            return self.shards.spread(rows, "spread").to(self.wide)
+        mean = rows.mean(0, dtype=self.wide)
+        return (rows.to(self.wide) - mean).square_().sum()
 
     @property
     def wide(self) -> torch.dtype:
@@ -167,6 +202,8 @@ class Forward:
     def encode(self, rules: Sequence[Activation], context: dict[str, Any], memory_budget: int) -> None:
         """Fills ``kept``, rule by rule, from pre-activations of which ``memory_budget`` bytes exist at a time."""
         given = {**self.sae._context(self.x, list(rules)), **context}
+        if self.shards is not None:
+            given = {name: of_mesh(self.shards, name, t) for name, t in given.items()}
         if any("dead_mask" in rule.context_keys for rule in rules):
             given.setdefault("dead_mask", self.dead)
         contexts = [{name: given[name] for name in rule.context_keys & given.keys()} for rule in rules]
@@ -174,7 +211,7 @@ class Forward:
             raise TypeError(f"no rule of this step takes {name}")
         elements = memory_budget // self.dtype.itemsize
         wants_entries = [rule.entry_values is not None and not rule.has_gate for rule in rules]
-        if self.tokens * self.sae.d_sae <= elements:
+        if self.tokens * widest(rules, self.sae.d_sae) <= elements:
             contexts = [{name: as_tensor(t) for name, t in of_rule.items()} for of_rule in contexts]
             found = self._selected(rules, contexts, wants_entries)
         else:
@@ -234,7 +271,7 @@ class Forward:
     def decode(self, number: int) -> Tensor:
         """(B, d_out) weighted sums of decoder rows, for the codes of that number, in fp32 or wider; no b_dec."""
         kept = self.kept[number]
-        return self._sums(kept.codes, kept.values)
+        return self._over_ranks(self._sums(kept.codes, kept.values))
 
     def _sums(self, codes: SparseCodes, values: Tensor) -> Tensor:
         """(rows, d_out) of decoder rows times ``values`` (N,), in fp32 or wider."""
@@ -246,7 +283,7 @@ class Forward:
         if number not in self._residuals:
             kept, info = self.kept[number], self.info
             skips = self.sae.W_skip is not None and info.skipped is not None
-            if info.std is None and info.mean is None and not skips:
+            if info.std is None and info.mean is None and not skips and self.shards is None:
                 self._residuals[number] = ops.decode_error(
                     kept.values, kept.codes.indices, kept.codes.offsets, self.weights.decoder, self.sae.b_dec,
                     self.given, self.wide, self.backend,
@@ -263,9 +300,11 @@ class Forward:
     def nested_residuals(self, number: int, widths: Sequence[int]) -> Tensor:
         """(B, widths, d_out) the output of each prefix of the latents minus the target; the last is the residual."""
         kept = self.kept[number]
-        runs = self.runs[number] = kept.codes.split_latents(widths)
-        parts = self._sums(runs, kept.values)
-        prefixes = parts.view(self.tokens, len(widths), -1).cumsum(1)
+        if self.shards is not None:
+            widths = self.shards.widths_of_mine(widths)
+        runs = self.runs[number] = kept.codes.runs(widths)
+        parts = self._sums(runs, kept.values).view(self.tokens, len(widths), -1)
+        prefixes = self._over_ranks(parts).cumsum(1)
         residuals = self._finished(prefixes.add_(self.sae.b_dec)).sub_(self.target[:, None])
         last = residuals[:, -1].contiguous()
         self._residuals[number] = last, torch.linalg.vecdot(last, last)

@@ -199,6 +199,7 @@ class Update:
         accumulate: int, reduce, backend: str,
     ) -> None:  # fmt: skip
         self.sae, self.optimizer, self.copies = sae, optimizer, copies
+        self.shards = sae.shards  # with them, ``sae`` is one rank's share
         self.unit_rows, self.grad_clip, self.accumulate, self.reduce = unit_rows, grad_clip, accumulate, reduce
         self.backend = backend
         self.stored: dict[Tensor, Tensor] = {}  # W_enc's is (F, d_in): transposed
@@ -226,9 +227,29 @@ class Update:
             weight_decay=options["weight_decay"], unit_rows=self.unit_rows, skip=skip, backend=self.backend,
         )  # fmt: skip
         self.copies.written()
-        small = self._small(pending, center)
+        small, squares = self._over_ranks(self._small(pending, center), square)
         optimizer.apply(small, skipped)
-        return torch.stack([square, *(g.square().sum().to(square.dtype) for g in small.values())]).sum().sqrt()
+        return squares.sqrt()
+
+    def _over_ranks(
+        self, gradients: dict[Tensor, Tensor], square: Tensor | None
+    ) -> tuple[dict[Tensor, Tensor], Tensor]:
+        """Gradients, those of what every rank has summed over the ranks; and the sum () of all squares.
+
+        ``square`` () is that of gradients which are not among these.
+        """
+        wide = torch.promote_types(self.sae.W_dec.dtype, torch.float32)
+        square = self.sae.W_dec.new_zeros((), dtype=wide) if square is None else square
+        if self.shards is None:
+            squares = [g.square().sum().to(square.dtype) for g in gradients.values()]
+            return gradients, torch.stack([square, *squares]).sum()
+        everyones = [p for p in gradients if p is self.sae.b_dec or p is self.sae.W_skip]
+        squares = [g.square().sum().to(wide) for p, g in gradients.items() if all(p is not q for q in everyones)]
+        mine = torch.stack([square.to(wide), *squares]).sum()
+        packed = torch.cat([mine[None], *(gradients[p].flatten().to(wide) for p in everyones)])
+        total, *sums = self.shards.sum(packed, "gradients of all ranks").split([1, *(p.numel() for p in everyones)])
+        summed = {p: g.view(p.shape) for p, g in zip(everyones, sums, strict=True)}
+        return {**gradients, **summed}, torch.stack([total[0], *(g.square().sum() for g in sums)]).sum()
 
     def _small(self, pending: Backward, center: Tensor) -> dict[Tensor, Tensor]:
         """Gradients of everything but the weights and b_enc, with b_dec's part through the encoder."""
@@ -267,7 +288,11 @@ class Update:
             size = rows_of_a_chunk(sae.d_sae, sae.d_out, sae.W_dec.device.type)
             for grad, rows in zip(gradients[sae.W_dec].split(size), sae.W_dec.detach().split(size), strict=True):
                 grad.copy_(without_parallel_part(grad, rows))
-        norm = torch.nn.utils.get_total_norm(gradients.values())
+        if self.shards is None:
+            norm = torch.nn.utils.get_total_norm(gradients.values())
+        else:
+            gradients, squares = self._over_ranks(gradients, None)
+            norm = squares.sqrt()
         if self.grad_clip is not None:
             torch._foreach_mul_(list(gradients.values()), (self.grad_clip / (norm + 1e-6)).clamp(max=1))
         if sae.W_enc in gradients:

@@ -15,8 +15,10 @@ from .. import _checks as check
 from .._slabs import default_budget_bytes
 from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
+from ..distributed.shards import check_rules
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
+from ._over_shards import check_over_shards, of_all_ranks
 from .backward import Finite, backward
 from .forward import DeadLatents, Forward, PreActivations
 from .memory import keep_freed_memory
@@ -122,8 +124,11 @@ class TrainStep:
             raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
         if reduce is not None and not callable(reduce):
             raise TypeError(f"reduce must be a function of a list of tensors, got {reduce!r}")
-        self.sae = sae
+        self.sae, self.shards = sae, sae.shards
         self.losses = losses_for(sae, losses)
+        if sae.shards is not None:
+            check_over_shards(self.losses, reduce)
+        share = sae.share
         unit_rows = not sae.rescale_acts_by_decoder_norm if normalize_decoder is None else normalize_decoder
         self.normalize_decoder = check.flag("normalize_decoder", unit_rows)
         given = sae.W_enc.dtype if compute_dtype is None else compute_dtype
@@ -132,29 +137,30 @@ class TrainStep:
         self.memory_budget = None if memory_budget is None else check.integer_k(memory_budget, name="memory_budget")
         self.density_interval = check.integer_k(density_interval, name="density_interval")
         self.dense = dense if dense is None else check.flag("dense", dense)
-        self.backend = resolve(backend, sae.W_enc)
-        sae._lay_out_by_latent()
-        if sae.W_enc.is_cpu:
+        self.backend = resolve(backend, share.W_enc)
+        share._lay_out_by_latent()
+        if share.W_enc.is_cpu:
             keep_freed_memory()
         self.optimizer = Adam(
-            sae, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=_checked_moments(moments, sae)
+            share, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=_checked_moments(moments, sae)
         )
         self.scheduler = None if scheduler is None else _checked_scheduler(scheduler(self.optimizer))
         self.dead = DeadLatents(
-            sae.d_sae, dead_after=dead_after, read_interval=density_interval, device=sae.W_enc.device
-        )
+            share.d_sae, dead_after=dead_after, read_interval=density_interval, device=share.W_enc.device,
+            shards=sae.shards,
+        )  # fmt: skip
         self.calls = 0
         self._dense_now: bool | None = None  # the last decision for a rule with capacity
         self._warming_up = False
-        self._copies = Copies(sae, self.compute_dtype, kept=check.flag("copies", copies))
+        self._copies = Copies(share, self.compute_dtype, kept=check.flag("copies", copies))
         self._pre_activations = PreActivations()
         self._update = Update(
-            sae, self.optimizer, self._copies, unit_rows=self.normalize_decoder, reduce=reduce, backend=self.backend,
+            share, self.optimizer, self._copies, unit_rows=self.normalize_decoder, reduce=reduce, backend=self.backend,
             grad_clip=None if grad_clip is None else check.positive("grad_clip", grad_clip), accumulate=self.accumulate,
         )  # fmt: skip
         self._seen: Seen | None = None  # since the last update
         self.seen: Seen | None = None  # between the two last updates
-        self._finite = Finite(nonfinite, sae.W_enc.device)
+        self._finite = Finite(nonfinite, share.W_enc.device)
 
     @property
     def skipped(self) -> int:
@@ -225,8 +231,10 @@ class TrainStep:
         forward, numbers = self._forward(x, target, context)
         main, tokens = forward.kept[0].codes, forward.tokens
         overflow = None if main.required is None else main.required > main.values.shape[0]
+        if self.shards is not None and getattr(self.sae.activation, "capacity", None) is None:
+            overflow = None  # there is room for all that a rank may have to keep
         with densified.choosing(self._density(main)):
-            spread = _spread(target, forward.wide)
+            spread = forward.spread(target)
             losses: dict[str, Tensor] = {}
             pulls = []
             for loss, number in zip(self.losses, numbers, strict=True):
@@ -244,7 +252,9 @@ class TrainStep:
             pending = backward(forward, pulls)
             del forward, pulls  # their memory serves the update
             self.calls += 1
-            bad = self._finite.of(report["loss"], pending, has_capacity=overflow is not None)
+            bad = self._finite.of(report["loss"], pending, has_capacity=main.required is not None)
+            if self.shards is not None:
+                report, overflow, bad = of_all_ranks(self.shards, report, overflow, bad)
             since = self._seen = Seen(_firing(main).float(), tokens, _either(overflow, bad)).after(self._seen)
             if self._update.can_be_fused(pending):
                 grad_norm = self.optimizer.step(lambda: self._update.fused(pending, since.skip))
@@ -261,7 +271,7 @@ class TrainStep:
             self.seen, self._seen = since, None
             if self.scheduler is not None and not capturing(x):
                 self.scheduler.step()
-        report["dead"] = self.dead.mask.mean(dtype=torch.float32)
+        report["dead"] = self.dead.share()
         if overflow is not None:
             report["overflow"] = overflow
         self._finite.note(bad)
@@ -269,17 +279,22 @@ class TrainStep:
 
     def _teach(self, codes: SparseCodes, unless: Tensor | None) -> None:
         """Rules learn from what they kept; where ``unless`` () is set on the device, their buffers stay as they are."""
-        buffers = list(self.sae.activation.buffers())
+        rule = self.sae.share.activation
+        buffers = list(rule.buffers())
         before = None if unless is None else [b.clone() for b in buffers]
         with torch.enable_grad():  # that is when they learn
-            self.sae.activation.update(codes)
+            rule.update(codes)
         if unless is not None and before is not None:
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(torch.where(unless, kept, buffer))
 
     def _forward(self, x: Tensor, target: Tensor, context: dict[str, Any]) -> tuple[Forward, list[int | None]]:
         """The batch encoded for all losses, and the number of each one's codes."""
-        sae, weights = self.sae, self._copies.current()
+        sae, weights = self.sae.share, self._copies.current()
+        if self.memory_budget is None:
+            self.memory_budget = default_budget_bytes(x.device)
+        if self.shards is not None:
+            self.memory_budget = self.shards.begin(len(x), self.memory_budget)
         seen, info = sae._normalized(x)
         if "gradient" in context:
             gradient = check.matrix(check.floating("gradient", context.pop("gradient")))
@@ -288,17 +303,20 @@ class TrainStep:
             sae=sae, weights=weights, dtype=self.compute_dtype,
             norms=decoder_norms(sae.W_dec) if sae.rescale_acts_by_decoder_norm else None, x=seen,
             given=target, info=info, counters=self.dead, buffer=self._pre_activations, backend=self.backend,
+            shards=self.shards,
         )  # fmt: skip
-        dead_at_most = sae.d_sae if self._warming_up else self.dead.at_most(forward.tokens)
+        dead_at_most = self.sae.d_sae if self._warming_up else self.dead.at_most(forward.tokens)
         rules = [sae.activation]
         numbers: list[int | None] = []
         for loss in self.losses:
             rule = loss.rule(sae, dead_at_most)
+            if rule is not None and self.shards is not None:
+                rule.shards = self.shards
             if rule is not None and all(rule is not known for known in rules):
                 rules.append(rule)
             numbers.append(None if rule is None else next(n for n, known in enumerate(rules) if rule is known))
-        if self.memory_budget is None:
-            self.memory_budget = default_budget_bytes(x.device)
+        if self.shards is not None:
+            check_rules(rules)
         forward.encode(rules, context, self.memory_budget)
         return forward, numbers
 
@@ -306,6 +324,11 @@ class TrainStep:
         """Whether sums over codes go through GEMMs; None: their number of entries decides."""
         if self.dense is not None or codes.required is None:
             return self.dense
+        if self.shards is not None:  # its part of what all ranks keep: the device is not asked
+            entries = codes.values.shape[0] // self.shards.size
+            return densified.is_dense(
+                "decode_backward_weight", entries, codes.rows, codes.num_latents, codes.device.type
+            )
         if self.calls % self.density_interval == 0 and not capturing(codes.values):
             entries = int(codes.required)
             self._dense_now = densified.is_dense(
@@ -324,7 +347,7 @@ class TrainStep:
         if x.shape[-1] != sae.d_in:
             raise ValueError(f"x must have d_in = {sae.d_in} in its last dimension, got shape {tuple(x.shape)}")
         check.same_device("x", x, sae.W_enc)
-        if x.numel() == 0:
+        if x.numel() == 0 and self.shards is None:
             raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
         return check.matrix(x.detach()), checked_target(sae, x, target)
 
@@ -384,12 +407,6 @@ def _checked_scheduler(scheduler: Any) -> Any:
             f"{', '.join(needed)}; leave it out, and step one of your own on step.optimizer where the metric is known"
         )
     return scheduler
-
-
-def _spread(target: Tensor, wide: torch.dtype) -> Tensor:
-    """() squared distances of the rows from their mean."""
-    mean = target.mean(0, dtype=wide)
-    return (target.to(wide) - mean).square_().sum()
 
 
 def _firing(codes: SparseCodes) -> Tensor:

@@ -1,0 +1,36 @@
+"""What a training step does besides where latents are cut over a mesh."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..distributed.shards import Shards
+from ..losses import Loss
+
+
+def check_over_shards(losses: Sequence[Loss], reduce: object) -> None:
+    """Raises TypeError for what cannot be where a rank sees the codes of its own latents only."""
+    if reduce is not None:
+        raise TypeError(f"reduce must be None with a mesh, whose ranks train on one batch together, got {reduce!r}")
+    for loss in losses:
+        if not loss.adds_over_shards:
+            raise TypeError(
+                f"losses must hold sums over tokens or over entries where latents are cut over a mesh: {loss!r} does "
+                "not say that it is one (Loss.adds_over_shards)"
+            )
+
+
+def of_all_ranks(
+    shards: Shards, report: dict[str, Tensor], overflow: Tensor | None, bad: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    """A step's numbers, of which each rank has a summand, and its flags, which one rank sets for all."""
+    loss = report["loss"]
+    flags = [torch.zeros_like(loss) if flag is None else flag.to(loss.dtype) for flag in (overflow, bad)]
+    *numbers, overflows, bads = shards.sums([*report.values(), *flags], "report")
+    report = dict(zip(report, numbers, strict=True))
+    is_bad = (bads > 0) | ~report["loss"].isfinite()
+    if is_bad.is_cpu:  # nobody waits for it
+        return report, None if overflow is None else overflows > 0, is_bad if bool(is_bad) else None
+    return report, None if overflow is None else overflows > 0, is_bad
