@@ -1,0 +1,468 @@
+"""What the ranks of a mesh do in tests/test_mesh.py: each case holds itself to one process, on every rank.
+
+``python mesh_cases.py RANK SIZE FOLDER`` is one rank; it writes the names of the cases that went well to FOLDER.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sae_engine as se
+from sae_engine.distributed.shards import Shards
+from sae_engine.distributed.wire import shares
+from sae_engine.losses import L1, AuxK, AuxZipf, MultiTopK, StepL0, TanhL0
+from sae_engine.training import TrainStep
+from sae_kernels import reference
+
+B, D, F = 14, 6, 40
+F64 = torch.float64
+CUT = {"W_enc": 1, "W_dec": 0, "b_enc": 0}
+
+
+def my_rows(tokens, rank, size):
+    rows = shares(tokens, size)
+    return slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+
+
+# --- selection, against the reference --------------------------------------------------------------------------------
+
+
+def hard_matrices(dtype):
+    """Name, pre (rows, F), mask (F,), k: the same on every rank."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g)
+
+    yield "random", draw(13, 97), None, 8
+    yield "three values", draw(13, 64).sign() * 0.5, None, 9
+    yield "all equal", torch.full((6, 40), 0.25), None, 7
+    yield "zeros", torch.zeros(6, 40), None, 7
+    yield "negative", -draw(7, 33).abs(), None, 5
+    special = draw(12, 50)
+    special[special.abs() < 0.4] = 0.0
+    special[torch.rand(12, 50, generator=g) < 0.1] = -0.0
+    for value in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        special[torch.rand(12, 50, generator=g) < 0.06] = value
+    yield "NaN, Inf, -0", special, None, 6
+    yield "more than a shard", draw(5, 21), None, 17
+    yield "empty shard", draw(5, 9), None, 2
+    yield "fewer tokens than ranks", draw(1, 30), None, 3
+    yield "mask", draw(9, 48), torch.rand(48, generator=g) < 0.3, 11
+    yield "mask, too few", draw(9, 48).sign(), torch.rand(48, generator=g) < 0.1, 11
+
+
+def as_bool(codes):
+    return se.SparseCodes(
+        torch.ones_like(codes.values), codes.indices, codes.offsets, codes.batch_shape, codes.num_latents
+    ).to_dense() != 0  # fmt: skip
+
+
+def selects_as_the_reference(mesh, rank, size, trims):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for name, matrix, mask, k in hard_matrices(dtype):
+            check_selection(mesh, rank, size, trims, name, matrix.to(dtype), mask, k)
+
+
+def check_selection(mesh, rank, size, trims, name, pre, mask, k):
+    shards = Shards(mesh, pre.shape[1])
+    shards.rows, shards.trims = shares(len(pre), size), trims
+    mine = shards.mine
+    part = pre[:, mine].contiguous()
+    allowed = reference.eligible(mask, pre)
+    score = pre.float() * (1 + (torch.arange(pre.shape[1]) % 5).float())
+    total = int((k + 0.5) * len(pre))
+    budgets = (torch.arange(pre.shape[1]) % (len(pre) + 1)).int()
+
+    def first(by, number=k, over=allowed):
+        keys = reference.ranking(by, over)
+        return torch.zeros_like(over).scatter_(1, reference.first_k(keys, number), True)
+
+    def of_batch(over):
+        keys = reference.ranking(reference.relu(pre), over).flatten()
+        kept = torch.zeros_like(keys, dtype=torch.bool)
+        kept[reference.first_k(keys, total)] = True
+        return kept.view(pre.shape)
+
+    def selected(rule, **context):
+        rule.shards = shards
+        codes = rule.select(part, **context)
+        assert codes.rows == len(pre) and codes.num_latents == part.shape[1]
+        assert trims or codes.values.numel() >= int(codes.offsets[-1]), "room"
+        return codes
+
+    def holds(what, codes, want):
+        assert torch.equal(as_bool(codes), want[:, mine]), (what, name, pre.dtype)
+
+    if mask is None:
+        holds("TopK", selected(se.TopK(k)), first(pre))
+        holds("AbsTopK", selected(se.AbsTopK(k)), first(pre.abs()))
+        attribution = score.sign() * (torch.arange(pre.shape[1]) % 3)
+        graded = pre.to(score.dtype if pre.dtype != F64 else F64) * (1 + attribution.to(
+            score.dtype if pre.dtype != F64 else F64).abs())  # fmt: skip
+        rule = se.GradientTopK(k)
+        holds("GradientTopK", selected(rule, attribution=attribution[:, mine]), first(graded))
+        holds("BatchTopK", selected(se.BatchTopK(k + 0.5)), of_batch(allowed))
+        holds("JumpReLU", selected(se.JumpReLU(part.shape[1], threshold=0.2).eval()) if part.shape[1] else
+              shards.batch_topk(part, 0, None, "auto"), (pre > 0.2) | pre.isnan())  # fmt: skip
+        for target in (torch.linspace(0.0, 9.0, len(pre)), torch.full((len(pre),), torch.inf)):
+            norms = 0.5 + torch.arange(pre.shape[1]) % 3
+            want = reference.norm_matched(pre, target, norms, False)
+            holds("TopAFA", selected(se.TopAFA(), target_norm=target, weight_norm=norms[mine]), want)
+        if part.shape[1]:
+            from sae_engine._running import RunningLatents
+
+            running = RunningLatents(len(pre), part.shape[1], "auto", budgets[mine])
+            running.add(part, slice(0, len(pre)), slice(0, part.shape[1]))
+            codes, _ = running.finish()
+            dense = reference.feature_topm(pre, budgets, int(budgets.sum()))
+            want = reference.to_dense(torch.ones_like(dense[0]), *dense[1:], pre.shape[1]) != 0
+            holds("feature choice", codes, want)
+    else:
+        holds("AuxTopK", selected(se.rules.AuxTopK(k), dead_mask=mask[mine]), first(pre))
+        holds("batch with a mask", shards.batch_topk(part, total, mask[mine], "auto"), of_batch(allowed))
+    slabs(shards, pre, mask, k, holds, first)
+
+
+def slabs(shards, pre, mask, k, holds, first):
+    """The same of a shard that passes by in two slabs."""
+    width = shards.mine.stop - shards.mine.start
+    rule = se.TopK(k) if mask is None else se.rules.AuxTopK(k)
+    rule.shards = shards
+    context = {} if mask is None else {"dead_mask": mask[shards.mine]}
+    running = rule.running(len(pre), width, **context)
+    part = pre[:, shards.mine]
+    for latents in (slice(0, width // 2), slice(width // 2, width)):
+        running.add(part[:, latents].contiguous(), slice(0, len(pre)), latents)
+    holds("in slabs", running.finish()[0], first(pre))
+
+
+def matching_norms_is_exact(mesh, rank, size):
+    """Long rows, where sums in another order would show: integers give the same at every number of ranks."""
+    g = torch.Generator().manual_seed(1)
+    pre, target = torch.randn(16, 20000, generator=g), torch.linspace(1, 60, 16)
+    shards = Shards(mesh, 20000)
+    shards.rows = shares(16, size)
+    codes = shards.norm_match(pre[:, shards.mine], target, None, None)
+    want = reference.norm_matched(pre, target, None, False)
+    assert torch.equal(as_bool(codes), want[:, shards.mine])
+
+
+# --- the autoencoder, against one process ----------------------------------------------------------------------------
+
+RULES = {
+    "TopK": (lambda: se.TopK(4), {}),
+    "TopK of more than a shard": (lambda: se.TopK(17), {}),
+    "AbsTopK": (lambda: se.AbsTopK(4), {}),
+    "BatchTopK": (lambda: se.BatchTopK(3.5), {}),
+    "Matryoshka": (lambda: se.MatryoshkaBatchTopK(3, widths=[8, 40]), {}),
+    "TopAFA": (se.TopAFA, {}),
+    "ReLU": (se.ReLU, {}),
+    "JumpReLU": (lambda: se.JumpReLU(F, threshold=0.3, bandwidth=0.8), {}),
+    "LogJumpReLU": (lambda: se.LogJumpReLU(F, threshold=0.3, bandwidth=0.8), {}),
+    "Gated": (lambda: se.Gated(F), {}),
+    "FeatureChoice": (lambda: se.FeatureChoice(F, 3, mutual_steps=1), {}),
+    "SampledTopK": (lambda: se.SampledTopK(3, pool=2.0), {}),
+    "StatisticalTopK": (lambda: se.StatisticalTopK(4), {}),
+    "decoder norms": (lambda: se.TopK(4), {"rescale_acts_by_decoder_norm": True}),
+    "layer norm": (lambda: se.TopK(4), {"normalize_activations": "layer_norm"}),
+    "skip": (lambda: se.TopK(4), {"d_out": 5, "skip": True}),
+}
+
+
+def fill(sae):
+    """Parameters that are the same for any number of ranks."""
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in sae.named_parameters():
+            if name.startswith("activation") or not p.requires_grad:
+                continue
+            numbers = torch.randn(p.shape, generator=g, dtype=F64) * (0.4 if "W" in name else 0.2)
+            if sae.shards is not None:
+                p, dim = p.to_local(), CUT.get(name)
+                numbers = numbers if dim is None else numbers.narrow(dim, sae.shards.mine.start, p.shape[dim])
+            p.copy_(numbers)
+    return sae
+
+
+def pair(make, mesh, *, dtype=F64, **options):
+    one = fill(se.SparseAutoencoder(D, F, make(), dtype=dtype, **options))
+    return one, fill(se.SparseAutoencoder(D, F, make(), dtype=dtype, mesh=mesh, **options))
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def close(a, b, what, tolerance):
+    assert torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance, equal_nan=True), (
+        what, (a.double() - b.double()).abs().max(),
+    )  # fmt: skip
+
+
+def encodes(mesh, rank, size, rule):
+    make, options = RULES[rule]
+    one, many = pair(make, mesh, **options)
+    mine = my_rows(B, rank, size)
+    x = torch.randn(B, D, generator=torch.Generator().manual_seed(1), dtype=F64)
+    for _ in range(2):
+        out, part = one(x), many(x[mine])
+        close(out[mine], part, "output", 1e-12)
+        weight = torch.arange(out.numel(), dtype=F64).view(out.shape).sin()
+        one.zero_grad()
+        many.zero_grad()
+        (out * weight).sum().backward()
+        (part * weight[mine]).sum().backward()
+        for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+            if p.grad is None:
+                assert q.grad is None or not whole(q.grad).any(), name
+            else:  # parameters of rules are in fp32
+                close(p.grad, whole(q.grad), name, 1e-11 if p.dtype == F64 else 3e-6)
+    chosen = torch.arange(B)[mine]
+    with torch.no_grad():
+        (a,), info, _ = one.encode_with(x)
+        (b,), own, _ = many.encode_with(x[mine])
+        assert torch.equal(a[chosen].indices, b.indices) and torch.equal(a[chosen].offsets, b.offsets)
+        assert b.shape == (len(chosen), F)
+        close(one.decode(a, info)[mine], many.decode(b, own), "decode", 1e-12)
+        close(one.eval()(x)[mine], many.eval()(x[mine]), "eval", 1e-12)
+
+
+# --- the training step, against one process --------------------------------------------------------------------------
+
+STEPS = {
+    "TopK": (lambda: se.TopK(4), {}, {}, 20),
+    "AuxK": (lambda: se.TopK(4), {}, {"losses": [AuxK(5)], "dead_after": 30}, 20),
+    "AuxK of SAELens": (lambda: se.TopK(4), {}, {"losses": [AuxK.saelens()], "dead_after": 30}, 5),
+    "MultiTopK": (lambda: se.TopK(4), {}, {"losses": [MultiTopK()]}, 4),
+    "AbsTopK": (lambda: se.AbsTopK(4), {}, {}, 4),
+    "BatchTopK": (lambda: se.BatchTopK(3.5), {}, {}, 20),
+    "Matryoshka": (lambda: se.MatryoshkaBatchTopK(3, widths=[8, 40]), {}, {}, 4),
+    "TopAFA": (se.TopAFA, {}, {}, 4),
+    "L1": (se.ReLU, {}, {"losses": [L1(0.1)]}, 4),
+    "StepL0": (lambda: se.JumpReLU(F, threshold=0.3, bandwidth=0.8), {}, {"losses": [StepL0(0.1)]}, 4),
+    "TanhL0": (lambda: se.JumpReLU(F, threshold=0.3, bandwidth=0.8), {}, {"losses": [TanhL0(0.1)]}, 4),
+    "FeatureChoice": (lambda: se.FeatureChoice(F, 3, mutual_steps=2), {}, {}, 4),
+    "AuxZipf": (lambda: se.FeatureChoice(F, 3), {}, {"losses": [AuxZipf(4)]}, 4),
+    "SampledTopK": (lambda: se.SampledTopK(3, pool=2.0), {}, {}, 4),
+    "StatisticalTopK": (lambda: se.StatisticalTopK(4), {}, {}, 4),
+    "decoder norms": (lambda: se.TopK(4), {"rescale_acts_by_decoder_norm": True}, {"normalize_decoder": False}, 4),
+    "layer norm": (lambda: se.TopK(4), {"normalize_activations": "layer_norm"}, {"losses": [AuxK(4)]}, 4),
+    "skip": (lambda: se.TopK(4), {"skip": True}, {"grad_clip": 0.5}, 4),
+    "clipped": (lambda: se.TopK(4), {}, {"grad_clip": 0.5}, 4),
+    "accumulated": (lambda: se.BatchTopK(3), {}, {"accumulate": 2}, 4),
+    "weight decay": (lambda: se.TopK(4), {}, {"normalize_decoder": False, "weight_decay": 0.01}, 4),
+    "slabs": (lambda: se.TopK(4), {}, {"memory_budget": 8 * B * 3}, 4),
+    "slabs of a batch": (lambda: se.BatchTopK(3.5), {}, {"memory_budget": 8 * B * 3}, 4),
+    "slabs of whole rows": (se.TopAFA, {}, {"memory_budget": 8 * F * 5}, 4),
+}
+IN_FP32 = ("StepL0", "TanhL0")  # the rule's parameter and its loss
+
+
+def batches(steps, tokens=B, dtype=F64):
+    return torch.randn(steps, tokens, D, generator=torch.Generator().manual_seed(4), dtype=F64).to(dtype)
+
+
+def step_of(sae, **options):
+    # Adam's eps: 1e-8 would make another parameter of the noise in a gradient that vanishes
+    return TrainStep(sae, lr=2**-7, eps=1e-3, **options)
+
+
+def trains(mesh, rank, size, name):
+    make, options, how, number = STEPS[name]
+    one, many = pair(make, mesh, **options)
+    alone, together = step_of(one, **how), step_of(many, **how)
+    mine, tolerance = my_rows(B, rank, size), 2e-5 if name in IN_FP32 else 1e-12
+    for x in batches(number):
+        theirs, ours = alone(x), together(x[mine])
+        assert theirs.keys() == ours.keys()
+        for key, value in theirs.items():
+            close(value, ours[key], key, max(tolerance, 1e-11) if value.dtype == F64 else 2e-6)
+    same_state(one, many, alone, together, tolerance)
+
+
+def same_state(one, many, alone, together, tolerance):
+    for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+        close(p, whole(q), name, tolerance)
+    for (name, p), (_, q) in zip(one.named_buffers(), many.named_buffers(), strict=True):
+        close(p, whole(q), name, 1e-12)
+    assert torch.equal(alone.dead.since_fired[many.shards.mine], together.dead.since_fired)
+    every = many.shards.wire.gather(many.b_dec.detach().to_local(), "test")
+    assert (every == every[0]).all(), "what every rank has differs"
+
+
+def skips_together(mesh, rank, size, how):
+    """Nothing changes on any rank where one has no room, or a number that is none; the next batch counts again."""
+    make = (lambda: se.TopAFA(capacity=3 * B)) if how == "overflow" else (lambda: se.TopK(4))
+    one, many = pair(make, mesh)
+    alone, together = step_of(one, nonfinite="skip"), step_of(many, nonfinite="skip")
+    x, y = batches(2)
+    mine = my_rows(B, rank, size)
+    if how == "overflow":  # the last rank's latents are all that fire
+        with torch.no_grad():
+            many.share.W_enc.mul_(1.0 if rank == size - 1 else 1e-4)
+        before = [whole(p).clone() for p in many.parameters()]
+        report = together(x[mine] * 100)
+        assert bool(report["overflow"])
+        assert all(torch.equal(a, whole(b)) for a, b in zip(before, many.parameters(), strict=True))
+        assert not together.dead.since_fired.any()
+        return
+    alone(y)
+    broken = x.clone()
+    broken[-1, 0] = torch.nan
+    before = [whole(p).clone() for p in many.parameters()]
+    together(broken[mine])
+    assert together.skipped == 1
+    assert all(torch.equal(a, whole(b)) for a, b in zip(before, many.parameters(), strict=True))
+    together(y[mine])
+    same_state(one, many, alone, together, 1e-12)
+
+
+def trains_on_uneven_tokens(mesh, rank, size):
+    """Fewer tokens than ranks, a rank with none, and fewer latents than the shards' size would fill."""
+    for tokens in (size - 1, 2 * size + 1):
+        one, many = pair(lambda: se.TopK(4), mesh)
+        alone, together = step_of(one, losses=[AuxK(5)], dead_after=3), step_of(
+            many, losses=[AuxK(5)], dead_after=3)  # fmt: skip
+        mine = my_rows(tokens, rank, size)
+        for x in batches(4, tokens):
+            alone(x)
+            together(x[mine])
+        same_state(one, many, alone, together, 1e-12)
+
+
+def empty_shards_train(mesh, rank, size):
+    """Nine latents over four ranks are three, three, three and none."""
+    options = {"dtype": F64}
+    torch.manual_seed(0)
+    one = se.SparseAutoencoder(D, 9, se.TopK(2), **options)
+    torch.manual_seed(0 if rank == 0 else 7)  # what ranks draw from is rank 0's
+    many = se.SparseAutoencoder(D, 9, se.TopK(2), mesh=mesh, **options)
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        assert torch.equal(p, whole(q))
+    alone, together = step_of(one), step_of(many)
+    for x in batches(4):
+        alone(x)
+        together(x[my_rows(B, rank, size)])
+    same_state(one, many, alone, together, 1e-12)
+
+
+def starts_alike(mesh, rank, size):
+    """More than one block of rows, of which ranks have parts."""
+    torch.manual_seed(5)
+    one = se.SparseAutoencoder(2, 9000, se.TopK(2), d_out=3)
+    torch.manual_seed(5 + rank)
+    many = se.SparseAutoencoder(2, 9000, se.TopK(2), d_out=3, mesh=mesh)
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        assert torch.equal(p, whole(q))
+
+
+class NoGlobalMatrix(TorchDispatchMode):
+    """Refuses every tensor of all tokens by all latents, in any orientation or flat (but raw bytes)."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, list | tuple) else (out,):
+            seen = isinstance(t, torch.Tensor) and t.dtype != torch.uint8
+            if seen and ({B, F} <= set(t.shape) or t.numel() == B * F):
+                raise AssertionError(f"{func} made {tuple(t.shape)}")
+        return out
+
+
+def sends_what_the_formula_says(mesh, rank, size):
+    rows = shares(B, size)
+    mine, longest, others = rows[rank], max(rows), size - 1
+    foreign = B - mine
+    for dtype in (F64, torch.float32):
+        s = dtype.itemsize
+        each = {
+            "rows": others * 16, "x": others * longest * D * s, "spread": others * 8 * (D + 1),
+            "x_hat": foreign * D * s, "gradient": others * longest * D * s, "report": others * 8 * 6,
+            "gradients of all ranks": others * (D + 1) * s, "dead": 2 * others * 8 // size,
+        }  # fmt: skip
+        top = 8 * s - 16
+        bins = [8 * ((1 << 15) + 1), *[8 * (1 << 16) for _ in range(0, top, 16)]]
+        of_rule = {
+            "TopK": {"candidates": foreign * 4 * s, "counts": others * mine * 4},
+            "BatchTopK": {"histogram": sum(2 * others * n // size for n in bins), "ties": others * B * 4,
+                          "threshold": 2 * others * 8 // size},
+        }  # fmt: skip
+        for name, rule in (("TopK", lambda: se.TopK(4)), ("BatchTopK", lambda: se.BatchTopK(3.5))):
+            many = fill(se.SparseAutoencoder(D, F, rule(), dtype=dtype, mesh=mesh))
+            step = step_of(many)
+            many.shards.wire.bytes.clear()
+            with NoGlobalMatrix():
+                for x in batches(3, dtype=dtype):
+                    step(x[my_rows(B, rank, size)])
+            want = {key: 3 * number for key, number in {**each, **of_rule[name]}.items()}
+            assert dict(many.shards.wire.bytes) == want, (name, dict(many.shards.wire.bytes), want)
+
+
+def room_in_place_of_lengths(mesh, rank, size):
+    """As on a GPU, where the host does not ask how many codes there are."""
+    for make in (lambda: se.TopK(4), lambda: se.BatchTopK(3.5), se.TopAFA):
+        one, many = pair(make, mesh)
+        many.shards.trims = False
+        alone, together = step_of(one, losses=[AuxK(5)], dead_after=30), step_of(
+            many, losses=[AuxK(5)], dead_after=30)  # fmt: skip
+        for x in batches(4):
+            report = alone(x)
+            assert together(x[my_rows(B, rank, size)]).keys() == report.keys()
+        same_state(one, many, alone, together, 1e-12)
+
+
+def in_16_bits(mesh, rank, size):
+    """Products and codes in bfloat16 beside parameters in fp32: as near as one process is to fp64."""
+    one, many = pair(lambda: se.TopK(4), mesh, dtype=torch.float32)
+    alone, together = step_of(one, compute_dtype="bfloat16"), step_of(many, compute_dtype="bfloat16")
+    for x in batches(4, dtype=torch.float32):
+        report, ours = alone(x), together(x[my_rows(B, rank, size)])
+        close(report["loss"], ours["loss"], "loss", 2**-8)
+
+
+
+
+def cases(size):
+    yield "selection", lambda *at: selects_as_the_reference(*at, True)
+    yield "selection, with room", lambda *at: selects_as_the_reference(*at, False)
+    yield "norms are matched exactly", matching_norms_is_exact
+    yield "initial rows", starts_alike
+    some = {2: 4, 3: 3, 4: 6}[size]  # each case at one number of ranks at least, and the first of all at each
+    for number, name in enumerate(RULES):
+        if number % some == 0 or size == 3:
+            yield f"encode: {name}", lambda *at, name=name: encodes(*at, name)
+    for number, name in enumerate(STEPS):
+        if size == 2 or number % some == 0:
+            yield f"step: {name}", lambda *at, name=name: trains(*at, name)
+    yield "step: overflow", lambda *at: skips_together(*at, "overflow")
+    yield "step: not finite", lambda *at: skips_together(*at, "nan")
+    yield "step: uneven tokens", trains_on_uneven_tokens
+    yield "step: empty shards", empty_shards_train
+    yield "step: bytes", sends_what_the_formula_says
+    yield "step: room", room_in_place_of_lengths
+    yield "step: 16 bits", in_16_bits
+
+
+def main(rank, size, folder):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="unused", MASTER_PORT="0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    mesh = se.distributed.from_env()
+    done = Path(folder, f"{rank}.txt")
+    for name, case in cases(size):
+        sys.stdout.write(f"{name}\n")  # what a rank that fails was at
+        sys.stdout.flush()
+        case(mesh, rank, size)
+        with done.open("a") as file:
+            file.write(name + "\n")
+    dist.barrier()  # who leaves early takes its connections with it
+    os._exit(0)  # gloo's threads now and then abort an orderly exit
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
