@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import sae_engine as se
-from sae_engine.training import checkpoint, saved_state
+from sae_engine import _saved_state as saved_state
+from sae_engine.training import checkpoint
 
 FILES = {"saes": {"a/sae/W": torch.arange(6.0).view(2, 3)}, "optimizer": {"a/m": torch.ones(2, dtype=torch.bfloat16)}}
 

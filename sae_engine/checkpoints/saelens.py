@@ -33,6 +33,7 @@ from .card import CENTRED, RAW, UNKNOWN, SourceCard, residual_of
 
 NAME, KIND = "saelens", "safetensors"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+METADATA = {"format": "pt"}
 CONFIG_REQUIRED = True
 SCALER, SPARSITY = "activation_scaler.json", "sparsity.safetensors"
 LAYOUT = "6.54.12"  # the version of SAELens whose layout this is: without one it assumes that of version 5
@@ -130,7 +131,17 @@ def _registered(name: str, file: Path) -> type[act.Activation]:
 
 
 def save(c: Checkpoint, path: str | PathLike) -> None:
-    """Writes both files under temporary names, then renames them.
+    """Writes both files under temporary names, then renames them."""
+    tensors, content = prepared(c)
+    write_files(Path(path), {
+        WEIGHTS: lambda name: write_tensors(name, tensors, METADATA),
+        CONFIG: text_writer(content),
+    })  # fmt: skip
+
+
+def prepared(c: Checkpoint, d_sae: int | None = None) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors and the text of the two files. ``d_sae`` where ``c`` has some of so many latents: no latent's numbers
+    depend on another's.
 
     SAELens rescales by decoder norms only where it counts entries: for other rules the norms are folded into the
     encoder and the decoder's rows are written with norm 1, which computes the same. Mean-centring stands in the
@@ -141,7 +152,7 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
         warnings.warn(
             f"SAELens' SAE.load_from_disk refuses {architecture!r}, which only trains there: use its TrainingSAE, or "
             "save inference_form(sae)",
-            stacklevel=5,
+            stacklevel=6,
         )
     if architecture not in COUNTING and not architecture.startswith(OURS):
         c = folding.fold_decoder_norms(c)
@@ -151,11 +162,7 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
         counters = {name: tensors.pop(name).item() for name in ("forwards",) if name in tensors}
     elif architecture == "gated":
         del tensors["b_enc"]  # 0: the gate's biases take its place
-    content = json.dumps(_config(c, architecture, counters), indent=2)
-    write_files(Path(path), {
-        WEIGHTS: lambda name: write_tensors(name, tensors, {"format": "pt"}),
-        CONFIG: text_writer(content),
-    })  # fmt: skip
+    return tensors, json.dumps(_config(c, architecture, counters, d_sae or len(tensors["W_dec"])), indent=2)
 
 
 def save_sparsity(shares: torch.Tensor, folder: Path) -> None:
@@ -195,7 +202,7 @@ def architecture_of(c: Checkpoint) -> str:
     return name if narrow else {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[name]
 
 
-def _config(c: Checkpoint, architecture: str, counters: dict[str, float]) -> dict[str, Any]:
+def _config(c: Checkpoint, architecture: str, counters: dict[str, float], d_sae: int) -> dict[str, Any]:
     W_dec = c.tensors["W_dec"]
     metadata: dict[str, Any] = {"sae_lens_version": LAYOUT}
     named: dict[str, Any] = dict(zip(("model_name", "hook_name", "hook_name_out"), words(c), strict=True))
@@ -213,7 +220,7 @@ def _config(c: Checkpoint, architecture: str, counters: dict[str, float]) -> dic
     cfg: dict[str, Any] = {
         "architecture": architecture,
         "d_in": c.tensors["W_enc"].shape[0],
-        "d_sae": W_dec.shape[0],
+        "d_sae": d_sae,
         "dtype": str(W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": c.apply_b_dec_to_input,

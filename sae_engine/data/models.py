@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .._checks import device_in, dtype_in, flag
+from .._files import file_sha256
 from ._require import require
 from .loading import check_packages
 
@@ -187,14 +188,6 @@ def weights_sha256(folder: str | Path) -> str:
         return digests[0]
     lines = "".join(f"{digest}  {file.name}\n" for digest, file in zip(digests, files, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .._checks import device_in, dtype_in, flag
+from .._files import file_sha256
 from ..provenance import Provenance
 from ._require import require
 from .contexts import check_int, rows_in_words
-from .models import file_sha256
 from .quantized import PARTS, restored
 
 MANIFEST = "manifest.json"

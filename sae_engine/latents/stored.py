@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._files import file_sha256
 from ..codes import SparseCodes
 from ..data._require import require
 from ..data.contexts import check_int, rows_in_words
-from ..data.models import file_sha256
 from ..data.store import folder_in
 from ..provenance import Provenance
 from ._index import Index

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import shutil
@@ -12,9 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .._files import write_tensors
+from .._files import file_sha256, sync, write_tensors
 from ..data._require import require
-from ..data.models import file_sha256
 from .callbacks import resume_command
 
 FOLDER, STATE = "checkpoints", "state.json"
@@ -55,17 +53,17 @@ def write(run: Path, update: int, plain: Mapping[str, Any], files: Mapping[str, 
             mode = file.stat().st_mode  # safetensors 0.8 makes a file that only its owner may read
             write_tensors(file, dict(tensors))
             file.chmod(mode)
-            _sync(file)
+            sync(file)
             hashes[file.name] = file_sha256(file)
         (aside / STATE).write_text(
             json.dumps({"format": FORMAT, "update": update, "files": hashes, **plain}, indent=1), encoding="utf-8"
         )
-        _sync(aside / STATE)
-        _sync(aside)
+        sync(aside / STATE)
+        sync(aside)
         if place.exists():  # of an attempt that was found damaged, and gone back behind
             shutil.rmtree(place)
         aside.rename(place)
-        _sync(place.parent)
+        sync(place.parent)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise type(error)(
@@ -126,11 +124,3 @@ def prune(run: Path, keep: int) -> None:
     folder = run / FOLDER
     for left in folder.glob(".step-*.tmp") if folder.is_dir() else ():
         shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _saved_state as saved_state
 from .._files import LOCK, only_writer, replace_file
 from ..autoencoder import SparseAutoencoder
 from ..checkpoints.saelens import save_sparsity
 from ..data._require import require
-from . import checkpoint, saved_state
+from . import checkpoint
 from ._faults import within
 from .callbacks import Callback, Interrupted, resume_command
 from .config import Resolved, TrainConfig

@@ -10,8 +10,10 @@ from torch import Tensor
 _TENSOR, _INTEGERS = "tensor:", "integers"  # marks: a tensor by its name; a dictionary whose keys are integers
 
 
-def split(state: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
+def split(state: Any, name: str = "", *, contiguous: bool = True) -> tuple[Any, dict[str, Tensor]]:
     """What JSON can hold of ``state``, and its tensors by names that begin with ``name``.
+
+    Tensors that are not ``contiguous`` are copied, for what can write no others; without that none is.
 
     Raises:
         TypeError: something in it is neither a tensor nor of JSON's types; says where.
@@ -27,10 +29,10 @@ def split(state: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().contiguous()
+            tensors[path] = value.detach().contiguous() if contiguous else value.detach()
             return _TENSOR + path
         if isinstance(value, Mapping):
-            inner = {str(key): walk(item, f"{path}/{key}") for key, item in value.items()}
+            inner = {str(key): walk(item, f"{path}/{key}".lstrip("/")) for key, item in value.items()}
             if all(isinstance(key, str) for key in value):
                 return inner
             if all(isinstance(key, int) for key in value):

@@ -1,0 +1,263 @@
+"""States that are cut over ranks: whole or not there, for another number of ranks, and whoever dies meanwhile."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from forked_ranks import outcomes, succeeded
+
+from sae_engine.distributed import checkpoint
+from sae_engine.distributed.agreement import Agreement
+
+F, D = 10, 4  # on 3 and 4 ranks uneven shards
+
+
+def mesh_of(size):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (size,), mesh_dim_names=("latent",))
+
+
+def whole(filled=True):
+    """What one device would hold; W_enc lies by latents."""
+    draw = torch.Generator().manual_seed(0)
+    made = {name: torch.randn(*shape, generator=draw, dtype=dtype) for name, shape, dtype in (
+        ("W_dec", (F, D), torch.float32), ("W_enc", (F, D), torch.float32), ("b_dec", (D,), torch.float64),
+        ("moment", (F, D), torch.bfloat16))}  # fmt: skip
+    made["fired"] = torch.arange(F)
+    return {name: t if filled else torch.zeros_like(t) for name, t in made.items()}
+
+
+def state_of(mesh, rank, size, *, filled=True, calls=7):
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    tensors = whole(filled)
+    mine = slice(*(min(n * -(-F // size), F) for n in (rank, rank + 1)))
+
+
+    def along(dim, part, shape, stride):
+        return DTensor.from_local(part, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride)
+
+    cut = {name: along(0, t[mine].clone(), t.shape, t.stride()) for name, t in tensors.items() if len(t) == F}
+    cut["W_enc"] = along(1, tensors["W_enc"][mine].clone().T, (D, F), (1, D))
+    cut["b_dec"] = DTensor.from_local(tensors["b_dec"].clone(), mesh, [Replicate()], run_check=False)
+    optimizer = {"state": {0: {"exp_avg": cut.pop("moment"), "step": torch.tensor(float(calls))}}, "lr": 1e-3}
+    return {"sae": cut, "step": {"optimizer": optimizer, "calls": calls, "scheduler": None}}
+
+
+def bits(state):
+    """Of every tensor, joined."""
+    found = {name: t.full_tensor() for name, t in state["sae"].items()}
+    found["moment"] = state["step"]["optimizer"]["state"][0]["exp_avg"].full_tensor()
+    found["W_enc"] = found["W_enc"].T
+    return found
+
+
+def is_whole(state):
+    return {name: torch.equal(t, bits(state)[name]) for name, t in whole().items()}
+
+
+def raised(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+# --- what ranks do ----------------------------------------------------------------------------------------------------
+
+
+def saves_on_four(rank, size, folder):
+    mesh, place = mesh_of(size), folder.parent / "state"
+    state = state_of(mesh, rank, size)
+    before = {name: t.to_local().data_ptr() for name, t in state["sae"].items()}
+    checkpoint.save(state, place, mesh)
+    assert {name: t.to_local().data_ptr() for name, t in state["sae"].items()} == before
+    back = checkpoint.load(state_of(mesh, rank, size, filled=False, calls=0), place, mesh)
+    step = back["step"]
+    shared = [step["calls"], step["scheduler"], step["optimizer"]["lr"], float(step["optimizer"]["state"][0]["step"])]
+    there = raised(lambda: checkpoint.save(state, place, mesh))
+    wrong = state_of(mesh, rank, size)
+    wrong["sae"]["more"] = wrong["sae"].pop("b_dec")
+    wrong["sae"]["fired"] = wrong["sae"]["fired"].float()
+    other = raised(lambda: checkpoint.load(wrong, place, mesh))
+    unsaveable = raised(lambda: checkpoint.save({"a": object()}, folder / "never", mesh))
+    none = raised(lambda: checkpoint.load(state, folder / "never", mesh))
+    return [is_whole(back), shared, there, other, unsaveable, none, sorted(p.name for p in place.iterdir())]
+
+
+def loads_on_two(rank, size, folder):
+    return _loads(rank, size, folder)
+
+
+def loads_on_three(rank, size, folder):
+    return _loads(rank, size, folder)
+
+
+def loads_on_one(rank, size, folder):
+    return _loads(rank, size, folder)
+
+
+def _loads(rank, size, folder):
+    mesh = mesh_of(size)
+    return is_whole(checkpoint.load(state_of(mesh, rank, size, filled=False), folder.parent / "state", mesh))
+
+
+def damaged(rank, size, folder):
+    """One byte of one file, the list of what there is, and no file at all."""
+    mesh, said = mesh_of(size), []
+    for number, name in enumerate(("__0_0.distcp", "state.json", ".metadata")):
+        place = folder / str(number)
+        if rank == 0:
+            shutil.copytree(folder.parent / "state", place)
+            if name == ".metadata":
+                (place / name).unlink()
+            else:
+                content = bytearray((place / name).read_bytes())
+                content[len(content) // 2] ^= 255
+                (place / name).write_bytes(content)
+        torch.distributed.barrier()
+        said.append(raised(lambda place=place: checkpoint.load(state_of(mesh, rank, size), place, mesh)))
+    return said
+
+
+def a_full_disk(rank, size, folder):
+    """Of one rank: all say so, and the next attempt finds nothing of it."""
+    mesh, state = mesh_of(size), state_of(mesh_of(size), rank, size)
+    write = dcp.FileSystemWriter.write_data
+
+    def full(self, plan, planner):
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        return write(self, plan, planner)
+
+    dcp.FileSystemWriter.write_data = full
+    said = raised(lambda: checkpoint.save(state, folder / "full", mesh))
+    dcp.FileSystemWriter.write_data = write
+    left = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    torch.distributed.barrier()
+    checkpoint.save(state, folder / "full", mesh)
+    return [said, left, is_whole(checkpoint.load(state_of(mesh, rank, size, filled=False), folder / "full", mesh))]
+
+
+def killed_before(rank, size, folder):
+    return _killed(rank, size, folder, None)
+
+
+def killed_while_writing(rank, size, folder):
+    def dies(self, plan, planner):
+        os._exit(9)
+
+    return _killed(rank, size, folder, ("write_data", dies, 1))
+
+
+def killed_before_the_name(rank, size, folder):
+    """The first rank, when all is on the disk but the name."""
+    return _killed(rank, size, folder, ("rename", lambda *_: os._exit(9), 0))
+
+
+def _killed(rank, size, folder, how):
+    mesh = mesh_of(size)
+    state = state_of(mesh, rank, size)
+    Agreement.of(mesh, timeout=20)
+    checkpoint.save(state, folder / "earlier", mesh)
+    victim = 1 if how is None else how[2]
+    if rank == victim:
+        if how is None:
+            os._exit(9)
+        setattr(Path if how[0] == "rename" else dcp.FileSystemWriter, how[0], how[1])
+    raise AssertionError([raised(lambda: checkpoint.save(state, folder / "torn", mesh))])
+
+
+def goes_on_after_a_kill(rank, size, folder):
+    """The earlier state is whole, and a save under the torn one's name too."""
+    mesh = mesh_of(size)
+    found = []
+    for name in ("killed_before", "killed_while_writing", "killed_before_the_name"):
+        at = folder.parent / name
+        torn = raised(lambda at=at: checkpoint.load(state_of(mesh, rank, size, filled=False), at / "torn", mesh))
+        found.append([torn, all(is_whole(_loaded(mesh, rank, size, at / "earlier")).values())])
+        torch.distributed.barrier()
+        checkpoint.save(state_of(mesh, rank, size), at / "torn", mesh)
+        found[-1].append(all(is_whole(_loaded(mesh, rank, size, at / "torn")).values()))
+        found[-1].append((at / "torn.tmp").exists())
+    return found
+
+
+def _loaded(mesh, rank, size, place):
+    return checkpoint.load(state_of(mesh, rank, size, filled=False), place, mesh)
+
+
+# --- what is seen of it -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    sizes = {"saves_on_four": 4, "loads_on_two": 2, "loads_on_three": 3, "loads_on_one": 1, "damaged": 2,
+             "a_full_disk": 3, "killed_before": 3, "killed_while_writing": 3, "killed_before_the_name": 3,
+             "goes_on_after_a_kill": 2}  # fmt: skip
+    folder = tmp_path_factory.mktemp("ranks")
+    return outcomes(__file__, sizes, folder) | {"folder": folder}
+
+
+WHOLE = dict.fromkeys(["W_dec", "W_enc", "b_dec", "moment", "fired"], True)
+
+
+def test_a_state_comes_back_and_others_are_refused(ran):
+    for found, shared, there, other, unsaveable, none, files in succeeded(ran["saves_on_four"]):
+        assert found == WHOLE and shared == [7, None, 1e-3, 7.0]
+        assert "FileExistsError: path: " in there
+        for part in ("sae/b_dec is not there", "sae/more was not saved", "sae/fired was ['torch.int64', 10], and is"):
+            assert part in other
+        assert "TypeError: a must be a tensor or of JSON's types" in unsaveable
+        assert "FileNotFoundError: path: there is no folder" in none
+        assert files == [".metadata", *(f"__{rank}_0.distcp" for rank in range(4)), "state.json"]
+
+
+@pytest.mark.parametrize("case", ["loads_on_two", "loads_on_three", "loads_on_one"])
+def test_another_number_of_ranks_reads_the_same_bits(ran, case):
+    assert all(found == WHOLE for found in succeeded(ran[case]))
+
+
+def test_damage_is_found_by_all_ranks_and_named(ran):
+    for byte, listing, gone in succeeded(ran["damaged"]):
+        assert "__0_0.distcp is missing or damaged" in byte and "ValueError: " in byte
+        assert "state.json is missing or damaged" in listing or "is missing or damaged" in listing
+        assert ".metadata is missing or damaged" in gone
+
+
+def test_a_full_disk_is_said_by_all_ranks(ran):
+    for said, left, found in succeeded(ran["a_full_disk"]):
+        assert said.startswith("OSError: [Errno 28] the checkpoint could not be written: No space left on device")
+        assert left == ["full.tmp"] and found == WHOLE
+
+
+@pytest.mark.parametrize(("case", "victim"), [
+    ("killed_before", 1), ("killed_while_writing", 1), ("killed_before_the_name", 0),
+])  # fmt: skip
+def test_a_rank_that_dies_is_named_and_nothing_gets_the_name(ran, case, victim):
+    for rank, outcome in enumerate(ran[case]):
+        if rank == victim:
+            assert outcome.raised == "it was killed"
+        else:
+            assert f"RuntimeError: rank {victim} (process " in outcome.raised, outcome.raised
+            assert outcome.seconds < 10
+
+
+def test_what_was_saved_before_is_whole_and_the_name_is_free(ran):
+    for found in succeeded(ran["goes_on_after_a_kill"]):
+        for torn, earlier, again, left in found:
+            assert torn.startswith("FileNotFoundError: path: there is no folder") and earlier and again and not left
+        assert "its saving was cut off" in found[1][0] and "its saving was cut off" in found[2][0]
+
+
+def test_the_listing_says_what_lies_where(ran):
+    content = json.loads((ran["folder"] / "state" / "state.json").read_text())
+    assert content["ranks"] == 4 and content["tensors"]["sae/W_enc"] == ["torch.float32", D, F]
+    assert content["state"]["step"]["optimizer"]["lr"] == 1e-3
