@@ -422,6 +422,7 @@ class SparseAutoencoder(nn.Module):
     def from_pretrained(
         cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | str | None = None,
         activation_scale: float | None = None, residual: str | None = None, fold_decoder_norms: bool = False,
+        mesh: DeviceMesh | None = None,
     ):  # fmt: skip
         """An autoencoder from a checkpoint of SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope, Llama Scope,
         circuit-tracer or BatchTopK.
@@ -442,6 +443,7 @@ class SparseAutoencoder(nn.Module):
                 One trained on mean-centred activations is loaded with ``normalize_activations="center"``.
             fold_decoder_norms: give the decoder's rows norm 1, and encoder and thresholds their norms, so that a latent
                 is as large as what it adds; for ReLU and JumpReLU, whose reconstruction stays the same.
+            mesh: a ``DeviceMesh`` to cut the latents over: all ranks call it, and each reads its own.
 
         Raises:
             FileNotFoundError: the folder or a file in it is missing.
@@ -457,7 +459,7 @@ class SparseAutoencoder(nn.Module):
 
         return formats.load(
             cls, path, format=format, device=device, dtype=dtype, activation_scale=activation_scale, residual=residual,
-            fold_decoder_norms=fold_decoder_norms,
+            fold_decoder_norms=fold_decoder_norms, mesh=mesh,
         )  # fmt: skip
 
     __prepare_scriptable__ = check.no_torchscript

@@ -77,18 +77,18 @@ def saves_on_four(rank, size, folder):
     mesh, place = mesh_of(size), folder.parent / "state"
     state = state_of(mesh, rank, size)
     before = {name: t.to_local().data_ptr() for name, t in state["sae"].items()}
-    checkpoint.save(state, place, mesh)
+    checkpoint.save_state(state, place, mesh)
     assert {name: t.to_local().data_ptr() for name, t in state["sae"].items()} == before
-    back = checkpoint.load(state_of(mesh, rank, size, filled=False, calls=0), place, mesh)
+    back = checkpoint.load_state(state_of(mesh, rank, size, filled=False, calls=0), place, mesh)
     step = back["step"]
     shared = [step["calls"], step["scheduler"], step["optimizer"]["lr"], float(step["optimizer"]["state"][0]["step"])]
-    there = raised(lambda: checkpoint.save(state, place, mesh))
+    there = raised(lambda: checkpoint.save_state(state, place, mesh))
     wrong = state_of(mesh, rank, size)
     wrong["sae"]["more"] = wrong["sae"].pop("b_dec")
     wrong["sae"]["fired"] = wrong["sae"]["fired"].float()
-    other = raised(lambda: checkpoint.load(wrong, place, mesh))
-    unsaveable = raised(lambda: checkpoint.save({"a": object()}, folder / "never", mesh))
-    none = raised(lambda: checkpoint.load(state, folder / "never", mesh))
+    other = raised(lambda: checkpoint.load_state(wrong, place, mesh))
+    unsaveable = raised(lambda: checkpoint.save_state({"a": object()}, folder / "never", mesh))
+    none = raised(lambda: checkpoint.load_state(state, folder / "never", mesh))
     return [is_whole(back), shared, there, other, unsaveable, none, sorted(p.name for p in place.iterdir())]
 
 
@@ -106,7 +106,7 @@ def loads_on_one(rank, size, folder):
 
 def _loads(rank, size, folder):
     mesh = mesh_of(size)
-    return is_whole(checkpoint.load(state_of(mesh, rank, size, filled=False), folder.parent / "state", mesh))
+    return is_whole(checkpoint.load_state(state_of(mesh, rank, size, filled=False), folder.parent / "state", mesh))
 
 
 def damaged(rank, size, folder):
@@ -123,7 +123,7 @@ def damaged(rank, size, folder):
                 content[len(content) // 2] ^= 255
                 (place / name).write_bytes(content)
         torch.distributed.barrier()
-        said.append(raised(lambda place=place: checkpoint.load(state_of(mesh, rank, size), place, mesh)))
+        said.append(raised(lambda place=place: checkpoint.load_state(state_of(mesh, rank, size), place, mesh)))
     return said
 
 
@@ -138,12 +138,12 @@ def a_full_disk(rank, size, folder):
         return write(self, plan, planner)
 
     dcp.FileSystemWriter.write_data = full
-    said = raised(lambda: checkpoint.save(state, folder / "full", mesh))
+    said = raised(lambda: checkpoint.save_state(state, folder / "full", mesh))
     dcp.FileSystemWriter.write_data = write
     left = sorted(p.name for p in folder.iterdir() if p.is_dir())
     torch.distributed.barrier()
-    checkpoint.save(state, folder / "full", mesh)
-    return [said, left, is_whole(checkpoint.load(state_of(mesh, rank, size, filled=False), folder / "full", mesh))]
+    checkpoint.save_state(state, folder / "full", mesh)
+    return [said, left, is_whole(_loaded(mesh, rank, size, folder / "full"))]
 
 
 def killed_before(rank, size, folder):
@@ -166,13 +166,13 @@ def _killed(rank, size, folder, how):
     mesh = mesh_of(size)
     state = state_of(mesh, rank, size)
     Agreement.of(mesh, timeout=20)
-    checkpoint.save(state, folder / "earlier", mesh)
+    checkpoint.save_state(state, folder / "earlier", mesh)
     victim = 1 if how is None else how[2]
     if rank == victim:
         if how is None:
             os._exit(9)
         setattr(Path if how[0] == "rename" else dcp.FileSystemWriter, how[0], how[1])
-    raise AssertionError([raised(lambda: checkpoint.save(state, folder / "torn", mesh))])
+    raise AssertionError([raised(lambda: checkpoint.save_state(state, folder / "torn", mesh))])
 
 
 def goes_on_after_a_kill(rank, size, folder):
@@ -181,17 +181,17 @@ def goes_on_after_a_kill(rank, size, folder):
     found = []
     for name in ("killed_before", "killed_while_writing", "killed_before_the_name"):
         at = folder.parent / name
-        torn = raised(lambda at=at: checkpoint.load(state_of(mesh, rank, size, filled=False), at / "torn", mesh))
+        torn = raised(lambda at=at: checkpoint.load_state(state_of(mesh, rank, size, filled=False), at / "torn", mesh))
         found.append([torn, all(is_whole(_loaded(mesh, rank, size, at / "earlier")).values())])
         torch.distributed.barrier()
-        checkpoint.save(state_of(mesh, rank, size), at / "torn", mesh)
+        checkpoint.save_state(state_of(mesh, rank, size), at / "torn", mesh)
         found[-1].append(all(is_whole(_loaded(mesh, rank, size, at / "torn")).values()))
         found[-1].append((at / "torn.tmp").exists())
     return found
 
 
 def _loaded(mesh, rank, size, place):
-    return checkpoint.load(state_of(mesh, rank, size, filled=False), place, mesh)
+    return checkpoint.load_state(state_of(mesh, rank, size, filled=False), place, mesh)
 
 
 # --- what is seen of it -----------------------------------------------------------------------------------------------

@@ -37,26 +37,26 @@ def test_latents_stay_in_a_node_and_tokens_go_over_nodes_where_the_dictionary_is
     few, many = (estimate(4096, F, 64, tokens=2**18, devices=64).best for F in (2**17, 2**20))
     assert few.data > many.data and few.latent == many.latent == 8
     assert few.latent * few.node * few.data == 64
-    by_mesh = {one[:3]: one for one in estimate(4096, 2**17, 64, tokens=2**18, devices=64).layouts}
+    by_mesh = {one[:3]: one for one in estimate(4096, 2**17, 64, tokens=2**18, devices=64).meshes}
     assert by_mesh[8, 1, 8].tokens_per_second > 1.5 * by_mesh[8, 8, 1].tokens_per_second
     one_link = estimate(**WIDE, tokens=2**18, devices=64, hardware=Hardware(devices_per_node=64))
-    assert {one.node for one in one_link.layouts} == {1}
+    assert {one.node for one in one_link.meshes} == {1}
     assert one_link.best.communication < many.communication
 
 
 def test_what_no_device_holds_is_said_and_comes_last():
     small = estimate(**WIDE, tokens=2**15, devices=2, hardware=Hardware(memory_bytes=80e9))
-    assert [one.fits for one in small.layouts] == [True, False] and small.best.latent == 2
+    assert [one.fits for one in small.meshes] == [True, False] and small.best.latent == 2
     none = estimate(**WIDE, tokens=2**15, devices=1, hardware=Hardware(memory_bytes=80e9))
     assert none.best is None
-    assert "too large" in str(none) and "more than a device has" in str(none.layouts[0])
+    assert "too large" in str(none) and "more than a device has" in str(none.meshes[0])
     assert "held by a rank: 65.9 GB\n" in str(small.best)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float32"])
 def test_a_batch_rule_sends_histograms_and_ties_instead_of_candidates(dtype):
-    layouts = estimate(64, 4096, 8, 512, 2, scope="batch", compute_dtype=dtype).layouts
-    (two,) = (one for one in layouts if one.latent == 2)
+    meshes = estimate(64, 4096, 8, 512, 2, scope="batch", compute_dtype=dtype).meshes
+    (two,) = (one for one in meshes if one.latent == 2)
     bins = 2**15 + 1 + (2**16 if dtype == "float32" else 0)
     assert two.sent_bytes["histograms"] == 8 * bins and two.sent_bytes["ties"] == 512 * 4
     assert two.sent_bytes["candidates"] == 0
@@ -64,7 +64,7 @@ def test_a_batch_rule_sends_histograms_and_ties_instead_of_candidates(dtype):
 
 
 def test_auxk_doubles_what_outputs_send():
-    plain, with_dead = (estimate(64, 4096, 8, 512, 4, aux_k=a).layouts[-1].sent_bytes for a in (0, 16))
+    plain, with_dead = (estimate(64, 4096, 8, 512, 4, aux_k=a).meshes[-1].sent_bytes for a in (0, 16))
     for part in ("parts of the output", "gradient of the output", "counts"):
         assert with_dead[part] == 2 * plain[part]
     assert with_dead["candidates"] == 3 * plain["candidates"]

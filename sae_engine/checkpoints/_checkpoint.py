@@ -62,17 +62,17 @@ class Checkpoint:
 
 
 def take(
-    file: Path, tensors: Mapping[str, Any], layout: dict[str, tuple[str, str]], sizes: dict[str, Any] | None = None,
-    *, ignored: tuple[str, ...] = (),
+    weights: WeightFile, tensors: Mapping[str, Any], layout: dict[str, tuple[str, str]],
+    sizes: dict[str, Any] | None = None, *, ignored: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:  # fmt: skip
-    """``tensors`` of a file under our names and in our orientation.
+    """``tensors`` of a file under our names and in our orientation, of those latents that are asked for.
 
     Args:
         layout: their name → (ours, their dimensions), for example ``{"encoder.weight": ("W_enc", "Fd")}``.
         sizes: letter → size, where the configuration says it; the first tensor with a letter says it otherwise.
         ignored: names that may be there and mean nothing here.
     """
-    known = dict(sizes or {})
+    known, file = dict(sizes or {}), weights.path
     for letter, size in known.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{file}: {SIZES[letter]} must be a positive integer in its configuration, got {size!r}")
@@ -96,6 +96,10 @@ def take(
             wanted = ", ".join(f"{SIZES[letter]} = {known.get(letter, 'any')}" for letter in dims)
             raise ValueError(f"{file}: {name} must have shape ({wanted}), got {tuple(tensor.shape)}")
         taken[ours] = _transposed(tensor, ours, dims)
+        if weights.cut is not None and "F" in dims:
+            mine = weights.cut(known["F"])
+            dim = DIMENSIONS[ours].index("F")
+            taken[ours] = taken[ours].narrow(dim, mine.start, mine.stop - mine.start)
     unknown = tensors.keys() - layout.keys() - set(ignored)
     if unknown:
         raise ValueError(f"{file} holds what no such SAE has: {sorted(unknown)}; expected {sorted(layout)}")
@@ -116,8 +120,14 @@ def text(value: object) -> str | None:
 
 
 @torch.inference_mode(False)  # parameters made in that mode could never be trained
-def build(cls, c: Checkpoint, file: Path, *, device=None, dtype: torch.dtype | None = None):
-    """The autoencoder of class ``cls`` that a checkpoint describes. ``file`` is named in errors."""
+def build(
+    cls, c: Checkpoint, file: Path, *, device=None, dtype: torch.dtype | None = None, d_sae: int | None = None,
+    mesh: Any = None,
+):  # fmt: skip
+    """The autoencoder of class ``cls`` that a checkpoint describes. ``file`` is named in errors.
+
+    With a ``mesh``, ``c`` holds this rank's of ``d_sae`` latents.
+    """
     W_enc, W_dec = c.tensors["W_enc"], c.tensors["W_dec"]
     threshold = c.tensors.get("threshold")
     if threshold is not None:
@@ -126,40 +136,45 @@ def build(cls, c: Checkpoint, file: Path, *, device=None, dtype: torch.dtype | N
         below = bool((threshold < 0).any()) and not issubclass(c.activation, act.JumpReLU)
         if bool(threshold.isnan().any()) or (below and not unset):
             raise ValueError(f"{file}: threshold must not be negative or NaN")
-    options = dict(c.options)
+    options, d_sae = dict(c.options), W_enc.shape[1] if d_sae is None else d_sae
     if "d_sae" in act.base.constructor_arguments(c.activation):
-        options["d_sae"] = W_enc.shape[1]
+        options["d_sae"] = d_sae
     stored = W_enc.dtype
     for name in WEIGHTS & c.tensors.keys():
         stored = torch.promote_types(stored, c.tensors[name].dtype)
     try:
         rule = c.activation(**options)
-        state = {name: c.tensors.get(name, tensor) for name, tensor in rule.state_dict().items()}
-        for name, tensor in rule.state_dict().items():
-            if state[name].shape != tensor.shape:
-                raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
+        begun = dict(rule.state_dict())
         sae = cls(
-            W_enc.shape[0], W_enc.shape[1], rule,
+            W_enc.shape[0], d_sae, rule,
             d_out=W_dec.shape[1], skip="W_skip" in c.tensors,
             apply_b_dec_to_input=c.apply_b_dec_to_input,
             normalize_activations=c.normalize_activations,
             rescale_acts_by_decoder_norm=c.rescale_acts_by_decoder_norm,
-            dtype=stored, device="meta",
+            **({"dtype": stored, "device": "meta"} if mesh is None else
+               {"dtype": stored if dtype is None else dtype, "device": device, "mesh": mesh}),
         )  # fmt: skip
+        mine = sae if mesh is None else sae.share
+        begun = begun if mesh is None else mine.activation.state_dict()
+        state = {name: c.tensors.get(name, tensor) for name, tensor in begun.items()}
+        for name, tensor in begun.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} describes an autoencoder that cannot be built: {error}") from error
-    sae.to_empty(device=device or torch.get_default_device())
+    if mesh is None:
+        sae.to_empty(device=device or torch.get_default_device())
     with torch.no_grad():
-        for name, parameter in sae.named_parameters():
+        for name, parameter in mine.named_parameters():
             if name.startswith("activation."):
                 continue
             if name in c.tensors:
                 parameter.copy_(c.tensors[name])
             else:
                 parameter.zero_()  # b_enc of rules that have none
-        sae.activation.load_state_dict(state)
+        mine.activation.load_state_dict(state)
     sae.card, sae.provenance = c.card, _fitting(c.provenance, sae)
-    return sae if dtype is None else sae.to(dtype)
+    return sae if dtype is None or mesh is not None else sae.to(dtype)
 
 
 def _fitting(provenance: Provenance | None, sae) -> Provenance | None:

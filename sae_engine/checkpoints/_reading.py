@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -24,10 +25,14 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".npz")
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A file of tensors. ``kind``: "safetensors", "torch" (a zip) or "npz"."""
+    """A file of tensors. ``kind``: "safetensors", "torch" (a zip) or "npz".
+
+    ``cut`` says of so many latents which are asked for, where these are not all of them.
+    """
 
     path: Path
     kind: str
+    cut: Callable[[int], slice] | None = None
 
     @cached_property
     def names(self) -> frozenset[str]:

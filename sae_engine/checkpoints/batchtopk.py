@@ -54,7 +54,7 @@ def owns_config(config: dict[str, Any]) -> bool:
 
 def load(files: Files) -> Checkpoint:
     """The checkpoint. Both repositories take activations of TransformerLens, which centres a LayerNorm model's."""
-    cfg, file, config_file = files.config, files.weights.path, files.config_file
+    cfg, config_file = files.config, files.config_file
     assert cfg is not None
     name = cfg.get("sae_type")
     if not isinstance(name, str) or name not in RULES:
@@ -64,7 +64,7 @@ def load(files: Files) -> Checkpoint:
     rule, held = RULES[name], files.weights.read()
     layout = LAYOUT | ({LOG_THRESHOLD: ("threshold", "F")} if name == "jumprelu" else {})
     sizes = {"d": cfg["act_size"], "o": cfg["act_size"], "F": cfg["dict_size"]}
-    tensors = take(file, held, layout, sizes)
+    tensors = take(files.weights, held, layout, sizes)
     own = cfg.get("sae_engine")
     notes: list[str] = []
     options: dict[str, Any] = {}

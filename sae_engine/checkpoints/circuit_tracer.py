@@ -35,7 +35,7 @@ def owns_config(config: dict[str, Any]) -> bool:
 def load(files: Files) -> Checkpoint:
     held, cfg, file = files.weights.read(), files.config or {}, files.config_file
     present = {name: ours for name, ours in OPTIONAL.items() if name in held}
-    tensors = take(files.weights.path, held, LAYOUT | present, ignored=("k",))  # which the refusal below is about
+    tensors = take(files.weights, held, LAYOUT | present, ignored=("k",))  # which the refusal below is about
     has_threshold, activation = "threshold" in tensors, cfg.get("activation")
     if activation == "topk":
         raise ValueError(

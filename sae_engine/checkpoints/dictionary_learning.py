@@ -82,7 +82,7 @@ def load(files: Files) -> Checkpoint:
     counted = rule in (act.TopK, act.BatchTopK)
     if counted:
         held = {"threshold": torch.tensor(-1.0), **held}
-    tensors = take(file, held, LAYOUTS[name], ignored=("k", "group_sizes") if counted else ())
+    tensors = take(files.weights, held, LAYOUTS[name], ignored=("k", "group_sizes") if counted else ())
     if tensors["W_enc"].shape[0] != tensors["W_dec"].shape[1]:
         raise ValueError(f"{file}: encoder and decoder must have the same width")
     notes: list[str] = []

@@ -1,16 +1,18 @@
 """The formats of the field: which one a checkpoint is in, reading it, writing it, and from one to another."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from .. import _checks as check
 from .._files import as_a_whole
+from . import _sharded as sharded
 from . import (
     batchtopk,
     circuit_tracer,
@@ -29,6 +31,9 @@ from ._reading import Source, WeightFile, look_at
 from .card import CENTRED, RAW, UNKNOWN
 from .crosslayer import formats as crosslayer
 from .crosslayer import transcoder_set
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 FORMATS: dict[str, ModuleType] = {
     module.NAME: module
@@ -58,6 +63,7 @@ def detect(path: str | PathLike) -> str:
 def load(
     cls, path: str | PathLike, *, format: str = "auto", device=None, dtype: torch.dtype | str | None = None,
     activation_scale: float | None = None, residual: str | None = None, fold_decoder_norms: bool = False,
+    mesh: DeviceMesh | None = None,
 ):  # fmt: skip
     """An autoencoder of class ``cls``; see :meth:`sae_engine.SparseAutoencoder.from_pretrained`.
 
@@ -75,16 +81,21 @@ def load(
     device = check.device_or_default(device)
     check.flag("fold_decoder_norms", fold_decoder_norms)
     if cls.has_sites:
-        given = {"activation_scale": activation_scale, "residual": residual, "fold_decoder_norms": fold_decoder_norms}
+        given = {"activation_scale": activation_scale, "residual": residual, "fold_decoder_norms": fold_decoder_norms,
+                 "mesh": mesh}  # fmt: skip
         if said := [name for name, value in given.items() if value not in (None, False)]:
             raise ValueError(f"{said[0]} must be left out, got {given[said[0]]!r}: a crosscoder has none")
         return crosslayer.load(cls, _find(path)[0], format=format, device=device, dtype=dtype)
     if format == "auto" and holds_crosscoder(path):
         raise ValueError(f"{path!s} is a crosscoder: Crosscoder.from_pretrained loads it")
-    c, file = read(path, format=format, activation_scale=activation_scale, residual=residual)
-    if fold_decoder_norms:
-        c = unit_decoder_rows(c)
-    return build(cls, c, file, device=device, dtype=dtype)
+
+    def found(cut: Callable[[int], slice] | None = None) -> tuple[Checkpoint, Path]:
+        c, file = read(path, format=format, activation_scale=activation_scale, residual=residual, cut=cut)
+        return unit_decoder_rows(c) if fold_decoder_norms else c, file
+
+    if mesh is not None:
+        return sharded.load(cls, found, mesh, device=device, dtype=dtype)
+    return build(cls, *found(), device=device, dtype=dtype)
 
 
 def holds_crosscoder(path: str | PathLike) -> bool:
@@ -97,15 +108,24 @@ def holds_crosscoder(path: str | PathLike) -> bool:
 
 
 def read(
-    path: str | PathLike, *, format: str = "auto", activation_scale: float | None = None, residual: str | None = None
-) -> tuple[Checkpoint, Path]:
-    """The checkpoint at ``path``, and the file to name when it cannot be built."""
+    path: str | PathLike, *, format: str = "auto", activation_scale: float | None = None,
+    residual: str | None = None, cut: Callable[[int], slice] | None = None,
+) -> tuple[Checkpoint, Path]:  # fmt: skip
+    """The checkpoint at ``path``, and the file to name when it cannot be built.
+
+    ``cut`` says of so many latents which are asked for: the others are not read.
+    """
     known(format, ["auto", *READ])
     if residual is not None and residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {RESIDUALS} or None, got {residual!r}")
     place, repository, source = _find(path)
     with as_a_whole(place if place.is_dir() else place.parent, writes=False):
         module, files = _choose(look_at(place), format)
+        if cut is not None:
+            if module is llama_scope or files.weights.kind == "npz":
+                raise ValueError(f"mesh must be None: the format {module.NAME!r} cannot be read by slices; convert the "
+                                 "checkpoint to format='saelens' first")  # fmt: skip
+            files = replace(files, weights=replace(files.weights, cut=cut))
         if module is saelens:
             c = saelens.load(files, activation_scale=activation_scale)
         elif activation_scale is None:
@@ -141,7 +161,13 @@ def save(sae, path: str | PathLike, *, format: str | None = None) -> None:
         return
     format = "saelens" if format is None else format
     known(format)
-    FORMATS[format].save(of(sae), path)
+    if sae.shards is None:
+        FORMATS[format].save(of(sae), path)
+    elif format == saelens.NAME:
+        sharded.save(sae, path)
+    else:
+        raise ValueError(f"format must be {saelens.NAME!r} for an autoencoder on a mesh, got {format!r}: load that one "
+                         "without a mesh and save it again")  # fmt: skip
 
 
 def known(format: str, names: Sequence[str] = tuple(FORMATS)) -> None:

@@ -38,7 +38,7 @@ def owns_config(config: dict[str, Any]) -> bool:
 
 def load(files: Files) -> Checkpoint:
     held = {_capital(name): tensor for name, tensor in files.weights.read().items()}
-    tensors = take(files.weights.path, held, LAYOUT)
+    tensors = take(files.weights, held, LAYOUT)
     # Gemma has RMSNorm: nothing centres its residual stream.
     card = SourceCard(NAME, "JumpReLUSAE", residual=RAW)
     place = _place(files.weights.path)

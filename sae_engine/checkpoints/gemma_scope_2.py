@@ -48,7 +48,7 @@ def owns_config(config: dict[str, Any]) -> bool:
 
 def load(files: Files) -> Checkpoint:
     held, cfg = files.weights.read(), files.config or {}
-    tensors = take(files.weights.path, held, LAYOUT | (SKIP if SKIP.keys() & held.keys() else {}))
+    tensors = take(files.weights, held, LAYOUT | (SKIP if SKIP.keys() & held.keys() else {}))
     into, out = text(cfg.get("hf_hook_point_in")), text(cfg.get("hf_hook_point_out"))
     notes = () if out is None or out == into else (f"A transcoder: its target is {out}, its input {into}.",)
     # Gemma has RMSNorm: nothing centres its residual stream.

@@ -68,7 +68,7 @@ def load(files: Files) -> Checkpoint:
         norms = {"out": norms.get("in"), **norms}
     if not is_transcoder and norms["out"] != norms.get("in"):
         raise ValueError(f"{file}: norms in and out differ, {norms}, of an autoencoder of {site}")
-    tensors = take(files.weights.path, files.weights.read(), LAYOUT, {"d": cfg.get("d_model"), "F": cfg.get("d_sae")})
+    tensors = take(files.weights, files.weights.read(), LAYOUT, {"d": cfg.get("d_model"), "F": cfg.get("d_sae")})
     d_sae, d = tensors["W_dec"].shape
     scale = target_scale = 1.0
     if cfg["norm_activation"] == "dataset-wise":

@@ -40,7 +40,7 @@ def owns_config(config: dict[str, Any]) -> bool:
 
 def load(files: Files) -> Checkpoint:
     held, file = files.weights.read(), files.weights.path
-    tensors = take(file, held, LAYOUT, ignored=(*STATISTICS, "activation", "activation_state_dict"))
+    tensors = take(files.weights, held, LAYOUT, ignored=(*STATISTICS, "activation", "activation_state_dict"))
     if tensors["W_enc"].shape[0] != tensors["W_dec"].shape[1]:
         raise ValueError(f"{file}: encoder.weight and decoder.weight must have the same width")
     name, state = held.get("activation", "ReLU"), held.get("activation_state_dict", {})

@@ -81,6 +81,9 @@ def load(files: Files, *, activation_scale: float | None = None) -> Checkpoint:
     if architecture.startswith(OURS):
         kind = _registered(architecture.removeprefix(OURS), files.config_file)
         state = {name: held.pop(name) for name in held.keys() - OF_THE_AUTOENCODER}
+        if (cut := files.weights.cut) is not None:
+            of_latents = {name: t for name, t in state.items() if t.dim() and len(t) == cfg["d_sae"]}
+            state |= {name: t[cut(cfg["d_sae"])] for name, t in of_latents.items()}
     elif architecture == "gated" and isinstance(section, dict) and section.get("activation") == "Gated":
         kind = rules.Gated
     else:
@@ -100,11 +103,11 @@ def load(files: Files, *, activation_scale: float | None = None) -> Checkpoint:
         layout["threshold"] = ("threshold", "F")
     elif kind is act.BatchTopK:
         layout["topk_threshold"] = ("threshold", "")
-    tensors = take(file, held, layout, {"d": cfg["d_in"], "F": cfg["d_sae"]})
+    tensors = take(files.weights, held, layout, {"d": cfg["d_in"], "F": cfg["d_sae"]})
     if architecture == "gated" and kind is not rules.Gated:
         tensors = folding.gated_as_jumprelu(tensors)
     elif "b_enc" not in tensors:
-        tensors["b_enc"] = torch.zeros(cfg["d_sae"], dtype=tensors["W_enc"].dtype)
+        tensors["b_enc"] = torch.zeros(len(tensors["W_dec"]), dtype=tensors["W_enc"].dtype)
     if isinstance(section, dict) and isinstance(counters := section.get("state"), dict):
         state |= {name: torch.tensor(float(value), dtype=torch.float64) for name, value in counters.items()}
     c = Checkpoint(

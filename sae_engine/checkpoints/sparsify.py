@@ -63,7 +63,7 @@ def load(files: Files) -> Checkpoint:
             raise ValueError(f"{file}: {flag} must be true or false, got {cfg[flag]!r}")
     held = files.weights.read()
     sizes = {"d": cfg["d_in"], "o": cfg["d_in"], "F": _num_latents(cfg)}
-    tensors = take(files.weights.path, held, LAYOUT | (SKIP if "W_skip" in held else {}), sizes)
+    tensors = take(files.weights, held, LAYOUT | (SKIP if "W_skip" in held else {}), sizes)
     transcode = cfg.get("transcode", False)
     kind = act.AbsTopK if cfg.get("signed", False) else act.TopK
     notes = ("A transcoder: its target is a module's output, its input that module's input.",) if transcode else ()

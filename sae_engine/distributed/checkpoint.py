@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STATE, FORMAT = "state.json", 1
 
 
-def save(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh) -> None:
+def save_state(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh) -> None:
     """Writes a state that is cut over a mesh; all ranks call it. Whoever is killed meanwhile leaves ``path`` not there.
 
     Args:
@@ -43,7 +43,7 @@ def save(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh) -> No
 
     Example:
         >>> state = {"sae": sae.state_dict(), "step": step.state_dict()}  # doctest: +SKIP
-        >>> save(state, f"checkpoints/{step.calls}", mesh)  # doctest: +SKIP
+        >>> save_state(state, f"checkpoints/{step.calls}", mesh)  # doctest: +SKIP
     """
     plain, tensors = split(state, contiguous=False)
     agreement, place = Agreement.of(mesh), Path(path).expanduser()
@@ -75,8 +75,8 @@ def save(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh) -> No
             sync(place.parent)
 
 
-def load(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh) -> dict[str, Any]:
-    """Reads what :func:`save` wrote, for as many ranks as there are now: each its own slices. All ranks call it.
+def load_state(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh) -> dict[str, Any]:
+    """Reads what :func:`save_state` wrote, for as many ranks as there are now: each its own slices. All ranks call it.
 
     Args:
         state: of the shape of the one that was saved: its tensors are written in place, and say what is whose.
@@ -92,7 +92,8 @@ def load(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh) -> di
         RuntimeError: a rank has failed or does not answer: names it.
 
     Example:
-        >>> state = load({"sae": sae.state_dict(), "step": step.state_dict()}, "checkpoints/7", mesh)  # doctest: +SKIP
+        >>> state = {"sae": sae.state_dict(), "step": step.state_dict()}  # doctest: +SKIP
+        >>> state = load_state(state, "checkpoints/7", mesh)  # doctest: +SKIP
         >>> sae.load_state_dict(state["sae"]); step.load_state_dict(state["step"])  # doctest: +SKIP
     """
     _, tensors = split(state, contiguous=False)

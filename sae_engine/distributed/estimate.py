@@ -60,7 +60,7 @@ class Hardware:
         check.integer_k(self.devices_per_node, name="devices_per_node")
 
 
-class Layout(NamedTuple):
+class MeshEstimate(NamedTuple):
     """One mesh, and what a training step on it is estimated to take.
 
     Attributes:
@@ -114,20 +114,20 @@ class Estimate(NamedTuple):
     """Every mesh of so many devices, the fastest that fits first.
 
     Attributes:
-        layouts: those that fit by their time, then those that do not.
+        meshes: those that fit by their time, then those that do not.
     """
 
-    layouts: tuple[Layout, ...]
+    meshes: tuple[MeshEstimate, ...]
 
     @property
-    def best(self) -> Layout | None:
+    def best(self) -> MeshEstimate | None:
         """The fastest that fits; None where none does."""
-        return self.layouts[0] if self.layouts[0].fits else None
+        return self.meshes[0] if self.meshes[0].fits else None
 
     def __str__(self) -> str:
         """A table of all meshes."""
         lines = ["latent  node  data       ms  sending     tokens/s  of linear  GB held"]
-        for one in self.layouts:
+        for one in self.meshes:
             held = sum(one.memory_bytes.values()) / 1e9
             lines.append(
                 f"{one.latent:6}{one.node:6}{one.data:6}{one.step_milliseconds:9.1f}{one.communication:9.0%}"
@@ -202,7 +202,7 @@ def estimate(
     for latent, node, data in _meshes(devices, hardware.devices_per_node):
         if latent * node <= d_sae:
             sizes = _Sizes(tokens / data, d_in, d_out, d_sae, k, aux_k, itemsize, scope, memory_budget)
-            found.append(_layout(sizes, latent, node, data, hardware))
+            found.append(_estimated(sizes, latent, node, data, hardware))
     return Estimate(tuple(sorted(found, key=lambda one: (not one.fits, one.step_milliseconds))))
 
 
@@ -217,14 +217,14 @@ def _meshes(devices: int, per_node: int) -> Iterator[tuple[int, int, int]]:
             yield per_node, shards // per_node, devices // shards
 
 
-def _layout(sizes: _Sizes, latent: int, node: int, data: int, rates: Hardware) -> Layout:
+def _estimated(sizes: _Sizes, latent: int, node: int, data: int, rates: Hardware) -> MeshEstimate:
     sent = sent_bytes(sizes, latent, node, data)
     milliseconds = _milliseconds(sizes, sent, latent, node, data, rates)
     alone = _Sizes(sizes.tokens * data, *sizes[1:])
     linear = sum(_milliseconds(alone, sent_bytes(alone, 1, 1, 1), 1, 1, 1, rates).values()) / (latent * node * data)
     held = held_bytes(sizes, latent * node, data)
     step = sum(milliseconds.values())
-    return Layout(
+    return MeshEstimate(
         latent, node, data, milliseconds, sent, held, sizes.tokens * data / step * 1e3, linear / step,
         sum(held.values()) <= rates.memory_bytes,
     )  # fmt: skip

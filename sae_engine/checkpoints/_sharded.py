@@ -1,0 +1,145 @@
+"""A SAELens folder of an autoencoder whose latents are cut over ranks, and back: each rank its slices of one file."""
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._files import replace_files
+from ..distributed.agreement import Agreement
+from ..distributed.layout import Ownership
+from . import saelens
+from ._checkpoint import DIMENSIONS, WEIGHTS, Checkpoint, build, of, text_writer
+
+PIECE_BYTES = 1 << 26  # that are written at a time
+# As safetensors names them and orders them in a file: wide ones first, so that all lie aligned.
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+         torch.int32: "I32", torch.bool: "BOOL"}  # fmt: skip
+
+
+class Slice(NamedTuple):
+    """What a rank has of a tensor: ``part``, from ``first`` of ``total`` on along ``dim``. With None it has all."""
+
+    part: Tensor
+    dim: int | None
+    first: int
+    total: int
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.total if dim == self.dim else size for dim, size in enumerate(self.part.shape)]
+
+
+def save(sae, path: str | PathLike) -> None:
+    """Writes what :func:`.saelens.save` would of the whole autoencoder, byte for byte. All ranks call it.
+
+    Raises:
+        TypeError: its rule has options that JSON cannot hold.
+        OSError: the disk is full, or not all ranks see the folder.
+        RuntimeError: a rank has failed or does not answer: names it.
+    """
+    agreement, folder = Agreement.of(sae.shards.mesh), Path(path)
+    layout = sae.shards.layout
+    temporary: Path | None = None
+    made: list[Path] = []
+    try:
+        with agreement.all_or_none("saved"):
+            c = replace(of(sae.share), card=sae.card, provenance=sae.provenance, options=sae.activation.options())
+            tensors, content = saelens.prepared(c, layout.num_latents)
+            slices = {name: _slice(name, t, sae, layout) for name, t in tensors.items()}
+            header, offsets = _header(slices)
+            if agreement.rank == 0:
+                made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary = folder / f".{saelens.WEIGHTS}.{secrets.token_hex(8)}.tmp"
+                with temporary.open("xb") as file:
+                    file.write(header)
+                    file.truncate(len(header) + sum(_bytes(s) for s in slices.values()))
+        name = agreement.said(None if temporary is None else temporary.name)[0]
+        with agreement.all_or_none("saved"), (folder / name).open("r+b") as file:
+            for key, one in slices.items():
+                if one.dim is not None or agreement.rank == 0:
+                    _write(file, len(header) + offsets[key], one)
+            file.flush()
+            os.fsync(file.fileno())
+        with agreement.all_or_none("saved"):
+            if temporary is not None:
+                written = temporary
+                replace_files({
+                    folder / saelens.WEIGHTS: lambda name: os.replace(written, name),
+                    folder / saelens.CONFIG: text_writer(content),
+                })  # fmt: skip
+                made = []
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def load(
+    cls, found: Callable[[Callable[[int], slice]], tuple[Checkpoint, Path]], mesh: Any, *, device, dtype
+):
+    """The autoencoder over ``mesh`` of which ``found`` reads the latents that it is told to, and no others."""
+    agreement = Agreement.of(mesh)
+    sizes = list(mesh.mesh.shape)
+    with agreement.all_or_none("loaded"):
+        c, file = found(lambda num_latents: Ownership.over(num_latents, sizes, agreement.rank).mine)
+    d_sae = sum(agreement.said(c.tensors["W_enc"].shape[1]))
+    with agreement.all_or_none("loaded"):
+        sae = build(cls, c, file, device=device, dtype=dtype, d_sae=d_sae, mesh=mesh)
+    return sae
+
+
+def _slice(name: str, tensor: Tensor, sae, layout: Ownership) -> Slice:
+    dim = DIMENSIONS[name].index("F") if name in WEIGHTS and "F" in DIMENSIONS[name] else None
+    whole = sae.activation.state_dict().get(name)
+    if whole is not None and any(p.is_shard() for p in getattr(whole, "placements", ())):
+        dim = 0
+    return Slice(tensor.contiguous(), dim, layout.mine.start, layout.num_latents)
+
+
+def _bytes(one: Slice) -> int:
+    return one.part.element_size() * torch.Size(one.shape).numel()
+
+
+def _header(slices: Mapping[str, Slice]) -> tuple[bytes, dict[str, int]]:
+    """The beginning of the file, and where each tensor lies behind it."""
+    order = sorted(slices, key=lambda name: (-slices[name].part.element_size(), name))
+    entries: dict[str, Any] = {"__metadata__": saelens.METADATA}
+    offsets, end = {}, 0
+    for name in order:
+        offsets[name], end = end, end + _bytes(slices[name])
+        entries[name] = {"dtype": NAMES[slices[name].part.dtype], "shape": slices[name].shape,
+                         "data_offsets": [offsets[name], end]}  # fmt: skip
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, offsets
+
+
+def _write(file: Any, base: int, one: Slice) -> None:
+    part = one.part
+    if one.dim == 1:  # a run of each row
+        for row in range(len(part)):
+            file.seek(base + (row * one.total + one.first) * part.element_size())
+            file.write(_raw(part[row]))
+        return
+    width = part[:1].nbytes if part.dim() else part.nbytes
+    file.seek(base + (one.first if one.dim == 0 else 0) * width)
+    pieces = part.split(max(PIECE_BYTES // max(width, 1), 1)) if part.dim() else [part]
+    for piece in pieces:
+        file.write(_raw(piece))
+
+
+def _raw(tensor: Tensor) -> Any:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
