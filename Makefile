@@ -32,7 +32,7 @@ marked = $(shell grep -lw '$(1)' tests/test_*.py)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench rules bench-peers test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report architectures structure tune dist-check gpu clean \
+.PHONY: help bench rules bench-peers test test-compiled test-compiled-quick test-interop test-versions check lint types kernel-report architectures structure tune docs docs-serve dist-check gpu clean \
   given-environment
 
 help: ## list these commands
@@ -93,6 +93,13 @@ architectures: $(READY) ## every causal architecture of transformers, built tiny
 structure: $(READY) ## the code in numbers: files on the way of a call, import circles, lines, files of each operation
 	$(PY) benchmarks/structure.py
 
+docs: $(READY) $(if $(filter given-environment,$(READY)),,$(VENV)/.docs) ## the documentation as pages in docs/_build/html, every warning an error (DOCS_EXECUTE=off: without what its blocks print)
+	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
+
+docs-serve: docs ## the same, shown on a port of this machine
+	$(PY) -m http.server --directory docs/_build/html --bind 127.0.0.1 8000
+
 dist-check: $(READY) ## sdist, wheel from the sdist, a fresh environment, a first use away from here
 	PY='$(PY)' TORCH_INDEX='$(TORCH_INDEX)' sh -eu -c "$$dist_check"
 
@@ -122,6 +129,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo 'installing sae-engine and what its tests and benchmarks need …'
 	@$(PIP_INSTALL) --no-build-isolation -e '.[bench,test,dev]'
 	@mv $(VENV)/.installing $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(READY)
+	@echo 'installing what the documentation is built with …'
+	@$(PIP_INSTALL) --no-build-isolation -e '.[docs]'
+	@touch $@
 
 # The libraries that we plug into and compare with.
 $(PEERS_VENV)/.installed: PEERS_PIP = $(PEERS_VENV)/bin/python -m pip install --quiet -c constraints.txt

@@ -79,10 +79,10 @@ class Threshold(_Fitted):
     ``weigh``        c_i                                      the published rule
     ===============  =======================================  ==========================================
     ``""``           1                                        CATS (at the gate), TEAL (at the inputs)
-    ``"up"``         mean of \\|u_i\\| over tokens            CHESS (at the gate)
+    ``"up"``         mean of abs(u_i) over tokens              CHESS (at the gate)
     ``"up_rms"``     root of the mean of u_i^2
     ``"down"``       norm of the vector that i multiplies     Sparsing Law (hidden), WINA (inputs)
-    ``"up*down"``    mean of \\|u_i\\| times that norm
+    ``"up*down"``    mean of abs(u_i) times that norm
     ===============  =======================================  ==========================================
 
     u is W_up x of a gated MLP. NaN is kept.
