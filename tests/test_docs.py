@@ -1,6 +1,6 @@
 """The documentation: its blocks run as they stand, its commands exist, its links lead somewhere.
 
-`make docs` renders the pages, every warning an error; that a page says the truth is seen here, with what `make test` has.
+`make docs` renders the pages, every warning an error; that they say the truth is seen here, with what `make test` has.
 """
 import argparse
 import contextlib
@@ -86,7 +86,8 @@ def test_the_lines_on_checkpoints(tmp_path, monkeypatch, capsys):
 @pytest.mark.gpu
 def test_the_lines_on_cuda_graphs():
     step = se.training.TrainStep(se.SparseAutoencoder(16, 64, se.TopK(4), device="cuda"), lr=1e-3)
-    names = run(FENCE.findall(TEXTS["waits"]), {"se": se, "step": step, "batches": torch.randn(5, 8, 16, device="cuda")})
+    batches = torch.randn(5, 8, 16, device="cuda")
+    names = run(FENCE.findall(TEXTS["waits"]), {"se": se, "step": step, "batches": batches})
     assert step.calls == 5 and float(names["report"]["l0"]) <= 4
 
 
