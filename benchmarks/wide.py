@@ -1,6 +1,6 @@
 """What wide dictionaries need on a GPU, by the formulas that the tests hold steps to. Nothing here is measured.
 
-    python benchmarks/wide.py                       # prints the tables of the README
+    python benchmarks/wide.py                       # prints the tables of docs/scale.md
 
 A step with TopK(32) on 32,768 tokens in bfloat16, pre-activations in slabs of 256 MiB; parameters in float32. The batch
 is counted, cuBLAS' workspaces are not.

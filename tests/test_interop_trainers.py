@@ -254,10 +254,10 @@ def test_dict_class():
         assert trainer.update(0, next(batches(False))) > 0
 
 
-def test_the_lines_of_the_readme():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "se.accelerate(" in b]
-    short, block = (b for b in blocks if "se.lm." not in b)  # language models: tests/test_readme.py
+def test_the_lines_of_the_documentation():
+    (short,), (block,) = (
+        [found for found in re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.DOTALL)
+         if "se.accelerate(" in found] for file in ("README.md", "docs/your_library.md"))  # fmt: skip
     sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(d_in=D, d_sae=F, k=5))
     names = {"se": se, "sae": sae, "TopKTrainer": TopKTrainer, "steps": 2000, "d_in": D, "d_sae": F, "k": 5}
     try:

@@ -205,7 +205,7 @@ def test_two_calls_do_not_write_to_one_folder(lm, sae, tmp_path):
 
 
 def test_six_bytes_an_entry(lm, sae, tmp_path):
-    """And what the README says a token takes."""
+    """And what the documentation says a token takes."""
     features = collect(sae, lm, DOCUMENTS, tmp_path, **OPTIONS)
     assert features.dtype == torch.float16 and len(features.manifest["shards"]) == 1
     size = (tmp_path / "shard-00000.safetensors").stat().st_size

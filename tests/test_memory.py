@@ -256,8 +256,8 @@ def test_what_a_step_frees_serves_the_next():
     assert int(done.stdout) < 500
 
 
-def test_the_readme_has_the_tables_of_wide_dictionaries():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+def test_the_documentation_has_the_tables_of_wide_dictionaries():
+    page = (Path(__file__).parents[1] / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
     for table in (wide.sizes(), wide.cards()):
-        first = readme.index(table[0])
-        assert readme[first : first + len(table)] == table
+        first = page.index(table[0])
+        assert page[first : first + len(table)] == table

@@ -1,4 +1,4 @@
-"""Nothing waits for the device, but for what the README lists: every public function, module, loss and metric.
+"""Nothing waits for the device, but for what docs/waits.md lists: every public function, module, loss and metric.
 
 Without a GPU the device is played (``played_cuda``); on one, PyTorch's own guard says what waits. Whoever adds a public
 name has to say here what it does: the lists below are held to ``__all__``.
@@ -311,7 +311,7 @@ WITHOUT_WAITING = {
         lambda: (d.count(on, B), d.at_most(B), d.mask))[2],
 }  # fmt: skip
 
-# What the README's list says of them. Each does wait, so that the list stays true.
+# What that list says of them. Each does wait, so that the list stays true.
 WAITING = {
     "functional.energy_share": selecting(lambda p: f.energy_share(p, 0.9)),
     "functional.norm_match": lambda: (p := torch.randn(B, F), t := torch.ones(B), lambda: f.norm_match(p, t))[2],
@@ -402,9 +402,9 @@ def test_what_is_said_to_wait_does(name, refusing):
         run()
 
 
-def test_the_list_in_the_readme_has_them_all():
-    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-    section = text.partition("### What waits for the GPU")[2].partition("\n## ")[0]
+def test_the_list_in_the_documentation_has_them_all():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "waits.md").read_text(encoding="utf-8")
+    section = text.partition("## What waits for the GPU")[2]
     listed = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", section))))
     for name in named(WAITING):
         parts = [part for part in name.split(".") if part not in ("functional", "metrics", "training", "select")]
