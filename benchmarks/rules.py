@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, k: int, batch: int, trainer: Trainer) -> None:
     """First weights that depend on the rule and, for their scale, on one batch."""
     (trainee,) = trainer.trainees.values()
     first = [rows[:batch] for rows in trainer.plan.stream.first_chunk()]
-    x = first[trainee.reads]
+    x = first[trainee.reads[0]]
     if recipe.prepare is not None:
         recipe.prepare(trainee.sae, k, x)
     if recipe.scaled:

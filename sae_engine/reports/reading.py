@@ -126,9 +126,11 @@ class RunRecord:
         for short, (evaluated, training) in _FINAL.items():
             value = self.last(evaluated if is_evaluated or training is None else training, name)
             numbers[short] = 1 - value if short == "fvu" and not is_evaluated else value
-        site = str(entry.get("hook_name", "?"))
+        site = _places(entry.get("hook_name", "?"))
         if entry.get("hook_name_out"):
-            site += f" → {entry['hook_name_out']}"
+            site += f" → {_places(entry['hook_name_out'])}"
+        if isinstance(entry.get("hook_name"), list):
+            site += f", {entry.get('wiring')}"
         shared = {field.name for field in fields(SAEConfig)}  # the others are the architecture's
         settings = ", ".join(
             f"{key} {_written(value)}" for key, value in entry.items()
@@ -161,6 +163,13 @@ def read_run(folder: str | Path) -> RunRecord:
     if not isinstance(saes, list) or not saes or not all(isinstance(entry, dict) for entry in saes):
         raise ValueError(f"{path}: no configuration of a run: 'saes' must be a list of autoencoders")
     return RunRecord(folder, without_secrets(config), read_metrics(folder / "metrics.jsonl"))
+
+
+def _places(said: Any) -> str:
+    """A place, or the first and the last of a crosscoder's."""
+    if not isinstance(said, list):
+        return str(said)
+    return f"{said[0]} … {said[-1]}" if len(said) > 1 else str(said[0])
 
 
 def distinct(names: Sequence[str]) -> list[str]:

@@ -170,6 +170,29 @@ def place(value: Any) -> str | None:
     return None
 
 
+def places(value: Any) -> str | None:
+    """A place, or a list of at least one."""
+    if not isinstance(value, tuple):
+        return place(value)
+    if not value:
+        return "must name at least one place, got none"
+    return next((what for one in value if (what := place(one)) is not None), None)
+
+
+def spread(value: Any) -> Any:
+    """``blocks.{0..2}.hook_resid_mid`` as the list that it stands for; anything else as it is.
+
+    Example:
+        >>> spread("blocks.{0..2}.hook_mlp_out")
+        ('blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out', 'blocks.2.hook_mlp_out')
+    """
+    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", value) if isinstance(value, str) else None
+    if found is None:
+        return value
+    before, first, last, after = found.groups()
+    return tuple(f"{before}{number}{after}" for number in range(int(first), int(last) + 1))
+
+
 def name_of_folder(value: Any) -> str | None:
     if isinstance(value, str) and _NAME.fullmatch(value) and value.strip("."):
         return None

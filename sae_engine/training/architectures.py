@@ -450,6 +450,7 @@ REFUSED: dict[str, tuple[type[rules.Activation], str]] = {
     "mutual_choice": (rules.MutualChoice, "it is the rule of batchtopk: say batchtopk"),
     "aux_topk": (rules.AuxTopK, "it selects for AuxK alone: see aux_k and aux_k_coefficient"),
     "aux_zipf_topk": (rules.AuxZipfTopK, "it selects for an auxiliary loss alone"),
+    "per_source": (rules.PerSource, "it is what a crosscoder makes of any rule: give several places as hook_name"),
 }  # fmt: skip
 
 

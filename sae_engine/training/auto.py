@@ -46,7 +46,8 @@ def resolved(
     ``optim`` has the first one's.
 
     Args:
-        widths: of the rows and of what is reconstructed, for each autoencoder of ``config.expanded()``.
+        widths: of the rows and of what is reconstructed, for each autoencoder of ``config.expanded()``; of a
+            crosscoder, of the first places.
         max_length: of the language model's contexts.
         device_type: ``"cuda"`` or ``"cpu"``: where the autoencoders go unless the configuration says it.
         embedded: whether the language model is the embedded one, whose runs are short.
@@ -98,8 +99,7 @@ def widths_of(config: TrainConfig) -> tuple[list[tuple[int, int]], int, bool]:
     if config.data.store_path is not None:
         stores = stores_of(config)
         of_site = {site: store.d_model for site, store in stores.items()}
-        pairs = [(of_site[Site.of(sae.hook_name)], of_site[Site.of(sae.hook_name_out or sae.hook_name)])
-                 for sae in saes]  # fmt: skip
+        pairs = [(of_site[Site.of(sae.reads[0])], of_site[Site.of(sae.writes[0])]) for sae in saes]
         return pairs, next(iter(stores.values())).manifest["context_length"], False
     from ..data.models import EMBEDDED, model_sizes
 
@@ -117,7 +117,7 @@ def widths_of(config: TrainConfig) -> tuple[list[tuple[int, int]], int, bool]:
     known = {site: width for site in others if _on_the_stream(site)}
     if missing := others - known.keys():
         known |= _measured(config, missing)
-    pairs = [(known[sae.hook_name], known[sae.hook_name_out or sae.hook_name]) for sae in saes]
+    pairs = [(known[sae.reads[0]], known[sae.writes[0]]) for sae in saes]
     return pairs, length, model.model_name == EMBEDDED
 
 
@@ -203,7 +203,7 @@ def _data(config: TrainConfig, max_length: int, embedded: bool) -> TrainConfig:
 def _sae(sae: SAEConfig, d_in: int) -> SAEConfig:
     d_sae = sae.sized(d_in)
     kind = sae.architecture.resolved(d_in, d_sae, sae.normalize_activations)
-    sae = _filled(sae, aux_k=min(max(d_in // 2, 1), d_sae))
+    sae = _filled(sae, aux_k=min(max(d_in // (2 * sae.sources), 1), d_sae), normalize_decoder=sae.unit_rows)
     if sae.aux_k > d_sae:  # type: ignore[operator]
         raise ConfigError([("aux_k", f"must not exceed d_sae = {d_sae}, got {sae.aux_k}")])
     return replace(sae, architecture=kind, d_sae=d_sae, expansion_factor=None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder
+from ..crosscoder import Crosscoder
 from ..data.contexts import Contexts, contexts_of, rows_in_words
 from ..data.loading import loading_options
 from ..data.memory import TensorStream
@@ -20,12 +21,14 @@ from ..data.sources import Source, open_source
 from ..data.store import ActivationStore
 from ..data.stream import RowStream, StoreStream
 from ..metrics.evaluation import evaluate_during
+from ..metrics.replacement import evaluate_sites_during
 from ..provenance import Provenance
 from ._faults import ConfigError, within
 from .auto import resolved, stores_of
 from .config import Resolved, SAEConfig, TrainConfig
 from .ranks import Ranks
 
+Places = tuple[tuple[int, ...], tuple[int, ...]]
 SPECIAL = ("bos", "eos", "pad")
 
 
@@ -38,7 +41,8 @@ class Plan:
         device: to train on.
         stream: rows of all sites.
         sites: in the stream's order.
-        places: of each autoencoder, the numbers of the sites that it reads and reconstructs.
+        places: of each autoencoder, the numbers of the sites that it reads and reconstructs; one of each but for
+            crosscoders.
         provenances: of each autoencoder.
         lm, source, contexts: None where a run trains from a store without them.
     """
@@ -47,7 +51,7 @@ class Plan:
     device: torch.device
     stream: RowStream | StoreStream | TensorStream
     sites: tuple[Site, ...]
-    places: tuple[tuple[int, int], ...]
+    places: tuple[Places, ...]
     provenances: dict[str, Provenance]
     lm: LanguageModel | None = None
     source: Source | None = None
@@ -70,16 +74,24 @@ class Plan:
         assert self.contexts is not None
         contexts = self.contexts
         found = {}
+        options: dict[str, Any] = dict(
+            context_length=contexts.length, batch_size=contexts.batch_size,
+            drop_first=0 in contexts.excluded_positions, separator=contexts.separator,
+            first_token=contexts.first_token, exclude_tokens=contexts.excluded_tokens, packing=contexts.packing,
+            exclude_positions=[p for p in contexts.excluded_positions if p],
+            max_tokens=self.config.eval.eval_tokens,
+        )  # fmt: skip
         for name, (reads, writes) in zip(saes, self.places, strict=True):
+            sae, target = saes[name], None if reads == writes else [self.sites[number] for number in writes]
+            if isinstance(sae, Crosscoder):
+                found[name] = evaluate_sites_during(
+                    sae, self.lm, self._documents(), sites=[self.sites[number] for number in reads],
+                    target_sites=target, **options,
+                )  # fmt: skip
+                continue
             found[name] = evaluate_during(
-                saes[name], self.lm, self._documents(), site=self.sites[reads],
-                target_site=None if reads == writes else self.sites[writes], context_length=contexts.length,
-                batch_size=contexts.batch_size, drop_first=0 in contexts.excluded_positions,
-                separator=contexts.separator, first_token=contexts.first_token,
-                exclude_tokens=contexts.excluded_tokens, packing=contexts.packing,
-                exclude_positions=[p for p in contexts.excluded_positions if p],
-                max_tokens=self.config.eval.eval_tokens,
-                baselines=self._baselines,
+                sae, self.lm, self._documents(), site=self.sites[reads[0]],
+                target_site=None if target is None else target[0], baselines=self._baselines, **options,
             )  # fmt: skip
         return found
 
@@ -225,12 +237,12 @@ def _are_rows(value: Any) -> bool:
 
 
 def _complete(
-    config: TrainConfig, device: torch.device, widths: Sequence[int], places: Sequence[tuple[int, int]],
+    config: TrainConfig, device: torch.device, widths: Sequence[int], places: Sequence[Places],
     lm: LanguageModel | None,
 ) -> TrainConfig:  # fmt: skip
     """Without ``auto``."""
     return resolved(
-        config, [(widths[reads], widths[writes]) for reads, writes in places],
+        config, [(widths[reads[0]], widths[writes[0]]) for reads, writes in places],
         max_length=1024 if lm is None else lm.max_length, device_type=device.type,
         embedded=lm is not None and lm.is_embedded,
     )  # fmt: skip
@@ -247,16 +259,24 @@ def _source(config: TrainConfig, dataset: Any, lm: LanguageModel, ranks: Ranks) 
 
 
 def _provenances(
-    config: TrainConfig, seen: Provenance, sites: Sequence[Site], places: Sequence[tuple[int, int]],
+    config: TrainConfig, seen: Provenance, sites: Sequence[Site], places: Sequence[Places],
     widths: Sequence[int],
 ) -> dict[str, Provenance]:  # fmt: skip
     """Of each autoencoder: its own place in what all of them have seen."""
     found = {}
     for sae, (reads, writes) in zip(config.saes, places, strict=True):
-        known = replace(seen, layer=sites[reads].layer, site=sites[reads].place, d=widths[reads])
-        if reads != writes:
-            target: dict[str, Any] = {"target_layer": sites[writes].layer, "target_site": sites[writes].place}
-            known = replace(known, **target, d_target=widths[writes])
+        if sae.has_sites:
+            read, written = (tuple(str(sites[number]) for number in numbers) for numbers in (reads, writes))
+            known = replace(seen, layer=None, site=None, sites=read, d=sum(widths[number] for number in reads))
+            if reads != writes:
+                known = replace(known, target_sites=written, d_target=sum(widths[number] for number in writes))
+            found[str(sae.name)] = known
+            continue
+        (into,), (out,) = reads, writes
+        known = replace(seen, layer=sites[into].layer, site=sites[into].place, d=widths[into])
+        if into != out:
+            target: dict[str, Any] = {"target_layer": sites[out].layer, "target_site": sites[out].place}
+            known = replace(known, **target, d_target=widths[out])
         found[str(sae.name)] = known
     return found
 
@@ -301,7 +321,7 @@ def _language_model(config: TrainConfig, device: torch.device, model: Any, token
         )
 
 
-def _places(saes: tuple[SAEConfig, ...]) -> tuple[tuple[Site, ...], tuple[tuple[int, int], ...]]:
+def _places(saes: tuple[SAEConfig, ...]) -> tuple[tuple[Site, ...], tuple[Places, ...]]:
     """All sites, each once, and the numbers of those that each autoencoder reads and reconstructs."""
     sites: dict[Site, int] = {}
 
@@ -310,8 +330,10 @@ def _places(saes: tuple[SAEConfig, ...]) -> tuple[tuple[Site, ...], tuple[tuple[
 
     places = []
     for sae in saes:
-        numbers = [number(name) for name in sae.sites]
-        places.append((numbers[0], numbers[0 if sae.hook_name_out is None else 1]))
+        numbers = tuple(number(name) for name in sae.sites)  # those of its rule too
+        reads = numbers[: len(sae.reads)]
+        writes = reads if sae.hook_name_out is None else numbers[len(reads) :][: len(sae.writes)]
+        places.append((reads, writes))
     return tuple(sites), tuple(places)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..autoencoder import SparseAutoencoder
+from ..checkpoints.opened import opened
 from .callbacks import resume_command
 from .config import TrainConfig
 from .trackers import read_metrics
@@ -78,7 +79,7 @@ class Run:
                 raise FileNotFoundError(
                     f"{place} is not there yet: the run has not ended; {resume_command(self.folder)}"
                 )
-            found[str(sae.name)] = SparseAutoencoder.from_pretrained(place).eval()
+            found[str(sae.name)] = opened(place).eval()
         return found
 
     def push(self, repo_id: str | None = None, **options: Any) -> Published:
@@ -97,7 +98,7 @@ class Run:
         repo_id = self.config.output.hub_model_id if repo_id is None else repo_id
         if repo_id is None:
             raise ValueError("repo_id must be given: the run's output.hub_model_id names no repository")
-        hooks = {str(sae.name): sae.hook_name for sae in self.config.saes}
+        hooks = {str(sae.name): str(sae.name) if sae.has_sites else sae.reads[0] for sae in self.config.saes}
         alone = len(set(hooks.values())) == len(hooks)
         folders = {name: hooks[name] if alone else f"{hooks[name]}/{name}" for name in hooks}
         found = {folders[name]: sparsity_in(self.folder / SAES / name) for name in hooks}

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,12 @@ import torch
 from ..autoencoder import SparseAutoencoder
 from ..checkpoints._checkpoint import build, of
 from ..checkpoints._folding import fold_input_scale
+from ..crosscoder import Crosscoder
+from ..data.sites import Site
+from ..rules import Activation
 from ._faults import (
     ConfigError,
+    as_tuples,
     auto,
     flag,
     name_of_folder,
@@ -21,8 +25,10 @@ from ._faults import (
     one_of,
     optional,
     place,
+    places,
     real,
     settle,
+    spread,
     text,
     whole,
     within,
@@ -37,16 +43,19 @@ class SAEConfig:
 
     Args:
         name: of its folder and its metrics; None: made of place, architecture and what is swept.
-        hook_name: the place in the model, as TransformerLens or Hugging Face names it, or the path of any module.
-        hook_name_out: of a transcoder: the place that it reconstructs.
+        hook_name: the place in the model, as TransformerLens or Hugging Face names it, or the path of any module. A
+            list of places makes a crosscoder; ``blocks.{0..11}.hook_resid_mid`` stands for a list.
+        hook_name_out: of a transcoder: the place that it reconstructs; of a crosscoder, a list of them.
+        wiring: of a crosscoder, as :class:`~sae_engine.Crosscoder` has it: ``"joint"``, ``"causal"`` (a cross-layer
+            transcoder), ``"each"`` or ``"local"`` (a transcoder for each layer).
         architecture: one of :mod:`sae_engine.training.architectures`.
-        d_sae: latents. None: ``expansion_factor`` times the width of the place.
+        d_sae: latents; of a crosscoder those of each source. None: ``expansion_factor`` times the width of the place.
         normalize_activations: ``"expected_average_only_in"``: rows are scaled by one number, to a mean norm of
-            sqrt(d_in); ``"layer_norm"``; ``"none"``.
+            sqrt(d_in), of a crosscoder at each place; ``"layer_norm"``; ``"none"``.
         b_dec_init: where ``b_dec`` starts: ``"geometric_median"`` or ``"mean"`` of the first rows, or ``"zeros"``.
         aux_k_coefficient: weight of AuxK, which revives dead latents; 0: none.
-        aux_k: latents of its reconstruction; auto: half of d_in.
-        normalize_decoder: keep the decoder's rows at norm 1.
+        aux_k: latents of its reconstruction; auto: half of d_in, which the sources of a crosscoder share.
+        normalize_decoder: keep the decoder's rows at norm 1; auto: yes, but for crosscoders, whose norms say something.
         seed: of the first weights; None: the run's.
         from_pretrained: folder or hub name of an autoencoder to start from. Rows are scaled as it says that they were
             in its training; one that does not say it needs ``normalize_activations: none``. ``b_dec_init`` then says
@@ -64,8 +73,9 @@ class SAEConfig:
     """
 
     name: str | None = None
-    hook_name: str
-    hook_name_out: str | None = None
+    hook_name: str | tuple[str, ...]
+    hook_name_out: str | tuple[str, ...] | None = None
+    wiring: Literal["joint", "causal", "each", "local"] = "joint"
     architecture: Architecture = field(default_factory=TopKSAE)
     d_sae: int | None = None
     expansion_factor: float | None = 16
@@ -73,7 +83,7 @@ class SAEConfig:
     b_dec_init: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
     aux_k_coefficient: float = 1 / 32
     aux_k: Auto | int = "auto"
-    normalize_decoder: bool = True
+    normalize_decoder: Auto | bool = "auto"
     seed: int | None = None
     from_pretrained: str | None = None
     lr: float | None = None
@@ -81,6 +91,9 @@ class SAEConfig:
     sparsity_warm_up_steps: int | None = None
 
     def __post_init__(self) -> None:
+        as_tuples(self, "hook_name", "hook_name_out")
+        for side in ("hook_name", "hook_name_out"):
+            object.__setattr__(self, side, spread(getattr(self, side)))
         sized = None
         if self.d_sae is None and self.expansion_factor is None:
             sized = "must be given where expansion_factor is not"
@@ -88,12 +101,14 @@ class SAEConfig:
             sized = f"k must not exceed d_sae = {self.d_sae}, got {getattr(self.architecture, 'k')}"  # noqa: B009
         settle(
             self, ("k" if sized and sized.startswith("k") else "d_sae", sized and sized.removeprefix("k ")),
-            *(self._of_a_transcoder() if self.hook_name_out is not None else ()),
-            name=optional(name_of_folder), hook_name=place, hook_name_out=optional(place), architecture=_architecture,
+            *(self._of_a_crosscoder() if self.has_sites else ()),
+            *(self._of_a_transcoder() if self.hook_name_out is not None and not self.has_sites else ()),
+            name=optional(name_of_folder), hook_name=places, hook_name_out=optional(places),
+            wiring=one_of("joint", "causal", "each", "local"), architecture=_architecture,
             d_sae=optional(whole()), expansion_factor=optional(real()),
             normalize_activations=one_of("expected_average_only_in", "layer_norm", "none"),
             b_dec_init=one_of("geometric_median", "mean", "zeros"), aux_k_coefficient=real("from 0"),
-            aux_k=auto(whole()), normalize_decoder=flag, seed=optional(whole(0)), from_pretrained=optional(text),
+            aux_k=auto(whole()), normalize_decoder=auto(flag), seed=optional(whole(0)), from_pretrained=optional(text),
             lr=optional(real()), adam_beta1=optional(real("share")), sparsity_warm_up_steps=optional(whole(0)),
         )  # fmt: skip
 
@@ -105,17 +120,61 @@ class SAEConfig:
             yield "hook_name_out", ("must not be given for top_afa, which compares latents with the norm of what is "
                                     "read, as if that were reconstructed")  # fmt: skip
 
+    def _of_a_crosscoder(self) -> Iterator[tuple[str, str]]:
+        if not isinstance(self.hook_name, tuple) or not isinstance(self.hook_name_out, tuple | None):
+            yield "hook_name_out", f"must be a list as hook_name is, got {self.hook_name_out!r} for {self.hook_name!r}"
+            return
+        for name, sites in (("hook_name", self.reads), ("hook_name_out", self.writes)):
+            if len({Site.of(site) for site in sites if place(site) is None}) < len(sites):
+                yield name, f"must name each place once, got {', '.join(sites)}"
+        if self.wiring in ("causal", "local") and len(self.reads) != len(self.writes):
+            yield "wiring", f"{self.wiring!r} needs as many places to write as to read, got {len(self.writes)}"
+        if self.normalize_activations == "layer_norm":
+            yield "normalize_activations", "must not be layer_norm with several places"
+        if self.from_pretrained is not None:
+            yield "from_pretrained", "must not be given with several places, whose training begins anew"
+        if self.architecture.context:
+            yield "architecture", f"{self.architecture.tag} must not be given with several places: it reads another"
+
+    @property
+    def has_sites(self) -> bool:
+        """Whether it is a crosscoder: it reads, or reconstructs, a list of places."""
+        return isinstance(self.hook_name, tuple) or isinstance(self.hook_name_out, tuple)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The names of the places that it reads."""
+        return self.hook_name if isinstance(self.hook_name, tuple) else (self.hook_name,)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The names of the places that it reconstructs."""
+        if self.hook_name_out is None:
+            return self.reads
+        return self.hook_name_out if isinstance(self.hook_name_out, tuple) else (self.hook_name_out,)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """The names of all places whose rows it is trained with: what it reads, reconstructs, and gives its rule."""
-        out = () if self.hook_name_out is None else (self.hook_name_out,)
-        return (self.hook_name, *out, *self.architecture.context.values())
+        out = () if self.hook_name_out is None else self.writes
+        return (*self.reads, *out, *self.architecture.context.values())
 
     @property
     def site_fields(self) -> tuple[str, ...]:
         """Which field says each of :attr:`sites`."""
-        out = () if self.hook_name_out is None else ("hook_name_out",)
-        return ("hook_name", *out, *("architecture" for _ in self.architecture.context))
+        out = () if self.hook_name_out is None else self.writes
+        fields = ["hook_name"] * len(self.reads) + ["hook_name_out"] * len(out)
+        return (*fields, *("architecture" for _ in self.architecture.context))
+
+    @property
+    def sources(self) -> int:
+        """How many sets of latents it has: one for each place that it reads, unless all are read together."""
+        return 1 if self.wiring == "joint" else len(self.reads)
+
+    @property
+    def unit_rows(self) -> bool:
+        """Whether the decoder's rows are kept at norm 1."""
+        return not self.has_sites if self.normalize_decoder == "auto" else self.normalize_decoder
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a file, the architecture's own fields beside the others.
@@ -137,13 +196,14 @@ class SAEConfig:
 
     def build(
         self, d_in: int, d_out: int, *, steps: int, seed: int, device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, widths: tuple[Sequence[int], Sequence[int]] | None = None,
     ) -> SparseAutoencoder:  # fmt: skip
         """The autoencoder in training mode, with its first weights: unit rows, tied unless it is a transcoder, and the
         same on every device.
 
         Args:
-            d_in, d_out: width of the rows, and of what is reconstructed.
+            d_in, d_out: width of the rows, and of what is reconstructed; of a crosscoder, of its first places.
+            widths: of a crosscoder: of all places that it reads, and that it reconstructs.
             steps: updates of the training.
             seed: of the weights, where the configuration has none. The global generator is left alone.
 
@@ -155,6 +215,8 @@ class SAEConfig:
             >>> config.build(8, 8, steps=100, seed=0).W_enc.shape
             torch.Size([8, 64])
         """
+        if self.has_sites:
+            return self._crosscoder(*(widths or ([d_in], [d_out])), steps, seed, dtype).to(device).train()
         coder = self.hook_name_out is not None  # b_dec and the decoder's rows belong to another place than the input
         d_sae = self.sized(d_in)
         kind = self.architecture.resolved(d_in, d_sae, self.normalize_activations)
@@ -166,7 +228,7 @@ class SAEConfig:
                                     normalize_activations=layer_norm, apply_b_dec_to_input=not coder)  # fmt: skip
         if self.from_pretrained is not None:
             scaled = self.normalize_activations == "expected_average_only_in"
-            _start_from(sae, self.from_pretrained, unit_rows=self.normalize_decoder, scaled=scaled)
+            _start_from(sae, self.from_pretrained, unit_rows=self.unit_rows, scaled=scaled)
         else:
             generator = torch.Generator("cpu").manual_seed(seed if self.seed is None else self.seed)
             with torch.no_grad():
@@ -174,6 +236,29 @@ class SAEConfig:
                 sae.W_enc.copy_((sae.W_dec if d_in == d_out and not coder else _directions(d_sae, d_in, generator)).T)
             kind.prepare(sae)
         return sae.to(device).train()
+
+    def _crosscoder(
+        self, reads: Sequence[int], writes: Sequence[int], steps: int, seed: int, dtype: torch.dtype
+    ) -> Crosscoder:
+        """Its first weights are those of :class:`~sae_engine.Crosscoder`; a rule with a state for each latent is made
+        for each source."""
+        d_sae = self.sized(reads[0])
+        kind = self.architecture.resolved(reads[0], d_sae, self.normalize_activations)
+
+        def rule() -> Activation:
+            return kind.build_rule(d_sae, steps)
+
+        one = rule()
+        of_latents = any(t.dim() for t in (*one.parameters(), *one.buffers()))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed if self.seed is None else self.seed)
+            try:
+                return Crosscoder(
+                    reads, writes, d_sae, [rule() for _ in range(self.sources)] if of_latents else one,
+                    wiring=self.wiring, dtype=dtype, device="cpu",
+                )  # fmt: skip
+            except ValueError as error:
+                raise ConfigError([("architecture", f"{kind.tag} does not fit a crosscoder: {error}")]) from None
 
 
 # ------------------------------------------------------------------------------------------------ as dictionaries
@@ -205,9 +290,10 @@ def named(sae: SAEConfig, swept: dict[str, Any]) -> SAEConfig:
         changed = _changed(sae, swept)
     except ConfigError as error:
         raise error.below("sweep") from None
-    place = _words(changed.hook_name) + (f"-to-{_words(changed.hook_name_out)}" if changed.hook_name_out else "")
-    said = [place, _words(changed.architecture.tag)] if sae.name is None else [sae.name]
-    known = {"hook_name", "hook_name_out", "architecture"} if sae.name is None else set()
+    place = _briefly(changed.reads) + (f"-to-{_briefly(changed.writes)}" if changed.hook_name_out else "")
+    wired = [changed.wiring] if changed.has_sites else []
+    said = [place, *wired, _words(changed.architecture.tag)] if sae.name is None else [sae.name]
+    known = {"hook_name", "hook_name_out", "wiring", "architecture"} if sae.name is None else set()
     said += [f"{name}{_words(value)}" for name, value in swept.items() if name not in known]
     return replace(changed, name="-".join(said))
 
@@ -231,6 +317,11 @@ def _architecture_of(sae: SAEConfig, tag: object) -> Architecture:
     shared = {entry.name: getattr(sae.architecture, entry.name) for entry in fields(kind)
               if hasattr(sae.architecture, entry.name)}  # fmt: skip
     return kind(**shared)
+
+
+def _briefly(sites: Sequence[str]) -> str:
+    """Places as a part of a name: ``blocks.0.hook_resid_mid_11.hook_resid_mid`` would say no more than the ends."""
+    return _words(sites[0]) if len(sites) == 1 else f"{_words(sites[0])}_to_{_words(sites[-1])}"
 
 
 def _words(value: Any) -> str:

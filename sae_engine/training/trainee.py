@@ -1,6 +1,7 @@
 """One of the autoencoders that a run trains: its step, the scale of its activations, its sums between two log lines."""
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..autoencoder import SparseAutoencoder
 from ..checkpoints._checkpoint import build, of
 from ..checkpoints._folding import fold_input_scale
+from ..crosscoder import Crosscoder
 from ..initial import geometric_median
 from ..losses import AuxK, Loss
 from ..losses.warmed import Warmed
@@ -23,6 +25,9 @@ from .forward import PreActivations
 from .metering import Densities, Sums
 from .schedule import lr_factor, warm_up_factor
 from .step import TrainStep
+
+Places = tuple[tuple[int, ...], tuple[int, ...]]
+Scales = tuple[tuple[float, ...], tuple[float, ...]]
 
 Reduce = Callable[[list[Tensor]], None]  # averages over processes, in place
 
@@ -41,7 +46,8 @@ class Trainee:
     Args:
         config: its entry of ``saes``, complete: no ``auto`` left.
         run: the whole configuration, likewise.
-        places: numbers, among the sites of the stream, of what it reads and of what it reconstructs.
+        places: numbers, among the sites of the stream, of what it reads and of what it reconstructs: one of each, but
+            for crosscoders.
         context: likewise, of what its rule is given beside the pre-activations, by name.
         widths: of all sites.
         total: updates of the run.
@@ -51,7 +57,7 @@ class Trainee:
     """
 
     def __init__(
-        self, config: SAEConfig, run: TrainConfig, *, places: tuple[int, int], context: Mapping[str, int],
+        self, config: SAEConfig, run: TrainConfig, *, places: Places, context: Mapping[str, int],
         widths: tuple[int, ...], total: int, device: torch.device, world: int, reduce: Reduce | None,
         buffer: PreActivations,
     ) -> None:  # fmt: skip
@@ -59,13 +65,15 @@ class Trainee:
         self.config, self.name, self.reduce = config, config.name, reduce
         self.reads, self.writes = places
         self.context = context
-        d_in, d_out = widths[self.reads], widths[self.writes]
+        of_places = [widths[n] for n in self.reads], [widths[n] for n in self.writes]
+        d_in, d_out = of_places[0][0], of_places[1][0]
         optim: Resolved = run.optim_of(config)
         self.optim = optim
-        self.sae = config.build(d_in, d_out, steps=total, seed=run.seed, device=device)
+        self.sae = config.build(d_in, d_out, steps=total, seed=run.seed, device=device, widths=of_places)
         if world > 1:
             self._select_together()
-        self.scales = 1.0, 1.0  # what multiplies its inputs, and its targets
+        # What multiplies its inputs, and its targets, at each place.
+        self.scales: Scales = (1.0,) * len(self.reads), (1.0,) * len(self.writes)
         rises = config.architecture.sparsity_name()
         losses: list[Loss] = [
             Warmed(loss, device) if loss.name in rises else loss for loss in config.architecture.losses(d_in, d_out)
@@ -79,7 +87,7 @@ class Trainee:
         )
         self.step = TrainStep(
             self.sae, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
-            weight_decay=optim.weight_decay, losses=losses, normalize_decoder=config.normalize_decoder,
+            weight_decay=optim.weight_decay, losses=losses, normalize_decoder=config.unit_rows,
             grad_clip=optim.max_grad_norm, compute_dtype=optim.compute_dtype,
             moments=optim.moments, accumulate=optim.gradient_accumulation_steps,
             scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor), reduce=reduce,
@@ -88,7 +96,7 @@ class Trainee:
         self.step._pre_activations = buffer
         self.sums = Sums(device)
         update = optim.train_batch_size_tokens * optim.gradient_accumulation_steps
-        self.densities = Densities(self.sae.d_sae, -(-optim.dead_after // update), device)
+        self.densities = Densities(config.sources * self.sae.d_sae, -(-optim.dead_after // update), device)
 
     def _select_together(self) -> None:
         """A batch rule's batch is that of all processes.
@@ -97,6 +105,9 @@ class Trainee:
             ValueError: the rule keeps statistics of what its own process sees, which a checkpoint has of one.
         """
         rule = self.sae.activation
+        if isinstance(self.sae, Crosscoder) and rule.scope != "row":
+            raise ValueError(f"saes: {self.name}: a crosscoder whose latents compete across a batch "
+                             f"({type(rule).__name__}) has to be trained by one process")  # fmt: skip
         if isinstance(rule, FeatureChoice):
             raise ValueError(f"saes: {self.name}: {type(rule).__name__} has to be trained by one process")
         if isinstance(rule, BatchTopK) and not isinstance(rule, SampledTopK):
@@ -108,22 +119,29 @@ class Trainee:
         if self.config.from_pretrained is not None:
             known = self.sae.provenance
             if self.config.normalize_activations == SCALED and known is not None and known.activation_scale is not None:
-                self.scales = known.activation_scale, known.target_scale or known.activation_scale
+                self.scales = (known.activation_scale,), (known.target_scale or known.activation_scale,)
             return
         if self.config.normalize_activations == SCALED:
-            self.scales = self._scale(rows[self.reads], ranks), self._scale(rows[self.writes], ranks)
+            of_site = {n: self._scale(rows[n], ranks) for n in dict.fromkeys((*self.reads, *self.writes))}
+            self.scales = tuple(of_site[n] for n in self.reads), tuple(of_site[n] for n in self.writes)
         if self.config.b_dec_init == "zeros":
             return
-        target = rows[self.writes].to(self.sae.W_dec.device, torch.float32) * self.scales[1]
-        if self.sae.normalize_activations != "none":
-            target = self.sae._normalized(target)[0]
+        at = 0
+        for number, scale in zip(self.writes, self.scales[1], strict=True):
+            target = rows[number].to(self.sae.b_dec.device, torch.float32) * scale
+            if self.sae.normalize_activations != "none":
+                target = self.sae._normalized(target)[0]
+            self.sae.b_dec[at : at + target.shape[1]].copy_(self._middle(target, ranks))
+            at += target.shape[1]
+
+    def _middle(self, target: Tensor, ranks: int) -> Tensor:
+        """Where ``b_dec`` starts, of rows of one place."""
         if self.config.b_dec_init == "mean":
             mean = target.mean(0)
             if self.reduce is not None:
                 self.reduce([mean])
-            self.sae.b_dec.copy_(mean)
-        else:
-            self.sae.b_dec.copy_(geometric_median(target, None if self.reduce is None else self._sum(ranks)))
+            return mean
+        return geometric_median(target, None if self.reduce is None else self._sum(ranks))
 
     def _scale(self, rows: Tensor, ranks: int) -> float:
         """√d over the mean norm of rows."""
@@ -147,8 +165,8 @@ class Trainee:
         """One call of the step; ``rows(site, scale)`` gives the batch as it is to be seen."""
         for loss in self.warmed:
             loss.set(warm_up_factor(update, self.optim.sparsity_warm_up_steps))
-        x = rows(self.reads, self.scales[0])
-        target = None if self.writes == self.reads else rows(self.writes, self.scales[1])
+        x = _beside(rows, self.reads, self.scales[0])
+        target = None if self.writes == self.reads else _beside(rows, self.writes, self.scales[1])
         context = {name: rows(site, 1.0) for name, site in self.context.items()}
         self.sums.add(self.step(x, target, **context), self.step._finite.count)
         if self.step.seen is not None and self.step.calls % self.step.accumulate == 0:
@@ -163,23 +181,28 @@ class Trainee:
         found = self.sums.taken()
         named = {_NAMES.get(name, f"losses/{name}"): value for name, value in found.items()}
         named["metrics/explained_variance"] = 1 - named["metrics/explained_variance"]
-        named["sparsity/dead_features"] = named["sparsity/dead_features"] * self.sae.d_sae
+        named["sparsity/dead_features"] = named["sparsity/dead_features"] * self.config.sources * self.sae.d_sae
         return named
 
     def exported(self, provenance: Provenance | None = None) -> SparseAutoencoder:
         """A copy in evaluation mode for activations as the model has them: the scale is in its weights."""
-        checkpoint = fold_input_scale(of(self.sae), *self.scales)
+        if isinstance(self.sae, Crosscoder):
+            coder = fold_site_scales(self.sae, *self.scales)
+            coder.provenance = provenance
+            return coder.eval()
+        ((scale,), (target_scale,)) = self.scales
+        checkpoint = fold_input_scale(of(self.sae), scale, target_scale)
         if provenance is not None and self.config.normalize_activations == SCALED:
             is_coder = self.writes != self.reads
-            provenance = replace(provenance, activation_scale=self.scales[0],
-                                 target_scale=self.scales[1] if is_coder else None)  # fmt: skip
+            provenance = replace(provenance, activation_scale=scale, target_scale=target_scale if is_coder else None)
         sae = build(SparseAutoencoder, checkpoint, Path(self.name), device=self.sae.W_dec.device)
         sae.provenance = provenance
         return sae.eval()
 
     def state(self) -> dict[str, Any]:
         """All that its next step depends on, tensors among it; the same in all processes."""
-        return {"sae": dict(self.sae.state_dict()), "step": self.step.state_dict(), "scales": list(self.scales),
+        scales = [each[0] if len(each) == 1 else list(each) for each in self.scales]
+        return {"sae": dict(self.sae.state_dict()), "step": self.step.state_dict(), "scales": scales,
                 "densities": self.densities.state()}  # fmt: skip
 
     def own_state(self) -> dict[str, Any]:
@@ -191,5 +214,42 @@ class Trainee:
         self.step.load_state_dict(state["step"])
         self.densities.load(state["densities"])
         self.step._finite.count.fill_(own["skipped"])
-        self.scales = (state["scales"][0], state["scales"][1])
+        reads, writes = (each if isinstance(each, list) else [each] for each in state["scales"])
+        self.scales = tuple(reads), tuple(writes)
         self.sums.load(own["sums"])
+
+
+def _beside(rows: Callable[[int, float], Tensor], numbers: tuple[int, ...], scales: tuple[float, ...]) -> Tensor:
+    """The rows of all these sites, side by side."""
+    found = [rows(number, scale) for number, scale in zip(numbers, scales, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+@torch.no_grad()
+def fold_site_scales(coder: Crosscoder, scales: tuple[float, ...], target_scales: tuple[float, ...]) -> Crosscoder:
+    """A copy for activations as they are, of a crosscoder that was trained on ``scales`` times them, site by site.
+
+    ``target_scales`` multiplied what it reconstructs. Products are taken in fp64 and rounded once. Latents stay as they
+    are, so that a rule by decoder norms, which the scales change, cannot be folded.
+
+    Raises:
+        ValueError: the rule ranks by decoder norms, and scales are not all 1.
+    """
+    folded = copy.deepcopy(coder)
+    if all(scale == 1 for scale in (*scales, *target_scales)):
+        return folded
+    if coder.rescale_acts_by_decoder_norm:
+        raise ValueError("rescale_acts_by_decoder_norm must be False where sites are scaled: norms would be others")
+
+    def spread(of_site: tuple[float, ...], widths: tuple[int, ...]) -> Tensor:
+        return torch.cat([torch.full((width,), scale, dtype=torch.float64)
+                          for scale, width in zip(of_site, widths, strict=True)]).to(coder.b_dec.device)  # fmt: skip
+
+    into, out = spread(scales, coder.read_widths), spread(target_scales, coder.written_widths)
+    for source in folded.sources:
+        source.W_enc.copy_(source.W_enc.double() * into[source.reads][:, None])
+        source.W_dec.copy_(source.W_dec.double() / out[source.writes])
+    folded.b_dec.copy_(folded.b_dec.double() / out)
+    for weight, reads, writes in folded.skips():
+        weight.copy_(weight.double() * into[reads] / out[writes][:, None])
+    return folded
