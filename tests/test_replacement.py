@@ -1,10 +1,13 @@
 """Replacement models: a language model whose MLPs are exchanged for a crosscoder, against that very model by hand."""
 
+import json
+
 import pytest
 import torch
 from tiny_models import DOCUMENTS, MODELS, tokenizer_of_bytes
 
 import sae_engine as se
+from sae_engine.cli import main
 from sae_engine.data import LanguageModel, check_same_tokens, read_sites, run_with_replacements
 from sae_engine.metrics import NextTokenLoss, Reconstruction, evaluate_sites, evaluate_sites_during
 from sae_engine.metrics.replacement import CLEAN, REPLACED, Replacement
@@ -133,12 +136,12 @@ def test_errors_and_sparsity_are_those_of_the_models_own_activations(lm):
     for site, metric in zip(found["reconstruction"]["sites"], metrics, strict=True):
         assert site["fvu"] == pytest.approx(metric.compute()["fvu"], rel=1e-9)
     assert [source["l0"] for source in found["sparsity"]["sources"]] == pytest.approx((l0 / tokens).tolist())
-    share = found["decoder"]["cross_layer"]
+    share = found["decoder"]
     norms = torch.stack([torch.stack([w.square().sum() for w in W.split(D, 1)]).sum() for W in made.W_dec])
     own = torch.stack([W[:, :D].square().sum() for W in made.W_dec])
-    assert share["share"] == pytest.approx((1 - own.sum() / norms.sum()).item())
+    assert share["cross_layer_share"] == pytest.approx((1 - own.sum() / norms.sum()).item())
     short = evaluate_sites_during(made, lm, DOCUMENTS, sites=READ, target_sites=WRITTEN, **OPTIONS)
-    assert short["evaluation/cross_layer"] == share["share"]
+    assert short["evaluation/cross_layer"] == share["cross_layer_share"]
     assert short["evaluation/fvu"] == found["reconstruction"]["fvu"]
     assert short["evaluation/kl"] == found["language"]["kl_spliced"] > 0
     local = evaluate_sites_during(coder("local"), lm, DOCUMENTS, sites=READ, target_sites=WRITTEN, **OPTIONS)
@@ -160,7 +163,7 @@ def test_a_wiring_that_reads_ahead_takes_codes_of_the_models_own_run(lm, wiring)
                 for site, y in zip(sites, new, strict=True)}  # fmt: skip
         loss.update(run_with_replacements(lm.model, batch.ids, uses)[:, 1:], batch.ids[:, 1:])
     assert found["language"]["ce_spliced"] == pytest.approx(loss.compute()["ce"], rel=1e-6)
-    quantiles = [*found["decoder"]["relative_norms"].values()] if wiring == "joint" else []
+    quantiles = [*found["decoder"]["relative_norm_quantiles"].values()] if wiring == "joint" else []
     assert quantiles == sorted(quantiles)
 
 
@@ -227,6 +230,23 @@ def test_models_that_share_no_tokenizer_are_refused(lm):
 def test_what_does_not_fit_is_refused(lm, options, error, message):
     with pytest.raises(error, match=message):
         evaluate_sites(coder(), lm, DOCUMENTS, **{"sites": READ, "target_sites": WRITTEN, **OPTIONS, **options})
+
+
+def test_the_command_line_evaluates_a_cross_layer_transcoder(tmp_path, capsys):
+    made = se.Crosscoder.clt(2, 256, 64, se.TopK(4))
+    made.save_pretrained(tmp_path / "unsaid")
+    made.provenance = se.Provenance(model="embedded", sites=READ[:2], target_sites=WRITTEN[:2])
+    made.save_pretrained(tmp_path / "clt")
+    common = ["--tokens", "64", "--context-length", "32", "--quiet"]
+    assert main(["eval", str(tmp_path / "clt"), *common, "--out", str(tmp_path / "out"), "--no-figures"]) == 0
+    told = capsys.readouterr().out
+    assert "replaced with codes of the replaced run" in told and "squared decoder norms in later layers" in told
+    found = json.loads((tmp_path / "out" / "eval.json").read_text())["clt"]
+    assert found["sparsity"]["l0_by_source"] == [4, 4] and len(found["reconstruction"]["fvu_by_site"]) == 2
+    assert main(["eval", str(tmp_path / "unsaid"), *common]) == 1
+    assert "do not say at which places" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "clt"), *common, "--ppl", "1"]) == 1
+    assert "--ppl is for autoencoders" in capsys.readouterr().err
 
 
 def test_autoencoders_are_refused(lm):

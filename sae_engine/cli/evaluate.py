@@ -23,10 +23,10 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="how good an autoencoder is: reconstruction, sparsity, loss recovered",
-        description="Measure autoencoders and transcoders, in any format that can be read, on the activations of a "
-        "language model and in their place, print a table, and write JSON, Markdown and pictures. Unless given, model, "
-        "layer, site and what says which tokens have rows are those that each one's files name; where they name no "
-        "model, layer or site, these have to be given.",
+        description="Measure autoencoders, transcoders and crosscoders, in any format that can be read, on the "
+        "activations of a language model and in their place, print a table, and write JSON, Markdown and pictures. "
+        "Unless given, model, layer, site and what says which tokens have rows are those that each one's files name; "
+        "where they name no model, layer or site, these have to be given.",
     )
     parser.add_argument("sae", metavar="SAE", nargs="+", help="folder, file of weights, or hub name as in convert")
     add_model_and_text(parser, text="evaluation", unsaid=("what its files say",) * 3)
@@ -46,14 +46,14 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sae_engine import SparseAutoencoder
+    from sae_engine.checkpoints.opened import opened
     from sae_engine.metrics.place import place_of
     from sae_engine.reports import evaluation as report
 
     if args.out is not None and not args.no_figures and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the pictures need the package matplotlib: pip install matplotlib, or give --no-figures")
     names = _names(args.sae)
-    saes = {name: SparseAutoencoder.from_pretrained(path) for name, path in zip(names, args.sae, strict=True)}
+    saes = {name: opened(path) for name, path in zip(names, args.sae, strict=True)}
     layer, site = (args.layer, None) if args.site is None else layer_and_site(args.site, args.layer)
     said = {"model": args.model, "revision": args.revision, "layer": layer, "site": site,
             "target_site": args.target_site, "normalize": args.normalize}  # fmt: skip
@@ -78,9 +78,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _measured_at_sites(coder: Any, place: Any, lm: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Of a crosscoder. Of several models, the others are loaded here."""
+    from sae_engine.metrics import evaluate_sites
+    from sae_engine.metrics.place import hub_name
+
+    if args.ppl is not None:
+        raise ValueError("--ppl is for autoencoders at one place, and this is a crosscoder")
+    names = list(dict.fromkeys(place.models or [place.model]))
+    lms = [lm, *(load_model(args, hub_name(name), None) for name in names[1:])]
+    models = None if place.models is None else [names.index(name) for name in place.models]
+    coder.to(next(lm.model.parameters()).device)
+    texts, source = open_texts(args.text, args.suffixes)
+    result = evaluate_sites(
+        coder, lms if len(lms) > 1 else lm, texts, sites=place.sites, target_sites=place.target_sites, models=models,
+        batch_size=args.batch_size, max_tokens=args.tokens, progress=not args.quiet, **contexts_in(args),
+    )  # fmt: skip
+    result["setting"]["text"] = source
+    return result
+
+
 def _measured(sae: Any, place: Any, lm: Any, args: argparse.Namespace) -> dict[str, Any]:
     from sae_engine.metrics import evaluate, ppl_sparsity
 
+    if place.sites is not None:
+        return _measured_at_sites(sae, place, lm, args)
     options: dict[str, Any] = {
         "layer": place.layer, "site": place.site, "target_layer": place.target_layer, "target_site": place.target_site,
         "normalize": place.normalize, "batch_size": args.batch_size, "max_tokens": args.tokens,

@@ -24,6 +24,9 @@ class Place(NamedTuple):
     target_layer: int | None
     target_site: str | None
     normalize: str
+    sites: tuple[str, ...] | None = None  # of a crosscoder, in place of layer and site
+    target_sites: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None  # of a crosscoder of several models, that of each site
 
 
 def place_of(
@@ -37,6 +40,8 @@ def place_of(
             ``sae-engine eval`` that say the rest.
     """
     said = sae.provenance or Provenance()
+    if sae.has_sites:
+        return _of_sites(said, name, model, revision)
     found_site = said.site if site is None else site
     found_layer = said.layer if layer is None else layer
     target = said.target_site if target_site is None else target_site
@@ -64,6 +69,18 @@ def place_of(
         target_layer=None if not is_transcoder else said.target_layer if target_site is None else None,
         target_site=target,
         normalize=normalize or said.normalize or "none",
+    )  # fmt: skip
+
+
+def _of_sites(said: Provenance, name: str, model: str | None, revision: str | None) -> Place:
+    if said.sites is None:
+        raise ValueError(f"{name}: its files do not say at which places it can be evaluated ({said}): load it, set its "
+                         "provenance with all sites, and save it again")  # fmt: skip
+    own_model = model is None and said.model is not None
+    return Place(
+        hub_name(said.model) if own_model else model, said.revision if own_model and revision is None else revision,
+        said.sha256 if own_model and revision is None else None, 0, said.sites[0], None, None, "none",
+        sites=said.sites, target_sites=said.target_sites, models=None if model is not None else said.models,
     )  # fmt: skip
 
 

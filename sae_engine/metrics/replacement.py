@@ -297,11 +297,13 @@ def _decoder(coder: Crosscoder) -> dict[str, Any] | None:
     """What the decoder's norms by site say, where the wiring makes it a question."""
     sources, norms = coder.sources, coder.site_norms()
     if len(sources) > 1 and all(source.number in source.written_sites for source in sources):
-        return {"cross_layer": cross_layer_share(norms)}
+        share = cross_layer_share(norms)
+        return {"cross_layer_share": share["share"], "cross_layer_by_source": share["sources"],
+                "cross_layer_latents": share["latents_above"]}  # fmt: skip
     if len(sources) == 1 and norms.shape[-1] == 2:
         between = relative_norms(norms[0]).double()
         quantiles = between.nanquantile(torch.tensor(QUANTILES, dtype=torch.float64, device=between.device)).tolist()
-        return {"relative_norms": dict(zip(QUANTILES, quantiles, strict=True))}
+        return {"relative_norm_quantiles": dict(zip(QUANTILES, quantiles, strict=True))}
     return None
 
 
@@ -334,8 +336,8 @@ def evaluate_sites_during(
         "dead": found["sparsity"]["dead_fraction"],
         "ce_clean": language["ce_clean"], "ce_spliced": language["ce_spliced"], "ce_ablated": language["ce_ablated"],
         "ce_recovered": language["loss_recovered"], "kl": language["kl_spliced"],
-        **{f"fvu_{number}": site["fvu"] for number, site in enumerate(found["reconstruction"]["sites"])},
+        **{f"fvu_{number}": fvu for number, fvu in enumerate(found["reconstruction"]["fvu_by_site"])},
     }  # fmt: skip
-    if (decoder := found["decoder"]) is not None and "cross_layer" in decoder:
-        numbers["cross_layer"] = decoder["cross_layer"]["share"]
+    if (decoder := found["decoder"]) is not None and "cross_layer_share" in decoder:
+        numbers["cross_layer"] = decoder["cross_layer_share"]
     return {f"evaluation/{name}": value for name, value in numbers.items()}

@@ -51,12 +51,14 @@ class SiteReconstruction:
             site.update(y_hat, y)
 
     def compute(self) -> dict[str, Any]:
-        """What :meth:`Reconstruction.compute` says of all columns, and in ``sites`` what it says of each site.
+        """What :meth:`Reconstruction.compute` says of all columns, ``fvu_by_site``, and in ``sites`` what it says of
+        each site.
 
         Raises:
             RuntimeError: no token has been seen.
         """
-        return {**self._whole.compute(), "sites": [site.compute() for site in self._sites]}
+        sites = [site.compute() for site in self._sites]
+        return {**self._whole.compute(), "fvu_by_site": [site["fvu"] for site in sites], "sites": sites}
 
 
 def cross_layer_share(site_norms: Tensor) -> dict[str, Any]:

@@ -169,17 +169,22 @@ class SourceSparsity:
             each.tokens += rows
 
     def compute(self) -> dict[str, Any]:
-        """``tokens``; ``l0``: entries of a token in all sources; ``dead``, ``dead_fraction``: of all latents; and in
+        """``tokens``; ``l0``: entries of a token in all sources, ``l0_by_source``; ``d_sae``, ``dead``,
+        ``dead_fraction``, ``dense``, ``dense_fraction``, ``density_histogram``: of the latents of all; and in
         ``sources`` what :meth:`Sparsity.compute` says of each.
 
         Raises:
             RuntimeError: no token has been seen, or some codes had overflowed their capacity.
         """
         found = [each.compute() for each in self._sources]
-        dead, latents = sum(each["dead"] for each in found), sum(each["d_sae"] for each in found)
+        dead, dense, latents = (sum(each[name] for each in found) for name in ("dead", "dense", "d_sae"))
+        histograms = [each["density_histogram"] for each in found]  # of as many tokens, and so with the same edges
+        counts = [sum(bins) for bins in zip(*(each["counts"] for each in histograms), strict=True)]
         return {
-            "tokens": found[0]["tokens"], "l0": sum(each["l0"] for each in found), "dead": dead,
-            "dead_fraction": dead / latents, "sources": found,
+            "tokens": found[0]["tokens"], "l0": sum(each["l0"] for each in found),
+            "l0_by_source": [each["l0"] for each in found], "d_sae": latents, "dead": dead,
+            "dead_fraction": dead / latents, "dense": dense, "dense_fraction": dense / latents,
+            "density_histogram": {"edges": histograms[0]["edges"], "counts": counts}, "sources": found,
         }  # fmt: skip
 
 

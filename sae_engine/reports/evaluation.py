@@ -18,17 +18,22 @@ LINES: tuple[tuple[str, str, str, str], ...] = (
     ("reconstruction", "mse", "MSE per element", ".5g"),
     ("reconstruction", "nmse", "NMSE (by squared norm)", ".4f"),
     ("reconstruction", "fvu", "FVU", ".4f"),
+    ("reconstruction", "fvu_by_site", "  FVU, site by site", ".4f"),
     ("reconstruction", "explained_variance", "explained variance, 1 - FVU", ".4f"),
     ("reconstruction", "explained_variance_centred", "explained variance, error centred", ".4f"),
     ("reconstruction", "explained_variance_per_token", "explained variance, mean of tokens", ".4f"),
     ("reconstruction", "cosine", "cosine", ".4f"),
     ("reconstruction", "l2_ratio", "norm of output over input", ".4f"),
     ("sparsity", "l0", "L0", ".2f"),
+    ("sparsity", "l0_by_source", "  L0, source by source", ".2f"),
     ("sparsity", "l0_quantiles", "L0, quantiles 5 25 50 75 95 %", "g"),
     ("sparsity", "dead_fraction", "dead latents", ".2%"),
     ("sparsity", "dense_fraction", "dense latents", ".2%"),
     ("decoder", "max_cosine_mean", "nearest decoder cosine, mean", ".4f"),
     ("decoder", "max_cosine_quantiles", "nearest decoder cosine, quantiles", ".3f"),
+    ("decoder", "cross_layer_share", "squared decoder norms in later layers", ".2%"),
+    ("decoder", "cross_layer_by_source", "  source by source", ".2%"),
+    ("decoder", "relative_norm_quantiles", "decoder norms, 0 first model, 1 second; quantiles", ".3f"),
     ("norms", "epsilon_lbo", "epsilon-LBO", ".4g"),
     ("norms", "norm_ratio_quantiles", "norm of code over input, quantiles", ".3f"),
     ("tail", "cett", "CETT", ".3f"),
@@ -93,11 +98,16 @@ def _model_text(result: Result) -> str:
 
 def _place_text(result: Result) -> str:
     setting = result["setting"]
+    if "sites" in setting:
+        written = f" to {' '.join(setting['target_sites'])}" if setting["target_sites"] else ""
+        place = f"{' '.join(setting['sites'])}{written}, replaced with codes {setting['codes']}"
+    else:
+        place = f"layer {setting['layer']}, {setting['site']}"
     target = f" to layer {setting['target_layer']}, {setting['target_site']}" if "target_site" in setting else ""
     excluded = [*setting["exclude_tokens"], *(f"position {number}" for number in setting["exclude_positions"])]
     without = f"; without {', '.join(excluded)}" if excluded else ""
     return (
-        f"activations: layer {setting['layer']}, {setting['site']}{target}, d = {setting['d']}; contexts of "
+        f"activations: {place}{target}, d = {setting['d']}; contexts of "
         f"{setting['context_length']}, first positions {setting['first_positions']}; first token "
         f"{setting['first_token']}, separator {setting['separator']}{without}"
     )
@@ -189,7 +199,7 @@ def _zf(axes: Any, results: dict[str, Result]) -> None:
     low, high = math.inf, -math.inf
     bands: dict[Any, Any] = {}
     for name, result, colour in _coloured(results):
-        if result["norms"] is None:  # a transcoder
+        if result.get("norms") is None:  # a transcoder
             continue
         bands = bands or result["norms"]["bands"]
         points = [point for point in result["norms"]["zf_points"] if all(map(math.isfinite, point))]
@@ -209,4 +219,5 @@ def _zf(axes: Any, results: dict[str, Result]) -> None:
     axes.set_xlabel("||z||, norm of the input")
     axes.set_ylabel("||f||, norm of the code")
     axes.set_title("ZF plot", loc="left", fontweight="bold")
-    axes.legend(frameon=False, fontsize=8, markerscale=4)
+    if low <= high:
+        axes.legend(frameon=False, fontsize=8, markerscale=4)
