@@ -332,18 +332,23 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def sources(self) -> tuple[Any, ...]:
-        """What it is made of: itself. Of a :class:`Crosscoder`, each set of latents with its encoder and decoder."""
+        """Sets of latents with an encoder and a decoder each: itself alone; several of a :class:`Crosscoder`."""
         return (self,)
 
-    @property
-    def reads(self) -> slice:
-        """Columns of the input that the latents read: all."""
-        return slice(0, self.d_in)
+    reads = property(lambda self: slice(0, self.d_in), doc="Columns of the input that the latents read: all.")
+    writes = property(lambda self: slice(0, self.d_out), doc="Columns of the output that they write: all.")
 
-    @property
-    def writes(self) -> slice:
-        """Columns of the output that the latents write: all."""
-        return slice(0, self.d_out)
+    def _norms_of(self, source: Any) -> Tensor:
+        """(F,) decoder norms of a source, fp32 or wider; differentiable."""
+        return decoder_norms(source.W_dec)
+
+    def _skips(self) -> list[tuple[Tensor, slice, slice]]:
+        """Linear maps past the latents: each weight (d_out, d_in), and the columns that it reads and writes."""
+        return [] if self.W_skip is None else [(self.W_skip, self.reads, self.writes)]
+
+    def _side_by_side(self, x: Tensor, *, of: str = "reads", name: str = "x") -> Tensor:
+        """``x`` (*batch, sites, d) of several sites as (*batch, sites * d)."""
+        return x
 
     @property
     def _encoder_bias(self) -> Tensor | None:
@@ -478,9 +483,8 @@ class SparseAutoencoder(nn.Module):
 
 
 def _contiguous(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """``state_dict`` holds a row-major copy of a latent-contiguous ``W_enc``: safetensors takes no other layout."""
-    name = f"{prefix}W_enc"
-    tensor = state.get(name)
-    is_asked_for = isinstance(tensor, nn.Parameter)  # itself, by keep_vars=True
-    if tensor is not None and not is_asked_for and module.shards is None:
-        state[name] = tensor.contiguous()
+    """``state_dict`` holds row-major copies of latent-contiguous ``W_enc``: safetensors takes no other layout."""
+    for name in [name for name in state if name == f"{prefix}W_enc" or name.startswith(f"{prefix}W_enc.")]:
+        is_asked_for = isinstance(state[name], nn.Parameter)  # itself, by keep_vars=True
+        if not is_asked_for and module.shards is None:
+            state[name] = state[name].contiguous()

@@ -13,7 +13,7 @@ from . import functional
 from ._encoder import linear_dtype
 from ._sources import below_one_another, encode_together, parts_of
 from ._wiring import columns_of, ranges_of, widths_of
-from .autoencoder import SparseAutoencoder, decoder_norms
+from .autoencoder import SparseAutoencoder, _contiguous, decoder_norms
 from .codes import SparseCodes
 from .functional import Encoded, EncodeInfo
 from .rules import Activation, PerSource
@@ -241,7 +241,7 @@ class Crosscoder(SparseAutoencoder):
         alone = [chooses_alone(rule, len(sources)) for rule in rules]
         if keep_pre and not all(alone):
             raise ValueError("keep_pre=True needs rules that choose for each source, not among all of them")
-        scales = [self.norms_of(s) if self.rescale_acts_by_decoder_norm else None for s in sources]
+        scales = [self._norms_of(s) if self.rescale_acts_by_decoder_norm else None for s in sources]
         parts: list[list[SparseCodes]] = [[] for _ in rules]
         pres = []
         for source, scale in zip(sources, scales, strict=True):
@@ -299,29 +299,30 @@ class Crosscoder(SparseAutoencoder):
         self._check_codes(codes)
         chosen = range(len(self.written_widths)) if sites is None else self._site(sites)
         columns = columns_of(self.written_widths, chosen)
-        parts = parts_of(codes, len(self.wiring))
         dtype = linear_dtype(codes.values, self.b_dec)
-        wide = torch.promote_types(dtype, torch.float32)  # what is summed up is rounded once
-        shape = (*parts[0].batch_shape, columns.stop - columns.start)
-        out = self.b_dec[columns].to(wide).expand(shape).clone()
-        for source, part in zip(self.sources, parts, strict=True):
-            first, end = max(source.writes.start, columns.start), min(source.writes.stop, columns.stop)
-            if first < end:
-                W_dec = source.W_dec[:, first - source.writes.start : end - source.writes.start]
-                mine = self._to_decode(part, source)
-                out[..., first - columns.start : end - columns.start] += functional.decode(
-                    mine, W_dec, result_dtype=wide, backend=backend
-                )
+        out = self._sums(codes, columns, backend) + self.b_dec[columns]
         if self.W_skip is not None:
-            if info is None or info.skipped is None or info.skipped.shape[:-1] != parts[0].batch_shape:
-                raise ValueError(f"info is needed because of skip, for the same {tuple(parts[0].batch_shape)} tokens "
-                                 "as codes: pass encode_with(x).info")  # fmt: skip
-            for weight, read, written in self.skips():
-                first, end = max(written.start, columns.start), min(written.stop, columns.stop)
-                if first < end:
-                    passed = functional.linear(info.skipped[..., read], weight.T, result_dtype=wide)
-                    out[..., first - columns.start : end - columns.start] += passed
+            tokens = codes.batch_shape if len(self.wiring) == 1 else codes.batch_shape[1:]
+            if info is None or info.skipped is None or info.skipped.shape[:-1] != tokens:
+                raise ValueError(f"info is needed because of skip, for the same {tuple(tokens)} tokens as codes: pass "
+                                 "encode_with(x).info")  # fmt: skip
+            for weight, read, written in self._skips():
+                if (at := _overlap(written, columns)) is not None:
+                    passed = functional.linear(info.skipped[..., read], weight.T, result_dtype=out.dtype)
+                    out[..., at[1]] += passed
         return out.to(dtype)
+
+    def _sums(self, codes: SparseCodes, columns: slice | None = None, backend: str = "auto") -> Tensor:
+        """(*batch_shape, columns) of decoder rows alone, without ``b_dec`` and ``W_skip``, in fp32 or wider."""
+        columns = slice(0, self.d_out) if columns is None else columns
+        parts = parts_of(codes, len(self.wiring))
+        wide = torch.promote_types(linear_dtype(codes.values, self.b_dec), torch.float32)
+        out = self.b_dec.new_zeros((*parts[0].batch_shape, columns.stop - columns.start), dtype=wide)
+        for source, part in zip(self.sources, parts, strict=True):
+            if (at := _overlap(source.writes, columns)) is not None:
+                mine, W_dec = self._to_decode(part, source), source.W_dec[:, at[0]]
+                out[..., at[1]] += functional.decode(mine, W_dec, result_dtype=wide, backend=backend)
+        return out
 
     def forward(self, x: Tensor, **context: Tensor) -> Tensor:
         """The reconstruction, its sites as those of ``x`` come. In training, rules with a threshold learn from it.
@@ -398,30 +399,22 @@ class Crosscoder(SparseAutoencoder):
             rows.append(nn.functional.pad(norms, (before, after)))
         return torch.stack(rows)
 
-    def norms_of(self, source: Source) -> Tensor:
-        """(d_sae,) decoder norms of a source as ``decoder_norm`` defines them, fp32 or wider; differentiable.
-
-        Raises:
-            IndexError: the source is another's.
-
-        Example:
-            >>> coder = Crosscoder([4, 6], [4, 6], 16, se.TopK(3), decoder_norm="sum")
-            >>> torch.equal(coder.norms_of(coder.sources[0]), coder.site_norms()[0].sum(1))
-            True
-        """
+    def _norms_of(self, source: Any) -> Tensor:
         W_dec = self.W_dec[source.number]
         if self.decoder_norm == "joint":
             return decoder_norms(W_dec)
         widths = [self.written_widths[t] for t in source.written_sites]
         return torch.stack([decoder_norms(part) for part in W_dec.split(widths, dim=1)], 1).sum(1)
 
-    def skips(self) -> list[tuple[Tensor, slice, slice]]:
-        """Each linear map past the latents: its weight (width written, width read), and the columns of both."""
+    def _skips(self) -> list[tuple[Tensor, slice, slice]]:
         if self.W_skip is None:
             return []
         sites = [range(t, t + 1) for t in range(len(self.read_widths))]
         return [(weight, columns_of(self.read_widths, site), columns_of(self.written_widths, site))
                 for weight, site in zip(self.W_skip, sites, strict=True)]  # fmt: skip
+
+    def _side_by_side(self, x: Tensor, *, of: str = "reads", name: str = "x") -> Tensor:
+        return self.flat(x, of=of, name=name)
 
     def _normalized(self, x: Tensor) -> tuple[Tensor, EncodeInfo]:
         x = self.flat(x)
@@ -435,7 +428,7 @@ class Crosscoder(SparseAutoencoder):
         """Codes of one source as its decoder multiplies them."""
         if not self.rescale_acts_by_decoder_norm:
             return codes
-        norms = self.norms_of(source)
+        norms = self._norms_of(source)
         values = codes.values / functional.at_latents(torch.where(norms == 0, 1.0, norms), codes)
         return codes.replace(values=values.to(codes.values.dtype))
 
@@ -473,15 +466,17 @@ def of_source(context: Any, source: Source) -> Any:
     return context[source.number] if several else context
 
 
+def _overlap(part: slice, whole: slice) -> tuple[slice, slice] | None:
+    """Where two ranges of columns overlap, counted from the start of each; None where they do not."""
+    first, end = max(part.start, whole.start), min(part.stop, whole.stop)
+    if first >= end:
+        return None
+    return slice(first - part.start, end - part.start), slice(first - whole.start, end - whole.start)
+
+
 def _uniform(rows: int, width: int, limit: float, options: dict[str, Any]) -> Tensor:
     """(rows, width) within ±limit, drawn in fp32 or wider."""
     wide = torch.promote_types(options["dtype"], torch.float32)
     drawn = torch.rand(rows, width, dtype=wide, device=options["device"])
     return ((2 * drawn - 1) * limit).to(options["dtype"])
 
-
-def _contiguous(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """``state_dict`` holds row-major copies of the encoders: safetensors takes no other layout."""
-    for name in [name for name in state if name.startswith(f"{prefix}W_enc.")]:
-        if not isinstance(state[name], nn.Parameter):  # keep_vars=True asks for the parameters themselves
-            state[name] = state[name].contiguous()

@@ -6,6 +6,7 @@ import torch
 from pair_loop import SITES, WIRINGS, B, D, F, batch, coder, dense_codes, forward
 
 import sae_engine as se
+from sae_engine import _slabs
 
 RULES = ("topk", "batch", "batches", "jumprelu", "relu", "mixed")
 # Sums over at most B F products of numbers near 1 in fp64.
@@ -102,8 +103,11 @@ def test_causal_both_ways():
     assert [bool(p.grad.any()) for p in made.W_dec] == [True, True, False]
 
 
-def test_slabs_keep_the_same_codes():
+@pytest.mark.parametrize("latents_at_least", [8, F], ids=["some latents", "some tokens"])
+def test_slabs_keep_the_same_codes(latents_at_least, monkeypatch):
     """Chunked or not; several sources, whose pre-activations are there one after the other."""
+    monkeypatch.setattr(_slabs, "LATENTS_AT_LEAST", latents_at_least)
+    monkeypatch.setattr(_slabs, "ALIGNMENT", 4)
     x, _ = batch()
     for rule in ("topk", "batch", "batches", "jumprelu"):
         made = coder("causal", rule)

@@ -10,7 +10,7 @@ import sae_engine as se
 from sae_engine import _slabs
 from sae_engine._slabs import rectangles, running_of, slab_shape
 from sae_engine.testing import assert_same
-from sae_engine.training.forward import Forward
+from sae_engine.training.forward import OfSource
 
 B, F, D = 14, 96, 8
 K = 5
@@ -211,15 +211,15 @@ def test_twenty_steps_have_the_bits_of_the_unchunked(name, monkeypatch):
     """Given the same pre-activations: a product of fewer latents may round otherwise."""
     monkeypatch.setattr(_slabs, "LATENTS_AT_LEAST", 16)
     monkeypatch.setattr(_slabs, "ALIGNMENT", 8)
-    of_part = Forward._pre_activations
+    of_part = OfSource._pre_activations
     shapes = []
 
     def of_whole(self, tokens, latents):
         shapes.append((tokens.stop - tokens.start, latents.stop - latents.start))
-        whole = of_part(self, slice(0, self.tokens), slice(0, self.sae.d_sae))
+        whole = of_part(self, slice(0, self.tokens), slice(0, self.source.d_sae))
         return whole[tokens, latents].clone()
 
-    monkeypatch.setattr(Forward, "_pre_activations", of_whole)
+    monkeypatch.setattr(OfSource, "_pre_activations", of_whole)
     results = []
     for elements in (B * F, B * 40, 5 * 24):
         torch.manual_seed(3)

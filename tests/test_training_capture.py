@@ -21,7 +21,7 @@ def test_a_loaded_state_is_written_where_a_captured_graph_looks():
 
     def places(sae, step):
         moments = [t for p in sae.parameters() for t in step.optimizer.state[p].values()]
-        return [step.optimizer.options["lr"], step.dead.since_fired, *moments, *step._copies.current()]
+        return [step.optimizer.options["lr"], step.dead.since_fired, *moments, *step._copies.current()[0]]
 
     batches = torch.randn(5, B, D)
     sae, step = build()
@@ -51,7 +51,7 @@ def test_copies_are_renewed_in_place_after_somebody_wrote_the_weights():
     with torch.no_grad():
         sae.W_dec.mul_(2)
     step.refresh()
-    assert step._copies.weights is held and torch.equal(held.decoder, sae.W_dec.bfloat16())
+    assert step._copies.weights is held and torch.equal(held[0].decoder, sae.W_dec.bfloat16())
 
 
 def test_a_warm_up_is_a_step_that_also_makes_the_auxiliary_selection():

@@ -122,11 +122,11 @@ def test_compute_dtype():
     assert all(p.dtype == torch.float32 for p in saes[1].parameters())
     error, exact = report["squared_error"], train_step(saes[0], lr=1e-2)(x)["squared_error"]
     assert abs(error - exact) < 2**-6 * exact  # a few roundings of 2⁻⁸
-    copies = step._copies.current()
+    (copies,) = step._copies.current()
     assert_same(tuple(copies), (saes[1].W_dec.detach().bfloat16(), saes[1].W_enc.detach().T.bfloat16()))
     with torch.no_grad():
         saes[1].W_dec.mul_(2)
-    assert torch.equal(step._copies.current().decoder, saes[1].W_dec.detach().bfloat16())
+    assert torch.equal(step._copies.current()[0].decoder, saes[1].W_dec.detach().bfloat16())
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ class AuxK(Loss):
     latent that has just revived.
 
     Args:
-        k: entries of each token, at most as many as are dead; default d_in // 2.
+        k: entries of each token, at most as many as are dead; default d_in // 2. With several sources, of each of
+            them, from its own dead latents; default half of what one reads on average, shared by all.
         coefficient: weight of the loss.
         relu: whether negative pre-activations count as 0.
         normalize: divide by the residual's squared distance from its batch mean.
@@ -86,7 +87,8 @@ class AuxK(Loss):
 
     def wanted(self, sae: SparseAutoencoder) -> int:
         """Entries of each token where enough latents are dead."""
-        return min(max(sae.d_in // 2, 1) if self.k is None else self.k, every_latent(sae))
+        read = sum(source.d_in for source in sae.sources)
+        return min(max(read // (2 * len(sae.sources) ** 2), 1) if self.k is None else self.k, every_latent(sae))
 
     def number_of_dead(self, rule: Activation, dead: Tensor) -> Tensor:
         """() on the device."""
@@ -161,6 +163,7 @@ class AuxZipf(AuxK):
     exponent: float = 1.0
     shift: float = 0.0
     name = "aux_zipf"
+    takes_sources = False
 
     @property
     def adds_over_shards(self) -> bool:  # type: ignore[override]
@@ -257,6 +260,7 @@ class AFA(Loss):
 
     coefficient: float = 1 / 32
     name = "afa"
+    takes_sources = False
 
     def __post_init__(self) -> None:
         self._settle(coefficient=check.positive("coefficient", self.coefficient))

@@ -12,6 +12,7 @@ from .. import _checks as check
 from .. import functional
 from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
+from ..crosscoder import Crosscoder
 from ..functional import EncodeInfo
 from ..rules.base import Activation
 
@@ -86,7 +87,10 @@ class LossInput:
 
     @property
     def decoder_norms(self) -> Tensor:
-        """(d_sae,) norms of the decoder's rows; 1 where codes hold values times norm already."""
+        """(d_sae,) norms of the decoder's rows; 1 where codes hold values times norm already.
+
+        Of a :class:`Crosscoder` with several sources (sources, d_sae), a number for each latent of each source.
+        """
         return self._once("decoder_norms", self._norms)
 
     def frozen_output(self) -> Tensor:
@@ -111,10 +115,13 @@ class LossInput:
         return self.codes.replace(values=values.to(self.codes.values.dtype))
 
     def _decode(self) -> Tensor:
+        if isinstance(self.sae, Crosscoder):
+            return self.sae._sums(self.codes).to(self.target.dtype)
         return functional.decode(self.codes_to_decode(self.sae.W_dec), self.sae.W_dec).to(self.target.dtype)
 
     def _norms(self) -> Tensor:
-        norms = self.sae.W_dec.to(self.target.dtype).norm(dim=1)
+        of_sources = [self.sae._norms_of(source).to(self.target.dtype) for source in self.sae.sources]
+        norms = of_sources[0] if len(of_sources) == 1 else torch.stack(of_sources)
         return torch.ones_like(norms) if self.sae.rescale_acts_by_decoder_norm else norms
 
     def _once(self, name: str, make) -> Tensor:
@@ -146,6 +153,8 @@ class Loss:
     name: str
     provides: ClassVar[frozenset[str]] = frozenset()  # which of a rule's needs (Activation.needs) it meets
     adds_over_shards: ClassVar[bool] = False
+    takes_sources: ClassVar[bool] = True  # whether it is defined for the codes of several sources
+    weighs_by_norms: ClassVar[bool] = False  # whether it reads decoder norms, which then get a gradient
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -328,6 +337,9 @@ def losses_for(sae: SparseAutoencoder, added: Sequence[Loss] | Loss = ()) -> tup
     for loss in others:
         if not isinstance(loss, Loss):
             raise TypeError(f"losses must hold objects such as AuxK() or L1(3.0), got {loss!r}")
+    for loss in others:
+        if len(sae.sources) > 1 and not loss.takes_sources:
+            raise ValueError(f"losses must be defined for several sources, which {type(loss).__name__} is not")
     rule, provided = sae.activation, frozenset().union(*(loss.provides for loss in others))
     first: tuple[Loss, ...] = (Reconstruction(),)
     if "nested" in provided:
@@ -351,10 +363,12 @@ def losses_for(sae: SparseAutoencoder, added: Sequence[Loss] | Loss = ()) -> tup
 
 def checked_target(sae: SparseAutoencoder, x: Tensor, target: Tensor | None) -> Tensor:
     """(B, d_out) of the target, or of ``x`` where there is none; constant for autograd."""
+    x = sae._side_by_side(x)
     if target is None:
         if sae.d_out != sae.d_in:
             raise ValueError(f"target is needed, (*batch_shape, {sae.d_out}): d_out differs from d_in")
         target = x
     check.floating("target", target)
+    target = sae._side_by_side(target, of="writes", name="target")
     check.shaped("target", target, (*x.shape[:-1], sae.d_out), x, why="d_out for each token of x")
     return check.matrix(target.detach())

@@ -28,6 +28,7 @@ def evaluate(
         losses: added to the reconstruction error, which :func:`losses_for` names.
         target: ``(*batch_shape, d_out)``; default ``x``.
         dead: ``(d_sae,)`` bool, latents that count as dead for :class:`AuxK`; default none. The host reads how many.
+            Of several sources ``(sources, d_sae)``.
         context: as in :meth:`SparseAutoencoder.encode`.
 
     Returns:
@@ -46,13 +47,15 @@ def evaluate(
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
     taken = losses_for(sae, losses)
     check.floating("x", x)
+    x = sae._side_by_side(x)
     target = checked_target(sae, x, target)
     target = target.to(torch.promote_types(target.dtype, torch.float32))
-    number_dead = 0
+    number_dead, sources = 0, len(sae.sources)
+    shape = (sae.d_sae,) if sources == 1 else (sources, sae.d_sae)
     if dead is None:
-        dead = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
+        dead = torch.zeros(shape, dtype=torch.bool, device=sae.b_dec.device)
     else:
-        check.shaped("dead", dead, (sae.d_sae,), sae.W_dec, why="one per latent")
+        check.shaped("dead", dead, shape, sae.b_dec, why="one per latent")
         number_dead = int(dead.sum())
     rules: list[Activation] = [sae.activation]
     rule_of = {}

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional
+from .._sources import numbered
 from ..codes import SparseCodes
 from ..rules import JumpReLU
 from .formulas import auxk, squared_error
@@ -56,7 +57,8 @@ def target_l0(codes: SparseCodes, rule: JumpReLU, target: float) -> Tensor:
 def l1(codes: SparseCodes, *, weight_norm: Tensor | None = None) -> Tensor:
     """``sum over entries of |value| * weight_norm``, mean over tokens, in fp32 or wider.
 
-    Differentiable in the values and in ``weight_norm`` (F,), the norms of the decoder rows; None is 1.
+    Differentiable in the values and in ``weight_norm``, the norms of the decoder rows: (F,), or (sources, F) for codes
+    (sources, *batch_shape, F) of a :class:`Crosscoder`, whose tokens each stand in a row of every source. None is 1.
 
     Raises:
         TypeError: an argument is not floating-point, or of the wrong kind; names it.
@@ -69,16 +71,15 @@ def l1(codes: SparseCodes, *, weight_norm: Tensor | None = None) -> Tensor:
     """
     values = codes.values.to(torch.promote_types(codes.values.dtype, torch.float32))
     values = torch.where(values < 0, -values, values)  # slope 1 at a stored 0, by which a threshold learns; abs has 0
-    if weight_norm is not None:
-        values = values * functional.at_latents(weight_norm, codes)
-    return values.sum() / max(codes.rows, 1)
+    values, tokens = _weighed(values, codes, weight_norm)
+    return values.sum() / tokens
 
 
 def tanh_l0(codes: SparseCodes, *, scale: float = 4.0, weight_norm: Tensor | None = None) -> Tensor:
     """``sum over entries of tanh(scale * value * weight_norm)``, mean over tokens: a smooth L0 for JumpReLU.
 
-    Differentiable in the values (and through them in a threshold) and in ``weight_norm`` (F,), the norms of the decoder
-    rows; None is 1. SAELens' tanh mode, after Anthropic's update of January 2025.
+    Differentiable in the values (and through them in a threshold) and in ``weight_norm``, the norms of the decoder
+    rows, as in :func:`l1`. SAELens' tanh mode, after Anthropic's update of January 2025.
 
     Raises:
         TypeError: an argument is not floating-point, or of the wrong kind; names it.
@@ -91,9 +92,21 @@ def tanh_l0(codes: SparseCodes, *, scale: float = 4.0, weight_norm: Tensor | Non
     """
     scale = check.positive("scale", scale)
     values = codes.values.to(torch.promote_types(codes.values.dtype, torch.float32))
-    if weight_norm is not None:
-        values = values * functional.at_latents(weight_norm, codes)
-    return torch.tanh(scale * values).sum() / max(codes.rows, 1)
+    values, tokens = _weighed(values, codes, weight_norm)
+    return torch.tanh(scale * values).sum() / tokens
+
+
+def _weighed(values: Tensor, codes: SparseCodes, weight_norm: Tensor | None) -> tuple[Tensor, int]:
+    """``values`` (N,) times the norms of their decoder rows, and the number of tokens, at least 1."""
+    if weight_norm is None:
+        return values, max(codes.rows, 1)
+    check.floating("weight_norm", weight_norm)
+    if weight_norm.dim() == 1:
+        return values * functional.at_latents(weight_norm, codes), max(codes.rows, 1)
+    shape = codes.shape[:1] + codes.shape[-1:]
+    check.shaped("weight_norm", weight_norm, shape, codes.values, why="one for each latent of each source")
+    at = functional.at_latents(weight_norm.flatten(), numbered(codes, shape[0]))
+    return values * at, max(codes.rows // shape[0], 1)
 
 
 def gated(

@@ -33,6 +33,7 @@ class L1(Loss):
     name = "l1"
     adds_over_shards = True
     provides = frozenset({"sparsity"})
+    weighs_by_norms = True
 
     def __post_init__(self) -> None:
         self._settle(coefficient=check.from_zero("coefficient", self.coefficient))
@@ -100,6 +101,7 @@ class TanhL0(Loss):
     name = "tanh_l0"
     adds_over_shards = True
     provides = frozenset({"sparsity"})
+    weighs_by_norms = True
 
     def __post_init__(self) -> None:
         self._settle(coefficient=check.from_zero("coefficient", self.coefficient))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,11 @@ from sae_kernels.stock.densified import is_dense
 
 from ..codes import ByLatent, SparseCodes
 from ..losses import Pull
-from .forward import Forward, Kept
+from .forward import Forward, Kept, Part
 
 
-class Backward(NamedTuple):
-    """Everything that the gradients follow from, not yet summed over the latents.
+class SourceBackward(NamedTuple):
+    """Everything that the gradients of one source's weights follow from, not yet summed over the latents.
 
     Where a loss reconstructs from nested prefixes, the codes of a token lie in ``repeats`` rows, one for each range of
     latents between two widths, because the gradient at the decoder differs from range to range.
@@ -31,58 +32,100 @@ class Backward(NamedTuple):
     repeats: int
     along: Tensor | None  # (F,): adds along[f] * W_dec[f] to the decoder's gradient
     dense: list[Tensor]  # (B, F) gradients at the pre-activations of rules whose gradient is dense
+
+
+class Backward(NamedTuple):
+    """What the gradients of all parameters follow from."""
+
+    sources: list[SourceBackward]
     small: dict[Tensor, Tensor]  # of b_dec (but for its part through the encoder), W_skip and the rules
+
+    @property
+    def dense(self) -> list[Tensor]:
+        return [gradient for source in self.sources for gradient in source.dense]
 
 
 def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
-    sae, wide, x = forward.sae, forward.wide, forward.encoded
-    repeats = max((runs.batch_shape[-1] for runs in forward.runs.values()), default=1)
-    terms: tuple[list, ...] = tuple([] for _ in range(NUMBER_OF_LISTS))
-    result = Backward(terms, x if repeats == 1 else x.repeat_interleave(repeats, 0), repeats, None, [], {})
-    along = None
+    small: dict[Tensor, Tensor] = {}
+    pulled = []
     for number, kept in enumerate(forward.kept):
         mine = [pull for pull in pulls if pull.number == number]
         if not mine:
             continue
         for pull in mine:
             for parameter, gradient in (pull.parameters or {}).items():
-                _add(result.small, parameter, gradient)
-        codes = _in_rows(kept.codes, forward.runs.get(number), repeats)
-        at_decoder = _at_decoder(forward, mine, result.small)
+                _add(small, parameter, gradient)
+        at_decoder = _at_decoder(forward, mine, small)
+        at_values, at_norms = (_total(getattr(pull, name) for pull in mine) for name in ("values", "norms"))
+        reaches_norms = at_norms is not None or (at_values is not None and forward.sources[0].norms is not None)
+        if reaches_norms and getattr(forward.sae, "decoder_norm", "joint") != "joint":
+            raise ValueError("decoder_norm must be 'joint' with a loss whose gradient reaches the norms, got 'sum'")
+        pulled.append(Pulled(number, at_decoder, _of_sources(kept, at_values), at_norms))
+    return Backward([_of_source(forward, number, pulled, small) for number in range(len(forward.sources))], small)
+
+
+class Pulled(NamedTuple):
+    """The gradients at the codes of one number, from all losses."""
+
+    number: int
+    at_decoder: Tensor | None  # (B, d_out), or (B, repeats, d_out)
+    at_values: Sequence[Tensor | None]  # of each source (N,)
+    at_norms: Tensor | None  # (F,), of several sources (sources, F)
+
+
+def _of_sources(kept: Kept, at_values: Tensor | None) -> Sequence[Tensor | None]:
+    if at_values is None or len(kept.parts) == 1:
+        return [at_values] * len(kept.parts)
+    return at_values.split([part.codes.values.shape[0] for part in kept.parts])
+
+
+def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[Tensor, Tensor]) -> SourceBackward:
+    """What the gradients of source ``s`` follow from; those of its rule's parameters are added to ``small``."""
+    mine, wide, several = forward.sources[s], forward.wide, len(forward.sources) > 1
+    repeats = max((runs.batch_shape[-1] for runs in forward.runs.values()), default=1)
+    terms: tuple[list, ...] = tuple([] for _ in range(NUMBER_OF_LISTS))
+    x = mine.encoded if repeats == 1 else mine.encoded.repeat_interleave(repeats, 0)
+    result, along = SourceBackward(terms, x, repeats, None, []), None
+    for number, at_decoder, of_values, at_norms in pulled:
+        part, at_values = forward.kept[number].parts[s], of_values[s]
+        codes = _in_rows(part.codes, forward.runs.get(number), repeats)
         reached = at_decoder is not None
         if at_decoder is None:
-            at_decoder = torch.zeros_like(forward.given, dtype=wide)
-        grad = _of_rows(forward.of_all_ranks(at_decoder.to(forward.dtype), "gradient"), repeats)
-        at_values, at_norms = (_total(getattr(pull, name) for pull in mine) for name in ("values", "norms"))
+            grad = forward.given.new_zeros(codes.rows, mine.source.d_out, dtype=forward.dtype)
+        else:
+            own = at_decoder[..., mine.source.writes].to(forward.dtype)
+            grad = _of_rows(forward.of_all_ranks(own, "gradient"), repeats)
         if at_norms is not None:  # the slope of a row's norm is its direction
-            norms = sae.W_dec.to(wide).norm(dim=1)
-            along = _total([along, at_norms / torch.where(norms == 0, 1.0, norms)])
-        if kept.rule.has_gate:
+            norms = mine.source.W_dec.to(wide).norm(dim=1)
+            slopes = at_norms[s] if several else at_norms
+            along = _total([along, slopes / torch.where(norms == 0, 1.0, norms)])
+        if part.rule.has_gate:
             offered = at_values
-            if at_values is not None and forward.norms is not None:
-                offered = at_values * forward.norms_at(kept.codes)
-                along = _total([along, _by_latent(at_values * kept.values, kept, forward) / forward.divisors])
-            _append(terms, term_of(codes, kept.values, grad, offered, GATED))
+            if at_values is not None and mine.norms is not None:
+                offered = at_values * mine.norms_at(part.codes)
+                along = _total([along, _by_latent(at_values * part.values, part, forward) / mine.divisors])
+            _append(terms, term_of(codes, part.values, grad, offered, GATED))
             continue
-        decoder, values = forward.weights.decoder, kept.values.to(wide)
+        decoder, values = mine.weights.decoder, part.values.to(wide)
         inner = values * 0
         if reached:
             inner = ops.decode_backward_values(
                 grad, values, codes.indices, codes.offsets, decoder, forward.backend
             )
-        at_codes = inner if forward.norms is None else inner / forward.norms_at(kept.codes)
+        at_codes = inner if mine.norms is None else inner / mine.norms_at(part.codes)
         at_codes = at_codes if at_values is None else at_codes + at_values
-        at_pre, parameters = _through_rule(kept, at_codes, forward.backend)
+        at_pre, parameters = _through_rule(part, at_codes, forward.backend)
         for parameter, gradient in parameters.items():
-            _add(result.small, parameter, gradient)
-        if kept.rule.entry_values is None:
-            result.dense.append(at_pre if forward.norms is None else at_pre * forward.norms)
+            _add(small, parameter, gradient)
+        if part.rule.entry_values is None:
+            result.dense.append(at_pre if mine.norms is None else at_pre * mine.norms)
             offered = torch.zeros_like(inner)
         else:
-            offered = at_pre.to(wide) if forward.norms is None else at_pre.to(wide) * forward.norms_at(kept.codes)
-        _append(terms, term_of(codes, kept.values, grad, offered, GIVEN))
-        if forward.norms is not None:
-            along = _total([along, _norm_slopes(kept, forward, at_pre, inner) / forward.divisors])
+            offered = at_pre.to(wide) if mine.norms is None else at_pre.to(wide) * mine.norms_at(part.codes)
+        _append(terms, term_of(codes, part.values, grad, offered, GIVEN))
+        if mine.norms is not None:
+            slopes = _norm_slopes(part, forward, at_pre, inner, mine.divisors)
+            along = _total([along, slopes / mine.divisors])
     return result._replace(along=along)
 
 
@@ -140,8 +183,9 @@ def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]
     whole = _total([*flat, *(output.sum(1) for output in nested)])
     if whole is None:
         return decoded
-    if sae.W_skip is not None and info.skipped is not None:
-        _add(small, sae.W_skip, whole.T @ info.skipped.to(whole.dtype))
+    if info.skipped is not None:
+        for weight, read, written in sae._skips():
+            _add(small, weight, whole[:, written].T @ info.skipped[:, read].to(whole.dtype))
     if info.std is not None:
         whole, flat = whole * info.std, [output * info.std for output in flat]
     _add(small, sae.b_dec, whole.sum(0))
@@ -154,37 +198,37 @@ def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]
     return runs if decoded is None else runs + decoded[:, None]
 
 
-def _by_latent(entries: Tensor, kept: Kept, forward: Forward) -> Tensor:
+def _by_latent(entries: Tensor, part: Part, forward: Forward) -> Tensor:
     """(F,) sums of ``entries`` (N,) in a fixed order."""
-    ones = entries.new_ones(kept.codes.rows, 1, dtype=forward.wide)
+    ones = entries.new_ones(part.codes.rows, 1, dtype=forward.wide)
     sums = ops.decode_backward_weight(
-        ones, entries.to(forward.wide), *kept.codes.by_latent, forward.wide, forward.backend
+        ones, entries.to(forward.wide), *part.codes.by_latent, forward.wide, forward.backend
     )
     return sums[:, 0]
 
 
-def _norm_slopes(kept: Kept, forward: Forward, at_pre: Tensor, inner: Tensor) -> Tensor:
+def _norm_slopes(part: Part, forward: Forward, at_pre: Tensor, inner: Tensor, divisors: Tensor) -> Tensor:
     """(F,) gradient of the decoder norms: up through what the rule sees, down through what the decoder divides out."""
-    if kept.entries is not None:
-        seen = _by_latent(at_pre.to(forward.wide) * kept.entries, kept, forward)
+    if part.entries is not None:
+        seen = _by_latent(at_pre.to(forward.wide) * part.entries, part, forward)
     else:
-        assert kept.pre is not None
-        seen = (at_pre.to(forward.wide) * kept.pre).sum(0)
-    return (seen - _by_latent(inner * kept.values, kept, forward)) / forward.divisors
+        assert part.pre is not None
+        seen = (at_pre.to(forward.wide) * part.pre).sum(0)
+    return (seen - _by_latent(inner * part.values, part, forward)) / divisors
 
 
-def _through_rule(kept: Kept, at_codes: Tensor, backend: str) -> tuple[Tensor, dict[Tensor, Tensor]]:
+def _through_rule(part: Part, at_codes: Tensor, backend: str) -> tuple[Tensor, dict[Tensor, Tensor]]:
     """Gradients at the pre-activations, of the entries or (B, F), and of the rule's own parameters."""
-    rule = kept.rule
-    seen = kept.pre if rule.entry_values is None else kept.entries
+    rule = part.rule
+    seen = part.pre if rule.entry_values is None else part.entries
     assert seen is not None
     seen = seen.detach().requires_grad_()
     learned = [p for p in rule.learned_parameters() if p.requires_grad]
     with torch.enable_grad():
         if rule.entry_values is None:
-            values = rule.select(seen, backend=backend, **kept.context).values
+            values = rule.select(seen, backend=backend, **part.context).values
         else:
-            values = rule.entry_values(seen, kept.codes, **kept.context)
+            values = rule.entry_values(seen, part.codes, **part.context)
     grads = torch.autograd.grad(values, [seen, *learned], at_codes.to(values.dtype), allow_unused=True)
     at_pre = torch.zeros_like(seen) if grads[0] is None else grads[0]
     return at_pre, {p: g for p, g in zip(learned, grads[1:], strict=True) if g is not None}
@@ -212,13 +256,14 @@ class Finite:
         A gradient is a sum of products of slopes with inputs or values, and so at most the product of their norms.
         Where that has a finite square, which is what Adam keeps, an update writes nothing that is not finite.
         """
-        grads, values, offered, _, offsets, *_ = pending.terms
+        by_kind = zip(*(source.terms for source in pending.sources), strict=True)
+        grads, values, offered, _, offsets, *_ = ([*chain.from_iterable(lists)] for lists in by_kind)
         if has_capacity:  # what lies behind the last row is nobody's
             values, offered = ([_owned(t, ends) for t, ends in zip(ts, offsets, strict=True)]
                                for ts in (values, offered))  # fmt: skip
         slopes = [*grads, *offered, *pending.dense, *pending.small.values()]
-        slopes += [] if pending.along is None else [pending.along]
-        multiplied = [pending.x, *values]
+        slopes += [source.along for source in pending.sources if source.along is not None]
+        multiplied = [*(source.x for source in pending.sources), *values]
         numbers = torch.stack([loss, *torch._foreach_norm([*slopes, *multiplied], 2, dtype=loss.dtype)])
         if not numbers.is_cpu:
             return _is_too_large(numbers, len(slopes))

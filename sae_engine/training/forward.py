@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +15,16 @@ from sae_kernels.stock.linear import linear
 
 from .. import _checks as check
 from .. import functional
-from .._running import as_tensor
+from .._running import Running, as_tensor
 from .._slabs import rectangles, running_of, widest
+from .._sources import below_one_another, parts_of, running_over
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..distributed.passes import of_mesh
 from ..distributed.shards import Shards
 from ..functional import EncodeInfo
 from ..rules.base import Activation
+from ..rules.per_source import PerSource, chooses_alone
 
 UNTRANSPOSED = (None, None, None)  # no gradient is asked of these sums
 
@@ -124,15 +126,133 @@ class Weights(NamedTuple):
 
 
 @dataclass
+class Part:
+    """What one rule kept of one source's latents."""
+
+    rule: Activation
+    context: dict[str, Tensor]
+    codes: SparseCodes  # (B,)
+    values: Tensor  # (N,) what the decoder multiplies: codes.values, with decoder norms divided out
+    entries: Tensor | None  # (N,) pre-activations that the rule saw, where its values have a derivative of their own
+    pre: Tensor | None  # (B, F) of them, where the rule's gradient is dense
+
+
+Found = tuple[SparseCodes, Tensor | None, Tensor | None]  # codes, entries and pre of a Part
+
+
+@dataclass
+class OfSource:
+    """A source of the autoencoder and what a batch needs of it."""
+
+    source: Any  # a SparseAutoencoder, or a Source of a Crosscoder
+    weights: Weights
+    norms: Tensor | None  # (F,) of the decoder's rows, where rules see pre-activations times norms
+    encoded: Tensor  # (B, d_in) what the encoder multiplies, in the dtype of the computation
+    buffer: PreActivations
+    backend: str
+    is_only: bool  # whether nobody else writes to the buffer
+
+    @property
+    def tokens(self) -> int:
+        return self.encoded.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoded.dtype
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of sums: fp32, or fp64 where the computation is."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def selected(
+        self, rules: Sequence[Activation], contexts: list[dict[str, Any]], shared: Sequence[Running], first: int,
+        elements: int | None,
+    ) -> list[Found]:  # fmt: skip
+        """What each of ``rules`` keeps, from pre-activations of which ``elements`` exist at a time; None: all.
+
+        ``shared`` choose among all sources: they see this one's pre-activations as rows ``first`` and following.
+        """
+        wanted = [wants_entries(rule) for rule in rules]
+        if elements is None:
+            return list(self._at_once(rules, contexts, wanted, shared, first))
+        return list(self._in_slabs(rules, contexts, wanted, shared, first, elements))
+
+    def _at_once(self, rules, contexts, wanted, shared, first: int) -> Iterator[Found]:
+        pre = self._pre_activations(slice(0, self.tokens), slice(0, self.source.d_sae))
+        for rule, context, wants in zip(rules, contexts, wanted, strict=True):
+            context.update({name: as_tensor(t) for name, t in context.items()})
+            with torch.enable_grad():  # a rule that learns from what it keeps stores more then
+                codes = rule.select(pre, backend=self.backend, **context).detach()
+            entries = ops.gather(pre, codes.indices, codes.offsets, self.backend) if wants else None
+            kept = None if rule.entry_values is not None else pre if self.is_only else pre.clone()
+            yield codes, entries, kept
+        for running in shared:
+            with torch.enable_grad():
+                running.add(pre, slice(first, first + self.tokens), slice(0, self.source.d_sae))
+
+    def _in_slabs(self, rules, contexts, wanted, shared, first: int, elements: int) -> Iterator[Found]:
+        """The same of rules whose gradient is sparse."""
+        d_sae = self.source.d_sae
+        with torch.enable_grad():  # as above
+            running, shape = running_of(
+                rules, contexts, self.tokens, d_sae, elements, self.backend, dense_gradient=True
+            )
+        for of_rule, wants in zip(running, wanted, strict=True):
+            of_rule.wants_entries = wants
+        for tokens, latents in rectangles(self.tokens, d_sae, shape):
+            pre = self._pre_activations(tokens, latents)
+            with torch.enable_grad():
+                for of_rule in running:
+                    of_rule.add(pre, tokens, latents)
+                for of_rule in shared:
+                    of_rule.add(pre, slice(first + tokens.start, first + tokens.stop), latents)
+            del pre  # before the next one is made
+        for of_rule in running:
+            codes, entries = of_rule.finish()
+            yield codes.detach(), entries, None
+
+    def part(self, rule: Activation, context: dict[str, Any], found: Found) -> Part:
+        codes, entries, pre = found
+        values = codes.values
+        if self.norms is not None:
+            values = (values / self.norms_at(codes)).to(values.dtype)
+        return Part(rule, context, codes, values, entries, pre)
+
+    def _pre_activations(self, tokens: slice, latents: slice) -> Tensor:
+        """(tokens, latents) that the rules see, in the dtype of the computation."""
+        bias, weight = self.source._encoder_bias, self.weights.encoder[latents].to(self.dtype).T
+        pre = self.buffer.product(self.encoded[tokens], weight, None if bias is None else bias[latents])
+        return pre if self.norms is None else pre.mul_(self.norms[latents])
+
+    @functools.cached_property
+    def divisors(self) -> Tensor:
+        """The norms, or 1 where they are 0: such a row decodes to 0, whatever it is divided by."""
+        assert self.norms is not None
+        return torch.where(self.norms == 0, 1.0, self.norms)
+
+    def norms_at(self, codes: SparseCodes) -> Tensor:
+        """(N,) divisors, read at the codes."""
+        return functional.at_latents(self.divisors, codes)
+
+    def sums(self, codes: SparseCodes, values: Tensor) -> Tensor:
+        """(rows, d_out) of decoder rows times ``values`` (N,), in fp32 or wider."""
+        decoder, backend = self.weights.decoder, self.backend
+        return ops.decode(values, codes.indices, codes.offsets, decoder, None, self.wide, *UNTRANSPOSED, backend)
+
+
+def wants_entries(rule: Activation) -> bool:
+    """Whether the pre-activations at a rule's codes are asked for beside their values."""
+    return rule.entry_values is not None and not rule.has_gate
+
+
+@dataclass
 class Kept:
     """What one rule kept of the batch."""
 
     rule: Activation
-    context: dict[str, Tensor]
-    codes: SparseCodes
-    values: Tensor  # (N,) what the decoder multiplies: codes.values, with decoder norms divided out
-    entries: Tensor | None  # (N,) pre-activations that the rule saw, where its values have a derivative of their own
-    pre: Tensor | None  # (B, F) of them, where the rule's gradient is dense
+    codes: SparseCodes  # of all sources
+    parts: list[Part]  # of each source
 
 
 @dataclass
@@ -140,35 +260,45 @@ class Forward:
     """A batch on its way through the autoencoder. Objectives read it."""
 
     sae: SparseAutoencoder
-    weights: Weights
-    dtype: torch.dtype  # of the computation: products, codes, and what is gathered for sums
-    norms: Tensor | None  # (F,) of the decoder's rows, where rules see pre-activations times norms
+    sources: list[OfSource]
     x: Tensor  # (B, d_in) as the encoder sees it, before b_dec
     given: Tensor  # (B, d_out) to be reconstructed, as it came
     info: EncodeInfo
     counters: DeadLatents
-    buffer: PreActivations
     backend: str
     shards: Shards | None = None  # of whose latents these are one; ``x`` and ``given`` are then one rank's tokens
     kept: list[Kept] = field(default_factory=list)
     runs: dict[int, SparseCodes] = field(default_factory=dict)  # (B, widths): codes cut at nested prefixes' widths
     _residuals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, sae: SparseAutoencoder, weights: Sequence[Weights], x: Tensor, given: Tensor, info: EncodeInfo, *,
+        dtype: torch.dtype, counters: DeadLatents, buffer: PreActivations, backend: str, shards: Shards | None = None,
+    ) -> Forward:  # fmt: skip
+        """Of a batch ``x`` (B, d_in); ``dtype`` is that of products, codes, and what is gathered for sums."""
+        seen = (x - sae.b_dec if sae.apply_b_dec_to_input else x).to(dtype)
+        seen = seen if shards is None else shards.gather_rows(seen, "x")
+        sources = sae.sources
+        return cls(
+            sae,
+            [OfSource(
+                source, of_source, sae._norms_of(source) if sae.rescale_acts_by_decoder_norm else None,
+                seen[:, source.reads], buffer, backend, is_only=len(sources) == 1,
+            ) for source, of_source in zip(sources, weights, strict=True)],
+            x, given, info, counters, backend, shards,
+        )  # fmt: skip
+
     @functools.cached_property
     def dead(self) -> Tensor:
-        """(F,) bool, as before this batch."""
-        return self.counters.mask
+        """(F,) bool, as before this batch; of several sources (sources, F)."""
+        mask = self.counters.mask
+        return mask if len(self.sources) == 1 else mask.view(len(self.sources), -1)
 
     @functools.cached_property
     def target(self) -> Tensor:
         """(B, d_out) in fp32 or wider. The error alone does without it."""
         return self.given.to(self.wide)
-
-    @functools.cached_property
-    def encoded(self) -> Tensor:
-        """(B, d_in) what the encoder multiplies, in the dtype of the computation."""
-        x = self.x - self.sae.b_dec if self.sae.apply_b_dec_to_input else self.x
-        return self.of_all_ranks(x.to(self.dtype), "x")
 
     @property
     def tokens(self) -> int:
@@ -195,6 +325,10 @@ class Forward:
         return (rows.to(self.wide) - mean).square_().sum()
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.sources[0].dtype
+
+    @property
     def wide(self) -> torch.dtype:
         """The dtype of sums: fp32, or fp64 where the computation is."""
         return torch.promote_types(self.dtype, torch.float32)
@@ -206,90 +340,72 @@ class Forward:
             given = {name: of_mesh(self.shards, name, t) for name, t in given.items()}
         if any("dead_mask" in rule.context_keys for rule in rules):
             given.setdefault("dead_mask", self.dead)
-        contexts = [{name: given[name] for name in rule.context_keys & given.keys()} for rule in rules]
         for name in context.keys() - frozenset().union(*(rule.context_keys for rule in rules)):
             raise TypeError(f"no rule of this step takes {name}")
-        elements = memory_budget // self.dtype.itemsize
-        wants_entries = [rule.entry_values is not None and not rule.has_gate for rule in rules]
-        if self.tokens * widest(rules, self.sae.d_sae) <= elements:
-            contexts = [{name: as_tensor(t) for name, t in of_rule.items()} for of_rule in contexts]
-            found = self._selected(rules, contexts, wants_entries)
-        else:
-            found = self._selected_in_slabs(rules, contexts, wants_entries, elements)
-        for rule, of_rule, (codes, entries, pre) in zip(rules, contexts, found, strict=True):
-            values = codes.values
-            if self.norms is not None:
-                values = (values / self.norms_at(codes)).to(values.dtype)
-            self.kept.append(Kept(rule, of_rule, codes, values, entries, pre))
-
-    def _selected(self, rules: Sequence[Activation], contexts: list[dict[str, Any]], wants_entries: list[bool]):
-        """Codes, entries where they are wanted, and pre-activations where the rule's gradient is dense."""
-        pre = self._pre_activations(slice(0, self.tokens), slice(0, self.sae.d_sae))
-        for rule, context, wanted in zip(rules, contexts, wants_entries, strict=True):
-            with torch.enable_grad():  # a rule that learns from what it keeps stores more then
-                codes = rule.select(pre, backend=self.backend, **context).detach()
-            entries = ops.gather(pre, codes.indices, codes.offsets, self.backend) if wanted else None
-            yield codes, entries, pre if rule.entry_values is None else None
-
-    def _selected_in_slabs(
-        self, rules: Sequence[Activation], contexts: list[dict[str, Any]], wants_entries: list[bool], elements: int
-    ):
-        """The same of rules whose gradient is sparse, from slabs of ``elements``."""
-        d_sae = self.sae.d_sae
-        with torch.enable_grad():  # as above
-            running, shape = running_of(
-                rules, contexts, self.tokens, d_sae, elements, self.backend, dense_gradient=True
-            )
-        for of_rule, wanted in zip(running, wants_entries, strict=True):
-            of_rule.wants_entries = wanted
-        for part in rectangles(self.tokens, d_sae, shape):
-            pre = self._pre_activations(*part)
-            with torch.enable_grad():
-                for of_rule in running:
-                    of_rule.add(pre, *part)
-            del pre  # before the next one is made
-        for of_rule in running:
-            codes, entries = of_rule.finish()
-            yield codes.detach(), entries, None
-
-    def _pre_activations(self, tokens: slice, latents: slice) -> Tensor:
-        """(tokens, latents) that the rules see, in the dtype of the computation."""
-        bias, weight = self.sae._encoder_bias, self.weights.encoder[latents].to(self.dtype).T
-        pre = self.buffer.product(self.encoded[tokens], weight, None if bias is None else bias[latents])
-        return pre if self.norms is None else pre.mul_(self.norms[latents])
-
-    @property
-    def divisors(self) -> Tensor:
-        """The norms, or 1 where they are 0: such a row decodes to 0, whatever it is divided by."""
-        assert self.norms is not None
-        return torch.where(self.norms == 0, 1.0, self.norms)
-
-    def norms_at(self, codes: SparseCodes) -> Tensor:
-        """(N,) divisors, read at the codes."""
-        return functional.at_latents(self.divisors, codes)
+        several, room = len(self.sources), memory_budget // self.dtype.itemsize
+        latents = self.sae.d_sae if self.shards is None else widest(rules, self.sae.d_sae)
+        elements = None if self.tokens * latents <= room else room
+        alone = [several == 1 or chooses_alone(rule, several) for rule in rules]
+        shared = []
+        for rule, mine in zip(rules, alone, strict=True):
+            if not mine:
+                shared.append(running_over(rule, several * self.tokens, self.sae.d_sae, self.backend))
+                shared[-1].wants_entries = wants_entries(rule)
+        parts: list[list[Part]] = [[] for _ in rules]
+        for number, source in enumerate(self.sources):
+            own = [(rule[number] if isinstance(rule, PerSource) else rule, of_rule)
+                   for rule, of_rule, mine in zip(rules, parts, alone, strict=True) if mine]  # fmt: skip
+            contexts = [
+                {name: given[name] if several == 1 else given[name][number]
+                 for name in rule.context_keys & given.keys()}
+                for rule, _ in own
+            ]  # fmt: skip
+            found = source.selected([rule for rule, _ in own], contexts, shared, number * self.tokens, elements)
+            for (rule, of_rule), of_context, kept in zip(own, contexts, found, strict=True):
+                of_rule.append(source.part(rule, of_context, kept))
+        finished = iter(shared)
+        for rule, mine, of_rule in zip(rules, alone, parts, strict=True):
+            if mine:
+                codes = of_rule[0].codes if several == 1 else below_one_another([part.codes for part in of_rule])
+            else:
+                codes, entries = next(finished).finish()
+                codes = replace(codes.detach(), batch_shape=(several, self.tokens))
+                divided = parts_of(codes, several)
+                sizes = [part.values.shape[0] for part in divided]
+                at = [None] * several if entries is None else entries.split(sizes)
+                for source, part, mine in zip(self.sources, divided, at, strict=True):
+                    of_rule.append(source.part(rule, {}, (part, mine, None)))
+            self.kept.append(Kept(rule, codes, of_rule))
 
     def decode(self, number: int) -> Tensor:
         """(B, d_out) weighted sums of decoder rows, for the codes of that number, in fp32 or wider; no b_dec."""
-        kept = self.kept[number]
-        return self._over_ranks(self._sums(kept.codes, kept.values))
+        parts = self.kept[number].parts
+        if len(parts) == 1:
+            return self._over_ranks(self.sources[0].sums(parts[0].codes, parts[0].values))
+        return self._add_sums(self.x.new_zeros(self.tokens, self.sae.d_out, dtype=self.wide), parts)
 
-    def _sums(self, codes: SparseCodes, values: Tensor) -> Tensor:
-        """(rows, d_out) of decoder rows times ``values`` (N,), in fp32 or wider."""
-        decoder, backend = self.weights.decoder, self.backend
-        return ops.decode(values, codes.indices, codes.offsets, decoder, None, self.wide, *UNTRANSPOSED, backend)
+    def _add_sums(self, out: Tensor, parts: Sequence[Part]) -> Tensor:
+        """``out`` (B, d_out), to which each source adds what its decoder makes of its codes."""
+        for source, part in zip(self.sources, parts, strict=True):
+            out[:, source.source.writes] += source.sums(part.codes, part.values)
+        return out
 
     def residual(self, number: int) -> tuple[Tensor, Tensor]:
         """(B, d_out) the autoencoder's output for those codes minus the target; its squared norm (B,). Once."""
         if number not in self._residuals:
-            kept, info = self.kept[number], self.info
-            skips = self.sae.W_skip is not None and info.skipped is not None
-            if info.std is None and info.mean is None and not skips and self.shards is None:
+            parts, info = self.kept[number].parts, self.info
+            is_plain = info.std is None and info.mean is None and info.skipped is None
+            if is_plain and len(parts) == 1 and self.shards is None:
+                codes, values = parts[0].codes, parts[0].values
                 self._residuals[number] = ops.decode_error(
-                    kept.values, kept.codes.indices, kept.codes.offsets, self.weights.decoder, self.sae.b_dec,
-                    self.given, self.wide, self.backend,
+                    values, codes.indices, codes.offsets, self.sources[0].weights.decoder, self.sae.b_dec, self.given,
+                    self.wide, self.backend,
                 )  # fmt: skip
             else:
-                residual = self._output(number).sub_(self.target)
+                if is_plain and len(parts) > 1:
+                    residual = self._add_sums(self.sae.b_dec.to(self.wide) - self.given, parts)
+                else:
+                    residual = self._output(number).sub_(self.target)
                 self._residuals[number] = residual, torch.linalg.vecdot(residual, residual)
         return self._residuals[number]
 
@@ -299,11 +415,11 @@ class Forward:
 
     def nested_residuals(self, number: int, widths: Sequence[int]) -> Tensor:
         """(B, widths, d_out) the output of each prefix of the latents minus the target; the last is the residual."""
-        kept = self.kept[number]
+        (part,) = self.kept[number].parts  # rules that nest their latents have one source
         if self.shards is not None:
             widths = self.shards.widths_of_mine(widths)
-        runs = self.runs[number] = kept.codes.runs(widths)
-        parts = self._sums(runs, kept.values).view(self.tokens, len(widths), -1)
+        runs = self.runs[number] = part.codes.runs(widths)
+        parts = self.sources[0].sums(runs, part.values).view(self.tokens, len(widths), -1)
         prefixes = self._over_ranks(parts).cumsum(1)
         residuals = self._finished(prefixes.add_(self.sae.b_dec)).sub_(self.target[:, None])
         last = residuals[:, -1].contiguous()
@@ -320,8 +436,10 @@ class Forward:
             out = out * self.info.std[:, None]
         if self.info.mean is not None:
             out = out + self.info.mean[:, None]
-        if self.sae.W_skip is not None and self.info.skipped is not None:
-            out = out + (self.info.skipped.to(self.wide) @ self.sae.W_skip.T.to(self.wide))[:, None]
+        if self.info.skipped is not None:
+            skipped = self.info.skipped.to(self.wide)
+            for weight, read, written in self.sae._skips():
+                out[..., written] += (skipped[:, read] @ weight.T.to(self.wide))[:, None]
         return out
 
 

@@ -50,7 +50,8 @@ class Adam(torch.optim.Adam):
         self, sae: SparseAutoencoder, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
         moments: torch.dtype,
     ) -> None:  # fmt: skip
-        self.matrices = [sae.W_dec, sae.W_enc]  # in the order of the operator, which tells them apart by it
+        # In the order of the operator, which tells them apart by it.
+        self.matrices = [matrix for source in sae.sources for matrix in (source.W_dec, source.W_enc)]
         learned = [p for p in sae.parameters() if p.requires_grad]
         if not learned:
             raise ValueError("sae has no parameter that requires a gradient")
@@ -111,7 +112,7 @@ class Adam(torch.optim.Adam):
         """How this step rounds the moments of a matrix, where it does, as :func:`contiguous_view` shows them."""
         if self.moments(parameter)[0].dtype == parameter.dtype:
             return None
-        number = next(n for n, matrix in enumerate(self.matrices) if matrix is parameter)
+        number = next(n for n, matrix in enumerate(self.matrices) if matrix is parameter) % 2
         latents, width = reversed(parameter.shape) if number else parameter.shape
         by_column = number == 1 and parameter.is_contiguous()
         return keys(self.state[parameter]["step"], number, slice(0, latents), width, by_column=by_column)
@@ -164,22 +165,26 @@ class Copies:
 
     def __init__(self, sae: SparseAutoencoder, dtype: torch.dtype, *, kept: bool = True) -> None:
         self.sae, self.dtype, self.kept = sae, dtype, kept
-        self.weights: Weights | None = None
+        self.weights: list[Weights] | None = None  # of each source
         self.made_of: tuple[tuple[int, int], ...] = ()
 
     @property
     def needed(self) -> bool:
-        return self.kept and self.dtype != self.sae.W_dec.dtype
+        return self.kept and self.dtype != self.sae.sources[0].W_dec.dtype
 
-    def current(self) -> Weights:
-        masters = self.sae.W_dec.detach(), self.sae.W_enc.detach().T
+    def current(self) -> list[Weights]:
+        masters = [Weights(source.W_dec.detach(), source.W_enc.detach().T) for source in self.sae.sources]
         if not self.needed:
-            return Weights(*masters)
+            return masters
         if self.weights is None or self.made_of != self._state():
-            if self.weights is None or self.weights.decoder.device != masters[0].device:
-                self.weights = Weights(*(torch.empty(t.shape, dtype=self.dtype, device=t.device) for t in masters))
-            for copy, master in zip(self.weights, masters, strict=True):
-                copy.copy_(master)
+            if self.weights is None or self.weights[0].decoder.device != masters[0].decoder.device:
+                self.weights = [
+                    Weights(*(torch.empty(t.shape, dtype=self.dtype, device=t.device) for t in of_source))
+                    for of_source in masters
+                ]
+            for copies, of_source in zip(self.weights, masters, strict=True):
+                for copy, master in zip(copies, of_source, strict=True):
+                    copy.copy_(master)
             self.written()
         return self.weights
 
@@ -188,7 +193,8 @@ class Copies:
         self.made_of = self._state()
 
     def _state(self) -> tuple[tuple[int, int], ...]:
-        return tuple((t._version, t.data_ptr()) for t in (self.sae.W_dec, self.sae.W_enc))
+        matrices = (t for source in self.sae.sources for t in (source.W_dec, source.W_enc))
+        return tuple((t._version, t.data_ptr()) for t in matrices)
 
 
 class Update:
@@ -207,29 +213,34 @@ class Update:
     def can_be_fused(self, pending: Backward) -> bool:
         """Whether nothing needs the gradients whole."""
         alone = self.grad_clip is None and self.reduce is None and self.accumulate == 1
-        return alone and not pending.dense and self.sae.W_dec.requires_grad and self.sae.W_enc.requires_grad
+        return alone and not pending.dense and all(matrix.requires_grad for matrix in self.optimizer.matrices)
 
     def fused(self, pending: Backward, skip: Tensor | None) -> Tensor:
-        """One pass over the latents that sums, and steps at once. Returns the norm of all gradients."""
+        """One pass over the latents of each source that sums, and steps at once. Returns the norm of all gradients."""
         sae, optimizer = self.sae, self.optimizer
-        learned = [sae.W_dec, sae.W_enc, *((sae.b_enc,) if sae.b_enc.requires_grad else ())]
-        states = zip(*((p.detach(), *optimizer.moments(p)) for p in learned), strict=True)
-        parameters, exp_avgs, exp_avg_sqs = (
-            [t.T if p is sae.W_enc else t for p, t in zip(learned, state, strict=True)] for state in states
-        )
-        weights = self.copies.current()
-        options = optimizer.options
-        copies = list(weights) if self.copies.needed else []
+        with_bias = sae.b_enc.requires_grad
+        options, weights = optimizer.options, self.copies.current()
         skipped = None if skip is None else skip.to(torch.float32)
-        center, square = latent_adam(
-            pending.terms, pending.x, pending.along, parameters, exp_avgs, exp_avg_sqs, copies,
-            step=optimizer.counted(learned, skipped), lr=options["lr"], betas=options["betas"], eps=options["eps"],
-            weight_decay=options["weight_decay"], unit_rows=self.unit_rows, skip=skip, backend=self.backend,
-        )  # fmt: skip
+        count = optimizer.counted([*optimizer.matrices, *((sae.b_enc,) if with_bias else ())], skipped)
+        squares = []
+        for number, (source, mine) in enumerate(zip(sae.sources, pending.sources, strict=True)):
+            learned = [source.W_dec, source.W_enc, *((sae.b_enc,) if with_bias else ())]
+            states = zip(*((p.detach(), *optimizer.moments(p)) for p in learned), strict=True)
+            parameters, exp_avgs, exp_avg_sqs = (
+                [state[0], state[1].T, *(_of_source(bias, number) for bias in state[2:])] for state in states
+            )
+            center, square = latent_adam(
+                mine.terms, mine.x, mine.along, parameters, exp_avgs, exp_avg_sqs,
+                list(weights[number]) if self.copies.needed else [], step=count, lr=options["lr"],
+                betas=options["betas"], eps=options["eps"], weight_decay=options["weight_decay"],
+                unit_rows=self.unit_rows, skip=skip, backend=self.backend,
+            )  # fmt: skip
+            squares.append(square)
         self.copies.written()
-        small, squares = self._over_ranks(self._small(pending, center), square)
+        of_weights = square if len(squares) == 1 else torch.stack(squares).sum()
+        small, total = self._over_ranks(self._small(pending, center), of_weights)
         optimizer.apply(small, skipped)
-        return squares.sqrt()
+        return total.sqrt()
 
     def _over_ranks(
         self, gradients: dict[Tensor, Tensor], square: Tensor | None
@@ -238,8 +249,8 @@ class Update:
 
         ``square`` () is that of gradients which are not among these.
         """
-        wide = torch.promote_types(self.sae.W_dec.dtype, torch.float32)
-        square = self.sae.W_dec.new_zeros((), dtype=wide) if square is None else square
+        wide = torch.promote_types(self.sae.b_dec.dtype, torch.float32)
+        square = self.sae.b_dec.new_zeros((), dtype=wide) if square is None else square
         if self.shards is None:
             squares = [g.square().sum().to(square.dtype) for g in gradients.values()]
             return gradients, torch.stack([square, *squares]).sum()
@@ -252,7 +263,10 @@ class Update:
         return {**gradients, **summed}, torch.stack([total[0], *(g.square().sum() for g in sums)]).sum()
 
     def _small(self, pending: Backward, center: Tensor) -> dict[Tensor, Tensor]:
-        """Gradients of everything but the weights and b_enc, with b_dec's part through the encoder."""
+        """Gradients of everything but the weights and b_enc, with b_dec's part through the encoder.
+
+        There is one only with a single source.
+        """
         small = dict(pending.small)
         if self.sae.apply_b_dec_to_input:
             small[self.sae.b_dec] = center + small.get(self.sae.b_dec, 0.0)
@@ -260,16 +274,21 @@ class Update:
 
     def store(self, pending: Backward) -> None:
         """Adds the gradients of one call, divided by the number of calls."""
-        sae, weights = self.sae, self.copies.current()
-        wide = torch.promote_types(weights.decoder.dtype, torch.float32)
-        decoder, encoder, bias = ops.latent_gradients(
-            pending.x, weights.decoder, pending.along, *pending.terms, wide, self.backend
-        )
-        for dense in pending.dense:
-            encoder += dense.to(wide).T @ pending.x[:: pending.repeats].to(wide)
-            bias += dense.sum(0, dtype=wide)
-        center = -(sae.W_enc.detach().to(wide) @ bias)
-        whole = {sae.W_dec: decoder, sae.W_enc: encoder, sae.b_enc: bias, **self._small(pending, center)}
+        sae, biases = self.sae, []
+        whole: dict[Tensor, Tensor] = {}
+        for source, weights, mine in zip(sae.sources, self.copies.current(), pending.sources, strict=True):
+            wide = torch.promote_types(weights.decoder.dtype, torch.float32)
+            decoder, encoder, bias = ops.latent_gradients(
+                mine.x, weights.decoder, mine.along, *mine.terms, wide, self.backend
+            )
+            for dense in mine.dense:
+                encoder += dense.to(wide).T @ mine.x[:: mine.repeats].to(wide)
+                bias += dense.sum(0, dtype=wide)
+            center = -(source.W_enc.detach().to(wide) @ bias)
+            whole |= {source.W_dec: decoder, source.W_enc: encoder}
+            biases.append(bias)
+        whole[sae.b_enc] = torch.stack(biases) if sae.b_enc.dim() == 2 else biases[0]
+        whole |= self._small(pending, center)
         for p, gradient in whole.items():
             if p.requires_grad:
                 gradient = gradient if self.accumulate == 1 else gradient / self.accumulate
@@ -280,14 +299,16 @@ class Update:
         sae, gradients = self.sae, self.stored
         self.stored = {}
         if self.reduce is not None:
-            device = sae.W_dec.device  # all processes skip where one does
+            device = sae.b_dec.device  # all processes skip where one does
             skips = torch.zeros((), device=device) if skip is None else skip.to(torch.float32)
             self.reduce([*gradients.values(), *also_reduce, skips])
             skip = skips > 0
-        if self.unit_rows and sae.W_dec in gradients:
-            size = rows_of_a_chunk(sae.d_sae, sae.d_out, sae.W_dec.device.type)
-            for grad, rows in zip(gradients[sae.W_dec].split(size), sae.W_dec.detach().split(size), strict=True):
-                grad.copy_(without_parallel_part(grad, rows))
+        decoders = [source.W_dec for source in sae.sources if source.W_dec.requires_grad] if self.unit_rows else []
+        for decoder in decoders:
+            if decoder in gradients:
+                size = rows_of_a_chunk(decoder.shape[0], decoder.shape[1], decoder.device.type)
+                for grad, rows in zip(gradients[decoder].split(size), decoder.detach().split(size), strict=True):
+                    grad.copy_(without_parallel_part(grad, rows))
         if self.shards is None:
             norm = torch.nn.utils.get_total_norm(gradients.values())
         else:
@@ -295,11 +316,17 @@ class Update:
             norm = squares.sqrt()
         if self.grad_clip is not None:
             torch._foreach_mul_(list(gradients.values()), (self.grad_clip / (norm + 1e-6)).clamp(max=1))
-        if sae.W_enc in gradients:
-            gradients[sae.W_enc] = gradients[sae.W_enc].T
+        for source in sae.sources:
+            if source.W_enc in gradients:
+                gradients[source.W_enc] = gradients[source.W_enc].T
         self.optimizer.apply(gradients, None if skip is None else skip.to(torch.float32))
-        if self.unit_rows and sae.W_dec.requires_grad:
-            rows = decoder_norms(sae.W_dec)[:, None]
-            unchanged = rows == 0 if skip is None else (rows == 0) | skip
-            sae.W_dec.div_(torch.where(unchanged, 1.0, rows))
+        for decoder in decoders:
+            norms = decoder_norms(decoder)[:, None]
+            unchanged = norms == 0 if skip is None else (norms == 0) | skip
+            decoder.div_(torch.where(unchanged, 1.0, norms))
         return norm
+
+
+def _of_source(bias: Tensor, number: int) -> Tensor:
+    """(F,) of a source, from b_enc or a moment of it: that of one source, or (sources, F)."""
+    return bias if bias.dim() == 1 else bias[number]

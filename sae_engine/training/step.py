@@ -13,11 +13,14 @@ from sae_kernels.stock import densified
 
 from .. import _checks as check
 from .._slabs import default_budget_bytes
-from ..autoencoder import SparseAutoencoder, decoder_norms
+from .._sources import numbered
+from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
+from ..crosscoder import Crosscoder
 from ..distributed.shards import check_rules
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
+from ..rules import PerSource
 from ._over_shards import check_over_shards, of_all_ranks
 from .backward import Finite, backward
 from .forward import DeadLatents, Forward, PreActivations
@@ -43,7 +46,8 @@ class TrainStep:
             (:class:`losses.Loss`). A rule that cannot be trained without one is refused without it
             (:func:`losses.losses_for`); a Matryoshka rule's error is that of its nested prefixes.
         normalize_decoder: keep the decoder's rows at norm 1: the part of the gradient along them is removed before
-            Adam, they are rescaled after it. None: unless the autoencoder rescales by decoder norm.
+            Adam, they are rescaled after it. ``"auto"``: unless it is a :class:`Crosscoder`, whose norms say where a
+            latent writes. None: unless the autoencoder rescales by decoder norm.
         grad_clip: largest norm of all gradients together. Gradients are then stored, as with ``reduce`` and
             ``accumulate``.
         compute_dtype: of the products and codes, such as ``"bfloat16"``; parameters, sums and Adam stay as they
@@ -105,7 +109,7 @@ class TrainStep:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         losses: Loss | Sequence[Loss] = (),
-        normalize_decoder: bool | None = True,
+        normalize_decoder: bool | str | None = "auto",
         grad_clip: float | None = None,
         compute_dtype: torch.dtype | str | None = None,
         copies: bool = True,
@@ -129,26 +133,29 @@ class TrainStep:
         if sae.shards is not None:
             check_over_shards(self.losses, reduce)
         share = sae.share
-        unit_rows = not sae.rescale_acts_by_decoder_norm if normalize_decoder is None else normalize_decoder
-        self.normalize_decoder = check.flag("normalize_decoder", unit_rows)
-        given = sae.W_enc.dtype if compute_dtype is None else compute_dtype
+        _check_norms(sae, self.losses)
+        unit_rows = {None: not sae.rescale_acts_by_decoder_norm, "auto": not isinstance(sae, Crosscoder)}
+        self.normalize_decoder = check.flag(
+            "normalize_decoder", unit_rows.get(normalize_decoder, normalize_decoder)  # type: ignore[arg-type]
+        )
+        given = share.b_dec.dtype if compute_dtype is None else compute_dtype
         self.compute_dtype = check.dtype_in("compute_dtype", given)
         self.accumulate = check.integer_k(accumulate, name="accumulate")
         self.memory_budget = None if memory_budget is None else check.integer_k(memory_budget, name="memory_budget")
         self.density_interval = check.integer_k(density_interval, name="density_interval")
         self.dense = dense if dense is None else check.flag("dense", dense)
-        self.backend = resolve(backend, share.W_enc)
+        self.backend = resolve(backend, share.b_dec)
         share._lay_out_by_latent()
-        if share.W_enc.is_cpu:
+        if share.b_dec.is_cpu:
             keep_freed_memory()
         self.optimizer = Adam(
             share, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=_checked_moments(moments, sae)
         )
         self.scheduler = None if scheduler is None else _checked_scheduler(scheduler(self.optimizer))
         self.dead = DeadLatents(
-            share.d_sae, dead_after=dead_after, read_interval=density_interval, device=share.W_enc.device,
-            shards=sae.shards,
-        )  # fmt: skip
+            share.d_sae * len(share.sources), dead_after=dead_after, read_interval=density_interval,
+            device=share.b_dec.device, shards=sae.shards,
+        )
         self.calls = 0
         self._dense_now: bool | None = None  # the last decision for a rule with capacity
         self._warming_up = False
@@ -160,7 +167,7 @@ class TrainStep:
         )  # fmt: skip
         self._seen: Seen | None = None  # since the last update
         self.seen: Seen | None = None  # between the two last updates
-        self._finite = Finite(nonfinite, share.W_enc.device)
+        self._finite = Finite(nonfinite, share.b_dec.device)
 
     @property
     def skipped(self) -> int:
@@ -255,7 +262,8 @@ class TrainStep:
             bad = self._finite.of(report["loss"], pending, has_capacity=main.required is not None)
             if self.shards is not None:
                 report, overflow, bad = of_all_ranks(self.shards, report, overflow, bad)
-            since = self._seen = Seen(_firing(main).float(), tokens, _either(overflow, bad)).after(self._seen)
+            fired = _firing(main, len(self.sae.sources)).float()
+            since = self._seen = Seen(fired, tokens, _either(overflow, bad)).after(self._seen)
             if self._update.can_be_fused(pending):
                 grad_norm = self.optimizer.step(lambda: self._update.fused(pending, since.skip))
             else:
@@ -299,11 +307,9 @@ class TrainStep:
         if "gradient" in context:
             gradient = check.matrix(check.floating("gradient", context.pop("gradient")))
             context["attribution"] = sae._attribution(gradient, seen, info)
-        forward = Forward(
-            sae=sae, weights=weights, dtype=self.compute_dtype,
-            norms=decoder_norms(sae.W_dec) if sae.rescale_acts_by_decoder_norm else None, x=seen,
-            given=target, info=info, counters=self.dead, buffer=self._pre_activations, backend=self.backend,
-            shards=self.shards,
+        forward = Forward.of(
+            sae, weights, seen, target, info, dtype=self.compute_dtype, counters=self.dead,
+            buffer=self._pre_activations, backend=self.backend, shards=self.shards,
         )  # fmt: skip
         dead_at_most = self.sae.d_sae if self._warming_up else self.dead.at_most(forward.tokens)
         rules = [sae.activation]
@@ -344,12 +350,13 @@ class TrainStep:
             if p.grad is not None:
                 raise RuntimeError(f"{name}.grad is not None: a training step owns the gradients; set it to None")
         check.floating("x", x)
+        given, x = x, sae._side_by_side(x)
         if x.shape[-1] != sae.d_in:
             raise ValueError(f"x must have d_in = {sae.d_in} in its last dimension, got shape {tuple(x.shape)}")
-        check.same_device("x", x, sae.W_enc)
+        check.same_device("x", x, sae.b_dec)
         if x.numel() == 0 and self.shards is None:
             raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
-        return check.matrix(x.detach()), checked_target(sae, x, target)
+        return check.matrix(x.detach()), checked_target(sae, given, target)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on besides the autoencoder, to resume bit for bit; save that one too."""
@@ -384,9 +391,24 @@ class TrainStep:
         self.refresh()
 
 
+def _check_norms(sae: SparseAutoencoder, losses: Sequence[Loss]) -> None:
+    """A step follows the norm of a decoder row over all sites, not the sum of norms at each."""
+    if not isinstance(sae, Crosscoder) or sae.decoder_norm == "joint":
+        return
+    by_norms = [type(loss).__name__ for loss in losses if loss.weighs_by_norms]
+    rules = sae.activation if isinstance(sae.activation, PerSource) else [sae.activation]
+    if sae.rescale_acts_by_decoder_norm:
+        by_norms += [type(rule).__name__ for rule in rules if not rule.has_gate]
+    if by_norms:
+        raise ValueError(
+            f"decoder_norm must be 'joint' with {', '.join(by_norms)}, whose gradient reaches the norms, got 'sum': "
+            "train it by losses.evaluate(...)['loss'].backward()"
+        )
+
+
 def _checked_moments(moments: torch.dtype | str | None, sae: SparseAutoencoder) -> torch.dtype:
     """The dtype of the weights' moments: that of the parameters, or bfloat16 beside float32."""
-    parameters = sae.W_dec.dtype
+    parameters = sae.b_dec.dtype
     given = parameters if moments is None else check.dtype_in("moments", moments)
     if given != parameters and (given, parameters) != (torch.bfloat16, torch.float32):
         raise ValueError(
@@ -409,8 +431,9 @@ def _checked_scheduler(scheduler: Any) -> Any:
     return scheduler
 
 
-def _firing(codes: SparseCodes) -> Tensor:
-    """(F,) int32: the tokens on which each latent has a value other than 0; unused capacity holds zeros."""
+def _firing(codes: SparseCodes, sources: int) -> Tensor:
+    """(sources F,) int32: the tokens on which each latent has a value other than 0; unused capacity holds zeros."""
+    codes = codes if sources == 1 else numbered(codes, sources)
     counts = codes.indices.new_zeros(codes.num_latents, dtype=torch.int32)
     return counts.scatter_add_(0, codes.indices.long(), (codes.values != 0).int())
 
@@ -418,7 +441,7 @@ def _firing(codes: SparseCodes) -> Tensor:
 class Seen(NamedTuple):
     """What the calls that make an update together have seen."""
 
-    fired: Tensor  # (F,) the tokens on which each latent fired; with ``reduce``, a mean over processes
+    fired: Tensor  # (sources F,) the tokens on which each latent fired; with ``reduce``, a mean over processes
     tokens: int
     skip: Tensor | None  # whether the update must not happen
 
