@@ -399,12 +399,25 @@ class Crosscoder(SparseAutoencoder):
             rows.append(nn.functional.pad(norms, (before, after)))
         return torch.stack(rows)
 
-    def _norms_of(self, source: Any) -> Tensor:
+    def norms_of(self, source: Source) -> Tensor:
+        """(d_sae,) decoder norms of a source as ``decoder_norm`` defines them, fp32 or wider; differentiable.
+
+        Raises:
+            IndexError: the source is another's.
+
+        Example:
+            >>> coder = Crosscoder([4, 6], [4, 6], 16, se.TopK(3), decoder_norm="sum")
+            >>> torch.equal(coder.norms_of(coder.sources[0]), coder.site_norms()[0].sum(1))
+            True
+        """
         W_dec = self.W_dec[source.number]
         if self.decoder_norm == "joint":
             return decoder_norms(W_dec)
         widths = [self.written_widths[t] for t in source.written_sites]
         return torch.stack([decoder_norms(part) for part in W_dec.split(widths, dim=1)], 1).sum(1)
+
+    def _norms_of(self, source: Any) -> Tensor:
+        return self.norms_of(source)
 
     def _skips(self) -> list[tuple[Tensor, slice, slice]]:
         if self.W_skip is None:
