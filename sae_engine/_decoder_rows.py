@@ -34,7 +34,7 @@ def unit_rows(rows: int, width: int, *, dtype=None, device=None, shards: Shards 
     seed = 0
     if rows > BLOCK:
         chosen = torch.randint(1 << 62, (1,), device="cpu")
-        seed = int(chosen if shards is None else shards.wire.first(chosen, "initial rows"))
+        seed = int(chosen if shards is None else shards.agreement.wire.first(chosen, "initial rows"))
     for number, start in enumerate(range(0, rows, BLOCK)):
         end = min(start + BLOCK, rows)
         part = slice(max(start, mine.start), min(end, mine.stop))

@@ -134,7 +134,7 @@ class SparseAutoencoder(nn.Module):
         self.normalize_activations = normalize_activations
         self.rescale_acts_by_decoder_norm = check.flag("rescale_acts_by_decoder_norm", rescale_acts_by_decoder_norm)
         if mesh is not None:
-            self.shards = passes.shards_of(mesh, self.d_sae, device)
+            self.shards = passes.shards_of(mesh, self, device, dtype)
             device = torch.device(self.shards.mesh.device_type) if device is None else device
 
         options: dict[str, Any] = {"dtype": dtype, "device": device, "shards": self.shards}

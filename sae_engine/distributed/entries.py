@@ -49,7 +49,7 @@ def _rows_of(codes: SparseCodes) -> tuple[Tensor, int]:
 
 
 def _exchanged(shards: Shards, sent: list[int], values: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor]]:
-    told = shards.wire.hosts(sent, "numbers of entries")
+    told = shards.agreement.wire.hosts(sent, "numbers of entries")
     received = [numbers[shards.rank] for numbers in told]
     return ExchangedEntries.apply(values, shards.wire, sent, received, "values"), [
         shards.wire.exchange(t, sent, received, "places") for t in others

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .. import _checks as check
+from .agreement import Agreement
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,9 +59,10 @@ def from_env(latent: int | None = None, *, node: int = 1, timeout: float = 300) 
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=seconds)
     from torch.distributed.device_mesh import init_device_mesh
 
-    if node == 1:
-        return init_device_mesh(kind, (latent,), mesh_dim_names=("latent",))
-    return init_device_mesh(kind, (node, latent), mesh_dim_names=("node", "latent"))
+    sizes, names = ((latent,), ("latent",)) if node == 1 else ((node, latent), DIMENSIONS)
+    mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
+    Agreement.of(mesh, timeout)
+    return mesh
 
 
 def checked_mesh(mesh: object, d_sae: int, device: torch.device | None) -> DeviceMesh:

@@ -11,7 +11,6 @@ from .. import _checks as check
 from .. import functional
 from .._decoder_rows import decoder_norms
 from .._running import PER_TOKEN, Product
-from .._slabs import default_budget_bytes
 from ..codes import SparseCodes
 from ..functional import Encoded, EncodeInfo
 from .mesh import checked_mesh
@@ -24,9 +23,14 @@ if TYPE_CHECKING:
 __all__ = ["as_it_is_now", "decode_own", "encode_with", "forward", "rejoin", "shards_of", "split"]
 
 
-def shards_of(mesh: object, d_sae: int, device: torch.device | None) -> Shards:
-    """Raises TypeError or ValueError, naming ``mesh``, where it is none that latents can be cut over."""
-    return Shards(checked_mesh(mesh, d_sae, device), d_sae)
+def shards_of(mesh: object, sae: SparseAutoencoder, device: torch.device | None, dtype: torch.dtype | None) -> Shards:
+    """Raises TypeError or ValueError, naming ``mesh``, where it is none that latents can be cut over; and RuntimeError
+    where the ranks are not about to make the same autoencoder."""
+    shards = Shards(checked_mesh(mesh, sae.d_sae, device), sae.d_sae)
+    names = ("d_in", "d_sae", "d_out", "apply_b_dec_to_input", "normalize_activations", "rescale_acts_by_decoder_norm")
+    options = {name: getattr(sae, name) for name in names}
+    shards.agreement.agree(activation=repr(sae.activation), dtype=str(dtype or torch.get_default_dtype()), **options)
+    return shards
 
 
 def encode_with(
@@ -51,7 +55,7 @@ def decode_own(sae: SparseAutoencoder, codes: SparseCodes, info: EncodeInfo, bac
     """As ``SparseAutoencoder.decode``, from the codes of my tokens."""
     mine = attached(sae)
     shards = _shards(mine)
-    shards.begin(codes.rows, 0)
+    shards.begin(codes.rows)
     return _decoded(mine, shards.to_latents(codes), info, codes.batch_shape, backend)
 
 
@@ -71,9 +75,9 @@ def _encoded(
         rule.shards = shards
     check_rules(rules)
     rows = check.matrix(given)
-    budget = default_budget_bytes(x.device) if memory_budget is None else check.integer_k(
-        memory_budget, name="memory_budget")  # fmt: skip
-    budget = shards.begin(len(rows), budget)
+    if memory_budget is not None:
+        memory_budget = check.integer_k(memory_budget, name="memory_budget")
+    shards.begin(len(rows))
     known: dict[str, Any] = {**mine._context(rows, rules), **context}
     if "gradient" in known:
         known["attribution"] = mine._attribution(known.pop("gradient"), given, info)
@@ -83,7 +87,7 @@ def _encoded(
     scale = decoder_norms(mine.W_dec) if mine.rescale_acts_by_decoder_norm else None
     encoded = functional.encode_with(
         shards.gather_rows(centred, "x"), mine.W_enc, mine._encoder_bias, scale=scale, select=rules,
-        memory_budget=budget, backend=backend, **known,
+        memory_budget=shards.memory_budget(memory_budget), backend=backend, **known,
     )  # fmt: skip
     return encoded.codes, info, mine
 

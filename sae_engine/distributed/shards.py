@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._slabs import default_budget_bytes
 from ..codes import SparseCodes
 from . import entries, selection
+from .agreement import Agreement
 from .layout import Ownership
 from .sums import GatheredRows, SummedParts, SummedRanks
 from .wire import Wire, tree_sum
@@ -36,7 +38,9 @@ class Shards:
         self.mesh, self.dimensions = mesh, list(mesh.mesh.shape)
         self.wire = Wire(_group_of(mesh))
         self.layout = Ownership.over(num_latents, self.dimensions, self.wire.rank)
+        self.agreement = Agreement.of(mesh)
         self.rows: list[int] = []
+        self._budget: int | None = None
         self.trims = mesh.device_type == "cpu"
 
     @property
@@ -68,17 +72,24 @@ class Shards:
         """My first token's place in the batch."""
         return sum(self.rows[: self.rank])
 
-    def begin(self, rows: int, budget: int) -> int:
-        """Tells the others, host to host, how many tokens are mine; the least of every rank's memory ``budget``.
+    def begin(self, rows: int) -> None:
+        """Meets the others, host to host, and tells them how many tokens are mine.
 
         Raises:
             ValueError: nobody has any tokens.
+            RuntimeError: a rank has an error, or does not come; names it.
         """
-        told = self.wire.hosts([rows, budget], "rows")
-        self.rows = [numbers[0] for numbers in told]
+        self.rows = self.agreement.meet("step", rows)
         if not self.tokens:
             raise ValueError("x must hold at least one token on some rank of the mesh, got none on all")
-        return min(numbers[1] for numbers in told)
+
+    def memory_budget(self, given: int | None) -> int:
+        """Bytes of pre-activations that may exist at a time: those given, or what every rank has free at first."""
+        if given is not None:
+            return given
+        if self._budget is None:
+            self._budget = min(self.agreement.said(default_budget_bytes(torch.device(self.mesh.device_type))))
+        return self._budget
 
     # --- tokens and latents to and fro, for autograd too -----------------------------------------------------------
 

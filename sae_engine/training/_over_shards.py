@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..autoencoder import SparseAutoencoder
+from ..distributed.agreement import fingerprint
 from ..distributed.shards import Shards
 from ..losses import Loss
 
@@ -20,6 +23,12 @@ def check_over_shards(losses: Sequence[Loss], reduce: object) -> None:
                 f"losses must hold sums over tokens or over entries where latents are cut over a mesh: {loss!r} does "
                 "not say that it is one (Loss.adds_over_shards)"
             )
+
+
+def agree_on_options(sae: SparseAutoencoder, losses: Sequence[Loss], options: dict[str, Any]) -> None:
+    """Raises RuntimeError where a rank was given other options; names them."""
+    assert sae.shards is not None
+    sae.shards.agreement.agree(**fingerprint(sae, losses=list(map(repr, losses)), **options))
 
 
 def of_all_ranks(

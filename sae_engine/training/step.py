@@ -21,7 +21,7 @@ from ..distributed.shards import check_rules
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
 from ..rules import PerSource
-from ._over_shards import check_over_shards, of_all_ranks
+from ._over_shards import agree_on_options, check_over_shards, of_all_ranks
 from .backward import Finite, backward
 from .forward import DeadLatents, Forward, PreActivations
 from .memory import keep_freed_memory
@@ -168,6 +168,15 @@ class TrainStep:
         self._seen: Seen | None = None  # since the last update
         self.seen: Seen | None = None  # between the two last updates
         self._finite = Finite(nonfinite, share.b_dec.device)
+        if sae.shards is not None:
+            agree_on_options(sae, self.losses, {
+                "lr": float(lr), "betas": list(betas), "eps": eps, "weight_decay": weight_decay,
+                "moments": str(moments), "normalize_decoder": self.normalize_decoder, "grad_clip": grad_clip,
+                "accumulate": self.accumulate,
+                "compute_dtype": str(self.compute_dtype), "dead_after": self.dead.dead_after, "dense": dense,
+                "memory_budget": memory_budget, "density_interval": density_interval, "nonfinite": nonfinite,
+                "backend": self.backend,
+            })  # fmt: skip
 
     @property
     def skipped(self) -> int:
@@ -197,9 +206,20 @@ class TrainStep:
             the call updates; ``overflow``, with a ``capacity``: whether it was too small, in which case parameters,
             optimizer and counters are what they were.
         """
-        x, target = self._checked(x, target)
+        try:
+            x, target = self._checked(x, target)
+        except Exception as error:
+            if self.shards is not None:
+                self.shards.agreement.meet("step", 0, error)  # which ends the other ranks, too
+            raise
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return self._step(x, target, context)
+            if self.shards is None:
+                report, bad = self._step(x, target, context)
+            else:
+                with self.shards.agreement.watched():
+                    report, bad = self._step(x, target, context)
+            self._finite.note(bad)
+        return report
 
     def warm_up(self, x: Tensor, target: Tensor | None = None, **context: Tensor) -> dict[str, Tensor]:
         """A training step as a CUDA graph will run it; call it, on batches of the graph's shape, before the capture.
@@ -234,7 +254,10 @@ class TrainStep:
         with torch.no_grad():
             self._copies.current()
 
-    def _step(self, x: Tensor, target: Tensor, context: dict[str, Any]) -> dict[str, Tensor]:
+    def _step(
+        self, x: Tensor, target: Tensor, context: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What a call returns, and the flag of a batch that was not finite."""
         forward, numbers = self._forward(x, target, context)
         main, tokens = forward.kept[0].codes, forward.tokens
         overflow = None if main.required is None else main.required > main.values.shape[0]
@@ -282,8 +305,7 @@ class TrainStep:
         report["dead"] = self.dead.share()
         if overflow is not None:
             report["overflow"] = overflow
-        self._finite.note(bad)
-        return report
+        return report, bad
 
     def _teach(self, codes: SparseCodes, unless: Tensor | None) -> None:
         """Rules learn from what they kept; where ``unless`` () is set on the device, their buffers stay as they are."""
@@ -299,10 +321,11 @@ class TrainStep:
     def _forward(self, x: Tensor, target: Tensor, context: dict[str, Any]) -> tuple[Forward, list[int | None]]:
         """The batch encoded for all losses, and the number of each one's codes."""
         sae, weights = self.sae.share, self._copies.current()
-        if self.memory_budget is None:
-            self.memory_budget = default_budget_bytes(x.device)
         if self.shards is not None:
-            self.memory_budget = self.shards.begin(len(x), self.memory_budget)
+            self.shards.begin(len(x))
+            self.memory_budget = self.shards.memory_budget(self.memory_budget)
+        elif self.memory_budget is None:
+            self.memory_budget = default_budget_bytes(x.device)
         seen, info = sae._normalized(x)
         if "gradient" in context:
             gradient = check.matrix(check.floating("gradient", context.pop("gradient")))

@@ -380,7 +380,7 @@ def sends_what_the_formula_says(mesh, rank, size):
     for dtype in (F64, torch.float32):
         s = dtype.itemsize
         each = {
-            "rows": others * 16, "x": others * longest * D * s, "spread": others * 8 * (D + 1),
+            "x": others * longest * D * s, "spread": others * 8 * (D + 1),
             "x_hat": foreign * D * s, "gradient": others * longest * D * s, "report": others * 8 * 6,
             "gradients of all ranks": others * (D + 1) * s, "dead": 2 * others * 8 // size,
         }  # fmt: skip
