@@ -110,7 +110,8 @@ def no_whole_tensor(rank, size, folder):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for t in out if isinstance(out, list | tuple) else (out,):
-                plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_cpu
+                # What ranks say to one another, as text, is no part of a tensor.
+                plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_cpu and t.dtype != torch.uint8
                 if plain and not Sizes.reading and t.untyped_storage().data_ptr() not in mapped:
                     Sizes.largest = max(Sizes.largest, t.untyped_storage().nbytes())
             return out
