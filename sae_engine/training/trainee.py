@@ -250,6 +250,6 @@ def fold_site_scales(coder: Crosscoder, scales: tuple[float, ...], target_scales
         source.W_enc.copy_(source.W_enc.double() * into[source.reads][:, None])
         source.W_dec.copy_(source.W_dec.double() / out[source.writes])
     folded.b_dec.copy_(folded.b_dec.double() / out)
-    for weight, reads, writes in folded.skips():
-        weight.copy_(weight.double() * into[reads] / out[writes][:, None])
+    for weight, scale, target_scale in zip(folded.W_skip or (), scales, target_scales, strict=False):
+        weight.copy_(weight.double() * (scale / target_scale))
     return folded

@@ -1,0 +1,190 @@
+"""The trainer on several sites: cross-layer transcoders, sets of transcoders, acausal crosscoders; their scales."""
+
+import pytest
+import torch
+from short_runs import settings, timeless
+
+import sae_engine as se
+from sae_engine.data import read_sites
+from sae_engine.training import Callback, TrainConfig, Trainer, resume
+from sae_engine.training._faults import ConfigError, spread
+from sae_engine.training.architectures import BatchTopKSAE, GatedSAE, JumpReLUSAE, TopKSAE
+from sae_engine.training.config import SAEConfig
+from sae_engine.training.trainee import fold_site_scales
+
+READ, WRITTEN = "blocks.{0..3}.hook_resid_mid", "blocks.{0..3}.hook_mlp_out"
+LAYERS = {"hook_name": READ, "hook_name_out": WRITTEN, "architecture": "topk", "k": 4, "d_sae": 64}
+BOTH = {"hook_name": ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"], "d_sae": 64}
+SAES = [
+    {"name": "clt", "wiring": "causal", **LAYERS}, {"name": "set", "wiring": "local", **LAYERS},
+    {"name": "acausal", "architecture": "batchtopk", "k": 6, **BOTH},
+    {"name": "alone", "hook_name": "blocks.1.hook_resid_post", "architecture": "topk", "k": 4, "d_sae": 64},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run that trains all of them, and an autoencoder of one site beside them."""
+    return se.train(settings(tmp_path_factory.mktemp("runs") / "run", saes=SAES))
+
+
+def last(run, name):
+    found = {}
+    for line in run.metrics():
+        found |= {key.removeprefix(f"{name}/"): value for key, value in line.items() if key.startswith(f"{name}/")}
+    return found
+
+
+def test_all_wirings_are_trained_in_one_pass_and_measured_as_replacement_models(finished):
+    numbers = {name: last(finished, name) for name in ("clt", "set", "acausal", "alone")}
+    for name, sites in (("clt", 4), ("set", 4), ("acausal", 2)):
+        found = numbers[name]
+        assert {f"evaluation/fvu_{site}" for site in range(sites)} <= found.keys()
+        assert 0 < found["evaluation/fvu"] < 1.5 and found["evaluation/kl"] > 0
+        assert found["evaluation/ce_clean"] < found["evaluation/ce_spliced"]
+    assert 2 * 4 < numbers["clt"]["metrics/l0"] <= 4 * 4  # a pre-activation below 0 that is kept is no entry
+    assert numbers["clt"]["evaluation/cross_layer"] > 0
+    assert numbers["set"]["evaluation/cross_layer"] == 0 and "evaluation/cross_layer" not in numbers["acausal"]
+    assert "evaluation/kl" not in numbers["alone"]
+    told, report = finished.summary(), (finished.folder / "report.md").read_text()
+    assert "clt: FVU" in told and "acausal: FVU" in told
+    assert "blocks.0.hook_resid_mid … blocks.3.hook_resid_mid → blocks.0.hook_mlp_out" in report
+
+
+def test_what_a_run_leaves_is_loaded_with_its_places_and_evaluates_as_it_did(finished):
+    saes = finished.saes()
+    assert [type(sae).__name__ for sae in saes.values()] == ["Crosscoder"] * 3 + ["SparseAutoencoder"]
+    clt, acausal = saes["clt"], saes["acausal"]
+    assert clt.provenance.sites == spread(READ) and clt.provenance.target_sites == spread(WRITTEN)
+    assert clt.provenance.model == "embedded" and acausal.provenance.target_sites is None
+    assert [len(saes[name].sources) for name in ("clt", "set", "acausal")] == [4, 4, 1]
+    assert [p.shape[1] for p in clt.W_dec] == [4 * 256, 3 * 256, 2 * 256, 256]
+
+
+def test_each_has_the_bits_that_it_has_alone(finished, tmp_path):
+    alone = se.train(settings(tmp_path / "run", saes=SAES[:1])).saes()["clt"]
+    for name, tensor in finished.saes()["clt"].state_dict().items():
+        assert torch.equal(alone.state_dict()[name], tensor), name
+
+
+class Stop(Callback):
+    def on_checkpoint(self, trainer, folder):
+        if trainer.update == 12:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(finished, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        se.train(settings(tmp_path / "run", saes=SAES), callbacks=[Stop()])
+    again = resume(tmp_path / "run")
+    for name, sae in finished.saes().items():
+        other = again.saes()[name]
+        for key, tensor in sae.state_dict().items():
+            assert torch.equal(other.state_dict()[key], tensor), (name, key)
+    assert timeless(again) == timeless(finished)
+
+
+def test_rows_are_scaled_site_by_site_and_what_is_saved_takes_them_as_they_are(tmp_path):
+    seen = {}
+
+    class Keep(Callback):
+        def on_end(self, trainer):
+            seen.update(trainer.trainees)
+
+    run = se.train(settings(tmp_path / "run", saes=[SAES[0]]), callbacks=[Keep()])
+    clt, trainee = run.saes()["clt"], seen["clt"]
+    lm = se.data.load_language_model()
+    ids = torch.tensor([[5, 17, 99, 3, 64, 28]])
+    x = torch.cat([h[0] for h in read_sites(lm.model, ids, clt.provenance.sites)], 1)
+    into, out = ([t for t in side] for side in trainee.scales)
+    assert len({*into}) == len({*out}) == 4
+    scaled = torch.cat([part * scale for part, scale in zip(x.split(256, 1), into, strict=True)], 1)
+    with torch.no_grad():
+        trained = trainee.sae.eval()(scaled)
+        wanted = torch.cat([part / scale for part, scale in zip(trained.split(256, 1), out, strict=True)], 1)
+        torch.testing.assert_close(clt(x), wanted, rtol=1e-4, atol=1e-4)  # weights are rounded to fp32 once more
+        assert torch.equal(clt.encode(x).to_dense() != 0, trainee.sae.encode(scaled).to_dense() != 0)
+
+
+@pytest.mark.parametrize("wiring", ["causal", "joint"])
+def test_folding_scales_is_exact(wiring):
+    coder = se.Crosscoder([3, 5], [3, 5], 8, se.TopK(3), wiring=wiring, skip=True, dtype=torch.float64)
+    with torch.no_grad():
+        for p in (*coder.W_skip, coder.b_dec, coder.b_enc):
+            p.uniform_(-1, 1)
+    x, into, out = torch.randn(7, 8, dtype=torch.float64), (2.0, 0.5), (4.0, 0.25)  # powers of two: nothing is rounded
+    folded = fold_site_scales(coder, into, out)
+    scaled = torch.cat([x[:, :3] * 2, x[:, 3:] / 2], 1)
+    y = coder(scaled)
+    assert torch.equal(folded(x), torch.cat([y[:, :3] / 4, y[:, 3:] * 4], 1))
+    assert not torch.equal(coder(x), folded(x))
+    ranked = se.Crosscoder([3, 5], [3, 5], 8, se.TopK(3), rescale_acts_by_decoder_norm=True)
+    with pytest.raises(ValueError, match="rescale_acts_by_decoder_norm must be False"):
+        fold_site_scales(ranked, into, out)
+
+
+def test_rows_in_memory(tmp_path):
+    """Whatever they are of, as many tensors as there are sites; more latents explain more."""
+    g = torch.Generator().manual_seed(0)
+    directions = torch.randn(24, 3 * 8, generator=g)
+    codes = torch.rand(4096, 24, generator=g) * (torch.rand(4096, 24, generator=g) < 0.1)
+    rows = list((codes @ directions).split(8, 1))
+    sites = ["a.x", "b.x", "c.x"]
+    found = {}
+    for wiring in ("joint", "each", "causal", "local"):
+        entry = {"name": wiring, "hook_name": sites, "wiring": wiring, "architecture": "topk", "k": 4, "d_sae": 48,
+                 "lr": 3e-3, "b_dec_init": "mean"}  # fmt: skip
+        changes = {"saes": [entry], "data__training_tokens": 64 * 100, "eval__eval_tokens": 0}
+        run = Trainer(TrainConfig.from_dict(settings(tmp_path / wiring, **changes)), dataset=rows).train()
+        found[wiring] = 1 - [line["metrics/explained_variance"] for line in run.metrics()][-1]
+        assert run.saes()[wiring].provenance.sites == tuple(sites)
+    assert all(fvu < 0.5 for fvu in found.values()), found
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"hook_name_out": "blocks.0.hook_mlp_out"}, r"hook_name_out: must be a list as hook_name is"),
+    ({"hook_name": (), "hook_name_out": None}, r"hook_name: must name at least one place"),
+    ({"hook_name": ("blocks.0.hook_resid_mid", "resid_mid_layer_0"), "hook_name_out": None}, "each place once"),
+    ({"hook_name_out": ("blocks.0.hook_mlp_out",)}, "'causal' needs as many places to write as to read, got 1"),
+    ({"normalize_activations": "layer_norm"}, "must not be layer_norm with several places"),
+    ({"from_pretrained": "somewhere"}, "from_pretrained: must not be given with several places"),
+    ({"wiring": "diagonal"}, "wiring: must be one of joint, causal, each, local"),
+    ({"hook_name": ("blocks.0.hook_resid_mid", "no site"), "hook_name_out": None}, "hook_name: must be"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_with_its_field(changes, message):
+    entry = {"hook_name": spread(READ), "hook_name_out": spread(WRITTEN), "wiring": "causal",
+             "architecture": TopKSAE(k=4)}  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        SAEConfig(**{**entry, **changes})
+
+
+def test_an_architecture_that_does_not_fit_is_refused_with_its_name():
+    config = SAEConfig(hook_name=("a.x", "b.x"), architecture=GatedSAE(), d_sae=16)
+    with pytest.raises(ConfigError, match="architecture: gated does not fit a crosscoder"):
+        config.build(8, 8, steps=10, seed=0, widths=([8, 8], [8, 8]))
+
+
+def test_entries_name_themselves_and_come_back_from_a_file(tmp_path):
+    config = TrainConfig(
+        saes=[SAEConfig(hook_name=READ, hook_name_out=WRITTEN, wiring="causal", architecture=TopKSAE(k=4))],
+        sweep={"wiring": ["causal", "local"]},
+    )
+    names = [sae.name for sae in config.expanded().saes]
+    one = "blocks.0.hook_resid_mid_to_blocks.3.hook_resid_mid-to-blocks.0.hook_mlp_out_to_blocks.3.hook_mlp_out"
+    assert names == [f"{one}-causal-topk", f"{one}-local-topk"]
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml())
+    assert TrainConfig.from_yaml(file) == config
+    file.write_text(f"saes: [{{hook_name: '{READ}', wiring: local, architecture: batchtopk}}]")
+    entry = TrainConfig.from_yaml(file).saes[0]
+    assert entry.reads == entry.writes == spread(READ) and entry.sources == 4 and not entry.unit_rows
+
+
+def test_rules_with_a_state_for_each_latent_are_made_for_each_source():
+    widths = ([8, 8], [8, 8])
+    jump = SAEConfig(hook_name=("a.x", "b.x"), wiring="each", architecture=JumpReLUSAE(), d_sae=16)
+    assert isinstance(jump.build(8, 8, steps=10, seed=0, widths=widths).activation, se.rules.PerSource)
+    batch = SAEConfig(hook_name=("a.x", "b.x"), wiring="each", architecture=BatchTopKSAE(k=4), d_sae=16)
+    one, other, third = (batch.build(8, 8, steps=10, seed=seed, widths=widths) for seed in (0, 0, 1))
+    assert isinstance(one.activation, se.BatchTopK)
+    assert torch.equal(one.W_dec[1], other.W_dec[1]) and not torch.equal(one.W_dec[1], third.W_dec[1])
