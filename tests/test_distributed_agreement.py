@@ -41,7 +41,7 @@ def talk(rank, size, folder):
     said = agreement.said({"rank": rank, "words": "ü" * rank})
     agreement.agree(d_sae=64, rule="TopK(k=4)")
     differs = raised(lambda: agreement.agree(d_sae=64 + (rank == 1), rule="TopK(k=4)", lr=1e-3))[0]
-    failed = raised(lambda: agreement.meet("step", 1, ValueError("x must have d_in = 4") if rank == 2 else None))[0]
+    failed = raised(lambda: agreement.meet("step", error=ValueError("x must have d_in = 4") if rank == 2 else None))[0]
     places = raised(lambda: agreement.meet("saved" if rank == 0 else "step"))[0]
     still = agreement.meet("step", rank)
     return [met, per_call, said, differs, failed, places, still]
@@ -121,6 +121,34 @@ def fails_by_itself(rank, size, folder):
     _leave([raised(step)])
 
 
+def the_first_fails_by_itself(rank, size, folder):
+    """Without torchrun the store goes with it."""
+    agreement = Agreement.of(mesh_of(size), timeout=30)
+
+    def step():
+        with agreement.watched():
+            agreement.meet("step")
+            if rank == 0:
+                raise FloatingPointError("the loss is not finite")
+            agreement.wire.gather(torch.ones(3), "x")
+
+    _leave([raised(step)])
+
+
+def all_fail_alike(rank, size, folder):
+    """Nobody waits for anybody, and what they do next is not held against them."""
+    agreement = Agreement.of(mesh_of(size), timeout=30)
+
+    def step():
+        with agreement.watched():
+            agreement.meet("step")
+            raise FloatingPointError("the loss is not finite")
+
+    said, seconds = raised(step)
+    torch.distributed.barrier()
+    return [said, seconds, agreement.meet("saved", rank)]
+
+
 def closes(rank, size, folder):
     """What gloo says when a peer is gone is known for what it is."""
     if rank == 1:
@@ -138,7 +166,7 @@ def closes(rank, size, folder):
 def ran(tmp_path_factory):
     sizes = dict.fromkeys(
         ["talk", "uneven", "dies_before_a_meeting", "the_first_dies", "dies_in_a_collective", "is_stuck",
-         "fails_by_itself", "closes"], 3,
+         "fails_by_itself", "the_first_fails_by_itself", "all_fail_alike", "closes"], 3,
     )  # fmt: skip
     return outcomes(__file__, sizes, tmp_path_factory.mktemp("ranks"))
 
@@ -194,11 +222,24 @@ def test_a_stuck_rank_is_named_within_the_timeout(ran):
         assert seconds < 2 + GRACE_SECONDS + 3
 
 
-def test_a_rank_that_fails_by_itself_is_quoted(ran):
-    for rank, outcome in enumerate(ran["fails_by_itself"]):
-        ((said, _),) = told(outcome)
+@pytest.mark.parametrize(("case", "victim"), [("fails_by_itself", 1), ("the_first_fails_by_itself", 0)])
+def test_a_rank_that_fails_by_itself_is_quoted(ran, case, victim):
+    for rank, outcome in enumerate(ran[case]):
+        ((said, seconds),) = told(outcome)
         own = "FloatingPointError: the loss is not finite"
-        assert said == (own if rank == 1 else f"RuntimeError: rank 1: {own}")
+        if rank == victim:
+            assert said == own
+        elif victim == 0:  # which keeps the store: of itself only that it has ended is known
+            assert said.startswith("RuntimeError: rank 0 (process ") and "has ended" in said
+        else:
+            assert said == f"RuntimeError: rank {victim}: {own}"
+        assert seconds < 5
+
+
+def test_ranks_that_fail_alike_can_go_on(ran):
+    for said, seconds, met in succeeded(ran["all_fail_alike"]):
+        assert said == "FloatingPointError: the loss is not finite" and seconds < GRACE_SECONDS
+        assert met == [0, 1, 2]
 
 
 def test_what_a_broken_connection_says_is_known(ran):

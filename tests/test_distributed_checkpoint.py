@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from forked_ranks import outcomes, succeeded
 
+import sae_engine as se
 from sae_engine.distributed import checkpoint
 from sae_engine.distributed.agreement import Agreement
 
@@ -194,6 +195,103 @@ def _loaded(mesh, rank, size, place):
     return checkpoint.load_state(state_of(mesh, rank, size, filled=False), place, mesh)
 
 
+# --- an autoencoder and its step ------------------------------------------------------------------------------------
+
+STEPS, TOKENS = 3, 12
+KINDS = {"TopK": lambda: se.TopK(3), "BatchTopK": lambda: se.BatchTopK(2.5), "JumpReLU": lambda: se.JumpReLU(22)}
+
+
+def trained(kind, mesh, **options):
+    """At the beginning, the same however many ranks there are."""
+    torch.manual_seed(0)
+    sae = se.SparseAutoencoder(6, 22, KINDS[kind](), mesh=mesh, dtype=torch.float64)
+    losses = [se.losses.StepL0(0.1)] if kind == "JumpReLU" else [se.losses.AuxK(4)]
+    step = se.training.TrainStep(
+        sae, lr=1e-2, eps=1e-3, losses=losses, dead_after=20, memory_budget=2**20,
+        scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1 / (1 + n)), **options,
+    )  # fmt: skip
+    return sae, step
+
+
+def trains(step, rank, size, updates):
+    share = slice(rank * TOKENS // size, (rank + 1) * TOKENS // size)
+    for update in updates:
+        draw = torch.Generator().manual_seed(update)
+        step(torch.randn(TOKENS, 6, generator=draw, dtype=torch.float64)[share])
+
+
+def everything(sae, step):
+    """All of their state on one rank, by name."""
+    from torch.distributed.tensor import DTensor
+
+    from sae_engine._saved_state import split
+
+    plain, tensors = split({"sae": sae.state_dict(), "step": step.state_dict()}, contiguous=False)
+    return plain, {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
+
+
+def steps_on_four(rank, size, folder):
+    """Half of the steps, a checkpoint, the other half; and again from the checkpoint."""
+    mesh, found = mesh_of(size), {}
+    for kind in KINDS:
+        sae, step = trained(kind, mesh)
+        trains(step, rank, size, range(STEPS))
+        checkpoint.save_state({"sae": sae.state_dict(), "step": step.state_dict()}, folder / kind, mesh)
+        trains(step, rank, size, range(STEPS, 2 * STEPS))
+        plain, ended = everything(sae, step)
+        again_plain, again = everything(*_resumed(kind, mesh, rank, size, folder / kind))
+        found[kind] = [plain == again_plain, [name for name in ended if not torch.equal(ended[name], again[name])]]
+        if rank == 0:
+            torch.save((plain, ended), folder / f"{kind}.pt")
+    return found
+
+
+def _resumed(kind, mesh, rank, size, place):
+    sae, step = trained(kind, mesh)
+    trains(step, rank, size, [99])  # what is loaded takes the place of all of this
+    state = checkpoint.load_state({"sae": sae.state_dict(), "step": step.state_dict()}, place, mesh)
+    sae.load_state_dict(state["sae"])
+    step.load_state_dict(state["step"])
+    trains(step, rank, size, range(STEPS, 2 * STEPS))
+    return sae, step
+
+
+def steps_on_two(rank, size, folder):
+    """From what four ranks saved, to where those went: to rounding, which sums over other parts differ by."""
+    mesh, found = mesh_of(size), {}
+    for kind in KINDS:
+        plain, ended = torch.load(folder.parent / "steps_on_four" / f"{kind}.pt")
+        again_plain, again = everything(*_resumed(kind, mesh, rank, size, folder.parent / "steps_on_four" / kind))
+        gaps = {name: float((ended[name].double() - again[name].double()).abs().max()) for name in ended}
+        bound = {torch.float64: 1e-12, torch.float32: 1e-9, torch.int64: 0}
+        wrong = {name: gap for name, gap in gaps.items() if gap > bound[ended[name].dtype]}
+        found[kind] = [plain == again_plain, ended.keys() == again.keys(), wrong]
+    return found
+
+
+def others_than_agreed(rank, size, folder):
+    """Sizes, rules and options of which one rank has another."""
+    mesh = mesh_of(size)
+    said = [raised(lambda: se.SparseAutoencoder(6, 22 + rank, se.TopK(3), mesh=mesh)),
+            raised(lambda: se.SparseAutoencoder(6, 22, se.TopK(3 + (rank == 1)), mesh=mesh))]  # fmt: skip
+    sae = se.SparseAutoencoder(6, 22, se.TopK(3), mesh=mesh)
+    said.append(raised(lambda: se.training.TrainStep(sae, lr=1e-3 * (1 + rank))))
+    step = se.training.TrainStep(sae, lr=1e-3)
+    said.append(raised(lambda: step(torch.ones(4, 6 + (rank == 1)))))
+    step(torch.ones(4, 6))  # nothing has parted
+    return said
+
+
+def dies_in_a_step(rank, size, folder):
+    mesh = mesh_of(size)
+    Agreement.of(mesh, timeout=20)
+    sae, step = trained("TopK", mesh)
+    trains(step, rank, size, [0])
+    if rank == 1:
+        sae.share.activation.select = lambda *_, **__: os._exit(9)
+    raise AssertionError(raised(lambda: trains(step, rank, size, [1])))
+
+
 # --- what is seen of it -----------------------------------------------------------------------------------------------
 
 
@@ -201,7 +299,8 @@ def _loaded(mesh, rank, size, place):
 def ran(tmp_path_factory):
     sizes = {"saves_on_four": 4, "loads_on_two": 2, "loads_on_three": 3, "loads_on_one": 1, "damaged": 2,
              "a_full_disk": 3, "killed_before": 3, "killed_while_writing": 3, "killed_before_the_name": 3,
-             "goes_on_after_a_kill": 2}  # fmt: skip
+             "goes_on_after_a_kill": 2, "steps_on_four": 4, "steps_on_two": 2, "others_than_agreed": 2,
+             "dies_in_a_step": 3}  # fmt: skip
     folder = tmp_path_factory.mktemp("ranks")
     return outcomes(__file__, sizes, folder) | {"folder": folder}
 
@@ -261,3 +360,29 @@ def test_the_listing_says_what_lies_where(ran):
     content = json.loads((ran["folder"] / "state" / "state.json").read_text())
     assert content["ranks"] == 4 and content["tensors"]["sae/W_enc"] == ["torch.float32", D, F]
     assert content["state"]["step"]["optimizer"]["lr"] == 1e-3
+
+
+def test_training_goes_on_bit_for_bit(ran):
+    for found in succeeded(ran["steps_on_four"]):
+        assert found == {kind: [True, []] for kind in KINDS}
+
+
+def test_training_goes_on_with_half_the_ranks(ran):
+    for found in succeeded(ran["steps_on_two"]):
+        for plain, names, wrong in found.values():
+            assert plain and names and wrong == {}  # JumpReLU's thresholds, near 1e-2, and their moments are fp32
+
+
+def test_what_ranks_do_not_agree_on_is_named_and_parts_nobody(ran):
+    for rank, (sizes, rule, rate, batch) in enumerate(succeeded(ran["others_than_agreed"])):
+        assert sizes == "RuntimeError: all ranks must be given the same: d_sae is 22 on rank 0 and 23 on rank 1"
+        assert 'activation is "TopK(k=3)" on rank 0 and "TopK(k=4)" on rank 1' in rule
+        assert "lr is 0.001 on rank 0 and 0.002 on rank 1" in rate
+        own = "ValueError: x must have d_in = 6 in its last dimension, got shape (4, 7)"
+        assert batch == (own if rank == 1 else f"RuntimeError: rank 1: {own}")
+
+
+def test_a_rank_that_dies_in_a_step_is_named(ran):
+    for rank in (0, 2):
+        assert "RuntimeError: rank 1 (process " in ran["dies_in_a_step"][rank].raised
+        assert ran["dies_in_a_step"][rank].seconds < 15

@@ -12,7 +12,7 @@ import socket
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -54,8 +54,10 @@ class Agreement:
         self.rank, self.size = self.wire.rank, self.wire.size
         self.calls = 0
         self._ended = ""  # why the ranks have parted
+        self._keeps = False  # whether the store lives in this process
         self._store = self._opened(seconds)
         self._store.set(f"at {self.rank}", "0")
+        self._store.set(f"error {self.rank}", json.dumps([-1, ""]))
         self._store.set_timeout(timedelta(seconds=GRACE_SECONDS))  # of what follows: those who opened it are there
         self._processes = self.said([socket.gethostname(), os.getpid()])
 
@@ -132,7 +134,7 @@ class Agreement:
         except Exception as error:
             if is_of_a_collective(error):
                 raise self.parted(error) from error
-            self.meet(kind, 0, error)
+            self.meet(kind, error=error)
             raise
         self.meet(kind)
 
@@ -147,11 +149,10 @@ class Agreement:
         try:
             yield
         except Exception as error:
-            if self._ended:  # it has been told
-                raise
             if is_of_a_collective(error):
                 raise self.parted(error) from error
-            self._tell(f"rank {self.ranks[self.rank]}: {_line(error)}")
+            if not self._ended:
+                self._confess(error)
             raise
 
     def parted(self, error: BaseException) -> RuntimeError:
@@ -161,15 +162,23 @@ class Agreement:
     # --- who is there ---------------------------------------------------------------------------------------------
 
     def _opened(self, seconds: timedelta) -> dist.Store:
-        """A store that the first rank keeps, at an address that all can reach."""
-        first = self.rank == 0
+        """torchrun's store, which outlives every rank; without one, a store that the first rank keeps."""
         hosts = self._texts(socket.gethostname())
-        host = "127.0.0.1" if len({*hosts}) == 1 else os.environ.get("MASTER_ADDR", hosts[0])
-        kept = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=seconds) if first else None
-        if kept is not None:
-            kept.set("verdict", _NOBODY)
-        port = self.wire.hosts([0 if kept is None else kept.port], "said")[0][0]
-        return kept or dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=seconds)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            kept: dist.Store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=seconds)
+            name = f"sae_engine/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{self.ranks}/{len(_AGREEMENTS)}"
+            store: dist.Store = dist.PrefixStore(name, kept)
+        else:
+            self._keeps = self.rank == 0
+            host = "127.0.0.1" if len({*hosts}) == 1 else os.environ.get("MASTER_ADDR", hosts[0])
+            options: dict[str, Any] = {"wait_for_workers": False, "timeout": seconds}
+            own = dist.TCPStore(host, 0, is_master=True, **options) if self._keeps else None
+            port = self.wire.hosts([0 if own is None else own.port], "said")[0][0]
+            store = own or dist.TCPStore(host, port, is_master=False, **options)
+        if self.rank == 0:
+            store.set("verdict", _NOBODY)
+        return store
 
     def _texts(self, text: str) -> list[str]:
         own = torch.frombuffer(bytearray(text.encode()) or bytearray(b" "), dtype=torch.uint8)
@@ -201,34 +210,53 @@ class Agreement:
         """On whose account a wait has failed: what another rank has said of itself, or who has not come."""
         try:
             self._store.set(f"at {self.rank}", f"{self.calls}!")  # past it, as far as it could
-            missing = self._missing()
+            missing, errors = self._missing()
             seconds = f"within {self.timeout:g} s" if "imed out" in str(error) else "any more"
             names = ", ".join(f"{self.ranks[rank]}{self._how(rank)}" for rank in missing)
             said = f"rank {names} does not answer {seconds}, at meeting {self.calls}" if missing else (
                 f"the connection between the ranks broke at meeting {self.calls}: {_line(error)}")  # fmt: skip
-            return self._tell(said, missing)
+            return self._tell("; ".join(errors) or said, missing)
         except RuntimeError as lost:
             return self._first_gone(lost)
 
-    def _missing(self) -> list[int]:
-        """The ranks that have not come here, once those that were only late have had their time."""
+    def _missing(self) -> tuple[list[int], list[str]]:
+        """The ranks that have not come here, once those that were only late have had their time; and what others that
+        have failed by themselves have said of it.
+        """
         seen, since = None, time.monotonic()
         while True:
-            if self._told() != _NOBODY:
-                return []
-            places = [place.decode() for place in self._store.multi_get([f"at {rank}" for rank in range(self.size)])]
-            behind = [rank for rank, place in enumerate(places) if not place.endswith("!")]
-            if not behind:
-                return []
+            places, errors = self._places(), self._errors()
+            failed = [rank for rank, (calls, _) in enumerate(errors) if calls == int(places[rank].rstrip("!"))]
+            behind = [rank for rank, place in enumerate(places) if not place.endswith("!") and rank not in failed]
+            words = [f"rank {self.ranks[rank]}: {errors[rank][1]}" for rank in failed]
+            if words or not behind or self._told() != _NOBODY:
+                return [], words
             if seen != places:
                 seen, since = places, time.monotonic()
-            if (dead := [rank for rank in behind if self._is_dead(rank)]):
-                return dead
+            if dead := [rank for rank in behind if self._is_dead(rank)]:
+                return dead, []
             if time.monotonic() - since > GRACE_SECONDS:
                 at = [int(place.rstrip("!")) for place in places]
                 late = [rank for rank in behind if at[rank] < max(at)]
-                return late or behind
+                return late or behind, []
             time.sleep(0.02)
+
+    def _places(self) -> list[str]:
+        """The meeting that each rank has come to, with a mark where it has given up there."""
+        return [place.decode() for place in self._store.multi_get([f"at {rank}" for rank in range(self.size)])]
+
+    def _errors(self) -> list[list]:
+        """At which meeting each rank has failed by itself last, and what it said."""
+        return [json.loads(said) for said in self._store.multi_get([f"error {rank}" for rank in range(self.size)])]
+
+    def _confess(self, error: BaseException) -> None:
+        """Says what this rank has failed at by itself: it is still there, but may not come any more."""
+        try:
+            self._store.set(f"error {self.rank}", json.dumps([self.calls, _line(error)]))
+            if self._keeps:
+                self._linger(lambda rank: self._errors()[rank][0] == self.calls)
+        except RuntimeError:  # the store is gone, with the first rank: there is nobody to tell
+            return
 
     def _is_dead(self, rank: int) -> bool:
         """Whether a process of this machine has ended; of another machine nobody here knows."""
@@ -251,17 +279,19 @@ class Agreement:
         """What all ranks but those ``missing`` will say: ``text``, unless another was first."""
         told = self._ended = self._store.compare_set("verdict", _NOBODY, text).decode()
         self._store.set(f"at {self.rank}", f"{self.calls}!")
-        if self.rank == 0:  # with it the store goes, which the others still have to read
-            until = time.monotonic() + GRACE_SECONDS
-            while time.monotonic() < until and not self._all_know(missing):
-                time.sleep(0.02)
-        else:
-            self._store.set(f"knows {self.rank}", "")
+        self._store.set(f"knows {self.rank}", "")
+        if self._keeps:
+            self._linger(lambda rank: rank in missing)
         return told
 
-    def _all_know(self, missing: Sequence[int]) -> bool:
-        left = {*range(1, self.size)} - {*missing}
-        return all(self._store.check([f"knows {rank}"]) or self._is_dead(rank) for rank in left)
+    def _linger(self, needs_nothing: Callable[[int], bool]) -> None:
+        """The rank with which the store goes waits for those that still have to read it."""
+        until = time.monotonic() + GRACE_SECONDS
+        left = {*range(self.size)} - {self.rank}
+        while left and time.monotonic() < until:
+            left = {rank for rank in left if not (needs_nothing(rank) or self._store.check([f"knows {rank}"])
+                                                  or self._is_dead(rank))}  # fmt: skip
+            time.sleep(0.01)
 
     def _first_gone(self, error: BaseException) -> str:
         self._ended = (f"rank {self.ranks[0]}{self._how(0)} does not answer any more, at meeting {self.calls}: "
@@ -283,7 +313,7 @@ def is_of_a_collective(error: BaseException) -> bool:
 
 
 def fingerprint(sae: Any, **options: Any) -> dict[str, Any]:
-    """What has to be the same on all ranks: sizes, rule, options and versions, for :meth:`Agreement.agree`."""
+    """What has to be the same on all ranks: sizes, rule, ``options`` and versions, for :meth:`Agreement.agree`."""
     rule = sae.activation
     triton = None
     try:
@@ -334,7 +364,7 @@ def aligned(
                 check.floating("batches", batch, dims=2)
         except Exception as raised:
             error = raised
-        left = agreement.meet("aligned", int(batch is not None), error)
+        left = agreement.meet("aligned", int(batch is not None), error=error)
         if error is not None:
             raise error
         if not any(left):

@@ -14,7 +14,7 @@ from .rule_formulas import l1, step_l0, tanh_l0, target_l0
 
 @dataclass(frozen=True)
 class L1(Loss):
-    """``coefficient`` times the sum of magnitudes, each times the norm of its decoder row, mean over tokens.
+    """``coefficient`` times the sum of the values' magnitudes, each times its decoder row's norm, mean over tokens.
 
     With rows held at norm 1 (``normalize_decoder``) that is the plain L1 norm. Bricken et al. 2023; the norms are
     those of Anthropic's update of April 2024, without which values shrink and rows grow.

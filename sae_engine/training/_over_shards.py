@@ -1,7 +1,7 @@
 """What a training step does besides where latents are cut over a mesh."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..autoencoder import SparseAutoencoder
 from ..distributed.agreement import fingerprint
 from ..distributed.shards import Shards
+from ..distributed.share import local
 from ..losses import Loss
 
 
@@ -43,3 +44,26 @@ def of_all_ranks(
     if is_bad.is_cpu:  # nobody waits for it
         return report, None if overflow is None else overflows > 0, is_bad if bool(is_bad) else None
     return report, None if overflow is None else overflows > 0, is_bad
+
+
+def as_wholes(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A step's state, of my latents, as that of all: DTensors over the same memory."""
+    assert sae.shards is not None
+    whole, names = dict(sae.named_parameters()), {id(p): name for name, p in sae.share.named_parameters()}
+    moments = {}
+    for number, p in enumerate(optimizer.param_groups[0]["params"]):
+        placements = getattr(whole[names[id(p)]], "placements", ())
+        dim = next((placement.dim for placement in placements if placement.is_shard()), None)
+        moments[number] = {name: sae.shards.as_whole(t, dim) if t.dim() else t
+                           for name, t in state["optimizer"]["state"][number].items()}  # fmt: skip
+    dead = {**state["dead"], "since_fired": sae.shards.as_whole(state["dead"]["since_fired"], 0)}
+    return {**state, "optimizer": {**state["optimizer"], "state": moments}, "dead": dead}
+
+
+def locals_of(state: Any) -> Any:
+    """What :func:`as_wholes` was given."""
+    if isinstance(state, Tensor):
+        return local(state)
+    if isinstance(state, Mapping):
+        return {key: locals_of(value) for key, value in state.items()}
+    return [locals_of(value) for value in state] if isinstance(state, list) else state

@@ -21,7 +21,7 @@ from ..distributed.shards import check_rules
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
 from ..rules import PerSource
-from ._over_shards import agree_on_options, check_over_shards, of_all_ranks
+from ._over_shards import agree_on_options, as_wholes, check_over_shards, locals_of, of_all_ranks
 from .backward import Finite, backward
 from .forward import DeadLatents, Forward, PreActivations
 from .memory import keep_freed_memory
@@ -382,11 +382,14 @@ class TrainStep:
         return check.matrix(x.detach()), checked_target(sae, given, target)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on besides the autoencoder, to resume bit for bit; save that one too."""
+        """All that the next step depends on besides the autoencoder, to resume bit for bit; save that one too.
+
+        On a mesh tensors are DTensors over the same memory, for :func:`sae_engine.distributed.save_state`.
+        """
         if self.calls % self.accumulate:
             left = self.accumulate - self.calls % self.accumulate
             raise RuntimeError(f"gradients are being accumulated: save after {left} more call(s)")
-        return {
+        state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "dead": self.dead.state_dict(),
@@ -394,6 +397,7 @@ class TrainStep:
             "dense_now": self._dense_now,
             "memory_budget": self.memory_budget,
         }
+        return state if self.shards is None else as_wholes(self.sae, self.optimizer, state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From :meth:`state_dict`, of a step over an autoencoder of the same shape with the same arguments.
@@ -405,6 +409,7 @@ class TrainStep:
             raise ValueError(f"state lacks {sorted(missing)}: it is not the state of a TrainStep")
         if (self.scheduler is None) != (state["scheduler"] is None):
             raise ValueError("state was saved with a scheduler and there is none here, or the other way round")
+        state = state if self.shards is None else locals_of(state)
         self.dead.load_state_dict(state["dead"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
