@@ -5,7 +5,7 @@ from pair_loop import SITES, WIRINGS, B, D, F, batch, coder, dense_codes, forwar
 
 import sae_engine as se
 from sae_engine import _slabs
-from sae_engine.losses import L1, AuxK, MultiTopK, TanhL0
+from sae_engine.losses import L1, AuxK, MultiTopK, PreActivation, TanhL0
 from sae_engine.training import TrainStep
 
 LR = 2**-10  # the same in fp32, in which a step keeps it
@@ -95,6 +95,40 @@ def test_sparsity_weighted_by_decoder_norms(wiring, rule, added, loss):
     found = [step(x, target)["loss"] for x, target in batches()]
     wanted = trained_by_the_loop(theirs, batches(), loss)
     torch.testing.assert_close(torch.stack(found), torch.stack(wanted), rtol=1e-7, atol=0)
+    assert_trained_alike(ours, theirs)
+
+
+def lifted(made, x, target):
+    """With what pulls latents that are off up to their thresholds, entry by entry."""
+    found, rules = tanh(made, x, target), made.activation if len(made.wiring) > 1 else [made.activation[0]]
+    for s, ((read, _), rule) in enumerate(zip(made.wiring, rules, strict=True)):
+        pre = torch.cat([x[:, t] for t in read], 1) @ made.W_enc[s] + made.b_enc[s]
+        found = found + 0.01 * (torch.relu(rule.threshold.double() - pre) * norms(made, s)).sum() / B
+    return found
+
+
+@pytest.mark.parametrize("budget", [None, 3 * F * 8], ids=["whole", "chunked"])
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_latents_that_are_off_are_lifted_by_sums_over_those_that_are_on(wiring, budget):
+    """And beside AuxK, whose codes have no entry for the row of the mean input."""
+    ours, theirs = (coder(wiring, "jumprelu") for _ in range(2))
+    losses = [TanhL0(0.05), PreActivation(0.01), AuxK(k=3)]
+    x, target = batch()
+    wanted = se.losses.evaluate(ours, x, losses, target=target)
+    step = TrainStep(ours, lr=LR, losses=losses, memory_budget=budget)
+    found = [step(x, target)["loss"] for x, target in batches()]
+    torch.testing.assert_close(wanted["loss"], lifted(theirs, x, target), rtol=1e-7, atol=0)
+    of_loop = trained_by_the_loop(theirs, batches(), lifted)
+    torch.testing.assert_close(torch.stack(found), torch.stack(of_loop), rtol=1e-7, atol=0)
+    assert_trained_alike(ours, theirs)
+
+
+def test_latents_that_are_off_are_lifted_where_gradients_are_stored():
+    ours, theirs = (coder("causal", "jumprelu") for _ in range(2))
+    step = TrainStep(ours, lr=LR, losses=[TanhL0(0.05), PreActivation(0.01)], reduce=lambda tensors: None)
+    for x, target in batches():
+        step(x, target)
+    trained_by_the_loop(theirs, batches(), lifted)
     assert_trained_alike(ours, theirs)
 
 
@@ -251,6 +285,11 @@ BAD = {
     "tanh with sums of norms": (
         lambda: TrainStep(coder(decoder_norm="sum"), lr=LR, losses=TanhL0(0.1)), "decoder_norm"),
     "a loss of one source": (lambda: TrainStep(coder(), lr=LR, losses=se.losses.AFA()), "AFA"),
+    "a rule without thresholds": (
+        lambda: TrainStep(coder(), lr=LR, losses=PreActivation(0.1))(*batch()), "JumpReLU.*TopK"),
+    "thresholds of something else": (
+        lambda: TrainStep(coder("causal", "jumprelu", rescale_acts_by_decoder_norm=True), lr=LR,
+                          losses=[TanhL0(0.1), PreActivation(0.1)])(*batch()), "rescale_acts"),
     "no sparsity": (lambda: TrainStep(coder("causal", "relu"), lr=LR), "sparsity"),
     "x of neither form": (lambda: TrainStep(coder(), lr=LR)(torch.ones(B, D, SITES, dtype=torch.float64)), "x must be"),
     "a target of neither": (lambda: TrainStep(coder(), lr=LR)(batch()[0], batch()[0][:, :2]), "target must be"),

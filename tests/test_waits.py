@@ -340,8 +340,8 @@ WAITING = {
     "metrics.decoder_similarity": lambda: (w := torch.randn(F, D), lambda: metrics.decoder_similarity(w))[1],
     "metrics.cross_layer_share": lambda: (n := torch.rand(2, F, 3), lambda: metrics.cross_layer_share(n))[1],
     "training.TrainStep, dead": step(added=lambda: AuxK(5), dead_after=4, density_interval=2),
-    "losses.StepL0": step(learning, lambda: losses.StepL0(0.1)),
-    "losses.TanhL0": step(learning, lambda: losses.TanhL0(0.1)),
+    **{f"losses.{kind.__name__}": step(learning, lambda kind=kind: [losses.L1(0.1), kind(0.1)])
+       for kind in (losses.StepL0, losses.TanhL0, losses.PreActivation)},
     "losses.GateLoss": step(lambda: se.Gated(F), lambda: losses.GateLoss(0.1)),
     "losses.evaluate, dead": lambda: (
         s := se.SparseAutoencoder(D, F, se.TopK(4)), x := torch.randn(B, D), on := torch.zeros(F, dtype=torch.bool),

@@ -9,6 +9,7 @@ from .auxiliary import AFA, AuxK, AuxZipf, MultiTopK
 from .base import Loss, LossInput, NestedReconstruction, Pull, Reconstruction, losses_for
 from .evaluation import evaluate
 from .formulas import afa, auxk, fvu, mse, squared_error
+from .pre_activation import PreActivation
 from .rule_formulas import aux_zipf, gated, l1, matryoshka, step_l0, tanh_l0, target_l0
 from .sparsity import L1, GateLoss, StepL0, TanhL0
 
@@ -22,6 +23,7 @@ __all__ = [
     "LossInput",
     "MultiTopK",
     "NestedReconstruction",
+    "PreActivation",
     "Pull",
     "Reconstruction",
     "StepL0",

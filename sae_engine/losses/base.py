@@ -34,6 +34,8 @@ class Pull(NamedTuple):
     values: Tensor | None = None  # (N,), at codes.values
     norms: Tensor | None = None  # (d_sae,), at the norms of the decoder's rows
     parameters: dict[Tensor, Tensor] | None = None  # at parameters of the rule
+    entries: Tensor | None = None  # (N,), at the pre-activations of the codes' entries, past the rule
+    everywhere: Tensor | None = None  # (d_sae,), at the pre-activations of every token; of several sources a row each
 
 
 class LossInput:

@@ -56,11 +56,15 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
             for parameter, gradient in (pull.parameters or {}).items():
                 _add(small, parameter, gradient)
         at_decoder = _at_decoder(forward, mine, small)
-        at_values, at_norms = (_total(getattr(pull, name) for pull in mine) for name in ("values", "norms"))
+        at_values, at_norms, at_entries, everywhere = (
+            _total(getattr(pull, name) for pull in mine) for name in ("values", "norms", "entries", "everywhere")
+        )
         reaches_norms = at_norms is not None or (at_values is not None and forward.sources[0].norms is not None)
         if reaches_norms and getattr(forward.sae, "decoder_norm", "joint") != "joint":
             raise ValueError("decoder_norm must be 'joint' with a loss whose gradient reaches the norms, got 'sum'")
-        pulled.append(Pulled(number, at_decoder, _of_sources(kept, at_values), at_norms))
+        pulled.append(Pulled(
+            number, at_decoder, _of_sources(kept, at_values), at_norms, _of_sources(kept, at_entries), everywhere
+        ))  # fmt: skip
     return Backward([_of_source(forward, number, pulled, small) for number in range(len(forward.sources))], small)
 
 
@@ -71,6 +75,8 @@ class Pulled(NamedTuple):
     at_decoder: Tensor | None  # (B, d_out), or (B, repeats, d_out)
     at_values: Sequence[Tensor | None]  # of each source (N,)
     at_norms: Tensor | None  # (F,), of several sources (sources, F)
+    at_entries: Sequence[Tensor | None]  # of each source (N,)
+    everywhere: Tensor | None  # as at_norms
 
 
 def _of_sources(kept: Kept, at_values: Tensor | None) -> Sequence[Tensor | None]:
@@ -85,8 +91,11 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
     repeats = max((runs.batch_shape[-1] for runs in forward.runs.values()), default=1)
     terms: tuple[list, ...] = tuple([] for _ in range(NUMBER_OF_LISTS))
     x = mine.encoded if repeats == 1 else mine.encoded.repeat_interleave(repeats, 0)
-    result, along = SourceBackward(terms, x, repeats, None, []), None
-    for number, at_decoder, of_values, at_norms in pulled:
+    dense: list[Tensor] = []
+    along = None
+    if has_base := any(of_number.everywhere is not None for of_number in pulled):
+        x = torch.cat([x, x.mean(0, keepdim=True, dtype=wide).to(x.dtype)])
+    for number, at_decoder, of_values, at_norms, of_entries, everywhere in pulled:
         part, at_values = forward.kept[number].parts[s], of_values[s]
         codes = _in_rows(part.codes, forward.runs.get(number), repeats)
         reached = at_decoder is not None
@@ -104,7 +113,11 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
             if at_values is not None and mine.norms is not None:
                 offered = at_values * mine.norms_at(part.codes)
                 along = _total([along, _by_latent(at_values * part.values, part, forward) / mine.divisors])
-            _append(terms, term_of(codes, part.values, grad, offered, GATED))
+            values = part.values
+            if has_base:
+                offered = torch.zeros_like(values, dtype=wide) if offered is None else offered
+                codes, values, grad, offered = _with_base(codes, values, grad, offered, None)
+            _append(terms, term_of(codes, values, grad, offered, GATED))
             continue
         decoder, values = mine.weights.decoder, part.values.to(wide)
         inner = values * 0
@@ -118,15 +131,42 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
         for parameter, gradient in parameters.items():
             _add(small, parameter, gradient)
         if part.rule.entry_values is None:
-            result.dense.append(at_pre if mine.norms is None else at_pre * mine.norms)
+            dense.append(at_pre if mine.norms is None else at_pre * mine.norms)
             offered = torch.zeros_like(inner)
         else:
             offered = at_pre.to(wide) if mine.norms is None else at_pre.to(wide) * mine.norms_at(part.codes)
-        _append(terms, term_of(codes, part.values, grad, offered, GIVEN))
+        if (at_entries := of_entries[s]) is not None:
+            offered = offered + at_entries
+        values = part.values
+        if has_base:
+            base = None if everywhere is None else everywhere.view(-1, mine.source.d_sae)[s] * codes.rows
+            codes, values, grad, offered = _with_base(codes, values, grad, offered, base)
+        _append(terms, term_of(codes, values, grad, offered, GIVEN))
         if mine.norms is not None:
             slopes = _norm_slopes(part, forward, at_pre, inner, mine.divisors)
             along = _total([along, slopes / mine.divisors])
-    return result._replace(along=along)
+    return SourceBackward(terms, x, repeats, along, dense)
+
+
+def _with_base(
+    codes: SparseCodes, values: Tensor, grad: Tensor, offered: Tensor, base: Tensor | None
+) -> tuple[SparseCodes, Tensor, Tensor, Tensor]:
+    """A term with one row more: of the mean input, on which each latent has the slope ``base`` (F,), or none.
+
+    What a slope that all tokens share adds to the gradients of W_enc and b_enc is so found by the same pass.
+    """
+    grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])
+    owned = codes.offsets[-1:]
+    if base is None:
+        offsets, indices = torch.cat([codes.offsets, owned]), codes.indices
+    else:
+        offsets = torch.cat([codes.offsets, owned + base.shape[0]])
+        indices = torch.cat([codes.indices, torch.arange(base.shape[0], dtype=torch.int32, device=base.device)])
+        values = torch.cat([values, values.new_zeros(base.shape[0])])
+        offered = torch.cat([offered, base.to(offered.dtype)])
+    rows = codes.rows + 1
+    wider = replace(codes, values=values, indices=indices, offsets=offsets, batch_shape=(rows,), k=None, _transposed=[])
+    return wider, values, grad, offered
 
 
 def term_of(codes: SparseCodes, values: Tensor, grad: Tensor, offered: Tensor | None, mode: int) -> Term:
@@ -200,11 +240,7 @@ def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]
 
 def _by_latent(entries: Tensor, part: Part, forward: Forward) -> Tensor:
     """(F,) sums of ``entries`` (N,) in a fixed order."""
-    ones = entries.new_ones(part.codes.rows, 1, dtype=forward.wide)
-    sums = ops.decode_backward_weight(
-        ones, entries.to(forward.wide), *part.codes.by_latent, forward.wide, forward.backend
-    )
-    return sums[:, 0]
+    return forward.by_latent(part.codes, entries)
 
 
 def _norm_slopes(part: Part, forward: Forward, at_pre: Tensor, inner: Tensor, divisors: Tensor) -> Tensor:

@@ -390,6 +390,14 @@ class Forward:
             out[:, source.source.writes] += source.sums(part.codes, part.values)
         return out
 
+    def by_latent(self, codes: SparseCodes, entries: Tensor) -> Tensor:
+        """(F,) sums of ``entries`` (N,) in a fixed order; of several (n, N) at a time, (n, F)."""
+        if entries.dim() == 2:
+            return torch.stack([self.by_latent(codes, row) for row in entries])
+        ones = entries.new_ones(codes.rows, 1, dtype=self.wide)
+        sums = ops.decode_backward_weight(ones, entries.to(self.wide), *codes.by_latent, self.wide, self.backend)
+        return sums[:, 0]
+
     def residual(self, number: int) -> tuple[Tensor, Tensor]:
         """(B, d_out) the autoencoder's output for those codes minus the target; its squared norm (B,). Once."""
         if number not in self._residuals:

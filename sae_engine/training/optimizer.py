@@ -282,7 +282,7 @@ class Update:
                 mine.x, weights.decoder, mine.along, *mine.terms, wide, self.backend
             )
             for dense in mine.dense:
-                encoder += dense.to(wide).T @ mine.x[:: mine.repeats].to(wide)
+                encoder += dense.to(wide).T @ mine.x[: len(dense) * mine.repeats : mine.repeats].to(wide)
                 bias += dense.sum(0, dtype=wide)
             center = -(source.W_enc.detach().to(wide) @ bias)
             whole |= {source.W_dec: decoder, source.W_enc: encoder}
