@@ -1,8 +1,8 @@
 """A cross-layer transcoder beside a transcoder for each layer, on the embedded model: errors, and the model they make.
 
-Both are trained in one pass of the language model, on the same rows in the same order, with as many latents and entries
-a token; all MLPs are then replaced at once, with codes of the replaced run, on text that neither has seen. A cross-layer
-transcoder has more decoder weights at equal latents (here 2.5 times as many), which this table does not make up for.
+Both are trained in one pass of the language model, on the same rows in the same order, with as many latents and
+entries a token. Then all MLPs are replaced at once, with codes of the replaced run, on text that neither saw. The first
+has more decoder weights at equal latents (here 2.5 times as many), which this table does not make up for.
 
     python benchmarks/replacement.py [--tokens 400000] [--d-sae 1024] [--k 8] [--seeds 1] [--out FOLDER]
 """

@@ -8,7 +8,7 @@ from tiny_models import DOCUMENTS, MODELS, tokenizer_of_bytes
 
 import sae_engine as se
 from sae_engine.cli import main
-from sae_engine.data import LanguageModel, check_same_tokens, read_sites, run_with_replacements
+from sae_engine.data import LanguageModel, check_same_tokens, read_sites, run_with_replacements, together
 from sae_engine.metrics import NextTokenLoss, Reconstruction, evaluate_sites, evaluate_sites_during
 from sae_engine.metrics.replacement import CLEAN, REPLACED, Replacement
 from sae_engine.metrics.splice import batches_of
@@ -100,7 +100,7 @@ def exchanged_by_hand(model, made, ids, kept):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_replacement_model_is_the_model_with_its_mlps_exchanged(lm, wiring, rule, skip):
     made = coder(wiring, rule, skip=skip, rescale_acts_by_decoder_norm=rule == "batch")
-    replacement = Replacement(made, lm, READ, WRITTEN, None)
+    replacement = Replacement(made, lm, READ, WRITTEN)
     losses = NextTokenLoss(), NextTokenLoss()
     for batch in batches(lm):
         kept = torch.zeros(batch.ids.numel(), dtype=torch.bool)
@@ -184,7 +184,7 @@ def test_a_crosscoder_that_gives_back_what_it_reads_changes_nothing(lm):
 def test_two_models(lm):
     other, made = language_model("llama", seed=3), coder("joint", sites=2)
     sites = ["blocks.1.hook_resid_post", "blocks.1.hook_resid_post"]
-    found = evaluate_sites(made, [lm, other], DOCUMENTS, sites=sites, models=[0, 1], **OPTIONS)
+    found = evaluate_sites(made, together(lm, other), DOCUMENTS, sites=[sites[0], f"{sites[1]}@1"], **OPTIONS)
     first, second = found["language"]["models"]
     assert found["setting"]["models"] == ["gpt2", "llama"] and found["setting"]["codes"] == CLEAN
     assert found["language"]["ce_clean"] == first["ce_clean"] != second["ce_clean"]
@@ -216,7 +216,14 @@ def test_models_that_share_no_tokenizer_are_refused(lm):
     with pytest.raises(TypeError, match="models must hold"):
         check_same_tokens([lm, lm.model])
     with pytest.raises(ValueError, match="must share a tokenizer"):
-        evaluate_sites(coder("joint", sites=2), [other, third], DOCUMENTS, sites=READ[:2], models=[0, 1], **OPTIONS)
+        together(other, third)
+    short = dataclasses.replace(lm, max_length=8, name="short")
+    with pytest.raises(ValueError, match=r"'short' takes 8 tokens, 'gpt2' 32"):
+        together(lm, short)
+    with pytest.raises(ValueError, match=r"there is no model 1 beside 'gpt2'"):
+        evaluate_sites(coder("joint", sites=2), lm, DOCUMENTS, sites=[READ[0], f"{READ[1]}@1"], **OPTIONS)
+    with pytest.raises(ValueError, match=r"sites must name a site of each model, 'gpt2' has none"):
+        evaluate_sites(coder("joint", sites=2), together(lm, lm), DOCUMENTS, sites=READ[:2], **OPTIONS)
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
@@ -225,7 +232,6 @@ def test_models_that_share_no_tokenizer_are_refused(lm):
     ({"target_sites": WRITTEN[:1]}, ValueError, "target_sites must name the 3"),
     ({"sites": [READ[0]] * 3}, ValueError, "sites must name each place once"),
     ({"sites": [*READ[:2], "blocks.2.mlp.hook_post"]}, ValueError, r"coder must have width 128 at sites\[2\]"),
-    ({"models": [0, 0, 1]}, ValueError, "models must say of each of 3 sites which of 1 models"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(lm, options, error, message):
     with pytest.raises(error, match=message):

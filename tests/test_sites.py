@@ -231,6 +231,14 @@ def test_what_is_no_site(site, layer, error, match):
         Site.of(site, layer)
 
 
+def test_the_model_of_a_site():
+    second = Site.of("blocks.3.hook_resid_post@1")
+    assert (second.name, second.layer, second.model) == ("resid_post", 3, 1) != ("resid_post", 3, 0)
+    assert second != Site.of("resid_post", 3) and str(second) == "blocks.3.hook_resid_post@1"
+    for site in (second, Site.of("model.layers.3.mlp.up_proj:input@2"), Site.of("resid_mid@1", 2)):
+        assert Site.of(str(site)) == site == Site.of(site.place, site.layer)
+
+
 def test_several_sites_in_one_pass_are_those_of_one_each():
     model = MODELS["llama"]().eval()
     passes = []

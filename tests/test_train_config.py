@@ -478,5 +478,5 @@ def test_what_from_pretrained_takes_reaches_it(monkeypatch):
     named = ModelConfig(model_from_pretrained_kwargs={"attn_implementation": "eager", "trust_remote_code": True})
     config = TrainConfig(model=named, saes=saes)
     assert widths_of(config)[0] == [(1024, 1024)]
-    assert _language_model(config, torch.device("cpu"), None, None).model.config._attn_implementation == "eager"
+    assert _language_model(named, "model", torch.device("cpu"), None, None).model.config._attn_implementation == "eager"
     assert [(options["attn_implementation"], options["trust_remote_code"]) for options in seen] == [("eager", True)] * 2

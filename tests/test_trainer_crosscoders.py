@@ -1,11 +1,14 @@
 """The trainer on several sites: cross-layer transcoders, sets of transcoders, acausal crosscoders; their scales."""
 
+import copy
+
 import pytest
 import torch
 from short_runs import settings, timeless
 
 import sae_engine as se
-from sae_engine.data import read_sites
+from sae_engine.cli import main
+from sae_engine.data import read_sites, together
 from sae_engine.training import Callback, TrainConfig, Trainer, resume
 from sae_engine.training._faults import ConfigError, spread
 from sae_engine.training.architectures import BatchTopKSAE, GatedSAE, JumpReLUSAE, TopKSAE
@@ -104,6 +107,57 @@ def test_rows_are_scaled_site_by_site_and_what_is_saved_takes_them_as_they_are(t
         wanted = torch.cat([part / scale for part, scale in zip(trained.split(256, 1), out, strict=True)], 1)
         torch.testing.assert_close(clt(x), wanted, rtol=1e-4, atol=1e-4)  # weights are rounded to fp32 once more
         assert torch.equal(clt.encode(x).to_dense() != 0, trainee.sae.encode(scaled).to_dense() != 0)
+
+
+TWO = {"name": "diff", "hook_name": ["blocks.1.hook_resid_post", "blocks.1.hook_resid_post@1"],
+       "architecture": "batchtopk", "k": 6, "d_sae": 64}  # fmt: skip
+
+
+def changed_model(folder):
+    """The embedded model with its last MLPs gone, in a folder of its own: the same tokenizer, other activations."""
+    lm = se.data.load_language_model()
+    model = copy.deepcopy(lm.model)
+    for block in model.transformer.h[:2]:
+        torch.nn.init.zeros_(block.mlp.c_proj.weight)
+    model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_crosscoder_of_two_models(tmp_path, capsys):
+    other = changed_model(tmp_path / "other")
+    changes = {"saes": [TWO], "other_models": [{"model_name": other}]}
+    run = se.train(settings(tmp_path / "run", **changes))
+    diff, found = run.saes()["diff"], run.metrics()[-1]
+    assert diff.provenance.models == ("embedded", se.data.load_language_model(other).name)
+    assert diff.provenance.sites == tuple(TWO["hook_name"])
+    assert found["evaluation/fvu_0"] != found["evaluation/fvu_1"] and len(diff.sources) == 1
+    with pytest.raises(KeyboardInterrupt):
+        se.train(settings(tmp_path / "again", **changes), callbacks=[Stop()])
+    again = resume(tmp_path / "again").saes()["diff"]
+    assert all(torch.equal(a, b) for a, b in zip(diff.state_dict().values(), again.state_dict().values(), strict=True))
+
+    assert main(["eval", str(tmp_path / "run" / "sae" / "diff"), "--tokens", "64", "--quiet"]) == 0
+    assert "0 first model, 1 second" in capsys.readouterr().out
+
+    # From a disk: what both models had for the same tokens.
+    both = together(se.data.load_language_model(), se.data.load_language_model(other))
+    texts = se.data.evaluation_text()[:2]
+    stores = se.data.collect_sites(both, texts, tmp_path / "rows", TWO["hook_name"], progress=False, max_tokens=2048)
+    assert [store.path.name for store in stores] == TWO["hook_name"]
+    assert [store.manifest["model"] for store in stores] == list(diff.provenance.models)
+    assert torch.equal(stores[0].row_tokens().token_ids, stores[1].row_tokens().token_ids)
+    assert not torch.equal(stores[0].tensor(), stores[1].tensor())
+    stored = settings(tmp_path / "stored", data__store_path=str(tmp_path / "rows"), eval__eval_tokens=0, **changes)
+    assert se.train(stored).saes()["diff"].provenance.sites == tuple(TWO["hook_name"])
+
+
+def test_places_of_models_that_are_not_there_are_refused():
+    with pytest.raises(ConfigError, match=r"saes\.0\.hook_name: must be a place of model, and other_models names"):
+        TrainConfig.from_dict({"saes": [TWO]})
+    alone = {"hook_name": "blocks.1.hook_resid_post@1", "architecture": "topk"}
+    with pytest.raises(ConfigError, match="only crosscoders read other models"):
+        TrainConfig.from_dict({"saes": [alone], "other_models": [{"model_name": "embedded"}]})
 
 
 @pytest.mark.parametrize("wiring", ["causal", "joint"])

@@ -80,18 +80,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _measured_at_sites(coder: Any, place: Any, lm: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Of a crosscoder. Of several models, the others are loaded here."""
+    from sae_engine.data import together
     from sae_engine.metrics import evaluate_sites
     from sae_engine.metrics.place import hub_name
 
     if args.ppl is not None:
         raise ValueError("--ppl is for autoencoders at one place, and this is a crosscoder")
     names = list(dict.fromkeys(place.models or [place.model]))
-    lms = [lm, *(load_model(args, hub_name(name), None) for name in names[1:])]
-    models = None if place.models is None else [names.index(name) for name in place.models]
+    lm = together(lm, *(load_model(args, hub_name(name), None) for name in names[1:]))
     coder.to(next(lm.model.parameters()).device)
     texts, source = open_texts(args.text, args.suffixes)
     result = evaluate_sites(
-        coder, lms if len(lms) > 1 else lm, texts, sites=place.sites, target_sites=place.target_sites, models=models,
+        coder, lm, texts, sites=place.sites, target_sites=place.target_sites,
         batch_size=args.batch_size, max_tokens=args.tokens, progress=not args.quiet, **contexts_in(args),
     )  # fmt: skip
     result["setting"]["text"] = source

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .gradients import read_gradients
     from .models import EMBEDDED_FOLDER, LanguageModel, load_language_model, weights_sha256
     from .replacing import run_with_replacement, run_with_replacements
-    from .shared import check_same_tokens
+    from .shared import check_same_tokens, together
     from .sites import SITES, Site
     from .sources import open_source
     from .store import ActivationStore, RowTokens
@@ -45,6 +45,7 @@ __all__ = [
     "run_with_replacements",
     "stdlib_texts",
     "stream_activations",
+    "together",
     "weights_sha256",
 ]
 
@@ -55,7 +56,7 @@ _MODULES = {
     "gradients": {"read_gradients"},
     "models": {"EMBEDDED_FOLDER", "LanguageModel", "load_language_model", "weights_sha256"},
     "replacing": {"run_with_replacement", "run_with_replacements"},
-    "shared": {"check_same_tokens"},
+    "shared": {"check_same_tokens", "together"},
     "sites": {"SITES", "Site"},
     "sources": {"open_source"},
     "store": {"ActivationStore", "RowTokens"},

@@ -204,7 +204,8 @@ def check_stream(
     check_model(lm)
     if isinstance(texts, (str, bytes, Mapping, Tensor)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts must be an iterable of documents or batches, got {type(texts).__name__}")
-    find_place(lm.model, site, layer)
+    place = Site.of(site, layer)
+    find_place(lm.of(place).model, place)
     return contexts_of(lm, **contexts), None if max_tokens is None else check_int("max_tokens", max_tokens, 1)
 
 
@@ -214,14 +215,22 @@ def check_model(lm: LanguageModel) -> None:
 
 
 def batch_rows(lm: LanguageModel, batch: TokenBatch, *sites: Site) -> tuple[Tensor, ...]:
-    """``(rows, width)`` of one batch for each site, in one pass: of the tokens that are kept."""
-    device = input_device(lm.model)
-    if not len(batch.kept):
-        dtype = next(lm.model.parameters()).dtype
-        return tuple(torch.empty(0, find_place(lm.model, site).width, dtype=dtype, device=device) for site in sites)
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-    found = read_sites(lm.model, batch.input_ids.to(device), sites, attention_mask=mask)
-    return tuple(hidden.flatten(0, 1)[batch.kept.to(hidden.device)] for hidden in found)
+    """``(rows, width)`` of one batch for each site, in one pass of each model: of the tokens that are kept."""
+    found: dict[int, Tensor] = {}
+    for number in dict.fromkeys(site.model for site in sites):  # a pass of each model
+        mine = {place: site for place, site in enumerate(sites) if site.model == number}
+        model = lm.of(next(iter(mine.values()))).model
+        device = input_device(model)
+        if not len(batch.kept):
+            dtype = next(model.parameters()).dtype
+            found |= {place: torch.empty(0, find_place(model, site).width, dtype=dtype, device=device)
+                      for place, site in mine.items()}  # fmt: skip
+            continue
+        mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+        hidden = read_sites(model, batch.input_ids.to(device), list(mine.values()), attention_mask=mask)
+        rows = [x.flatten(0, 1)[batch.kept.to(x.device)] for x in hidden]
+        found |= dict(zip(mine, rows, strict=True))
+    return tuple(found[place] for place in range(len(sites)))
 
 
 def cast(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -165,16 +165,13 @@ def _collected(
         raise TypeError(f"text_source must be a string or None, got {text_source!r}")
     for name, value in (("token_ids", token_ids), ("resume", resume), ("extend", extend), ("progress", progress)):
         flag(name, value)
-    places = [find_place(lm.model, site, layer)] if sites is None else [find_place(lm.model, one) for one in sites]
+    found = [Site.of(site, layer)] if sites is None else [Site.of(one) for one in sites]
+    places = [find_place(lm.of(one).model, one) for one in found]
     require("safetensors.torch")  # before any work, not after the first shard's
     folder = folder_in("out_dir", out_dir)
     folders = [folder] if sites is None else [folder / str(place.site) for place in places]
     request = {
-        "model": lm.name,
-        "revision": lm.revision,
-        "sha256": lm.sha256,
-        "model_dtype": _dtype_name(next(lm.model.parameters()).dtype),
-        **_of_place(places[0]),
+        **_of_place(lm, places[0]),
         **settings.words,
         "max_tokens": max_tokens,
         "dtype": stored_as,
@@ -188,7 +185,7 @@ def _collected(
             busy = f"out_dir: another call is collecting into {str(folder)!r}: wait for it, stop it, or name another"
             held.enter_context(only_writer(folder, f"{busy} folder"))
         begun = [
-            _Collection(folder, _begin(folder, {**request, **_of_place(place)}, resume, extend))
+            _Collection(folder, _begin(folder, {**request, **_of_place(lm, place)}, resume, extend))
             for folder, place in zip(folders, places, strict=True)
         ]
         holds = {tuple((part["text_source"], part["max_tokens"]) for part in [*one.manifest["earlier"], one.manifest])
@@ -215,8 +212,11 @@ def _prepare(folder: Path, extend: bool) -> None:
         raise type(error)(f"out_dir: the folder {str(folder)!r} cannot be made: {error.strerror}") from error
 
 
-def _of_place(place: Place) -> dict[str, Any]:
-    return {"layer": place.site.layer, "site": place.site.place, "d_model": place.width}
+def _of_place(lm: LanguageModel, place: Place) -> dict[str, Any]:
+    owner = lm.of(place.site)
+    model = {"model": owner.name, "revision": owner.revision, "sha256": owner.sha256,
+             "model_dtype": _dtype_name(next(owner.model.parameters()).dtype)}  # fmt: skip
+    return model | {"layer": place.site.layer, "site": place.site.place, "d_model": place.width}
 
 
 def _begin(folder: Path, request: dict[str, Any], resume: bool, extend: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .._checks import device_in, dtype_in, flag
 from .._files import file_sha256
 from ._require import require
 from .loading import check_packages
+from .sites import Site
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "embedded_model"
 EMBEDDED = "embedded"
@@ -58,6 +59,18 @@ class LanguageModel:
     num_layers: int
     max_length: int
     is_embedded: bool
+    others: tuple[LanguageModel, ...] = ()  # that are given the same tokens: see sae_engine.data.together
+
+    def of(self, site: Site) -> LanguageModel:
+        """The one that a site is in: itself, or of several the one of ``site.model``.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if site.model > len(self.others):
+            raise ValueError(f"site {str(site)!r}: there is no model {site.model} beside {self.name!r}, which has "
+                             f"{len(self.others)} others: data.together() takes them")  # fmt: skip
+        return self if site.model == 0 else self.others[site.model - 1]
 
 
 def load_language_model(

@@ -46,7 +46,7 @@ class LanguageModelRows:
         self._max_norm_multiple, self._dtype, self._device = max_norm_multiple, dtype, device
         self._chunk_rows = chunk_rows
         self._vocabulary = vocabulary_size(lm)
-        self.widths = tuple(find_place(lm.model, site).width for site in self._sites)
+        self.widths = tuple(find_place(lm.of(site).model, site).width for site in self._sites)
         self.seek({"source": source.start, "token": 0, "used": 0, "counts": dict.fromkeys(COUNTS, 0)})
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .models import LanguageModel, vocabulary_size
@@ -42,6 +43,32 @@ def check_same_tokens(lms: Sequence[LanguageModel]) -> None:
                 f"models must share a tokenizer: {len(differing)} tokens of {names} differ, as {word!r}, which is "
                 f"{one.get(word, 'none')} and {two.get(word, 'none')}"
             )
+
+
+def together(*lms: LanguageModel) -> LanguageModel:
+    """The first of several language models, which reads the others too: crosscoders of several models are made so.
+
+    A site of the second is spelled ``blocks.3.hook_resid_post@1``, of the third with ``@2``. Text becomes tokens by the
+    first one's tokenizer, and every model is given these.
+
+    Raises:
+        TypeError: one is no :class:`LanguageModel`.
+        ValueError: they do not share a tokenizer, or the contexts of one are shorter than the first one's; names both.
+
+    Example:
+        >>> from sae_engine.data import load_language_model, stream_activations
+        >>> both = together(load_language_model(), load_language_model())
+        >>> next(stream_activations(both, ["A text."], site="blocks.1.hook_resid_post@1")).shape[1]
+        256
+    """
+    check_same_tokens(lms)
+    if not lms:
+        raise ValueError("together() takes at least one model, got none")
+    for other in lms[1:]:
+        if other.max_length < lms[0].max_length:
+            raise ValueError(f"models must take contexts as long as the first: {other.name!r} takes {other.max_length} "
+                             f"tokens, {lms[0].name!r} {lms[0].max_length}")  # fmt: skip
+    return replace(lms[0], others=tuple(lms[1:]))
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from .._checks import integer_in
 
@@ -33,6 +33,7 @@ _STACK = re.compile(
 )
 _BY_LAYER = re.compile(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out)_layer_?(\d+)")  # dictionary_learning
 _HIDDEN_STATES = re.compile(r"hidden_states(?:\.(\d+)|\[(\d+)\])")
+_MODEL = re.compile(r"(.+)@(\d+)")
 _MODULE = re.compile(r"\w+(\.\w+)*")
 
 
@@ -55,6 +56,9 @@ class Site:
     ``resid_post``  what leaves the block; for the last block this is before the final norm
     ==============  ==================================================================================================
 
+    ``model`` is which of several language models that are read together (:func:`~sae_engine.data.together`), as
+    ``blocks.3.hook_resid_post@1`` spells the second.
+
     What is *added* is the last tensor before the sum: behind a norm that follows the MLP (Gemma 2), times a multiplier
     (Granite), without the residual that a module adds itself (BLOOM). ``pre + attn_out + mlp_out = post``.
 
@@ -70,15 +74,21 @@ class Site:
     name: str
     layer: int | None = None
     is_input: bool = False
+    model: int = field(default=0, repr=False)
 
     def __str__(self) -> str:
-        inside = _CANONICAL.get(self.name, f"hook_{self.name}") if self.name in SITES else self.place
+        named = self.name in SITES
+        inside = f"{_CANONICAL.get(self.name, f'hook_{self.name}')}{self._of_model}" if named else self.place
         return inside if self.layer is None else f"blocks.{self.layer}.{inside}"
+
+    @property
+    def _of_model(self) -> str:
+        return f"@{self.model}" if self.model else ""
 
     @property
     def place(self) -> str:
         """The site without its layer: what a manifest has as ``site`` beside ``layer``."""
-        return f"{self.name}:input" if self.is_input else self.name
+        return f"{self.name}{':input' if self.is_input else ''}{self._of_model}"
 
     @classmethod
     def of(cls, site: str | Site, layer: int | None = None) -> Site:
@@ -112,13 +122,15 @@ class Site:
                 raise ValueError(f"layer must be at least 0, got {layer}")
             if found.layer not in (None, number):
                 raise ValueError(f"layer: {layer} was given, and site {site!r} lies in block {found.layer}")
-            return cls(found.name, number, found.is_input)
+            return replace(found, layer=number)
         if found.layer is None and found.name in SITES:
             raise ValueError(f"layer must be given: site {site!r} says no block (as 'blocks.3.hook_{found.name}' does)")
         return found
 
 
 def _parse(text: str, has_layer: bool) -> Site:
+    if (found := _MODEL.fullmatch(text.strip())) is not None:
+        return replace(_parse(found[1], has_layer), model=int(found[2]))
     path, colon, side = text.strip().partition(":")
     if colon and side not in ("input", "output"):
         raise _no_site(text)

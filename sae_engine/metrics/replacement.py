@@ -37,8 +37,8 @@ class Replacement:
     """
 
     def __init__(
-        self, coder: Crosscoder, lm: LanguageModel | Sequence[LanguageModel], sites: Sequence[str | Site],
-        target_sites: Sequence[str | Site] | None, models: Sequence[int] | None,
+        self, coder: Crosscoder, lm: LanguageModel, sites: Sequence[str | Site],
+        target_sites: Sequence[str | Site] | None,
     ) -> None:  # fmt: skip
         from ..data.places import find_place
         from ..data.shared import check_same_tokens
@@ -46,36 +46,29 @@ class Replacement:
 
         if not isinstance(coder, Crosscoder):
             raise TypeError(f"coder must be a Crosscoder, got {type(coder).__name__}")
-        self.coder, self.lms = coder, list(lm) if isinstance(lm, Sequence) else [lm]
+        self.coder, self.lms = coder, [lm, *lm.others]
         check_same_tokens(self.lms)
-        if len(self.lms) > 1 and target_sites is not None:
-            raise ValueError("target_sites must be None with several models: each site is its own target")
         self.reads = [Site.of(site) for site in _listed("sites", sites, len(coder.read_widths))]
         written = sites if target_sites is None else target_sites
         self.writes = [Site.of(site) for site in
                        _listed("target_sites" if target_sites is not None else "sites", written,
                                len(coder.written_widths))]  # fmt: skip
-        self.models = [0] * len(self.reads) if models is None else list(models)
-        if len(self.models) != len(self.reads) or not {*self.models} <= {*range(len(self.lms))}:
-            raise ValueError(f"models must say of each of {len(self.reads)} sites which of {len(self.lms)} models it "
-                             f"is in, got {models!r}")  # fmt: skip
-        of_writes = self.models if len(self.lms) > 1 else [0] * len(self.writes)
         self.places: list[dict[Site, tuple[list[int], list[int]]]] = [{} for _ in self.lms]
         for side, numbered, widths in ((0, self.reads, coder.read_widths), (1, self.writes, coder.written_widths)):
-            owners = self.models if side == 0 else of_writes
-            for number, (site, model, width) in enumerate(zip(numbered, owners, widths, strict=True)):
-                there = find_place(self.lms[model].model, site).width
+            for number, (site, width) in enumerate(zip(numbered, widths, strict=True)):
+                owner = lm.of(site)
+                there = find_place(owner.model, site).width
                 if there != width:
                     name = f"{'sites' if side == 0 else 'target_sites'}[{number}]"
-                    raise ValueError(f"coder must have width {there} at {name}, that of {self.lms[model].name!r} at "
-                                     f"{site}, got {width}")  # fmt: skip
-                place = self.places[model].setdefault(site, ([], []))
+                    raise ValueError(f"coder must have width {there} at {name}, that of {owner.name!r} at {site}, "
+                                     f"got {width}")  # fmt: skip
+                place = self.places[site.model].setdefault(site, ([], []))
                 if place[side]:
                     raise ValueError(f"{'sites' if side == 0 else 'target_sites'} must name each place once, got "
                                      f"{site} twice")  # fmt: skip
                 place[side].append(number)
-        if empty := [lm.name for lm, places in zip(self.lms, self.places, strict=True) if not places]:
-            raise ValueError(f"models must name a site of each model, {empty[0]!r} has none")
+        if empty := [each.name for each, places in zip(self.lms, self.places, strict=True) if not places]:
+            raise ValueError(f"sites must name a site of each model, {empty[0]!r} has none")
         self.is_causal: bool | None = None  # known once a batch has passed
 
     def clean(self, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -196,12 +189,11 @@ def _listed(name: str, sites: Any, count: int) -> Sequence[Any]:
 @torch.no_grad()
 def evaluate_sites(
     coder: Crosscoder,
-    lm: LanguageModel | Sequence[LanguageModel],
+    lm: LanguageModel,
     texts: Iterable[Any],
     *,
     sites: Sequence[str | Site],
     target_sites: Sequence[str | Site] | None = None,
-    models: Sequence[int] | None = None,
     max_tokens: int | None = None,
     progress: bool = False,
     **contexts: Any,
@@ -215,12 +207,11 @@ def evaluate_sites(
 
     Args:
         coder: in eval mode during the call, afterwards as before; as wide as the model is at its sites.
-        lm: from :func:`sae_engine.data.load_language_model`; of a crosscoder of several models all of them, which must
-            have one tokenizer. The first one's makes the contexts.
+        lm: from :func:`sae_engine.data.load_language_model`; of a crosscoder of several models what
+            :func:`sae_engine.data.together` makes of them, whose sites then say which one they are in.
         texts: as :func:`sae_engine.data.stream_activations`.
         sites: the places that are read, each with its block, in the order of the crosscoder's.
         target_sites: the places that are written; None: those that are read.
-        models: of several models, which one each site is of, as ``[0, 1]``.
         max_tokens: stop after exactly so many rows; None is all.
         progress: show a bar on standard error.
         contexts: as :func:`evaluate` takes them.
@@ -247,11 +238,8 @@ def evaluate_sites(
     """
     from ..data.activations import progress_bar
 
-    replacement = Replacement(coder, lm, sites, target_sites, models)
-    first = replacement.lms[0]
-    words, batches = batches_of(
-        first, next(iter(replacement.places[0])), texts, max_tokens, **contexts_for(coder, first, contexts)
-    )
+    replacement = Replacement(coder, lm, sites, target_sites)
+    words, batches = batches_of(lm, replacement.reads[0], texts, max_tokens, **contexts_for(coder, lm, contexts))
     reconstruction = SiteReconstruction(coder.written_widths)
     sparsity = SourceSparsity(len(coder.sources), coder.d_sae)
     losses = [{run: NextTokenLoss() for run in ("clean", "spliced", "ablated")} for _ in replacement.lms]
@@ -268,10 +256,10 @@ def evaluate_sites(
             bar.update(len(batch.rows))
     language = [_language(each) for each in losses]
     setting = {
-        "model": first.name, "revision": first.revision, "sha256": first.sha256, "d": coder.d_in,
+        "model": lm.name, "revision": lm.revision, "sha256": lm.sha256, "d": coder.d_in,
         "sites": [str(site) for site in replacement.reads],
         "target_sites": None if target_sites is None else [str(site) for site in replacement.writes],
-        "models": [replacement.lms[number].name for number in replacement.models],
+        "models": [each.name for each in replacement.lms],
         "context_length": words["context_length"],
         "first_positions": "dropped" if words["drop_first"] else "kept",
         **{name: words[name] for name in ("separator", "first_token", "exclude_tokens", "exclude_positions")},
@@ -308,7 +296,7 @@ def _decoder(coder: Crosscoder) -> dict[str, Any] | None:
 
 
 def evaluate_sites_during(
-    coder: Crosscoder, lm: LanguageModel | Sequence[LanguageModel], documents: Sequence[Any], **options: Any
+    coder: Crosscoder, lm: LanguageModel, documents: Sequence[Any], **options: Any
 ) -> dict[str, float]:
     """What one looks at while a crosscoder is trained: numbers of :func:`evaluate_sites`, which takes the ``options``.
 

@@ -114,7 +114,7 @@ def widths_of(config: TrainConfig) -> tuple[list[tuple[int, int]], int, bool]:
                 what = f"{site}: layer must be in 0..{layers - 1}, got {layer}"
                 raise ConfigError([(f"saes.{number}.{field}", what)])
     others = {site for sae in saes for site in sae.sites}
-    known = {site: width for site in others if _on_the_stream(site)}
+    known = {site: width for site in others if _on_the_stream(site) and not Site.of(site).model}
     if missing := others - known.keys():
         known |= _measured(config, missing)
     pairs = [(known[sae.reads[0]], known[sae.writes[0]]) for sae in saes]
@@ -171,12 +171,15 @@ def _measured(config: TrainConfig, sites: set[str]) -> dict[str, int]:
     with within("model", named, "model_name"):
         lm = load_language_model(named.model_name, revision=named.revision, dtype=named.dtype,
                                  **loading_options(named.model_from_pretrained_kwargs))  # fmt: skip
+    models = [lm, *(load_language_model(other.model_name, revision=other.revision, dtype=other.dtype,
+                                        **loading_options(other.model_from_pretrained_kwargs))
+                    for other in config.other_models)]  # fmt: skip
     found = {}
     for number, sae in enumerate(config.expanded().saes):
         for site, field in zip(sae.sites, sae.site_fields, strict=True):
             if site in sites:
                 with within(f"saes.{number}", sae, field):
-                    found[site] = find_place(lm.model, site).width
+                    found[site] = find_place(models[Site.of(site).model].model, site).width
     return found
 
 

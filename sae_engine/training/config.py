@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal, TypeAlias
 
+from ..data.sites import Site
 from ._faults import (
     ConfigError,
     as_tuples,
@@ -286,6 +287,8 @@ class TrainConfig:
 
     Args:
         model, data, optim, eval, logger, output: its parts.
+        other_models: language models that are given the same tokens, for crosscoders of several: their places are
+            spelled ``blocks.3.hook_resid_post@1``, ``@2`` and so on.
         saes: at least one.
         sweep: values for fields of an entry of ``saes``; each entry is trained with each combination of them.
         seed: of weights, documents' order and shuffle.
@@ -301,6 +304,7 @@ class TrainConfig:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    other_models: tuple[ModelConfig, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
     saes: tuple[SAEConfig, ...]
     sweep: dict[str, list[Any]] = field(default_factory=dict)
@@ -312,13 +316,16 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        as_tuples(self, "saes")
+        as_tuples(self, "saes", "other_models")
         own = {"seed": whole(0), "device": auto(device)}
         faults = [(name, what) for name, holds in own.items() if (what := holds(getattr(self, name))) is not None]
         faults += [(name, f"must be a {kind.__name__}, got {getattr(self, name)!r}") for name, kind in _PARTS.items()
                   if not isinstance(getattr(self, name), kind)]  # fmt: skip
         if not (isinstance(self.saes, tuple) and self.saes and all(isinstance(s, SAEConfig) for s in self.saes)):
             faults.append(("saes", "must hold at least one autoencoder"))
+        others = self.other_models
+        if not isinstance(others, tuple) or not all(isinstance(one, ModelConfig) for one in others):
+            faults.append(("other_models", f"must be a list of models, got {others!r}"))
         if not isinstance(self.sweep, dict):
             faults.append(("sweep", f"must be a mapping of fields to lists of values, got {self.sweep!r}"))
         if faults:
@@ -333,6 +340,12 @@ class TrainConfig:
             least = data.shuffle_chunks * batch
             yield "data.shuffle_tokens", (f"must be a multiple of shuffle_chunks · train_batch_size_tokens = {least}, "
                                           f"got {data.shuffle_tokens}")  # fmt: skip
+        for number, sae in enumerate(self.saes):
+            for site, name in zip(sae.sites, sae.site_fields, strict=True):
+                model = Site.of(site).model
+                if model > len(self.other_models) or (model and not sae.has_sites):
+                    only = "only crosscoders read other models" if not sae.has_sites else "other_models names too few"
+                    yield f"saes.{number}.{name}", f"must be a place of model, and {only}, got {site}"
         update = batch * self.optim.gradient_accumulation_steps
         if data.training_tokens != "auto" and data.training_tokens < update:
             yield "data.training_tokens", f"must be at least an update's {update}, got {data.training_tokens}"

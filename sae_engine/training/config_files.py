@@ -397,6 +397,9 @@ def _parts(kind: type, checked: Any, faults: list[tuple[str, str]], path: str) -
         hint = get_type_hints(kind)[entry.name]
         if dataclasses.is_dataclass(hint):
             value = _part(hint, value, faults, below)
+        elif entry.name == "other_models":
+            one = hint.__args__[0]
+            value = tuple(_part(one, inner, faults, f"{below}.{number}") for number, inner in enumerate(value))
         elif entry.name == "saes":
             value = tuple(_part(SAEConfig, inner, faults, f"{below}.{number}") for number, inner in enumerate(value))
         made[entry.name] = value

@@ -16,6 +16,7 @@ from ..data.loading import loading_options
 from ..data.memory import TensorStream
 from ..data.models import LanguageModel, load_language_model, load_tokenizer
 from ..data.places import find_place
+from ..data.shared import together
 from ..data.sites import Site
 from ..data.sources import Source, open_source
 from ..data.store import ActivationStore
@@ -25,7 +26,7 @@ from ..metrics.replacement import evaluate_sites_during
 from ..provenance import Provenance
 from ._faults import ConfigError, within
 from .auto import resolved, stores_of
-from .config import Resolved, SAEConfig, TrainConfig
+from .config import ModelConfig, Resolved, SAEConfig, TrainConfig
 from .ranks import Ranks
 
 Places = tuple[tuple[int, ...], tuple[int, ...]]
@@ -146,7 +147,10 @@ def planned(config: TrainConfig, *, model: Any, tokenizer: Any, dataset: Any, ra
     stores = None if config.data.store_path is None else list(stores_of(config).values())
     if stores is not None and config.eval.eval_tokens == 0:  # nothing else asks for the model
         return _stored(config, device, stores, ranks, None)
-    lm = _language_model(config, device, model, tokenizer)
+    lm = _language_model(config.model, "model", device, model, tokenizer)
+    if config.other_models:
+        lm = together(lm, *(_language_model(other, f"other_models.{number}", device, None, None)
+                            for number, other in enumerate(config.other_models)))  # fmt: skip
     if stores is not None:
         return _stored(config, device, stores, ranks, lm, dataset)
     sites, places = _places(config.saes)
@@ -165,7 +169,8 @@ def planned(config: TrainConfig, *, model: Any, tokenizer: Any, dataset: Any, ra
         model_dtype=_name(next(lm.model.parameters()).dtype), text=source.description,
         **rows_in_words(contexts.words),
     )  # fmt: skip
-    provenances = _provenances(config, seen, sites, places, widths)
+    names = [lm.name, *(other.name for other in lm.others)] if lm.others else None
+    provenances = _provenances(config, seen, sites, places, widths, names)
     return Plan(config, device, stream, sites, places, provenances, lm, source, contexts)
 
 
@@ -174,7 +179,7 @@ def _width(lm: LanguageModel, saes: Sequence[SAEConfig], site: Site) -> int:
         for place, name in zip(sae.sites, sae.site_fields, strict=True):
             if Site.of(place) == site:
                 with within(f"saes.{number}", sae, name):
-                    return find_place(lm.model, site).width
+                    return find_place(lm.of(site).model, site).width
     raise AssertionError(f"{site} is of no autoencoder")
 
 
@@ -260,14 +265,16 @@ def _source(config: TrainConfig, dataset: Any, lm: LanguageModel, ranks: Ranks) 
 
 def _provenances(
     config: TrainConfig, seen: Provenance, sites: Sequence[Site], places: Sequence[Places],
-    widths: Sequence[int],
+    widths: Sequence[int], names: Sequence[str] | None = None,
 ) -> dict[str, Provenance]:  # fmt: skip
     """Of each autoencoder: its own place in what all of them have seen."""
     found = {}
     for sae, (reads, writes) in zip(config.saes, places, strict=True):
         if sae.has_sites:
             read, written = (tuple(str(sites[number]) for number in numbers) for numbers in (reads, writes))
-            known = replace(seen, layer=None, site=None, sites=read, d=sum(widths[number] for number in reads))
+            models = None if names is None else tuple(names[sites[number].model] for number in reads)
+            known = replace(seen, layer=None, site=None, sites=read, models=models,
+                            d=sum(widths[number] for number in reads))  # fmt: skip
             if reads != writes:
                 known = replace(known, target_sites=written, d_target=sum(widths[number] for number in writes))
             found[str(sae.name)] = known
@@ -302,20 +309,21 @@ def _device(name: str, ranks: Ranks) -> torch.device:
     return device
 
 
-def _language_model(config: TrainConfig, device: torch.device, model: Any, tokenizer: Any) -> LanguageModel:
+def _language_model(
+    named: ModelConfig, part: str, device: torch.device, model: Any, tokenizer: Any
+) -> LanguageModel:
     if isinstance(model, LanguageModel):
         return model
     if model is not None:
         return load_language_model(model, tokenizer=tokenizer)
-    named = config.model
     if tokenizer is None and named.tokenizer_name is not None:
-        with within("model", named, "tokenizer_name"):
+        with within(part, named, "tokenizer_name"):
             tokenizer = load_tokenizer(named.tokenizer_name)
     options = loading_options(named.model_from_pretrained_kwargs)
     if "device_map" not in options:
         own = named.llm_device
-        options["device"] = device if own is None else check.device_in("model.llm_device", own)
-    with within("model", named, "model_name"):
+        options["device"] = device if own is None else check.device_in(f"{part}.llm_device", own)
+    with within(part, named, "model_name"):
         return load_language_model(
             named.model_name, tokenizer=tokenizer, revision=named.revision, dtype=named.dtype, **options
         )
