@@ -6,8 +6,11 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,7 @@ ELSEWHERE = {
     "your_library": "tests/test_interop_trainers.py",
     "checkpoints": "test_the_lines_on_checkpoints",
     "waits": "test_the_lines_on_cuda_graphs",
+    "several_gpus": "test_the_lines_on_several_gpus",
 }
 NOTEBOOKS = [pytest.param(path, id=path.stem, marks=[pytest.mark.interop] if "sae_lens" in path.stem else [])
              for path in sorted((ROOT / "examples").glob("*.ipynb"))]  # fmt: skip
@@ -81,6 +85,18 @@ def test_the_lines_on_checkpoints(tmp_path, monkeypatch, capsys):
     names = run(FENCE.findall(TEXTS["checkpoints"])[:1], {"se": se})
     assert "mean-centred" in capsys.readouterr().out
     assert se.SparseAutoencoder.from_pretrained("mine").card == names["sae"].card
+
+
+def test_the_lines_on_several_gpus(tmp_path):
+    """As torchrun starts them, on CPUs; and what they leave."""
+    (program,) = FENCE.findall(TEXTS["several_gpus"])
+    (tmp_path / "train.py").write_text(program, encoding="utf-8")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoints" / "4" / "state.json").is_file()
+    assert se.SparseAutoencoder.from_pretrained(tmp_path / "sae").d_sae == 4096
 
 
 @pytest.mark.gpu
