@@ -312,10 +312,10 @@ class SparseCodes:
             >>> codes.split_latents([1, 3]).l0
             tensor([[1, 2]])
         """
-        return self.runs(checked_widths(widths, self.num_latents))
+        return self._runs(checked_widths(widths, self.num_latents))
 
-    def runs(self, widths: Sequence[int]) -> SparseCodes:
-        """:meth:`split_latents` of widths as they are: some may be equal, or 0. ``codes.runs([0, 3])``"""
+    def _runs(self, widths: Sequence[int]) -> SparseCodes:
+        """:meth:`split_latents` of widths as they are: some may be equal, or 0."""
         number = len(widths)
         # Filled on the device: a tensor made of a list would come from the host, which waits and cannot be captured.
         bounds = torch.cat([torch.full((1,), width, dtype=torch.int32, device=self.device) for width in widths])

@@ -41,6 +41,7 @@ class Shards:
         self.agreement = Agreement.of(mesh)
         self.rows: list[int] = []
         self._budget: int | None = None
+        self.pieces = 1  # of my latents and of my tokens, with blocks: sums over either are made by them, as a tree
         self.trims = mesh.device_type == "cpu"
 
     @property
@@ -108,17 +109,32 @@ class Shards:
         return SummedRanks.apply(part, self.wire, name)
 
     def sums(self, numbers: Sequence[Tensor], name: str) -> list[Tensor]:
-        """The sums of every rank's numbers (), each in its dtype, by way of fp64."""
-        summed = self.sum(torch.stack([number.double() for number in numbers]), name)
+        """The sums () of every rank's numbers, each () or (pieces,), in its dtype, by way of fp64."""
+        mine = torch.zeros(self.pieces, len(numbers), dtype=torch.float64, device=numbers[0].device)
+        for column, number in zip(mine.unbind(1), numbers, strict=True):
+            column[: number.numel()] = number
+        summed = tree_sum(list(self.wire.gather(mine, name).flatten(0, 1)))
         return [total.to(number.dtype) for total, number in zip(summed, numbers, strict=True)]
+
+    def pieces_of(self, rows: Tensor) -> list[Tensor]:
+        """My tokens' ``rows``, piece by piece."""
+        return [rows] if self.pieces == 1 else list(rows.split(len(rows) // self.pieces))
+
+    def check_pieces(self) -> None:
+        """Raises ValueError, on all ranks, where the tokens of this batch cannot be cut as blocks are."""
+        if self.pieces > 1 and (len({*self.rows}) > 1 or self.rows[0] % self.pieces):
+            raise ValueError(f"x must have as many tokens on all ranks with blocks, a multiple of {self.pieces}, "
+                             f"got {self.rows}")  # fmt: skip
 
     def spread(self, rows: Tensor, name: str) -> Tensor:
         """() fp64: the squared distances of every rank's ``rows`` (n, d) from the mean of them all."""
-        wide = rows.double()
-        mean = wide.mean(0) if len(rows) else wide.new_zeros(rows.shape[1])
-        mine = torch.cat([mean, (wide - mean).square().sum()[None]])
-        every = self.wire.gather(mine, name)
-        counts = torch.tensor(self.rows, dtype=torch.float64).to(rows.device, non_blocking=True)
+        found = []
+        for piece in self.pieces_of(rows.double()):
+            mean = piece.mean(0) if len(piece) else piece.new_zeros(rows.shape[1])
+            found.append(torch.cat([mean, (piece - mean).square().sum()[None]]))
+        every = self.wire.gather(torch.stack(found), name).flatten(0, 1)
+        sizes = [size // self.pieces for size in self.rows for _ in range(self.pieces)]
+        counts = torch.tensor(sizes, dtype=torch.float64).to(rows.device, non_blocking=True)
         means, squares = every[:, :-1], every[:, -1]
         middle = tree_sum(list(counts[:, None] * means)) / self.tokens
         return tree_sum(list(squares + counts * (means - middle).square().sum(1)))

@@ -114,7 +114,7 @@ class AuxK(Loss):
         weight = self._weight(dead, forward.sae, spread, forward.tokens)
         self.observe(forward.kept[0].codes)
         error = forward.decode(number).sub_(left)
-        loss = weight * error.square().sum() / forward.tokens
+        loss = weight * forward.sum_all(error.square()) / forward.tokens
         return loss, Pull(number, decoded=error.mul_(2 / forward.tokens * weight))
 
     def _weight(self, number: Tensor, sae: SparseAutoencoder, spread: Tensor, tokens: int) -> Tensor:

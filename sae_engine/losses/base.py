@@ -249,7 +249,7 @@ RESERVED = frozenset({"loss", "fvu", "l0", "dead", "grad_norm", "overflow"})
 def error_and_gradient(forward: Forward, number: int, weight: float) -> tuple[Tensor, Tensor]:
     """``weight`` times the squared error summed over d, mean over tokens; and its gradient (B, d_out)."""
     residual, squares = forward.residual(number)
-    return weight * squares.sum() / forward.tokens, residual * (2 * weight / forward.tokens)
+    return weight * forward.sum_all(squares) / forward.tokens, residual * (2 * weight / forward.tokens)
 
 
 class Reconstruction(Loss):
@@ -315,7 +315,7 @@ class NestedReconstruction(Loss):
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         residuals = forward.nested_residuals(number, self.widths)
         weight = 1 / (forward.tokens * self._divisor)
-        return weight * residuals.square().sum(), Pull(number, output=residuals * (2 * weight))
+        return weight * forward.sum_all(residuals.square()), Pull(number, output=residuals * (2 * weight))
 
     @property
     def _divisor(self) -> int:

@@ -228,7 +228,7 @@ def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]
             _add(small, weight, whole[:, written].T @ info.skipped[:, read].to(whole.dtype))
     if info.std is not None:
         whole, flat = whole * info.std, [output * info.std for output in flat]
-    _add(small, sae.b_dec, whole.sum(0))
+    _add(small, sae.b_dec, forward.sum_rows(whole))
     decoded = _total([decoded, *flat])
     if not nested:
         return decoded

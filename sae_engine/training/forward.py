@@ -15,13 +15,14 @@ from sae_kernels.stock.linear import linear
 
 from .. import _checks as check
 from .. import functional
-from .._running import Running, as_tensor
+from .._running import Running, WholeRows, as_tensor
 from .._slabs import rectangles, running_of, widest
 from .._sources import below_one_another, parts_of, running_over
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..distributed.passes import of_mesh
 from ..distributed.shards import Shards
+from ..distributed.wire import tree_sum
 from ..functional import EncodeInfo
 from ..rules.base import Activation
 from ..rules.per_source import PerSource, chooses_alone
@@ -151,6 +152,7 @@ class OfSource:
     buffer: PreActivations
     backend: str
     is_only: bool  # whether nobody else writes to the buffer
+    pieces: int = 1  # of latents, by which products are made and sums over latents added
 
     @property
     def tokens(self) -> int:
@@ -198,6 +200,11 @@ class OfSource:
             running, shape = running_of(
                 rules, contexts, self.tokens, d_sae, elements, self.backend, dense_gradient=True
             )
+        if self.pieces > 1:
+            if any(isinstance(of_rule, WholeRows) for of_rule in running):
+                raise ValueError("memory_budget must hold all pre-activations of a rank with blocks and a rule that "
+                                 "needs whole rows: products of fewer tokens have other bits")  # fmt: skip
+            shape = self.tokens, d_sae // self.pieces
         for of_rule, wants in zip(running, wanted, strict=True):
             of_rule.wants_entries = wants
         for tokens, latents in rectangles(self.tokens, d_sae, shape):
@@ -221,6 +228,10 @@ class OfSource:
 
     def _pre_activations(self, tokens: slice, latents: slice) -> Tensor:
         """(tokens, latents) that the rules see, in the dtype of the computation."""
+        if self.pieces > 1 and (width := self.source.d_sae // self.pieces) < latents.stop - latents.start:
+            starts = range(latents.start, latents.stop, width)
+            pieces = [slice(start, min(start + width, latents.stop)) for start in starts]
+            return torch.cat([self._pre_activations(tokens, piece).clone() for piece in pieces], 1)
         bias, weight = self.source._encoder_bias, self.weights.encoder[latents].to(self.dtype).T
         pre = self.buffer.product(self.encoded[tokens], weight, None if bias is None else bias[latents])
         return pre if self.norms is None else pre.mul_(self.norms[latents])
@@ -237,8 +248,11 @@ class OfSource:
 
     def sums(self, codes: SparseCodes, values: Tensor) -> Tensor:
         """(rows, d_out) of decoder rows times ``values`` (N,), in fp32 or wider."""
-        decoder, backend = self.weights.decoder, self.backend
-        return ops.decode(values, codes.indices, codes.offsets, decoder, None, self.wide, *UNTRANSPOSED, backend)
+        decoder, backend, pieces = self.weights.decoder, self.backend, self.pieces
+        if pieces > 1:
+            codes = codes._runs([codes.num_latents // pieces * (n + 1) for n in range(pieces)])
+        out = ops.decode(values, codes.indices, codes.offsets, decoder, None, self.wide, *UNTRANSPOSED, backend)
+        return out if pieces == 1 else tree_sum(out.view(-1, pieces, out.shape[1]).unbind(1))
 
 
 def wants_entries(rule: Activation) -> bool:
@@ -284,7 +298,7 @@ class Forward:
             sae,
             [OfSource(
                 source, of_source, sae._norms_of(source) if sae.rescale_acts_by_decoder_norm else None,
-                seen[:, source.reads], buffer, backend, is_only=len(sources) == 1,
+                seen[:, source.reads], buffer, backend, len(sources) == 1, 1 if shards is None else shards.pieces,
             ) for source, of_source in zip(sources, weights, strict=True)],
             x, given, info, counters, backend, shards,
         )  # fmt: skip
@@ -312,6 +326,18 @@ class Forward:
     def _over_ranks(self, sums: Tensor) -> Tensor:
         """(one rank's tokens, …) of sums over all latents, from (B, …) of those over one rank's."""
         return sums if self.shards is None else self.shards.sum_parts(sums, "x_hat")
+
+    def sum_rows(self, rows: Tensor) -> Tensor:
+        """The sum over the first dimension, a row for each token of one rank: with blocks, by pieces as a tree."""
+        if self.shards is None or self.shards.pieces == 1:
+            return rows.sum(0)
+        return tree_sum([piece.sum(0) for piece in self.shards.pieces_of(rows)])
+
+    def sum_all(self, rows: Tensor) -> Tensor:
+        """() the sum of all elements, a row for each token of one rank: with blocks (pieces,), of each piece."""
+        if self.shards is None or self.shards.pieces == 1:
+            return rows.sum()
+        return torch.stack([piece.sum() for piece in self.shards.pieces_of(rows)])
 
     def total(self, number: Tensor) -> Tensor:
         """A number that is a sum over latents, of all ranks."""
@@ -426,7 +452,7 @@ class Forward:
         (part,) = self.kept[number].parts  # rules that nest their latents have one source
         if self.shards is not None:
             widths = self.shards.widths_of_mine(widths)
-        runs = self.runs[number] = part.codes.runs(widths)
+        runs = self.runs[number] = part.codes._runs(widths)
         parts = self.sources[0].sums(runs, part.values).view(self.tokens, len(widths), -1)
         prefixes = self._over_ranks(parts).cumsum(1)
         residuals = self._finished(prefixes.add_(self.sae.b_dec)).sub_(self.target[:, None])

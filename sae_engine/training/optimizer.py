@@ -13,6 +13,8 @@ from sae_kernels.stock.moments import FusedAdam, Keys, keys
 
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder, decoder_norms
+from ..distributed.wire import tree_sum
+from ._over_shards import by_pieces
 from .backward import Backward
 from .forward import Weights
 
@@ -229,25 +231,35 @@ class Update:
             parameters, exp_avgs, exp_avg_sqs = (
                 [state[0], state[1].T, *(_of_source(bias, number) for bias in state[2:])] for state in states
             )
-            center, square = latent_adam(
-                mine.terms, mine.x, mine.along, parameters, exp_avgs, exp_avg_sqs,
-                list(weights[number]) if self.copies.needed else [], step=count, lr=options["lr"],
-                betas=options["betas"], eps=options["eps"], weight_decay=options["weight_decay"],
-                unit_rows=self.unit_rows, skip=skip, backend=self.backend,
-            )  # fmt: skip
+            how = {
+                "step": count, "lr": options["lr"], "betas": options["betas"], "eps": options["eps"],
+                "weight_decay": options["weight_decay"], "unit_rows": self.unit_rows, "skip": skip,
+                "backend": self.backend,
+            }  # fmt: skip
+            tensors = parameters, exp_avgs, exp_avg_sqs, list(weights[number]) if self.copies.needed else []
+            if self.shards is None or self.shards.pieces == 1:
+                center, square = latent_adam(mine.terms, mine.x, mine.along, *tensors, **how)
+            else:
+                parts = by_pieces(mine, tensors, weights[number].decoder, self.shards.pieces, self.backend)
+                found = [latent_adam(*part, **how) for part in parts]
+                center, square = (tree_sum(column) for column in zip(*found, strict=True))
             squares.append(square)
         self.copies.written()
         of_weights = square if len(squares) == 1 else torch.stack(squares).sum()
-        small, total = self._over_ranks(self._small(pending, center), of_weights)
+        if self.shards is None:
+            small, total = self._over_ranks(self._small(pending, center), of_weights)
+        else:
+            small, total = self._over_ranks(self._small(pending, None), of_weights, center)
         optimizer.apply(small, skipped)
         return total.sqrt()
 
     def _over_ranks(
-        self, gradients: dict[Tensor, Tensor], square: Tensor | None
+        self, gradients: dict[Tensor, Tensor], square: Tensor | None, center: Tensor | None = None
     ) -> tuple[dict[Tensor, Tensor], Tensor]:
         """Gradients, those of what every rank has summed over the ranks; and the sum () of all squares.
 
-        ``square`` () is that of gradients which are not among these.
+        ``square`` () is that of gradients which are not among these. ``center`` is b_dec's part through the encoder,
+        where that is not in them: sums over tokens and over latents are trees of their own.
         """
         wide = torch.promote_types(self.sae.b_dec.dtype, torch.float32)
         square = self.sae.b_dec.new_zeros((), dtype=wide) if square is None else square
@@ -257,18 +269,24 @@ class Update:
         everyones = [p for p in gradients if p is self.sae.b_dec or p is self.sae.W_skip]
         squares = [g.square().sum().to(wide) for p, g in gradients.items() if all(p is not q for q in everyones)]
         mine = torch.stack([square.to(wide), *squares]).sum()
-        packed = torch.cat([mine[None], *(gradients[p].flatten().to(wide) for p in everyones)])
-        total, *sums = self.shards.sum(packed, "gradients of all ranks").split([1, *(p.numel() for p in everyones)])
-        summed = {p: g.view(p.shape) for p, g in zip(everyones, sums, strict=True)}
-        return {**gradients, **summed}, torch.stack([total[0], *(g.square().sum() for g in sums)]).sum()
+        given = [mine[None], *(gradients[p] for p in everyones)]
+        if center is not None and self.sae.apply_b_dec_to_input and self.sae.b_dec.requires_grad:
+            given.append(center)
+            everyones.append(self.sae.b_dec)
+        packed = torch.cat([tensor.flatten().to(wide) for tensor in given])
+        total, *sums = self.shards.sum(packed, "gradients of all ranks").split([tensor.numel() for tensor in given])
+        summed: dict[Tensor, Tensor] = {}
+        for p, gradient in zip(everyones, sums, strict=True):
+            summed[p] = gradient.view(p.shape) + summed.get(p, 0.0)
+        return {**gradients, **summed}, torch.stack([total[0], *(g.square().sum() for g in summed.values())]).sum()
 
-    def _small(self, pending: Backward, center: Tensor) -> dict[Tensor, Tensor]:
+    def _small(self, pending: Backward, center: Tensor | None) -> dict[Tensor, Tensor]:
         """Gradients of everything but the weights and b_enc, with b_dec's part through the encoder.
 
         There is one only with a single source.
         """
         small = dict(pending.small)
-        if self.sae.apply_b_dec_to_input:
+        if self.sae.apply_b_dec_to_input and center is not None:
             small[self.sae.b_dec] = center + small.get(self.sae.b_dec, 0.0)
         return {p: g for p, g in small.items() if p.requires_grad}
 

@@ -21,7 +21,14 @@ from ..distributed.shards import check_rules
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
 from ..rules import PerSource
-from ._over_shards import agree_on_options, as_wholes, check_over_shards, locals_of, of_all_ranks
+from ._over_shards import (
+    agree_on_options,
+    as_wholes,
+    check_blocks,
+    check_over_shards,
+    locals_of,
+    of_all_ranks,
+)
 from .backward import Finite, backward
 from .forward import DeadLatents, Forward, PreActivations
 from .memory import keep_freed_memory
@@ -75,6 +82,9 @@ class TrainStep:
             either way: no parameter, moment, counter or threshold. ``"raise"``: FloatingPointError, at once on a CPU;
             on a GPU in a later call, since nothing waits for the device. ``"skip"``: it is counted in
             :attr:`skipped`. The learning-rate schedule goes on. With ``accumulate`` it takes the whole update with it.
+        blocks: with a mesh, how many blocks latents and tokens are cut into, each rank having as many. Products are
+            made and sums added block by block, as a tree: parameters, moments and losses then have the same bits on 1,
+            2, 4, … ranks, which must divide it. Default: one for each rank.
         backend: as everywhere.
 
     With gradients that are stored, the order is: average (``reduce``), remove the parallel part, clip, Adam, rescale.
@@ -122,6 +132,7 @@ class TrainStep:
         density_interval: int = 100,
         dense: bool | None = None,
         nonfinite: str = "raise",
+        blocks: int | None = None,
         backend: str = "auto",
     ) -> None:
         if not isinstance(sae, SparseAutoencoder):
@@ -132,6 +143,8 @@ class TrainStep:
         self.losses = losses_for(sae, losses)
         if sae.shards is not None:
             check_over_shards(self.losses, reduce)
+        refused = {"grad_clip": grad_clip, "accumulate": accumulate > 1 and accumulate, "dense": dense}
+        self._pieces = 1 if blocks is None else check_blocks(sae, self.losses, blocks, refused)
         share = sae.share
         _check_norms(sae, self.losses)
         unit_rows = {None: not sae.rescale_acts_by_decoder_norm, "auto": not isinstance(sae, Crosscoder)}
@@ -175,7 +188,7 @@ class TrainStep:
                 "accumulate": self.accumulate,
                 "compute_dtype": str(self.compute_dtype), "dead_after": self.dead.dead_after, "dense": dense,
                 "memory_budget": memory_budget, "density_interval": density_interval, "nonfinite": nonfinite,
-                "backend": self.backend,
+                "backend": self.backend, "blocks": blocks,
             })  # fmt: skip
 
     @property
@@ -212,6 +225,10 @@ class TrainStep:
             if self.shards is not None:
                 self.shards.agreement.meet("step", 0, error)  # which ends the other ranks, too
             raise
+        if self.shards is not None:
+            self.shards.begin(len(x))
+            self.shards.pieces = self._pieces
+            self.shards.check_pieces()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if self.shards is None:
                 report, bad = self._step(x, target, context)
@@ -269,12 +286,12 @@ class TrainStep:
             pulls = []
             for loss, number in zip(self.losses, numbers, strict=True):
                 if number is None:
-                    losses[loss.name] = x.new_zeros((), dtype=forward.wide)
+                    losses[loss.name] = forward.sum_all(x.new_zeros(len(x), dtype=forward.wide))
                 else:
                     losses[loss.name], pull = loss.pull(forward, number)
                     pulls.append(pull)
-            report = {"loss": torch.stack(list(losses.values())).sum(), **losses}
-            squares = forward.residual(0)[1].sum()
+            report = {"loss": torch.stack(list(losses.values())).sum(0), **losses}
+            squares = forward.sum_all(forward.residual(0)[1])
             report["squared_error"] = squares / tokens
             report["fvu"] = squares / spread
             report["l0"] = (main.values != 0).sum() / tokens
@@ -282,7 +299,7 @@ class TrainStep:
             pending = backward(forward, pulls)
             del forward, pulls  # their memory serves the update
             self.calls += 1
-            bad = self._finite.of(report["loss"], pending, has_capacity=main.required is not None)
+            bad = self._finite.of(report["loss"].sum(), pending, has_capacity=main.required is not None)
             if self.shards is not None:
                 report, overflow, bad = of_all_ranks(self.shards, report, overflow, bad)
             fired = _firing(main, len(self.sae.sources)).float()
@@ -322,7 +339,6 @@ class TrainStep:
         """The batch encoded for all losses, and the number of each one's codes."""
         sae, weights = self.sae.share, self._copies.current()
         if self.shards is not None:
-            self.shards.begin(len(x))
             self.memory_budget = self.shards.memory_budget(self.memory_budget)
         elif self.memory_budget is None:
             self.memory_budget = default_budget_bytes(x.device)
@@ -351,6 +367,8 @@ class TrainStep:
 
     def _density(self, codes: SparseCodes) -> bool | None:
         """Whether sums over codes go through GEMMs; None: their number of entries decides."""
+        if self._pieces > 1:
+            return False  # a product of other shapes has other bits
         if self.dense is not None or codes.required is None:
             return self.dense
         if self.shards is not None:  # its part of what all ranks keep: the device is not asked

@@ -382,7 +382,7 @@ def sends_what_the_formula_says(mesh, rank, size):
         each = {
             "x": others * longest * D * s, "spread": others * 8 * (D + 1),
             "x_hat": foreign * D * s, "gradient": others * longest * D * s, "report": others * 8 * 6,
-            "gradients of all ranks": others * (D + 1) * s, "dead": 2 * others * 8 // size,
+            "gradients of all ranks": others * (2 * D + 1) * s, "dead": 2 * others * 8 // size,
         }  # fmt: skip
         top = 8 * s - 16
         bins = [8 * ((1 << 15) + 1), *[8 * (1 << 16) for _ in range(0, top, 16)]]
@@ -426,6 +426,44 @@ def in_16_bits(mesh, rank, size):
 
 
 
+BLOCKED = {"TopK, AuxK": (lambda: se.TopK(4), {"losses": [AuxK(8)], "dead_after": 100}, {}),
+           "BatchTopK": (lambda: se.BatchTopK(3.5), {}, {}),
+           "slabs": (lambda: se.TopK(4), {"memory_budget": 48 * 16 * 4}, {}),
+           "norms": (lambda: se.TopK(4), {"normalize_decoder": False}, {"rescale_acts_by_decoder_norm": True}),
+           "16 bits": (lambda: se.TopK(4), {"compute_dtype": "bfloat16", "moments": "bfloat16"}, {}),
+           "Matryoshka": (lambda: se.MatryoshkaBatchTopK(3, widths=[24, 64]), {}, {})}  # fmt: skip
+
+
+def by_blocks(mesh, rank, size, steps=20):
+    """Everything after some steps with four blocks, and the numbers that the last step gave."""
+    found = {}
+    for dtype in (torch.float32, F64):
+        for name, (make, how, options) in BLOCKED.items():
+            if dtype == F64 and name == "16 bits":
+                continue
+            torch.manual_seed(0)
+            sae = se.SparseAutoencoder(16, 64, make(), dtype=dtype, mesh=mesh, **options)
+            step = TrainStep(sae, lr=2**-7, blocks=4, **how)
+            g = torch.Generator().manual_seed(1)
+            for _ in range(steps if name == "TopK, AuxK" else 4):
+                x = torch.randn(48, 16, generator=g, dtype=F64).to(dtype)
+                report = step(x[my_rows(48, rank, size)])
+            state = {n: whole(p).detach().clone() for n, p in sae.named_parameters()}
+            for n, p in sae.share.named_parameters():
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    moment = step.optimizer.state[p][kind]
+                    state[f"{n}.{kind}"] = whole(sae.shards.as_whole(moment, CUT.get(n))).clone()
+            numbers = {key: report[key] for key in ("loss", "squared_error", "fvu", "grad_norm", "dead")}
+            found[f"{name}, {dtype}"] = {**state, **numbers}
+    return found
+
+
+def has_the_same_bits(mesh, rank, size):
+    found = by_blocks(mesh, rank, size)
+    if rank == 0:
+        torch.save(found, Path(sys.argv[3], "blocks.pt"))
+
+
 def cases(size):
     yield "selection", lambda *at: selects_as_the_reference(*at, True)
     yield "selection, with room", lambda *at: selects_as_the_reference(*at, False)
@@ -445,6 +483,8 @@ def cases(size):
     yield "step: bytes", sends_what_the_formula_says
     yield "step: room", room_in_place_of_lengths
     yield "step: 16 bits", in_16_bits
+    if size in (2, 4):
+        yield "step: blocks", has_the_same_bits
 
 
 def main(rank, size, folder):
