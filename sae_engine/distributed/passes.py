@@ -78,7 +78,6 @@ def _encoded(
     if memory_budget is not None:
         memory_budget = check.integer_k(memory_budget, name="memory_budget")
     shards.begin(len(rows))
-    shards.pieces = 1
     known: dict[str, Any] = {**mine._context(rows, rules), **context}
     if "gradient" in known:
         known["attribution"] = mine._attribution(known.pop("gradient"), given, info)

@@ -73,16 +73,20 @@ class Shards:
         """My first token's place in the batch."""
         return sum(self.rows[: self.rank])
 
-    def begin(self, rows: int) -> None:
+    def begin(self, rows: int, pieces: int = 1) -> None:
         """Meets the others, host to host, and tells them how many tokens are mine.
 
         Raises:
-            ValueError: nobody has any tokens.
+            ValueError: nobody has any tokens; or they cannot be cut into ``pieces`` on each rank, all of one size.
             RuntimeError: a rank has an error, or does not come; names it.
         """
         self.rows = self.agreement.meet("step", rows)
         if not self.tokens:
             raise ValueError("x must hold at least one token on some rank of the mesh, got none on all")
+        if pieces > 1 and (len({*self.rows}) > 1 or self.rows[0] % pieces):
+            raise ValueError(f"x must have as many tokens on all ranks with blocks, a multiple of {pieces}, "
+                             f"got {self.rows}")  # fmt: skip
+        self.pieces = pieces
 
     def memory_budget(self, given: int | None) -> int:
         """Bytes of pre-activations that may exist at a time: those given, or what every rank has free at first."""
@@ -119,12 +123,6 @@ class Shards:
     def pieces_of(self, rows: Tensor) -> list[Tensor]:
         """My tokens' ``rows``, piece by piece."""
         return [rows] if self.pieces == 1 else list(rows.split(len(rows) // self.pieces))
-
-    def check_pieces(self) -> None:
-        """Raises ValueError, on all ranks, where the tokens of this batch cannot be cut as blocks are."""
-        if self.pieces > 1 and (len({*self.rows}) > 1 or self.rows[0] % self.pieces):
-            raise ValueError(f"x must have as many tokens on all ranks with blocks, a multiple of {self.pieces}, "
-                             f"got {self.rows}")  # fmt: skip
 
     def spread(self, rows: Tensor, name: str) -> Tensor:
         """() fp64: the squared distances of every rank's ``rows`` (n, d) from the mean of them all."""

@@ -226,9 +226,7 @@ class TrainStep:
                 self.shards.agreement.meet("step", 0, error)  # which ends the other ranks, too
             raise
         if self.shards is not None:
-            self.shards.begin(len(x))
-            self.shards.pieces = self._pieces
-            self.shards.check_pieces()
+            self.shards.begin(len(x), self._pieces)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if self.shards is None:
                 report, bad = self._step(x, target, context)
