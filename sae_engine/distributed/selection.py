@@ -82,8 +82,8 @@ def batch_mask(shards: Shards, codes: SparseCodes, total: int, allowed: Tensor |
 
 def batch_topk(shards: Shards, pre: Tensor, total: int, mask: Tensor | None, backend: str) -> SparseCodes:
     """The ``total`` largest of the batch among the latents of ``mask`` (my latents,), of which mine are ``pre``."""
-    kept = ops.batch_topk(pre, mask, min(total, pre.numel()), backend)
-    codes = SparseCodes(*kept, (pre.shape[0],), pre.shape[1])
+    values, indices, offsets = ops.batch_topk(pre, mask, min(total, pre.numel()), backend)
+    codes = SparseCodes(values, indices, offsets, (pre.shape[0],), pre.shape[1])
     allowed = None if mask is None else mask[codes.indices.long()]
     return narrowed(codes, batch_mask(shards, codes, total, allowed), (), trims=shards.trims)[0]
 
@@ -150,22 +150,25 @@ def narrowed(
     row = _rows_of(codes)
     counts = codes.offsets.new_zeros(codes.rows).scatter_add_(0, row, kept.long())
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    tensors = [codes.values, codes.indices, *others]
+    required: Tensor | None = None
     if trims:
         place = kept.nonzero()[:, 0]
-        values, indices, *rest = (None if t is None else t[place] for t in tensors)
-        required = None
+
+        def of_kept(tensor: Tensor) -> Tensor:
+            return tensor[place]
     else:
-        room = kept.numel() if room is None else room
-        place = torch.where(kept, kept.cumsum(0) - 1, room).clamp(max=room)  # beyond: one place that is cut off
-        values, indices, *rest = (
-            None if t is None else t.new_zeros(room + 1).scatter_(0, place, t)[:room] for t in tensors
-        )
-        required, offsets = offsets[-1].clone(), offsets.clamp(max=room)
+        size = kept.numel() if room is None else room
+        place = torch.where(kept, kept.cumsum(0) - 1, size).clamp(max=size)  # beyond: one place that is cut off
+
+        def of_kept(tensor: Tensor) -> Tensor:
+            return tensor.new_zeros(size + 1).scatter_(0, place, tensor)[:size]
+
+        required, offsets = offsets[-1].clone(), offsets.clamp(max=size)
     narrower = replace(
-        codes, values=values, indices=indices, offsets=offsets, k=None, required=required, _transposed=[]
-    )
-    return narrower, *rest
+        codes, values=of_kept(codes.values), indices=of_kept(codes.indices), offsets=offsets, k=None,
+        required=required, _transposed=[],
+    )  # fmt: skip
+    return narrower, *(None if t is None else of_kept(t) for t in others)
 
 
 def _rows_of(codes: SparseCodes) -> Tensor:

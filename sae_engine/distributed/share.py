@@ -44,7 +44,8 @@ def _split_rule(rule: Activation, shards: Shards) -> Activation:
     mine.shards = shards
     if hasattr(rule, "d_sae"):
         mine.d_sae = shards.mine.stop - shards.mine.start
-    for tensors, whole in ((mine._parameters, rule._parameters), (mine._buffers, rule._buffers)):
+    pairs: list[tuple[Any, Any]] = [(mine._parameters, rule._parameters), (mine._buffers, rule._buffers)]
+    for tensors, whole in pairs:
         for name, tensor in tensors.items():
             if tensor is None or not tensor.dim():
                 continue  # a scalar is the same tensor in both: every rank moves it alike
@@ -85,9 +86,9 @@ def as_it_is_now(sae: SparseAutoencoder, share: SparseAutoencoder) -> SparseAuto
 
 def rejoin(sae: SparseAutoencoder, share: SparseAutoencoder) -> None:
     """After the tensors of ``sae`` have moved: its share has the same memory again."""
-    pairs = ((share, sae), (share.activation, sae.activation))
-    for mine, whole in pairs:
-        for tensors, others in ((mine._parameters, whole._parameters), (mine._buffers, whole._buffers)):
+    for mine, whole in ((share, sae), (share.activation, sae.activation)):
+        pairs: list[tuple[Any, Any]] = [(mine._parameters, whole._parameters), (mine._buffers, whole._buffers)]
+        for tensors, others in pairs:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor is not others[name]:
                     tensor.data = local(others[name].detach())
@@ -115,7 +116,7 @@ def attached(sae: SparseAutoencoder) -> SparseAutoencoder:
             if p is None or not p.requires_grad or not p.dim():
                 continue
             placements = p.placements  # type: ignore[attr-defined]
-            part = p.to_local(grad_placements=placements)  # type: ignore[operator]
+            part = p.to_local(grad_placements=placements)  # type: ignore[attr-defined]
             if all(placement.is_replicate() for placement in placements):
                 part = SummedGradient.apply(part, wire, name)
             mine._parameters[name] = part
