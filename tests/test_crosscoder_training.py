@@ -6,7 +6,8 @@ from pair_loop import SITES, WIRINGS, B, D, F, batch, coder, dense_codes, forwar
 import sae_engine as se
 from sae_engine import _slabs
 from sae_engine.losses import L1, AuxK, MultiTopK, PreActivation, TanhL0
-from sae_engine.training import TrainStep
+from sae_engine.testing import allocated_by
+from sae_engine.training import TrainStep, peak_bytes
 
 LR = 2**-10  # the same in fp32, in which a step keeps it
 # Five steps of Adam: a gradient's rounding of 1e-16 is multiplied by 1 / sqrt(second moment), here below 1e6.
@@ -301,3 +302,31 @@ def test_bad_input_is_refused_by_name(case):
     make, named = BAD[case]
     with pytest.raises((TypeError, ValueError), match=named):
         make()
+
+
+NARROW = {"compute_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(("budget", "options"), [(1 << 40, {}), (1 << 20, {}), (1 << 40, NARROW)],
+                         ids=["whole", "chunked", "bf16"])  # fmt: skip
+def test_memory_is_within_the_formula(budget, options):
+    """One source's pre-activations at a time, whatever their number: four times those would not fit the bound."""
+    tokens, layers, width, latents, k = 512, 4, 64, 1 << 12, 16
+    made = se.Crosscoder.clt(layers, width, latents, se.TopK(k))
+    x, steps = torch.randn(tokens, layers * width), []
+
+    def run():
+        steps.append(TrainStep(made, lr=LR, memory_budget=budget, **options))
+        for _ in range(2):
+            steps[0](x)
+
+    measured = allocated_by(run).peak
+    state = steps[0].optimizer.state.values()
+    measured -= sum(t.numel() * t.element_size() for tensors in state for t in tensors.values())
+    formula = peak_bytes(
+        tokens, layers * width, latents, k, memory_budget=budget,
+        sources=[(source.d_in, source.d_out) for source in made.sources], **options,
+    )  # fmt: skip
+    assert 0.6 * formula < measured <= formula
+    one = peak_bytes(tokens, width, latents, k, memory_budget=budget, **options)
+    assert one == peak_bytes(tokens, width, latents, k, memory_budget=budget, sources=[(width, width)], **options)

@@ -23,9 +23,9 @@ class PreActivation(Loss):
     """``coefficient`` times the sum of ``relu(theta - pre)`` times the norm of the decoder row, mean over tokens.
 
     Of a :class:`JumpReLU`, or a sequence of them: it pulls each latent up where it does not fire, so that none dies,
-    and its threshold down. Written so it touches every token and latent. In a :class:`TrainStep` it does not: all tokens at
-    which a latent is off share one gradient, so that it is that of the mean input, less what is due to the few tokens
-    at which it is on. No (tokens, d_sae) matrix of gradients is made, and the sums are the same.
+    and its threshold down. Written so it touches every token and latent. In a :class:`TrainStep` it does not: all
+    tokens at which a latent is off share one gradient, so that it is that of the mean input, less what is due to the
+    few tokens at which it is on. No (tokens, d_sae) matrix of gradients is made, and the sums are the same.
 
     The form is CLT-Forge's; the sparse one is ours. In 16 bits, pre-activations count as they were before rounding.
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ def peak_bytes(
     tokens: int, d_in: int, d_sae: int, k: int, *, memory_budget: int, d_out: int | None = None, k_aux: int = 0,
     dtype: torch.dtype | str = torch.float32, compute_dtype: torch.dtype | str | None = None, row_major: bool = False,
     stored: bool = False, copies: bool = True, moments: torch.dtype | str | None = None, device_type: str = "cpu",
+    sources: Sequence[tuple[int, int]] | None = None,
 ) -> int:  # fmt: skip
     """Upper bound of what a :class:`TrainStep` with TopK needs beyond parameters, moments, batch and stored gradients.
 
@@ -61,6 +63,9 @@ def peak_bytes(
         row_major: whether the autoencoder was made with ``contiguous_parameters=True``.
         stored: whether gradients are stored (``grad_clip``, ``reduce``, ``accumulate``).
         copies, moments: of the step; without copies the encoder's latents of one slab are copied at a time.
+        sources: of a :class:`Crosscoder`, widths that each source reads and writes; ``d_in`` and ``d_out`` are then
+            those of all sites side by side, ``d_sae``, ``k`` and ``k_aux`` those of each source. There are then the
+            pre-activations of one source at a time, the entries of all, and chunks as wide as the widest's.
 
     Raises:
         TypeError, ValueError: an argument is of another kind or out of range; names it.
@@ -74,49 +79,65 @@ def peak_bytes(
     d_out = d_in if d_out is None else check.integer_k(d_out, name="d_out")
     k_aux, dtype = check.count("k_aux", k_aux), check.dtype_in("dtype", dtype)
     compute = dtype if compute_dtype is None else check.dtype_in("compute_dtype", compute_dtype)
+    widths = [(d_in, d_out)] if sources is None else _checked_sources(sources)
+    number, widest, total = len(widths), max(map(sum, widths)), sum(map(sum, widths))
+    reads, writes = (max(column) for column in zip(*widths, strict=True))
     narrow = compute in (torch.bfloat16, torch.float16)
     wide = torch.promote_types(compute, torch.float32).itemsize
     outputs = 2 if k_aux else 1
     rows, columns = slab_shape(tokens, d_sae, memory_budget // compute.itemsize)
-    entries = tokens * (k + k_aux)
+    entries = tokens * (k + k_aux) * number
 
-    resident, pre = 8 * d_sae, rows * columns * compute.itemsize
+    resident, pre = 8 * d_sae * number, rows * columns * compute.itemsize
     if compute != dtype:
-        resident += (d_sae * (d_in + d_out) if check.flag("copies", copies) else columns * d_in) * compute.itemsize
+        resident += (d_sae * total if check.flag("copies", copies) else columns * reads) * compute.itemsize
 
-    encoding = 2 * tokens * d_in * wide + 2 * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
+    times = 2 if number == 1 else 3  # of several sources, the codes of each beside those of all
+    encoding = 2 * tokens * d_in * wide + times * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
     tile = min(rows * columns, limits.CHUNK_ELEMENTS)  # of top-k by groups: maxima, and what it looks among
     maxima = 1 / next(iter(limits.column_groups(d_sae, k)), 1)
     encoding += int(tile * min(maxima + 16 * (k + 9) / d_sae, 1) * compute.itemsize)
     if columns < d_sae:  # what is held of earlier slabs, and the groups that a piece of this one looks at
         piece = min(max(limits.MERGED_SCORES // columns, 1), rows)
-        encoding += 16 * entries + 32 * piece * (k + k_aux) * wide
+        encoding += 16 * entries // number + 32 * piece * (k + k_aux) * wide
     if k_aux:  # columns of dead latents
         encoding += min(rows * columns, limits.CHUNK_ELEMENTS) * compute.itemsize
     if narrow and device_type == "cpu":  # fp32 copies of some weights, and fp32 sums on their way to 16 bit
         most = limits.WIDE_ELEMENTS["cpu"]
-        encoding += 4 * (min(rows * columns, most) + min(columns * d_in, most))
+        encoding += 4 * (min(rows * columns, most) + min(columns * reads, most))
     elif narrow:  # fp32 sums of few rows; or operands that hold the bias, the input's made in two steps, and the bias
-        most, width = limits.WIDE_ELEMENTS["cuda"], d_in + OPERAND_MARGIN
+        most, width = limits.WIDE_ELEMENTS["cuda"], reads + OPERAND_MARGIN
         encoding += max(4 * min(rows * columns, most), 2 * min(columns * width, most) + 4 * rows * width + 4 * d_sae)
 
-    backward = tokens * (d_in + outputs * d_out) * wide + 12 * wide * entries + 8 * wide * d_sae
-    width = d_in + d_out
+    backward = tokens * (d_in + outputs * d_out) * wide + 12 * wide * entries + 8 * wide * d_sae * number
+    width = widest
     if device_type == "cpu":
         chunk = min(d_sae, limits.latents_in_cache(width)) * width * wide
         backward += int(chunk * (max(1.5, outputs) + (2 if row_major else 0))) if not stored else 0
         if narrow:
-            backward += d_sae * max(d_in, d_out) * wide
+            backward += d_sae * max(reads, writes) * wide
     if stored:
-        chunk = min(rows_of_a_chunk(d_sae, d_out, device_type), d_sae) * d_out
+        chunk = min(rows_of_a_chunk(d_sae, writes, device_type), d_sae) * writes
         backward += 2 * chunk * wide + (outputs - 1) * d_sae * width * wide
-        backward += d_sae * d_in * wide if row_major else 0
+        backward += d_sae * reads * wide if row_major else 0
     if moments is not None and check.dtype_in("moments", moments) != dtype:
-        backward += _rounding_bytes(d_in, d_out, d_sae, stored, device_type)
+        backward += _rounding_bytes(reads, writes, d_sae, stored, device_type)
     some = torch.empty(2, 1, dtype=compute)
     if device_type == "cpu" and by_onednn(some, some.T):  # allocates its result: no buffer stays
         return resident + max(pre + encoding, backward)
     return resident + pre + max(encoding, backward)
+
+
+def _checked_sources(sources: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    found = []
+    for number, pair in enumerate(sources):
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"sources[{number}] must be a pair of widths, read and written, got {pair!r}")
+        read, written = (check.integer_k(width, name=f"sources[{number}][{i}]") for i, width in enumerate(pair))
+        found.append((read, written))
+    if not found:
+        raise ValueError("sources must hold the widths of at least one source, got none")
+    return found
 
 
 def _rounding_bytes(d_in: int, d_out: int, d_sae: int, stored: bool, device_type: str) -> int:

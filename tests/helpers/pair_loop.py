@@ -43,8 +43,9 @@ def coder(wiring="causal", rule="topk", seed=0, dtype=torch.float64, **options):
 
 
 def batch(seed=1, tokens=B, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(tokens, SITES, D, generator=g, dtype=dtype) for _ in range(2))
+    g = torch.Generator("cpu").manual_seed(seed)
+    drawn = [torch.randn(tokens, SITES, D, generator=g, dtype=dtype, device="cpu") for _ in range(2)]
+    return tuple(t.to(torch.get_default_device()) for t in drawn)
 
 
 def norms(made, number):
