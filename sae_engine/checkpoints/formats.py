@@ -200,7 +200,8 @@ def _choose(source: Source, format: str) -> tuple[ModuleType, Files]:
     if len(whole) > 1:
         raise ValueError(f"{source.place} may have any of the formats {[m.NAME for m, _, _ in whole]}: name one")
     if not whole and (source.place / "metrics.jsonl").is_file():  # what a training left
-        inside = [str(file.parent) for file in sorted(source.place.glob("sae/*/cfg.json"))]
+        inside = [str(file.parent) for name in ("cfg.json", "crosscoder.json")
+                  for file in sorted(source.place.glob(f"sae/*/{name}"))]  # fmt: skip
         what = f"name one of its autoencoders: {', '.join(inside)}" if inside else "it has not ended and has none yet"
         raise ValueError(f"{source.place} is the folder of a run: {what}")
     if not whole and source.damaged:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .lens import Lens, logit_lens
     from .neuronpedia import write_neuronpedia
     from .publishing import Published, push
+    from .publishing_sites import push_crosscoder
     from .steering import ablate, steer
     from .stored import Features, FeatureTokens, LatentEntries
 
@@ -26,6 +27,7 @@ __all__ = [
     "logit_lens",
     "max_activating",
     "push",
+    "push_crosscoder",
     "steer",
     "write_dashboard",
     "write_delphi",
@@ -40,6 +42,7 @@ _MODULES = {
     "lens": {"Lens", "logit_lens"},
     "neuronpedia": {"write_neuronpedia"},
     "publishing": {"Published", "push"},
+    "publishing_sites": {"push_crosscoder"},
     "steering": {"ablate", "steer"},
     "stored": {"FeatureTokens", "Features", "LatentEntries"},
 }

@@ -134,11 +134,11 @@ def push(
         files = {
             file.relative_to(root).as_posix(): file.stat().st_size for file in sorted(root.rglob("*")) if file.is_file()
         }
-        url = None if dry_run else _upload(root, repo_id, private, api)
+        url = None if dry_run else upload(root, repo_id, private, api)
         return Published(None if target is None else root, files, url)
 
 
-def _upload(root: Path, repo_id: str, private: bool, api: Any) -> str:
+def upload(root: Path, repo_id: str, private: bool, api: Any) -> str:
     api = require("huggingface_hub").HfApi() if api is None else api
     url = api.create_repo(repo_id, exist_ok=True, private=private)
     api.upload_folder(repo_id=repo_id, folder_path=str(root), commit_message="Sparse autoencoders by sae-engine")

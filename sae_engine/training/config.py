@@ -346,6 +346,8 @@ class TrainConfig:
                 if model > len(self.other_models) or (model and not sae.has_sites):
                     only = "only crosscoders read other models" if not sae.has_sites else "other_models names too few"
                     yield f"saes.{number}.{name}", f"must be a place of model, and {only}, got {site}"
+        if self.output.push_to_hub and len(self.saes) > 1 and any(sae.has_sites for sae in self.saes):
+            yield "output.push_to_hub", "must be false with a crosscoder among others: it has a repository of its own"
         update = batch * self.optim.gradient_accumulation_steps
         if data.training_tokens != "auto" and data.training_tokens < update:
             yield "data.training_tokens", f"must be at least an update's {update}, got {data.training_tokens}"

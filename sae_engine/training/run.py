@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..autoencoder import SparseAutoencoder
 from ..checkpoints.opened import opened
+from ..crosscoder import Crosscoder
 from .callbacks import resume_command
 from .config import TrainConfig
 from .trackers import read_metrics
@@ -94,11 +95,19 @@ class Run:
         """
         from ..checkpoints.saelens import sparsity_in
         from ..latents.publishing import push
+        from ..latents.publishing_sites import push_crosscoder
 
         repo_id = self.config.output.hub_model_id if repo_id is None else repo_id
         if repo_id is None:
             raise ValueError("repo_id must be given: the run's output.hub_model_id names no repository")
-        hooks = {str(sae.name): str(sae.name) if sae.has_sites else sae.reads[0] for sae in self.config.saes}
+        if any(sae.has_sites for sae in self.config.saes):
+            if len(self.config.saes) > 1:
+                raise ValueError(f"repo_id: a crosscoder has a repository of its own: push the folders in "
+                                 f"{self.folder / SAES} one by one")  # fmt: skip
+            (coder,) = self.saes().values()
+            assert isinstance(coder, Crosscoder)
+            return push_crosscoder(coder, repo_id, **options)
+        hooks = {str(sae.name): sae.reads[0] for sae in self.config.saes}
         alone = len(set(hooks.values())) == len(hooks)
         folders = {name: hooks[name] if alone else f"{hooks[name]}/{name}" for name in hooks}
         found = {folders[name]: sparsity_in(self.folder / SAES / name) for name in hooks}
