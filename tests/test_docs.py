@@ -164,6 +164,16 @@ def test_configurations_are_read(tmp_path):
     assert config.data.training_tokens == 500_000_000
 
 
+def test_configurations_of_crosscoders_are_read(tmp_path):
+    clt, diff = re.findall(r"^```yaml\n(.*?)^```", TEXTS["crosslayer"], re.DOTALL | re.MULTILINE)
+    (tmp_path / "run.yaml").write_text(clt, encoding="utf-8")
+    (entry,) = se.training.TrainConfig.from_yaml(tmp_path / "run.yaml").saes
+    assert (entry.wiring, entry.sources, entry.reads[11]) == ("causal", 12, "blocks.11.hook_resid_mid")
+    (tmp_path / "run.yaml").write_text(diff, encoding="utf-8")
+    config = se.training.TrainConfig.from_yaml(tmp_path / "run.yaml")
+    assert config.saes[0].sources == 1 and config.other_models[0].model_name == "google/gemma-2-2b-it"
+
+
 def test_every_rule_has_its_lines():
     rules = {name for name in se.__all__ if isinstance(getattr(se, name), type)
              and issubclass(getattr(se, name), se.Activation)}  # fmt: skip
