@@ -334,6 +334,18 @@ def has_the_same_bits(mesh, rank, size):
         torch.save(found, Path(sys.argv[3], "blocks.pt"))
 
 
+def over_nodes(mesh, rank, size):
+    """Two nodes of two ranks: latents are cut over nodes first, then inside each."""
+    mesh = se.distributed.from_env(latent=2, node=2)
+    assert mesh.mesh_dim_names == ("node", "latent")
+    for rule in ("TopK", "BatchTopK"):
+        encodes(mesh, rank, size, rule)
+    for step in ("AuxK of SAELens", "FeatureChoice", "clipped"):
+        trains(mesh, rank, size, step)
+    sae = se.SparseAutoencoder(D, 9, se.TopK(2), mesh=mesh)  # 3 and 2, 2 and 2
+    assert sae.shards.layout.numbers == [3, 2, 2, 2] and len(sae.W_dec.to_local()) == sae.shards.layout.numbers[rank]
+
+
 def cases(size):
     yield "selection", lambda *at: selects_as_the_reference(*at, True)
     yield "selection, with room", lambda *at: selects_as_the_reference(*at, False)
@@ -353,6 +365,8 @@ def cases(size):
     yield "step: bytes", sends_what_the_formula_says
     yield "step: room", room_in_place_of_lengths
     yield "step: 16 bits", in_16_bits
+    if size == 4:
+        yield "nodes", over_nodes
     if size in (2, 4):
         yield "step: blocks", has_the_same_bits
 
