@@ -15,10 +15,12 @@ import mesh_cases
 import pytest
 import torch
 import torch.distributed as dist
+from played_cuda import Played
 from structure import ROOT
 
 import sae_engine as se
 from sae_engine.distributed.layout import Ownership
+from sae_engine.distributed.shards import Shards
 from sae_engine.distributed.wire import shares, tree_sum
 
 SIZES = 2, 3, 4
@@ -143,6 +145,28 @@ def test_what_blocks_cannot_be_is_refused(alone):
         train(se.SparseAutoencoder(4, 16, se.StatisticalTopK(2), mesh=alone), lr=1e-3, blocks=2)
     with pytest.raises(ValueError, match="a multiple of 4, got"):
         train(sae, lr=1e-3, blocks=4)(torch.ones(6, 4))
+
+
+@pytest.mark.parametrize("rule", ["TopK", "BatchTopK", "TopAFA", "Matryoshka", "decoder norms"])
+def test_a_step_waits_for_no_device(rule, alone, monkeypatch):
+    """On a device that is played: a rank's own work. What hosts say to one another is no device's."""
+    agreement = Shards(alone, mesh_cases.F).agreement
+    monkeypatch.setattr(agreement, "agree", lambda **fields: None)
+    monkeypatch.setattr(agreement, "meet", lambda kind, rows: [rows])
+    make, options = mesh_cases.RULES[rule]
+    with Played() as played, torch.device("cuda"):
+        sae = se.SparseAutoencoder(mesh_cases.D, mesh_cases.F, make(), **options)
+        sae.shards = sae.activation.shards = Shards(alone, mesh_cases.F)
+        sae.shards.trims = False
+        losses = [] if rule == "Matryoshka" else [se.losses.AuxK(5)]
+        unit_rows = not sae.rescale_acts_by_decoder_norm
+        step = se.training.TrainStep(
+            sae, lr=1e-3, losses=losses, normalize_decoder=unit_rows, nonfinite="skip", memory_budget=1 << 20
+        )
+        x = torch.randn(mesh_cases.B, mesh_cases.D)
+        step.warm_up(x)
+        with played.refusing():
+            step(x)
 
 
 class OfAUser(se.Activation):

@@ -132,7 +132,7 @@ class Shards:
             found.append(torch.cat([mean, (piece - mean).square().sum()[None]]))
         every = self.wire.gather(torch.stack(found), name).flatten(0, 1)
         sizes = [size // self.pieces for size in self.rows for _ in range(self.pieces)]
-        counts = torch.tensor(sizes, dtype=torch.float64).to(rows.device, non_blocking=True)
+        counts = torch.stack([every.new_full((), size) for size in sizes])  # filled: nothing comes from the host
         means, squares = every[:, :-1], every[:, -1]
         middle = tree_sum(list(counts[:, None] * means)) / self.tokens
         return tree_sum(list(squares + counts * (means - middle).square().sum(1)))
