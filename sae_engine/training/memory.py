@@ -57,6 +57,9 @@ def peak_bytes(
     at whole, a tile at a time; that is not counted, nor are cuBLAS' workspaces, which a process has once (32 MiB on an
     H100) and torch's allocator lists.
 
+    A rank of a mesh needs what one process with its latents and all ranks' tokens does, and 16 B d bytes in fp32: rows
+    that are gathered, and parts of sums for the others' rows.
+
     Args:
         memory_budget: of the step.
         k_aux: entries a token of an auxiliary selection.

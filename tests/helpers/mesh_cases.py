@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sae_engine as se
 from sae_engine.distributed.wire import shares
 from sae_engine.losses import L1, AuxK, AuxZipf, MultiTopK, StepL0, TanhL0
-from sae_engine.training import TrainStep
+from sae_engine.testing import allocated_by
+from sae_engine.training import TrainStep, peak_bytes, state_bytes
 
 B, D, F = 14, 6, 40
 F64 = torch.float64
@@ -334,6 +335,24 @@ def has_the_same_bits(mesh, rank, size):
         torch.save(found, Path(sys.argv[3], "blocks.pt"))
 
 
+def needs_what_the_formula_says(mesh, rank, size):
+    """What a rank allocates for an autoencoder and its steps: the bound of one process with its latents, and rows."""
+    tokens, width, latents, k, budget = 512, 64, 1 << 15, 32, 4 << 20
+    steps = []
+
+    def run():
+        sae = se.SparseAutoencoder(width, latents, se.TopK(k), mesh=mesh)
+        steps.append(TrainStep(sae, lr=1e-3, memory_budget=budget))
+        x = torch.randn(tokens // size, width)
+        for _ in range(2):
+            steps[0](x)
+
+    measured = allocated_by(run).peak
+    state = state_bytes(width, latents // size)
+    formula = state.kept + peak_bytes(tokens, width, latents // size, k, memory_budget=budget) + 16 * tokens * width
+    assert 0.8 * formula < measured <= formula, (measured, formula)
+
+
 def over_nodes(mesh, rank, size):
     """Two nodes of two ranks: latents are cut over nodes first, then inside each."""
     mesh = se.distributed.from_env(latent=2, node=2)
@@ -365,6 +384,8 @@ def cases(size):
     yield "step: bytes", sends_what_the_formula_says
     yield "step: room", room_in_place_of_lengths
     yield "step: 16 bits", in_16_bits
+    if size == 2:
+        yield "step: memory", needs_what_the_formula_says
     if size == 4:
         yield "nodes", over_nodes
     if size in (2, 4):
