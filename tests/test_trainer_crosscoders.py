@@ -1,6 +1,7 @@
 """The trainer on several sites: cross-layer transcoders, sets of transcoders, acausal crosscoders; their scales."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -62,6 +63,15 @@ def test_what_a_run_leaves_is_loaded_with_its_places_and_evaluates_as_it_did(fin
     assert clt.provenance.model == "embedded" and acausal.provenance.target_sites is None
     assert [len(saes[name].sources) for name in ("clt", "set", "acausal")] == [4, 4, 1]
     assert [p.shape[1] for p in clt.W_dec] == [4 * 256, 3 * 256, 2 * 256, 256]
+
+
+def test_the_lines_of_its_report_load_it(finished, monkeypatch):
+    report = (finished.folder / "report.md").read_text()
+    monkeypatch.chdir(finished.folder.parent)
+    names: dict = {}
+    lines = re.search(r"```python\n(.*?)```", report, re.DOTALL)[1]
+    exec(lines.replace(str(finished.folder), finished.folder.name), names)
+    assert type(names["sae"]) is se.Crosscoder and names["codes"].shape[0] == 4 == names["codes"].batch_shape[0]
 
 
 def test_each_has_the_bits_that_it_has_alone(finished, tmp_path):

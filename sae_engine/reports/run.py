@@ -307,17 +307,25 @@ def _plain(value: Any) -> str:
 def _loading(run: RunRecord) -> list[Any]:
     path, model = _path(run), run.section("model").get("model_name")
     first = run.config["saes"][0]
-    lines = ["import sae_engine as se", "from sae_engine.data import load_language_model, read_activations", ""]
+    sites = first.get("hook_name")
+    several = any(isinstance(entry.get("hook_name"), list) for entry in run.config["saes"])
+    opened = "opened" if several else "se.SparseAutoencoder.from_pretrained"
+    lines = ["from sae_engine.checkpoints.opened import opened"] if several else ["import sae_engine as se"]
+    if isinstance(sites, list):
+        lines = ["import torch", *lines]
+    reader = "read_sites" if isinstance(sites, list) else "read_activations"
+    lines += [f"from sae_engine.data import load_language_model, {reader}", ""]
     if len(run.names) == 1:
-        lines.append(f"sae = se.SparseAutoencoder.from_pretrained({_quoted(f'{path}/sae/{run.names[0]}')})")
+        lines.append(f"sae = {opened}({_quoted(f'{path}/sae/{run.names[0]}')})")
     else:
         lines += ["names = [", *(f"    {_quoted(name)}," for name in run.names), "]"]
-        lines.append(f'saes = {{n: se.SparseAutoencoder.from_pretrained(f"{path}/sae/{{n}}") for n in names}}')
+        lines.append(f'saes = {{n: {opened}(f"{path}/sae/{{n}}") for n in names}}')
         lines.append("sae = saes[names[0]]")
     lines += [
         "", f"lm = load_language_model({'' if model in (None, 'embedded') else _quoted(model)})",
         'ids = lm.tokenizer("Some text.", return_tensors="pt").input_ids',
-        f"codes = sae.encode(read_activations(lm.model, ids, site={_quoted(first.get('hook_name'))}))",
+        "codes = sae.encode(torch.cat(read_sites(lm.model, ids, sae.provenance.sites), -1))" if isinstance(sites, list)
+        else f"codes = sae.encode(read_activations(lm.model, ids, site={_quoted(sites)}))",
     ]  # fmt: skip
     shell = f"sae-engine eval {path}/sae/{run.names[0]}\nsae-engine push {path}/sae/{run.names[0]} --dry-run"
     blocks: list[Any] = [Heading("How to use them" if len(run.names) > 1 else "How to use it")]
