@@ -128,3 +128,13 @@ def test_transformers_import_beside_the_folder(installed):
     pytest.importorskip("transformers")
     code = "from transformers import GPT2LMHeadModel\nimport sae_engine, sae_kernels.ops"
     python("-c", code, cwd=ROOT, path=[ROOT, installed])
+
+
+def test_the_workflow_runs_the_parts_of_ci():
+    """On GitHub's runners, side by side; every command of .ci/run is some job's, and the wheel's check beside them."""
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    jobs = {word for line in workflow["jobs"]["part"]["strategy"]["matrix"]["make"] for word in line.split()}
+    script = [line.partition("#")[0].split() for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()]
+    ours = {word for line in script if line[:1] == ["make"] and "&" not in line for word in line[1:]}
+    assert {"lint", "test", "docs"} <= ours and ours <= jobs
