@@ -38,6 +38,7 @@ from .rules import (
     TopAFA,
     TopK,
 )
+from .standardization import Standardization, fold_standardization
 
 if _TYPE_CHECKING:
     from . import lm
@@ -73,6 +74,7 @@ __all__ = [
     "SparseAutoencoder",
     "SparseCodes",
     "SparseDecoder",
+    "Standardization",
     "StatisticalTopK",
     "TopAFA",
     "TopK",
@@ -83,6 +85,7 @@ __all__ = [
     "calibrate_threshold",
     "cat",
     "distributed",
+    "fold_standardization",
     "functional",
     "inference_form",
     "init_as_top_afa",

@@ -155,8 +155,7 @@ def of_codes(loss, rule=lambda: None):
 
 
 WITHOUT_WAITING = {
-    "Crosscoder": crosscoder(lambda: se.TopK(4)),
-    "Crosscoder, a rule each": crosscoder(lambda: [se.TopK(4), se.TopK(4)]),
+    "Crosscoder": crosscoder(lambda: se.TopK(4)), "Crosscoder, each": crosscoder(lambda: [se.TopK(4), se.TopK(4)]),
     # functional
     "functional.topk": selecting(lambda p: f.topk(p, 4)),
     "functional.topk, sorted": lambda: (p := torch.randn(B, F), lambda: f.topk(p, 4, sorted=True))[1],
@@ -334,6 +333,7 @@ WAITING = {
     "SparseCodes.from_dense": lambda: (d := torch.randn(B, F).relu(), lambda: se.SparseCodes.from_dense(d))[1],
     "SparseCodes.to_sparse_csr": lambda: (c := codes(capacity=ROOM), lambda: c.to_sparse_csr())[1],
     "cat": lambda: (c := codes(capacity=ROOM), lambda: se.cat([c, c]))[1],
+    "Standardization": lambda: (x := torch.randn(B, D), lambda: se.Standardization.of(x, [D]))[1],
     "init_sparse": lambda: (s := se.SparseAutoencoder(D, F, se.TopAFA()), lambda: se.init_sparse(s, 4))[1],
     "inference_form": lambda: (
         s := se.SparseAutoencoder(D, F, se.BatchTopK(3, initial_threshold=0.1)), lambda: se.inference_form(s))[1],
@@ -359,7 +359,7 @@ APART = {
     "metrics.ppl_sparsity", "metrics.loss_recovered", "training.CapturedStep", "training.peak_bytes",
     "training.state_bytes", "training.Loss",
     "losses.Loss", "losses.LossInput", "losses.Pull", "Provenance",
-    "losses.losses_for", "ablate", "max_activating", "steer",
+    "losses.losses_for", "ablate", "max_activating", "steer", "fold_standardization",
     "metrics.evaluate_during", "metrics.evaluate_sites", "metrics.evaluate_sites_during",
     # A run reads the device where it logs, evaluates and saves; its updates are above.
     "Run", "Trainer", "train", *(f"training.{name}" for name in (
