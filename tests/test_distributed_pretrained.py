@@ -138,6 +138,19 @@ def no_whole_tensor(rank, size, folder):
     return [len(mapped), Sizes.largest, sae.share.W_enc.nbytes]
 
 
+def converts(rank, size, folder):
+    """Parameters to another dtype, thresholds not: as without a mesh; the share has the same memory."""
+    mesh, found = mesh_of(size), {}
+    for name in ("JumpReLU", "BatchTopK", "Gated"):
+        sae = se.SparseAutoencoder.from_pretrained(folder.parent / "given" / name, mesh=mesh).to(torch.float64)
+        one = se.SparseAutoencoder.from_pretrained(folder.parent / "given" / name).to(torch.float64)
+        mine = dict(sae.share.state_dict())
+        shared = all(t.data_ptr() == (w.to_local() if hasattr(w, "to_local") else w).data_ptr()
+                     for t, w in ((mine[key], value) for key, value in sae.state_dict().items() if key != "W_enc"))
+        found[name] = [same(sae, one), shared]
+    return found
+
+
 def refuses(rank, size, folder):
     mesh, given = mesh_of(size), folder.parent / "given"
     sae = se.SparseAutoencoder.from_pretrained(given / "TopK", mesh=mesh)
@@ -188,7 +201,7 @@ def ran(tmp_path_factory):
                 sae.b_enc.zero_()
         place = folder / "given" / name
         sae.save_pretrained(place / "params.npz" if name == "gemma_scope" else place, format=name)
-    sizes = {"reads_and_writes": 3, "reads_others": 4, "no_whole_tensor": 2, "refuses": 2, "killed_while_saving": 3}
+    sizes = {"reads_and_writes": 3, "reads_others": 4, "no_whole_tensor": 2, "converts": 2, "refuses": 2, "killed_while_saving": 3}
     return outcomes(__file__, sizes, folder) | {"folder": folder}
 
 
@@ -202,6 +215,11 @@ def test_what_was_read_by_slices_is_written_by_slices_byte_for_byte(ran):
 def test_other_formats_are_read_by_slices(ran):
     for found in succeeded(ran["reads_others"]):
         assert found == {name: [] for name in [*OTHERS, "folded"]}
+
+
+def test_a_dtype_is_changed_as_without_a_mesh(ran):
+    for found in succeeded(ran["converts"]):
+        assert found == {name: [[], True] for name in ("JumpReLU", "BatchTopK", "Gated")}
 
 
 def test_no_rank_makes_a_whole_matrix(ran):

@@ -204,8 +204,14 @@ def apply_but(names: Sequence[str], module: nn.Module, apply, fn, recurse: bool)
     apply(fn, recurse)
     for name, tensor in exact.items():
         moved = getattr(module, name)
-        if moved.dtype != tensor.dtype:
+        if moved.dtype == tensor.dtype:
+            continue
+        grad = None if moved.grad is None else moved.grad.to(tensor.dtype)
+        if hasattr(moved, "placements"):  # .data does not set those of a DTensor
+            kept = tensor.to(moved.device)
+            is_buffer = name in module._buffers
+            torch.utils.swap_tensors(moved, kept if is_buffer else nn.Parameter(kept, moved.requires_grad))
+        else:
             moved.data = tensor.to(moved.device)
-            if moved.grad is not None:
-                moved.grad.data = moved.grad.to(tensor.dtype)
+        moved.grad = grad
     return module
