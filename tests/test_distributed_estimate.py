@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forked_ranks import outcomes, succeeded
 
+import sae_engine as se
 from sae_engine.distributed import Hardware, estimate
+from sae_engine.testing import allocated_by
 
 WIDE = {"d_in": 4096, "d_sae": 2**20, "k": 64}
 
@@ -29,7 +32,7 @@ def test_the_parts_of_a_step_on_eight_devices():
     assert best.step_milliseconds == sum(parts.values()) == pytest.approx(56.5, abs=0.05)
     assert best.tokens_per_second == tokens / best.step_milliseconds * 1e3
     latents = 2**20 / 8
-    held = latents * (2 * d * (12 + 2) + 20) + tokens * d * (2 * 2 + 8) + 4e9 + 48 * tokens * k
+    held = latents * (2 * d * (12 + 2) + 52) + tokens * d * (2 * 2 + 8) + 4e9 + 72 * tokens * k
     assert sum(best.memory_bytes.values()) == held
 
 
@@ -87,3 +90,57 @@ def test_refusals(changes, said):
 def test_hardware_is_checked():
     with pytest.raises(ValueError, match="link_bytes_per_second must be positive and finite, got 0"):
         Hardware(link_bytes_per_second=0)
+
+
+# --- beside steps of ranks that are there -----------------------------------------------------------------------------
+
+SIZES = {"d_in": 64, "d_sae": 2**13, "k": 32, "tokens": 512}
+BUDGET = 1 << 20
+
+
+def steps_on_two(rank, size, folder):
+    return _steps(rank, size, aux_k=0)
+
+
+def steps_on_four(rank, size, folder):
+    return _steps(rank, size, aux_k=0)
+
+
+def steps_with_auxk(rank, size, folder):
+    return _steps(rank, size, aux_k=16)
+
+
+def _steps(rank, size, aux_k):
+    """What a rank sends in a step, by name, and what a step takes at most beyond what it keeps."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("latent",))
+    sae = se.SparseAutoencoder(SIZES["d_in"], SIZES["d_sae"], se.TopK(SIZES["k"]), mesh=mesh)
+    losses = [se.losses.AuxK(aux_k)] if aux_k else []
+    step = se.training.TrainStep(sae, lr=1e-3, memory_budget=BUDGET, losses=losses, dead_after=1)
+    x = torch.randn(SIZES["tokens"] // size, SIZES["d_in"])
+    step(x)
+    sae.shards.wire.bytes.clear()
+    peak = allocated_by(lambda: step(x)).peak
+    return [dict(sae.shards.wire.bytes), peak]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    sizes = {"steps_on_two": 2, "steps_on_four": 4, "steps_with_auxk": 2}
+    return outcomes(__file__, sizes, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize(("case", "ranks", "aux_k"), [
+    ("steps_on_two", 2, 0), ("steps_on_four", 4, 0), ("steps_with_auxk", 2, 16),
+])  # fmt: skip
+def test_ranks_send_what_is_estimated_and_hold_no_more(ran, case, ranks, aux_k):
+    known = estimate(**SIZES, devices=ranks, aux_k=aux_k, compute_dtype="float32", memory_budget=BUDGET)
+    (one,) = (mesh for mesh in known.meshes if mesh.latent == ranks)
+    names = {"x": "x", "candidates": "candidates", "counts": "counts", "x_hat": "parts of the output",
+             "gradient": "gradient of the output"}  # fmt: skip
+    for sent, peak in succeeded(ran[case]):
+        assert {names[name]: sent[name] for name in names} == {part: one.sent_bytes[part] for part in names.values()}
+        takes = sum(one.memory_bytes[part] for part in ("rows", "pre-activations", "codes", "copies", "update"))
+        chunk = SIZES["d_sae"] // ranks // 16 * 2 * SIZES["d_in"] * 4
+        assert aux_k or takes / 2 < peak <= takes + 1.5 * chunk

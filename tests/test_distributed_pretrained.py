@@ -201,7 +201,8 @@ def ran(tmp_path_factory):
                 sae.b_enc.zero_()
         place = folder / "given" / name
         sae.save_pretrained(place / "params.npz" if name == "gemma_scope" else place, format=name)
-    sizes = {"reads_and_writes": 3, "reads_others": 4, "no_whole_tensor": 2, "converts": 2, "refuses": 2, "killed_while_saving": 3}
+    sizes = {"reads_and_writes": 3, "reads_others": 4, "no_whole_tensor": 2, "converts": 2, "refuses": 2,
+             "killed_while_saving": 3}  # fmt: skip
     return outcomes(__file__, sizes, folder) | {"folder": folder}
 
 

@@ -255,7 +255,10 @@ def sent_bytes(sizes: _Sizes, latent: int, node: int, data: int) -> dict[str, fl
 
 
 def held_bytes(sizes: _Sizes, shards: int, data: int) -> dict[str, float]:
-    """That a rank holds, by part: parameters and counters, both moments, copies, rows, codes."""
+    """That a rank holds, by part: parameters and counters, both moments, copies, rows, codes. A CPU's update takes
+    1.5 times the gradients of a sixteenth of the latents besides (``training.peak_bytes``). Tests hold it as a bound to
+    what steps without AuxK take; with AuxK it is an estimate.
+    """
     tokens, d_in, d_out, d_sae, k, aux_k, s, _, memory_budget = sizes
     latents = d_sae / shards
     weights = latents * (d_in + d_out)
@@ -264,9 +267,10 @@ def held_bytes(sizes: _Sizes, shards: int, data: int) -> dict[str, float]:
         "moments": 8 * weights / data,
         "copies": s * weights if s < 4 else 0.0,
         "gradients over data": 4 * weights if data > 1 else 0.0,
-        "rows": tokens * (d_in + d_out) / 2 * (2 * s + 8),
+        "rows": tokens * ((d_in + d_out) / 2 * (2 * s + 8) + (sizes.outputs - 1) * d_out * (s + 8)),
         "pre-activations": min(memory_budget, tokens * latents * s),
-        "codes": 48 * tokens * (k + aux_k),
+        "codes": 72 * tokens * (k + aux_k),  # 12 words of each entry, 6 of each that is a rank's candidate
+        "update": 32 * latents,
     }
 
 
