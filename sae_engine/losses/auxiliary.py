@@ -260,6 +260,7 @@ class AFA(Loss):
 
     coefficient: float = 1 / 32
     name = "afa"
+    adds_over_shards = True
     takes_sources = False
 
     def __post_init__(self) -> None:
@@ -271,10 +272,16 @@ class AFA(Loss):
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         codes, wide = forward.kept[number].codes, forward.wide
         values = codes.values.to(wide)
-        norm = _sum_by_row(values.square(), codes, forward.backend).clamp(min=torch.finfo(wide).tiny).sqrt()
-        gap = norm - forward.x.to(wide).norm(dim=1)
+        energy, target = _sum_by_row(values.square(), codes, forward.backend), forward.x.to(wide).norm(dim=1)
+        if forward.shards is not None:
+            energy = forward.shards.sum(energy, "energies of codes")
+            target = forward.of_all_ranks(target, "norms of tokens")
+        norm = energy.clamp(min=torch.finfo(wide).tiny).sqrt()
+        gap = norm - target
         weight = self.coefficient * forward.target.shape[1] / forward.tokens
         slope = 2 * weight * gap / norm
+        if forward.shards is not None:
+            gap = gap[forward.shards.first_row :][: len(forward.x)]  # other tokens' are other ranks' to add
         return weight * gap.square().sum(), Pull(number, values=values * _at_rows(slope, codes))
 
 

@@ -2,14 +2,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from sae_kernels.ops import ops
 
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder
 from ..rules import Activation, Gated, JumpReLU
-from .base import Loss, LossInput
+from .base import Loss, LossInput, Pull
 from .rule_formulas import l1, step_l0, tanh_l0, target_l0
+
+if TYPE_CHECKING:
+    from ..training.forward import Forward
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,7 @@ class GateLoss(Loss):
     weigh_by_norm: bool = True
     name = "gate"
     provides = frozenset({"gate"})
+    adds_over_shards = True
 
     def __post_init__(self) -> None:
         self._settle(l1=check.from_zero("l1", self.l1))
@@ -142,6 +149,33 @@ class GateLoss(Loss):
         return sae.activation.gate
 
     def value(self, batch: LossInput) -> Tensor:
-        norms = batch.decoder_norms if self.weigh_by_norm else None
         error = (batch.frozen_output() - batch.target).square().sum() / batch.tokens
-        return self.l1 * l1(batch.codes, weight_norm=norms) + error
+        return _GatePenalty(self).value(batch) + error
+
+    def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
+        if forward.shards is None:
+            return super().pull(forward, number)
+        # The output is a sum over all ranks' latents, which autograd does not follow here: by hand.
+        penalty, pull = _GatePenalty(self).pull(forward, number)
+        residual, squares = forward.residual(number)
+        grad = residual * (2 / forward.tokens)
+        grad = grad if forward.info.std is None else grad * forward.info.std
+        part, source = forward.kept[number].parts[0], forward.sources[0]
+        at_values = ops.decode_backward_values(
+            forward.of_all_ranks(grad.to(forward.dtype), "gradient"), part.values.to(forward.wide),
+            part.codes.indices, part.codes.offsets, source.weights.decoder, forward.backend,
+        )  # fmt: skip
+        at_values = at_values if source.norms is None else at_values / source.norms_at(part.codes)
+        at_values = at_values if pull.values is None else at_values + pull.values
+        return penalty + squares.sum() / forward.tokens, pull._replace(values=at_values)
+
+
+class _GatePenalty(Loss):
+    """The first summand of a :class:`GateLoss`."""
+
+    def __init__(self, gate: GateLoss) -> None:
+        self.gate = gate
+
+    def value(self, batch: LossInput) -> Tensor:
+        norms = batch.decoder_norms if self.gate.weigh_by_norm else None
+        return self.gate.l1 * l1(batch.codes, weight_norm=norms)

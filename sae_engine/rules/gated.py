@@ -91,6 +91,7 @@ class GateOf(Activation):
     """``relu(pre + b_gate)`` of a :class:`Gated` rule."""
 
     encoder_bias = False
+    selects_over_shards = True
 
     def __init__(self, gated: Gated) -> None:
         super().__init__()

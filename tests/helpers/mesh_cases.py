@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sae_engine as se
 from sae_engine.distributed.wire import shares
-from sae_engine.losses import L1, AuxK, AuxZipf, MultiTopK, StepL0, TanhL0
+from sae_engine.losses import AFA, L1, AuxK, AuxZipf, GateLoss, MultiTopK, StepL0, TanhL0
 from sae_engine.testing import allocated_by
 from sae_engine.training import TrainStep, peak_bytes, state_bytes
 
@@ -114,6 +114,10 @@ STEPS = {
     "BatchTopK": (lambda: se.BatchTopK(3.5), {}, {}, 20),
     "Matryoshka": (lambda: se.MatryoshkaBatchTopK(3, widths=[8, 40]), {}, {}, 4),
     "TopAFA": (se.TopAFA, {}, {}, 4),
+    "AFA": (se.TopAFA, {}, {"losses": [AFA(1 / 32)]}, 4),
+    "GateLoss": (lambda: se.Gated(F), {}, {"losses": [GateLoss(0.1)]}, 4),
+    "GateLoss, norms": (lambda: se.Gated(F), {"rescale_acts_by_decoder_norm": True},
+                        {"losses": [GateLoss(0.1)], "normalize_decoder": False}, 4),
     "L1": (se.ReLU, {}, {"losses": [L1(0.1)]}, 4),
     "StepL0": (lambda: se.JumpReLU(F, threshold=0.3, bandwidth=0.8), {}, {"losses": [StepL0(0.1)]}, 4),
     "TanhL0": (lambda: se.JumpReLU(F, threshold=0.3, bandwidth=0.8), {}, {"losses": [TanhL0(0.1)]}, 4),
@@ -131,7 +135,7 @@ STEPS = {
     "slabs of a batch": (lambda: se.BatchTopK(3.5), {}, {"memory_budget": 8 * B * 3}, 4),
     "slabs of whole rows": (se.TopAFA, {}, {"memory_budget": 8 * F * 5}, 4),
 }
-IN_FP32 = ("StepL0", "TanhL0")  # the rule's parameter and its loss
+IN_FP32 = ("StepL0", "TanhL0", "GateLoss", "GateLoss, norms")  # the rule's parameter and its loss
 
 
 def batches(steps, tokens=B, dtype=F64):
