@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=None, help="keep the runs here")
     args = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent).stdout.strip()  # fmt: skip
     found: dict[str, list[dict[str, float]]] = {name: [] for name in KINDS}
     with tempfile.TemporaryDirectory() as temporary:
         for seed in range(args.seeds):
@@ -78,8 +80,6 @@ def main() -> None:
             run = se.train(configuration(folder, args.tokens, args.d_sae, args.k, seed))
             for name, values in found.items():
                 values.append(numbers(run, name))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()  # fmt: skip
     print(f"{args.tokens:,} tokens, {args.d_sae} latents a layer, k = {args.k} a layer, {args.seeds} seed(s), "
           f"{torch.get_num_threads()} thread(s) of {platform.processor() or platform.machine()}, "
           f"torch {torch.__version__}, commit {commit or 'unknown'}\n")  # fmt: skip

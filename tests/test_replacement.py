@@ -9,7 +9,7 @@ from tiny_models import DOCUMENTS, MODELS, tokenizer_of_bytes
 import sae_engine as se
 from sae_engine.cli import main
 from sae_engine.data import LanguageModel, check_same_tokens, read_sites, run_with_replacements, together
-from sae_engine.metrics import NextTokenLoss, Reconstruction, evaluate_sites, evaluate_sites_during
+from sae_engine.metrics import NextTokenLoss, Reconstruction, evaluate, evaluate_sites, evaluate_sites_during
 from sae_engine.metrics.replacement import CLEAN, REPLACED, Replacement
 from sae_engine.metrics.splice import batches_of
 
@@ -253,6 +253,11 @@ def test_the_command_line_evaluates_a_cross_layer_transcoder(tmp_path, capsys):
     assert "do not say at which places" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "clt"), *common, "--ppl", "1"]) == 1
     assert "--ppl is for autoencoders" in capsys.readouterr().err
+
+
+def test_crosscoders_are_refused_where_one_place_is_meant(lm):
+    with pytest.raises(TypeError, match=r"evaluate_sites\(\) measures it"):
+        evaluate(coder(), lm, DOCUMENTS, layer=1)
 
 
 def test_autoencoders_are_refused(lm):

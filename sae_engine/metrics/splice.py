@@ -90,6 +90,8 @@ class Splice:
         self.normalization = normalization
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+        if sae.has_sites:
+            raise TypeError("sae must be an autoencoder at one place, got a Crosscoder: evaluate_sites() measures it")
         self.sae, self.lm = sae, lm
         self.place = self.target = Site.of(*place)
         target_site, target_layer = target
