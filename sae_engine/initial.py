@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _checks as check
 from .autoencoder import SparseAutoencoder
+from .crosscoder import Crosscoder
 from .rules import TopAFA
 
 MEDIAN_ITERATIONS, MEDIAN_TOLERANCE = 100, 1e-6
@@ -121,5 +122,7 @@ def init_sparse(sae: SparseAutoencoder, l0: int) -> SparseAutoencoder:
 def _require_square(sae: SparseAutoencoder) -> None:
     if not isinstance(sae, SparseAutoencoder):
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+    if isinstance(sae, Crosscoder):
+        raise TypeError("sae must be an autoencoder of one site: a Crosscoder has initial weights of its own")
     if sae.d_in != sae.d_out:
         raise ValueError(f"sae must have d_out = d_in, got d_in={sae.d_in}, d_out={sae.d_out}")

@@ -213,6 +213,7 @@ BAD = {
     "codes of other sources": (lambda: coder().decode(coder("joint").encode(batch()[0])), "batch shape"),
     "a site that is none": (lambda: coder().decode(coder().encode(batch()[0]), sites=SITES), "sites"),
     "skip without info": (lambda: coder(skip=True).decode(coder().encode(batch()[0])), "info"),
+    "initial weights of one site": (lambda: se.init_sparse(coder(), 3), "Crosscoder"),
     "split of what": (lambda: coder().split(batch()[0], of="sites"), "of must be"),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from pair_loop import SITES, WIRINGS, B, D, F, batch, coder, dense_codes, forward, norms
+from played_cuda import Played
 
 import sae_engine as se
 from sae_engine import _slabs
@@ -279,6 +280,22 @@ def test_latents_die_by_source():
         fired |= (dense_codes(made, x) > 0).any(1)
         step(x, target)
     assert torch.equal(step.dead.mask.view(SITES, F), ~fired) and step.dead.since_fired.shape == (SITES * F,)
+
+
+@pytest.mark.parametrize("rule", ["topk", "mixed"])
+def test_a_step_of_fixed_counts_waits_for_nothing_and_can_be_captured(rule):
+    if torch.cuda.is_available():
+        pytest.skip("played here; a CUDA graph of it has not been tried on a GPU")
+    with Played() as played, torch.device("cuda"):
+        rules = se.TopK(3) if rule == "topk" else [se.TopK(3) for _ in range(SITES)]
+        made, x = se.Crosscoder.clt(SITES, D, F, rules, skip=True), torch.randn(B, SITES, D)
+        step = TrainStep(made, lr=LR, losses=AuxK(3), compute_dtype="bfloat16", dense=False)
+        for _ in range(2):
+            step.warm_up(x)
+        with played.refusing():
+            step(x)
+        with played.capturing():
+            step(x)
 
 
 BAD = {

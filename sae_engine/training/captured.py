@@ -36,8 +36,9 @@ class CapturedStep:
     def __init__(self, step: TrainStep) -> None:
         if not isinstance(step, TrainStep):
             raise TypeError(f"step must be a TrainStep, got {type(step).__name__}")
-        if not step.sae.W_enc.is_cuda:
-            raise ValueError(f"step must train on a GPU to be captured, got an autoencoder on {step.sae.W_enc.device}")
+        device = step.sae.share.b_dec.device
+        if device.type != "cuda":
+            raise ValueError(f"step must train on a GPU to be captured, got an autoencoder on {device}")
         if step.accumulate != 1:
             raise ValueError(f"step must have accumulate=1 to be captured, got {step.accumulate}")
         if step.has_reduce:
