@@ -202,6 +202,8 @@ def test_what_cannot_be_over_a_mesh_is_refused_by_name(alone):
         se.SparseAutoencoder(4, 16, se.BatchTopK(2, group=dist.group.WORLD), mesh=alone)
     with pytest.raises(ValueError, match="keep_pre must be False on a mesh"):
         sae.encode_with(torch.ones(2, 4), keep_pre=True)
+    with pytest.raises(ValueError, match="attribution must be given as gradient on a mesh"):
+        sae.encode(torch.ones(2, 4), attribution=torch.ones(2, 16))
     with pytest.raises(TypeError, match="cannot say how it selects"):
         sae.encode_with(torch.ones(2, 4), select=OfAUser())
     with pytest.raises(ValueError, match="x must hold at least one token on some rank"):

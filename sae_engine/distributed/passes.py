@@ -15,7 +15,7 @@ from ..codes import SparseCodes
 from ..functional import Encoded, EncodeInfo
 from .mesh import checked_mesh
 from .shards import Shards, check_rules
-from .share import as_it_is_now, attached, rejoin, split
+from .share import as_it_is_now, attached, over_shards, rejoin, split
 
 if TYPE_CHECKING:
     from ..autoencoder import SparseAutoencoder
@@ -70,13 +70,13 @@ def _encoded(
     mine = attached(sae)
     shards = _shards(mine)
     listed = list(select) if isinstance(select, list | tuple) else [sae.activation if select is None else select]
-    rules = [rule if rule is not sae.activation else mine.activation for rule in listed]
-    for rule in rules:
-        rule.shards = shards
-    check_rules(rules)
+    check_rules(listed)
+    rules = [mine.activation if rule is sae.activation else over_shards(rule, shards) for rule in listed]
     rows = check.matrix(given)
     if memory_budget is not None:
         memory_budget = check.integer_k(memory_budget, name="memory_budget")
+    if "attribution" in context:
+        raise ValueError("attribution must be given as gradient on a mesh, where no rank has that of all latents")
     shards.begin(len(rows))
     known: dict[str, Any] = {**mine._context(rows, rules), **context}
     if "gradient" in known:
@@ -110,7 +110,7 @@ def of_mesh(shards: Shards, name: str, tensor: Any) -> Any:
         if isinstance(tensor, Product):
             return Product(shards.gather_rows(check.matrix(tensor._x), name), tensor._weight, tensor._divisors,
                            functional.linear)  # fmt: skip
-        return shards.gather_rows(tensor.reshape(-1, *tensor.shape[tensor.dim() :]), name)
+        return shards.gather_rows(tensor.flatten(), name)
     is_whole = isinstance(tensor, Tensor) and tensor.shape == (shards.num_latents,) and shards.size > 1
     return tensor[shards.mine] if is_whole else tensor
 

@@ -39,9 +39,15 @@ def split(sae: SparseAutoencoder, shards: Shards) -> SparseAutoencoder:
     return share
 
 
-def _split_rule(rule: Activation, shards: Shards) -> Activation:
+def over_shards(rule: Activation, shards: Shards) -> Activation:
+    """A rule without tensors of its own, as it selects among my latents; the one that is given stays what it was."""
     mine = _copied(rule)
     mine.shards = shards
+    return mine
+
+
+def _split_rule(rule: Activation, shards: Shards) -> Activation:
+    mine = over_shards(rule, shards)
     if hasattr(rule, "d_sae"):
         mine.d_sae = shards.mine.stop - shards.mine.start
     pairs: list[tuple[Any, Any]] = [(mine._parameters, rule._parameters), (mine._buffers, rule._buffers)]

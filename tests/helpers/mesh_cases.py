@@ -103,6 +103,24 @@ def encodes(mesh, rank, size, rule):
         close(one.eval()(x)[mine], many.eval()(x[mine]), "eval", 1e-12)
 
 
+def encodes_by_other_rules(mesh, rank, size):
+    """Rules that are not the autoencoder's own, with context of all latents or of my tokens, stay what they were."""
+    one, many = pair(lambda: se.TopK(4), mesh)
+    mine = my_rows(B, rank, size)
+    g = torch.Generator().manual_seed(2)
+    x, gradient = (torch.randn(B, D, generator=g, dtype=F64) for _ in range(2))
+    dead = torch.rand(F, generator=g) < 0.4
+    graded, auxiliary = se.GradientTopK(3), se.rules.AuxTopK(5)
+    with torch.no_grad():
+        given = {"select": [auxiliary, graded], "dead_mask": dead}
+        a = one.encode_with(x, gradient=gradient, **given).codes
+        b = many.encode_with(x[mine], gradient=gradient[mine], **given).codes
+        for theirs, ours in zip(a, b, strict=True):
+            close(theirs.to_dense()[mine], ours.to_dense(), "values", 1e-12)
+        assert graded.shards is None and auxiliary.shards is None
+        close(one.encode(x).to_dense()[mine], many.encode(x[mine]).to_dense(), "own rule", 1e-12)
+
+
 # --- the training step, against one process --------------------------------------------------------------------------
 
 STEPS = {
@@ -388,6 +406,7 @@ def cases(size):
     yield "step: bytes", sends_what_the_formula_says
     yield "step: room", room_in_place_of_lengths
     yield "step: 16 bits", in_16_bits
+    yield "encode: other rules", encodes_by_other_rules
     if size == 2:
         yield "step: memory", needs_what_the_formula_says
     if size == 4:
