@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -245,3 +247,38 @@ def test_ranks_that_fail_alike_can_go_on(ran):
 def test_what_a_broken_connection_says_is_known(ran):
     assert told(ran["closes"][0]) == [True] or told(ran["closes"][2]) == [True]
     assert not is_of_a_collective(RuntimeError("CUDA out of memory")) and not is_of_a_collective(ValueError("gloo"))
+
+
+UNDER_TORCHRUN = """
+import signal
+from pathlib import Path
+import torch
+import sae_engine as se
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which torchrun ends those that are left
+mesh = se.distributed.from_env(timeout=20)
+sae = se.SparseAutoencoder(8, 32, se.TopK(2), mesh=mesh)
+step = se.training.TrainStep(sae, lr=1e-3)
+step(torch.ones(4, 8))
+if mesh.get_rank() == 0:
+    def fails(*_, **__):
+        raise MemoryError("there is no memory left")
+    sae.share.activation.select = sae.share.activation.running = fails
+try:
+    step(torch.ones(4, 8))
+except Exception as error:
+    Path(f"said-{mesh.get_rank()}").write_text(f"{type(error).__name__}: {error}")
+    raise
+"""
+
+
+def test_under_torchrun_the_first_rank_is_quoted_too(tmp_path):
+    """Its store outlives that rank."""
+    (tmp_path / "program.py").write_text(UNDER_TORCHRUN, encoding="utf-8")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "program.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(3)]
+    own = "MemoryError: there is no memory left"
+    assert said == [own, f"RuntimeError: rank 0: {own}", f"RuntimeError: rank 0: {own}"], done.stderr
