@@ -47,7 +47,7 @@ def peak_bytes(
     dead counters                 F int64
     encoding                      the centred batch, N entries twice, and tiles of bounded size for top-k
     backward pass                 B (d_in + outputs * d_out) in fp32, 12 words an entry, 8 words a latent
-    a chunk of latents            on a CPU: 1.5 times its gradients, twice with two outputs; 2 more ``row_major``
+    a chunk of latents            on a CPU: its gradients and an eighth, twice with two outputs; ``row_major`` 3.5 and 4
     stored gradients' temporary   2 / 16 of the decoder's gradient; on a GPU 2 of at most 2^26 elements
     moments in bfloat16           a chunk's of one weight in fp32, and random bits: on a GPU where gradients are stored
     ============================  ==========================================================================
@@ -116,7 +116,7 @@ def peak_bytes(
     width = widest
     if device_type == "cpu":
         chunk = min(d_sae, limits.latents_in_cache(width)) * width * wide
-        backward += int(chunk * (max(1.5, outputs) + (2 if row_major else 0))) if not stored else 0
+        backward += int(chunk * (max(3.5, outputs + 2) if row_major else max(1.125, outputs))) if not stored else 0
         if narrow:
             backward += d_sae * max(reads, writes) * wide
     if stored:
