@@ -41,6 +41,7 @@ FORMATS: dict[str, ModuleType] = {
 }  # fmt: skip
 READ = FORMATS | {module.NAME: module for module in (llama_scope, circuit_tracer)}  # the last two are not written
 RESIDUALS = (RAW, CENTRED)
+Found = tuple[Path, str | None, str | None]  # a place on this machine; of the hub also repository, name with commit
 
 
 def detect(path: str | PathLike) -> str:
@@ -86,11 +87,12 @@ def load(
         if said := [name for name, value in given.items() if value not in (None, False)]:
             raise ValueError(f"{said[0]} must be left out, got {given[said[0]]!r}: a crosscoder has none")
         return crosslayer.load(cls, _find(path)[0], format=format, device=device, dtype=dtype)
-    if format == "auto" and holds_crosscoder(path):
+    at = _find(path)  # a hub is asked once
+    if format == "auto" and _is_crosscoder(at[0]):
         raise ValueError(f"{path!s} is a crosscoder: Crosscoder.from_pretrained loads it")
 
     def found(cut: Callable[[int], slice] | None = None) -> tuple[Checkpoint, Path]:
-        c, file = read(path, format=format, activation_scale=activation_scale, residual=residual, cut=cut)
+        c, file = read(path, format=format, activation_scale=activation_scale, residual=residual, cut=cut, at=at)
         return unit_decoder_rows(c) if fold_decoder_norms else c, file
 
     if mesh is not None:
@@ -104,21 +106,25 @@ def holds_crosscoder(path: str | PathLike) -> bool:
     Raises:
         ValueError: the folder may be of several formats.
     """
-    return crosslayer.detect(_find(path)[0]) not in (None, transcoder_set.NAME)
+    return _is_crosscoder(_find(path)[0])
+
+
+def _is_crosscoder(place: Path) -> bool:
+    return crosslayer.detect(place) not in (None, transcoder_set.NAME)
 
 
 def read(
     path: str | PathLike, *, format: str = "auto", activation_scale: float | None = None,
-    residual: str | None = None, cut: Callable[[int], slice] | None = None,
+    residual: str | None = None, cut: Callable[[int], slice] | None = None, at: Found | None = None,
 ) -> tuple[Checkpoint, Path]:  # fmt: skip
     """The checkpoint at ``path``, and the file to name when it cannot be built.
 
-    ``cut`` says of so many latents which are asked for: the others are not read.
+    ``cut`` says of so many latents which are asked for: the others are not read. ``at``: where it was found already.
     """
     known(format, ["auto", *READ])
     if residual is not None and residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {RESIDUALS} or None, got {residual!r}")
-    place, repository, source = _find(path)
+    place, repository, source = _find(path) if at is None else at
     with as_a_whole(place if place.is_dir() else place.parent, writes=False):
         module, files = _choose(look_at(place), format)
         if cut is not None:
@@ -175,7 +181,7 @@ def known(format: str, names: Sequence[str] = tuple(FORMATS)) -> None:
         raise ValueError(f"format must be one of {list(names)}, got {format!r}")
 
 
-def _find(path: str | PathLike) -> tuple[Path, str | None, str | None]:
+def _find(path: str | PathLike) -> Found:
     """Where it lies; of the hub also the repository and the name with the commit."""
     place = Path(path).expanduser()
     if place.exists() or not isinstance(path, str) or not hub.is_name(path):
