@@ -1,6 +1,7 @@
 """What tests and benchmarks share: inputs that are hard to select from, and error budgets that are derived."""
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ def allocated_by(call: Callable[[], object]) -> Allocated:
     Temporaries inside operators count; what libraries such as MKL take from the system themselves does not, nor what
     Python objects take.
     """
+    gc.collect()  # what others have left would be freed meanwhile, and count as memory that came back
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
     assert profile.kineto_results is not None

@@ -20,6 +20,7 @@ RULES = {
 }  # fmt: skip
 ON_A_DEVICE = {
     "BatchTopK": lambda **o: se.BatchTopK(2.5, threshold_start=2, **o),
+    "Crosscoder": lambda **o: se.Crosscoder.clt(2, 6, F, se.ReLU(), skip=True, **o),
     "FeatureChoice": lambda **o: se.FeatureChoice(F, 2.5, **o),
     "Gated": lambda **o: se.Gated(F, **o), "JumpReLU": lambda **o: se.JumpReLU(F, **o),
     "LogJumpReLU": lambda **o: se.LogJumpReLU(F, **o),

@@ -36,7 +36,7 @@ def test_what_is_saved_is_what_was_trained(tag, is_transcoder, tmp_path):
     losses = [line["losses/mse_loss"] for line in run.metrics() if "losses/mse_loss" in line]
     assert losses[-1] < losses[0]
     (saved,), trained = run.saes().values(), trainer.trainees["a"]
-    reads, writes = trained.scales
+    (reads,), (writes,) = trained.scales
     assert reads < 0.1 and (writes < reads / 2) == is_transcoder
     form, x = trained.sae.eval(), inputs[:256]
     with torch.no_grad():

@@ -300,6 +300,7 @@ class Finite:
         slopes = [*grads, *offered, *pending.dense, *pending.small.values()]
         slopes += [source.along for source in pending.sources if source.along is not None]
         multiplied = [*(source.x for source in pending.sources), *values]
+        loss = loss.sum() if loss.dim() else loss  # of pieces, where they are summed as a tree
         numbers = torch.stack([loss, *torch._foreach_norm([*slopes, *multiplied], 2, dtype=loss.dtype)])
         if not numbers.is_cpu:
             return _is_too_large(numbers, len(slopes))

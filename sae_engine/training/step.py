@@ -297,7 +297,7 @@ class TrainStep:
             pending = backward(forward, pulls)
             del forward, pulls  # their memory serves the update
             self.calls += 1
-            bad = self._finite.of(report["loss"].sum(), pending, has_capacity=main.required is not None)
+            bad = self._finite.of(report["loss"], pending, has_capacity=main.required is not None)
             if self.shards is not None:
                 report, overflow, bad = of_all_ranks(self.shards, report, overflow, bad)
             fired = _firing(main, len(self.sae.sources)).float()

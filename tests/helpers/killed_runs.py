@@ -31,13 +31,13 @@ class Kill(NamedTuple):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         if self.moment == "sync":
-            before = checkpoint._sync
+            before = checkpoint.sync
 
             def sync(path: Path) -> None:
                 before(path)
                 strike()
 
-            checkpoint._sync = sync
+            checkpoint.sync = sync
             return []
 
         class Strike(Callback):
