@@ -97,6 +97,8 @@ def test_the_choice_follows_the_processor_and_the_switch(monkeypatch):
     matrix = torch.randn(2, 2)
     assert stock.by_onednn(matrix, matrix) and not stock.by_onednn(matrix[:1], matrix)
     assert stock.by_onednn(matrix[:1], matrix.T) and not stock.by_onednn(matrix.double(), matrix.double())
+    slab = torch.randn(2, 4)[:, :2]  # of a row-major matrix: oneDNN multiplies it by loops
+    assert not stock.by_onednn(matrix, slab) and stock.by_onednn(matrix, torch.randn(4, 2).T[:, :2])
     with torch.backends.mkldnn.flags(enabled=False):
         assert not stock.by_onednn(matrix, matrix)
     capabilities["cpu_name"] = "Intel Xeon"

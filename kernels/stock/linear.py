@@ -30,7 +30,9 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is to multiply these. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off."""
     plain = all(t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided for t in (x, weight))
     is_vector = x.shape[0] == 1 and weight.stride(1) == 1  # times a row-major matrix: there MKL is not slow
-    return plain and not is_vector and _mkl_is_slow() and bool(torch.backends.mkldnn.enabled)
+    # For rows with gaps, as in a slab of a row-major encoder, oneDNN has loops alone, a thousand times as slow.
+    is_dense = weight.is_contiguous() or weight.T.is_contiguous()
+    return plain and is_dense and not is_vector and _mkl_is_slow() and bool(torch.backends.mkldnn.enabled)
 
 
 def linear(
