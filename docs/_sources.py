@@ -12,13 +12,15 @@ LINK = re.compile(r"(?<!!)\[([^\[\]]+)\]\(([^()\s#:]+)\)")
 
 
 def with_downloads(text: str, folder: Path) -> str:
-    """Markdown in which links from a file of ``folder`` to what lies outside of docs/ are downloads of it."""
+    """Markdown in which links from a file of ``folder`` to pages are the site's, and to other files downloads."""
 
     def link(found: re.Match[str]) -> str:
         label, target = found.groups()
         file = (folder / target).resolve()
-        if not file.is_file() or file.is_relative_to(ROOT / "docs"):
+        if not file.is_file():
             return found.group()
+        if file.is_relative_to(ROOT / "docs"):  # a page, from the site's root: what is included lies elsewhere
+            return f"[{label}](/{file.relative_to(ROOT / 'docs').as_posix()})"
         return f"{{download}}`{label.replace('`', '')} </../{file.relative_to(ROOT).as_posix()}>`"
 
     return LINK.sub(link, text)
