@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -308,15 +309,21 @@ class ActivationStore:
 def _read_ahead(blocks: Iterator[tuple[Tensor, Tensor]], pinned: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """The same, of which a thread reads the next while one is used."""
 
+    readers = set()
+
     def following() -> tuple[Tensor, Tensor] | None:
+        readers.add(threading.get_ident())
         block = next(blocks, None)
         return block if block is None or not pinned else (block[0].pin_memory(), block[1].pin_memory())
 
-    with ThreadPoolExecutor(1, "sae-engine-shards") as thread:
+    thread = ThreadPoolExecutor(1, "sae-engine-shards")
+    try:
         ahead = thread.submit(following)
         while (block := ahead.result()) is not None:
             ahead = thread.submit(following)
             yield block
+    finally:  # the collector of garbage may close this in the thread itself, which cannot wait for its own end
+        thread.shutdown(wait=threading.get_ident() not in readers)
 
 
 def _cut(blocks: Iterator[tuple[Tensor, Tensor]], size: int, drop_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
