@@ -235,6 +235,7 @@ class Session:
 
     def tests(self, jobs: int, seconds: float) -> None:
         first = [TESTS / f"{name}.py" for name in sorted(on_the_gpu())]
+        first.sort(key=lambda file: -file.stat().st_size)  # lest a long one be begun when the others have ended
         others = [file for file in marked("gpu") if file not in first]
         tasks = [Task(file.stem, self._pytest([file], "not slow and not serial")) for file in first]
         tasks += [Task(file.stem, self._pytest([file], "gpu and not slow and not serial")) for file in others]
@@ -314,12 +315,18 @@ def everything(session: Session, parts: Sequence[str]) -> None:
         session.verdict(FAILED, "torch sees no GPU, and everything else needs one")
         return
     jobs = jobs_for(facts.get("free_gib"))
+    last = [name for name in PARTS if name in parts][-1]
+
+    def limit(name: str) -> float:
+        """The last part may take what is left."""
+        return session.left() if name == last else LIMITS[name]
+
     run = {
-        "smoke": lambda: session.smoke(facts["operations"], jobs, LIMITS["smoke"]),
-        "headline": lambda: session.benchmark("headline", ["--only", "operations", "sizes"], LIMITS["headline"]),
-        "steps": lambda: session.benchmark("steps", ["--only", "steps", "parts"], LIMITS["steps"]),
-        "tests": lambda: session.tests(jobs, LIMITS["tests"]),
-        "sanitizer": lambda: session.sanitizer(jobs, LIMITS["sanitizer"]),
+        "smoke": lambda: session.smoke(facts["operations"], jobs, limit("smoke")),
+        "headline": lambda: session.benchmark("headline", ["--only", "operations", "sizes"], limit("headline")),
+        "steps": lambda: session.benchmark("steps", ["--only", "steps", "parts"], limit("steps")),
+        "tests": lambda: session.tests(jobs, limit("tests")),
+        "sanitizer": lambda: session.sanitizer(jobs, limit("sanitizer")),
         "sweeps": lambda: session.benchmark("sweeps", ["--only", "compiled", "sweeps"], session.left()),
     }
     for name in PARTS:

@@ -286,7 +286,7 @@ def test_dtypes_by_their_names_as_tensors_have_them():
     for name in ("double", "float", "half", "bfloat16"):
         ours = getattr(codes, name)()
         assert torch.equal(ours.values, getattr(codes.values, name)()) and ours.values.requires_grad
-    assert codes.cpu().indices is codes.indices
+    assert codes.to(codes.device).indices is codes.indices and codes.cpu().device.type == "cpu"
     with pytest.raises(TypeError, match="int32"):
         codes.to(torch.int32)
     with pytest.raises(ValueError, match=r"device.*cpu"):
@@ -294,14 +294,15 @@ def test_dtypes_by_their_names_as_tensors_have_them():
 
 
 def test_repr_is_one_line_of_what_one_asks_first():
-    codes = se.SparseCodes.from_dense(torch.tensor([[[0.0, 1, 2], [3, 0, 0]]]).double().requires_grad_())
+    dense = torch.tensor([[[0.0, 1, 2], [3, 0, 0]]], dtype=torch.float64, device="cpu").requires_grad_()
+    codes = se.SparseCodes.from_dense(dense)
     assert repr(codes) == ("SparseCodes(batch_shape=(1, 2), d_sae=3, mean_l0=1.5, dtype=torch.float64, device=cpu, "
                            "requires_grad=True)")  # fmt: skip
-    zeros = se.functional.topk(torch.full((2, 9), -1.0), 4)
+    zeros = se.functional.topk(torch.full((2, 9), -1.0), 4).cpu()
     assert "mean_l0=0," in repr(zeros) and "mean_l0<=4," in repr(zeros.to("meta"))
-    roomy = ragged(capacity=90)
+    roomy = ragged(capacity=90).cpu()
     assert "capacity=90" in repr(roomy) and "mean_l0" in repr(roomy) and "mean_l0" not in repr(roomy.to("meta"))
-    assert "mean_l0" not in repr(ragged(0)) and repr(codes[0, 0]).startswith("SparseCodes(batch_shape=(), d_sae=3")
+    assert "mean_l0" not in repr(ragged(0).cpu()) and repr(codes[0, 0]).startswith("SparseCodes(batch_shape=(), d_sae=3")
 
 
 SAVED = {

@@ -1,6 +1,8 @@
 """Everything that takes ``device=`` has all of its tensors there, the rule of an autoencoder among them."""
 
+import ast
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,11 @@ ON_A_DEVICE = {
     "SampledTopK": lambda **o: se.SampledTopK(2.5, **o), "SparseDecoder": lambda **o: se.SparseDecoder(F, 6, **o),
     "SparseAutoencoder": lambda **o: se.SparseAutoencoder(6, F, se.JumpReLU(F), d_out=8, skip=True, **o),
 }  # fmt: skip
+
+
+ROOT = Path(__file__).resolve().parent.parent
+MAKERS = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor",
+          "tensor", "tril_indices", "triu_indices", "zeros"}  # fmt: skip
 
 
 def tensors(module):
@@ -63,6 +70,20 @@ def test_a_device_that_is_none_is_refused_by_name(name):
         ON_A_DEVICE[name](device="cuda:99")
     with pytest.raises(TypeError, match=r"^device must be a torch.device or its name"):
         ON_A_DEVICE[name](device=1.5)
+
+
+@pytest.mark.parametrize("folder", ["kernels", "sae_engine"])
+def test_every_new_tensor_says_where_it_lies(folder):
+    """After torch.set_default_device, one that does not would lie elsewhere than what it meets."""
+    silent = []
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MAKERS
+                and ast.unparse(node.func.value) == "torch" and not {"device", None} & {k.arg for k in node.keywords}
+            ):  # fmt: skip
+                silent.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert not silent, "\n".join(silent)
 
 
 def test_loading_looks_at_the_device_before_the_file():

@@ -30,12 +30,13 @@ def products(
     grad: Tensor, weight: Tensor, indices: Tensor, offsets: Tensor, rows: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """(N,) <grad[row], weight[index]>, in the ``dtype`` that both have, or in one as wide as either."""
-    if weight.dtype == dtype or not weight.is_cpu:
-        return PRODUCTS(grad.to(dtype), weight.to(dtype), indices, offsets, rows, SUM)
-    out = grad.new_zeros(indices.numel(), dtype=dtype)
-    for columns, table, at in widened(weight, indices, dtype):
-        out += PRODUCTS(grad[:, columns].to(dtype), table, at, offsets, rows, SUM)
-    return out
+    summed = torch.float32 if dtype == torch.bfloat16 and not weight.is_cpu else dtype  # torch for CUDA has no bfloat16
+    if weight.dtype == summed:
+        return PRODUCTS(grad.to(summed), weight, indices, offsets, rows, SUM)
+    out = grad.new_zeros(indices.numel(), dtype=summed)
+    for columns, table, at in widened(weight, indices, summed):
+        out += PRODUCTS(grad[:, columns].to(summed), table, at, offsets, rows, SUM)
+    return out.to(dtype)
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     """
     if not a.is_cpu:
         return torch.linalg.vecdot(a, b)
-    rows = torch.arange(a.shape[0] + 1, dtype=torch.int32)
+    rows = torch.arange(a.shape[0] + 1, dtype=torch.int32, device="cpu")
     return PRODUCTS(a, b, rows[:-1], rows, rows[:-1], SUM)
 
 
@@ -74,7 +75,7 @@ def _in_order_of_latents(
     num_latents, step = weight.shape[0], _rows_in_cache(grad)
     at_once = num_latents if weight.dtype == wide else min(step, num_latents)
     firsts = range(0, num_latents, at_once)
-    bounds = torch.tensor([*firsts, num_latents], dtype=indices.dtype)
+    bounds = torch.tensor([*firsts, num_latents], dtype=indices.dtype, device="cpu")
     for start in range(0, grad.shape[0], step):
         part = grad[start : start + step].to(wide)
         entries = slice(int(offsets[start]), int(offsets[start + part.shape[0]]))

@@ -37,13 +37,14 @@ def full_bags(weights: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) 
 def widened(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """``weight`` in a wider ``dtype``, some columns at a time: the columns, a table of them, the entries' rows in it.
 
-    A copy of the whole matrix would take longer than the sums; that of a few columns stays in the cache while they are
-    summed. Where there are fewer entries than latents, it holds their rows alone.
+    To a CPU, a copy of the whole matrix would take longer than the sums; that of a few columns stays in the cache while
+    they are summed. A GPU may lack the room. Where there are fewer entries than latents, it holds their rows alone.
     """
     few = indices.numel() < weight.shape[0]
     rows = indices.numel() if few else weight.shape[0]
     at = torch.arange(rows, dtype=indices.dtype, device=indices.device) if few else indices
-    width = max(limits.SCORES_IN_CACHE // max(rows, 1), 32)  # 32 numbers of 16 bits fill a cache line
+    most = limits.SCORES_IN_CACHE if weight.is_cpu else limits.WIDE_ELEMENTS["cuda"]
+    width = max(most // max(rows, 1), 32)  # 32 numbers of 16 bits fill a cache line
     table = weight.new_empty(0, dtype=dtype)
     for start in range(0, weight.shape[1], width):
         columns = slice(start, min(start + width, weight.shape[1]))
@@ -58,8 +59,8 @@ def decode(values, indices, offsets, weight, bias, dtype, *_by_latent):
         return bags(values, indices, offsets, weight)
     wide = wide_of(values, weight)
     values, bias = values.to(wide), None if bias is None else bias.to(wide)
-    if weight.dtype == wide or not weight.is_cpu:
-        out = bags(values, indices, offsets, weight.to(wide))
+    if weight.dtype == wide:
+        out = bags(values, indices, offsets, weight)
         return (out if bias is None else out.add_(bias)).to(dtype)
     out = weight.new_empty(offsets.numel() - 1, weight.shape[1], dtype=dtype)
     for columns, table, at in widened(weight, indices, wide):

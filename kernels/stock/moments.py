@@ -7,7 +7,7 @@ from torch import Tensor
 from .._rounding import NOT_ROUNDED_UP, latent_keys
 from . import limits
 
-LARGEST = torch.tensor(NOT_ROUNDED_UP, dtype=torch.int32).view(torch.float32).item()
+LARGEST = torch.tensor(NOT_ROUNDED_UP, dtype=torch.int32, device="cpu").view(torch.float32).item()
 Keys = tuple[Tensor, Tensor]  # int32, of each row of a tensor and of each column: their exclusive or is hashed
 
 

@@ -81,7 +81,7 @@ def load(files: Files) -> Checkpoint:
     if rule is act.BatchTopK:
         threshold = own.get("threshold") if isinstance(own, dict) else None
         if isinstance(threshold, float):
-            tensors["threshold"] = torch.tensor(threshold, dtype=torch.float64)
+            tensors["threshold"] = torch.tensor(threshold, dtype=torch.float64, device="cpu")
         else:
             notes.append("No threshold: .train() has the batch rule, .eval() needs a threshold to be learned first.")
     norm = cfg.get("input_unit_norm", False)

@@ -81,7 +81,7 @@ def load(files: Files) -> Checkpoint:
     options: dict[str, Any] = {}
     counted = rule in (act.TopK, act.BatchTopK)
     if counted:
-        held = {"threshold": torch.tensor(-1.0), **held}
+        held = {"threshold": torch.tensor(-1.0, device="cpu"), **held}
     tensors = take(files.weights, held, LAYOUTS[name], ignored=("k", "group_sizes") if counted else ())
     if tensors["W_enc"].shape[0] != tensors["W_dec"].shape[1]:
         raise ValueError(f"{file}: encoder and decoder must have the same width")
@@ -102,7 +102,7 @@ def load(files: Files) -> Checkpoint:
             raise ValueError(f"{files.config_file}: threshold_beta must satisfy 0 <= threshold_beta < 1, got {beta!r}")
         options["threshold_lr"] = round(1 - beta, 12)  # 1 - 0.999 is not 0.001
         if tensors["threshold"].item() < 0:
-            tensors["threshold"] = torch.tensor(-1.0)
+            tensors["threshold"] = torch.tensor(-1.0, device="cpu")
     elif name == "GatedAutoEncoder":
         tensors = folding.gated_as_jumprelu(tensors)
         notes.append("Read as the JumpReLU that a gated SAE is at inference.")
@@ -138,10 +138,10 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
         refuse(NAME, f"a fractional k={c.options['k']}")
     c = folding.subtract_b_dec(folding.fold_decoder_norms(c), name not in _RAW_INPUT)
     if c.activation is act.TopK:
-        c = replace(c, tensors={**c.tensors, "threshold": torch.tensor(-1.0)})
+        c = replace(c, tensors={**c.tensors, "threshold": torch.tensor(-1.0, device="cpu")})
     contents: dict[str, Any] = laid_out(c, LAYOUTS[name])
     if "k" in c.options:
-        contents["k"] = torch.tensor(c.options["k"], dtype=torch.int)
+        contents["k"] = torch.tensor(c.options["k"], dtype=torch.int, device="cpu")
     config = {"trainer": _trainer_of(c, name), "buffer": {}, "sae_engine": own_section(c)}
     content = json.dumps(config, indent=2)
     write_files(Path(path), {WEIGHTS: torch_writer(contents), CONFIG: text_writer(content)})

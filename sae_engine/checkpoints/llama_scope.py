@@ -75,7 +75,7 @@ def load(files: Files) -> Checkpoint:
         scale, target_scale = (sqrt(d) / _positive(file, norms.get(side), f"dataset_average_activation_norm.{side}")
                                for side in ("in", "out"))  # fmt: skip
     threshold = target_scale * _positive(file, cfg["jump_relu_threshold"], "jump_relu_threshold")
-    tensors["threshold"] = torch.full((d_sae,), threshold, dtype=tensors["W_dec"].dtype)
+    tensors["threshold"] = torch.full((d_sae,), threshold, dtype=tensors["W_dec"].dtype, device="cpu")
     card = SourceCard(NAME, "JumpReLU", hook_name=site, normalization=str(cfg["norm_activation"]), residual=RAW)
     c = Checkpoint(
         rules.JumpReLU, {}, tensors, card, apply_b_dec_to_input=bool(subtracts),

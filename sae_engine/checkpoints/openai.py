@@ -82,7 +82,8 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
         refuse(NAME, "a transcoder or skip connection")
     c = folding.subtract_b_dec(folding.fold_decoder_norms(c), True)
     contents: dict[str, Any] = laid_out(c, LAYOUT)
-    never = (torch.zeros(d_sae, dtype=torch.long), torch.ones(d_sae), torch.zeros(d_sae))
+    nowhere = torch.zeros(d_sae, device="cpu")
+    never = (nowhere.long(), torch.ones_like(nowhere), nowhere.clone())
     contents |= dict(zip(STATISTICS, never, strict=True))
     contents["activation"] = c.activation.__name__
     contents["activation_state_dict"] = {**c.options, "postact_fn": "ReLU"} if c.activation is act.TopK else {}

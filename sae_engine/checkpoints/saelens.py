@@ -107,9 +107,10 @@ def load(files: Files, *, activation_scale: float | None = None) -> Checkpoint:
     if architecture == "gated" and kind is not rules.Gated:
         tensors = folding.gated_as_jumprelu(tensors)
     elif "b_enc" not in tensors:
-        tensors["b_enc"] = torch.zeros(len(tensors["W_dec"]), dtype=tensors["W_enc"].dtype)
+        tensors["b_enc"] = torch.zeros(len(tensors["W_dec"]), dtype=tensors["W_enc"].dtype, device="cpu")
     if isinstance(section, dict) and isinstance(counters := section.get("state"), dict):
-        state |= {name: torch.tensor(float(value), dtype=torch.float64) for name, value in counters.items()}
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        state |= {name: torch.tensor(float(value), **exact) for name, value in counters.items()}
     c = Checkpoint(
         activation=kind,
         options=_options(cfg, kind, files.config_file),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def to_owners(shards: Shards, codes: SparseCodes) -> SparseCodes:
     """From (all tokens, my latents) to (my tokens, all latents). The host reads how many entries there are."""
-    ends = torch.tensor([0, *shards.rows]).cumsum(0)
+    ends = torch.tensor([0, *shards.rows], device="cpu").cumsum(0)
     rows, number = _rows_of(codes)
     sent = codes.offsets[ends.to(codes.device)].diff().tolist()
     values, (indices, row) = _exchanged(

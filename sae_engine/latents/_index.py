@@ -69,10 +69,10 @@ def _write(
     numpy = require("numpy")
     folder.mkdir(exist_ok=True)
     (folder / SAYS).unlink(missing_ok=True)  # from here on what lies there is nobody's
-    counts = torch.zeros(d_sae, dtype=torch.int64)
+    counts = torch.zeros(d_sae, dtype=torch.int64, device="cpu")
     for part in codes():
         counts += torch.bincount(part.indices, minlength=d_sae)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), counts.cumsum(0)])
     total, last = int(offsets[-1]), sum(shard["tokens"] for shard in shards)
     kinds = {TOKENS: numpy.int32 if last <= 2**31 else numpy.int64, VALUES: _numpy_dtype(numpy, dtype)}
     names = {name: folder / f".{name}.{os.getpid()}.tmp" for name in kinds}
@@ -85,7 +85,7 @@ def _write(
         for part in codes():
             own, rows, at = part.by_latent
             lengths = own.diff()
-            places = torch.arange(len(rows)) + torch.repeat_interleave(free - own[:-1], lengths)
+            places = torch.arange(len(rows), device="cpu") + torch.repeat_interleave(free - own[:-1], lengths)
             files[TOKENS][places.numpy()] = (rows.long() + first).numpy()
             files[VALUES][places.numpy()] = part.values[at].numpy()
             free += lengths

@@ -135,8 +135,8 @@ def _context(
     stop = min(start + window, last)
     found = features.tokens(start, stop)
     tokens, values = entries
-    low, high = torch.searchsorted(tokens, torch.tensor([start, stop])).tolist()
-    activations = torch.zeros(stop - start)
+    low, high = torch.searchsorted(tokens, torch.tensor([start, stop], device="cpu")).tolist()
+    activations = torch.zeros(stop - start, device="cpu")
     activations[tokens[low:high] - start] = values[low:high].float()
     text = None if tokenizer is None else tuple(tokenizer.decode([t]) for t in found.token_ids.tolist())
     return Context(

@@ -87,7 +87,7 @@ def write_dashboard(
     number = -1
     for number, part in enumerate(_parts(chosen)):
         entries = [_entry(features, latent, contexts, window, words) for latent in part]
-        found = geometry(sae, torch.tensor(part))
+        found = geometry(sae, torch.tensor(part, device="cpu"))
         for row, entry in enumerate(entries):
             entry |= {name: values[row] for name, values in found.items()}
             place = number * SIZE + row

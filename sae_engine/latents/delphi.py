@@ -69,7 +69,7 @@ def write_delphi(features: Features, folder: str | Path, *, splits: int = 5, mod
     tokens, rows, places = _contexts(features)
     target = folder_in("folder", folder) / name
     target.mkdir(parents=True, exist_ok=True)
-    bounds = torch.linspace(0, features.d_sae, splits + 1).long().tolist()
+    bounds = torch.linspace(0, features.d_sae, splits + 1, device="cpu").long().tolist()
     save = require("safetensors.torch").save
     for first, end in pairwise(bounds):
         entries = [_entries(features, latent, first, rows, places) for latent in range(first, end)]
@@ -89,7 +89,7 @@ def _contexts(features: Features) -> tuple[Tensor, Tensor, Tensor]:
     length = features.manifest["context_length"]
     tokens = features.tokens()
     starts = (tokens.positions == 0).nonzero().flatten()
-    lengths = torch.cat([starts, torch.tensor([len(features)])]).diff()
+    lengths = torch.cat([starts, torch.tensor([len(features)], device="cpu")]).diff()
     whole = lengths == length
     if not bool(whole.any()):
         raise ValueError(f"features: no context has the whole length of {length} tokens, as delphi's all have")

@@ -134,7 +134,7 @@ class _Encoder:
             largest = float(codes.values.abs().max())
             raise ValueError(f"dtype: a latent's activation of {largest:.6g} is none in {_word(self.dtype)}")
         fired = values != 0
-        row = torch.repeat_interleave(torch.arange(codes.rows), codes.offsets.diff())
+        row = torch.repeat_interleave(torch.arange(codes.rows, device="cpu"), codes.offsets.diff())
         counts = torch.bincount(row[fired], minlength=codes.rows)
         return values[fired], codes.indices[fired], counts.int()
 
@@ -197,15 +197,15 @@ def _collect(
 def _columns(batch: TokenBatch, kept: Tensor, entries: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
     """What a shard holds of a batch: its tokens, up to the end of the context with the last that is encoded."""
     shape = batch.input_ids.shape
-    present = torch.ones(shape, dtype=torch.bool)
+    present = torch.ones(shape, dtype=torch.bool, device="cpu")
     if batch.attention_mask is not None:
         present &= batch.attention_mask.bool()
     if len(kept) < len(batch.kept):
         present[int(kept[-1]) // shape[1] + 1 :] = False
-    encoded = torch.zeros(shape.numel(), dtype=torch.bool)
+    encoded = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
     encoded[kept] = True
     values, indices, own_counts = entries
-    counts = torch.zeros(shape.numel(), dtype=torch.int32)
+    counts = torch.zeros(shape.numel(), dtype=torch.int32, device="cpu")
     counts[kept] = own_counts
     columns = (batch.input_ids, batch.documents, batch.offsets, batch.positions)
     chosen = present.flatten()

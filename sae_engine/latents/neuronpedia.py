@@ -146,7 +146,7 @@ class _Export:
         values = self.features.by_latent(latent).values
         counts, low, high = histogram(values)
         width = (high - low) / len(counts)
-        nearest = geometry(self.sae, torch.tensor([latent]))["n"][0]
+        nearest = geometry(self.sae, torch.tensor([latent], device="cpu"))["n"][0]
         largest = max((context.activation for context in contexts), default=0.0)
         line: dict[str, Any] = {
             **self.own, "index": str(latent), "maxActApprox": largest, "hasVector": True, "hookName": self.hook,

@@ -137,11 +137,12 @@ class Features:
             ...     features.codes(1, 3).shape
             torch.Size([2, 512])
         """
-        parts = [(torch.empty(0, dtype=self.dtype), torch.empty(0, dtype=torch.int32), torch.empty(0).int())]
+        none = torch.empty(0, dtype=torch.int32, device="cpu")
+        parts = [(none.to(self.dtype), none, none)]
         for index, rows in self._shards_of(start, stop):
             parts.append(self._opened(index, lambda file, rows=rows: _codes_of(file, rows)))
         values, indices, counts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), counts.cumsum(0)])
         return SparseCodes(values, indices, offsets, (len(counts),), self.d_sae)
 
     def tokens(self, start: int = 0, stop: int | None = None) -> FeatureTokens:
@@ -150,7 +151,8 @@ class Features:
         Raises:
             TypeError, ValueError: as :meth:`codes`.
         """
-        parts = [[torch.empty(0, dtype=torch.int32)] * 4 + [torch.empty(0, dtype=torch.bool)]]
+        none = torch.empty(0, dtype=torch.int32, device="cpu")
+        parts = [[none] * 4 + [none.bool()]]
         for index, rows in self._shards_of(start, stop):
             parts.append([t[rows] for t in self._tokens_of(index)])
         return FeatureTokens(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

@@ -186,7 +186,7 @@ def quantile(counts: Tensor, share: float) -> Tensor:
     place = int(torch.searchsorted(below.double(), torch.tensor(wanted, dtype=torch.float64, device=below.device)))
     if place == 0:  # zeros, and what is not far from them
         return torch.zeros((), device=counts.device)
-    ends = (torch.tensor([place, place + 1], dtype=torch.int32) << (31 - BITS)).view(torch.float32)
+    ends = (torch.tensor([place, place + 1], dtype=torch.int32, device="cpu") << (31 - BITS)).view(torch.float32)
     inside = (wanted - float(below[place - 1])) / max(float(counts[place]), 1.0)
     return (ends[0] + (ends[1] - ends[0]) * inside).to(counts.device)
 

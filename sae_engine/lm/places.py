@@ -220,7 +220,7 @@ def halves_of(mlp: nn.Module, down: str, others: list[str]) -> Halves | None:
             readings.append(lambda act, up_first=up_first: Halves(others[0], None, down, act, up_first))  # type: ignore[misc]
     if not readings:
         return None
-    rows = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0), device="cpu")
     weight: Tensor = getattr(mlp, down).weight
     rows = rows.to(weight.device, weight.dtype)
     with torch.no_grad():

@@ -75,7 +75,7 @@ def decoder_similarity(W_dec: Tensor, *, block: int = 4096) -> dict[str, Any]:
         {0.5: 0.6666666666666666, 0.7: 0.6666666666666666, 0.9: 0.6666666666666666}
     """
     cosines = decoder_cosines(W_dec, block=block).double().cpu()
-    levels = torch.tensor(QUANTILES, dtype=torch.float64)
+    levels = torch.tensor(QUANTILES, dtype=torch.float64, device="cpu")
     return {
         "max_cosine_mean": cosines.mean().item(),
         "max_cosine_quantiles": dict(zip(QUANTILES, cosines.quantile(levels).tolist(), strict=True)),

@@ -116,7 +116,7 @@ class EpsilonLBO:
         others = self._weights.shape[0] - 1
         points = torch.cat([points for _, points in self._parts]).cpu()
         scaled = ((points[:, 0] / points[:, 1]).square() - 1).abs()  # eps (F - 1)
-        levels = torch.tensor(QUANTILES, dtype=torch.float64)
+        levels = torch.tensor(QUANTILES, dtype=torch.float64, device="cpu")
         ratios = (points[:, 1] / points[:, 0]).quantile(levels).tolist()
         return {
             "tokens": self.tokens,

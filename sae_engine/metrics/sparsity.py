@@ -87,7 +87,7 @@ class Sparsity:
         fired, histogram = fired.cpu(), self._l0.cpu()
         n, F = self.tokens, self.d_sae
         below = histogram.cumsum(0)
-        ranks = torch.tensor([max(math.ceil(q * n), 1) for q in (*QUANTILES, 1.0)])
+        ranks = torch.tensor([max(math.ceil(q * n), 1) for q in (*QUANTILES, 1.0)], device="cpu")
         *quantiles, most = torch.searchsorted(below, ranks).tolist()
         dead, dense = int((fired == 0).sum()), int((fired > self.dense_above * n).sum())
         return {

@@ -54,7 +54,7 @@ class AuxZipfTopK(Activation):
     def running(
         self, tokens: int, num_latents: int, *, backend: str = "auto", shortfall: Tensor | None = None
     ) -> RunningTopK:
-        weight = self._weight(torch.empty(0), shortfall)
+        weight = self._weight(torch.empty(0, device="cpu"), shortfall)
         check.shaped("shortfall", weight, (num_latents,), weight, why="one per latent")
 
         def score(pre: Tensor, tokens: slice, latents: slice) -> Tensor:

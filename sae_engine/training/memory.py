@@ -125,7 +125,7 @@ def peak_bytes(
         backward += d_sae * reads * wide if row_major else 0
     if moments is not None and check.dtype_in("moments", moments) != dtype:
         backward += _rounding_bytes(reads, writes, d_sae, stored, device_type)
-    some = torch.empty(2, 1, dtype=compute)
+    some = torch.empty(2, 1, dtype=compute, device="cpu")
     in_slabs = row_major and columns < d_sae  # which oneDNN is not asked for
     if device_type == "cpu" and not in_slabs and by_onednn(some, some.T):  # allocates its result: no buffer stays
         return resident + max(pre + encoding, backward)

@@ -33,7 +33,7 @@ class Ranks(NamedTuple):
         """Over all processes, through the CPU: no device is waited for."""
         if self.world == 1:
             return number
-        found = torch.tensor(number)
+        found = torch.tensor(number, device="cpu")
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 

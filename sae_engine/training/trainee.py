@@ -242,7 +242,7 @@ def fold_site_scales(coder: Crosscoder, scales: tuple[float, ...], target_scales
         raise ValueError("rescale_acts_by_decoder_norm must be False where sites are scaled: norms would be others")
 
     def spread(of_site: tuple[float, ...], widths: tuple[int, ...]) -> Tensor:
-        return torch.cat([torch.full((width,), scale, dtype=torch.float64)
+        return torch.cat([torch.full((width,), scale, dtype=torch.float64, device="cpu")
                           for scale, width in zip(of_site, widths, strict=True)]).to(coder.b_dec.device)  # fmt: skip
 
     into, out = spread(scales, coder.read_widths), spread(target_scales, coder.written_widths)

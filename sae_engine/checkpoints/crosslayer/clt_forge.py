@@ -48,7 +48,8 @@ def load(folder: Path) -> tuple[Record, Path]:
     tensors = {name: torch.cat(parts, along[name]) if name in along else parts[0] for name, parts in held.items()}
     layers, d, d_sae = tensors["W_enc"].shape
     crosses = bool(config.get("cross_layer_decoders", True))
-    reads, writes = torch.triu_indices(layers, layers) if crosses else torch.arange(layers).expand(2, -1)
+    own = torch.arange(layers, device="cpu").expand(2, -1)
+    reads, writes = torch.triu_indices(layers, layers, device="cpu") if crosses else own
     path, pairs = files[0].path, len(reads)
     for name, shape in (
         ("b_enc", (layers, d_sae)), ("log_threshold", (layers, d_sae)), ("W_dec", (pairs, d_sae, d)),
@@ -58,7 +59,7 @@ def load(folder: Path) -> tuple[Record, Path]:
     into, out = (tensors[name].double() for name in _SCALES)
     if not bool(((into > 0) & into.isfinite()).all()) or not bool(((out > 0) & out.isfinite()).all()):
         raise ValueError(f"{path}: {' and '.join(_SCALES)} must be positive and finite")
-    b_dec = torch.zeros(layers, d, dtype=torch.float64).index_add(0, writes, tensors["b_dec"].double())
+    b_dec = torch.zeros(layers, d, dtype=torch.float64, device="cpu").index_add(0, writes, tensors["b_dec"].double())
 
     def source(s: int) -> Mapping[str, Tensor]:
         mine = (reads == s).nonzero().flatten()

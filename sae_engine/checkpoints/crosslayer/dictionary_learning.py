@@ -116,7 +116,8 @@ def _batch_state(theta: float) -> dict[str, Tensor]:
 def _normalizer(file: WeightFile, sites: int, d: int) -> tuple[Tensor, Tensor]:
     """Mean (sites, d) and scale (sites,), which are 0 and 1 where nothing was normalized."""
     held = file.read()
-    none = torch.zeros(sites, d, dtype=torch.float64), torch.ones(sites, dtype=torch.float64)
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    none = torch.zeros(sites, d, **exact), torch.ones(sites, **exact)
     if "activation_mean" not in held:
         return none
     mean, std = tensor_of(file, "activation_mean", 2).double(), tensor_of(file, "activation_std", 2).double()
@@ -146,19 +147,20 @@ def save(coder: Crosscoder, folder: Path) -> None:
         refuse(NAME, f"the rule {type(rule).__name__}, only ReLU and BatchTopK")
     norm = coder.decoder_norm if coder.rescale_acts_by_decoder_norm else None
     sites = len(coder.read_widths)
+    unknown = torch.full((sites, d), torch.nan, device="cpu")  # so they say that nothing is normalized
     state: dict[str, Any] = {
         "encoder.weight": source.W_enc.detach().cpu().reshape(sites, d, coder.d_sae).contiguous(),
         "encoder.bias": source.b_enc.detach().cpu().clone(),
         "decoder.weight": source.W_dec.detach().cpu().view(coder.d_sae, sites, d).transpose(0, 1).contiguous(),
-        "decoder.bias": torch.stack(biases(coder)), "code_normalization_id": torch.tensor(_IDS[norm]),
-        # NaN is how they say that nothing is normalized.
-        "activation_mean": torch.full((sites, d), torch.nan), "activation_std": torch.full((sites, d), torch.nan),
-        "activation_global_scale": torch.ones(sites), "target_rms": torch.tensor(1.0),
+        "decoder.bias": torch.stack(biases(coder)), "code_normalization_id": torch.tensor(_IDS[norm], device="cpu"),
+        "activation_mean": unknown, "activation_std": unknown.clone(),
+        "activation_global_scale": torch.ones(sites, device="cpu"), "target_rms": torch.tensor(1.0, device="cpu"),
     }  # fmt: skip
     if isinstance(rule, rules.BatchTopK):
         if not float(rule.k).is_integer():
             refuse(NAME, f"k={rule.k}, only whole numbers")
-        state |= {"k": torch.tensor(int(rule.k), dtype=torch.int), "threshold": rule.threshold.detach().cpu()}
+        state |= {"k": torch.tensor(int(rule.k), dtype=torch.int, device="cpu"),
+                  "threshold": rule.threshold.detach().cpu()}  # fmt: skip
     config = {"dict_class": "BatchTopKCrossCoder" if "k" in state else "CrossCoder", "activation_dim": d,
               "dict_size": coder.d_sae, "num_layers": sites, "sae_engine": own_section(coder)}  # fmt: skip
     write_files(folder, {

@@ -96,7 +96,7 @@ def save(coder: Crosscoder, folder: Path) -> None:
 
     def tensors(s: int) -> dict[str, Tensor]:
         W_enc, W_dec, b_enc = folded(coder, s)
-        whole = torch.zeros(coder.d_sae, layers, d, dtype=W_dec.dtype)
+        whole = torch.zeros(coder.d_sae, layers, d, dtype=W_dec.dtype, device="cpu")
         sites = sources[s].written_sites
         whole[:, sites.start : sites.stop] = W_dec.view(coder.d_sae, len(sites), d)
         found = {"w_enc": W_enc.contiguous(), "w_dec": whole, "b_enc": b_enc.clone(), "b_dec": b_dec[s],
