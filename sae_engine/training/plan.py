@@ -30,6 +30,7 @@ from .config import ModelConfig, Resolved, SAEConfig, TrainConfig
 from .ranks import Ranks
 
 Places = tuple[tuple[int, ...], tuple[int, ...]]
+Stream = RowStream | StoreStream | TensorStream
 SPECIAL = ("bos", "eos", "pad")
 
 
@@ -50,7 +51,7 @@ class Plan:
 
     config: Resolved
     device: torch.device
-    stream: RowStream | StoreStream | TensorStream
+    stream: Stream
     sites: tuple[Site, ...]
     places: tuple[Places, ...]
     provenances: dict[str, Provenance]

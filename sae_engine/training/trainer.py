@@ -6,7 +6,6 @@ with the bits of one that was not (on a CPU with as many threads; a GPU's matrix
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import shlex
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,20 +25,17 @@ from .._files import LOCK, only_writer, replace_file
 from ..autoencoder import SparseAutoencoder
 from ..checkpoints.saelens import save_sparsity
 from ..data._require import require
-from . import checkpoint
+from . import checkpoint, saving
 from ._faults import within
 from .callbacks import Callback, Interrupted, resume_command
 from .config import Resolved, TrainConfig
 from .forward import PreActivations
-from .metering import Arriving, Clock
+from .logs import Logs
 from .plan import planned
 from .ranks import distributed
 from .run import CONFIG, SAES, Run
 from .settings import changed, configured
-from .trackers import JsonLines, Progress, Tracker, trackers_for
 from .trainee import Trainee
-
-logger = logging.getLogger(__name__)
 
 SKIPPED_IN_A_ROW = 20  # batches without a finite loss, after which a run ends
 
@@ -147,7 +143,6 @@ class Trainer:
         self._given = {"model": model, "tokenizer": tokenizer, "dataset": dataset}
         self._resumes, self._settings = _resumes, _settings
         self._asked: int | None = None  # the signal that asked for an end
-        self._line: _Line | None = None  # metrics on their way from the device
 
     def train(self) -> Run:
         """Trains to the end, evaluates, writes the autoencoders and the report.
@@ -196,9 +191,7 @@ class Trainer:
         """The checkpoint to go on from."""
         if self._resumes is None:
             return None
-        saved, complaints = checkpoint.newest(self._resumes)
-        for complaint in complaints:
-            logger.warning("%s; an earlier checkpoint is taken", complaint)
+        saved = saving.newest(self._resumes)
         self.config = changed(self.config, self._settings, 0 if saved is None else saved.update)
         return saved
 
@@ -260,83 +253,47 @@ class Trainer:
             trainee.begin(rows, self.ranks.world)
 
     def _load(self, saved: checkpoint.Saved) -> None:
-        state = saved_state.join(saved.plain, saved.tensors)
-        if (before := len(state["processes"])) != self.ranks.world:
-            raise ValueError(f"run: it was trained by {before} processes and must be resumed by as many, "
-                             f"got {self.ranks.world}")  # fmt: skip
-        own = state["processes"][self.ranks.rank]
-        if state["threads"] != torch.get_num_threads():
-            logger.warning("the run used %d threads and this process uses %d: sums may round differently",
-                           state["threads"], torch.get_num_threads())  # fmt: skip
+        saving.load(saved, self.trainees, self.plan.stream, self.ranks)
         self.update = saved.update
-        for name, trainee in self.trainees.items():
-            trainee.load(state["saes"][name], own["saes"][name])
-        self.plan.stream.load_state_dict(own["stream"])
-        saved_state.set_random_state(state["random"])
 
     def _open_logs(self, stack: ExitStack, saved: checkpoint.Saved | None) -> None:
-        self.trackers: list[Tracker] = []
-        self._ids: dict[str, str | None] = {} if saved is None else dict(saved.plain["trackers"])
-        logged = self.config.logger
-        self._progress = Progress(self.total * self._batch, show=logged.progress and self.ranks.writes)
-        self._progress.update(self.update * self._batch)
-        self._clock, self._logged = Clock(), self.update
-        if not self.ranks.writes:
-            return
-        self.trackers = trackers_for(logged, self.folder)
-        name = logged.run_name or self.folder.name
-        for tracker in self.trackers:
-            self._ids[tracker.name] = tracker.start(self.config.to_dict(), name, self._ids.get(tracker.name))
-        lines = self.trackers[0]
-        assert isinstance(lines, JsonLines)
-        self._lines = lines
-        self._lines.truncate(0 if saved is None else saved.plain["metrics_bytes"])
-        self._status = "failed"
-        stack.callback(self._finish)
-
-    def _finish(self) -> None:
-        self._progress.close()
-        for tracker in self.trackers:
-            tracker.finish(self._status)
+        self._logs = Logs(self.config, self.folder, update=self.update, total=self.total, writes=self.ranks.writes,
+                          saved=None if saved is None else saved.plain)  # fmt: skip
+        stack.callback(self._logs.finish)
 
     # --- updates --------------------------------------------------------------------------------------------------
 
-    @property
-    def _batch(self) -> int:
-        """Rows of an update, over all processes."""
-        return self.config.optim.train_batch_size_tokens * self.config.optim.gradient_accumulation_steps
-
     def _updates(self) -> None:
-        config = self.config
+        config, clock = self.config, self._logs.clock
         while self.update < self.total:
             for _ in range(config.optim.gradient_accumulation_steps):
-                with self._clock.part("activations"):
+                with clock.part("activations"):
                     rows = self.plan.stream.next()
                 seen = functools.lru_cache(maxsize=None)(functools.partial(_scaled, rows, self.plan.device))
-                with self._clock.part("step"):
+                with clock.part("step"):
                     for trainee in self.trainees.values():
                         trainee.train(seen, self.update)
             self.update += 1
             ends = self.update == self.total
             self._tell("on_update")
             if self.update % config.logger.logging_steps == 0 or ends:
-                with self._clock.part("logging"):
+                with clock.part("logging"):
                     self._log()
             if ends or (config.eval.eval_steps and self.update % config.eval.eval_steps == 0):
-                with self._clock.part("evaluation"):
+                with clock.part("evaluation"):
                     self._evaluate()
             stops = self.ranks.largest(self._asked or 0)
             if ends or stops or self.update % config.output.save_steps == 0:
-                with self._clock.part("saving"):
+                with clock.part("saving"):
                     self._save()
             if stops and not ends:
-                self._status = "interrupted"
+                self._logs.status = "interrupted"
                 self._write()
                 raise Interrupted(stops, self.folder)
 
     def _end(self) -> None:
         self._write()
-        self._status = "finished"
+        self._logs.status = "finished"
         self._tell("on_end")
         if self.ranks.writes and self.config.output.push_to_hub:
             try:
@@ -387,33 +344,19 @@ class Trainer:
             self._named(name, "details/skipped_batches"): trainee.step._finite.count
             for name, trainee in self.trainees.items()
         }
-        whole = torch.cat([values, torch.stack([in_a_row, *skipped.values()]).to(values)])
+        whole = torch.cat([values, torch.stack([*skipped.values(), in_a_row]).to(values)])
         rates: dict[str, float] = {
             self._named(name, "details/current_learning_rate"): trainee.rate(self.update)
             for name, trainee in self.trainees.items()
         }
         known = rates | {f"data/{name}": float(count) for name, count in self.plan.stream.counts.items()}
-        names += ["in a row", *skipped]
-        self._line = _Line(self.update, self.update - self._logged, names, Arriving(whole), known, self._clock.taken())
-        self._logged = self.update
+        self._logs.start(self.update, [*names, *skipped], whole, known)
 
     def _flush(self) -> None:
         """Writes the line that is on its way."""
-        if self._line is None:
+        if (arrived := self._logs.arrived()) is None:
             return
-        line, self._line = self._line, None
-        metrics = dict(zip(line.names, line.values.read(), strict=True))
-        in_a_row = metrics.pop("in a row")
-        tokens = line.update * self._batch
-        seconds, parts = line.times
-        seconds -= parts["evaluation"]
-        rate = line.updates * self._batch / seconds
-        metrics |= line.known
-        metrics |= {"tokens": tokens, "details/n_training_samples": tokens, "performance/tokens_per_second": rate,
-                    "performance/starved": parts["activations"] / seconds,
-                    **{f"performance/seconds/{part}": spent for part, spent in parts.items()}}  # fmt: skip
-        self._record(metrics, line.update)
-        self._progress.update(tokens, parts["activations"])
+        metrics, in_a_row = arrived
         self._tell("on_log", metrics)
         if in_a_row >= SKIPPED_IN_A_ROW:
             raise FloatingPointError(
@@ -430,32 +373,17 @@ class Trainer:
         found = self.plan.evaluated({name: self._exported(name) for name in self.trainees})
         metrics = {self._named(name, key): value for name, numbers in found.items() for key, value in numbers.items()}
         if metrics:
-            self._record({"tokens": self.update * self._batch, **metrics}, self.update)
+            self._logs.record(metrics, self.update)
             self.run.report()
             self._tell("on_evaluate", metrics)
 
     def _save(self) -> None:
         """A checkpoint of this update."""
         self._flush()
-        own = {name: trainee.own_state() for name, trainee in self.trainees.items()}
-        processes = self.ranks.gathered({"stream": self.plan.stream.state_dict(), "saes": own})
-        if not self.ranks.writes:
-            return
-        files: dict[str, dict[str, Tensor]] = {"saes": {}, "optimizer": {}}
-        saes = {}
-        for name, trainee in self.trainees.items():
-            saes[name], tensors = saved_state.split(trainee.state(), name)
-            for key, tensor in tensors.items():
-                files["saes" if key.startswith(f"{name}/sae/") else "optimizer"][key] = tensor
-        random, tensors = saved_state.split(saved_state.random_state(), "random")
-        files["optimizer"] |= tensors
-        plain = {
-            "saes": saes, "random": random, "processes": processes,
-            "threads": torch.get_num_threads(), "metrics_bytes": self._lines.sync(), "trackers": self._ids,
-        }  # fmt: skip
-        folder = checkpoint.write(self.folder, self.update, plain, files)
-        checkpoint.prune(self.folder, self.config.output.save_total_limit)
-        self._tell("on_checkpoint", folder)
+        folder = saving.save(self.folder, self.update, self.trainees, self.plan.stream, self.ranks, self._logs,
+                             self.config.output.save_total_limit)  # fmt: skip
+        if folder is not None:
+            self._tell("on_checkpoint", folder)
 
     def _write(self) -> None:
         """The autoencoders as others load them, and the report."""
@@ -470,23 +398,8 @@ class Trainer:
     def _exported(self, name: str) -> SparseAutoencoder:
         return self.trainees[name].exported(self.plan.provenance(name))
 
-    def _record(self, metrics: dict[str, float], update: int) -> None:
-        for tracker in self.trackers:
-            tracker.log(metrics, update)
-
     def _named(self, trainee: str, key: str) -> str:
         return key if len(self.trainees) == 1 else f"{trainee}/{key}"
-
-
-class _Line(NamedTuple):
-    """A line of metrics whose numbers are on their way from the device."""
-
-    update: int
-    updates: int  # that it sums up
-    names: list[str]
-    values: Arriving
-    known: dict[str, float]  # what the host knew when it was started
-    times: tuple[float, dict[str, float]]  # seconds, and of which parts they are
 
 
 def _scaled(rows: tuple[Tensor, ...], device: torch.device, site: int, scale: float) -> Tensor:

@@ -1,0 +1,80 @@
+"""What a checkpoint holds of a run, and a run that goes on from one."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _saved_state as saved_state
+from . import checkpoint
+from .logs import Logs
+from .plan import Stream
+from .ranks import Ranks
+from .trainee import Trainee
+
+logger = logging.getLogger(__name__)
+
+
+def newest(run: Path) -> checkpoint.Saved | None:
+    """The newest checkpoint that is whole; None where none was written yet.
+
+    Raises:
+        ValueError: none is whole.
+    """
+    saved, complaints = checkpoint.newest(run)
+    for complaint in complaints:
+        logger.warning("%s; an earlier checkpoint is taken", complaint)
+    return saved
+
+
+def load(saved: checkpoint.Saved, trainees: Mapping[str, Trainee], stream: Stream, ranks: Ranks) -> None:
+    """All of a run as it was.
+
+    Raises:
+        ValueError: the checkpoint is of another number of processes, or of another text.
+    """
+    state = saved_state.join(saved.plain, saved.tensors)
+    if (before := len(state["processes"])) != ranks.world:
+        raise ValueError(f"run: it was trained by {before} processes and must be resumed by as many, got {ranks.world}")
+    own = state["processes"][ranks.rank]
+    _compare_threads(state["threads"])
+    for name, trainee in trainees.items():
+        trainee.load(state["saes"][name], own["saes"][name])
+    stream.load_state_dict(own["stream"])
+    saved_state.set_random_state(state["random"])
+
+
+def save(
+    run: Path, update: int, trainees: Mapping[str, Trainee], stream: Stream, ranks: Ranks, logs: Logs, keep: int
+) -> Path | None:
+    """A checkpoint of this update, of which ``keep`` stay; its folder, in the process that writes it."""
+    own = {name: trainee.own_state() for name, trainee in trainees.items()}
+    processes = ranks.gathered({"stream": stream.state_dict(), "saes": own})
+    if not ranks.writes:
+        return None
+    files: dict[str, dict[str, Tensor]] = {"saes": {}, "optimizer": {}}
+    saes = {}
+    for name, trainee in trainees.items():
+        saes[name], tensors = saved_state.split(trainee.state(), name)
+        for key, tensor in tensors.items():
+            files["saes" if key.startswith(f"{name}/sae/") else "optimizer"][key] = tensor
+    random, tensors = saved_state.split(saved_state.random_state(), "random")
+    files["optimizer"] |= tensors
+    plain = {"saes": saes, "random": random, "processes": processes, **_of_the_host(logs)}
+    folder = checkpoint.write(run, update, plain, files)
+    checkpoint.prune(run, keep)
+    return folder
+
+
+def _of_the_host(logs: Logs) -> dict[str, Any]:
+    return {"threads": torch.get_num_threads(), "metrics_bytes": logs.sync(), "trackers": logs.ids}
+
+
+def _compare_threads(before: int) -> None:
+    if before != torch.get_num_threads():
+        logger.warning("the run used %d threads and this process uses %d: sums may round differently",
+                       before, torch.get_num_threads())  # fmt: skip
