@@ -54,8 +54,12 @@ def test_blocks_run_in_order(name, tmp_path, monkeypatch, capsys):
     if "matplotlib" in TEXTS[name]:
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    run(CELL.findall(TEXTS[name]), {})
+    names = run(CELL.findall(TEXTS[name]), {})
     assert capsys.readouterr().out
+    for metric in [found for found in names.values() if isinstance(found, se.metrics.Reconstruction)]:
+        sae, x = names["sae"], names["x"]
+        whole = float(se.losses.fvu(sae(x), x).detach())  # in fp32, where the metric sums in fp64
+        assert metric.compute()["fvu"] == pytest.approx(whole, rel=1e-4)  # no page hands it the two the wrong way round
 
 
 @pytest.mark.slow

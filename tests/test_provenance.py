@@ -42,6 +42,17 @@ def test_every_file_that_can_hold_it_does(format, tmp_path):
     assert se.SparseAutoencoder.from_pretrained(tmp_path).provenance == PLACE
 
 
+def test_a_card_names_the_model_that_was_said_since(tmp_path):
+    """As of activations in memory, which do not say theirs when they are trained on."""
+    se.SparseAutoencoder(16, 64, se.TopK(2)).save_pretrained(tmp_path / "trained")
+    sae = se.SparseAutoencoder.from_pretrained(tmp_path / "trained")
+    assert "not said" in str(sae.card)
+    sae.provenance = PLACE
+    sae.save_pretrained(tmp_path / "said")
+    card = se.SparseAutoencoder.from_pretrained(tmp_path / "said").card
+    assert card == replace(sae.card, model_name=PLACE.model)
+
+
 @pytest.mark.parametrize("format", ["saelens", "gemma_scope_2"])
 def test_targets_of_transcoders_are_kept(format, tmp_path):
     sae = se.SparseAutoencoder(16, 64, se.JumpReLU(64), d_out=8)

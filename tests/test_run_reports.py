@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+import shlex
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def elements(svg, tag):
 # --------------------------------------------------------------------------------------------- of one run
 
 
-def test_a_report_says_what_was_trained_and_how_it_ended(tmp_path):
+def test_a_report_says_what_was_trained_and_how_it_ended(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "gpt2", SWEEP)
     assert [path.name for path in run.write(folder)] == ["report.md", "report.html"]
     md, page = reported(folder)
@@ -88,6 +89,12 @@ def test_a_report_says_what_was_trained_and_how_it_ended(tmp_path):
     compile(code, "report.md", "exec")
     assert 'se.SparseAutoencoder.from_pretrained(f"runs/gpt2/sae/{n}")' in code
     assert all(f'"{sae["name"]}",' in code for sae in SWEEP)
+    shell = md.partition("```console\n")[2].partition("```")[0].splitlines()
+    taken = []
+    for command in (cli.evaluate, cli.push):
+        monkeypatch.setattr(command, "run", lambda args: taken.append(args.sae) or 0)
+    assert [cli.main(shlex.split(line)[1:]) for line in shell] == [0, 0]  # the command line takes what it says to type
+    assert taken == [[f"runs/gpt2/sae/{SWEEP[0]['name']}"]] * 2
     assert "*In the HTML page: FVU against L0; Cross-entropy recovered against L0.*" in md
     assert {"tokens given to the language model", "264,000", "left out: norm too large", "180"} <= set(found.words)
     assert (folder / "report.html").read_text() == page  # written again, the bits are the same

@@ -199,11 +199,14 @@ def of(sae) -> Checkpoint:
         options = json.loads(json.dumps(options))
     except (TypeError, ValueError) as error:
         raise TypeError(f"activation {type(rule).__name__} has options that no checkpoint holds: {error}") from None
+    card, known = sae.card, sae.provenance
+    if card is not None and card.model_name is None and known is not None:  # said since the card was read
+        card = replace(card, model_name=known.model)
     return Checkpoint(
         activation=type(rule),
         options=options,
         tensors=tensors,
-        card=sae.card,
+        card=card,
         apply_b_dec_to_input=sae.apply_b_dec_to_input,
         normalize_activations=sae.normalize_activations,
         rescale_acts_by_decoder_norm=sae.rescale_acts_by_decoder_norm,

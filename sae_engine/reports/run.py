@@ -327,7 +327,8 @@ def _loading(run: RunRecord) -> list[Any]:
         "codes = sae.encode(torch.cat(read_sites(lm.model, ids, sae.provenance.sites), -1))" if isinstance(sites, list)
         else f"codes = sae.encode(read_activations(lm.model, ids, site={_quoted(sites)}))",
     ]  # fmt: skip
-    shell = f"sae-engine eval {path}/sae/{run.names[0]}\nsae-engine push {path}/sae/{run.names[0]} --dry-run"
+    trained = f"{path}/sae/{run.names[0]}"
+    shell = f"sae-engine eval {trained}\nsae-engine push {trained} --to OWNER/REPOSITORY --dry-run"
     blocks: list[Any] = [Heading("How to use them" if len(run.names) > 1 else "How to use it")]
     if not run.is_finished:
         blocks.append(Text("The folders below `sae/` are there once the run has ended."))
