@@ -188,6 +188,7 @@ latent_adam row-major, S3, bf16
 latent_adam bf16 moments, S1, bf16
 latent_adam row-major bf16 moments, S3, bf16
 latent_adam, d=16384, bf16
+latent_adam free rows, d=16384, bf16
 """
 
 

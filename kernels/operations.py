@@ -102,8 +102,9 @@ class Maker:
         return lists_of(found)
 
     def adam(
-        self, *modes: int, dense_first: bool = False, row_major: bool = False, moments: torch.dtype | None = None
-    ) -> tuple:
+        self, *modes: int, dense_first: bool = False, row_major: bool = False, moments: torch.dtype | None = None,
+        unit_rows: bool = True,
+    ) -> tuple:  # fmt: skip
         """A step of fp32 parameters, computed in the dtype, of which there are copies where it is another.
 
         ``moments``: the dtype of the weights' moments, where that is another than the parameters'.
@@ -118,7 +119,7 @@ class Maker:
                 tensors[1] = tensors[1].T.contiguous().T
         copies = [] if self.dtype == wide else [t.to(self.dtype) for t in state[0][:2]]
         terms = self.terms(*modes, dense_first=dense_first)
-        options = self.number(1), self.number(1e-3), 0.9, 0.999, 1e-8, 0.0, True
+        options = self.number(1), self.number(1e-3), 0.9, 0.999, 1e-8, 0.0, unit_rows
         return *state, copies, self.normal(self.B, self.d), None, *terms, *options, None
 
 
@@ -425,6 +426,7 @@ _ROWS = (
             "three terms": lambda make: make.adam(GATED, GIVEN, GATED),
             "dense term": lambda make: make.adam(GATED, dense_first=True),
             "row-major": lambda make: make.adam(GATED, row_major=True),
+            "free rows": lambda make: make.adam(GATED, unit_rows=False),
             "bf16 moments": lambda make: make.adam(GATED, moments=BF16),
             "row-major bf16 moments": lambda make: make.adam(GATED, moments=BF16, row_major=True),
         },

@@ -168,12 +168,26 @@ def test_rows_wider_than_a_tile(modes, layout, monkeypatch):
     monkeypatch.setattr(_tuning, "PASS_TILE", 16)
     monkeypatch.setattr(_tuning, "stored_latents", lambda width: 8)
     monkeypatch.setattr(_tuning, "stored_tile", lambda by_columns: (4, 16))
-    for dense, unit_rows, number in (((), True, 3), ((0,), False, 2)):
-        s = make((5, 10, 40, 23), MODES[modes], DTYPES["bf16"], dense=dense)
+    for dense, unit_rows, number, widths in (
+        ((), True, 3, (40, 23)), ((0,), False, 2, (40, 23)), ((), False, 3, (23, 40)), ((), True, 2, (7, 40))
+    ):  # fmt: skip
+        s = make((5, 10, *widths), MODES[modes], DTYPES["bf16"], dense=dense)
         hold(s, "triton", layout=layout, unit_rows=unit_rows, number=number)
     results = gradients(cast(s, torch.float64), "reference"), gradients(s, "reference"), gradients(s, "triton")
     for truth, honest, ours in zip(*results, strict=True):
         assert_within_budget(ours, truth.double(), honest)
+
+
+def test_free_rows_wider_than_a_tile_store_no_gradient(monkeypatch):
+    """Columns are independent once slopes are there, so that Adam uses gradients up tile by tile, whatever the tile."""
+    s = make((5, 10, 40, 23), MODES["two"], DTYPES["fp32"])
+    monkeypatch.setattr(_tuning, "stored_latents", lambda width: pytest.fail("gradients are stored"))
+    found = []
+    for tile in (64, 16):
+        monkeypatch.setattr(_tuning, "PASS_TILE", tile)
+        found.append(adam(s, "triton", unit_rows=False))
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole)
 
 
 def test_a_strided_encoder_some_latents_at_a_time(monkeypatch):
@@ -379,6 +393,7 @@ def test_small_and_complete(monkeypatch):
     for tile, layout in ((_tuning.PASS_TILE, LAYOUTS[0]), (_tuning.PASS_TILE, LAYOUTS[1]), (16, LAYOUTS[0])):
         monkeypatch.setattr(_tuning, "PASS_TILE", tile)
         hold(s, "triton", layout=layout)
+    hold(s, "triton", unit_rows=False)  # of that narrow tile
 
 
 @pytest.mark.gpu
@@ -386,7 +401,8 @@ def test_small_and_complete(monkeypatch):
 @pytest.mark.parametrize(("width", "num_latents"), [(768, 32768), (4096, 16384), (9000, 2048)])
 def test_production_shapes(width, num_latents, layout):
     s = make((512, num_latents, width, width), MODES["two"], DTYPES["bf16"], kept=0.002)
-    hold(s, "triton", layout=layout)
+    for unit_rows in (True, False):
+        hold(s, "triton", layout=layout, unit_rows=unit_rows)
 
 
 @pytest.mark.compiled

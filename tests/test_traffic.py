@@ -402,6 +402,29 @@ def test_the_latent_pass_moves_each_parameter_once(dtype, sparse, metering):
     assert meter.total.loaded_once + meter.total.stored_once <= GATHER * (floor + center)
 
 
+def test_wide_rows_are_gathered_twice_and_no_gradient_is_stored(sparse, metering, monkeypatch):
+    """Free rows of several tiles: decoder rows for the slopes, then gradient and input, tile by tile, into Adam."""
+    monkeypatch.setattr(_tuning, "PASS_TILE", WIDTH // 4)
+    rows, entries, latents = 4, 128, 96
+    grad, x = torch.randn(rows, WIDTH).to(BF16), torch.randn(rows, WIDTH).to(BF16)
+    state = [[torch.rand(latents, WIDTH), torch.rand(latents, WIDTH), torch.rand(latents)] for _ in range(3)]
+    copies = [p.to(BF16) for p in state[0][:2]]
+    term = Term(grad, sparse.values, sparse.values[:0], sparse.indices, sparse.offsets, *sparse.by_latent, GATED)
+    options = torch.tensor(1.0), torch.tensor(1e-3), 0.9, 0.999, 1e-8, 0.0, False, None
+    arguments = *state, copies, x, None, *lists_of([term]), *options
+    with metering() as meter:
+        ops.latent_adam(*arguments, "triton")
+    row = WIDTH * BF16.itemsize
+    gathered = entries * row * (3 + 1 / _tuning.VALUES_BLOCK)  # decoder and gradient for slopes; gradient and input
+    entry = (3 + 1) * (4 + 8 + 2 + 4) * entries  # row, position, value, slope, of every tile; two of a latent a tile
+    adam = 2 * sum(t.numel() * t.element_size() for three in state for t in three)
+    adam += sum(copy.numel() * copy.element_size() for copy in copies)
+    slopes = 4 * entries * 4
+    center = -(-latents // _tuning.PASS_GROUP) * (WIDTH + 4) * 4
+    ends = 4 * latents * 16
+    assert meter.total.moved <= GATHER * (adam + gathered + entry + slopes + center + ends)
+
+
 def test_to_dense_writes_each_entry_once(metering):
     codes = f.topk(make_pre("normal", (3, 200)), 5, backend="triton")
     with metering() as meter:

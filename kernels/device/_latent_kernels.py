@@ -113,9 +113,11 @@ def _rounded_moments(first, second, step, latent, columns, MATRIX: tl.constexpr)
 
 
 @triton.jit
-def _moved(state, latent, columns, mask, keep, old, grad, factors, settings, MATRIX: tl.constexpr,
+def _moved(state, latent, columns, first_column, mask, keep, old, grad, factors, settings, MATRIX: tl.constexpr,
            REPLICATED: tl.constexpr):
     """Moves the moments by ``grad``, where ``keep``, and returns the weights that follow from ``old``.
+
+    Rounding follows from a number's place, of which ``first_column`` is the first of ``columns``; None: 0.
 
     Where the tile is REPLICATED several warps read each number and one writes it: they wait for one another in between.
     Moments in bfloat16 beside fp32 weights are rounded by chance, and the weights follow from the exact ones.
@@ -130,6 +132,8 @@ def _moved(state, latent, columns, mask, keep, old, grad, factors, settings, MAT
         tl.debug_barrier()
     kept = first, second
     if at[0].dtype.element_ty == tl.bfloat16 and state[0].dtype.element_ty == tl.float32:
+        if first_column is not None:
+            columns += first_column
         kept = _rounded_moments(first, second, step, latent, columns, MATRIX)
     tl.store(at[0], kept[0].to(at[0].dtype.element_ty), mask=only_if(keep, mask))
     tl.store(at[1], kept[1].to(at[1].dtype.element_ty), mask=only_if(keep, mask))
@@ -158,20 +162,23 @@ def _latents_kernel(
     along_ptr, base,                        # [F] or None; two matrices and [F], or None; in
     dec_ptr, enc_ptr, slopes_ptr,           # [F, D_out], [F, D_in], [F] out, each or None, from latent `first` on
     decoder, encoder, bias,                 # parameters in and out, each or None
-    factors_ptr, skip_ptr,                  # [3] fp32, [] or None; in
+    factors_ptr, skip_ptr,                  # [3] fp32 or None where nothing moves, [] or None; in
     center_ptr, square_ptr,                 # [programs, D_in], [programs] out, fp32
-    first, stop, D_OUT, D_IN, stride_xb, stride_df, stride_ef, settings,
+    first, stop, first_column, D_OUT, D_IN, stride_xb, stride_df, stride_ef, settings,
     MODES: tl.constexpr, OFFERED: tl.constexpr, MOVED: tl.constexpr,
     COPIED: tl.constexpr, UNIT_ROWS: tl.constexpr, REPLICATED: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     IN_FLIGHT: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):
-    """GROUP latents one after the other: sums over their entries, then stored or used up."""
+    """GROUP latents one after the other: sums over their entries, then stored or used up.
+
+    Of rows that no tile holds, these are the columns from ``first_column`` on; None: whole rows.
+    """
     program = tl.program_id(0).to(tl.int64)
     offs_out, offs_in = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
     mask_out, mask_in = offs_out < D_OUT, offs_in < D_IN
     latent = first + program * GROUP
     last = tl.minimum(latent + GROUP, stop)
-    if MOVED[0]:
+    if factors_ptr is not None:
         factors = (tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2))
         keep = latent >= 0
         if skip_ptr is not None:
@@ -221,7 +228,8 @@ def _latents_kernel(
             if UNIT_ROWS:
                 dec -= tl.sum(dec * old, axis=0) / _or_one(tl.sum(old * old, axis=0)) * old
             square += tl.sum(dec * dec, axis=0)
-            new = _moved(decoder, latent, offs_out, mask_out, keep, old, dec, factors, settings, 0, REPLICATED[0])
+            new = _moved(decoder, latent, offs_out, first_column, mask_out, keep, old, dec, factors, settings, 0,
+                         REPLICATED[0])
             if UNIT_ROWS:
                 new = new / _or_one(tl.sqrt_rn(tl.sum(new * new, axis=0)))
             _put(decoder, latent, offs_out, only_if(keep, mask_out), new, COPIED[0])
@@ -229,18 +237,19 @@ def _latents_kernel(
             old = tl.load(_at(encoder, latent, offs_in), mask=mask_in, other=0.0).to(tl.float32)
             center -= slopes * old
             square += tl.sum(enc * enc, axis=0)
-            new = _moved(encoder, latent, offs_in, mask_in, keep, old, enc, factors, settings, 1, REPLICATED[1])
+            new = _moved(encoder, latent, offs_in, first_column, mask_in, keep, old, enc, factors, settings, 1,
+                         REPLICATED[1])
             _put(encoder, latent, offs_in, only_if(keep, mask_in), new, COPIED[1])
         if MOVED[2]:
             none = tl.full((), 0, tl.int32)
             old = tl.load(_at(bias, latent, none)).to(tl.float32)
             square += slopes * slopes
-            new = _moved(bias, latent, none, keep | True, keep, old, slopes, factors, settings, 2, True)
+            new = _moved(bias, latent, none, None, keep | True, keep, old, slopes, factors, settings, 2, True)
             _put(bias, latent, none, keep, new, COPIED[2])
         latent += 1
     if MOVED[1]:
         tl.store(center_ptr + program * D_IN + offs_in, center, mask=mask_in)
-    if MOVED[0]:
+    if factors_ptr is not None:
         tl.store(square_ptr + program, square)
 
 
@@ -288,7 +297,7 @@ def _matrix_kernel(
         if UNIT_ROWS:
             grad -= along[:, None] * old
         square += tl.sum(grad * grad, axis=1)
-        new = _moved(state, latent, columns, mask, keep, old, grad, factors, settings, MATRIX, False)
+        new = _moved(state, latent, columns, None, mask, keep, old, grad, factors, settings, MATRIX, False)
         if UNIT_ROWS:
             norm += tl.sum(new * new, axis=1)
             tl.store(grad_ptr + local[:, None] * D + columns, new, mask=mask)  # the gradient has done its work
@@ -303,30 +312,6 @@ def _matrix_kernel(
             new = tl.load(grad_ptr + local[:, None] * D + columns, mask=mask, other=0.0)
             _put(state, latent, columns, only_if(keep, mask), new / norm[:, None], COPIED)
     tl.store(square_ptr + program, tl.sum(square, axis=0))
-
-
-@triton.jit
-def _slopes_kernel(
-    weight_ptr, term, stride_gb, indices_ptr, out_ptr,  # [F, D], a term, [N] int32; [N] out, fp32
-    F, D, stride_wf, stride_wd,
-    MODE: tl.constexpr, OFFERED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):
-    """Gradients at the pre-activations of BLOCK_N entries whose rows no tile holds."""
-    entries = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    present = entries < tl.load(term[3] + F)
-    row = tl.load(term[4] + entries, mask=present, other=0).to(tl.int64)
-    position = tl.load(term[5] + entries, mask=present, other=0)
-    value = tl.load(term[1] + position, mask=present, other=0.0).to(tl.float32)
-    latent = tl.load(indices_ptr + position, mask=present, other=0).to(tl.int64)
-    inner = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for tile in range(0, tl.cdiv(D, BLOCK_D)):
-        columns = (tile * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-        mask = present[:, None] & (columns < D)
-        grad = tl.load(term[0] + row[:, None] * stride_gb + columns, mask=mask, other=0.0).to(tl.float32)
-        at = latent[:, None] * stride_wf + columns.to(tl.int64) * stride_wd
-        inner += grad * tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    slope = _gated(tl.sum(inner, axis=1), term, value, position, present, MODE, OFFERED)
-    tl.store(out_ptr + position, slope, mask=present)
 
 
 @triton.jit

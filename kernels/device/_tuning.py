@@ -424,7 +424,6 @@ PASS_REGISTERS = 128  # of a thread, so that 16 warps share an SM; left to itsel
 ROUNDED_PASS_REGISTERS = 168  # where it rounds moments too: 12 warps share an SM, and numbers stay out of memory
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
 SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
-SLOPES_TILE = 4, 256  # entries and columns of the inner products that precede the pass of wider rows
 
 
 @searched(lambda warps, block: _around(warps, 1, 16))

@@ -2,10 +2,11 @@
 
 Math      per entry the slope <grad[row], W_dec[f]> + offered, gated; per latent sums of value * grad[row] (W_dec),
           slope * x[row] (W_enc.T) and slope (b_enc); then Adam of these rows and their moments, in place
-Grid      (F / GROUP,), after (N / SPLIT,) for runs of SPLIT entries of one latent; rows that no tile holds, and an
-          encoder whose rows are strided, take a second launch over stored gradients, chunk by chunk of the latents
-Traffic   N*(D_out*s_g + D_in*s_x) gathered; 24 bytes a parameter read and written by Adam in fp32, 16 with moments in
-          bfloat16, s_c more for a copy
+Grid      (F / GROUP,), after (N / SPLIT,) for runs of SPLIT entries of one latent; rows that no tile holds go tile by
+          tile, after the slopes, which take whole rows. An encoder whose rows are strided, and unit rows that no tile
+          holds, take a second launch over stored gradients, chunk by chunk of the latents
+Traffic   N*(D_out*s_g + D_in*s_x) gathered, N*D_out*s_w more where slopes come first; 24 bytes a parameter read and
+          written by Adam in fp32, 16 with moments in bfloat16, s_c more for a copy, 8 more for a stored gradient
 Numerics  fp32, entries in order, partial sums in order, no atomics: bitwise reproducible; moments in bfloat16
           rounded by a hash of step and place, after the update
 Source    Kingma & Ba 2014, arXiv:1412.6980; the index by latent: Gao et al. 2024, arXiv:2406.04093; one pass: ours
@@ -26,9 +27,9 @@ from ._latent_kernels import (
     _latents_kernel,
     _matrix_kernel,
     _pass_split_kernel,
-    _slopes_kernel,
 )
-from ._launch import Launch, Layout, layout, planned, with_unit_stride
+from ._launch import Launch, planned, with_unit_stride
+from ._value_gradients import value_gradients
 
 
 def _matrix(tensor):
@@ -80,16 +81,6 @@ def _latents(
 
 
 @planned
-def _inner_products(weight: Layout, entries: int, mode: int, offered: bool) -> Launch:
-    block, columns = _tuning.SLOPES_TILE
-    return Launch(
-        _slopes_kernel, (triton.cdiv(entries, block),), warps=4, F=weight.shape[0], D=weight.shape[1],
-        stride_wf=weight.strides[0], stride_wd=weight.strides[1], MODE=mode, OFFERED=offered, BLOCK_N=block,
-        BLOCK_D=columns,
-    )  # fmt: skip
-
-
-@planned
 def _factors(beta1: float, beta2: float) -> Launch:
     first, second = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
     return Launch(_factors_kernel, (1,), warps=1, LOG_BETA1=first, LOG_BETA2=second)
@@ -105,6 +96,16 @@ def _matrix_update(
         _matrix_kernel, (), warps=_tuning.stored_warps(block_f * block_d), D=width, settings=settings, MATRIX=matrix,
         COPIED=copied, UNIT_ROWS=unit_rows, BLOCK_F=block_f, BLOCK_D=block_d,
     )  # fmt: skip
+
+
+def _of_columns(four, columns: slice):
+    """Weights, moments and copy, where there is one, of some columns of a matrix."""
+    return tuple(None if t is None else _matrix(t[:, columns]) for t in four)
+
+
+def _summed(parts: list):
+    """Over the first dimension of all."""
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).sum(0)
 
 
 class _Sums:
@@ -135,8 +136,14 @@ class _Sums:
             launch(self.x, term.indices, (*self._arguments(term), *partial), term.grad.stride(0), self.weight)
         return partial
 
-    def run(self, latents: slice, grads, *, group=1, state=(None, None, None), adam=None, center=None, square=None):
-        """Stores the sums of ``latents`` into ``grads``, whose columns are contiguous, or lets Adam use them up."""
+    def run(
+        self, latents: slice, grads, *, group=1, state=(None, None, None), adam=None, center=None, square=None,
+        first_column=None,
+    ):  # fmt: skip
+        """Stores the sums of ``latents`` into ``grads``, whose columns are contiguous, or lets Adam use them up.
+
+        Of rows that no tile holds, these are the columns from ``first_column`` on.
+        """
         launch = _latents(
             self.widths, tuple(0 if t is None else t.stride(0) for t in grads[:2]), self.modes, self.offered,
             tuple(four is not None for four in state),
@@ -146,18 +153,15 @@ class _Sums:
         launch(
             self.x, self.terms, self.strides, self.weight, self.along, self.base,
             *grads, *(None if four is None else _side_by_side(four) for four in state),
-            adam and adam.factors, adam and adam.skip, center, square, latents.start, latents.stop,
+            adam and adam.factors, adam and adam.skip, center, square, latents.start, latents.stop, first_column,
             grid=(triton.cdiv(latents.stop - latents.start, group),),
         )  # fmt: skip
 
 
-def _slopes(weight, term: Term):
-    """(N,) fp32: the term's gradients at the pre-activations; undefined at entries that belong to no row."""
-    slopes = torch.empty(term.values.numel(), dtype=torch.float32, device=weight.device)
-    if slopes.numel():
-        launch = _inner_products(layout(weight), slopes.numel(), term.mode, term.offered.numel() > 0)
-        launch(weight, _Sums._arguments(term), term.grad.stride(0), term.indices, slopes)
-    return slopes
+def _with_slopes(term: Term, weight) -> Term:
+    """The same term with its gradients at the pre-activations, in fp32, found row by row of the codes."""
+    inner = value_gradients(term.grad, term.indices, term.offsets, weight, torch.float32)
+    return term._replace(offered=term.at_entries(inner), mode=GIVEN)
 
 
 def _sums(x, weight, along, lists) -> list[tuple[slice, _Sums]]:
@@ -171,9 +175,7 @@ def _sums(x, weight, along, lists) -> list[tuple[slice, _Sums]]:
     pieces = triton.cdiv(max(weight.shape[1], x.shape[1]), tile)
     if pieces == 1:
         return [(slice(None), _Sums(x, weight, along, terms, base))]
-    given = [
-        term if term.mode == GIVEN else term._replace(offered=_slopes(weight, term), mode=GIVEN) for term in terms
-    ]
+    given = [term if term.mode == GIVEN else _with_slopes(term, weight) for term in terms]
     found = []
     for columns in (slice(n * tile, (n + 1) * tile) for n in range(pieces)):
         parts = [term._replace(grad=term.grad[:, columns]) for term in given]
@@ -230,36 +232,44 @@ def launch_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
     if num_latents == 0:
         return x.new_zeros(d_in, dtype=wide), x.new_zeros((), dtype=wide)
     adam = _Adam(*options, rounds=are_narrow(exp_avgs[0], weight))
-    tensors = itertools.zip_longest(parameters, exp_avgs, exp_avg_sqs, copies)
-    state: list = [tuple(None if t is None else _matrix(t) for t in four) for four in tensors]
-    state += [None] * (3 - len(state))
+    tensors = [*itertools.zip_longest(parameters, exp_avgs, exp_avg_sqs, copies)]
+    state = [tuple(None if t is None else _matrix(t) for t in four) for four in tensors]
+    bias = state[2] if len(state) > 2 else None
     pieces = _sums(x, copies[0] if copies else weight, along, lists)
-    group = _tuning.PASS_GROUP
-    if len(pieces) == 1 and encoder.stride(1) == 1:
-        programs = triton.cdiv(num_latents, group)
-        center, square = new((programs, d_in)), new(programs)
-        every = slice(0, num_latents)
-        pieces[0][1].run(every, (None,) * 3, group=group, state=state, adam=adam, center=center, square=square)
-        return center.sum(0).to(wide), square.sum().to(wide)
-
-    # Gradients of rows that no tile holds, or of an encoder whose rows are strided, are stored, some latents at a time.
-    whole = len(pieces) == 1  # then those of the decoder and the bias still are not
-    chunk = min(_tuning.stored_latents(d_in if whole else d_in + d_out), num_latents)
-    centers, squares = [], []
-    stored = None if whole else new((chunk, d_out)), new((chunk, d_in)), new(chunk)
+    whole, group = len(pieces) == 1, _tuning.PASS_GROUP
+    # Columns are independent of one another but for unit rows. Gradients that need whole rows, and those of an encoder
+    # whose rows are strided, are stored, some latents at a time.
+    is_fused = whole or not adam.unit_rows, encoder.stride(1) == 1
+    widths = [0 if fused else width for fused, width in zip(is_fused, (d_out, d_in), strict=True)]
+    chunk = num_latents if all(is_fused) else min(_tuning.stored_latents(sum(widths)), num_latents)
+    stored = [None if fused else new((chunk, width)) for fused, width in zip(is_fused, widths, strict=True)]
+    slopes = None if is_fused[1] else new(chunk)
+    centers: list[list] = [[] for _ in pieces]
+    squares = []
     for start in range(0, num_latents, chunk):
         latents = slice(start, min(start + chunk, num_latents))
-        for columns, sums in pieces:
-            grads = (*(None if t is None else t[:, columns] for t in stored[:2]), stored[2])
-            if whole:
-                squares.append(new(triton.cdiv(latents.stop - latents.start, group)))
-                fused = dict(group=group, state=(state[0], None, state[2]), adam=adam, square=squares[-1])
-            sums.run(latents, grads, **(fused if whole else {}))
-        center, square = adam.of_stored(stored[1], state[1], latents, matrix=1, slopes=stored[2])
-        centers.append(center)
-        squares.append(square)
-        if not whole:
+        programs = triton.cdiv(latents.stop - latents.start, group)
+        for number, (columns, sums) in enumerate(pieces):
+            of_columns = state if whole else [_of_columns(four, columns) for four in tensors[:2]]
+            mine = [four if fused and width else None
+                    for four, fused, width in zip(of_columns, is_fused, sums.widths, strict=False)]  # fmt: skip
+            mine.append(bias if number == 0 else None)
+            center = None if mine[1] is None else new((programs, sums.widths[1]))
+            square = None if all(four is None for four in mine) else new(programs)
+            sums.run(
+                latents, (*(None if t is None else t[:, columns] for t in stored), slopes), group=group, state=mine,
+                adam=adam if square is not None else None, center=center, square=square,
+                first_column=None if whole else columns.start,
+            )  # fmt: skip
+            if center is not None:
+                centers[number].append(center)
+            if square is not None:
+                squares.append(square)
+        if stored[0] is not None:
             squares.append(adam.of_stored(stored[0], state[0], latents, matrix=0, unit_rows=adam.unit_rows)[1])
-            if state[2] is not None:
-                squares.append(adam.of_stored(stored[2], state[2], latents, matrix=2)[1])
-    return torch.cat(centers).sum(0).to(wide), torch.cat(squares).sum().to(wide)
+        if stored[1] is not None:
+            center, square = adam.of_stored(stored[1], state[1], latents, matrix=1, slopes=slopes)
+            centers[0].append(center)
+            squares.append(square)
+    found = [_summed(of_columns) for of_columns in centers if of_columns]
+    return (found[0] if len(found) == 1 else torch.cat(found)).to(wide), _summed(squares).to(wide)
