@@ -46,7 +46,7 @@ if _TYPE_CHECKING:
     from .latents import ablate, max_activating, steer
     from .training import Run, Trainer, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AbsTopK",

@@ -1,6 +1,7 @@
 """What is installed: a wheel built from the sdist, used away from here and beside Hugging Face's `kernels`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import sae_engine as se
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py")}
@@ -44,6 +47,17 @@ def test_every_package_is_listed():
     names = [".".join(folder.relative_to(ROOT).parts) for folder in present]
     assert sorted(listed) == sorted([*names, "sae_kernels", "sae_kernels.device", "sae_kernels.stock"])
     assert all((folder / "__init__.py").is_file() for folder in present)
+
+
+def test_a_release_is_described_everywhere():
+    """The version is said in one place; how to cite it, and what is new, say the same."""
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    cited = re.findall(r"^version: (\S+)$", citation, re.MULTILINE)
+    released = re.findall(r"^date-released: (\S+)$", citation, re.MULTILINE)
+    newest = re.findall(r"^## \[(\d\S*)\] - (\S+)$", changes, re.MULTILINE)[0]
+    assert [(*cited, *released)] == [newest]
+    assert newest[0] == se.__version__
 
 
 @pytest.fixture(scope="module")
