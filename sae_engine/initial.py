@@ -112,8 +112,11 @@ def init_sparse(sae: SparseAutoencoder, l0: int) -> SparseAutoencoder:
     normal, tail = NormalDist(), l0 / sae.d_sae
     t = normal.inv_cdf(1 - tail)
     energy = sae.d_sae * (t * normal.pdf(t) + tail)  # of the l0 largest of d_sae standard normal numbers
-    norm = float(sae.W_dec.float().norm(dim=1).mean())
-    spread = math.sqrt(float(sae.W_enc.float().square().mean()))  # of pre-activations, per unit of ||x||
+    norms, energies = sae.share.W_dec.float().norm(dim=1), sae.share.W_enc.float().square()
+    if sae.shards is not None:
+        norms, energies = (sae.shards.all_latents(of_mine, "scale") for of_mine in (norms, energies.mean(0)))
+    norm = float(norms.mean())
+    spread = math.sqrt(float(energies.mean()))  # of pre-activations, per unit of ||x||
     target = sae.activation.target_scale if isinstance(sae.activation, TopAFA) else 1.0
     sae.W_enc.mul_(target / (spread * norm * math.sqrt(energy)))
     return sae

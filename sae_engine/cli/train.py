@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -119,5 +120,6 @@ def _ended(work: Callable[[], Run]) -> int:
     except Interrupted as stopped:
         print(f"sae-engine: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
-    print(run.summary())
+    if os.environ.get("RANK", "0") == "0":  # torchrun's: one process speaks for all
+        print(run.summary())
     return 0

@@ -122,5 +122,5 @@ def prune(run: Path, keep: int) -> None:
     for _, place in sorted(listed(run).items())[: -keep or None]:
         shutil.rmtree(place, ignore_errors=True)
     folder = run / FOLDER
-    for left in folder.glob(".step-*.tmp") if folder.is_dir() else ():
+    for left in (*folder.glob(".step-*.tmp"), *folder.glob("step-*.tmp")) if folder.is_dir() else ():
         shutil.rmtree(left, ignore_errors=True)

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, TypeAlias
 
+from .. import _checks as check
 from ..data.sites import Site
 from ._faults import ConfigError, as_tuples, auto, device, settle, whole
-from .config_parts import DataConfig, EvalConfig, LoggerConfig, ModelConfig, OptimConfig, OutputConfig
+from .config_parts import DataConfig, EvalConfig, LoggerConfig, MeshConfig, ModelConfig, OptimConfig, OutputConfig
 from .sae_config import SAEConfig, named, plain
 
-__all__ = ["ConfigError", "DataConfig", "EvalConfig", "LoggerConfig", "ModelConfig", "OptimConfig", "OutputConfig",
-           "SAEConfig", "TrainConfig"]  # fmt: skip
+__all__ = ["ConfigError", "DataConfig", "EvalConfig", "LoggerConfig", "MeshConfig", "ModelConfig", "OptimConfig",
+           "OutputConfig", "SAEConfig", "TrainConfig"]  # fmt: skip
 
 Resolved: TypeAlias = Any  # a TrainConfig or a part of one, in which numbers stand where the types allow "auto" too
 
@@ -33,6 +34,8 @@ class TrainConfig:
             spelled ``blocks.3.hook_resid_post@1``, ``@2`` and so on.
         saes: at least one.
         sweep: values for fields of an entry of ``saes``; each entry is trained with each combination of them.
+        mesh: the processes that train together, as ``{latent: 8}``, or that number alone; None: all that there are,
+            each with all latents.
         seed: of weights, documents' order and shuffle.
         device: of the autoencoders; auto: a GPU where there is one.
 
@@ -54,11 +57,14 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    mesh: MeshConfig | None = None
     seed: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
         as_tuples(self, "saes", "other_models")
+        if (processes := check.integer_in(self.mesh)) is not None:
+            object.__setattr__(self, "mesh", MeshConfig(latent=processes))
         own = {"seed": whole(0), "device": auto(device)}
         faults = [(name, what) for name, holds in own.items() if (what := holds(getattr(self, name))) is not None]
         faults += [(name, f"must be a {kind.__name__}, got {getattr(self, name)!r}") for name, kind in _PARTS.items()
@@ -68,6 +74,8 @@ class TrainConfig:
         others = self.other_models
         if not isinstance(others, tuple) or not all(isinstance(one, ModelConfig) for one in others):
             faults.append(("other_models", f"must be a list of models, got {others!r}"))
+        if not isinstance(self.mesh, MeshConfig | None):
+            faults.append(("mesh", f"must be a MeshConfig, or a number of processes, got {self.mesh!r}"))
         if not isinstance(self.sweep, dict):
             faults.append(("sweep", f"must be a mapping of fields to lists of values, got {self.sweep!r}"))
         if faults:
@@ -88,6 +96,10 @@ class TrainConfig:
                 if model > len(self.other_models) or (model and not sae.has_sites):
                     only = "only crosscoders read other models" if not sae.has_sites else "other_models names too few"
                     yield f"saes.{number}.{name}", f"must be a place of model, and {only}, got {site}"
+            if sae.has_sites and self.mesh is not None and self.mesh.cuts_latents:
+                yield f"saes.{number}.hook_name", "must be one place with mesh.latent: a crosscoder has all its latents"
+            if self.mesh is not None and sae.d_sae is not None and sae.d_sae < self.mesh.latent:
+                yield f"saes.{number}.d_sae", f"must be at least mesh.latent = {self.mesh.latent}, got {sae.d_sae}"
         if self.output.push_to_hub and len(self.saes) > 1 and any(sae.has_sites for sae in self.saes):
             yield "output.push_to_hub", "must be false with a crosscoder among others: it has a repository of its own"
         update = batch * self.optim.gradient_accumulation_steps

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
 
 from ..data._require import require
 from ._faults import ConfigError, nearest
@@ -30,7 +30,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     if not isinstance(values, Mapping):
         raise ConfigError([("", f"a configuration must be a mapping of names to values, got {values!r}")])
     try:
-        text = json.dumps(_whole_numbers(_with_architectures(values)))
+        text = json.dumps(_whole_numbers(_with_mesh(_with_architectures(values))))
     except (TypeError, ValueError) as error:
         raise ConfigError([("", f"a configuration holds words, numbers, lists and mappings alone: {error}")]) from None
     faults: list[tuple[str, str]] = []
@@ -274,9 +274,17 @@ def _inner(hint: Any, others: tuple[type[Architecture], ...]) -> Any:
     """A field's type with our dataclasses in it replaced."""
     if dataclasses.is_dataclass(hint):
         return _checked(hint, others)  # type: ignore[arg-type]
+    if (part := _optional(hint)) is not None:
+        return Union[_checked(part, others), None]  # noqa: UP007 - made here
     if getattr(hint, "__origin__", None) is tuple and dataclasses.is_dataclass(hint.__args__[0]):
         return tuple[_checked(hint.__args__[0], others), ...]  # type: ignore[misc,arg-type]
     return hint
+
+
+def _optional(hint: Any) -> Any:
+    """The dataclass of a part that may be left out; None where the hint is of anything else."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    return kinds[0] if type(None) in get_args(hint) and dataclasses.is_dataclass(kinds[0]) else None
 
 
 # ------------------------------------------------------------------------------------------------------ faults
@@ -337,7 +345,7 @@ def _unknown(kind: type, path: tuple, values: Any) -> str:
     """A name that is no field: which one is meant, here or elsewhere."""
     name, here = str(path[-1]), _names(kind, path[:-1], values)
     places = {inner: inner for inner in _fields(kind)} | {inner: f"saes.0.{inner}" for inner in _fields(SAEConfig)}
-    for part in ("model", "data", "optim", "eval", "logger", "output"):
+    for part in ("model", "data", "optim", "eval", "logger", "output", "mesh"):
         places |= {inner: f"{part}.{inner}" for inner in _names(kind, (part,), values)}
     if name in places:
         return f"unknown; did you mean {places[name]}?"
@@ -354,6 +362,7 @@ def _names(kind: type, path: tuple, values: Any) -> set[str]:
     """The fields that there are at a path."""
     for step in path:
         hint = SAEConfig if isinstance(step, int) else get_type_hints(kind).get(step)
+        hint = _optional(hint) or hint
         if dataclasses.is_dataclass(hint):
             kind = hint  # type: ignore[assignment]
         elif getattr(hint, "__origin__", None) is not tuple:
@@ -397,6 +406,8 @@ def _parts(kind: type, checked: Any, faults: list[tuple[str, str]], path: str) -
         hint = get_type_hints(kind)[entry.name]
         if dataclasses.is_dataclass(hint):
             value = _part(hint, value, faults, below)
+        elif (part := _optional(hint)) is not None:
+            value = value and _part(part, value, faults, below)
         elif entry.name == "other_models":
             one = hint.__args__[0]
             value = tuple(_part(one, inner, faults, f"{below}.{number}") for number, inner in enumerate(value))
@@ -436,6 +447,13 @@ def _with_architectures(values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(values)
     entries = [{"architecture": _DEFAULT, **entry} if isinstance(entry, Mapping) else entry for entry in saes]
     return {**values, "saes": entries}
+
+
+def _with_mesh(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A number of processes is that of those over which latents are cut."""
+    mesh = values.get("mesh")
+    is_number = isinstance(mesh, int | float) and not isinstance(mesh, bool)
+    return {**values, "mesh": {"latent": mesh}} if is_number else dict(values)
 
 
 def _whole_numbers(value: Any) -> Any:

@@ -264,3 +264,41 @@ class OutputConfig:
         settle(self, ("hub_model_id", "must say where to, with push_to_hub" if lacking else None), output_path=text,
                save_steps=auto(whole()), save_total_limit=whole(), push_to_hub=flag,
                hub_model_id=optional(repository))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The processes of ``torchrun`` that train together; a number in its place is ``latent``.
+
+    Args:
+        latent: over how many the latents of each autoencoder are cut: each process has some of them whole, with their
+            moments, and sees the tokens of all.
+        data: over how many the tokens are dealt where each has all latents; gradients are averaged. Not both at a time.
+        timeout: seconds after which a process that does not answer is given up; the longest that one may be behind.
+
+    Raises:
+        ConfigError: an argument is of another kind or out of range.
+
+    Example:
+        >>> MeshConfig(latent=8).processes
+        8
+    """
+
+    latent: int = 1
+    data: int = 1
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        both = self.latent != 1 and self.data != 1
+        settle(self, ("data", f"must be 1 where latents are cut over processes, got {self.data}" if both else None),
+               latent=whole(), data=whole(), timeout=real())  # fmt: skip
+
+    @property
+    def processes(self) -> int:
+        """All of them."""
+        return self.latent * self.data
+
+    @property
+    def cuts_latents(self) -> bool:
+        """Whether autoencoders are made on a mesh, also on one of a single process."""
+        return self.data == 1

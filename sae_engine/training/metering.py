@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.shards import Shards
+from ..distributed.share import local
+
 
 class Sums:
     """Means of what a step reports, summed on the device; and how many batches in a row were left out."""
@@ -83,11 +86,19 @@ class Densities:
         counts = self.counts.sum(0)
         return counts[:-1] / counts[-1] if counts[-1] else None
 
-    def state(self) -> dict[str, Any]:
-        return {"counts": self.counts, "updates": self.updates}
+    def state(self, shards: Shards | None = None) -> dict[str, Any]:
+        """With ``shards`` these are my latents of those that are cut over a mesh, and the state is of all."""
+        if shards is None:
+            return {"counts": self.counts, "updates": self.updates}
+        fired = shards.as_whole(self.counts[:, :-1].T.contiguous(), 0)
+        return {"fired": fired, "tokens": self.counts[:, -1].clone(), "updates": self.updates}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.counts.copy_(state["counts"])
+        if "counts" in state:
+            self.counts.copy_(state["counts"])
+        else:
+            self.counts[:, :-1].copy_(local(state["fired"]).T)
+            self.counts[:, -1].copy_(state["tokens"])
         self.updates = state["updates"]
 
 

@@ -27,10 +27,11 @@ from ..provenance import Provenance
 from ._faults import ConfigError, within
 from .auto import resolved, stores_of
 from .config import ModelConfig, Resolved, SAEConfig, TrainConfig
+from .dealt import DealtStreams, OneStream, dealt
 from .ranks import Ranks
 
 Places = tuple[tuple[int, ...], tuple[int, ...]]
-Stream = RowStream | StoreStream | TensorStream
+Stream = OneStream | DealtStreams
 SPECIAL = ("bos", "eos", "pad")
 
 
@@ -157,14 +158,19 @@ def planned(config: TrainConfig, *, model: Any, tokenizer: Any, dataset: Any, ra
     sites, places = _places(config.saes)
     widths = [_width(lm, config.saes, site) for site in sites]
     config = _complete(config, device, widths, places, lm)
-    contexts, source = _contexts(lm, config), _source(config, dataset, lm, ranks)
+    contexts, source = _contexts(lm, config), _source(config, dataset, lm, 0, 1)
     data: Resolved = config.data
-    stream = RowStream(
-        lm, source, sites, contexts, chunk_rows=data.shuffle_tokens, chunks=data.shuffle_chunks,
-        batch_rows=_batch_rows(config, ranks),
-        seed=config.seed, rank=ranks.rank, world=ranks.world, max_norm_multiple=data.max_norm_multiple, device=device,
-        prefetch=data.prefetch,
-    )  # fmt: skip
+    batch_rows = _batch_rows(config, ranks)
+
+    def stream_of(rank: int, world: int, alone: bool) -> RowStream:
+        text = source if world == 1 else _source(config, dataset, lm, rank, world)
+        return RowStream(
+            lm, text, sites, contexts, chunk_rows=data.shuffle_tokens, chunks=data.shuffle_chunks,
+            batch_rows=batch_rows, seed=config.seed, rank=rank, world=world, max_norm_multiple=data.max_norm_multiple,
+            device=device, prefetch=data.prefetch and alone,  # two that read ahead would wait for each other's model
+        )  # fmt: skip
+
+    stream = dealt(ranks, stream_of)
     seen = Provenance(
         model=lm.name, revision=lm.revision, sha256=lm.sha256, normalize="none",
         model_dtype=_name(next(lm.model.parameters()).dtype), text=source.description,
@@ -192,10 +198,8 @@ def _in_memory(config: TrainConfig, device: torch.device, rows: Sequence[Tensor]
     for x in rows:
         check.floating("dataset", x, dims=2)
     config = _complete(config, device, [x.shape[1] for x in rows], places, None)
-    stream = TensorStream(
-        rows, batch_rows=_batch_rows(config, ranks), seed=config.seed, rank=ranks.rank, world=ranks.world,
-        chunk_rows=_chunk_rows(config),
-    )  # fmt: skip
+    options = {"batch_rows": _batch_rows(config, ranks), "seed": config.seed, "chunk_rows": _chunk_rows(config)}
+    stream = dealt(ranks, lambda rank, world, _: TensorStream(rows, rank=rank, world=world, **options))
     provenances = _provenances(config, Provenance(), sites, places, stream.widths)
     return Plan(config, device, stream, sites, places, provenances)
 
@@ -216,10 +220,9 @@ def _stored(
     length = {"context_size": manifest["context_length"]}
     config = replace(config, data=replace(config.data, **length))
     config = _complete(config, device, [store.d_model for store in stores], places, lm)
-    stream = StoreStream(
-        stores, batch_rows=_batch_rows(config, ranks), seed=config.seed, rank=ranks.rank, world=ranks.world,
-        chunk_rows=_chunk_rows(config),
-    )  # fmt: skip
+    options: dict[str, Any] = {"batch_rows": _batch_rows(config, ranks), "seed": config.seed,
+                               "chunk_rows": _chunk_rows(config)}  # fmt: skip
+    stream = dealt(ranks, lambda rank, world, _: StoreStream(stores, rank=rank, world=world, **options))
     provenances = _provenances(config, seen, sites, places, stream.widths)
     if lm is None:
         return Plan(config, device, stream, sites, places, provenances)
@@ -229,7 +232,7 @@ def _stored(
         first_token=_token(manifest["first_token"]), exclude_positions=manifest["exclude_positions"],
         exclude_tokens=[_token(word) for word in manifest["exclude_tokens"]],
     )  # fmt: skip
-    source = _source(config, dataset, lm, ranks)
+    source = _source(config, dataset, lm, 0, 1)
     return Plan(config, device, stream, sites, places, provenances, lm, source, contexts)
 
 
@@ -254,12 +257,12 @@ def _complete(
     )  # fmt: skip
 
 
-def _source(config: TrainConfig, dataset: Any, lm: LanguageModel, ranks: Ranks) -> Source:
+def _source(config: TrainConfig, dataset: Any, lm: LanguageModel, rank: int, world: int) -> Source:
     data = config.data
     with within("data", data, "dataset_path"):
         return open_source(
             data.dataset_path if dataset is None else dataset, dataset_name=data.dataset_name, split=data.split,
-            column=data.column, hold_out=data.eval_fraction_documents, rank=ranks.rank, world=ranks.world,
+            column=data.column, hold_out=data.eval_fraction_documents, rank=rank, world=world,
             seed=config.seed, tokenizer=lm.tokenizer,
         )  # fmt: skip
 
@@ -364,11 +367,11 @@ def _contexts(lm: LanguageModel, config: TrainConfig) -> Contexts:
 
 
 def _batch_rows(config: TrainConfig, ranks: Ranks) -> int:
-    rows, left = divmod(config.optim.train_batch_size_tokens, ranks.world)
-    if left:
-        raise ConfigError([("optim.train_batch_size_tokens", f"must be a multiple of the {ranks.world} processes, got "
-                            f"{config.optim.train_batch_size_tokens}")])  # fmt: skip
-    return rows
+    tokens, streams = config.optim.train_batch_size_tokens, ranks.streams
+    if tokens % streams:
+        what = f"must be a multiple of the {streams} processes, got {tokens}"
+        raise ConfigError([("optim.train_batch_size_tokens", what)])
+    return tokens // streams
 
 
 def _chunk_rows(config: Resolved) -> int:

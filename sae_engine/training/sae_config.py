@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from .._decoder_rows import BLOCK
 from ..autoencoder import SparseAutoencoder
 from ..checkpoints._checkpoint import build, of
 from ..checkpoints._folding import fold_input_scale
@@ -34,6 +36,9 @@ from ._faults import (
     within,
 )
 from .architectures import Architecture, Auto, TopAFASAE, TopKSAE, architecture_named
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +202,7 @@ class SAEConfig:
     def build(
         self, d_in: int, d_out: int, *, steps: int, seed: int, device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32, widths: tuple[Sequence[int], Sequence[int]] | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> SparseAutoencoder:  # fmt: skip
         """The autoencoder in training mode, with its first weights: unit rows, tied unless it is a transcoder, and the
         same on every device.
@@ -206,6 +212,7 @@ class SAEConfig:
             widths: of a crosscoder: of all places that it reads, and that it reconstructs.
             steps: updates of the training.
             seed: of the weights, where the configuration has none. The global generator is left alone.
+            mesh: to cut the latents over: every process draws the weights of one device, and keeps its own.
 
         Raises:
             ConfigError: more latents are to be kept than there are, or ``from_pretrained`` holds something else.
@@ -223,19 +230,25 @@ class SAEConfig:
         layer_norm = "layer_norm" if self.normalize_activations == "layer_norm" else "none"
         if getattr(kind, "k", 0) > d_sae:
             raise ConfigError([("k", f"must not exceed d_sae = {d_sae}, got {getattr(kind, 'k')}")])  # noqa: B009
-        with torch.random.fork_rng(devices=[]):  # what the constructor draws is drawn anew below
-            sae = SparseAutoencoder(d_in, d_sae, kind.build_rule(d_sae, steps), d_out=d_out, dtype=dtype, device="cpu",
-                                    normalize_activations=layer_norm, apply_b_dec_to_input=not coder)  # fmt: skip
+        with own_draws(mesh):  # what the constructor draws is drawn anew below
+            sae = SparseAutoencoder(
+                d_in, d_sae, kind.build_rule(d_sae, steps), d_out=d_out, dtype=dtype, mesh=mesh,
+                device="cpu" if mesh is None else mesh.device_type, normalize_activations=layer_norm,
+                apply_b_dec_to_input=not coder,
+            )  # fmt: skip
         if self.from_pretrained is not None:
             scaled = self.normalize_activations == "expected_average_only_in"
             _start_from(sae, self.from_pretrained, unit_rows=self.unit_rows, scaled=scaled)
         else:
             generator = torch.Generator("cpu").manual_seed(seed if self.seed is None else self.seed)
+            mine = slice(0, d_sae) if sae.shards is None else sae.shards.mine
+            share = sae.share
             with torch.no_grad():
-                sae.W_dec.copy_(_directions(d_sae, d_out, generator))
-                sae.W_enc.copy_((sae.W_dec if d_in == d_out and not coder else _directions(d_sae, d_in, generator)).T)
+                share.W_dec.copy_(_directions(d_sae, d_out, generator, mine))
+                tied = d_in == d_out and not coder
+                share.W_enc.copy_((share.W_dec if tied else _directions(d_sae, d_in, generator, mine)).T)
             kind.prepare(sae)
-        return sae.to(device).train()
+        return sae.train() if mesh is not None else sae.to(device).train()
 
     def _crosscoder(
         self, reads: Sequence[int], writes: Sequence[int], steps: int, seed: int, dtype: torch.dtype
@@ -334,25 +347,49 @@ def _words(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------ first weights
 
 
-def _directions(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """(rows, width) unit rows."""
-    drawn = torch.randn(rows, width, generator=generator, device="cpu")
-    return drawn / drawn.norm(dim=1, keepdim=True)
+def _directions(rows: int, width: int, generator: torch.Generator, mine: slice) -> torch.Tensor:
+    """(mine, width) of so many unit rows. Pieces of thousands of rows are the numbers that would be drawn at once."""
+    starts = [number * BLOCK for number in range(max(rows // BLOCK, 1))]
+    found = []
+    for start, end in zip(starts, [*starts[1:], rows], strict=True):
+        drawn = torch.randn(end - start, width, generator=generator, device="cpu")
+        drawn = drawn[max(mine.start - start, 0) : max(mine.stop - start, 0)]
+        found.append(drawn / drawn.norm(dim=1, keepdim=True))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+@contextmanager
+def own_draws(mesh: DeviceMesh | None) -> Iterator[None]:
+    """What is drawn inside, on the CPU or on the device of a mesh, moves no generator outside."""
+    on_gpu = mesh is not None and mesh.device_type == "cuda"
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
+        yield
+
+
+def folded(sae: SparseAutoencoder, scale: float, target_scale: float, place: Path) -> SparseAutoencoder:
+    """A copy for activations as they are, of one that was trained on ``scale`` times them; of my latents on a mesh."""
+    c = of(sae.share)
+    c = replace(c, card=sae.card, provenance=sae.provenance, options=sae.activation.options())
+    c = fold_input_scale(c, scale, target_scale)
+    mesh = None if sae.shards is None else sae.shards.mesh
+    return build(SparseAutoencoder, c, place, device=sae.share.W_dec.device, d_sae=sae.d_sae, mesh=mesh)
 
 
 @torch.no_grad()
 def _start_from(sae: SparseAutoencoder, source: str, *, unit_rows: bool, scaled: bool) -> None:
     """Copies the weights of an autoencoder that was saved, for the rows as it was trained on where they are scaled."""
-    with within("from_pretrained", None):
-        found = SparseAutoencoder.from_pretrained(source)
+    shards = sae.shards
+    mesh = None if shards is None else shards.mesh
+    with within("from_pretrained", None), own_draws(mesh):
+        found = SparseAutoencoder.from_pretrained(source, mesh=mesh)
     if scaled:
         known = found.provenance
         if known is None or known.activation_scale is None:
             what = f"must be none: {source} does not say by what its rows were multiplied in training"
             raise ConfigError([("normalize_activations", what)])
         target_scale = known.target_scale or known.activation_scale
-        unfolded = fold_input_scale(of(found), 1 / known.activation_scale, 1 / target_scale)
-        found = build(SparseAutoencoder, unfolded, Path(source))
+        with own_draws(mesh):
+            found = folded(found, 1 / known.activation_scale, 1 / target_scale, Path(source))
     sae.provenance = found.provenance
     for name in ("d_in", "d_out", "d_sae", "normalize_activations", "apply_b_dec_to_input",
                  "rescale_acts_by_decoder_norm"):  # fmt: skip
@@ -363,15 +400,16 @@ def _start_from(sae: SparseAutoencoder, source: str, *, unit_rows: bool, scaled:
                             f"{type(sae.activation).__name__}: name its architecture")])  # fmt: skip
     if found.W_skip is not None:
         raise ConfigError([("from_pretrained", f"{source} has a skip connection, which no configuration trains")])
-    norms = found.W_dec.float().norm(dim=1)
+    norms = found.share.W_dec.float().norm(dim=1)
+    norms = norms if shards is None else shards.all_latents(norms, "norms")
     if unit_rows and bool(((norms - 1).abs() > 1e-3).any()):
         known = found.provenance
         other = known is not None and known.activation_scale is not None and not scaled
         way_out = ", or normalize_activations expected_average_only_in, as in its training" * other
         raise ConfigError([("normalize_decoder", f"must be false: rows of {source} have norms from {norms.min():.3g} "
                             f"to {norms.max():.3g}, and would be scaled to 1{way_out}")])  # fmt: skip
-    held = dict(found.named_parameters()) | dict(found.named_buffers())
-    for name, tensor in (*sae.named_parameters(), *sae.named_buffers()):
+    held = dict(found.share.named_parameters()) | dict(found.share.named_buffers())
+    for name, tensor in (*sae.share.named_parameters(), *sae.share.named_buffers()):
         if name in held and not name.endswith("forwards"):  # what counts the forwards of a training starts at 0
             tensor.copy_(held[name])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _saved_state as saved_state
-from . import checkpoint
+from . import checkpoint, mesh_checkpoint
 from .logs import Logs
 from .plan import Stream
 from .ranks import Ranks
@@ -19,24 +19,34 @@ from .trainee import Trainee
 logger = logging.getLogger(__name__)
 
 
-def newest(run: Path) -> checkpoint.Saved | None:
-    """The newest checkpoint that is whole; None where none was written yet.
+def newest(run: Path, ranks: Ranks, *, on_mesh: bool) -> checkpoint.Saved | None:
+    """The newest checkpoint that is whole; None where none was written yet. On a mesh tensors are read later.
 
     Raises:
         ValueError: none is whole.
     """
-    saved, complaints = checkpoint.newest(run)
+    saved, complaints = mesh_checkpoint.newest(run, ranks) if on_mesh else checkpoint.newest(run)
     for complaint in complaints:
         logger.warning("%s; an earlier checkpoint is taken", complaint)
     return saved
 
 
-def load(saved: checkpoint.Saved, trainees: Mapping[str, Trainee], stream: Stream, ranks: Ranks) -> None:
+def parts_of(saved: checkpoint.Saved | None, ranks: Ranks) -> int:
+    """The streams into which a run on a mesh deals its rows: one for each process with which it began."""
+    return ranks.world if saved is None else len(saved.plain["streams"])
+
+
+def load(
+    run: Path, saved: checkpoint.Saved, trainees: Mapping[str, Trainee], stream: Stream, ranks: Ranks
+) -> None:
     """All of a run as it was.
 
     Raises:
         ValueError: the checkpoint is of another number of processes, or of another text.
     """
+    if ranks.mesh is not None:
+        _load_on_mesh(run, saved, trainees, stream, ranks)
+        return
     state = saved_state.join(saved.plain, saved.tensors)
     if (before := len(state["processes"])) != ranks.world:
         raise ValueError(f"run: it was trained by {before} processes and must be resumed by as many, got {ranks.world}")
@@ -51,7 +61,14 @@ def load(saved: checkpoint.Saved, trainees: Mapping[str, Trainee], stream: Strea
 def save(
     run: Path, update: int, trainees: Mapping[str, Trainee], stream: Stream, ranks: Ranks, logs: Logs, keep: int
 ) -> Path | None:
-    """A checkpoint of this update, of which ``keep`` stay; its folder, in the process that writes it."""
+    """A checkpoint of this update, of which ``keep`` stay; its folder, in the processes that write it."""
+    if ranks.mesh is not None:
+        streams = [one for each in ranks.gathered(stream.state_dict()) for one in each["streams"]]
+        whole = {**_on_mesh(trainees), "streams": streams, **_of_the_host(logs)}
+        folder = mesh_checkpoint.write(run, update, whole, ranks)
+        if ranks.writes:
+            checkpoint.prune(run, keep)
+        return folder
     own = {name: trainee.own_state() for name, trainee in trainees.items()}
     processes = ranks.gathered({"stream": stream.state_dict(), "saes": own})
     if not ranks.writes:
@@ -68,6 +85,26 @@ def save(
     folder = checkpoint.write(run, update, plain, files)
     checkpoint.prune(run, keep)
     return folder
+
+
+def _on_mesh(trainees: Mapping[str, Trainee]) -> dict[str, Any]:
+    """What processes have in common; of what is not cut the first one's is kept."""
+    saes = {name: {**trainee.state(), "own": trainee.own_state()} for name, trainee in trainees.items()}
+    return {"saes": saes, "random": {"cpu": torch.get_rng_state()}}
+
+
+def _load_on_mesh(
+    run: Path, saved: checkpoint.Saved, trainees: Mapping[str, Trainee], stream: Stream, ranks: Ranks
+) -> None:
+    from ..distributed.checkpoint import load_state
+
+    assert ranks.mesh is not None
+    state = load_state(_on_mesh(trainees), mesh_checkpoint.folder_of(run, saved.update), ranks.mesh)
+    _compare_threads(state["threads"])
+    for name, trainee in trainees.items():
+        trainee.load(state["saes"][name], state["saes"][name]["own"])
+    stream.load_state_dict({"streams": [state["streams"][number] for number in ranks.own_streams]})
+    saved_state.set_random_state(state["random"])
 
 
 def _of_the_host(logs: Logs) -> dict[str, Any]:

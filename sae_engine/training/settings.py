@@ -42,6 +42,11 @@ def changed(config: Resolved, settings: Sequence[str], update: int) -> TrainConf
     for section in before.keys() | after.keys():
         if section in CHANGEABLE or before.get(section) == after.get(section):
             continue
+        if section == "mesh":
+            if not all(one.mesh is not None and one.mesh.cuts_latents for one in (config, new)):
+                raise ValueError(f"mesh: a run goes on over other processes where latents are cut (mesh.latent) before "
+                                 f"and after, got {before['mesh']} and {after['mesh']}")  # fmt: skip
+            continue
         longer = section == "data" and {**before["data"], "training_tokens": after["data"]["training_tokens"]}
         if longer != after[section]:
             raise ValueError(

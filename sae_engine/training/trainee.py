@@ -6,14 +6,12 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..autoencoder import SparseAutoencoder
-from ..checkpoints._checkpoint import build, of
-from ..checkpoints._folding import fold_input_scale
 from ..crosscoder import Crosscoder
 from ..initial import geometric_median
 from ..losses import AuxK, Loss
@@ -23,8 +21,12 @@ from ..rules import BatchTopK, FeatureChoice, SampledTopK
 from .config import Resolved, SAEConfig, TrainConfig
 from .forward import PreActivations
 from .metering import Densities, Sums
+from .sae_config import folded, own_draws
 from .schedule import lr_factor, warm_up_factor
 from .step import TrainStep
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Places = tuple[tuple[int, ...], tuple[int, ...]]
 Scales = tuple[tuple[float, ...], tuple[float, ...]]
@@ -53,13 +55,14 @@ class Trainee:
         total: updates of the run.
         device: to train on.
         world: processes that train it together; reduce: averages over them, None with one.
+        mesh: over which its latents are cut; None: every process has all of them.
         buffer: memory for pre-activations, which all trainees of a run share: they step one after the other.
     """
 
     def __init__(
         self, config: SAEConfig, run: TrainConfig, *, places: Places, context: Mapping[str, int],
         widths: tuple[int, ...], total: int, device: torch.device, world: int, reduce: Reduce | None,
-        buffer: PreActivations,
+        buffer: PreActivations, mesh: DeviceMesh | None = None,
     ) -> None:  # fmt: skip
         assert config.name is not None
         self.config, self.name, self.reduce = config, config.name, reduce
@@ -69,8 +72,10 @@ class Trainee:
         d_in, d_out = of_places[0][0], of_places[1][0]
         optim: Resolved = run.optim_of(config)
         self.optim = optim
-        self.sae = config.build(d_in, d_out, steps=total, seed=run.seed, device=device, widths=of_places)
-        if world > 1:
+        self.sae = config.build(d_in, d_out, steps=total, seed=run.seed, device=device, widths=of_places, mesh=mesh)
+        if mesh is not None:
+            world = 1  # what sees every token, and has one gradient
+        elif world > 1:
             self._select_together()
         # What multiplies its inputs, and its targets, at each place.
         self.scales: Scales = (1.0,) * len(self.reads), (1.0,) * len(self.writes)
@@ -90,13 +95,14 @@ class Trainee:
             weight_decay=optim.weight_decay, losses=losses, normalize_decoder=config.unit_rows,
             grad_clip=optim.max_grad_norm, compute_dtype=optim.compute_dtype,
             moments=optim.moments, accumulate=optim.gradient_accumulation_steps,
-            scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor), reduce=reduce,
+            scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor),
+            reduce=reduce if mesh is None else None,
             dead_after=max(optim.dead_after // world, 1), memory_budget=optim.memory_budget, nonfinite=optim.nonfinite,
         )  # fmt: skip
         self.step._pre_activations = buffer
         self.sums = Sums(device)
         update = optim.train_batch_size_tokens * optim.gradient_accumulation_steps
-        self.densities = Densities(config.sources * self.sae.d_sae, -(-optim.dead_after // update), device)
+        self.densities = Densities(config.sources * self.sae.share.d_sae, -(-optim.dead_after // update), device)
 
     def _select_together(self) -> None:
         """A batch rule's batch is that of all processes.
@@ -128,10 +134,11 @@ class Trainee:
             return
         at = 0
         for number, scale in zip(self.writes, self.scales[1], strict=True):
-            target = rows[number].to(self.sae.b_dec.device, torch.float32) * scale
+            b_dec = self.sae.share.b_dec
+            target = rows[number].to(b_dec.device, torch.float32) * scale
             if self.sae.normalize_activations != "none":
                 target = self.sae._normalized(target)[0]
-            self.sae.b_dec[at : at + target.shape[1]].copy_(self._middle(target, ranks))
+            b_dec[at : at + target.shape[1]].copy_(self._middle(target, ranks))
             at += target.shape[1]
 
     def _middle(self, target: Tensor, ranks: int) -> Tensor:
@@ -185,17 +192,18 @@ class Trainee:
         return named
 
     def exported(self, provenance: Provenance | None = None) -> SparseAutoencoder:
-        """A copy in evaluation mode for activations as the model has them: the scale is in its weights."""
+        """A copy in evaluation mode for activations as the model has them: the scale is in its weights. One on a mesh
+        has a copy there, which all processes make together."""
         if isinstance(self.sae, Crosscoder):
             coder = fold_site_scales(self.sae, *self.scales)
             coder.provenance = provenance
             return coder.eval()
         ((scale,), (target_scale,)) = self.scales
-        checkpoint = fold_input_scale(of(self.sae), scale, target_scale)
         if provenance is not None and self.config.normalize_activations == SCALED:
             is_coder = self.writes != self.reads
             provenance = replace(provenance, activation_scale=scale, target_scale=target_scale if is_coder else None)
-        sae = build(SparseAutoencoder, checkpoint, Path(self.name), device=self.sae.W_dec.device)
+        with own_draws(None if self.sae.shards is None else self.sae.shards.mesh):
+            sae = folded(self.sae, scale, target_scale, Path(self.name))
         sae.provenance = provenance
         return sae.eval()
 
@@ -203,7 +211,12 @@ class Trainee:
         """All that its next step depends on, tensors among it; the same in all processes."""
         scales = [each[0] if len(each) == 1 else list(each) for each in self.scales]
         return {"sae": dict(self.sae.state_dict()), "step": self.step.state_dict(), "scales": scales,
-                "densities": self.densities.state()}  # fmt: skip
+                "densities": self.densities.state(self.sae.shards)}  # fmt: skip
+
+    def shares(self) -> Tensor | None:
+        """(latents,) how often each fires; None before the first update. On a mesh all processes ask together."""
+        mine = self.densities.shares()
+        return mine if mine is None or self.sae.shards is None else self.sae.shards.all_latents(mine, "densities")
 
     def own_state(self) -> dict[str, Any]:
         """What this process has counted, in JSON's types."""

@@ -29,8 +29,10 @@ from . import checkpoint, saving
 from ._faults import within
 from .callbacks import Callback, Interrupted, resume_command
 from .config import Resolved, TrainConfig
+from .dealt import counted
 from .forward import PreActivations
 from .logs import Logs
+from .meshes import check_mesh
 from .plan import planned
 from .ranks import distributed
 from .run import CONFIG, SAES, Run
@@ -156,16 +158,18 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM; the run is saved.
         """
         with ExitStack() as stack:
-            self.ranks = stack.enter_context(distributed())
+            self.ranks = distributed()
             if torch.get_default_device().type != "cpu":  # every device is named; what names none is meant for the CPU
                 stack.enter_context(torch.device("cpu"))
             saved = self._found()
+            check_mesh(self.config, self.ranks)
+            if self.config.mesh is not None and self.config.mesh.cuts_latents:
+                self.ranks = self.ranks._replace(parts=saving.parts_of(saved, self.ranks))
             self.plan = planned(self.config, **self._given, ranks=self.ranks)
+            if self.ranks.parts:
+                self.ranks = self.ranks.on_mesh(self.config.mesh, self.plan.device)
             self._settle_folder()
-            if self.ranks.writes:
-                self._claim(stack)
-                self._reserve()
-            self.ranks.gathered(None)  # the others wait for the folder
+            self.ranks.alone(lambda: self._claim(stack))
             self.run = Run(self.folder)
             stack.callback(saved_state.set_random_state, saved_state.random_state())
             torch.manual_seed(self.config.seed)  # for whatever a rule, a loss or a callback of the user's draws
@@ -174,7 +178,7 @@ class Trainer:
                 self._begin()
             else:
                 self._load(saved)
-            if self.ranks.writes:
+            if self.ranks.takes_part:
                 self.plan.check_evaluation()
             stack.enter_context(self._signals())
             self._open_logs(stack, saved)
@@ -191,7 +195,8 @@ class Trainer:
         """The checkpoint to go on from."""
         if self._resumes is None:
             return None
-        saved = saving.newest(self._resumes)
+        mesh = self.config.mesh
+        saved = saving.newest(self._resumes, self.ranks, on_mesh=mesh is not None and mesh.cuts_latents)
         self.config = changed(self.config, self._settings, 0 if saved is None else saved.update)
         return saved
 
@@ -217,6 +222,7 @@ class Trainer:
             if self._resumes is None:
                 stack.callback(self._leave, is_new)
             replace_file(self.folder / CONFIG, lambda path: path.write_text(self.config.to_yaml(), encoding="utf-8"))
+        self._reserve()
 
     def _reserve(self) -> None:
         """The repository in which the autoencoders are to be published: a refusal had better be heard now."""
@@ -238,12 +244,13 @@ class Trainer:
         config, plan, world = self.config, self.plan, self.ranks.world
         self.total = config.updates
         buffer = PreActivations()
-        reduce = self.ranks.average if world > 1 else None
+        mesh = self.ranks.mesh
+        reduce = None if world == 1 else self.ranks.average if mesh is None else self.ranks.mean
         for number, (sae, places) in enumerate(zip(config.saes, plan.places, strict=True)):
             with within(f"saes.{number}", sae):
                 self.trainees[str(sae.name)] = Trainee(
                     sae, config, places=places, context=plan.context(sae), widths=plan.stream.widths,
-                    total=self.total, device=plan.device, world=world, reduce=reduce, buffer=buffer,
+                    total=self.total, device=plan.device, world=world, reduce=reduce, buffer=buffer, mesh=mesh,
                 )  # fmt: skip
 
     def _begin(self) -> None:
@@ -253,7 +260,7 @@ class Trainer:
             trainee.begin(rows, self.ranks.world)
 
     def _load(self, saved: checkpoint.Saved) -> None:
-        saving.load(saved, self.trainees, self.plan.stream, self.ranks)
+        saving.load(self.folder, saved, self.trainees, self.plan.stream, self.ranks)
         self.update = saved.update
 
     def _open_logs(self, stack: ExitStack, saved: checkpoint.Saved | None) -> None:
@@ -295,7 +302,10 @@ class Trainer:
         self._write()
         self._logs.status = "finished"
         self._tell("on_end")
-        if self.ranks.writes and self.config.output.push_to_hub:
+        self.ranks.alone(self._publish)  # the others leave when all is there
+
+    def _publish(self) -> None:
+        if self.config.output.push_to_hub:
             try:
                 self.run.push()
             except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -337,7 +347,7 @@ class Trainer:
         found = {name: trainee.metrics() for name, trainee in self.trainees.items()}
         names = [self._named(name, key) for name, metrics in found.items() for key in metrics]
         values = torch.stack([value for metrics in found.values() for value in metrics.values()])
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 and self.ranks.mesh is None:
             self.ranks.average([values])
         in_a_row = torch.stack([trainee.sums.in_a_row for trainee in self.trainees.values()]).amin()
         skipped = {
@@ -349,7 +359,10 @@ class Trainer:
             self._named(name, "details/current_learning_rate"): trainee.rate(self.update)
             for name, trainee in self.trainees.items()
         }
-        known = rates | {f"data/{name}": float(count) for name, count in self.plan.stream.counts.items()}
+        counts = self.plan.stream.counts
+        if self.ranks.mesh is not None:
+            counts = counted(self.ranks.gathered(counts))
+        known = rates | {f"data/{name}": float(count) for name, count in counts.items()}
         self._logs.start(self.update, [*names, *skipped], whole, known)
 
     def _flush(self) -> None:
@@ -366,15 +379,17 @@ class Trainer:
             )
 
     def _evaluate(self) -> None:
-        """On held-out documents, by the first process; the others go on and meet it at their next sum."""
-        if not self.ranks.writes:
+        """On held-out documents, by the first process; the others go on and meet it at their next sum. On a mesh all
+        processes do it, each with the same documents and its own latents, and the first one writes."""
+        if not self.ranks.takes_part:
             return
         self._flush()
         found = self.plan.evaluated({name: self._exported(name) for name in self.trainees})
         metrics = {self._named(name, key): value for name, numbers in found.items() for key, value in numbers.items()}
         if metrics:
             self._logs.record(metrics, self.update)
-            self.run.report()
+            if self.ranks.writes:
+                self.run.report()
             self._tell("on_evaluate", metrics)
 
     def _save(self) -> None:
@@ -387,13 +402,14 @@ class Trainer:
 
     def _write(self) -> None:
         """The autoencoders as others load them, and the report."""
-        if not self.ranks.writes:
+        if not self.ranks.takes_part:
             return
         for name, trainee in self.trainees.items():
             self._exported(name).save_pretrained(self.folder / SAES / name)
-            if (shares := trainee.densities.shares()) is not None:
+            if (shares := trainee.shares()) is not None and self.ranks.writes:
                 save_sparsity(shares, self.folder / SAES / name)
-        self.run.report()
+        if self.ranks.writes:
+            self.run.report()
 
     def _exported(self, name: str) -> SparseAutoencoder:
         return self.trainees[name].exported(self.plan.provenance(name))

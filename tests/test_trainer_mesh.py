@@ -1,0 +1,348 @@
+"""Runs over the processes of a mesh: those of one process over the same rows, killed, resumed, by others."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from forked_ranks import outcomes, succeeded
+from short_runs import SAE, settings, timeless
+
+import sae_engine as se
+from sae_engine.data.memory import TensorStream
+from sae_engine.training import checkpoint
+from sae_engine.training.architectures import Architecture
+from sae_engine.training.callbacks import Callback, Interrupted
+from sae_engine.training.config import ConfigError
+from sae_engine.training.forward import PreActivations
+from sae_engine.training.run import Run
+from sae_engine.training.sae_config import _directions
+from sae_engine.training.trainee import Trainee
+from sae_engine.training.trainer import resume, train
+
+if __name__ == "cases":  # here once, not in every fork
+    import pydantic  # noqa: F401
+    import tokenizers  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    import yaml  # noqa: F401
+
+HOOK, OUT = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
+SAES = [
+    SAE | {"name": "plain", "d_sae": 90},  # on four processes 23, 23, 23 and 21
+    {"name": "batch", "hook_name": HOOK, "architecture": "batchtopk", "k": 4, "d_sae": 64, "b_dec_init": "mean"},
+    {"name": "afa", "hook_name": HOOK, "architecture": "top_afa", "l0_at_start": 6, "d_sae": 64},
+    {"name": "coder", "hook_name": HOOK, "hook_name_out": OUT, "architecture": "jumprelu", "d_sae": 50},
+]  # fmt: skip
+NAMES = [str(sae["name"]) for sae in SAES]
+
+
+def rows(seed: int = 0) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(640, width, generator=draw) for width in (16, 12)]
+
+
+def of_rows(folder: Path, **changes):
+    changes = {"mesh": 2, "saes": SAES, "output__save_total_limit": 9, **changes}
+    return settings(folder, **changes)
+
+
+def of_text(folder: Path):
+    return settings(folder, mesh={"latent": 2}, data__training_tokens=64 * 8, eval__eval_steps=0, output__save_steps=4)
+
+
+def copied(run: Path, to: Path, update: int) -> Path:
+    """The run as it was after so many updates."""
+    shutil.copytree(run, to)
+    for number, place in checkpoint.listed(to).items():
+        if number > update:
+            shutil.rmtree(place)
+    return to
+
+
+# --- what processes do ------------------------------------------------------------------------------------------------
+
+
+class At(Callback):
+    def __init__(self, update: int, rank: int, number: int) -> None:
+        self.update, self.rank, self.number = update, rank, number
+
+    def on_update(self, trainer) -> None:
+        if trainer.update == self.update and trainer.ranks.rank == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+def on_two(rank, size, folder):
+    run = train(of_rows(folder.parent / "whole"), dataset=rows())
+    return [sorted(place.name for place in (run.folder / "sae" / "plain").iterdir()), run.saes()["plain"].d_sae]
+
+
+def killed_on_two(rank, size, folder):
+    try:
+        train(of_rows(folder.parent / "parts"), dataset=rows(), callbacks=[At(9, 1, signal.SIGKILL)])
+    except RuntimeError as error:
+        (folder / "said").write_text(str(error))
+
+
+def resumed_on_two(rank, size, folder):
+    run, before = folder.parent / "parts", 0
+    try:
+        resume(run, dataset=rows(), callbacks=[At(15, rank=0, number=signal.SIGTERM)])
+    except Interrupted as stopped:
+        before = stopped.signal
+    resume(run, dataset=rows())
+    return before
+
+
+def resumed_on_four(rank, size, folder):
+    run = copied_by_one(rank, folder, "four", 12)
+    resume(run, settings=["mesh=4"], dataset=rows())
+    return Run(run).config.mesh.latent
+
+
+def resumed_on_three(rank, size, folder):
+    """Where one process has no rows of its own; and the newest checkpoint is damaged."""
+    run = copied_by_one(rank, folder, "three", 18)
+    if rank == 0:
+        next(checkpoint.listed(run)[18].glob("__1_*")).write_bytes(b"")
+    torch.distributed.barrier()
+    resume(run, settings=["mesh=3"], dataset=rows())
+    return sorted(checkpoint.listed(run))
+
+
+def copied_by_one(rank, folder, name, update, of="whole"):
+    run = folder.parent / name
+    if rank == 0:
+        copied(folder.parent / of, run, update)
+    torch.distributed.barrier()
+    return run
+
+
+def text_on_two(rank, size, folder):
+    train(of_text(folder.parent / "text"))
+
+
+def text_on_one(rank, size, folder):
+    resume(copied_by_one(rank, folder, "text-one", 4, "text"), settings=["mesh=1"])
+
+
+SIZES = {"on_two": 2, "killed_on_two": 2, "resumed_on_two": 2, "resumed_on_four": 4, "resumed_on_three": 3,
+         "text_on_two": 2, "text_on_one": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ran")
+    found = outcomes(__file__, SIZES, folder, timeout=300)
+    for name in SIZES.keys() - {"killed_on_two"}:
+        succeeded(found[name])
+    return found, folder
+
+
+# --- held to one process ----------------------------------------------------------------------------------------------
+
+
+def tensors(run: Path, update: int) -> dict[str, torch.Tensor]:
+    """All of a checkpoint, read without any process group."""
+    place = checkpoint.listed(run)[update]
+    kinds = json.loads((place / checkpoint.STATE).read_text())["tensors"]
+    found = {name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+             for name, (dtype, *shape) in kinds.items()}  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(found, storage_reader=dcp.FileSystemReader(place), no_dist=True)
+    return found
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [line for line in timeless(Run(run)) if "plain/losses/mse_loss" in line]
+
+
+def near(one, other, tolerance=2e-4):
+    return torch.allclose(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("number", range(len(SAES)), ids=NAMES)
+def test_a_run_on_a_mesh_is_that_of_one_process_over_the_same_rows(ran, number):
+    """By hand: two processes' rows, one below the other, given to one autoencoder with all its latents."""
+    run = ran[1] / "whole"
+    config = Run(run).config
+    sae, name = config.saes[number], NAMES[number]
+    streams = [TensorStream(rows(), batch_rows=32, seed=config.seed, rank=rank, world=2,
+                            chunk_rows=config.data.shuffle_tokens) for rank in range(2)]  # fmt: skip
+    places = ((0,), (1,)) if name == "coder" else ((0,), (0,))
+    trainee = Trainee(sae, config, places=places, context={}, widths=(16, 12), total=24, device=torch.device("cpu"),
+                      world=1, reduce=None, buffer=PreActivations())  # fmt: skip
+    trainee.begin(tuple(map(torch.cat, zip(*(s.first_chunk() for s in streams), strict=True))), 1)
+    begun, ended = tensors(run, 0), tensors(run, 24)
+    for key, tensor in trainee.sae.state_dict().items():
+        is_drawn = key in ("W_enc", "W_dec") and name != "afa"  # whose scale is a sum
+        assert (torch.equal if is_drawn else near)(begun[f"saes/{name}/sae/{key}"], tensor), key
+    losses = []
+    for update in range(24):
+        batch = tuple(map(torch.cat, zip(*(s.next() for s in streams), strict=True)))
+        trainee.train(lambda site, scale, batch=batch: batch[site] * scale, update)
+        if (update + 1) % 5 == 0 or update == 23:
+            losses.append(float(trainee.metrics()["losses/mse_loss"]))
+    logged = [line[f"{name}/losses/mse_loss"] for line in lines_of(run)]
+    assert logged == pytest.approx(losses, rel=1e-4) and logged[-1] < logged[0]
+    for key, tensor in trainee.sae.state_dict().items():
+        assert near(ended[f"saes/{name}/sae/{key}"], tensor), key
+    assert near(ended[f"saes/{name}/densities/fired"].T, trainee.densities.counts[:, :-1])
+    written = Run(run).saes()[name]
+    assert near(written.W_dec, trainee.exported().W_dec)
+
+
+def test_what_it_writes_is_there_when_it_returns_in_every_process(ran):
+    """One SAELens folder, of all latents; a line of metrics for each measurement, though there are two processes."""
+    found, folder = ran
+    files = ["cfg.json", "sae_weights.safetensors", "sparsity.safetensors"]
+    assert succeeded(found["on_two"]) == [[files, 90]] * 2
+    lines = lines_of(folder / "whole")
+    assert [line["step"] for line in lines] == [5, 10, 15, 20, 24]
+    assert lines[-1]["data/rows"] == 64 * 24  # of both
+    assert (folder / "whole" / "report.html").exists() and not (folder / "whole" / ".lock").exists()
+
+
+def test_whoever_is_killed_is_named_and_a_resumed_run_ends_with_the_bits_of_one_that_was_not(ran):
+    """One process is killed after update 9, the run goes on from 6, is stopped by a signal at 15, and goes on again."""
+    found, folder = ran
+    said = (folder / "killed_on_two" / "said").read_text()
+    assert "rank 1 (process " in said and " has ended) does not answer" in said
+    assert succeeded(found["resumed_on_two"]) == [signal.SIGTERM] * 2
+    one, two = (tensors(folder / run, 24) for run in ("whole", "parts"))
+    assert one.keys() == two.keys() and any("exp_avg_sq" in name for name in one)
+    assert [name for name, t in one.items() if not torch.equal(t, two[name])] == []
+    assert timeless(Run(folder / "whole")) == timeless(Run(folder / "parts"))
+    weights = ["sae/batch/sae_weights.safetensors", "sae/coder/cfg.json"]
+    assert all((folder / "whole" / name).read_bytes() == (folder / "parts" / name).read_bytes() for name in weights)
+
+
+@pytest.mark.parametrize("name", ["four", "three"])
+def test_other_processes_go_on_with_the_same_rows(ran, name):
+    found, folder = ran
+    if name == "four":
+        assert succeeded(found["resumed_on_four"]) == [4] * 4
+    else:
+        assert succeeded(found["resumed_on_three"]) == [[0, 6, 12, 18, 24]] * 3
+    one, other = tensors(folder / "whole", 24), tensors(folder / name, 24)
+    assert one.keys() == other.keys()
+    assert [name for name, t in one.items() if name.startswith("saes/") and not near(t, other[name])] == []
+    assert [line["data/rows"] for line in lines_of(folder / name)] == [320, 640, 960, 1280, 1536]
+
+
+def test_a_language_models_rows_and_the_evaluation(ran):
+    """Each process reads its own documents; one that goes on alone reads those of both."""
+    _, folder = ran
+    two, one = (timeless(Run(folder / run)) for run in ("text", "text-one"))
+    assert [line["step"] for line in two] == [line["step"] for line in one] == [5, 8, 8]
+    for key in ("data/tokens", "data/rows", "metrics/l0", "tokens"):
+        assert [line.get(key) for line in two] == [line.get(key) for line in one], key
+    for key in ("losses/mse_loss", "evaluation/fvu", "evaluation/ce_recovered"):
+        values = [[line[key] for line in run if key in line] for run in (two, one)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3) and values[0], key
+    (sae,) = Run(folder / "text").saes().values()
+    config = Run(folder / "text").config
+    held_out = se.data.open_source("stdlib", hold_out=config.data.eval_fraction_documents).held_out(256, tokens=256)
+    lm = se.data.load_language_model()
+    special = [word for word in ("bos", "eos") if getattr(lm.tokenizer, f"{word}_token_id") is not None]
+    measured = se.metrics.evaluation.evaluate_during(
+        sae, lm, held_out, site=HOOK, context_length=32, batch_size=4, drop_first=True, first_token="bos",
+        exclude_tokens=special, max_tokens=256,
+    )  # fmt: skip
+    assert two[-1]["evaluation/fvu"] == pytest.approx(measured["evaluation/fvu"], rel=1e-4)
+
+
+def test_first_weights_are_drawn_in_pieces_that_are_those_of_one_draw():
+    for count, width in ((90, 7), (4097, 3), (9000, 5)):
+        drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(4))
+        whole = drawn / drawn.norm(dim=1, keepdim=True)
+        for mine in (slice(0, count), slice(count // 3, count // 3 * 2), slice(count - 5, count)):
+            assert torch.equal(_directions(count, width, torch.Generator().manual_seed(4), mine), whole[mine])
+
+
+# --- torchrun, and one run after another ------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, sys
+import torch
+from sae_engine.cli import main
+torch.set_num_threads(1)
+rows = [torch.randn(640, width, generator=torch.Generator().manual_seed(0)) for width in (16, 12)]
+for config in sys.argv[1:]:
+    import sae_engine.training.trainer as trainer
+    plain, trainer.train = trainer.train, lambda config: plain(config, dataset=rows)
+    assert main(["train", config]) == 0
+    trainer.train = plain
+"""
+
+
+def test_one_run_after_another_under_torchrun(tmp_path):
+    """On a mesh, with gradients averaged, on a mesh again; what the command says is said once."""
+    meshes = [2, None, {"data": 2}, 2]
+    files = []
+    for number, mesh in enumerate(meshes):
+        config = of_rows(tmp_path / f"run{number}", mesh=mesh, saes=SAES[:1], data__training_tokens=64 * 6)
+        config["saes"] = [SAES[0] | {"hook_name_out": OUT}]
+        files.append(tmp_path / f"{number}.yaml")
+        files[-1].write_text(json.dumps(config))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
+        [*started, str(tmp_path / "program.py"), *map(str, files)], capture_output=True, text=True, timeout=150,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("autoencoders: ") == len(meshes), done.stdout
+    weights = [(tmp_path / f"run{number}" / "sae" / "plain" / "sae_weights.safetensors").read_bytes()
+               for number in range(len(meshes))]  # fmt: skip
+    assert weights[0] == weights[3] and weights[1] == weights[2]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSAE(Architecture):
+    def build_rule(self, d_sae, steps):
+        return OwnRule()
+
+
+class OwnRule(se.Activation):
+    def _select(self, pre, backend):
+        return se.functional.topk(pre, 1, backend=backend)
+
+
+def refused(folder, match, **changes):
+    with pytest.raises(ConfigError, match=match):
+        train(of_rows(folder / "run", **changes), model="none that could be loaded")
+    assert not (folder / "run").exists()
+
+
+def test_what_cannot_be_trained_on_a_mesh_is_refused_by_its_field(tmp_path):
+    refused(tmp_path, r"^mesh: must be of all processes: latent \* data = 2, and there is 1; start them with: torchrun")
+    refused(tmp_path, r"^mesh: must be of all processes: latent \* data = 3", mesh={"data": 3})
+    refused(tmp_path, r"^mesh\.data: must be 1 where latents are cut", mesh={"data": 2, "latent": 2})
+    refused(tmp_path, r"^mesh: must be a mapping", mesh="two")
+    both = SAE | {"hook_name": [HOOK, OUT]}
+    refused(tmp_path, r"^saes\.0\.hook_name: must be one place with mesh\.latent", saes=[both])
+    refused(tmp_path, r"^saes\.0\.d_sae: must be at least mesh\.latent = 256, got 128", saes=[SAE], mesh=256)
+    own = {"hook_name": HOOK, "architecture": f"{__name__}:OwnSAE", "d_sae": 64}
+    refused(tmp_path, r"^saes\.1\.architecture: .*OwnRule cannot say how", saes=[SAE, own], mesh=1)
+    aimed = {"hook_name": HOOK, "architecture": "jumprelu", "l0_target": 8, "d_sae": 64}
+    refused(tmp_path, r"^saes\.0\.architecture: .*StepL0\(.* does not say", saes=[aimed], mesh=1)
+
+
+def test_a_run_keeps_the_way_in_which_it_is_dealt(tmp_path):
+    run = train(settings(tmp_path / "run", saes=[SAE], data__training_tokens=128, eval__eval_tokens=0),
+                dataset=torch.randn(640, 16))  # fmt: skip
+    with pytest.raises(ValueError, match=r"^mesh: a run goes on over other processes where latents are cut"):
+        resume(run.folder, settings=["mesh=1"], dataset=torch.randn(640, 16))
