@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class Callback:
     """What a user's own code may do during a run; each method does nothing unless it is overridden.
 
-    Whatever draws random numbers of torch's in them is resumed exactly too.
+    Whatever draws random numbers of torch's in them is resumed exactly too. Of several processes each has callbacks of
+    its own; where latents are not cut over them, the first one alone hears of evaluations and checkpoints.
 
     Example:
         >>> class Announce(Callback):

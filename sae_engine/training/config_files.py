@@ -83,7 +83,10 @@ def json_schema(kind: type) -> dict[str, Any]:
         >>> sorted(json_schema(TrainConfig)["properties"])[:3]
         ['data', 'device', 'eval']
     """
-    return _adapter(kind).json_schema()
+    schema = _adapter(kind).json_schema()
+    if "mesh" in schema["properties"]:  # a number is made a mapping of before pydantic sees it
+        schema["properties"]["mesh"]["anyOf"].insert(0, {"type": "integer", "minimum": 1})
+    return schema
 
 
 # ------------------------------------------------------------------------------------------------------ YAML

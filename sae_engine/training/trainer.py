@@ -48,6 +48,9 @@ def train(
 ) -> Run:  # fmt: skip
     """Trains what a configuration describes, and returns the run: its folder, its metrics, its autoencoders.
 
+    In processes that ``torchrun`` has started all of them call it, and it returns in all when everything is written.
+    They join one process group, unless there is one, which stays until they end.
+
     Args:
         config: a :class:`TrainConfig`, a dictionary of its form, the path of a YAML file, or the name of a preset.
         model, tokenizer, dataset, callbacks: as :class:`Trainer` takes them.
