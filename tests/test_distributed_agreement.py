@@ -9,25 +9,15 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from forked_ranks import outcomes, succeeded
+from forked_ranks import mesh_of, outcomes, raised, succeeded
 
 from sae_engine.distributed.agreement import GRACE_SECONDS, Agreement, aligned, is_of_a_collective
 
 
-def mesh_of(size):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (size,), mesh_dim_names=("latent",))
-
-
-def raised(call):
-    """What it raised, in words, and after how long."""
+def raised_after(call):
+    """What it raised, in words, and after how many seconds."""
     begun = time.monotonic()
-    try:
-        call()
-    except Exception as error:
-        return [f"{type(error).__name__}: {error}", time.monotonic() - begun]
-    return ["nothing", time.monotonic() - begun]
+    return [raised(call), time.monotonic() - begun]
 
 
 # --- what ranks do ----------------------------------------------------------------------------------------------------
@@ -42,9 +32,9 @@ def talk(rank, size, folder):
     per_call = (agreement.wire.bytes["rows, calls, status"] - sent.get("rows, calls, status", 0)) / 3
     said = agreement.said({"rank": rank, "words": "ü" * rank})
     agreement.agree(d_sae=64, rule="TopK(k=4)")
-    differs = raised(lambda: agreement.agree(d_sae=64 + (rank == 1), rule="TopK(k=4)", lr=1e-3))[0]
-    failed = raised(lambda: agreement.meet("step", error=ValueError("x must have d_in = 4") if rank == 2 else None))[0]
-    places = raised(lambda: agreement.meet("saved" if rank == 0 else "step"))[0]
+    differs = raised(lambda: agreement.agree(d_sae=64 + (rank == 1), rule="TopK(k=4)", lr=1e-3))
+    failed = raised(lambda: agreement.meet("step", error=ValueError("x must have d_in = 4") if rank == 2 else None))
+    places = raised(lambda: agreement.meet("saved" if rank == 0 else "step"))
     still = agreement.meet("step", rank)
     return [met, per_call, said, differs, failed, places, still]
 
@@ -62,9 +52,9 @@ def uneven(rank, size, folder):
             raise OSError("the disk is gone")
         yield torch.ones(2, 4)
 
-    broken = raised(lambda: [*aligned(breaks(), mesh)])[0]
-    widths = raised(lambda: [*aligned([torch.ones(2, 4 + rank)], mesh)])[0]
-    kinds = raised(lambda: [*aligned([torch.ones(4)] if rank == 0 else [], mesh)])[0]
+    broken = raised(lambda: [*aligned(breaks(), mesh)])
+    widths = raised(lambda: [*aligned([torch.ones(2, 4 + rank)], mesh)])
+    kinds = raised(lambda: [*aligned([torch.ones(4)] if rank == 0 else [], mesh)])
     return [shapes, nothing, broken, widths, kinds]
 
 
@@ -90,8 +80,8 @@ def _dies(victim, rank, size, call):
     agreement.meet("step")
     if rank == victim:
         os._exit(9)
-    first = raised(lambda: call(agreement))
-    again = raised(lambda: agreement.meet("step"))
+    first = raised_after(lambda: call(agreement))
+    again = raised_after(lambda: agreement.meet("step"))
     _leave(folder_free=[first, again])
     return None
 
@@ -106,7 +96,7 @@ def is_stuck(rank, size, folder):
     agreement.meet("step")
     if rank == 2:
         time.sleep(6 + GRACE_SECONDS)
-    _leave([raised(lambda: agreement.meet("step"))])
+    _leave([raised_after(lambda: agreement.meet("step"))])
 
 
 def fails_by_itself(rank, size, folder):
@@ -120,7 +110,7 @@ def fails_by_itself(rank, size, folder):
                 raise FloatingPointError("the loss is not finite")
             agreement.wire.gather(torch.ones(3), "x")
 
-    _leave([raised(step)])
+    _leave([raised_after(step)])
 
 
 def the_first_fails_by_itself(rank, size, folder):
@@ -134,7 +124,7 @@ def the_first_fails_by_itself(rank, size, folder):
                 raise FloatingPointError("the loss is not finite")
             agreement.wire.gather(torch.ones(3), "x")
 
-    _leave([raised(step)])
+    _leave([raised_after(step)])
 
 
 def all_fail_alike(rank, size, folder):
@@ -146,7 +136,7 @@ def all_fail_alike(rank, size, folder):
             agreement.meet("step")
             raise FloatingPointError("the loss is not finite")
 
-    said, seconds = raised(step)
+    said, seconds = raised_after(step)
     torch.distributed.barrier()
     return [said, seconds, agreement.meet("saved", rank)]
 

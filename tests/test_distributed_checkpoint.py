@@ -9,19 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from forked_ranks import outcomes, succeeded
+from forked_ranks import mesh_of, outcomes, raised, succeeded
 
 import sae_engine as se
 from sae_engine.distributed import checkpoint
 from sae_engine.distributed.agreement import Agreement
 
 F, D = 10, 4  # on 3 and 4 ranks uneven shards
-
-
-def mesh_of(size):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (size,), mesh_dim_names=("latent",))
 
 
 def whole(filled=True):
@@ -61,14 +55,6 @@ def bits(state):
 
 def is_whole(state):
     return {name: torch.equal(t, bits(state)[name]) for name, t in whole().items()}
-
-
-def raised(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 # --- what ranks do ----------------------------------------------------------------------------------------------------

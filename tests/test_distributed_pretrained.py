@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import outcomes, succeeded
+from forked_ranks import mesh_of, outcomes, raised, succeeded
 
 import sae_engine as se
 from sae_engine.checkpoints import formats
@@ -29,12 +29,6 @@ OPTIONS = {
 # Formats that are read by slices, and a rule that each holds.
 OTHERS = {"sparsify": "TopK", "dictionary_learning": "BatchTopK", "openai": "TopK", "gemma_scope_2": "JumpReLU",
           "batchtopk": "BatchTopK"}  # fmt: skip
-
-
-def mesh_of(size):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (size,), mesh_dim_names=("latent",))
 
 
 def made(name, *, plain=False):
@@ -61,14 +55,6 @@ def same(ours, theirs):
     ours, theirs = state(ours), state(theirs)
     return [name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs
             or ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])]  # fmt: skip
-
-
-def raised(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 # --- what ranks do ----------------------------------------------------------------------------------------------------

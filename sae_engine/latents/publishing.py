@@ -12,26 +12,23 @@ SAELens names them, which Neuronpedia loads too. Other layouts lie in folders of
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .._checks import flag
 from .._files import write_tensors
 from ..autoencoder import SparseAutoencoder
 from ..checkpoints import _folding as folding
-from ..checkpoints import dictionary_learning, hub, saelens
+from ..checkpoints import dictionary_learning, saelens
 from ..checkpoints._checkpoint import Checkpoint, laid_out, of, words
 from ..checkpoints._places import hub_name, spelled
-from ..data._require import require
-from ..data.store import folder_in
 from ..inference import inference_form
 from ..provenance import Provenance
 from ..rules import BatchTopK, JumpReLU, LogJumpReLU, ReLU, TopK
 from ._card import card
+from ._repository import Published, check_destination, published
 
 LAYOUTS = ("saelens", "saebench", "circuit-tracer")
 # SAELens' registry of what can be loaded for inference; the rules that it knows and we write.
@@ -40,16 +37,6 @@ _LOADABLE = ("standard", "topk", "jumprelu", "gated", "abstopk", "transcoder", "
 _TRAINERS = {ReLU: "StandardTrainer", TopK: "TopKTrainer", BatchTopK: "BatchTopKTrainer", JumpReLU: "JumpReluTrainer"}
 _HOOKS = {"resid_mid": "hook_resid_mid", "mlp_in": "mlp.hook_in", "mlp_out": "hook_mlp_out"}
 _TRACED = {"W_enc": ("W_enc", "Fd"), "b_enc": ("b_enc", "F"), "W_dec": ("W_dec", "Fo"), "b_dec": ("b_dec", "o")}
-
-
-class Published(NamedTuple):
-    """What :func:`push` wrote: the folder, None if it was a temporary one; the files' names and sizes in bytes; the
-    address of the repository, None on a dry run.
-    """
-
-    folder: Path | None
-    files: dict[str, int]
-    url: str | None
 
 
 def push(
@@ -100,49 +87,24 @@ def push(
         ...     sorted(push(sae, "me/my-saes", folder=folder, dry_run=True).files)
         ['README.md', 'blocks.8.hook_resid_pre/cfg.json', 'blocks.8.hook_resid_pre/sae_weights.safetensors']
     """
-    flag("dry_run", dry_run), flag("private", private)
-    if not isinstance(repo_id, str) or not hub.is_name(repo_id) or repo_id.count("/") != 1:
-        raise ValueError(f"repo_id must be 'owner/repository', got {repo_id!r}")
+    check_destination(repo_id, folder, dry_run, private)
     if isinstance(layouts, str) or not layouts or not all(layout in LAYOUTS for layout in layouts):
         raise ValueError(f"layouts must be a sequence of {', '.join(LAYOUTS)}, got {layouts!r}")
-    if dry_run and folder is None:
-        raise ValueError("folder must be given with dry_run=True: it is all that such a run leaves")
     named = {name: _Named(name, _form(sae), of(sae)) for name, sae in _named(saes).items()}
-    sparsity = _sparsity(sparsity or {}, named)
-    target = None if folder is None else folder_in("folder", folder)
-    if target is not None and target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"folder: {str(target)!r} is not empty; name another, or empty it")
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, which then appears whole or not at all.
-    with tempfile.TemporaryDirectory(prefix=".push-", dir=None if target is None else target.parent) as staging:
-        root = Path(staging) / "repository"
+    shares = _sparsity(sparsity or {}, named)
+
+    def write(root: Path) -> None:
         for name, one in named.items():
             if "saelens" in layouts:
-                _saelens(one, root / name, sparsity.get(name))
+                _saelens(one, root / name, shares.get(name))
             if "saebench" in layouts:
                 _saebench(one, root / "saebench" / name)
         if "circuit-tracer" in layouts:
             _circuit_tracer(list(named.values()), root / "circuit-tracer", f"{repo_id}//circuit-tracer")
-        root.mkdir(exist_ok=True)
-        text = card({name: one.form for name, one in named.items()}, repo_id, layouts, description, license, sparsity)
+        text = card({name: one.form for name, one in named.items()}, repo_id, layouts, description, license, shares)
         (root / "README.md").write_text(text, encoding="utf-8")
-        if target is not None:
-            if target.is_dir():
-                target.rmdir()
-            root = root.rename(target)
-        files = {
-            file.relative_to(root).as_posix(): file.stat().st_size for file in sorted(root.rglob("*")) if file.is_file()
-        }
-        url = None if dry_run else upload(root, repo_id, private, api)
-        return Published(None if target is None else root, files, url)
 
-
-def upload(root: Path, repo_id: str, private: bool, api: Any) -> str:
-    api = require("huggingface_hub").HfApi() if api is None else api
-    url = api.create_repo(repo_id, exist_ok=True, private=private)
-    api.upload_folder(repo_id=repo_id, folder_path=str(root), commit_message="Sparse autoencoders by sae-engine")
-    return str(url)
+    return published(write, repo_id, folder=folder, dry_run=dry_run, private=private, api=api)
 
 
 class _Named(NamedTuple):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from .._checks import flag
-from ..checkpoints import hub
 from ..checkpoints._places import hub_name
 from ..checkpoints.crosslayer import formats
 from ..checkpoints.crosslayer._record import wiring_of
 from ..crosscoder import Crosscoder
-from ..data.store import folder_in
 from ..inference import inference_form
 from ..rules import BatchTopK
-from .publishing import Published, upload
+from ._repository import Published, check_destination, published
 
 _KINDS = {"causal": "A cross-layer transcoder", "local": "A set of transcoders, one for each layer"}
 
@@ -60,14 +56,9 @@ def push_crosscoder(
         ...     sorted(done.files)[:3]
         ['README.md', 'W_dec_0.safetensors', 'W_dec_1.safetensors']
     """
-    flag("dry_run", dry_run)
-    flag("private", private)
+    check_destination(repo_id, folder, dry_run, private)
     if not isinstance(coder, Crosscoder):
         raise TypeError(f"coder must be a Crosscoder, got {type(coder).__name__}")
-    if not isinstance(repo_id, str) or not hub.is_name(repo_id) or repo_id.count("/") != 1:
-        raise ValueError(f"repo_id must be 'owner/repository', got {repo_id!r}")
-    if dry_run and folder is None:
-        raise ValueError("folder must be given with dry_run=True: it is all that such a run leaves")
     if coder.provenance is None or coder.provenance.sites is None:
         raise ValueError("coder does not say where it belongs: set its provenance, as Provenance(model=…, sites=[…])")
     has_batch_rule = any(isinstance(source.activation, BatchTopK) for source in coder.sources)
@@ -75,23 +66,12 @@ def push_crosscoder(
         form = inference_form(coder)
         assert isinstance(form, Crosscoder)
         coder = form
-    target = None if folder is None else folder_in("folder", folder)
-    if target is not None and target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"folder: {str(target)!r} is not empty; name another, or empty it")
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, which then appears whole or not at all.
-    with tempfile.TemporaryDirectory(prefix=".push-", dir=None if target is None else target.parent) as staging:
-        root = Path(staging) / "repository"
+
+    def write(root: Path) -> None:
         formats.save(coder, root, format=format)
         (root / "README.md").write_text(_card(coder, repo_id, format, description, license), encoding="utf-8")
-        if target is not None:
-            if target.is_dir():
-                target.rmdir()
-            root = root.rename(target)
-        files = {file.name: file.stat().st_size for file in sorted(root.iterdir())}
-        url = None if dry_run else upload(root, repo_id, private, api)
-        return Published(None if target is None else root, files, url)
+
+    return published(write, repo_id, folder=folder, dry_run=dry_run, private=private, api=api)
 
 
 def _card(coder: Crosscoder, repo_id: str, format: str, description: str, license: str | None) -> str:

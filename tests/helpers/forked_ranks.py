@@ -45,6 +45,22 @@ def succeeded(ranks: list[Outcome]) -> list[Any]:
     return [one.returned for one in ranks]
 
 
+def mesh_of(size: int) -> Any:
+    """A mesh of so many ranks on CPUs, over which latents are cut."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (size,), mesh_dim_names=("latent",))
+
+
+def raised(call: Callable[[], object]) -> str:
+    """The type and text of what a call raises, or "nothing": an outcome in JSON's types."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def _forked(case: Callable, size: int, folder: Path, timeout: float = 60) -> list[Outcome]:
     folder.mkdir()
     begun = time.monotonic()
