@@ -27,7 +27,7 @@ def unit_rows(rows: int, width: int, *, dtype=None, device=None, shards: Shards 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     first = torch.randn(min(rows, BLOCK), width, device=device, dtype=wide)
     if shards is not None:
-        shards.wire.first(first, "initial rows")
+        shards.everyone.first(first, "initial rows")
     out = torch.empty(mine.stop - mine.start, width, device=device, dtype=dtype or torch.get_default_dtype())
     if first.is_meta:
         return out

@@ -319,12 +319,14 @@ class RunningBatch(_ByFlatPosition):
 class RunningLatents(_ByFlatPosition):
     """Each latent's ``budgets`` (F,) entries with the largest relu(pre), ties to the lowest token.
 
-    Reads the device for the budgets, once.
+    Reads the device for the budgets, once. With ``shards`` they are those of the tokens of all groups of ranks.
     """
 
-    def __init__(self, tokens: int, num_latents: int, backend: str, budgets: Tensor) -> None:
+    def __init__(
+        self, tokens: int, num_latents: int, backend: str, budgets: Tensor, shards: Shards | None = None
+    ) -> None:
         super().__init__(tokens, num_latents, backend)
-        self._budgets = budgets
+        self._budgets, self._shards = budgets, shards
         self._on_host = budgets.cpu()
 
     def candidates(self, pre: Tensor, latents: slice) -> SparseCodes:
@@ -338,6 +340,11 @@ class RunningLatents(_ByFlatPosition):
         if self._are_settled:
             return None
         return _first_of_latents(values, flat % self.num_latents, self._budgets)
+
+    def finish(self) -> tuple[SparseCodes, Tensor | None]:
+        codes, entries = super().finish()
+        kept = None if self._shards is None else self._shards.kept_of_latents(codes, self._budgets)
+        return (codes, entries) if kept is None or self._shards is None else self._shards.narrowed(codes, kept, entries)
 
 
 # --- entries and codes of several rectangles -------------------------------------------------------------------------

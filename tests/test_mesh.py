@@ -1,6 +1,6 @@
 """Latents over the ranks of a mesh, by gloo: selections, passes and training steps are those of one process.
 
-One launch for each number of ranks, of many cases (``mesh_cases``): starting processes takes longer than most of them.
+One launch for each number of ranks, of many cases (``mesh_ranks``): starting processes takes longer than most of them.
 A case that fails ends its rank, and with it the launch: the cases after it fail too, and say what the ranks said.
 """
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import mesh_cases
+import mesh_ranks
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,10 +33,10 @@ def launched(size, factory):
     """The cases that went well on every rank, what the ranks said, and where they wrote."""
     if size not in LAUNCHED:
         folder = factory.mktemp("ranks")
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mesh_cases.__file__).parent)}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mesh_ranks.__file__).parent)}
         ranks = [
             subprocess.Popen(
-                [sys.executable, mesh_cases.__file__, str(rank), str(size), str(folder)],
+                [sys.executable, mesh_ranks.__file__, str(rank), str(size), str(folder)],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
             )
             for rank in range(size)
@@ -53,7 +54,7 @@ def launched(size, factory):
     return LAUNCHED[size]
 
 
-NAMED = [pytest.param(size, name, id=f"{size} ranks: {name}") for size in SIZES for name, _ in mesh_cases.cases(size)]
+NAMED = [pytest.param(size, name, id=f"{size} ranks: {name}") for size in SIZES for name, _ in mesh_ranks.cases(size)]
 
 
 @pytest.mark.parametrize(("size", "name"), NAMED)
@@ -64,7 +65,8 @@ def test_ranks_do_as_one_process(size, name, tmp_path_factory):
 
 def test_every_rule_and_step_has_its_ranks():
     names = {name for _, name in (param.values for param in NAMED)}
-    assert {f"encode: {rule}" for rule in mesh_cases.RULES} | {f"step: {step}" for step in mesh_cases.STEPS} <= names
+    each = {f"encode: {rule}" for rule in mesh_cases.RULES} | {f"step: {step}" for step in mesh_cases.STEPS}
+    assert each <= names and {f"data 2: {case}" for case in each} <= names
 
 
 # --- by one process --------------------------------------------------------------------------------------------------
@@ -217,10 +219,15 @@ def test_a_mesh_is_checked(alone):
 
     with pytest.raises(TypeError, match="mesh must be a torch DeviceMesh"):
         se.SparseAutoencoder(4, 16, se.TopK(2), mesh=8)
-    with pytest.raises(ValueError, match="mesh must have the dimensions"):
+    with pytest.raises(ValueError, match="mesh must have the dimension 'latent'"):
         se.SparseAutoencoder(4, 16, se.TopK(2), mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("tp",)))
-    with pytest.raises(ValueError, match=r"latent must be such that latent \* node = 1"):
-        se.distributed.from_env(latent=2)
+    for sizes in ({"latent": 2}, {"data": 2}, {"latent": 1, "node": 2}):
+        with pytest.raises(ValueError, match=r"latent must be such that latent \* node \* data = 1"):
+            se.distributed.from_env(**sizes)
+    for names in (("latent", "data"), ("node", "data", "latent"), ("data",)):
+        wrong = init_device_mesh("cpu", (1,) * len(names), mesh_dim_names=names)
+        with pytest.raises(ValueError, match="in this order, got"):
+            se.SparseAutoencoder(4, 16, se.TopK(2), mesh=wrong)
     with pytest.raises(TypeError, match="numbers must be integers"):
         se.SparseAutoencoder(4, 16, se.TopK(2), mesh=alone).shards.wire.add(torch.ones(2), "floats")
 

@@ -67,7 +67,7 @@ def save(sae, path: str | PathLike) -> None:
         name = agreement.said(None if temporary is None else temporary.name)[0]
         with agreement.all_or_none("saved"), (folder / name).open("r+b") as file:
             for key, one in slices.items():
-                if one.dim is not None or agreement.rank == 0:
+                if agreement.rank == 0 or (one.dim is not None and sae.shards.group == 0):
                     _write(file, len(header) + offsets[key], one)
             file.flush()
             os.fsync(file.fileno())
@@ -92,10 +92,11 @@ def load(
 ):
     """The autoencoder over ``mesh`` of which ``found`` reads the latents that it is told to, and no others."""
     agreement = Agreement.of(mesh)
-    sizes = list(mesh.mesh.shape)
     with agreement.all_or_none("loaded"):
-        c, file = found(lambda num_latents: Ownership.over(num_latents, sizes, agreement.rank).mine)
-    d_sae = sum(agreement.said(c.tensors["W_enc"].shape[1]))
+        c, file = found(lambda num_latents: Ownership.on(mesh, num_latents).mine)
+    names = mesh.mesh_dim_names or ()
+    groups = mesh.mesh.shape[names.index("data")] if "data" in names else 1
+    d_sae = sum(agreement.said(c.tensors["W_enc"].shape[1])) // groups
     with agreement.all_or_none("loaded"):
         sae = build(cls, c, file, device=device, dtype=dtype, d_sae=d_sae, mesh=mesh)
     return sae

@@ -1,4 +1,4 @@
-"""Codes of all latents of one's own tokens, from and to codes of one's own latents of all tokens."""
+"""Codes of all latents of one's own tokens, from and to codes of one's own latents of all tokens of the group."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -39,7 +39,7 @@ def to_latents(shards: Shards, codes: SparseCodes) -> SparseCodes:
         (rows[order] + shards.first_row).int(),
     )  # fmt: skip
     latents = shards.mine.stop - shards.mine.start
-    return _codes(values, indices - shards.mine.start, row, shards.tokens, latents)
+    return _codes(values, indices - shards.mine.start, row, shards.rows_here, latents)
 
 
 def _rows_of(codes: SparseCodes) -> tuple[Tensor, int]:
@@ -49,8 +49,8 @@ def _rows_of(codes: SparseCodes) -> tuple[Tensor, int]:
 
 
 def _exchanged(shards: Shards, sent: list[int], values: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor]]:
-    told = shards.agreement.wire.hosts(sent, "numbers of entries")
-    received = [numbers[shards.rank] for numbers in told]
+    told = shards.agreement.wire.hosts(sent, "numbers of entries")[shards.group * shards.size :]
+    received = [numbers[shards.rank] for numbers in told[: shards.size]]
     return ExchangedEntries.apply(values, shards.wire, sent, received, "values"), [
         shards.wire.exchange(t, sent, received, "places") for t in others
     ]

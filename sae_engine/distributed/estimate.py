@@ -234,30 +234,34 @@ def sent_bytes(sizes: _Sizes, latent: int, node: int, data: int) -> dict[str, fl
     """That a rank sends in a step, by part."""
     tokens, d_in, d_out, d_sae, k, aux_k, s, scope, _ = sizes
     shards = latent * node
-    share = (shards - 1) / shards
+    ranks, latents = shards * data, d_sae / shards
+    share, across = (shards - 1) / shards, (data - 1) / data
     if scope == "row":
         selection = {"candidates": share * tokens * (k + aux_k) * s, "counts": share * tokens * 4 * sizes.outputs}
     else:  # relu's keys have 15 bits in 16-bit types, 31 in fp32: one histogram or two; then each row's ties
         bins = (1 << 15) + 1 + (1 << 16) * (s // 2 - 1)
-        selection = {"histograms": 2 * share * 8 * bins, "ties": (shards - 1) * tokens * 4,
+        selection = {"histograms": 2 * (ranks - 1) / ranks * 8 * bins, "ties": (shards - 1) * tokens * 4,
                      "candidates": share * tokens * aux_k * s}  # fmt: skip
     # Parts of x̂ are added in a node first, and each rank sends on what it has added.
     inside = (latent - 1) / latent + (node - 1) / node / latent
     return {
-        "rows, calls, status": 24.0 * (shards - 1),
+        "rows, calls, status": 24.0 * (ranks - 1),
         "x": share * tokens * d_in * s,
         **selection,
         "parts of the output": inside * tokens * d_out * 4 * sizes.outputs,
         "gradient of the output": share * tokens * d_out * s * sizes.outputs,
-        "sums": 8.0 * (shards - 1) * (2 * d_out + 4) + 4.0 * (shards - 1) * (d_in + 1),
-        "gradients over data": (data - 1) / data * d_sae / shards * (d_in + d_out) * (4 + s),
+        "sums": 8.0 * (ranks - 1) * (2 * d_out + 4) + 4.0 * (ranks - 1) * (d_in + 1),
+        "gradients over data": across * latents * (d_in + d_out + 1) * 4,
+        "parameters over data": across * latents * (d_in + d_out + 1) * 4,
+        "fired over data": 2 * across * latents * 4,
     }
 
 
 def held_bytes(sizes: _Sizes, shards: int, data: int) -> dict[str, float]:
     """That a rank holds, by part: parameters and counters, both moments, copies, rows, codes. A CPU's update takes
-    1.5 times the gradients of a sixteenth of the latents besides (``training.peak_bytes``). Tests hold it as a bound to
-    what steps without AuxK take; with AuxK it is an estimate.
+    1.5 times the gradients of a sixteenth of the latents besides (``training.peak_bytes``). Over ``data`` gradients are
+    stored, those of one weight beside what others have sent for them. Tests hold it as a bound to what steps without
+    AuxK take; with AuxK it is an estimate.
     """
     tokens, d_in, d_out, d_sae, k, aux_k, s, _, memory_budget = sizes
     latents = d_sae / shards
@@ -266,7 +270,7 @@ def held_bytes(sizes: _Sizes, shards: int, data: int) -> dict[str, float]:
         "parameters": 4 * weights + 20 * latents,
         "moments": 8 * weights / data,
         "copies": s * weights if s < 4 else 0.0,
-        "gradients over data": 4 * weights if data > 1 else 0.0,
+        "gradients over data": 6 * weights if data > 1 else 0.0,
         "rows": tokens * ((d_in + d_out) / 2 * (2 * s + 8) + (sizes.outputs - 1) * d_out * (s + 8)),
         "pre-activations": min(memory_budget, tokens * latents * s),
         "codes": 72 * tokens * (k + aux_k),  # 12 words of each entry, 6 of each that is a rank's candidate
@@ -301,5 +305,5 @@ def _milliseconds(
         / rates.cache_bytes_per_second,
         "Adam": 1e3 * (24 + (s if s < 4 else 0)) * (d_in + d_out) * latents / data / rates.memory_bytes_per_second,
         "sending over latents": 1e3 * sending,
-        "sending over data": 1e3 * sent["gradients over data"] / between,
+        "sending over data": 1e3 * sum(n for part, n in sent.items() if part.endswith("over data")) / between,
     }  # fmt: skip

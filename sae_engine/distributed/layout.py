@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .wire import shares
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Ownership(NamedTuple):
@@ -30,6 +33,17 @@ class Ownership(NamedTuple):
         for number in numbers:
             bounds.append(bounds[-1] + number)
         return cls(tuple(bounds), rank)
+
+    @classmethod
+    def on(cls, mesh: DeviceMesh, num_latents: int) -> Ownership:
+        """In each group of a mesh, whose dimension ``data`` cuts no latents."""
+        rank, sizes = 0, []
+        coordinate = mesh.get_coordinate() or ()
+        for name, size, at in zip(mesh.mesh_dim_names or (), mesh.mesh.shape, coordinate, strict=True):
+            if name != "data":
+                rank = rank * size + at
+                sizes.append(size)
+        return cls.over(num_latents, sizes, rank)
 
     @property
     def num_latents(self) -> int:

@@ -14,29 +14,31 @@ from .agreement import Agreement
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-DIMENSIONS = ("node", "latent")  # outer first; both cut latents
+DIMENSIONS = ("data", "node", "latent")  # outer first; the last two cut latents
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def from_env(latent: int | None = None, *, node: int = 1, timeout: float = 300) -> DeviceMesh:
+def from_env(latent: int | None = None, *, node: int = 1, data: int = 1, timeout: float = 300) -> DeviceMesh:
     """The mesh of the processes that ``torchrun`` has started; joins them where that has not happened yet.
 
     Every process takes the GPU of its ``LOCAL_RANK``, and NCCL, where there are GPUs; otherwise the CPU, and gloo.
 
     Args:
-        latent: processes over which the latents are cut; all of them by default, over ``node``.
+        latent: processes over which the latents are cut; by default all of them, over ``node`` and ``data``.
         node: machines, where latents are cut over several.
+        data: groups of ``node * latent`` processes. Each has all latents, and sees the tokens of its own ranks only;
+            gradients are summed over the groups. See :func:`estimate` for what that is worth.
         timeout: seconds after which a process that does not answer is given up.
 
     Returns:
-        A ``DeviceMesh`` with the dimension ``latent``, after ``node`` where there are several.
+        A ``DeviceMesh`` with the dimension ``latent``, after ``node`` and before that ``data`` where there are several.
 
     Raises:
         RuntimeError: the processes were not started by torchrun; or torch cannot join processes.
-        ValueError: ``latent`` times ``node`` is not the number of processes.
+        ValueError: ``latent`` times ``node`` times ``data`` is not the number of processes.
 
     Example:
-        >>> mesh = se.distributed.from_env(latent=8)  # doctest: +SKIP
+        >>> mesh = se.distributed.from_env(latent=8, data=2)  # doctest: +SKIP
     """
     if not dist.is_available():
         raise RuntimeError("this PyTorch was built without torch.distributed, which a mesh needs")
@@ -44,14 +46,14 @@ def from_env(latent: int | None = None, *, node: int = 1, timeout: float = 300) 
     if missing and not dist.is_initialized():
         raise RuntimeError(f"the environment lacks {', '.join(missing)}: start the processes with torchrun, or call "
                            "torch.distributed.init_process_group first")  # fmt: skip
-    node = check.integer_k(node, name="node")
+    node, data = check.integer_k(node, name="node"), check.integer_k(data, name="data")
     latent = None if latent is None else check.integer_k(latent, name="latent")
     seconds = timedelta(seconds=check.positive("timeout", timeout))
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
-    latent = max(world // node, 1) if latent is None else latent
-    if latent * node != world:
-        raise ValueError(f"latent must be such that latent * node = {world}, the number of processes, "
-                         f"got latent={latent}, node={node}")  # fmt: skip
+    latent = max(world // (node * data), 1) if latent is None else latent
+    if latent * node * data != world:
+        raise ValueError(f"latent must be such that latent * node * data = {world}, the number of processes, "
+                         f"got latent={latent}, node={node}, data={data}")  # fmt: skip
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0)))
@@ -59,8 +61,9 @@ def from_env(latent: int | None = None, *, node: int = 1, timeout: float = 300) 
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=seconds)
     from torch.distributed.device_mesh import init_device_mesh
 
-    sizes, names = ((latent,), ("latent",)) if node == 1 else ((node, latent), DIMENSIONS)
-    mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
+    sizes = {name: size for name, size in zip(DIMENSIONS, (data, node, latent), strict=True)
+             if size > 1 or name == "latent"}  # fmt: skip
+    mesh = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     Agreement.of(mesh, timeout)
     return mesh
 
@@ -74,11 +77,13 @@ def checked_mesh(mesh: object, d_sae: int, device: torch.device | None) -> Devic
     names = mesh.mesh_dim_names or ()
     known = [name for name in DIMENSIONS if name in names]
     if "latent" not in names or list(names) != known:
-        raise ValueError(f"mesh must have the dimensions ('latent',) or {DIMENSIONS}, in this order, got {names}")
+        raise ValueError(f"mesh must have the dimension 'latent', and of {DIMENSIONS} no others, in this order, "
+                         f"got {names}")  # fmt: skip
     if mesh.get_coordinate() is None:
         raise ValueError("mesh must hold this process, which it does not")
-    if d_sae < mesh.size():
-        raise ValueError(f"mesh must have at most d_sae = {d_sae} ranks, a latent for each, got {mesh.size()}")
+    shards = mesh.size() // mesh.mesh.shape[0] if "data" in names else mesh.size()
+    if d_sae < shards:
+        raise ValueError(f"mesh must cut latents over at most d_sae = {d_sae} ranks, one for each, got {shards}")
     if device is not None and device.type != mesh.device_type:
         raise ValueError(f"mesh must be of device {device.type!r}, as the argument device says, "
                          f"got one of {mesh.device_type!r}")  # fmt: skip

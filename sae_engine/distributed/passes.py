@@ -62,7 +62,7 @@ def decode_own(sae: SparseAutoencoder, codes: SparseCodes, info: EncodeInfo, bac
 def _encoded(
     sae: SparseAutoencoder, x: Tensor, select: Any, memory_budget: int | None, backend: str, context: dict[str, Any]
 ) -> tuple[tuple[SparseCodes, ...], EncodeInfo, SparseAutoencoder]:
-    """Codes of my latents for the tokens of all ranks, one for each rule; and what :func:`decode` needs.
+    """Codes of my latents for the tokens of all ranks of the group, one for each rule; and what :func:`decode` needs.
 
     The parameters of the share that comes along are functions of those of ``sae``.
     """

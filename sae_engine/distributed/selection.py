@@ -19,6 +19,7 @@ from ..codes import SparseCodes
 
 if TYPE_CHECKING:
     from .shards import Shards
+    from .wire import Wire
 
 ONE = 1 << 40  # of norm matching: the target's energy in fixed point
 MOST = 1 << 42  # a single entry's energy, at most: 2^20 of them fit an int64
@@ -53,7 +54,8 @@ def row_mask(shards: Shards, by: Tensor, allowed: Tensor | None, k: int) -> Tens
 def batch_mask(shards: Shards, codes: SparseCodes, total: int, allowed: Tensor | None = None) -> Tensor:
     """(N,) bool: which of my candidates are among the ``total`` largest of the batch, by relu(value).
 
-    A histogram of keys, digit by digit, is added over the ranks. Ties go by flat position, row before rank.
+    A histogram of keys, digit by digit, is added over all ranks. Ties go by flat position: group by group of ranks, and
+    in a group row before rank.
 
     Args:
         codes: my candidates, min(total, all of them); all of its entries belong to a row.
@@ -72,12 +74,48 @@ def batch_mask(shards: Shards, codes: SparseCodes, total: int, allowed: Tensor |
         digits = (key >> shift) + 1 if is_first else (key >> shift) & 0xFFFF
         counts = key.new_zeros((1 << 15) + 1 if is_first else 1 << 16)
         counts.scatter_add_(0, digits, alive.long())
-        digit, above = _digit_of(shards.wire.add(counts, "histogram"), left)
+        digit, above = _digit_of(shards.everyone.add(counts, "histogram"), left)
         left, alive = left - above, alive & (digits == digit)
         cut = digit - 1 if is_first else (cut << 16) + digit
     ties = codes.offsets.new_zeros(codes.rows).scatter_add_(0, row, alive.long())
+    if shards.across is not None:  # the groups before mine come first
+        of_groups = shards.across.gather(shards.wire.add(ties.sum(), "ties of groups"), "ties of groups")
+        left = left - of_groups[: shards.group].sum()
     quota = _quota_of_ties(shards, ties, left, by_row=False)
     return (key > cut) | _first_ties(alive, row, ties, quota)
+
+
+def latent_mask(across: Wire, codes: SparseCodes, budgets: Tensor) -> Tensor:
+    """(N,) bool: which of my candidates are among each latent's ``budgets`` (my latents,), by relu(value).
+
+    Of the tokens of all groups: sixteen-ary search on keys, each digit's counts added over the groups. Ties go to the
+    lowest token, by group first.
+
+    Args:
+        codes: each latent's candidates in my group, min(budget, all of its tokens).
+    """
+    key, latent = ordered_keys(relu(codes.values.detach())).long(), codes.indices.long()
+    left = budgets.long()
+    cut, alive = torch.zeros_like(left), torch.ones_like(key, dtype=torch.bool)
+    for shift in range(8 * codes.values.element_size() - 4, -1, -4):
+        digits = (key >> shift) & 15
+        counts = left.new_zeros(len(left), 16)
+        counts.view(-1).scatter_add_(0, latent * 16 + digits, alive.long())
+        counts = across.add(counts, "counts of latents")
+        reach = counts.flip(1).cumsum(1).flip(1)
+        digit = ((reach >= left[:, None]).sum(1) - 1).clamp(min=0)
+        left = left - (reach - counts).gather(1, digit[:, None])[:, 0]
+        cut, alive = (cut << 4) + digit, alive & (digits == digit[latent])
+    every = across.gather(left.new_zeros(len(left)).scatter_add_(0, latent, alive.long()), "ties of latents")
+    left = left - every[: across.rank].sum(0)
+    order = latent.argsort(stable=True)  # by latent, then by token
+    tied = alive[order].long()
+    seen = tied.cumsum(0)
+    of_latent = latent[order]
+    starts = torch.searchsorted(of_latent, torch.arange(len(left), device=left.device))
+    before = torch.cat([seen.new_zeros(1), seen])[starts]
+    first = torch.zeros_like(alive).scatter_(0, order, (tied > 0) & (seen - before[of_latent] <= left[of_latent]))
+    return (key > cut[latent]) | first
 
 
 def batch_topk(shards: Shards, pre: Tensor, total: int, mask: Tensor | None, backend: str) -> SparseCodes:
@@ -135,7 +173,8 @@ def norm_match(
         offsets = torch.cat([key.new_zeros(1), kept.sum(1).cumsum(0)])
         values = relu(pre).flatten()[flat]
         return SparseCodes(values, (flat % max(pre.shape[1], 1)).int(), offsets, (len(pre),), pre.shape[1])
-    room = pre.numel() if capacity is None else min(-(-5 * capacity // (4 * shards.size)), pre.numel())
+    ranks = shards.everyone.size
+    room = pre.numel() if capacity is None else min(-(-5 * capacity // (4 * ranks)), pre.numel())
     whole = SparseCodes(
         relu(pre).flatten(), torch.arange(pre.shape[1], dtype=torch.int32, device=pre.device).repeat(len(pre)),
         torch.arange(len(pre) + 1, device=pre.device) * pre.shape[1], (len(pre),), pre.shape[1],

@@ -11,9 +11,10 @@ from .._slabs import default_budget_bytes
 from ..codes import SparseCodes
 from . import entries, selection
 from .agreement import Agreement
+from .groups import Groups
 from .layout import Ownership
 from .sums import GatheredRows, SummedParts, SummedRanks
-from .wire import Wire, tree_sum
+from .wire import shares, tree_sum
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -23,23 +24,30 @@ __all__ = ["Shards"]
 
 
 class Shards:
-    """A rank has some latents whole, and sees the tokens of every rank; a batch is their concatenation by rank.
+    """A rank has some latents whole, and sees the tokens of every rank of its group; a batch is the concatenation of
+    all ranks' tokens, by rank and so group by group. There is one group, unless the mesh has the dimension ``data``.
 
     Attributes:
         mesh: a ``DeviceMesh``.
         layout: which latents are whose.
-        wire: to the other ranks; it counts what is sent.
-        rows: tokens of each rank in the batch at hand (:meth:`begin`).
+        wire: to the other ranks of the group; it counts what is sent, together with the two below.
+        across: to the ranks of the other groups that have my latents; None where there is one group.
+        everyone: to all ranks of the mesh.
+        group: the number of mine.
+        rows: tokens of each rank of the group in the batch at hand (:meth:`begin`).
+        every_rows: of each rank of the mesh.
         trims: whether codes are as long as there are entries, which the host reads: on a CPU, where nobody waits.
             Otherwise they have room for all that this rank may have to keep.
     """
 
     def __init__(self, mesh: DeviceMesh, num_latents: int) -> None:
-        self.mesh, self.dimensions = mesh, list(mesh.mesh.shape)
-        self.wire = Wire(_group_of(mesh))
-        self.layout = Ownership.over(num_latents, self.dimensions, self.wire.rank)
+        self.mesh, self._groups = mesh, Groups.of(mesh)
+        self.wire, self.across, self.everyone = self._groups.wires()
+        self.group = 0 if self.across is None else self.across.rank
+        self.layout = Ownership.on(mesh, num_latents)
         self.agreement = Agreement.of(mesh)
         self.rows: list[int] = []
+        self.every_rows: list[int] = []
         self._budget: int | None = None
         self.pieces = 1  # of my latents and of my tokens, with blocks: sums over either are made by them, as a tree
         self.trims = mesh.device_type == "cpu"
@@ -50,8 +58,13 @@ class Shards:
 
     @property
     def size(self) -> int:
-        """Ranks."""
+        """Ranks of the group."""
         return self.wire.size
+
+    @property
+    def groups(self) -> int:
+        """How many there are."""
+        return 1 if self.across is None else self.across.size
 
     @property
     def num_latents(self) -> int:
@@ -64,13 +77,24 @@ class Shards:
         return self.layout.mine
 
     @property
+    def updated(self) -> slice:
+        """Of my latents, those that this rank updates for all groups."""
+        numbers = shares(self.mine.stop - self.mine.start, self.groups)
+        return slice(sum(numbers[: self.group]), sum(numbers[: self.group + 1]))
+
+    @property
     def tokens(self) -> int:
         """Of the whole batch."""
+        return sum(self.every_rows)
+
+    @property
+    def rows_here(self) -> int:
+        """Of my group."""
         return sum(self.rows)
 
     @property
     def first_row(self) -> int:
-        """My first token's place in the batch."""
+        """My first token's place among those of my group."""
         return sum(self.rows[: self.rank])
 
     def begin(self, rows: int, pieces: int = 1) -> None:
@@ -80,13 +104,18 @@ class Shards:
             ValueError: nobody has any tokens; or they cannot be cut into ``pieces`` on each rank, all of one size.
             RuntimeError: a rank has an error, or does not come; names it.
         """
-        self.rows = self.agreement.meet("step", rows)
+        self.begun(self.agreement.meet("step", rows))
         if not self.tokens:
             raise ValueError("x must hold at least one token on some rank of the mesh, got none on all")
         if pieces > 1 and (len({*self.rows}) > 1 or self.rows[0] % pieces):
             raise ValueError(f"x must have as many tokens on all ranks with blocks, a multiple of {pieces}, "
                              f"got {self.rows}")  # fmt: skip
         self.pieces = pieces
+
+    def begun(self, every_rows: Sequence[int]) -> None:
+        """The batch at hand has so many tokens of each rank of the mesh."""
+        self.every_rows = list(every_rows)
+        self.rows = self.every_rows[self.group * self.size :][: self.size]
 
     def memory_budget(self, given: int | None) -> int:
         """Bytes of pre-activations that may exist at a time: those given, or what every rank has free at first."""
@@ -99,25 +128,41 @@ class Shards:
     # --- tokens and latents to and fro, for autograd too -----------------------------------------------------------
 
     def gather_rows(self, mine: Tensor, name: str) -> Tensor:
-        """(all tokens, …) from mine; its gradient is the sum over ranks, as a tree."""
+        """(the group's tokens, …) from mine; its gradient is the sum over its ranks, as a tree."""
         return GatheredRows.apply(mine, self.wire, self.rows, name)
 
     def sum_parts(self, part: Tensor, name: str) -> Tensor:
-        """(my tokens, …): the sum of every rank's ``part`` (all tokens, …), as a tree."""
+        """(my tokens, …): the sum of the group's ``part`` (its tokens, …) of each rank, as a tree."""
         return SummedParts.apply(part, self.wire, self.rows, name)
 
     def sum(self, part: Tensor, name: str) -> Tensor:
-        """The sum of every rank's floats, as a tree; integers' by the wire."""
+        """The sum of each of the group's ranks' floats, as a tree; integers' by the wire."""
         if not part.is_floating_point():
             return self.wire.add(part, name)
         return SummedRanks.apply(part, self.wire, name)
+
+    def sum_everywhere(self, part: Tensor, name: str) -> Tensor:
+        """The sum of every rank's floats, as a tree."""
+        return tree_sum(list(self.everyone.gather(part, name)))
+
+    def over_groups(self, part: Tensor, name: str) -> Tensor:
+        """What each group has of my latents, summed: integers by the wire, floats as a tree."""
+        if self.across is None:
+            return part
+        if not part.is_floating_point():
+            return self.across.add(part, name)
+        return tree_sum(list(self.across.gather(part, name)))
+
+    def least_over_groups(self, part: Tensor, name: str) -> Tensor:
+        """The least of what each group has of my latents."""
+        return part if self.across is None else self.across.least(part, name)
 
     def sums(self, numbers: Sequence[Tensor], name: str) -> list[Tensor]:
         """The sums () of every rank's numbers, each () or (pieces,), in its dtype, by way of fp64."""
         mine = torch.zeros(self.pieces, len(numbers), dtype=torch.float64, device=numbers[0].device)
         for column, number in zip(mine.unbind(1), numbers, strict=True):
             column[: number.numel()] = number
-        summed = tree_sum(list(self.wire.gather(mine, name).flatten(0, 1)))
+        summed = tree_sum(list(self.everyone.gather(mine, name).flatten(0, 1)))
         return [total.to(number.dtype) for total, number in zip(summed, numbers, strict=True)]
 
     def pieces_of(self, rows: Tensor) -> list[Tensor]:
@@ -130,8 +175,8 @@ class Shards:
         for piece in self.pieces_of(rows.double()):
             mean = piece.mean(0) if len(piece) else piece.new_zeros(rows.shape[1])
             found.append(torch.cat([mean, (piece - mean).square().sum()[None]]))
-        every = self.wire.gather(torch.stack(found), name).flatten(0, 1)
-        sizes = [size // self.pieces for size in self.rows for _ in range(self.pieces)]
+        every = self.everyone.gather(torch.stack(found), name).flatten(0, 1)
+        sizes = [size // self.pieces for size in self.every_rows for _ in range(self.pieces)]
         counts = torch.stack([every.new_full((), size) for size in sizes])  # filled: nothing comes from the host
         means, squares = every[:, :-1], every[:, -1]
         middle = tree_sum(list(counts[:, None] * means)) / self.tokens
@@ -153,6 +198,10 @@ class Shards:
     def kept_of_batch(self, codes: SparseCodes, total: int, allowed: Tensor | None = None) -> Tensor:
         return selection.batch_mask(self, codes, total, allowed)
 
+    def kept_of_latents(self, codes: SparseCodes, budgets: Tensor) -> Tensor | None:
+        """(N,) bool, or None: all of them."""
+        return None if self.across is None else selection.latent_mask(self.across, codes, budgets)
+
     def batch_topk(self, pre: Tensor, total: int, mask: Tensor | None, backend: str) -> SparseCodes:
         return selection.batch_topk(self, pre, total, mask, backend)
 
@@ -173,36 +222,30 @@ class Shards:
 
     # --- tensors of which each rank has a part ----------------------------------------------------------------------
 
-    def as_whole(self, mine: Tensor, dim: int | None) -> DTensor:
-        """A DTensor over ``mine``, in the same memory: cut along ``dim``, or the same on every rank with None."""
+    def as_whole(self, mine: Tensor, dim: int | None, *, updated: bool = False) -> DTensor:
+        """A DTensor over ``mine``, in the same memory: cut along ``dim``, or the same on every rank with None.
+
+        Each group has one, or with ``updated`` each rank only those of its latents that it updates.
+        """
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        placements: list[Any] = [Replicate() if dim is None else Shard(dim) for _ in self.dimensions]
+        mesh = self._groups.updates if updated else self.mesh
+        placements: list[Any] = [
+            Replicate() if dim is None or (name == "data" and not updated) else Shard(dim)
+            for name in mesh.mesh_dim_names or ()
+        ]
         shape = list(mine.shape)
         if dim is not None:
             shape[dim] = self.num_latents
         transposed = dim == 1 and mine.stride(0) == 1 != mine.stride(1)
         strides = torch.empty(shape[::-1] if transposed else shape, device="meta").stride()
         return DTensor.from_local(
-            mine, self.mesh, placements, run_check=False, shape=torch.Size(shape),
+            mine, mesh, placements, run_check=False, shape=torch.Size(shape),
             stride=strides[::-1] if transposed else strides,
         )  # fmt: skip
 
-
     def __reduce__(self):
         raise TypeError("what lies on a mesh can be neither copied nor pickled: its process group is this process's")
-
-
-def _group_of(mesh: DeviceMesh):
-    """Of all ranks of the mesh, those of the inner dimension next to one another."""
-    import torch.distributed as dist
-
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    ranks = mesh.mesh.flatten().tolist()
-    if ranks == list(range(dist.get_world_size())):
-        return None
-    return dist.new_group(ranks)
 
 
 def check_rules(rules: Sequence[Any]) -> None:

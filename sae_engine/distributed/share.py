@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .shards import Shards, check_rules
-from .sums import SummedGradient
+from .sums import SummedGradient, SummedLatents
 
 if TYPE_CHECKING:
     from ..autoencoder import SparseAutoencoder
@@ -109,14 +109,15 @@ def local(tensor: Tensor) -> Tensor:
 def attached(sae: SparseAutoencoder) -> SparseAutoencoder:
     """The share of ``sae`` with parameters that are functions of the whole one's, for autograd.
 
-    Every rank's loss is a summand of the loss. A replicated parameter's gradient is thus a sum over ranks, as a tree.
+    Every rank's loss is a summand of the loss. What several ranks have alike gets thus the sum of their gradients, as a
+    tree: of all ranks for replicated parameters, of all groups for latents.
     """
     share = sae.share
     if not torch.is_grad_enabled():
         return share
     copied = _copied(share)
     copied._modules = {"activation": _copied(share.activation)}
-    wire = share.activation.shards.wire  # type: ignore[union-attr]
+    shards: Any = share.activation.shards
     for mine, whole in ((copied, sae), (copied.activation, sae.activation)):
         for name, p in whole._parameters.items():
             if p is None or not p.requires_grad or not p.dim():
@@ -124,6 +125,10 @@ def attached(sae: SparseAutoencoder) -> SparseAutoencoder:
             placements = p.placements  # type: ignore[attr-defined]
             part = p.to_local(grad_placements=placements)  # type: ignore[attr-defined]
             if all(placement.is_replicate() for placement in placements):
-                part = SummedGradient.apply(part, wire, name)
+                part = SummedGradient.apply(part, shards.everyone, name)
+            elif shards.across is not None:
+                by_latent = part.T if CUT.get(name) == 1 else part
+                part = SummedLatents.apply(by_latent, shards.across, name)
+                part = part.T if CUT.get(name) == 1 else part
             mine._parameters[name] = part
     return copied

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .wire import tree_sum
+from .wire import shares, tree_sum
 
 
 class GatheredRows(Function):
@@ -67,7 +67,7 @@ class ExchangedEntries(Function):
 
 
 class SummedGradient(Function):
-    """A tensor that is the same on every rank, whose gradient is the sum of what each rank has for it."""
+    """A tensor that is the same on every rank of a wire, whose gradient is the sum of what each rank has for it."""
 
     @staticmethod
     def forward(ctx, everywhere: Tensor, wire, name: str) -> Tensor:
@@ -78,3 +78,19 @@ class SummedGradient(Function):
     @once_differentiable
     def backward(ctx, outer: Tensor):
         return tree_sum(list(ctx.wire.gather(outer.contiguous(), f"{ctx.name}: gradient"))), None, None
+
+
+class SummedLatents(Function):
+    """The same of a tensor with a row for each of a rank's latents: each rank of the wire adds up some rows."""
+
+    @staticmethod
+    def forward(ctx, everywhere: Tensor, wire, name: str) -> Tensor:
+        ctx.wire, ctx.name = wire, name
+        return everywhere.view_as(everywhere)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, outer: Tensor):
+        rows = shares(len(outer), ctx.wire.size)
+        parts = ctx.wire.scatter_rows(outer.contiguous(), rows, f"{ctx.name}: gradient")
+        return ctx.wire.gather_rows(tree_sum(list(parts)), rows, f"{ctx.name}: gradient"), None, None

@@ -42,13 +42,14 @@ class Wire:
 
     Attributes:
         bytes: what this rank has sent, by name of the collective; of a sum or a minimum as a ring sends it.
-        calls: how often.
+        calls: how often. Several wires may count together.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, counts: tuple[Counter[str], Counter[str]] | None = None
+    ) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-        self.bytes: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
+        self.bytes, self.calls = (Counter(), Counter()) if counts is None else counts
 
     def gather(self, part: Tensor, name: str) -> Tensor:
         """(ranks, *shape): every rank's ``part``, all of one shape."""

@@ -70,7 +70,13 @@ class LossInput:
 
     @property
     def tokens(self) -> int:
+        """B; over a mesh, of all ranks: what a mean over tokens divides by."""
         return self.x.shape[0]
+
+    @property
+    def share(self) -> float:
+        """Of these, the part that :attr:`codes` are of: less than 1 where groups of ranks see their own tokens only."""
+        return 1.0
 
     @property
     def main(self) -> LossInput:
@@ -140,9 +146,10 @@ class Loss:
     differentiates it through the kept values, the output, the decoder norms and the rule's own parameters. Ours
     override :meth:`pull` where a gradient written by hand is faster.
 
-    Where latents are cut over a mesh, a rank sees the codes of its own latents for the tokens of all ranks, beside the
-    output of its own tokens. A loss that is then the sum of what the ranks make of these says so by
-    ``adds_over_shards = True``: a sum over tokens of a function of their outputs, or over entries of one of theirs.
+    Where latents are cut over a mesh, a rank sees the codes of its own latents for the tokens of its group's ranks,
+    beside the output of its own tokens. A loss that is then the sum of what the ranks make of these says so by
+    ``adds_over_shards = True``: a sum over tokens of a function of their outputs, or over entries of one of theirs,
+    over ``batch.tokens``; a mean over the codes' rows is to be multiplied by ``batch.share``.
 
     Example:
         >>> class Entropy(Loss):
@@ -219,6 +226,15 @@ class _Leaves(LossInput):
             forward.info, main,
         )  # fmt: skip
         self._forward, self._number = forward, number
+
+    @property
+    def tokens(self) -> int:
+        return self._forward.tokens
+
+    @property
+    def share(self) -> float:
+        shards = self._forward.shards
+        return 1.0 if shards is None else shards.rows_here / shards.tokens
 
     def leaves(self) -> dict[str, Tensor]:
         return {"values": self.codes.values, **{n: t for n, t in self._known.items() if t.requires_grad}}

@@ -45,7 +45,7 @@ class L1(Loss):
         self._settle(coefficient=check.from_zero("coefficient", self.coefficient))
 
     def value(self, batch: LossInput) -> Tensor:
-        return self.coefficient * l1(batch.codes, weight_norm=batch.decoder_norms)
+        return self.coefficient * batch.share * l1(batch.codes, weight_norm=batch.decoder_norms)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class StepL0(Loss):
         if not isinstance(batch.rule, JumpReLU):
             raise TypeError(f"StepL0 trains the thresholds of a JumpReLU, which {type(batch.rule).__name__} is not")
         if self.target is None:
-            return self.coefficient * step_l0(batch.codes, batch.rule)
+            return self.coefficient * batch.share * step_l0(batch.codes, batch.rule)
         return self.coefficient * target_l0(batch.codes, batch.rule, self.target)
 
 
@@ -113,7 +113,8 @@ class TanhL0(Loss):
         self._settle(coefficient=check.from_zero("coefficient", self.coefficient))
 
     def value(self, batch: LossInput) -> Tensor:
-        return self.coefficient * tanh_l0(batch.codes, scale=self.scale, weight_norm=batch.decoder_norms)
+        mean = tanh_l0(batch.codes, scale=self.scale, weight_norm=batch.decoder_norms)
+        return self.coefficient * batch.share * mean
 
 
 @dataclass(frozen=True)
@@ -178,4 +179,4 @@ class _GatePenalty(Loss):
 
     def value(self, batch: LossInput) -> Tensor:
         norms = batch.decoder_norms if self.gate.weigh_by_norm else None
-        return self.gate.l1 * l1(batch.codes, weight_norm=norms)
+        return self.gate.l1 * batch.share * l1(batch.codes, weight_norm=norms)

@@ -103,7 +103,8 @@ class BatchTopK(Activation):
         if self.group is not None:  # its cut is agreed upon by all processes
             return None
         check.number_k(self.k, num_latents if self.shards is None else self.shards.num_latents)
-        return RunningBatch(tokens, num_latents, backend, self.total(tokens), self.shards)
+        total = self.total(tokens if self.shards is None else self.shards.tokens)
+        return RunningBatch(tokens, num_latents, backend, total, self.shards)
 
     def _running_threshold(self, tokens: int, num_latents: int, backend: str, theta: Tensor) -> RunningThreshold:
         self._require_threshold()
@@ -137,7 +138,7 @@ class BatchTopK(Activation):
         if self.group is not None:
             torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self.group)
         if self.shards is not None:
-            smallest = self.shards.wire.least(smallest, "threshold")
+            smallest = self.shards.everyone.least(smallest, "threshold")
         if teaches is not None:
             smallest = torch.where(teaches, smallest, torch.inf)
         functional.move_threshold(self.threshold, smallest, rate)

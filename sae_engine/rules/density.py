@@ -1,6 +1,8 @@
 """How often latents fire."""
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -8,12 +10,17 @@ from .. import _checks as check
 from .. import functional
 from ..codes import SparseCodes
 
+if TYPE_CHECKING:
+    from ..distributed.shards import Shards
 
-def fired_share(codes: SparseCodes) -> Tensor:
-    """(F,) float64: the share of rows in which each latent's value is not 0. Sums of ones, exact in any order."""
-    fired = (codes.values.detach() != 0).double()
+
+def fired_share(codes: SparseCodes, shards: Shards | None = None) -> Tensor:
+    """(F,) float64: the share of rows in which each latent's value is not 0; with ``shards``, of the whole batch's."""
+    fired = (codes.values.detach() != 0).long()
     counts = fired.new_zeros(codes.num_latents).scatter_add_(0, codes.indices.long(), fired)
-    return counts / codes.rows
+    if shards is None:
+        return counts.double() / codes.rows
+    return shards.over_groups(counts, "fired").double() / shards.tokens
 
 
 class RunningDensity(nn.Module):

@@ -126,7 +126,7 @@ class FeatureChoice(BatchTopK):
         if self.training and self.phase == "mutual":
             return functional.batch_topk(pre, self.k, backend=backend)
         if self.training:
-            tokens = pre.shape[:-1].numel()
+            tokens = pre.shape[:-1].numel()  # over shards latents choose by running()
             return functional.feature_topm(pre, self.latent_budgets(tokens), total=self.total(tokens), backend=backend)
         self._require_threshold()
         return functional.threshold(
@@ -155,7 +155,8 @@ class FeatureChoice(BatchTopK):
             return self._running_threshold(tokens, num_latents, backend, self.inference_threshold())
         if self.phase == "mutual":
             return super().running(tokens, num_latents, backend=backend)
-        return RunningLatents(tokens, num_latents, backend, self.latent_budgets(tokens))
+        budgets = self.latent_budgets(tokens if self.shards is None else self.shards.tokens)
+        return RunningLatents(tokens, num_latents, backend, budgets, self.shards)
 
     def _dense(self, pre: Tensor) -> Tensor:
         if self.training:
@@ -171,11 +172,11 @@ class FeatureChoice(BatchTopK):
         return torch.where(self.latent_threshold < 0, self.threshold, self.latent_threshold)
 
     def update(self, codes: SparseCodes) -> None:
-        if not (self._learns() and codes.rows):
+        if not (self._learns() and (codes.rows or self.shards is not None)):
             return
         super().update(codes)
         with torch.no_grad():
-            functional.move_threshold(self.density, fired_share(codes), self.density_lr)
+            functional.move_threshold(self.density, fired_share(codes, self.shards), self.density_lr)
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:  # no checkpoint's second run
             self._host.forwards += 1
 
@@ -184,6 +185,8 @@ class FeatureChoice(BatchTopK):
         values, latents = codes.values.detach().double(), codes.indices.long()
         smallest = torch.full_like(self.latent_threshold, torch.inf)
         smallest.scatter_reduce_(0, latents, torch.where(values > 0, values, torch.inf), "amin")
+        if self.shards is not None:
+            smallest = self.shards.least_over_groups(smallest, "thresholds")
         functional.move_threshold(self.latent_threshold, smallest, rate)
 
     def _check_width(self, pre: Tensor) -> None:

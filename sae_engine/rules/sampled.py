@@ -78,21 +78,32 @@ class SampledTopK(BatchTopK):
     def _select_over_shards(self, pre: Tensor, size: int, backend: str) -> SparseCodes:
         shards = self.shards
         assert shards is not None
-        score = shards.all_latents(column_score(pre.detach(), self.score), "scores")
+        sums = shards.over_groups(column_sums(pre.detach(), self.score), "sums of latents")
+        score = shards.all_latents(score_of(sums, self.score), "scores")
         best = functional.topk(score[None], min(size, len(score)), relu=False, backend=backend).indices.long()
         mask = torch.zeros_like(score, dtype=torch.bool).index_fill_(0, best, True)[shards.mine]
-        return shards.batch_topk(pre, self.total(pre.shape[0]), mask, backend)
+        return shards.batch_topk(pre, self.total(shards.tokens), mask, backend)
 
 
 def column_score(pre: Tensor, kind: str) -> Tensor:
     """(F,) of each latent's relu(pre) over the rows of (rows, F): its norm, or the entropy of its distribution."""
+    return score_of(column_sums(pre, kind), kind)
+
+
+def column_sums(pre: Tensor, kind: str) -> Tensor:
+    """(2, F) what the scores follow from, in fp32 or wider; they add over rows."""
     wide = torch.promote_types(pre.dtype, torch.float32)
-    sums = [pre.new_zeros(pre.shape[1], dtype=wide) for _ in range(2)]
+    sums = pre.new_zeros(2, pre.shape[1], dtype=wide)
     for chunk in pre.split(max(CHUNK_ELEMENTS // pre.shape[1], 1)):
         kept = chunk.to(wide).relu()
         sums[0] += kept.square().sum(0) if kind == "l2" else kept.sum(0)
         if kind == "entropy":  # H = log(sum a) - sum(a log a) / sum(a)
             sums[1] += torch.special.xlogy(kept, kept).sum(0)
+    return sums
+
+
+def score_of(sums: Tensor, kind: str) -> Tensor:
+    """(F,) from (2, F)."""
     if kind == "l2":
         return sums[0].sqrt()
     return torch.where(sums[0] == 0, 0.0, sums[0].log() - sums[1] / sums[0])

@@ -50,6 +50,9 @@ def check_blocks(sae: SparseAutoencoder, losses: Sequence[Loss], blocks: int, op
     size = 0 if sae.shards is None else sae.shards.size
     if sae.shards is None:
         raise ValueError(f"blocks must be None without a mesh, got {blocks}")
+    if sae.shards.groups > 1:
+        raise ValueError(f"blocks must be None on a mesh with the dimension 'data', got {blocks}: each of its groups "
+                         "sums over its own tokens")  # fmt: skip
     if blocks & (blocks - 1) or size & (size - 1) or blocks % size or sae.d_sae % blocks:
         raise ValueError(f"blocks must be a power of two that divides d_sae = {sae.d_sae} and that the number of "
                          f"ranks, a power of two as well, divides; got blocks={blocks} over {size} ranks")  # fmt: skip
@@ -120,14 +123,17 @@ def of_all_ranks(
 
 
 def as_wholes(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A step's state, of my latents, as that of all: DTensors over the same memory."""
+    """A step's state, of my latents, as that of all: DTensors over the same memory.
+
+    Of moments each rank has those of the latents that it updates.
+    """
     assert sae.shards is not None
     whole, names = dict(sae.named_parameters()), {id(p): name for name, p in sae.share.named_parameters()}
     moments = {}
     for number, p in enumerate(optimizer.param_groups[0]["params"]):
         placements = getattr(whole[names[id(p)]], "placements", ())
         dim = next((placement.dim for placement in placements if placement.is_shard()), None)
-        moments[number] = {name: sae.shards.as_whole(t, dim) if t.dim() else t
+        moments[number] = {name: sae.shards.as_whole(t, dim, updated=True) if t.dim() else t
                            for name, t in state["optimizer"]["state"][number].items()}  # fmt: skip
     dead = {**state["dead"], "since_fired": sae.shards.as_whole(state["dead"]["since_fired"], 0)}
     return {**state, "optimizer": {**state["optimizer"], "state": moments}, "dead": dead}

@@ -316,11 +316,11 @@ class Forward:
 
     @property
     def tokens(self) -> int:
-        """B, of all ranks."""
+        """Of the whole batch, of all ranks."""
         return self.x.shape[0] if self.shards is None else self.shards.tokens
 
     def of_all_ranks(self, rows: Tensor, name: str) -> Tensor:
-        """(B, …) from one rank's."""
+        """(B, …) of the ranks of a group, from one's."""
         return rows if self.shards is None else self.shards.gather_rows(rows, name)
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
@@ -370,7 +370,7 @@ class Forward:
             raise TypeError(f"no rule of this step takes {name}")
         several, room = len(self.sources), memory_budget // self.dtype.itemsize
         latents = self.sae.d_sae if self.shards is None else widest(rules, self.sae.d_sae)
-        elements = None if self.tokens * latents <= room else room
+        elements = None if self.sources[0].tokens * latents <= room else room
         alone = [several == 1 or chooses_alone(rule, several) for rule in rules]
         shared = []
         for rule, mine in zip(rules, alone, strict=True):
@@ -453,7 +453,7 @@ class Forward:
         if self.shards is not None:
             widths = self.shards.widths_of_mine(widths)
         runs = self.runs[number] = part.codes._runs(widths)
-        parts = self.sources[0].sums(runs, part.values).view(self.tokens, len(widths), -1)
+        parts = self.sources[0].sums(runs, part.values).view(-1, len(widths), self.sae.d_out)
         prefixes = self._over_ranks(parts).cumsum(1)
         residuals = self._finished(prefixes.add_(self.sae.b_dec)).sub_(self.target[:, None])
         last = residuals[:, -1].contiguous()

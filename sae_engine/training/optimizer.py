@@ -14,6 +14,7 @@ from sae_kernels.stock.moments import FusedAdam, Keys, keys
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..distributed.wire import tree_sum
+from ._over_groups import Part
 from ._over_shards import by_pieces
 from .backward import Backward
 from .forward import Weights
@@ -45,13 +46,15 @@ class Adam(torch.optim.Adam):
     """``torch.optim.Adam`` whose update is made by a :class:`TrainStep`.
 
     State and ``state_dict`` are torch's: ``step``, ``exp_avg`` and ``exp_avg_sq`` of each parameter, in its layout. The
-    learning rate is a tensor on the device. ``moments`` is the dtype of those of W_dec and W_enc.
+    learning rate is a tensor on the device. ``moments`` is the dtype of those of W_dec and W_enc. Where groups of ranks
+    have the same latents, the moments are of the ``part`` that this rank updates.
     """
 
     def __init__(
         self, sae: SparseAutoencoder, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
         moments: torch.dtype,
     ) -> None:  # fmt: skip
+        self.part = None if sae.shards is None or sae.shards.across is None else Part(sae)
         # In the order of the operator, which tells them apart by it.
         self.matrices = [matrix for source in sae.sources for matrix in (source.W_dec, source.W_enc)]
         learned = [p for p in sae.parameters() if p.requires_grad]
@@ -65,9 +68,13 @@ class Adam(torch.optim.Adam):
             kept = moments if any(p is matrix for matrix in self.matrices) else p.dtype
             self.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p, dtype=kept, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(p, dtype=kept, memory_format=torch.preserve_format),
+                "exp_avg": torch.zeros_like(self.mine(p), dtype=kept, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(self.mine(p), dtype=kept, memory_format=torch.preserve_format),
             }
+
+    def mine(self, parameter: Tensor) -> Tensor:
+        """Of a parameter, what this rank updates."""
+        return parameter.detach() if self.part is None else self.part.of(parameter)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
         """Runs the update of a :class:`TrainStep`; there is no other."""
@@ -94,12 +101,19 @@ class Adam(torch.optim.Adam):
         return state["exp_avg"], state["exp_avg_sq"]
 
     def apply(self, gradients: dict[Tensor, Tensor], skipped: Tensor | None) -> None:
-        """torch's fused Adam on the parameters with these gradients, unless ``skipped`` () float32 is 1."""
+        """torch's fused Adam on the parameters with these gradients, unless ``skipped`` () float32 is 1.
+
+        Of what has latents, on this rank's part, whose gradients these are.
+        """
         if not gradients:
             return
         options, parameters = self.options, list(gradients)
+        mine = [self.mine(p) for p in parameters]
+        # Latents of a row-major encoder are not together in memory: they are updated elsewhere.
+        held = [view if is_together(view) else view.contiguous() for view in mine]
         views = [
-            [contiguous_view(t, like=p) for t in (p, gradients[p].to(p.dtype), *self.moments(p))] for p in parameters
+            [contiguous_view(t, like=here) for t in (here, gradients[p].to(p.dtype), *self.moments(p))]
+            for p, here in zip(parameters, held, strict=True)
         ]
         rows, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*views, strict=True))
         update = FusedAdam(
@@ -108,15 +122,18 @@ class Adam(torch.optim.Adam):
         )  # fmt: skip
         self.counted(parameters, skipped)
         update(rows, grads, exp_avgs, exp_avg_sqs, [self.state[p]["step"] for p in parameters],
-               [self._keys(p) for p in parameters])  # fmt: skip
+               [self._keys(p, here) for p, here in zip(parameters, held, strict=True)])  # fmt: skip
+        for view, here in zip(mine, held, strict=True):
+            if here is not view:
+                view.copy_(here)
 
-    def _keys(self, parameter: Tensor) -> Keys | None:
+    def _keys(self, parameter: Tensor, mine: Tensor) -> Keys | None:
         """How this step rounds the moments of a matrix, where it does, as :func:`contiguous_view` shows them."""
         if self.moments(parameter)[0].dtype == parameter.dtype:
             return None
         number = next(n for n, matrix in enumerate(self.matrices) if matrix is parameter) % 2
-        latents, width = reversed(parameter.shape) if number else parameter.shape
-        by_column = number == 1 and parameter.is_contiguous()
+        latents, width = reversed(mine.shape) if number else mine.shape
+        by_column = number == 1 and mine.is_contiguous()
         return keys(self.state[parameter]["step"], number, slice(0, latents), width, by_column=by_column)
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -146,6 +163,11 @@ class Adam(torch.optim.Adam):
             for name, tensor in mine.items():
                 tensor.copy_(torch.as_tensor(saved.get(name, 0.0)))  # nothing there: it has not stepped yet
             self.state[p] = mine
+
+
+def is_together(tensor: Tensor) -> bool:
+    """Whether it or its transpose is contiguous."""
+    return tensor.is_contiguous() or (tensor.dim() == 2 and tensor.T.is_contiguous())
 
 
 def contiguous_view(tensor: Tensor, *, like: Tensor) -> Tensor:
@@ -214,7 +236,7 @@ class Update:
 
     def can_be_fused(self, pending: Backward) -> bool:
         """Whether nothing needs the gradients whole."""
-        alone = self.grad_clip is None and self.reduce is None and self.accumulate == 1
+        alone = self.grad_clip is None and self.reduce is None and self.accumulate == 1 and self.optimizer.part is None
         return alone and not pending.dense and all(matrix.requires_grad for matrix in self.optimizer.matrices)
 
     def fused(self, pending: Backward, skip: Tensor | None) -> Tensor:
@@ -274,7 +296,8 @@ class Update:
             given.append(center)
             everyones.append(self.sae.b_dec)
         packed = torch.cat([tensor.flatten().to(wide) for tensor in given])
-        total, *sums = self.shards.sum(packed, "gradients of all ranks").split([tensor.numel() for tensor in given])
+        sizes = [tensor.numel() for tensor in given]
+        total, *sums = self.shards.sum_everywhere(packed, "gradients of all ranks").split(sizes)
         summed: dict[Tensor, Tensor] = {}
         for p, gradient in zip(everyones, sums, strict=True):
             summed[p] = gradient.view(p.shape) + summed.get(p, 0.0)
@@ -314,18 +337,20 @@ class Update:
 
     def apply_stored(self, also_reduce: list[Tensor], skip: Tensor | None) -> Tensor:
         """Average, remove the parallel part, clip, Adam, rescale. Returns the norm before clipping."""
-        sae, gradients = self.sae, self.stored
+        sae, part, gradients = self.sae, self.optimizer.part, self.stored
         self.stored = {}
         if self.reduce is not None:
             device = sae.b_dec.device  # all processes skip where one does
             skips = torch.zeros((), device=device) if skip is None else skip.to(torch.float32)
             self.reduce([*gradients.values(), *also_reduce, skips])
             skip = skips > 0
+        gradients = gradients if part is None else part.summed(gradients)
         decoders = [source.W_dec for source in sae.sources if source.W_dec.requires_grad] if self.unit_rows else []
         for decoder in decoders:
             if decoder in gradients:
                 size = rows_of_a_chunk(decoder.shape[0], decoder.shape[1], decoder.device.type)
-                for grad, rows in zip(gradients[decoder].split(size), decoder.detach().split(size), strict=True):
+                pairs = zip(gradients[decoder].split(size), self.optimizer.mine(decoder).split(size), strict=True)
+                for grad, rows in pairs:
                     grad.copy_(without_parallel_part(grad, rows))
         if self.shards is None:
             norm = torch.nn.utils.get_total_norm(gradients.values())
@@ -338,10 +363,12 @@ class Update:
             if source.W_enc in gradients:
                 gradients[source.W_enc] = gradients[source.W_enc].T
         self.optimizer.apply(gradients, None if skip is None else skip.to(torch.float32))
-        for decoder in decoders:
-            norms = decoder_norms(decoder)[:, None]
+        for rows in map(self.optimizer.mine, decoders):
+            norms = decoder_norms(rows)[:, None]
             unchanged = norms == 0 if skip is None else (norms == 0) | skip
-            decoder.div_(torch.where(unchanged, 1.0, norms))
+            rows.div_(torch.where(unchanged, 1.0, norms))
+        if part is not None:
+            part.hand_out(gradients)
         return norm
 
 

@@ -17,7 +17,7 @@ from .._sources import numbered
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..crosscoder import Crosscoder
-from ..distributed.shards import check_rules
+from ..distributed.shards import Shards, check_rules
 from ..losses import Loss, losses_for
 from ..losses.base import checked_target
 from ..rules import PerSource
@@ -300,7 +300,7 @@ class TrainStep:
             bad = self._finite.of(report["loss"], pending, has_capacity=main.required is not None)
             if self.shards is not None:
                 report, overflow, bad = of_all_ranks(self.shards, report, overflow, bad)
-            fired = _firing(main, len(self.sae.sources)).float()
+            fired = _firing(main, len(self.sae.sources), self.shards).float()
             since = self._seen = Seen(fired, tokens, _either(overflow, bad)).after(self._seen)
             if self._update.can_be_fused(pending):
                 grad_norm = self.optimizer.step(lambda: self._update.fused(pending, since.skip))
@@ -370,7 +370,7 @@ class TrainStep:
         if self.dense is not None or codes.required is None:
             return self.dense
         if self.shards is not None:  # its part of what all ranks keep: the device is not asked
-            entries = codes.values.shape[0] // self.shards.size
+            entries = codes.values.shape[0] // self.shards.everyone.size
             return densified.is_dense(
                 "decode_backward_weight", entries, codes.rows, codes.num_latents, codes.device.type
             )
@@ -475,11 +475,12 @@ def _checked_scheduler(scheduler: Any) -> Any:
     return scheduler
 
 
-def _firing(codes: SparseCodes, sources: int) -> Tensor:
+def _firing(codes: SparseCodes, sources: int, shards: Shards | None) -> Tensor:
     """(sources F,) int32: the tokens on which each latent has a value other than 0; unused capacity holds zeros."""
     codes = codes if sources == 1 else numbered(codes, sources)
     counts = codes.indices.new_zeros(codes.num_latents, dtype=torch.int32)
-    return counts.scatter_add_(0, codes.indices.long(), (codes.values != 0).int())
+    counts.scatter_add_(0, codes.indices.long(), (codes.values != 0).int())
+    return counts if shards is None else shards.over_groups(counts, "fired")
 
 
 class Seen(NamedTuple):

@@ -1,15 +1,14 @@
 """What the ranks of a mesh do in tests/test_mesh.py: each case holds itself to one process, on every rank.
 
-``python mesh_cases.py RANK SIZE FOLDER`` is one rank; it writes the names of the cases that went well to FOLDER.
+``mesh_ranks`` says which case is whose.
 """
 
-import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-import torch.distributed as dist
-from mesh_selections import matching_norms_is_exact, my_rows, selects_as_the_reference
+from mesh_selections import my_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sae_engine as se
@@ -63,6 +62,10 @@ def fill(sae):
 def pair(make, mesh, *, dtype=F64, **options):
     one = fill(se.SparseAutoencoder(D, F, make(), dtype=dtype, **options))
     return one, fill(se.SparseAutoencoder(D, F, make(), dtype=dtype, mesh=mesh, **options))
+
+
+def data_of(mesh):
+    return mesh["data"].size() if "data" in mesh.mesh_dim_names else 1
 
 
 def whole(tensor):
@@ -184,20 +187,29 @@ def same_state(one, many, alone, together, tolerance):
     for (name, p), (_, q) in zip(one.named_buffers(), many.named_buffers(), strict=True):
         close(p, whole(q), name, 1e-12)
     assert torch.equal(alone.dead.since_fired[many.shards.mine], together.dead.since_fired)
-    every = many.shards.wire.gather(many.b_dec.detach().to_local(), "test")
+    shards = many.shards
+    every = shards.everyone.gather(many.b_dec.detach().to_local(), "test")
     assert (every == every[0]).all(), "what every rank has differs"
+    if shards.across is not None:
+        for tensor in (*many.share.parameters(), *many.share.buffers()):
+            every = shards.across.gather(tensor.detach().contiguous(), "test")
+            assert (every == every[0]).all(), "what every group has differs"
 
 
 def skips_together(mesh, rank, size, how):
     """Nothing changes on any rank where one has no room, or a number that is none; the next batch counts again."""
-    make = (lambda: se.TopAFA(capacity=3 * B)) if how == "overflow" else (lambda: se.TopK(4))
+    groups = data_of(mesh)  # whose ranks have room for an entry of each token
+    capacity = 3 * B if groups == 1 else 4 * size * sum(shares(B, size)[: size // groups]) // 5
+    make = (lambda: se.TopAFA(capacity=capacity)) if how == "overflow" else (lambda: se.TopK(4))
     one, many = pair(make, mesh)
     alone, together = step_of(one, nonfinite="skip"), step_of(many, nonfinite="skip")
     x, y = batches(2)
     mine = my_rows(B, rank, size)
-    if how == "overflow":  # the last rank's latents are all that fire
+    if how == "overflow":  # the last rank's latents are all that fire, on the last group's tokens
+        shards = many.shards
+        x = x * torch.arange(size).repeat_interleave(torch.tensor(shares(B, size))).ge(size - shards.size)[:, None]
         with torch.no_grad():
-            many.share.W_enc.mul_(1.0 if rank == size - 1 else 1e-4)
+            many.share.W_enc.mul_(0.25 if shards.rank == shards.size - 1 else 1e-4)
         before = [whole(p).clone() for p in many.parameters()]
         report = together(x[mine] * 100)
         assert bool(report["overflow"])
@@ -267,22 +279,30 @@ class NoGlobalMatrix(TorchDispatchMode):
 
 
 def sends_what_the_formula_says(mesh, rank, size):
-    rows = shares(B, size)
-    mine, longest, others = rows[rank], max(rows), size - 1
-    foreign = B - mine
+    groups = data_of(mesh)
+    ranks = size // groups  # of a group
+    rows = shares(B, size)[rank // ranks * ranks :][:ranks]
+    mine, longest, others, all_others = rows[rank % ranks], max(rows), ranks - 1, size - 1
+    foreign = sum(rows) - mine
+    latents = shares(F, ranks)[rank % ranks]
+    updated = shares(latents, groups)
     for dtype in (F64, torch.float32):
         s = dtype.itemsize
         each = {
-            "x": others * longest * D * s, "spread": others * 8 * (D + 1),
-            "x_hat": foreign * D * s, "gradient": others * longest * D * s, "report": others * 8 * 6,
-            "gradients of all ranks": others * (2 * D + 1) * s, "dead": 2 * others * 8 // size,
+            "x": others * longest * D * s, "spread": all_others * 8 * (D + 1),
+            "x_hat": foreign * D * s, "gradient": others * longest * D * s, "report": all_others * 8 * 6,
+            "gradients of all ranks": all_others * ((D if groups > 1 else 2 * D) + 1) * s,
+            "dead": 2 * others * 8 // ranks, "fired": 2 * (groups - 1) * latents * 4 // groups,
+            "gradients over groups": (latents - updated[rank // ranks]) * (2 * D + 1) * s,
+            "parameters over groups": (groups - 1) * max(updated) * (2 * D + 1) * s,
         }  # fmt: skip
         top = 8 * s - 16
         bins = [8 * ((1 << 15) + 1), *[8 * (1 << 16) for _ in range(0, top, 16)]]
         of_rule = {
             "TopK": {"candidates": foreign * 4 * s, "counts": others * mine * 4},
-            "BatchTopK": {"histogram": sum(2 * others * n // size for n in bins), "ties": others * B * 4,
-                          "threshold": 2 * others * 8 // size},
+            "BatchTopK": {"histogram": sum(2 * all_others * n // size for n in bins), "ties": others * sum(rows) * 4,
+                          "ties of groups": (2 * others * 8 // ranks + (groups - 1) * 8) * (groups > 1),
+                          "threshold": 2 * all_others * 8 // size},
         }  # fmt: skip
         for name, rule in (("TopK", lambda: se.TopK(4)), ("BatchTopK", lambda: se.BatchTopK(3.5))):
             many = fill(se.SparseAutoencoder(D, F, rule(), dtype=dtype, mesh=mesh))
@@ -291,8 +311,9 @@ def sends_what_the_formula_says(mesh, rank, size):
             with NoGlobalMatrix():
                 for x in batches(3, dtype=dtype):
                     step(x[my_rows(B, rank, size)])
-            want = {key: 3 * number for key, number in {**each, **of_rule[name]}.items()}
-            assert dict(many.shards.wire.bytes) == want, (name, dict(many.shards.wire.bytes), want)
+            want = {key: 3 * number for key, number in {**each, **of_rule[name]}.items() if number}
+            sent = {key: number for key, number in many.shards.wire.bytes.items() if number}
+            assert sent == want, (name, sent, want)
 
 
 def room_in_place_of_lengths(mesh, rank, size):
@@ -375,62 +396,34 @@ def needs_what_the_formula_says(mesh, rank, size):
     assert 0.8 * formula < measured <= formula, (measured, formula)
 
 
-def over_nodes(mesh, rank, size):
-    """Two nodes of two ranks: latents are cut over nodes first, then inside each."""
-    mesh = se.distributed.from_env(latent=2, node=2)
-    assert mesh.mesh_dim_names == ("node", "latent")
-    for rule in ("TopK", "BatchTopK"):
-        encodes(mesh, rank, size, rule)
-    for step in ("AuxK of SAELens", "FeatureChoice", "clipped"):
-        trains(mesh, rank, size, step)
-    sae = se.SparseAutoencoder(D, 9, se.TopK(2), mesh=mesh)  # 3 and 2, 2 and 2
-    assert sae.shards.layout.numbers == [3, 2, 2, 2] and len(sae.W_dec.to_local()) == sae.shards.layout.numbers[rank]
+def groups_take_no_blocks(mesh, rank, size):
+    sae = se.SparseAutoencoder(D, F, se.TopK(4), mesh=mesh)
+    with pytest.raises(ValueError, match="blocks must be None on a mesh with the dimension 'data'"):
+        step_of(sae, blocks=4)
 
 
-def cases(size):
-    yield "selection", lambda *at: selects_as_the_reference(*at, True)
-    yield "selection, with room", lambda *at: selects_as_the_reference(*at, False)
-    yield "norms are matched exactly", matching_norms_is_exact
-    yield "initial rows", starts_alike
-    some = {2: 4, 3: 3, 4: 6}[size]  # each case at one number of ranks at least, and the first of all at each
-    for number, name in enumerate(RULES):
-        if number % some == 0 or size == 3:
-            yield f"encode: {name}", lambda *at, name=name: encodes(*at, name)
-    for number, name in enumerate(STEPS):
-        if size == 2 or number % some == 0:
-            yield f"step: {name}", lambda *at, name=name: trains(*at, name)
-    yield "step: overflow", lambda *at: skips_together(*at, "overflow")
-    yield "step: not finite", lambda *at: skips_together(*at, "nan")
-    yield "step: uneven tokens", trains_on_uneven_tokens
-    yield "step: empty shards", empty_shards_train
-    yield "step: bytes", sends_what_the_formula_says
-    yield "step: room", room_in_place_of_lengths
-    yield "step: 16 bits", in_16_bits
-    yield "encode: other rules", encodes_by_other_rules
-    if size == 2:
-        yield "step: memory", needs_what_the_formula_says
-    if size == 4:
-        yield "nodes", over_nodes
-    if size in (2, 4):
-        yield "step: blocks", has_the_same_bits
+def repeats(mesh, rank, size):
+    """A run has the bits of the run before."""
+    found = []
+    for _ in range(2):
+        sae = fill(se.SparseAutoencoder(D, F, se.BatchTopK(3.5), mesh=mesh))
+        step = step_of(sae, losses=[AuxK(5)], dead_after=30)
+        for x in batches(6, dtype=torch.float32):
+            step(x[my_rows(B, rank, size)])
+        found.append([whole(p).clone() for p in sae.parameters()])
+    assert all(map(torch.equal, *found))
 
 
-def main(rank, size, folder):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="unused", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    mesh = se.distributed.from_env()
-    done = Path(folder, f"{rank}.txt")
-    for name, case in cases(size):
-        sys.stdout.write(f"{name}\n")  # what a rank that fails was at
-        sys.stdout.flush()
-        case(mesh, rank, size)
-        with done.open("a") as file:
-            file.write(name + "\n")
-    dist.barrier()  # who leaves early takes its connections with it
-    os._exit(0)  # gloo's threads now and then abort an orderly exit
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+def lays_out_row_by_row(mesh, rank, size):
+    """Latents of an encoder that lies row by row are not together in memory; its moments may be narrow."""
+    mine = my_rows(B, rank, size)
+    for how in ({}, {"moments": "bfloat16"}):
+        alike = []
+        for layout in (True, None):
+            sae = fill(se.SparseAutoencoder(D, F, se.TopK(4), mesh=mesh, contiguous_parameters=layout))
+            step = step_of(sae, **how)
+            for x in batches(4, dtype=torch.float32):
+                step(x[mine])
+            alike.append([whole(p).clone() for p in sae.parameters()])
+        for p, q in zip(*alike, strict=True):
+            close(p, q, how, 1e-5)

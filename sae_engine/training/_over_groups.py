@@ -1,0 +1,66 @@
+"""An update where groups of ranks have the same latents: each rank updates a part of those it shares with others.
+
+Gradients go to the rank that updates their latents, which adds them in order of groups; Adam's moments are there alone.
+The parameters that it makes go back to all groups, so that each has the same bits.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..distributed.wire import shares, tree_sum
+
+if TYPE_CHECKING:
+    from ..autoencoder import SparseAutoencoder
+    from ..distributed.wire import Wire
+
+
+class Part:
+    """The latents of a rank's share ``sae`` that this rank updates for all groups.
+
+    Attributes:
+        latents: of those of the share.
+    """
+
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        assert sae.shards is not None and sae.shards.across is not None
+        self.wire: Wire = sae.shards.across
+        self.latents = sae.shards.updated
+        self._everyones, self._encoder = (sae.b_dec, sae.W_skip), sae.W_enc
+        self._numbers = shares(sae.d_sae, self.wire.size)
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The parameter, or where it has latents a view of those that this rank updates."""
+        if not self._is_cut(parameter):
+            return parameter.detach()
+        return self._by_latent(parameter)[self.latents].T if parameter is self._encoder else (
+            parameter.detach()[self.latents])  # fmt: skip
+
+    def summed(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Gradients of my latents, by latent, of all groups in their order, of those that this rank updates.
+
+        What has no latents stays as it is. ``gradients`` is emptied on the way: each needs the room of the one before.
+        """
+        found = {}
+        for p in list(gradients):
+            gradient = gradients.pop(p)
+            if self._is_cut(p):
+                parts = self.wire.scatter_rows(gradient.contiguous(), self._numbers, "gradients over groups")
+                gradient = tree_sum(list(parts))
+            found[p] = gradient
+        return found
+
+    def hand_out(self, parameters: Iterable[Tensor]) -> None:
+        """Each group gets what the ranks have updated."""
+        for p in parameters:
+            if self._is_cut(p):
+                rows = self._by_latent(p)
+                rows.copy_(self.wire.gather_rows(rows[self.latents], self._numbers, "parameters over groups"))
+
+    def _is_cut(self, parameter: Tensor) -> bool:
+        return all(parameter is not other for other in self._everyones)
+
+    def _by_latent(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().T if parameter is self._encoder else parameter.detach()
