@@ -222,7 +222,7 @@ def trained(steps, *, resumed_at=None, rule="TopK", row_major=False, losses=(), 
             }
             step = make_step()
             step.load_state_dict(saved)
-        step(torch.randn(14, 6, generator=generator))
+        step(torch.randn(14, 6, generator=generator, device="cpu").to(sae.W_dec.device))
     return sae, step
 
 

@@ -1,6 +1,7 @@
 """A rule that a user writes outside the package, in a file of few lines, can do what the package's own can."""
 import copy
 import importlib.util
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -228,7 +229,7 @@ def test_a_program_that_has_not_imported_it_finds_it_by_its_name(tmp_path):
     code = "import sys; from sae_engine.training import TrainConfig; print(TrainConfig.from_yaml(sys.argv[1]).saes)"
     shown = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run.yaml")], capture_output=True, text=True, timeout=120,
-        env={"PYTHONPATH": str(FILE.parent), "PATH": ""},
+        env={"PYTHONPATH": os.pathsep.join([str(FILE.parent), os.environ.get("PYTHONPATH", "")]), "PATH": ""},
     )  # fmt: skip
     assert "TopPSAE(p=0.5)" in shown.stdout, shown.stderr
 
@@ -244,7 +245,7 @@ def test_what_its_rule_needs_comes_from_a_place_of_its_own(tmp_path):
     trainer = se.training.Trainer(config, dataset=[rows, gradients])
     trainer.train()
     (trained,) = trainer.trainees.values()
-    sae = trained.config.build(D, D, steps=4, seed=0)
+    sae = trained.config.build(D, D, steps=4, seed=0, device=rows.device)
     step = se.training.TrainStep(sae, lr=1e-3, dead_after=trained.optim.dead_after)
     stream = TensorStream([rows, gradients], batch_rows=B, seed=0)
     for _ in range(4):

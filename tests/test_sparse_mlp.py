@@ -178,12 +178,13 @@ def test_every_kernel_in_small():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_rows_gather_denser_codes_than_many(dtype):
-    """By ``benchmarks/crossover.py --rows``; both ways agree. 0.4 of all latents are kept."""
+    """On a CPU, by ``benchmarks/crossover.py --rows``; both ways agree. 0.4 of all latents are kept."""
     weight = torch.randn(50, 24).to(dtype)
     for rows in (1, densified.FEW_ROWS, densified.FEW_ROWS + 1):
         codes = f.topk(torch.randn(rows, 50).to(dtype), 20, relu=False)
         args = torch.randn(rows, 24).to(dtype), codes.values, codes.indices, codes.offsets, weight
-        assert densified.pays("decode_backward_values", args) == (rows > densified.FEW_ROWS)
+        if weight.is_cpu:
+            assert densified.pays("decode_backward_values", args) == (rows > densified.FEW_ROWS)
         truth = ops.decode_backward_values(*(t.double() if t.is_floating_point() else t for t in args), "reference")
         yardstick = ops.decode_backward_values(*args, "reference")
         for choice in (False, True):

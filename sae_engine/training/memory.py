@@ -46,7 +46,8 @@ def peak_bytes(
     copies                        F (d_in + d_out) in the compute dtype, where that is not the parameters'
     dead counters                 F int64
     encoding                      the centred batch, N entries twice, and tiles of bounded size for top-k
-    backward pass                 B (d_in + outputs * d_out) in fp32, 12 words an entry, 8 words a latent
+    backward pass                 B (d_in + outputs * d_out) in fp32, 12 words an entry, 8 words a latent; on a GPU
+                                  F d_in / 8 more in fp32, at most 2^26 elements
     a chunk of latents            on a CPU: its gradients and an eighth, twice with two outputs; ``row_major`` 3.5 and 4
     stored gradients' temporary   2 / 16 of the decoder's gradient; on a GPU 2 of at most 2^26 elements
     moments in bfloat16           a chunk's of one weight in fp32, and random bits: on a GPU where gradients are stored
@@ -119,6 +120,8 @@ def peak_bytes(
         backward += int(chunk * (max(3.5, outputs + 2) if row_major else max(1.125, outputs))) if not stored else 0
         if narrow:
             backward += d_sae * max(reads, writes) * wide
+    else:  # partial sums of the gradient at the encoder's input, a row of every eight latents
+        backward += 4 * min(-(-d_sae // 8) * reads, max(limits.WIDE_ELEMENTS["cuda"], reads))
     if stored:
         chunk = min(rows_of_a_chunk(d_sae, writes, device_type), d_sae) * writes
         backward += 2 * chunk * wide + (outputs - 1) * d_sae * width * wide
