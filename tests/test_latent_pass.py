@@ -378,6 +378,17 @@ def test_the_bias_corrections_of_early_and_late_steps():
             assert ((s.parameters[2].double() - moved - after["parameter 2"].double()).abs() <= bound).all(), backend
 
 
+def test_partial_sums_of_some_latents_at_a_time_are_those_of_all(monkeypatch):
+    s = make((20, 40, 12, 12), MODES["two"], DTYPES["fp32"])
+    whole = adam(s, "triton")
+    monkeypatch.setitem(limits.WIDE_ELEMENTS, "cuda", 2 * 12)  # two programs of eight latents; the last has one
+    some = adam(s, "triton")
+    torch.testing.assert_close(some.pop("center"), whole.pop("center"))
+    torch.testing.assert_close(some.pop("square"), whole.pop("square"))
+    for name, tensor in whole.items():
+        assert_same(some[name], tensor)
+
+
 def test_neither_is_differentiated_again():
     s = make((6, 11, 7, 5), MODES["gated"], DTYPES["fp32"])
     s.x.requires_grad_()
