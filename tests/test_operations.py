@@ -51,14 +51,21 @@ def called(row: Operation, args, backend):
     return row.outcome(getattr(ops, row.name)(*args, backend), args)
 
 
-def compare(row, found, args):
+def compare(row, found, args, backend):
     """Bit for bit, or within the budget that the reference's own error in this dtype gives."""
     honest = called(row, args, "reference")
     assert [t.dtype for t in found] == [t.dtype for t in honest]
     if row.is_exact:
         assert_same(tuple(found), tuple(honest))
         return
-    for ours, truth, yardstick in zip(found, called(row, in_fp64(args), "reference"), honest, strict=True):
+    exact = called(row, in_fp64(args), "reference")
+    if row.name == "latent_adam" and backend == "torch" and found[0].is_cuda:
+        # torch's fused Adam takes beta2 as an fp32 number there: 1 - 0.999 is off by 1.3e-5, a second moment by as much.
+        lr = next(a for a, said in zip(args, row.operator._schema.arguments, strict=False) if said.name == "lr")
+        for ours, truth in zip(found, exact, strict=True):
+            torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=2e-5 * float(lr))
+        return
+    for ours, truth, yardstick in zip(found, exact, honest, strict=True):
         assert_within_budget(ours, truth, yardstick)
 
 
@@ -79,7 +86,7 @@ def test_the_table_is_complete():
 def test_back_ends_agree_and_repeat(row, name, backend, dtype):
     args = arguments(row, name, dtype)
     found = called(row, args, backend)
-    compare(row, found, args)
+    compare(row, found, args, backend)
     assert_same(tuple(called(row, args, backend)), tuple(found))
 
 
@@ -89,7 +96,7 @@ def test_a_gemm_agrees_too(name, backend, monkeypatch):
     row = OPERATIONS[name]
     monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(0.0))
     args = arguments(row)
-    compare(row, called(row, args, backend), args)
+    compare(row, called(row, args, backend), args, backend)
 
 
 def strided(t):
@@ -106,7 +113,7 @@ def test_strides_do_not_matter(row, backend):
     args = arguments(row)
     said = row.operator._schema.arguments
     spread = [a if s.alias_info else pytree.tree_map(strided, a) for a, s in zip(args, said, strict=False)]
-    compare(row, called(row, spread, backend), args)
+    compare(row, called(row, spread, backend), args, backend)
 
 
 @pytest.mark.parametrize("row", TYPICAL)

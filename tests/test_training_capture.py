@@ -85,8 +85,13 @@ def test_a_capture_is_remembered_until_a_state_is_loaded(monkeypatch):
     monkeypatch.setattr("sae_engine.training.forward.capturing", lambda tensor: False)
     monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: pytest.fail("the device was read"))
     assert dead.at_most(10) == 8
+    replayed = dead.state_dict()
     dead.load_state_dict(state)
     assert dead.at_most(10) == 0
+    monkeypatch.undo()
+    replayed["since_fired"].fill_(100)  # by replays, of which the host has counted none
+    dead.load_state_dict(replayed)
+    assert dead.at_most(10) == 8
 
 
 @pytest.mark.gpu

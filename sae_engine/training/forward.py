@@ -108,7 +108,7 @@ class DeadLatents:
         """Everything that the next step depends on."""
         return {
             "since_fired": self.since_fired.clone(), "tokens": self.tokens,
-            "bound": self._bound, "holds_until": self._holds_until,
+            "bound": self._bound, "holds_until": self.tokens - 1 if self._captured else self._holds_until,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
