@@ -116,6 +116,11 @@ def moved(launch, shape):
             row = width * a["weight_ptr"].element_size()
             tiles = size("out_ptr") + (size("target_ptr") if a["HAS_TARGET"] else 0)
             return distinct * row + tiles, entries * row + tiles
+        case "_sources_kernel":  # of each source as many entries as these, and rows of its own width
+            written = size("out_ptr") + (size("target_ptr") if a["HAS_TARGET"] else 0)
+            widths = sum(stop - first for first, stop in zip(a["FIRSTS"], a["STOPS"], strict=True))
+            row = widths * a["sources"][3].element_size()
+            return distinct * row + written, entries * row + written
         case "_values_kernel":
             row = width * a["weight_ptr"].element_size()
             return distinct * row + size("grad_ptr"), entries * row * (1 + 1 / a["BLOCK_N"])

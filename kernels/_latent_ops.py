@@ -80,6 +80,24 @@ def _(parameters, exp_avgs, exp_avg_sqs, copies, x, *rest):
 
 once_differentiable("latent_gradients")
 
+# --- decode_sources: what several sources of latents write, side by side or over one another --------------------------
+
+
+@define(
+    "decode_sources(Tensor[] values, Tensor[] indices, Tensor[] offsets, Tensor[] weights, int[] firsts, int width,"
+    " Tensor? bias, Tensor? target, ScalarType dtype) -> (Tensor, Tensor)",
+)
+def _(values, indices, offsets, weights, firsts, width, bias, target, dtype, backend):
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in (*values, *weights)) else torch.float32
+    rows = offsets[0].shape[0] - 1
+    return (
+        weights[0].new_empty((rows, width), dtype=dtype),
+        weights[0].new_empty(0 if target is None else rows, dtype=wide),
+    )
+
+
+not_differentiable("decode_sources", "has no gradient here: decode each source where one is asked for")
+
 # --- sparse_mlp: the neurons of an MLP that its tokens keep ----------------------------------------------------------
 
 

@@ -257,6 +257,26 @@ def _decode_flops(values, indices, offsets, weight, bias, *_) -> int:
     return weight.shape[1] * (2 * values.numel() + (0 if bias is None else offsets.numel() - 1))
 
 
+def _decode_sources(make: Maker, *, plain: bool = False) -> Arguments:
+    """Two sources, of which the second writes the later columns alone."""
+    codes, first = (make.codes(), make.codes()), make.d // 2
+    weights = [make.weight(), make.normal(make.F, make.d - first)]
+    bias, target = make.normal(make.d, dtype=FP32), make.normal(make.B, make.d, dtype=FP32)
+    both = (None, None) if plain else (bias, target)
+    return *map(list, zip(*codes, strict=True)), weights, [0, first], make.d, *both, FP32
+
+
+def _sources_read(values, indices, offsets, weights, firsts, width, *bias_target) -> int:
+    named = sum(named_bytes(weight, of) for weight, of in zip(weights, indices, strict=True))
+    return nbytes(values, indices, offsets, bias_target) + named
+
+
+def _sources_flops(values, indices, offsets, weights, firsts, width, bias, target, dtype) -> int:
+    rows = offsets[0].numel() - 1
+    products = sum(2 * v.numel() * weight.shape[1] for v, weight in zip(values, weights, strict=True))
+    return products + rows * width * ((bias is not None) + 3 * (target is not None))
+
+
 def _sparse_mlp(make: Maker, *, gated: bool = True, biased: bool = False, wide: bool = False) -> Arguments:
     """k neurons of each token, at least; ``down`` has half as many columns again as ``up``."""
     kept, width = make.pre(), make.d + make.d // 2
@@ -362,6 +382,11 @@ _ROWS = (
         reads=_decode_reads,
         # of each output: subtract, square, sum
         flops=lambda *arguments: _decode_flops(*arguments) + 3 * arguments[5].numel(),
+    ),
+    Operation(
+        "decode_sources", "decode.launch_sources", is_exact=False,
+        examples={"": _decode_sources, "sums": lambda make: _decode_sources(make, plain=True)},
+        reads=_sources_read, flops=_sources_flops,
     ),
     Operation(
         "decode_backward_values", "backward.launch_values", is_exact=False, packed_vectors=True,

@@ -258,6 +258,25 @@ def decode_error(
     return residual.to(dtype), residual.square().sum(1)
 
 
+def decode_sources(
+    values: list[Tensor], indices: list[Tensor], offsets: list[Tensor], weights: list[Tensor], firsts: list[int],
+    width: int, bias: Tensor | None, target: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(B, width): to the columns from ``firsts`` on each source adds what its weight decodes; plus bias, minus target.
+
+    With a target its squared norm (B,) before that is rounded into ``dtype`` comes along; without one (0,).
+    """
+    wide = accumulation_dtype(*values, *weights)
+    out = weights[0].new_zeros(offsets[0].shape[0] - 1, width, dtype=wide)
+    for first, weight, *codes in zip(firsts, weights, values, indices, offsets, strict=True):
+        out[:, first : first + weight.shape[1]] += decode(*codes, weight, None, wide)
+    out = out if bias is None else out + bias.to(wide)
+    if target is None:
+        return out.to(dtype), out.new_zeros(0)
+    residual = out - target.to(wide)
+    return residual.to(dtype), residual.square().sum(1)
+
+
 def decode_backward_values(grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """(N,): each entry's inner product of its row of ``grad`` (B, D) and its row of ``weight`` (F, D)."""
     wide = accumulation_dtype(grad, weight)

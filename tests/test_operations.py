@@ -200,6 +200,8 @@ BY_HAND = {
     "decode": (60 + 6 * 14 + 28 + 28, 84 + 14),
     # a target of 2 x 7 less, the residual in fp32, its two squared norms; subtract, square, add of 14 elements
     "decode_error": (60 + 6 * 14 + 28 + 56 + 56 + 8, 98 + 42),
+    # two sources, of 7 and of the 4 last columns, each with codes as above
+    "decode_sources": (120 + 6 * (14 + 8) + 28 + 56 + 56 + 8, 6 * (14 + 8) + 14 + 42),
     "decode_backward_values": (28 + 6 * 14 + 24 + 24 + 12, 84),
     "decode_backward_weight": (28 + 60 + 140, 84),
     "to_dense": (60 + 40, 0),

@@ -379,6 +379,19 @@ def test_weight_gradients_gather_each_entry_once(skewed, dtype, sparse, metering
     assert meter.total.loaded_once + meter.total.stored_once <= GATHER * (once + parts + chunks)
 
 
+def test_sources_read_the_target_once_and_write_their_sum_once(sparse, metering):
+    """Three sources, of which each writes a part of what the one before it writes."""
+    rows, entries, starts = 4, 128, (0, WIDTH // 2, WIDTH * 3 // 4)
+    codes = [[part] * 3 for part in (sparse.values, sparse.indices, sparse.offsets)]
+    weights = [torch.randn(96, WIDTH - start).to(BF16) for start in starts]
+    bias, target = torch.randn(WIDTH), torch.randn(rows, WIDTH)
+    with metering() as meter:
+        residual, _ = ops.decode_sources(*codes, weights, [*starts], WIDTH, bias, target, FP32, "triton")
+    assert (meter.of(residual).stored, meter.of(residual).loaded) == (rows * WIDTH * 4, 0)
+    assert meter.of(target).loaded == rows * WIDTH * 4
+    assert [meter.of(weight).loaded for weight in weights] == [entries * (WIDTH - start) * 2 for start in starts]
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_the_latent_pass_moves_each_parameter_once(dtype, sparse, metering):
     """Gradient, moments and weights of a step: bf16 products with copies, or fp32 without."""

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import limits
+from . import densified, limits
 from .densified import error_of
 
 SUM = 0  # embedding_bag's mode, by number
@@ -72,3 +72,7 @@ def decode(values, indices, offsets, weight, bias, dtype, *_by_latent):
 def decode_error(values, indices, offsets, weight, bias, target, dtype):
     out = decode(values, indices, offsets, weight, None, wide_of(values, weight))
     return error_of(out, bias, target, dtype)
+
+
+def decode_sources(values, indices, offsets, weights, firsts, width, bias, target, dtype):
+    return densified.added_sources(decode, values, indices, offsets, weights, firsts, width, bias, target, dtype)

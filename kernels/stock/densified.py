@@ -59,6 +59,13 @@ def _sizes_of_decode(values, indices, offsets, weight, *_) -> tuple:
     return "decode", *sizes
 
 
+def _sizes_of_sources(values, indices, offsets, weights, *_) -> tuple:
+    """One decision for all sources."""
+    entries, latents = (sum(t.shape[0] for t in tensors) for tensors in (values, weights))
+    dtypes = {t.dtype for t in (*values, *weights)}
+    return "decode", entries, offsets[0].numel() - 1, latents, values[0].device.type, *dtypes
+
+
 def _sizes_of_values(grad, values, indices, offsets, weight) -> tuple:
     sizes = values.numel(), grad.shape[0], weight.shape[0], grad.device.type, grad.dtype, weight.dtype
     return "decode_backward_values", *sizes
@@ -70,8 +77,8 @@ def _sizes_of_weight(grad, values, latent_offsets, *_) -> tuple:
 
 
 SIZES: dict[str, Callable[..., tuple]] = {  # of the operations that an operator's call may replace, from its arguments
-    "decode": _sizes_of_decode, "decode_error": _sizes_of_decode, "decode_backward_values": _sizes_of_values,
-    "decode_backward_weight": _sizes_of_weight,
+    "decode": _sizes_of_decode, "decode_error": _sizes_of_decode, "decode_sources": _sizes_of_sources,
+    "decode_backward_values": _sizes_of_values, "decode_backward_weight": _sizes_of_weight,
 }  # fmt: skip
 
 
@@ -108,6 +115,23 @@ def error_of(out, bias, target, dtype):
 def decode_error(values, indices, offsets, weight, bias, target, dtype):
     wide = torch.promote_types(torch.promote_types(values.dtype, weight.dtype), torch.float32)
     return error_of(decode(values, indices, offsets, weight, None, wide), bias, target, dtype)
+
+
+def decode_sources(*arguments):
+    """(B, width), and (B,) or (0,); see ``reference.decode_sources``."""
+    return added_sources(decode, *arguments)
+
+
+def added_sources(decode, values, indices, offsets, weights, firsts, width, bias, target, dtype):
+    """The same, source after source by ``decode``."""
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in (*values, *weights)) else torch.float32
+    shape = offsets[0].shape[0] - 1, width
+    out = weights[0].new_zeros(shape, dtype=wide) if bias is None else bias.to(wide).expand(shape).contiguous()
+    out = out if target is None else out.sub_(target)
+    for first, weight, *codes in zip(firsts, weights, values, indices, offsets, strict=True):
+        out[:, first : first + weight.shape[1]] += decode(*codes, weight, None, wide)
+    squares = out.new_zeros(0) if target is None else torch.linalg.vecdot(out, out)
+    return out.to(dtype), squares
 
 
 def decode_backward_values(grad, values, indices, offsets, weight):

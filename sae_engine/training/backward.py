@@ -56,6 +56,8 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
             for parameter, gradient in (pull.parameters or {}).items():
                 _add(small, parameter, gradient)
         at_decoder = _at_decoder(forward, mine, small)
+        if at_decoder is not None and len(forward.sources) > 1:
+            at_decoder = at_decoder.to(forward.dtype)  # of which each source then takes columns, and copies nothing
         at_values, at_norms, at_entries, everywhere = (
             _total(getattr(pull, name) for pull in mine) for name in ("values", "norms", "entries", "everywhere")
         )

@@ -408,21 +408,22 @@ class Forward:
         parts = self.kept[number].parts
         if len(parts) == 1:
             return self._over_ranks(self.sources[0].sums(parts[0].codes, parts[0].values))
-        return self._add_sums(self.x.new_zeros(self.tokens, self.sae.d_out, dtype=self.wide), parts)
+        return self._all_sums(parts, None, None)[0]
 
-    def _add_sums(self, out: Tensor, parts: Sequence[Part]) -> Tensor:
-        """``out`` (B, d_out), to which each source adds what its decoder makes of its codes."""
-        for source, part in zip(self.sources, parts, strict=True):
-            out[:, source.source.writes] += source.sums(part.codes, part.values)
-        return out
+    def _all_sums(self, parts: Sequence[Part], bias: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What all decoders make of their codes, plus ``bias``, minus ``target``; with that, squared norms (B,)."""
+        return ops.decode_sources(
+            [part.values for part in parts], [part.codes.indices for part in parts],
+            [part.codes.offsets for part in parts], [of.weights.decoder for of in self.sources],
+            [of.source.writes.start for of in self.sources], self.sae.d_out, bias, target, self.wide, self.backend,
+        )  # fmt: skip
 
     def by_latent(self, codes: SparseCodes, entries: Tensor) -> Tensor:
         """(F,) sums of ``entries`` (N,) in a fixed order; of several (n, N) at a time, (n, F)."""
         if entries.dim() == 2:
             return torch.stack([self.by_latent(codes, row) for row in entries])
         ones = entries.new_ones(codes.rows, 1, dtype=self.wide)
-        sums = ops.decode_backward_weight(ones, entries.to(self.wide), *codes.by_latent, self.wide, self.backend)
-        return sums[:, 0]
+        return ops.decode_backward_weight(ones, entries.to(self.wide), *codes.by_latent, self.wide, self.backend)[:, 0]
 
     def residual(self, number: int) -> tuple[Tensor, Tensor]:
         """(B, d_out) the autoencoder's output for those codes minus the target; its squared norm (B,). Once."""
@@ -435,11 +436,10 @@ class Forward:
                     values, codes.indices, codes.offsets, self.sources[0].weights.decoder, self.sae.b_dec, self.given,
                     self.wide, self.backend,
                 )  # fmt: skip
+            elif is_plain and len(parts) > 1:
+                self._residuals[number] = self._all_sums(parts, self.sae.b_dec, self.given)
             else:
-                if is_plain and len(parts) > 1:
-                    residual = self._add_sums(self.sae.b_dec.to(self.wide) - self.given, parts)
-                else:
-                    residual = self._output(number).sub_(self.target)
+                residual = self._output(number).sub_(self.target)
                 self._residuals[number] = residual, torch.linalg.vecdot(residual, residual)
         return self._residuals[number]
 
