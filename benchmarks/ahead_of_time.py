@@ -196,7 +196,7 @@ def _occupancy(target: Target, registers: int, shared: int, warps: int) -> tuple
         "programs": target.programs,
     }
     programs = min(limits.values())
-    # named is what would have to change: the hardware's own limits first where they bind as well
+    # Where several limits bind, the one that is named is the hardware's own, since the others could not help.
     limited_by = next(name for name in ("warps", "programs", "registers", "shared memory") if limits[name] == programs)
     return programs * warps / target.warps, limited_by
 

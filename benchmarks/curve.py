@@ -1,8 +1,7 @@
 """The loss curve of a TrainStep beside dense PyTorch's: same initial weights, same batches, real activations.
 
-``make bench`` runs it. Two runs that differ in the last bit drift apart as an
-entry at the cut goes the other way; how far is measured too, by dense runs whose initial weights are a few roundings
-away.
+``make bench`` runs it. Two runs that differ in the last bit drift apart, because entries near the cut fall on different
+sides of it; how far is measured too, by dense runs whose initial weights are a few roundings away.
 """
 
 from __future__ import annotations

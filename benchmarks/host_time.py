@@ -6,7 +6,8 @@ A GPU whose host takes longer to submit a call than the GPU takes to run it stan
 functions on top of them, and training steps run as they would on one, at the benchmarks' first size: on meta tensors of
 true shapes, with kernels compiled for an H100 (minutes, the first time) and launches that end where the driver would be
 called. Stock operators are counted, and run on meta tensors, which takes about as long as their dispatch on a GPU and
-leaves out what the driver adds, a few microseconds for each. Rows go to ``results/<device>/host-time.jsonl``. """
+leaves out what the driver adds, a few microseconds for each. Rows go to ``results/<device>/host-time.jsonl``.
+"""
 
 from __future__ import annotations
 

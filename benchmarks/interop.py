@@ -100,7 +100,7 @@ def sparsify(size: tuple[int, ...], device: torch.device, accelerated: bool) -> 
 # name -> library, its package, what makes its training step
 STEPS = {
     "SAELens TopK": ("sae_lens", "sae-lens", sae_lens("TopKTrainingSAE", 1)),
-    # SAELens' own option; without us it does not run on a CPU, so plain is dense here too.
+    # SAELens' own option. It does not run on a CPU unless accelerated, so the plain step is dense here too.
     "SAELens TopK, use_sparse_activations": (
         "sae_lens", "sae-lens", sae_lens("TopKTrainingSAE", 1, use_sparse_activations=True),
     ),

@@ -234,7 +234,7 @@ class _Launching(TorchDispatchMode):
 
 
 def _moves_nothing(func: Any) -> bool:
-    """Views, allocations and questions about types, which launch no kernel."""
+    """Whether an operator launches no kernel: a view, an allocation, a question about types."""
     if func.namespace == "profiler":
         return True
     aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
@@ -406,7 +406,7 @@ def known_spills(kernel: str, triton: str) -> int:
 
 
 def defects(whole: dict[str, Any]) -> list[str]:
-    """What the shipped configurations promise not to do."""
+    """Every case in which a binary does what the shipped configurations promise not to do, in words."""
     named = [("{target} {kernel} ({case}, {shape} {dtype})".format(**row), row) for row in whole["rows"]]
     return [
         *(f"{name}: {row['spills']} bytes a thread are spilled"

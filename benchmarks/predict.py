@@ -167,22 +167,22 @@ def counted():
 
 
 def counted_merges(launch, shape):
-    """Instructions and bytes of a row, of all slabs after the first on the mean.
+    """Instructions and bytes that a row costs, as the mean over all slabs after the first.
 
-    Of slab n a row's entries exceed what it holds k / n times, whatever the slab's width is.
+    In slab n, k / n of a row's entries exceed the least that it holds, whatever the slab's width is.
     """
     a, found = launch.arguments, counted()["merges"]
     slabs = -(-shape.F // a["C"]) - 1
     if (a["K"], True) != (found["k"], slabs <= len(found["bytes"])):
         raise ValueError(f"counted.py has not counted {slabs} merges of k={a['K']}: let it")
     mean = lambda numbers: sum(numbers[:slabs]) / slabs  # noqa: E731
-    # Of a slab twice as wide all but the merging itself, which the last slabs are nearly without, is twice as much.
+    # A slab twice as wide costs twice as much, but for the merging itself, of which the last slabs have hardly any.
     more = a["C"] / found["C"] - 1
     return [mean(found[name]) + more * min(found[name]) for name in ("instructions", "bytes")]
 
 
 def counted_latents(a):
-    """Of one program, of GROUP latents as wide as these."""
+    """Instructions and bytes of one program, which has GROUP latents as wide as these."""
     return next(one for one in counted()["latents"] if one["d"] == a["D_OUT"] == a["D_IN"])
 
 

@@ -252,7 +252,7 @@ def _reconstruction_table(found: Sequence[Row], last: Row) -> str:
         each = sorted(seeds[m["rule"], m["knob"], m["provider"]], key=lambda row: row["seed"])
         rule = "BatchTopK = mutual choice" if m["rule"] == "BatchTopK" else m["rule"]
         old = [row for row in each if not same_code(row, last)]
-        mark = "† " * (len(old) < len(each))  # of some seeds alone
+        mark = "† " * (len(old) < len(each))  # only some of the seeds are older
         by = f"{m['provider']} ({mark}{older_text(old, last)})" if old else m["provider"]
         errors = (f"{row['mse']:.4f}{mark.strip() * (row in old)}" for row in each)
         lines.append([

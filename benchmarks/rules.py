@@ -173,7 +173,7 @@ def measure(
     progress: bool = True, seconds: float = math.inf,
 ) -> Iterator[Row]:  # fmt: skip
     """Yields one row per run, seed by seed, so that an interrupted job has every rule; leaves out what is ``done``, and
-    what would begin after so many ``seconds``, of which the first run is never part."""
+    what would begin after so many ``seconds``; the first run is never left out."""
     until = time.monotonic() + seconds
     lm = load_language_model(model, device=device)
     layer = round(lm.num_layers * 2 / 3) if layer is None else layer

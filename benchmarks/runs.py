@@ -64,7 +64,7 @@ def train(
         more: rows of what the architecture's rule is given beside the pre-activations.
         parts: lines of metrics.
         start: changes first weights.
-        told: of each update.
+        told: is called with the number of each update.
     """
     every = max(steps // parts, 1)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():

@@ -37,7 +37,7 @@ PARTS = {"x": ("x",), "candidates": ("candidates",), "counts": ("counts",), "par
 def timed(
     work: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Milliseconds, the median of some after one that nobody looks at."""
+    """Milliseconds of ``work``: the median of a few calls after one that is not counted."""
     found = []
     for _ in range(REPEATS + 1):
         if device.type == "cuda":
@@ -51,7 +51,7 @@ def timed(
 
 
 def peak(device: torch.device) -> int:
-    """Bytes that this process has held at most."""
+    """The most bytes that this process has held at one time."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -64,7 +64,7 @@ def step_of(sae: se.SparseAutoencoder, args: argparse.Namespace) -> se.training.
 
 
 def measured(args: argparse.Namespace) -> dict[str, object]:
-    """By one rank of the mesh that torchrun has started."""
+    """What one rank measures, in the mesh that torchrun has started."""
     mesh = se.distributed.from_env()
     ranks, device = mesh.size(), torch.device(mesh.device_type)
     rows = args.tokens // ranks

@@ -51,7 +51,7 @@ def describe(file: Path) -> None:
 
 
 def operation(op: Op, device: torch.device) -> list[str]:
-    """Every way in which we provide it, and our yardsticks: what is wrong, or raised, by provider."""
+    """Runs every way in which we provide it, and our yardsticks: what is wrong, or raised, a line for each."""
     inputs, wrong = op.make_inputs(S1, BF16, device, SEED), []
     for provider in [p for p in op.providers if p.name.startswith("ours") or p.yardstick]:
         reason = provider.missing(device)

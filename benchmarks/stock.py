@@ -46,7 +46,7 @@ def step_with_unit_rows(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None
 
 
 def column_topk(pre: Tensor, m: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The columns' top-k for the largest budget, of which each keeps its own."""
+    """Each column's top-k for the largest budget ``most``, of which it keeps as many as its own budget says."""
     values, rows = pre.relu().topk(most, dim=0)
     kept = torch.arange(most, device=pre.device)[:, None] < m
     return values[kept], rows[kept], kept.nonzero()[:, 1]

@@ -109,9 +109,9 @@ class Supervisor:
         self.jobs: list[str] = []
         self.next = 0  # of the jobs
         self.remarks: list[str] = []  # on what has no numbers and no row
-        self.bad = False  # something is wrong, or of ours and failed
+        self.bad = False  # a result is wrong, or something of ours has failed
         self._worker: Worker | None = None
-        self._without: list[str] = []  # who killed a process in this very job
+        self._without: list[str] = []  # providers that a process died of in this job: it is done again without them
         self._at_stake: list[Row] = []
         self._heard = 0.0
 
@@ -198,7 +198,7 @@ class Supervisor:
             self.terminal.say(line)
 
     def _bury(self, name: str, reason: str) -> None:
-        """After a process has died: the rows that it died of; and where to go on."""
+        """After a process has died: gives the rows at stake their reason, and decides where to go on."""
         self._take([failure(row, reason) for row in self._at_stake])
         if not self._at_stake:
             self._complain(f"{name}: {reason}")

@@ -48,7 +48,7 @@ class Terminal:
 
 
 def lines_of(rows: Sequence[Row]) -> Iterator[str]:
-    """What is shown of rows as they come: a line for a cell, one for each row that failed."""
+    """The lines that show rows as they come: one for a cell, and one for each row that failed."""
     yield from ("FAILED  " * ("WRONG" not in row["failed"]) + failure_text(row) for row in rows if "failed" in row)
     rows = [row for row in rows if "failed" not in row]
     kind = rows[0]["kind"] if rows else None

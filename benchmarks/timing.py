@@ -177,7 +177,7 @@ def spin_cycles(submission_ms: float) -> int:
 
 
 def _events(call: Call, device: torch.device, *, cycles: int) -> float:
-    """The queue is kept busy while the host submits, so that submission is not what is measured."""
+    """Milliseconds between two events around ``call``, on a queue that is busy until the host has submitted it all."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(cycles)
     start.record()

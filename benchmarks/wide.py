@@ -61,7 +61,7 @@ MEASURED = [
 def needed_gb(
     width: int, latents: int, options: dict, tokens: int = TOKENS, slab_bytes: int = SLAB_BYTES
 ) -> float:
-    """All that a step keeps and takes while it runs, with the batch."""
+    """Gigabytes of all that a step keeps and takes while it runs, with the batch."""
     state = state_bytes(width, latents, **options)
     peak = peak_bytes(tokens, width, latents, K, memory_budget=slab_bytes, device_type="cuda", **options)
     return (state.kept - state.copies + peak + tokens * width * 2) / 1e9  # the peak has the copies too
@@ -91,7 +91,7 @@ def cards() -> list[str]:
 
 
 def milliseconds(call, times: int = TIMED) -> list[float]:
-    """Of each of so many calls, between CUDA events, after ``COLD`` that are not timed."""
+    """Milliseconds of each of ``times`` calls, between CUDA events, after ``COLD`` calls that are not timed."""
     for _ in range(COLD):
         call()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
@@ -118,7 +118,7 @@ def product_ms(case: Measured) -> float:
 
 
 def copied_gb_a_second() -> float:
-    """Of a large tensor, bytes read and written."""
+    """The rate of copying a large tensor, in gigabytes read and written a second."""
     a, b = (torch.empty(2**30, dtype=torch.float32, device="cuda") for _ in range(2))
     return 8 * 2**30 / statistics.median(milliseconds(lambda: b.copy_(a))) / 1e6
 

@@ -47,7 +47,10 @@ def once_differentiable(name: str) -> None:
 
 
 def weight_gradient_backward(ctx, outer: Tensor):
-    """Of each latent's sum of value * grad[row], from ``outer`` (F, D): the sum is a decoder's, of rows ``grad``."""
+    """Gradients of each latent's sum of value * grad[row], from that at the sums, ``outer`` (F, D).
+
+    The sum is what a decoder computes, with the rows of ``grad`` in the place of its weight.
+    """
     grad, values, latent_offsets, latent_rows, positions = ctx.saved_tensors
     outer, turned = outer.contiguous(), values[positions]
     latent_rows = latent_rows.clamp(max=max(grad.shape[0] - 1, 0))  # entries of unused capacity belong to no row

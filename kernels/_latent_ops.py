@@ -16,14 +16,17 @@ library.define(
 
 
 def _encoder_gradient(x, grad, latent_offsets, latent_rows, latent_positions, dtype, backend):
-    """``decode_backward_weight``, row-major as (D, F). On a CPU some latents at a time, transposed in the cache."""
+    """``decode_backward_weight``, row-major as (D, F).
+
+    On a CPU it is made for some latents at a time, which are transposed while the cache holds them.
+    """
     transposed, num_latents = (latent_offsets, latent_rows, latent_positions), latent_offsets.shape[0] - 1
     step = max(limits.TRANSPOSED_IN_CACHE // max(x.shape[1], 1), 1)
     in_chunks = x.is_cpu and resolve(backend, x, grad) == "torch" and num_latents > step
     if not in_chunks or densified.pays("decode_backward_weight", (x, grad, *transposed)):
         return ops.decode_backward_weight(x, grad, *transposed, dtype, backend).T.contiguous()
     out = x.new_empty((x.shape[1], num_latents), dtype=dtype)
-    with densified.choosing(False):  # decided above for the whole; some latents alone may be denser
+    with densified.choosing(False):  # decided above for all latents together; a part of them may be denser
         for start in range(0, num_latents, step):
             bounds = latent_offsets[start : start + step + 1]
             entries = slice(int(bounds[0]), int(bounds[-1]))

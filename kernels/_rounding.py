@@ -34,7 +34,8 @@ def latent_keys(step: Tensor, matrix: int, latents: Tensor) -> Tensor:
 def random_bits(of_latent: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Two numbers from 0 to 2^16 - 1, for the first moment at a place and for the second: halves of one hash.
 
-    One to one in the columns of a latent. That the latent's key is mixed already spares the first shift of ``mixed``.
+    Different columns of a latent have different hashes. Its key is mixed already, so the first shift of ``mixed`` is
+    left out.
     """
     h = (of_latent ^ columns) * 0x7FEB352D & LOW
     h = (h ^ (h >> 15)) * 0x846CA68B & LOW

@@ -30,8 +30,10 @@ def nbytes(*tensors: Any) -> int:
 
 
 def code_bytes(values: Tensor, rows: int) -> int:
-    """Bytes of compressed rows: values, int32 indices and int64 offsets. Transposed codes count the same: a row in
-    place of a latent, and which order an operation gets them in is not what it is about."""
+    """Bytes of compressed rows: values, int32 indices and int64 offsets.
+
+    Transposed codes count the same: each entry then has a row where it had a latent.
+    """
     return values.numel() * (values.element_size() + 4) + (rows + 1) * 8
 
 

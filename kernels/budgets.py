@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 HALVINGS = 64  # of an interval of log scales below 1600 + log(F): down to the last bit of a float64
-REMEMBERED = 32  # laws, by their arguments
+REMEMBERED = 32  # results that are kept, by the arguments that they follow from
 
 
 def shares(

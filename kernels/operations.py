@@ -142,7 +142,7 @@ class Operation:
         packed_vectors: its kernels take one-dimensional arguments without strides.
         reads: bytes read, and written in place, where those are not all arguments once.
         flops: of the arguments; 0 by default.
-        regimes: sizes that its kernels treat in another way, by name: what differs from usual ones.
+        regimes: by name, sizes at which its kernels go another way, as what differs from the usual sizes.
     """
 
     name: str
@@ -203,7 +203,7 @@ MOST_OF_A_SLAB = 4096  # latents: 32 MiB of as many tokens in bf16, which an L2 
 
 
 def _merge_topk(make: Maker, *, masked: bool = False, scored: bool = False, magnitude: bool = False) -> Arguments:
-    """A slab that follows F latents of which each token's k are held."""
+    """A slab of latents behind F earlier ones, of which each token holds the k that rank first."""
     seen, width = make.pre(), min(make.F, MOST_OF_A_SLAB)
     held = (seen.abs() if magnitude else seen).topk(make.k).indices.sort().values
     scores, score = (make.normal(make.B, n, dtype=FP32) if scored else None for n in (make.k, width))
@@ -212,7 +212,8 @@ def _merge_topk(make: Maker, *, masked: bool = False, scored: bool = False, magn
 
 
 def _merge_topk_reads(values, scores, latents, pre, score, mask, first, magnitude) -> int:
-    """What is held is written too, at most; of pre, where others rank, and of the mask only what can matter is read."""
+    """An upper bound: what is held is counted as written too. Where scores rank, ``pre`` is read at what is kept alone;
+    of the mask, the slab's part and what is held."""
     rows, width = pre.shape
     slab = nbytes(pre) if score is None else nbytes(score) + rows * min(values.shape[1], width) * pre.element_size()
     return slab + 2 * nbytes(values, scores, latents) + (0 if mask is None else width + min(first, latents.numel()))

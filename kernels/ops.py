@@ -1,6 +1,6 @@
 """The contract of every operation: schema, dispatch by back end, fake and gradient. Imports torch only.
 
-Here what an autoencoder's forward calls; in ``_latent_ops.py`` what works latent by latent.
+This file has what an autoencoder's forward pass calls; ``_latent_ops.py`` has what works latent by latent.
 ``reference.py`` says what each means.
 """
 import torch
@@ -107,7 +107,7 @@ differentiable("topk", _topk_context, _topk_backward)
     " SymInt first, bool magnitude) -> ()",
 )
 def _(values, scores, latents, pre, score, mask, first, magnitude, backend):
-    """What is held are constants: no gradient flows to the slab, whose entries are asked for in the end."""
+    """No gradient flows to a slab: the encoder's goes by way of the entries that are kept once all have passed."""
 
 
 # --- batch_topk: `total` entries of the whole matrix ---------------------------------------------------------------

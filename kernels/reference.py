@@ -83,10 +83,10 @@ def merge_topk(
     values: Tensor, scores: Tensor | None, latents: Tensor, pre: Tensor, score: Tensor | None, mask: Tensor | None,
     first: int, magnitude: bool,
 ) -> None:
-    """What each row holds, in place: of that and of a slab ``pre`` (B, C), the k that rank first.
+    """Merges a slab ``pre`` (B, C) into the k entries that each row holds, in place: of both, the k that rank first.
 
-    Held are ``values`` and ``latents`` (B, k), ascending and below ``first``, and ``scores`` of them where a ``score``
-    (B, C) ranks. The slab's latents are ``first`` to ``first + C``; ``mask`` (F,) is over all of them.
+    A row holds ``values`` and ``latents`` (B, k), ascending and below ``first``, and, where a ``score`` (B, C) ranks,
+    the ``scores`` of its entries. The slab's latents are ``first`` to ``first + C``; ``mask`` (F,) covers all latents.
     """
     columns = torch.arange(first, first + pre.shape[1], dtype=latents.dtype, device=latents.device)
     among = torch.cat([latents, columns.expand(pre.shape)], 1)

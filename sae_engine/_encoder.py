@@ -211,7 +211,7 @@ def _slabs_for(
     """What the rules keep as slabs pass by, and their shape; None where the whole matrix may, or has to, be there."""
     budget = memory_budget
     if budget is None and (torch.compiler.is_compiling() or transforming() or capturing(x)):
-        return None  # a graph serves any number of tokens, on other machines too
+        return None  # a compiled graph is run with other numbers of tokens, perhaps on machines with other memory
     tokens = x.shape[:-1].numel()
     if any(getattr(rule, "shards", None) is not None for rule in rules):
         needed = tokens * widest(rules, num_latents) * dtype.itemsize
@@ -293,7 +293,7 @@ def _as_encoded(entries, codes, x, W_enc, b_enc, b_dec, dtype, backend) -> list[
             x, *parameters, entries, codes.indices, codes.offsets, *codes.transposed_for(*parameters), backend
         )
 
-    if len(codes) == 1 or any(c.required is not None for c in codes):  # unused capacity cannot lie between rows
+    if len(codes) == 1 or any(c.required is not None for c in codes):  # unused capacity may only follow the last row
         return [attached(centred, e, c) for e, c in zip(entries, codes, strict=True)]
     below = cat([replace(c.detach(), batch_shape=(c.rows,)) for c in codes])
     together = attached(centred.repeat(len(codes), 1), torch.cat(entries), below)

@@ -44,7 +44,7 @@ class Product:
         return self._of(self._x, slice(None))
 
     def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
-        """Of some tokens, counted over all of ``batch_shape``, and some latents."""
+        """(tokens, latents): a part. Tokens are numbered over all of ``batch_shape``."""
         return self._of(check.matrix(self._x)[place[0]], place[1])
 
     def _of(self, x: Tensor, latents: slice) -> Tensor:
@@ -64,8 +64,8 @@ def _of_tokens(context: Tensor | Product, tokens: slice) -> Tensor:
 class Running(ABC):
     """What a rule keeps of a batch, of which it sees one rectangle after the other.
 
-    Of any tokens the latents come in ascending order; nothing else is asked of the order or the sizes. A shard of the
-    latents is a rectangle like any other.
+    The rectangles of a token come in ascending order of latents; their order and sizes are free otherwise. A shard of
+    the latents is a rectangle like any other.
 
     Args:
         tokens, num_latents: of the whole matrix.
@@ -91,7 +91,7 @@ class Running(ABC):
 
     @abstractmethod
     def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
-        """The pre-activations (tokens, latents) of that rectangle; nothing of the tensor is kept but what is copied."""
+        """Takes the pre-activations (tokens, latents) of a rectangle; the tensor may be overwritten afterwards."""
 
     @abstractmethod
     def finish(self) -> tuple[SparseCodes, Tensor | None]:
@@ -103,7 +103,7 @@ class Running(ABC):
 
 
 class _Parts(Running):
-    """A rule that keeps of a rectangle what it keeps of the whole."""
+    """A rule that decides each entry of a rectangle as it would in the whole matrix."""
 
     def __init__(self, tokens: int, num_latents: int, backend: str) -> None:
         super().__init__(tokens, num_latents, backend)
@@ -125,7 +125,7 @@ class _Parts(Running):
 
 
 class WholeRows(_Parts):
-    """A rule whose rows do not know of one another, of all latents of some tokens at a time."""
+    """A rule that decides each token alone: it is given all latents of some tokens at a time."""
 
     def __init__(self, rule: Any, context: dict[str, Any], tokens: int, num_latents: int, backend: str) -> None:
         super().__init__(tokens, num_latents, backend)
@@ -167,7 +167,7 @@ class RunningThreshold(_Parts):
 
 
 class RunningTopK(Running):
-    """The k entries of each token that rank first: those of the latents seen so far, into which each slab is merged.
+    """The k entries of each token that rank first. Those of the latents seen so far are held; each slab is merged in.
 
     Args:
         score: (rows, latents) what ranks in place of a rectangle's pre-activations.
@@ -242,7 +242,7 @@ class RunningTopK(Running):
 
 
 class _ByFlatPosition(Running):
-    """Entries that compete beyond their row: those that may be kept of what was seen, in order of flat position."""
+    """A rule whose entries compete beyond their row: what may still be kept is held, in order of flat position."""
 
     def __init__(self, tokens: int, num_latents: int, backend: str) -> None:
         super().__init__(tokens, num_latents, backend)
@@ -250,11 +250,11 @@ class _ByFlatPosition(Running):
 
     @abstractmethod
     def candidates(self, pre: Tensor, latents: slice) -> SparseCodes:
-        """Of a rectangle, those that may be kept of the whole."""
+        """The entries of a rectangle that may be kept in the whole matrix."""
 
     @abstractmethod
     def kept(self, values: Tensor, flat: Tensor) -> Tensor | None:
-        """Ascending positions of those that may be kept of all that was seen; None: all of them."""
+        """Ascending positions of the held entries that may still be kept; None: all of them."""
 
     def add(self, pre: Tensor, tokens: slice, latents: slice) -> None:
         codes = self.candidates(pre, latents)
@@ -353,7 +353,7 @@ class RunningLatents(_ByFlatPosition):
 def joined(
     parts: list[tuple[SparseCodes, slice, slice]], entries: list[Tensor], tokens: int, num_latents: int
 ) -> tuple[SparseCodes, Tensor | None]:
-    """Codes of rectangles as those of the whole matrix; of any tokens the latents ascend from part to part.
+    """The codes of rectangles as those of the whole matrix; a token's latents ascend from part to part.
 
     With a capacity the result has that of the first part, and the device is not asked how full they are.
     """
@@ -364,7 +364,7 @@ def joined(
         counts[rows] += codes.offsets.diff()
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     room = first.values.shape[0] if first.required is not None else sum(codes.values.shape[0] for codes, *_ in parts)
-    out = [first.values.new_empty(room + 1), first.indices.new_empty(room + 1)]  # one place more, for what does not fit
+    out = [first.values.new_empty(room + 1), first.indices.new_empty(room + 1)]  # and one for what does not fit
     out += [entries[0].new_empty(room + 1)] if entries else []
     if first.required is not None:  # what nobody owns
         for whole in out:

@@ -15,7 +15,7 @@ ALIGNMENT = 128  # latents: whole tiles of a product, whole groups of a selectio
 
 
 class NeedsWhole(RuntimeError):
-    """A rule needs more pre-activations at once than there may be."""
+    """A rule needs more pre-activations at once than the memory budget allows."""
 
 
 class Rectangle(NamedTuple):
@@ -49,7 +49,7 @@ def total_memory_bytes(device: torch.device) -> int:
 
 
 def default_budget_bytes(device: torch.device) -> int:
-    """Of pre-activations that exist at a time."""
+    """The default ``memory_budget``, in bytes: how large pre-activations may be that exist at a time."""
     return free_memory_bytes(device) // SHARE_OF_FREE_MEMORY
 
 
@@ -124,6 +124,6 @@ def running_of(
 
 
 def widest(rules: Sequence[Any], num_latents: int) -> int:
-    """Latents of the largest shard, where the rules select over shards: all cut their tokens alike."""
+    """Latents of the largest shard, where the rules select over shards, so that all ranks cut their tokens alike."""
     shards = next((shards for rule in rules if (shards := getattr(rule, "shards", None)) is not None), None)
     return num_latents if shards is None else shards.layout.largest

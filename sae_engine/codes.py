@@ -196,7 +196,7 @@ class SparseCodes:
         entry = torch.where(present, self.offsets[:-1, None] + column, 0)
         values = torch.where(present, self.values[entry], 0.0)
         indices = torch.where(present, self.indices[entry], width)
-        # Of the first K latents a row uses at most as many as it stores: the others suffice to fill it up.
+        # A row stores no more of the first K latents than it has entries, so the unused ones suffice to fill it up.
         used = torch.zeros(self.rows, width + 1, dtype=torch.uint8, device=self.device)
         used.scatter_(1, indices.long().clamp(max=width), 1)
         unused = used[:, :width].sort(dim=1, stable=True).indices

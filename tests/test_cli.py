@@ -474,6 +474,12 @@ def test_fallback_is_said_once_on_standard_error(text_file, tmp_path):
     assert "embedded layer 2" in done.stdout
 
 
+def test_a_reader_that_goes_is_no_error():
+    line = f"{sys.executable} -m sae_engine.cli info | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
 def test_help_is_instant():
     code = """
 import sys, sae_engine.cli

@@ -17,7 +17,7 @@ from ._launch import Launch, Layout
 
 NEIGHBOURS = tl.constexpr(8)  # columns of one lane, a byte of the bitmask: 16-byte loads of 16-bit values
 WORD = tl.constexpr(32)  # columns of a word of the bitmask
-UNIT = tl.constexpr(8192)  # columns that splits are counted in: whole tiles of either pass
+UNIT = tl.constexpr(8192)  # columns: a split is a multiple of it, so that both passes find whole tiles in it
 SPARSE = tl.constexpr(16)  # tiles with less than one bit in so many set are written bit by bit
 
 
@@ -81,7 +81,7 @@ def _write_few(
     stride_pf, stride_wf, STRIDE_TF: tl.constexpr, HAS_CUT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr,
 ):
-    """Writes the entries of words that begin at columns `first`, bit by bit; returns how many are written then."""
+    """Writes the entries of words that begin at columns `first`, bit by bit; returns `written` with these added."""
     counts = number_of(bits)
     most = tl.max(counts, axis=0)
     if HAS_CUT:
@@ -115,7 +115,7 @@ def _write_many(
     stride_pf, stride_wf, STRIDE_TF: tl.constexpr, HAS_CUT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr,
 ):
-    """The same of whole columns from `begin` to `end`."""
+    """Writes the entries of the columns from `begin` to `end`, tile by tile; returns `written` with these added."""
     lane = tl.arange(0, DENSE)
     for tile in range(begin, end, DENSE * NEIGHBOURS):
         cols = tile + lane[:, None] * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, :]  # [DENSE, NEIGHBOURS]
@@ -128,7 +128,7 @@ def _write_many(
             keep = (bits[:, None] >> tl.arange(0, NEIGHBOURS)[None, :]) & 1
         counts = tl.sum(keep, axis=1)
         ends = written + tl.cumsum(counts, axis=0)
-        # kept by a number that says so, as masks cost more to hand from lane to lane
+        # `keep` is a number and no mask, because a mask costs more to hand from lane to lane
         position = tl.where(keep == 1, (ends - counts)[:, None] + tl.cumsum(keep, axis=1) - 1, room)
         value = _stored(value, theta_ptr, cols, cols < end, STRIDE_TF, HAS_WINDOW, HAS_CUT)
         tl.store(indices_ptr + position, cols, mask=position < room)

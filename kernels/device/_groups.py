@@ -59,7 +59,7 @@ class Maxima(NamedTuple):
 def plan_maxima(
     score: Layout, mask: Layout | None, groups, *, magnitude: bool, relu: bool, zeros: int = 0, numbered: bool = False
 ) -> Maxima:
-    """Of ``groups`` of a matrix, int32; ``zeros`` is the length of what is cleared on the way.
+    """Plans the maxima of ``groups`` of a matrix, int32; ``zeros`` is the length of what is cleared on the way.
 
     Where they will be ``numbered`` by :func:`choose_groups`, int16 if both keys and numbers fit.
     """

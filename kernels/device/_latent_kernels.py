@@ -8,8 +8,8 @@ from ._device import only_if
 
 # A matrix (F, D) reaches a kernel as (pointer, stride of latents, stride of columns). Several lie one after the other
 # in a flat tuple: of a parameter weights, first moment, second moment and copy. A term is a tuple of pointers, in the
-# order of `_arguments`. In a tuple within a tuple there are pointers alone: Triton 3.6 loses constants there, which
-# None and strides of 1 are. What is absent of several is told by flags, and something else stands in its place.
+# order of `_arguments`. A tuple within a tuple holds pointers alone: Triton 3.6 loses constants there, and None and
+# strides of 1 are constants. Flags say which of several matrices are absent; another pointer stands in their place.
 _GIVEN = tl.constexpr(GIVEN)
 _NOT_ROUNDED_UP = tl.constexpr(NOT_ROUNDED_UP)
 
@@ -316,7 +316,7 @@ def _matrix_kernel(
 
 @triton.jit
 def _factors_kernel(out_ptr, step_ptr, lr_ptr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr):
-    """lr / (1 - beta1 ** step), sqrt(1 - beta2 ** step), and the step. Through fp64: at first differences are small."""
+    """lr / (1 - beta1 ** step), sqrt(1 - beta2 ** step), and the step. In fp64: 1 - beta ** step is small at first."""
     step = tl.load(step_ptr).to(tl.float64)
     first = 1.0 - tl.exp(step * LOG_BETA1)
     second = 1.0 - tl.exp(step * LOG_BETA2)

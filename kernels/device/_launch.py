@@ -112,9 +112,9 @@ class Launch:
 
 
 def _specialized(argument: Any, unspecialized: bool) -> Any:
-    """What Triton lets a binary depend on: of tensors dtype and alignment; of integers 1, multiples of 16, width.
+    """What a binary of Triton's depends on: of tensors dtype and alignment; of integers 1, multiples of 16, width.
 
-    Of those that a kernel has it not specialize for, the width alone.
+    Of an integer that the kernel asks not to be specialized for, the width alone.
     """
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0

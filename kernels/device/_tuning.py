@@ -19,7 +19,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def operand_width(least: int) -> int:
-    """Rows of 128 bytes or multiples, whose products cuBLAS takes at its full rate."""
+    """At least ``least`` numbers of 16 bits, in rows of whole 128 bytes, which cuBLAS multiplies at its full rate."""
     return -(-least // 64) * 64
 
 
@@ -29,7 +29,7 @@ def key_shift(dtype: torch.dtype) -> int:
 
 
 def num_warps(lanes: int) -> int:
-    """16 lanes a thread: with 32, selection takes 200 registers and spills on some architectures. No idle threads."""
+    """16 lanes a thread: with 32, selection takes 200 registers and spills on some GPUs. No thread is without lanes."""
     return min(max(lanes // 512, min(lanes // 64, 4), 1), 16)
 
 
@@ -67,18 +67,19 @@ def list_tile(k: float) -> Tile:
 
 
 def unlisted_block(tile: Tile) -> int:
-    """Columns of one step over a row whose candidates fit no list, by the warps that wait for lists: 16 a thread.
+    """Columns of one step over a row whose candidates fit no list, by the warps of the list's ``tile``: 16 a thread.
 
-    Two 16-byte loads of 16-bit values; a list's tile is as short as lists are, and would take thousands of steps.
+    That is two 16-byte loads of 16-bit values. The list's own tile is as short as lists are: a whole row would take it
+    thousands of steps.
     """
     return 512 * tile.warps
 
 
 # Where groups do not pay, batch top-k learns from a sample near which digit the cut lies.
-SAMPLED = 2**18  # entries: some standard errors of them are two or three digits of continuous data
-SAMPLED_RUN = 64  # neighbours in one row: whole sectors of memory, and as many places as possible
+SAMPLED = 2**18  # entries of the sample: of continuous data it leaves two or three digits in which the cut can lie
+SAMPLED_RUN = 64  # neighbours of it in one row: whole sectors of memory, from as many places as possible
 SAMPLE_TILE = Tile(1024, 4)
-SAMPLE_ERRORS = 4  # standard errors on either side: one matrix in ten thousand is counted once more
+SAMPLE_ERRORS = 4  # standard errors allowed on either side: one matrix in ten thousand has to be counted once more
 
 
 def sampled_runs(rows: int, num_latents: int) -> int:
@@ -95,7 +96,7 @@ def sampled_ranks(number: int, share: float) -> tuple[int, int]:
 
 
 def options(warps: int) -> dict[str, int | bool]:
-    """What every launch passes to Triton. Products and sums fuse, as they always have: Triton's default changes."""
+    """What every launch passes to Triton. Multiply-adds fuse; it is said because Triton's default has changed."""
     return {"num_warps": warps, "enable_fp_fusion": True}
 
 
@@ -168,8 +169,9 @@ def wide_row(rows: int, num_latents: int, k: int) -> WideRow:
     return WideRow(groups, sets, capacity, min(capacity, MAX_TILE // 2), num_warps(sets))
 
 
-# Rows below which their maxima are taken by several programs each. An SM needs some 23 KB in flight (4.3 TB/s,
-# 700 ns, 132 of them: from arithmetic, not measured); a program of 4 warps, 4 loads of 16 bytes a thread, has 8.
+# Of fewer rows than this, each row's maxima are taken by several programs. An SM needs some 23 KB in flight (4.3 TB/s
+# times 700 ns over 132 SMs: arithmetic, not a measurement); a program of 4 warps with 4 loads of 16 bytes a thread has
+# 8 KB.
 SPLIT_ROWS = 4 * 132
 
 
@@ -267,8 +269,8 @@ class CandidateTile(NamedTuple):
     warps: int
 
 
-# 32 columns are a 128-byte line of maxima; the groups go by in tiles of 8 lanes a thread. 16 take 124 to 205 registers,
-# as the version of Triton has it, and spill with one; 8 take at most 118.
+# 32 columns are a 128-byte line of maxima; the groups go by in tiles of 8 lanes a thread. With 16 lanes a thread needs
+# 124 to 205 registers, by the version of Triton, and spills with one of them; with 8 it needs at most 118.
 CANDIDATE_TILE = CandidateTile(64, 32, 8)
 
 
@@ -294,7 +296,8 @@ MOST_MERGED = 16384  # entries that a row holds, with as many listed ones: the l
 
 
 def merge_lanes(k: int) -> int:
-    """What a row holds and as many places for what follows; a whole slab's 0.7*k of random data from the second on."""
+    """Lanes for what a row holds and as many listed columns: a slab of random data lists 0.7 * k or fewer, from the
+    second slab on."""
     return max(next_power_of_2(2 * k), 128)
 
 
@@ -369,7 +372,7 @@ class NormTile(NamedTuple):
     warps: int
 
 
-NORM_REGISTERS = 128  # of a thread of norm matching's cut: 16 warps share an SM; left to itself it takes 168
+NORM_REGISTERS = 128  # a thread of norm matching's cut may have: 16 warps share an SM; without a limit it takes 168
 
 
 def norm_tile(num_latents: int) -> NormTile:
@@ -419,9 +422,9 @@ def weight_warps(block: int, itemsize: int) -> int:
     return min(max(block * itemsize // 1024, 1), 4)
 
 
-PASS_TILE = 8192  # columns of a row that the latent pass keeps in registers three to five times, at 16 warps
-# Of a thread, so that 16 warps share an SM; left to itself the compiler takes 168. With moments in bfloat16 to round
-# (F 131,072, d 2,688) an H200 takes 6.5 ms so, 10.2 with 168, and 6.3 with fp32 moments.
+PASS_TILE = 8192  # most columns of a row that the latent pass keeps in registers, three to five times, at 16 warps
+# A thread may have, so that 16 warps share an SM; without a limit the compiler takes 168. With moments in bfloat16 to
+# round (F 131,072, d 2,688) an H200 takes 6.5 ms so, 10.2 with 168, and 6.3 with fp32 moments.
 PASS_REGISTERS = 128
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
 SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
@@ -446,23 +449,23 @@ def is_replicated(elements: int, warps: int) -> bool:
 
 @searched(lambda entries, block, replicated: _around(entries, 2 if replicated else 1, 4))
 def pass_entries(block: int, replicated: bool) -> int:
-    """Rows in flight, of gradient and input each, beside Adam's numbers: one leaves the registers for 16 warps.
+    """Entries whose rows of gradient and input are in flight beside Adam's numbers: one leaves registers for 16 warps.
 
-    Two where warps hold copies of a row: of a single entry each of them would write its sum to the same shared memory.
+    Two where warps hold copies of a row, since with one each warp would write its sum to the same shared memory.
     """
     return 2 if replicated else 1
 
 
 @searched(lambda entries, block: _around(entries, 1, 4))
 def split_entries(block: int) -> int:
-    """The same of the pass that only sums."""
+    """As :func:`pass_entries`, for the pass that only sums."""
     return 2 if block <= 4096 else 1
 
 
 def stored_tile(by_columns: bool) -> tuple[int, int]:
-    """Latents and columns of a tile of Adam's pass over stored gradients, 8 numbers a thread of its warps.
+    """Latents and columns of a tile of Adam's pass over stored gradients: 8 numbers a thread.
 
-    At least 256 bytes of whichever is contiguous.
+    Along the contiguous side a tile has at least 256 bytes.
     """
     return (64, 32) if by_columns else (8, 256)
 

@@ -59,8 +59,8 @@ def _tiles_around(tile: UnionTile, *_: int) -> list[UnionTile]:
 def up_tile(rows: int, width: int, itemsize: int) -> UnionTile:
     """Two whole rows of ``up`` where they fit, so that few sums go through shared memory: 64 numbers a thread.
 
-    Four where several tokens are multiplied with them, which come from the cache anew for each tile, and 64 bytes a
-    thread: more spill on one GPU or another.
+    Four rows where several tokens are multiplied with them, since tokens come from the cache anew for each tile, and 64
+    bytes a thread: with more, numbers spill on one GPU or another.
     """
     neurons, most, numbers = (2, 4096, 64) if rows < 4 else (4, 2048, 64 // itemsize)
     columns = max(min(next_power_of_2(width), most), 16)
@@ -92,5 +92,5 @@ def down_parts(tile: UnionTile, blocks: int, num_neurons: int, width: int) -> in
     return max(min(8 * SMS // tile.warps // (tiles * blocks), -(-num_neurons // tile.neurons)), 1)
 
 
-PARTS_AT_ONCE = 16  # of the last sum
-LAST_COLUMNS = 128  # of it: one warp
+PARTS_AT_ONCE = 16  # that the last sum loads in one step
+LAST_COLUMNS = 128  # of the last sum's tile, which one warp takes

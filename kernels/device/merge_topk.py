@@ -97,8 +97,8 @@ def _merge(
     LANES: tl.constexpr,
 ):
     """The K that rank first of what is held and `found` listed columns become what is held; the least of their keys."""
-    # K that are held, then what is listed: in ascending order of latents. From a 0 that the compiler does not know: it
-    # would compute all addresses ahead of the loop around, and spill them.
+    # The K that are held, then what is listed, in ascending order of latents. The 0 that is added is one that the
+    # compiler cannot know to be 0: else it would compute all addresses ahead of the loop around, and spill them.
     lane = tl.minimum(found, 0) + tl.arange(0, LANES)
     present = lane < K + found
     tl.debug_barrier()  # other lanes wrote the columns
@@ -115,7 +115,7 @@ def _merge(
     keep, position = keep_first(key, cut, K - tl.sum((key > cut).to(tl.int32), axis=0))
     position = tl.where(keep & (position != lane), position, -1)  # of what moves
 
-    # One after the other, and the columns anew for each: together they spill.
+    # Values, scores and latents move one after the other, and columns are read anew for each: together they spill.
     tl.debug_barrier()
     held = tl.load(latents_ptr + lane, mask=(position >= 0) & (lane < K), other=0)
     cols = tl.load(columns_ptr + lane, mask=(position >= 0) & (lane >= K), other=0)

@@ -32,9 +32,10 @@ GUIDED_PASSES = tl.constexpr(4)  # that a sample narrows down; then bisection, w
 SAMPLE_ROUNDS = tl.constexpr(8)  # the sample's resolution: its range over 256, finer than its standard error
 # Standard errors on either side: with 2, one row in twenty takes another pass; with 1, where 2 do not fit, one in 3.
 MOST_ERRORS, LEAST_ERRORS = tl.constexpr(2.0), tl.constexpr(1.0)
-ODD_ERRORS = tl.constexpr(3.0)  # off what is known of the row: then a sample says nothing of where its energy lies
+ODD_ERRORS = tl.constexpr(3.0)  # standard errors off the row's known energy: such a sample says nothing of its spread
 FEWEST_OCTAVES, MOST_OCTAVES = tl.constexpr(-20), tl.constexpr(60)  # of the largest r over a unit: squares are fp32
-UNSEEN = tl.constexpr(3.0)  # times a sampled entry's share of the row: what may lie above where the sample has nothing
+# Where the sample has nothing, so many times what one sampled entry stands for may lie above.
+UNSEEN = tl.constexpr(3.0)
 DEPTH = tl.constexpr(16 << 23)  # octaves below the target
 
 
@@ -274,7 +275,8 @@ def _norm_cut_kernel(
     # The only tensor that the search carries comes first. The result of `searching`, which nobody reads, is dropped
     # from the loop's; Triton up to 3.8 then looks for later ones at a wrong place, and fails where it changes layouts.
     number = tl.zeros((LANES,), tl.int32)
-    # Invariant: energy(key >= lo) reaches the target, unless it lies at or above the row's; energy(key > hi) does not.
+    # Invariant: energy(key >= lo) reaches the target, unless that is the row's whole energy or more; energy(key > hi)
+    # does not.
     lo = tl.full((), 1, tl.int32)
     hi = tl.full((), INF_KEY - 1, tl.int32)
     count_lo = tl.full((), 0, tl.int32)

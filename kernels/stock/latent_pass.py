@@ -16,8 +16,8 @@ from .dense import to_dense
 class _LatentPass:
     """The gradients of chunks of latents, from what all chunks share: entries, with slopes, in order of latents.
 
-    Chunk n has the latents from ``bounds[n]`` to ``bounds[n + 1]``. Several there are on a CPU only, where reading a
-    number waits for nothing.
+    Chunk n has the latents from ``bounds[n]`` to ``bounds[n + 1]``. There are several on a CPU alone, where reading a
+    number from a tensor waits for no device.
     """
 
     def __init__(

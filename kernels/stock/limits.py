@@ -1,8 +1,8 @@
 """Sizes of temporaries: what a CPU keeps in its caches, and what a GPU has memory for."""
 import math
 
-CHUNK_ELEMENTS = 1 << 24  # of a (rows, F) temporary of the torch back end
-WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of an fp32 temporary of its 16-bit product
+CHUNK_ELEMENTS = 1 << 24  # elements of the largest (rows, F) temporary of the torch back end
+WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # elements of the fp32 temporary of its 16-bit product
 SCORES_IN_CACHE = 1 << 20  # scores of a chunk of rows that a CPU passes over several times: 4 MB in fp32
 MERGED_SCORES = 1 << 22  # scores of a slab that a CPU merges at a time: of fewer, its threads would share too few rows
 GATHERED_IN_CACHE = 3 << 19  # numbers of rows that a CPU gathers from, in any order, many times: 6 MB in fp32

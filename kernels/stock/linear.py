@@ -16,7 +16,7 @@ from torch import Tensor
 def _mkl_is_slow() -> bool:
     """Whether this is an x86 processor with AVX-512, but not one of Intel's, and oneDNN is there.
 
-    The same all process long.
+    The answer stays the same throughout a process.
     """
     tell = getattr(torch.cpu, "get_capabilities", None)
     known: dict = {} if tell is None else tell()  # an older PyTorch does not tell

@@ -7,7 +7,9 @@ from ._rows import chunk_rows
 from .row_topk import topk_columns
 
 GROUP = 32  # latents whose maximum says whether they are looked at
-FEW = 4  # the most that rows have to merge, padded to one length, times this is less than their slab; else all of it is
+# Candidates are gathered, padded to the row that has most of them, where that takes less than 1/FEW of the slab's
+# entries; else the whole slab is merged.
+FEW = 4
 
 
 @torch.no_grad()
@@ -15,10 +17,10 @@ def merge_topk(
     values: Tensor, scores: Tensor | None, latents: Tensor, pre: Tensor, score: Tensor | None, mask: Tensor | None,
     first: int, magnitude: bool,
 ) -> None:
-    """As many rows at a time as memory is meant for."""
+    """As many rows at a time as temporaries may have memory for; see ``reference.merge_topk``."""
     rows, width = pre.shape
     columns = None
-    if mask is not None:  # nothing masked displaces what is held, which ranks no lower, and comes first
+    if mask is not None:  # masked entries are left out: what is held ranks no lower than they do, and comes first
         columns = mask[first : first + width].nonzero()[:, 0]
         width = columns.numel()
     if width == 0:
@@ -35,7 +37,10 @@ def _merge(
     held: list[Tensor], latents: Tensor, slab: list[Tensor], columns: Tensor | None, mask: Tensor | None, first: int,
     magnitude: bool,
 ) -> None:
-    """``held`` (rows, k), ``slab`` (rows, C): values, and scores where they rank. ``columns`` (C,) of it, if masked."""
+    """``held`` (rows, k) and ``slab`` (rows, C) are values and, where they rank, scores.
+
+    ``columns`` (C,): which columns of the slab these are, where a mask leaves some out.
+    """
     allowed = None if mask is None else mask[latents.long()]
     by, held_by = (parts[-1].abs() if magnitude else parts[-1] for parts in (slab, held))
     cut = torch.where(held_by.isnan(), torch.inf, held_by).amin(1, keepdim=True)  # NaN still exceeds it

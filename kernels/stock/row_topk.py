@@ -55,8 +55,8 @@ def topk_columns(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
 def _topk_columns_by_groups(score: Tensor, mask: Tensor | None, k: int, sizes: tuple[int, ...]) -> Tensor:
     """The same from group maxima. Rows are looked at whole where those leave it open.
 
-    As many rows at once as memory is meant for: a CPU's threads share the rows, of which each must have a hundred to be
-    given any.
+    As many rows at once as temporaries may have memory for: a CPU's threads share the rows, and PyTorch wakes no thread
+    for fewer than a hundred.
     """
     among_groups = _among_groups if score.element_size() > 2 else _among_groups_with_ties
     kept = [score.new_zeros(0, k, dtype=torch.int64)]
@@ -95,8 +95,8 @@ def _in_largest_groups(x: Tensor, number: int, sizes: tuple[int, ...]) -> tuple[
 def _among_groups(x: Tensor, k: int, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Columns (rows, k) of the largest entries of ``x`` (rows, F), unsorted, and whether it is certain that they are.
 
-    It is not where an entry that was left out ties with the k-th, or is NaN. Of one group more than k, the least
-    maximum lies below the k-th entry but for ties.
+    It is not certain where an entry that was left out ties with the k-th, or is NaN. One group more than k is looked
+    at: the least of their maxima then lies below the k-th entry unless they tie.
     """
     among, columns, bound = _in_largest_groups(x, k + 1, sizes)
     top, position = among.topk(k, sorted=False)

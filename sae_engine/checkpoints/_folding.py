@@ -49,7 +49,8 @@ def unit_decoder_rows(c: Checkpoint) -> Checkpoint:
 
 
 def fold_input_scale(c: Checkpoint, scale: float, target_scale: float | None = None) -> Checkpoint:
-    """For activations as they are, where it was trained on ``scale`` times them (``expected_average_only_in``).
+    """The autoencoder for activations as they are, of one that was trained on ``scale`` times them
+    (``expected_average_only_in``).
 
     ``target_scale`` is what multiplied a transcoder's targets; an autoencoder's are its inputs. Latents are the same;
     with ``rescale_acts_by_decoder_norm`` they, and BatchTopK's threshold, are divided by the latter like the decoder's

@@ -27,7 +27,7 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".npz")
 class WeightFile:
     """A file of tensors. ``kind``: "safetensors", "torch" (a zip) or "npz".
 
-    ``cut`` says of so many latents which are asked for, where these are not all of them.
+    ``cut`` maps the number of latents to the slice of them that is to be read; None: all are.
     """
 
     path: Path

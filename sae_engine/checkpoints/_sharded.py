@@ -27,7 +27,7 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", tor
 
 
 class Slice(NamedTuple):
-    """What a rank has of a tensor: ``part``, from ``first`` of ``total`` on along ``dim``. With None it has all."""
+    """A rank's ``part`` of a tensor: along ``dim`` it begins at ``first`` of ``total``; with None it is the whole."""
 
     part: Tensor
     dim: int | None

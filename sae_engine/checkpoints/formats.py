@@ -119,7 +119,8 @@ def read(
 ) -> tuple[Checkpoint, Path]:  # fmt: skip
     """The checkpoint at ``path``, and the file to name when it cannot be built.
 
-    ``cut`` says of so many latents which are asked for: the others are not read. ``at``: where it was found already.
+    ``cut`` maps the number of latents to the slice of them that is read; None: all are. ``at``: where the checkpoint
+    was found, if it has been looked for already.
     """
     known(format, ["auto", *READ])
     if residual is not None and residual not in RESIDUALS:

@@ -4,8 +4,8 @@ Keys: encoder.weight (d_sae, d), encoder.bias, decoder.weight (d, d_sae), decode
 stands in ``hyperparams.json``. The weights are of training, in which activations were multiplied by
 sqrt(d) / (their average norm), a transcoder's input and output each by its own. The threshold is of what a latent adds
 to the output as it is. Read as SAELens reads autoencoders, with latents as large as in training. Where decoder rows are
-longer or shorter than 1 and ``sparsity_include_decoder_norm`` says that the threshold counts it, their norms go to the
-encoder before.
+longer or shorter than 1 and ``sparsity_include_decoder_norm`` says that the threshold takes them into account, their
+norms are folded into the encoder first.
 
 That a transcoder's threshold goes by its output shows in the published numbers. All were trained to 50 latents a token.
 In units of training, thresholds of autoencoders are 2.05 (L8R: 0.2021 at a norm of 6.3125), 2.10 (L15R), 1.97 (L19R)

@@ -50,7 +50,7 @@ WRITTEN: dict[type[act.Activation], str] = {
     rules.MatryoshkaBatchTopK: "matryoshka_batchtopk",
 }  # fmt: skip
 BATCH = ("batchtopk", "matryoshka_batchtopk")
-_NEVER = 1e-10  # the share of which the logarithm is that of a latent that never fires
+_NEVER = 1e-10  # added to a share before the logarithm: what stands for a latent that never fires
 OURS = "sae_engine."  # architectures that SAELens does not have: this, and the name of our rule, or of a user's
 # SAELens rescales by decoder norms where it counts entries, nowhere else.
 COUNTING = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
@@ -144,8 +144,9 @@ def save(c: Checkpoint, path: str | PathLike) -> None:
 
 
 def prepared(c: Checkpoint, d_sae: int | None = None) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors and the text of the two files. ``d_sae`` where ``c`` has some of so many latents: no latent's numbers
-    depend on another's.
+    """The tensors and the text of the two files.
+
+    ``d_sae``: how many latents there are, where ``c`` has some of them; no latent's numbers depend on another's.
 
     SAELens rescales by decoder norms only where it counts entries: for other rules the norms are folded into the
     encoder and the decoder's rows are written with norm 1, which computes the same. Mean-centring stands in the

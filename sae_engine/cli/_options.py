@@ -15,7 +15,7 @@ def add_model_and_text(
 ) -> None:
     """What says which activations: the model, the place in it, and the text.
 
-    ``text`` is the default word, ``unsaid`` what model, layer and site are unless given.
+    ``text`` is the default of ``--text``; ``unsaid`` says, for --help, what model, layer and site are unless given.
     """
     model, layer, site = unsaid
     add_model(parser, unsaid=model)

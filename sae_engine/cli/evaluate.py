@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measured_at_sites(coder: Any, place: Any, lm: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Of a crosscoder. Of several models, the others are loaded here."""
+    """The measurements of a crosscoder; where it is of several models, the others are loaded here."""
     from sae_engine.data import together
     from sae_engine.metrics import evaluate_sites
     from sae_engine.metrics.place import hub_name

@@ -22,7 +22,7 @@ _PROJECTIONS = {
     "z": ("o_proj", "out_proj", "c_proj", "dense", "wo", "out_lin", "proj", "o"),
     "mlp_post": ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out", "wo", "w2", "proj", "output_linear", "w_out"),
 }
-# A replaced output and its difference are rounded at most four times each, half an eps of the largest term at a time.
+# The replaced output and the difference are rounded at most four times each, by half an eps of the largest term.
 _ROUNDINGS = 8
 
 

@@ -26,7 +26,7 @@ from .quantized import quantized
 from .sites import Site
 from .store import DTYPES, FORMAT, KEY, MANIFEST, ActivationStore, RowTokens, folder_in, read_manifest, verify_shards
 
-# Of the texts that are being read; those of earlier calls stand in "earlier", as the same fields and two counts.
+# Fields about the texts being read. Those of earlier calls stand in "earlier": the same fields and two counts.
 _OF_TEXTS = ("text_source", "max_tokens")
 # What a run writes as it goes on; all other fields are settings, in which two calls have to agree.
 _PROGRESS = ("format", "sae_engine", "earlier", "shards", "tokens", "documents", "complete")
@@ -251,7 +251,7 @@ def _go_on(folder: Path, there: dict[str, Any], request: dict[str, Any], extend:
         if any(part["text_source"] == source for part in there["earlier"] if source):
             raise ValueError(f"max_tokens: {str(folder)!r} holds rows of {source!r} and others behind them: they stay")
         part = {field: there[field] for field in _OF_TEXTS}
-        # Format 1 counted no documents. Where their number is not known, no number is taken twice all the same.
+        # Format 1 did not count documents. There are no more of them than rows, so new ones are numbered from there on.
         counts = {"tokens": rows, "documents": there.get("documents", rows)}
         return {**there, **request, "earlier": [*there["earlier"], {**part, **counts}], "complete": False}
     if not is_last:

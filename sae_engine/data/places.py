@@ -358,8 +358,8 @@ def never_reached(model: nn.Module, site: Site) -> RuntimeError:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode; afterwards every module is in the mode that it was in.
 
-    One thread at a time: hooks are the model's, so that what one thread reads or puts there would be in the batch of
-    another, as of :class:`RowStream`'s that reads ahead.
+    One thread at a time: hooks belong to the model, so what one thread reads or replaces would affect the batch of
+    another, such as the thread in which :class:`RowStream` reads ahead.
     """
     with _LOCKS.setdefault(model, RLock()):
         training = [module for module in model.modules() if module.training]

@@ -1,8 +1,9 @@
 """Rows as int8: what a dimension has of its own is taken out, and each row then has a scale.
 
-Language models have dimensions that are a hundred times larger than the others, in every row. One scale a row leaves
-nothing of the others; less its mean and over its deviation, each dimension is as large as any. With 254 steps over a
-row's range, the error is that of rounding, of a variance of step² / 12: some 5e-5 of that of rows like Gaussian ones.
+Language models have dimensions that are a hundred times larger than the others, in every row. With one scale a row they
+leave nothing of the others; minus its mean and divided by its deviation, each dimension is as large as any. With 254
+steps over a row's range the error is that of rounding, whose variance is step² / 12: some 5e-5 of the variance of rows
+that are nearly Gaussian.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ class Staircase:
         return self._chunks[number]
 
     def _read_by(self, worker: _Worker, number: int) -> _Chunk:
-        """Of one thread all rows come: what the reader keeps for the next chunk is of that thread's stream too."""
+        """Reads in the worker's thread, as for every chunk: what the reader keeps for the next one is of its stream."""
         if self._ahead is None:
             self._ahead = worker.start(lambda: self._read(number))
         ahead = self._ahead
@@ -240,7 +240,7 @@ class Staircase:
                 self._ahead = None
 
     def _readable(self, chunk: _Chunk, tensors: list[Tensor]) -> list[Tensor]:
-        """What is of a chunk, once it is written, and as long as this stream reads it."""
+        """``tensors`` of a chunk, after this stream waits for them to be written, and held until it has read them."""
         if chunk.ready is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(chunk.ready)
@@ -295,7 +295,7 @@ class _Worker:
 
     def __init__(self, device: torch.device) -> None:
         threads = torch.get_num_threads()
-        # OpenMP counts threads for each thread that asks: rows on a CPU depend on how many there are.
+        # The number of OpenMP threads is a setting of each thread, and the bits of rows on a CPU depend on it.
         self._pool = ThreadPoolExecutor(1, "sae-engine-rows", lambda: torch.set_num_threads(threads))
         self._device = device
         self._stream: torch.cuda.Stream | None = None

@@ -96,8 +96,8 @@ class Source:
     def held_out(self, limit: int, *, tokens: int | None = None) -> list[Any]:
         """At most ``limit`` documents that :meth:`documents` never has, at any rank; [] where there are none.
 
-        ``tokens``: no more documents once those there hold so many tokens, where a text has one for every eight
-        characters at least. Of a data set that is streamed, so few documents are read.
+        ``tokens``: stop once the documents hold so many tokens, taking a token for eight characters of text, which
+        underestimates. So only a few documents of a streamed data set are read.
 
         Example:
             >>> len(open_source("stdlib").held_out(3))  # of the standard library, whole modules
@@ -237,7 +237,7 @@ def open_source(
         dataset_name, split: of data sets on the hub.
         column: of records: where the text is, a list of token ids (of ``input_ids`` those that ``attention_mask``
             has), or a list of messages, which become a text by the tokenizer's chat template.
-        hold_out: every so-many-th document is kept out of :meth:`Source.documents`; None: none.
+        hold_out: every ``hold_out``-th document is kept out of :meth:`Source.documents`; None: none is.
         rank, world: the documents are dealt to ``world`` ranks; this is one of them.
         seed: of the order of ``"stdlib"``, and of the files of a data set on the hub.
         tokenizer: for chats; of token ids without a mask, it tells padding.
@@ -332,9 +332,9 @@ class _Library:
 class _Hub:
     """A data set that the library ``datasets`` streams; its own state says where it is.
 
-    With a ``seed`` its files follow each other in an order that the seed says, the same in every epoch, so that those
-    documents are held out which come at every so-manieth place. Documents within a file are not shuffled: of a buffer
-    that does it, a state does not say what it held.
+    The ``seed`` decides in which order its files are read, the same in every epoch, so that the documents at every n-th
+    place, which are held out, are the same ones. Documents within a file are not shuffled: the state of a shuffle
+    buffer does not say what the buffer held.
     """
 
     held_out: list[Any] | None = None

@@ -20,7 +20,7 @@ OFFSETS, TOKENS, VALUES, SAYS = "offsets.npy", "tokens.npy", "values.npy", "inde
 
 
 class Index:
-    """Where each latent fires. Latent f owns ``offsets[f]:offsets[f + 1]`` of two files, which are mapped, not read."""
+    """Where each latent fires: latent f owns ``offsets[f]:offsets[f + 1]`` of two files, which are memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
         numpy = require("numpy")
@@ -68,7 +68,7 @@ def _write(
     """Two passes over the shards: how many entries each latent has, then each shard's to their places."""
     numpy = require("numpy")
     folder.mkdir(exist_ok=True)
-    (folder / SAYS).unlink(missing_ok=True)  # from here on what lies there is nobody's
+    (folder / SAYS).unlink(missing_ok=True)  # without it, what lies there is no index until all of it is written
     counts = torch.zeros(d_sae, dtype=torch.int64, device="cpu")
     for part in codes():
         counts += torch.bincount(part.indices, minlength=d_sae)

@@ -63,7 +63,7 @@ def collect(
             ``sae.provenance`` says.
         max_tokens: stop after so many tokens that are encoded; None is all.
         dtype: of the values: float16 (11 bits; what it rounds to 0 is not stored) or float32.
-        shard_tokens: a shard is closed behind the batch with which it reaches so many tokens.
+        shard_tokens: tokens of a shard, which is closed at the end of the batch with which it reaches them.
         text_source: what the text is, in words, for the manifest.
         progress: show a bar on standard error.
         contexts: any of :class:`sae_engine.data.ContextSettings`, by name; by default what ``sae.provenance`` says of

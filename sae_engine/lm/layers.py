@@ -1,8 +1,8 @@
 """The modules of a language model that skip weights: a gated MLP, and a linear layer, each as a class beside its own.
 
-Few tokens without gradients are multiplied by what they keep alone. All others, and those that keep too much for that
-to pay, run the module's dense code with 0 for what is dropped: the same function to rounding, so that a prompt can be
-read at once or token by token.
+A few tokens, without gradients, are multiplied only by the rows of the weights that they keep. More tokens, and tokens
+that keep too much for that to pay, run the module's dense code with 0 for what is dropped: the same function to
+rounding, so that a prompt can be read at once or token by token.
 """
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ class Seen(Protocol):
 
 @dataclass
 class Selection:
-    """What a module that skips weights knows beside its parameters. It is no parameter and no buffer: what a model
-    saves and what ``.to(dtype)`` rounds is the model's own."""
+    """What a module that skips weights knows beside its parameters.
+
+    It holds no parameter and no buffer, so a model saves, and ``.to(dtype)`` rounds, nothing but the model's own.
+    """
 
     rule: Rule
     learned: Learned
@@ -58,8 +60,10 @@ class Selection:
         return kept, mask if self.learned.mean is not None else None
 
     def skips(self, kept: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-        """Whether only rows of ``weight`` (F, D) that are kept are to be read: by sizes and what was measured before,
-        on a CPU also by what is there, since nobody waits for that."""
+        """Whether only the kept rows of ``weight`` (F, D) are to be read.
+
+        Sizes and the measured density decide; on a CPU also what this call keeps, since looking waits for nothing.
+        """
         rows = kept.shape[0]
         if self.always_dense or rows > MOST_ROWS or rows == 0:
             return False
@@ -72,7 +76,7 @@ class Selection:
         return density is None or 1 - (1 - density) ** rows <= GPU_DENSE
 
     def bias(self, down: nn.Module) -> Tensor | None:
-        """Of the last matrix, with the sum of what dropped entries count as; made again where weights have changed."""
+        """The bias of the last matrix plus what dropped entries count as; computed again when weights have changed."""
         own: Tensor | None = down.bias  # type: ignore[assignment]
         mean = self.learned.mean
         if mean is None:
@@ -87,7 +91,7 @@ class Selection:
 
 
 def _rows_of(weight: Tensor) -> Tensor:
-    """``weight`` (F, D), whose rows are what is skipped: one behind the other in memory."""
+    """``weight`` (F, D) with its rows, which are what is skipped, one behind the other in memory."""
     if weight.stride(1) != 1 and weight.shape[1] > 1:
         raise RuntimeError(
             "a weight whose columns are skipped is no longer laid out for it, as after load_state_dict(assign=True): "

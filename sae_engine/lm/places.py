@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..acceleration._base import CannotAccelerate
 from ..data.places import _blocks
 
-# A probe's two sums are of the same numbers in another order: this many roundings of the largest number.
+# A probe compares two sums of the same numbers in different orders, which may differ by so many roundings of the
+# largest number.
 ROUNDINGS = 32
 
 
@@ -144,7 +145,7 @@ def find(model: nn.Module, at: str, layers: Iterable[int] | None) -> tuple[list[
         found += inside
         if not inside:
             without.append(number)
-    if layers is not None and found and without:  # unless asked by number, those blocks are meant that have one
+    if layers is not None and found and without:  # without numbers, the blocks that have one are meant
         raise NothingThere(f"layers: block {without[0]} has nothing that can skip weights at={at!r}, as others have")
     if not found:
         what = {"gate": "no gated MLP", "hidden": "no MLP of two or three linear layers", "inputs": "no linear layer"}

@@ -69,7 +69,7 @@ class Rule(ABC):
 
     @property
     def keeps_zeros_out(self) -> bool:
-        """Whether it changes nothing: what it drops is 0."""
+        """Whether the rule drops only zeros, so that the model computes what it computed before."""
         return False
 
     def density_of(self, width: int) -> float | None:

@@ -135,7 +135,7 @@ def accelerate(model: M, *, backend: str = "auto") -> M:
         )
     for one, selection in plans:
         if one.device.type == "cpu":
-            selection.learned.density = None  # it looks each time
+            selection.learned.density = None  # unknown: how many zeros there are is looked at in each call
         swap(one, selection)
     return model
 

@@ -61,8 +61,8 @@ def evaluate(
         centre: (d,), as :class:`Reconstruction` has it.
         progress: show a bar on standard error.
         contexts: any of :class:`sae_engine.data.ContextSettings`, by name; by default what ``sae.provenance`` says of
-            them. What they exclude stays as it is in all runs and is in no metric, but for the model's losses there
-            (not of a first position that is dropped).
+            them. Excluded rows stay as they are in all runs and count in no metric, except that the model's losses are
+            taken there too (not at a first position that is dropped).
 
     Returns:
         Plain numbers, strings and lists by section: ``setting``, ``reconstruction``, ``sparsity``, ``decoder``,
@@ -138,8 +138,9 @@ def evaluate_during(
         scale, target_scale: what the autoencoder's input, and a transcoder's target, are multiplied by in training;
             ``target_scale`` None is ``scale``.
         baselines: the caller's dictionary, in which the cross-entropies of the clean and of the ablated model are
-            kept: they need no autoencoder, so of N at one site, at M steps, one computes them (two passes more). It
-            belongs to one ``lm`` and one set of documents. None: they are computed.
+            kept. They need no autoencoder: of N autoencoders at one site, measured at M steps, only the first call
+            computes them (two passes more). The dictionary is for one ``lm`` and one set of documents. None: they are
+            computed in each call.
         contexts: any of :class:`sae_engine.data.ContextSettings`, by name. Rows that training does not see are not
             measured and stay as they are in every run.
 

@@ -112,7 +112,7 @@ def _contexts(said: Provenance) -> dict[str, Any]:
 
 
 def token(word: str) -> str | int | None:
-    """A token as :func:`~sae_engine.data.stream_activations` takes it; what it is none of, that says.
+    """A token's name or id as :func:`~sae_engine.data.stream_activations` takes it, which refuses what is neither.
 
     Example:
         >>> token("eos"), token("13"), token("none")

@@ -67,8 +67,8 @@ Replace = Callable[[Tensor, Tensor], Tensor]  # (input rows, target rows) → wh
 class Batch(NamedTuple):
     """Contexts on the model's device, with what of them is measured.
 
-    ``rows`` are places in (contexts * tokens) that are replaced and measured, ascending. ``spans`` are contexts and
-    their tokens that are predicted and predict, padding not among them.
+    ``rows`` are the places in (contexts * tokens) that are replaced and measured, ascending. ``spans`` are the
+    contexts, each with the range of its tokens that predict or are predicted, without padding.
     """
 
     ids: Tensor
@@ -154,8 +154,8 @@ def batches_of(
     """Contexts on the model's device; arguments are checked now, texts are read when asked for.
 
     ``settings`` are those of :func:`sae_engine.data.stream_activations`, and ``packing``, which come back in words.
-    What they exclude stays as it is in every run and is no row, but what it predicts is measured, except of each
-    context's first position.
+    Tokens that they exclude stay as they are in every run and give no row, but what they predict is measured, except at
+    each context's first position.
     """
     from ..data.activations import check_stream
     from ..data.contexts import token_batches

@@ -56,9 +56,9 @@ class Activation(nn.Module):
 
     ``scope`` names what competes: entries of a ``"row"`` (or no others), of the whole ``"batch"`` or of a ``"latent"``.
     Where the pre-activations of a batch exceed the memory that they may take, they pass by in rectangles. What the rule
-    keeps of them is then the business of ``running(tokens, num_latents, backend=..., **context)``, which returns an
-    object of the kind of :class:`Running`. Without it a rule of scope "row" is given all latents of some
-    tokens at a time, and any other one the whole batch or nothing.
+    keeps of them is then up to ``running(tokens, num_latents, backend=..., **context)``, which returns a
+    :class:`Running`. Without that method a rule of scope "row" is given all latents of some tokens at a time, and any
+    other rule needs the whole batch at once, or is refused.
     Where latents are cut over a mesh, ``shards`` is there, and ``select`` is given the pre-activations of a rank's own
     latents, for the tokens of all ranks. A rule that then keeps what one device would says so by
     ``selects_over_shards = True``: one whose latents do not compete, or whose ``running`` or ``_select`` heeds
@@ -94,7 +94,7 @@ class Activation(nn.Module):
         known = RULES.get(cls.__name__)
         if own or known is None or known.__module__.partition(".")[0] != OURS:
             RULES[cls.__name__] = cls  # checkpoints name rules: a user's is known once its module is imported
-        if {"select", "_select"} & cls.__dict__.keys():  # what was said of the former selection no longer holds
+        if {"select", "_select"} & cls.__dict__.keys():  # what the base class says of its own selection does not hold
             for name in {"entry_values", "running"} - cls.__dict__.keys():
                 setattr(cls, name, None)
             cls.selects_over_shards = cls.__dict__.get("selects_over_shards", False)

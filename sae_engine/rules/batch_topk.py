@@ -28,7 +28,7 @@ class BatchTopK(Activation):
         k: average entries per token, int or float.
         threshold_lr: weight of the newest batch in the running mean, which lags about ``1 / threshold_lr`` forwards
             behind a cut that moves while the autoencoder learns. :func:`calibrate_threshold` finds it anew.
-        threshold_start: training forwards that teach the threshold nothing.
+        threshold_start: training forwards at the beginning from which the threshold learns nothing.
         initial_threshold: where the mean starts; None: at the first batch's value, and unset until then.
         group: a ``torch.distributed`` process group to select over; see :func:`functional.batch_topk`. Shared by
             copies, left out of pickles.
@@ -36,8 +36,8 @@ class BatchTopK(Activation):
 
     SAELens' convention is ``threshold_lr=0.01, initial_threshold=0.0``; dictionary_learning's is ``threshold_lr=0.001,
     threshold_start=1001`` (it learns once its step, counted from 0, exceeds 1000). After a few hundred forwards
-    these still hold much of the first ones, and eval keeps a quarter fewer entries than k; hence our default. In all of
-    them a batch that keeps nothing positive moves nothing.
+    these means still hold much of the first batches, and eval keeps a quarter fewer entries than k; hence our default.
+    With any of them a batch that keeps nothing positive moves nothing.
 
     Bussmann et al. 2024, arXiv:2412.06410.
 

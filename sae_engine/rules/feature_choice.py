@@ -19,9 +19,10 @@ from .density import fired_share
 
 @dataclass
 class _Counted:
-    """What the host knows: its count of forwards, at least what ``forwards`` holds, and whether that is the device's.
+    """What the host knows of the count of training forwards, which the device holds in ``forwards``.
 
-    A shard's copy of a rule has the same object.
+    The host's count is at least that; a flag says whether the two are known to agree. A shard's copy of a rule shares
+    the object.
     """
 
     forwards: int
