@@ -302,7 +302,8 @@ def test_repr_is_one_line_of_what_one_asks_first():
     assert "mean_l0=0," in repr(zeros) and "mean_l0<=4," in repr(zeros.to("meta"))
     roomy = ragged(capacity=90).cpu()
     assert "capacity=90" in repr(roomy) and "mean_l0" in repr(roomy) and "mean_l0" not in repr(roomy.to("meta"))
-    assert "mean_l0" not in repr(ragged(0).cpu()) and repr(codes[0, 0]).startswith("SparseCodes(batch_shape=(), d_sae=3")
+    assert "mean_l0" not in repr(ragged(0).cpu())
+    assert repr(codes[0, 0]).startswith("SparseCodes(batch_shape=(), d_sae=3")
 
 
 SAVED = {

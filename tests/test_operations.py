@@ -60,7 +60,7 @@ def compare(row, found, args, backend):
         return
     exact = called(row, in_fp64(args), "reference")
     if row.name == "latent_adam" and backend == "torch" and found[0].is_cuda:
-        # torch's fused Adam takes beta2 as an fp32 number there: 1 - 0.999 is off by 1.3e-5, a second moment by as much.
+        # There torch's fused Adam takes beta2 as an fp32 number: 1 - 0.999, and so a second moment, is off by 1.3e-5.
         lr = next(a for a, said in zip(args, row.operator._schema.arguments, strict=False) if said.name == "lr")
         for ours, truth in zip(found, exact, strict=True):
             torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=2e-5 * float(lr))

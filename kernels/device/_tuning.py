@@ -169,8 +169,8 @@ def wide_row(rows: int, num_latents: int, k: int) -> WideRow:
     return WideRow(groups, sets, capacity, min(capacity, MAX_TILE // 2), num_warps(sets))
 
 
-# Of fewer rows than this, each row's maxima are taken by several programs: an SM needs some 23 KB in flight (arithmetic:
-# 4.3 TB/s * 700 ns / 132 SMs), and a program of 4 warps with 4 loads of 16 bytes a thread has 8.
+# Of fewer rows than this, each row's maxima are taken by several programs: an SM needs some 23 KB in flight (4.3 TB/s *
+# 700 ns / 132 SMs, which nobody has measured), and a program of 4 warps with 4 loads of 16 bytes a thread has 8.
 SPLIT_ROWS = 4 * 132
 
 
