@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from forked_ranks import outcomes, succeeded
+from forked_ranks import mesh_of, outcomes, succeeded
 
 import sae_engine as se
 from sae_engine.distributed import Hardware, estimate
@@ -116,10 +116,7 @@ def steps_over_groups(rank, size, folder):
 
 def _steps(rank, size, aux_k, data=1):
     """What a rank sends in a step, by name, and what a step takes at most beyond what it keeps."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (data, size // data), mesh_dim_names=("data", "latent"))
-    mesh = mesh if data > 1 else init_device_mesh("cpu", (size,), mesh_dim_names=("latent",))
+    mesh = mesh_of(size, data)
     sae = se.SparseAutoencoder(SIZES["d_in"], SIZES["d_sae"], se.TopK(SIZES["k"]), mesh=mesh)
     losses = [se.losses.AuxK(aux_k)] if aux_k else []
     step = se.training.TrainStep(sae, lr=1e-3, memory_budget=BUDGET, losses=losses, dead_after=1)

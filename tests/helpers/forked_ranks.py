@@ -45,11 +45,13 @@ def succeeded(ranks: list[Outcome]) -> list[Any]:
     return [one.returned for one in ranks]
 
 
-def mesh_of(size: int) -> Any:
-    """A mesh of so many ranks on CPUs, over which latents are cut."""
+def mesh_of(size: int, data: int = 1) -> Any:
+    """A mesh of so many ranks on CPUs, over which latents are cut; in ``data`` groups of them."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", (size,), mesh_dim_names=("latent",))
+    if data == 1:
+        return init_device_mesh("cpu", (size,), mesh_dim_names=("latent",))
+    return init_device_mesh("cpu", (data, size // data), mesh_dim_names=("data", "latent"))
 
 
 def raised(call: Callable[[], object]) -> str:
