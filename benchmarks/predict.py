@@ -52,6 +52,7 @@ REACHING, SURVIVORS = 1.15, 1.17  # groups and entries that reach the bound, ove
 FOUND = 256 * 8  # bytes of a histogram in which a program finds a digit
 SHARE = 256 * 4  # bytes of the counts from which a program finds its place
 SECTOR = 32  # bytes that a gather of a few moves
+HELD = 50e6  # bytes that the L2 cache of both keeps
 
 CASES = ("topk", "batch_topk", "norm_match", "threshold", "decode", "decode_error", "to_dense")
 
@@ -119,10 +120,12 @@ def moved(launch, shape):
         case "_sources_kernel":  # of each source as many entries as these, and rows of its own width
             written = size("out_ptr") + (size("target_ptr") if a["HAS_TARGET"] else 0)
             widths = sum(stop - first for first, stop in zip(a["FIRSTS"], a["STOPS"], strict=True))
-            row = widths * a["sources"][3].element_size()
-            return distinct * row + written, entries * row + written
+            weights = [source[3] for source in a["sources"]]  # of which one column tile after the other is gathered
+            tiles = sum(w.shape[0] * a["BLOCK_D"] * w.element_size() for w in weights)
+            row = widths * weights[0].element_size()
+            return delivered(distinct * row, entries * row, tiles) + written, entries * row + written
         case "_values_kernel":
-            row = width * a["weight_ptr"].element_size()
+            row = a["D"] * a["weight_ptr"].element_size()
             return distinct * row + size("grad_ptr"), entries * row * (1 + 1 / a["BLOCK_N"])
         case "_weight_kernel":
             gathered = entries * width * a["grad_ptr"].element_size()
@@ -149,12 +152,20 @@ def moved(launch, shape):
         case "_merge_topk_kernel":
             return size("score_ptr") + size("values_ptr") + size("latents_ptr"), rows * counted_merges(launch, shape)[1]
         case "_latents_kernel":
-            once = size("x_ptr") + size("center_ptr")
+            once = 0
             for number, tensors in enumerate((a["decoder"], a["encoder"], a["bias"])):
+                if tensors is None:
+                    continue
                 parameter, *moments, copy = tensors[::3]  # each with its strides
                 once += 2 * sum(t.numel() * t.element_size() for t in (parameter, *moments))
                 once += copy.numel() * copy.element_size() if a["COPIED"][number] else 0
-            return once, rows * counted_latents(a)["bytes"]
+            if a["center_ptr"] is not None:
+                once += size("x_ptr") + size("center_ptr")
+            grad = a["terms"][0][0]
+            if grad.nbytes > HELD:  # else it is there, and counts as little as any gather does
+                row = a["D_OUT"] * grad.element_size()
+                once += delivered(grad.shape[0] * row, entries * row, grad.shape[0] * row)
+            return once, rows * counted_latents(a, shape)["bytes"]
         case "_factors_kernel" | "_pass_split_kernel":
             return 0, 0  # three numbers; uniform latents: none is split
     raise ValueError(f"{launch.kernel} has no model: add one to moved()")
@@ -181,9 +192,21 @@ def counted_merges(launch, shape):
     return [mean(found[name]) + more * min(found[name]) for name in ("instructions", "bytes")]
 
 
-def counted_latents(a):
-    """Instructions and bytes of one program, which has GROUP latents as wide as these."""
-    return next(one for one in counted()["latents"] if one["d"] == a["D_OUT"] == a["D_IN"])
+def delivered(once, asked, gathered):
+    """Bytes that DRAM delivers of ``asked``, where gathers go to and fro among ``gathered`` bytes."""
+    return once + max(asked - once, 0) * max(1 - HELD / gathered, 0)
+
+
+def counted_latents(a, shape):
+    """Instructions and bytes of one program, which has GROUP latents: as counted, or from counts of other widths."""
+    found, entries = counted()["latents"], shape.B * shape.k / shape.F
+    for one in found:
+        if one["d"] == a["D_OUT"] == a["D_IN"] and abs(one["entries_a_latent"] - entries) < 0.01:
+            return one
+    few, many = (one for one in found if one["d"] == 768)
+    columns = (a["D_OUT"] + a["D_IN"]) / (2 * 768)
+    share = (entries - few["entries_a_latent"]) / (many["entries_a_latent"] - few["entries_a_latent"])
+    return {name: columns * (few[name] + share * (many[name] - few[name])) for name in ("instructions", "bytes")}
 
 
 _binaries = {}
@@ -208,7 +231,7 @@ def predict(launch, shape, copy, compile_):
     if launch.kernel == "_merge_topk_kernel":
         issued = programs * counted_merges(launch, shape)[0]
     if launch.kernel == "_latents_kernel":
-        issued = programs * counted_latents(launch.arguments)["instructions"]
+        issued = programs * counted_latents(launch.arguments, shape)["instructions"]
     in_flight = binary.occupancy * 64 * 32 * binary.loop_bytes
     share = min(in_flight / (copy / SMS * LATENCY), 1) if in_flight else 1
     waits = {
@@ -269,8 +292,11 @@ def rows(shapes, dtype, gpu="H200"):
 
 # --- whole steps -----------------------------------------------------------------------------------------------------
 
+GPT2_CLT = report.Shape("GPT-2's 12 layers, d=768 F=24576 k=10, B=8192", 8192, 768, 24_576, 10)  # a source's sizes
+LAYERS = 12
 LIKE_FOR_LIKE = report.Shape("d=2688 F=344064", 4096, 2688, 344_064, 32)  # of the published step: 134 ms, no optimizer
-STEPS = ((report.S2, None), (report.S2, 2**25), (LIKE_FOR_LIKE, None), (LIKE_FOR_LIKE, 2**25))  # bytes of a slab
+# and bytes of a slab
+STEPS = ((report.S2, None), (report.S2, 2**25), (LIKE_FOR_LIKE, None), (LIKE_FOR_LIKE, 2**25), (GPT2_CLT, None))
 PADDING, PRODUCT = "aten.pad", "aten.mm"
 
 
@@ -280,11 +306,15 @@ def launches_of_step(shape, memory_budget):
 
     launches = []
     with report._as_if_on_a_gpu() as stock, ahead_of_time.compiling("sm_90", launches.append), torch.device("meta"):
+        if shape is GPT2_CLT:
+            sae = se.Crosscoder.clt(LAYERS, shape.d, shape.F, se.TopK(shape.k))
+        else:
+            sae = se.SparseAutoencoder(shape.d, shape.F, se.TopK(shape.k))
         step = TrainStep(
-            se.SparseAutoencoder(shape.d, shape.F, se.TopK(shape.k)), lr=1e-4, compute_dtype=report.BF16,
-            memory_budget=memory_budget or 2**40, nonfinite="skip",  # no event of a GPU is asked
+            sae, lr=1e-4, compute_dtype=report.BF16, memory_budget=memory_budget or 2**40,
+            nonfinite="skip",  # no event of a GPU is asked
         )  # fmt: skip
-        x = torch.empty(shape.B, shape.d, dtype=report.BF16)
+        x = torch.empty(shape.B, sae.d_in, dtype=report.BF16)
         for _ in range(2):
             launches.clear()
             stock.torch_kernels.clear()
@@ -299,7 +329,8 @@ def steps(gpu):
     copy = COPY[gpu]
     for shape, memory_budget in STEPS:
         launches, torch_kernels = launches_of_step(shape, memory_budget)
-        flops = 2 * shape.B * shape.d * shape.F / sum(name.startswith(PRODUCT) for name, _ in torch_kernels)
+        layers = LAYERS if shape is GPT2_CLT else 1
+        flops = layers * 2 * shape.B * shape.d * shape.F / sum(name.startswith(PRODUCT) for name, _ in torch_kernels)
         sums = collections.defaultdict(lambda: {"microseconds": 0.0, "launches": 0, "bound": ""})
 
         def add(part, sums=sums):
@@ -318,9 +349,10 @@ def steps(gpu):
                 part["kernel"] = "other stock operators"
             add(part)
         parts = sorted(({"kernel": name, **one} for name, one in sums.items()), key=lambda one: -one["microseconds"])
-        moved = state_bytes(shape.d, shape.F, compute_dtype=report.BF16).moved
+        moved = sum(state_bytes(shape.d, shape.F, d_out=written * shape.d, compute_dtype=report.BF16).moved
+                    for written in range(1, layers + 1))  # fmt: skip
         product = traffic.linear(shape.B, shape.d, shape.F, 2)
-        least = max(product.flops / GEMM, product.bytes / copy) + moved / copy
+        least = layers * max(product.flops / GEMM, product.bytes / copy) + moved / copy
         name = "step" if memory_budget is None else f"step, slabs of {memory_budget >> 20} MiB"
         total = sum(part["microseconds"] for part in parts)
         yield {**row(gpu, name, "training", shape, report.BF16, total, 1e6 * least, parts),
