@@ -152,19 +152,19 @@ def moved(launch, shape):
         case "_merge_topk_kernel":
             return size("score_ptr") + size("values_ptr") + size("latents_ptr"), rows * counted_merges(launch, shape)[1]
         case "_latents_kernel":
-            once = 0
+            once, share = 0, (a["stop"] - a["first"]) / shape.F  # of the latents
             for number, tensors in enumerate((a["decoder"], a["encoder"], a["bias"])):
                 if tensors is None:
                     continue
                 parameter, *moments, copy = tensors[::3]  # each with its strides
-                once += 2 * sum(t.numel() * t.element_size() for t in (parameter, *moments))
-                once += copy.numel() * copy.element_size() if a["COPIED"][number] else 0
+                once += share * 2 * sum(t.numel() * t.element_size() for t in (parameter, *moments))
+                once += share * copy.numel() * copy.element_size() if a["COPIED"][number] else 0
             if a["center_ptr"] is not None:
                 once += size("x_ptr") + size("center_ptr")
             grad = a["terms"][0][0]
             if grad.nbytes > HELD:  # else it is there, and counts as little as any gather does
                 row = a["D_OUT"] * grad.element_size()
-                once += delivered(grad.shape[0] * row, entries * row, grad.shape[0] * row)
+                once += delivered(grad.shape[0] * row, share * entries * row, grad.shape[0] * row)
             return once, rows * counted_latents(a, shape)["bytes"]
         case "_factors_kernel" | "_pass_split_kernel":
             return 0, 0  # three numbers; uniform latents: none is split
