@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 
+from .nodes import OverNodes
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -17,13 +18,15 @@ class Groups(NamedTuple):
     """Of a mesh with the dimension ``data``, each index of which is a group of ranks with all latents.
 
     Attributes:
-        latents: the ranks of this one's group, the inner dimension next to one another.
+        latents: the ranks of this one's group, those of a node next to one another.
+        node: of these the ones of this one's node, and those of its place in the other nodes; None with one node.
         data: the ranks of all groups that have this one's latents.
         everyone: the whole mesh, group after group.
         updates: the mesh with ``data`` innermost: each group's rank updates a part of the latents that they share.
     """
 
     latents: dist.ProcessGroup | None
+    node: tuple[dist.ProcessGroup, dist.ProcessGroup] | None
     data: dist.ProcessGroup | None
     everyone: dist.ProcessGroup | None
     updates: DeviceMesh
@@ -46,25 +49,35 @@ class Groups(NamedTuple):
         from torch.distributed.device_mesh import DeviceMesh
 
         names = mesh.mesh_dim_names or ()
+        node = (mesh.get_group("latent"), mesh.get_group("node")) if "node" in names else None
         if "data" not in names:
             all_ranks = mesh.get_group() if mesh.ndim == 1 else _group(mesh.mesh.flatten().tolist())
-            return cls(all_ranks, None, all_ranks, mesh)
+            return cls(all_ranks, node, None, all_ranks, mesh)
         if mesh.size() != dist.get_world_size():
             raise ValueError(f"mesh must hold all {dist.get_world_size()} processes where it has the dimension 'data', "
                              f"got {mesh.size()}")  # fmt: skip
         mine = mesh.mesh[mesh.get_local_rank("data")]
         latents = mesh.get_group("latent") if mine.dim() == 1 else _group(mine.flatten().tolist())
         inner = DeviceMesh(mesh.device_type, mesh.mesh.movedim(0, -1), mesh_dim_names=(*names[1:], "data"))
-        return cls(latents, mesh.get_group("data"), _group(mesh.mesh.flatten().tolist()), inner)
+        return cls(latents, node, mesh.get_group("data"), _group(mesh.mesh.flatten().tolist()), inner)
 
-    def wires(self) -> tuple[Wire, Wire | None, Wire]:
-        """To the ranks of this group, to those with this one's latents, where there are several groups, and to all.
-
-        All count together.
-        """
+    def wires(self) -> Wires:
+        """Those of one autoencoder: what is sent over any of them is counted together."""
         counts: tuple[Counter[str], Counter[str]] = Counter(), Counter()
         latents, data = Wire(self.latents, counts), None if self.data is None else Wire(self.data, counts)
-        return latents, data, latents if data is None else Wire(self.everyone, counts)
+        inside, between = (None, None) if self.node is None else (Wire(group, counts) for group in self.node)
+        of_rows = latents if inside is None or between is None else OverNodes(latents, inside, between)
+        return Wires(latents, of_rows, data, latents if data is None else Wire(self.everyone, counts))
+
+
+class Wires(NamedTuple):
+    """To the ranks of this one's group, and the same for rows that are gathered and summed; to the ranks of the other
+    groups that have its latents, where there are some; and to all."""
+
+    latents: Wire
+    rows: Wire | OverNodes
+    data: Wire | None
+    everyone: Wire
 
 
 def _group(ranks: list[int]) -> dist.ProcessGroup | None:

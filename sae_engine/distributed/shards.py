@@ -42,7 +42,7 @@ class Shards:
 
     def __init__(self, mesh: DeviceMesh, num_latents: int) -> None:
         self.mesh, self._groups = mesh, Groups.of(mesh)
-        self.wire, self.across, self.everyone = self._groups.wires()
+        self.wire, self._of_rows, self.across, self.everyone = self._groups.wires()
         self.group = 0 if self.across is None else self.across.rank
         self.layout = Ownership.on(mesh, num_latents)
         self.agreement = Agreement.of(mesh)
@@ -129,11 +129,11 @@ class Shards:
 
     def gather_rows(self, mine: Tensor, name: str) -> Tensor:
         """(the group's tokens, …) from mine; its gradient is the sum over its ranks, as a tree."""
-        return GatheredRows.apply(mine, self.wire, self.rows, name)
+        return GatheredRows.apply(mine, self._of_rows, self.rows, name)
 
     def sum_parts(self, part: Tensor, name: str) -> Tensor:
-        """(my tokens, …): the sum of the group's ``part`` (its tokens, …) of each rank, as a tree."""
-        return SummedParts.apply(part, self.wire, self.rows, name)
+        """(my tokens, …): the sum of each of the group's ranks' ``part`` (its tokens, …), as a tree; in nodes first."""
+        return SummedParts.apply(part, self._of_rows, self.rows, name)
 
     def sum(self, part: Tensor, name: str) -> Tensor:
         """The sum of each of the group's ranks' floats, as a tree; integers' by the wire."""

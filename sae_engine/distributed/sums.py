@@ -19,8 +19,7 @@ class GatheredRows(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, outer: Tensor):
-        parts = ctx.wire.scatter_rows(outer, ctx.rows, f"{ctx.name}: gradient")
-        return tree_sum(list(parts)), None, None, None
+        return ctx.wire.sum_rows(outer, ctx.rows, f"{ctx.name}: gradient"), None, None, None
 
 
 class SummedParts(Function):
@@ -29,7 +28,7 @@ class SummedParts(Function):
     @staticmethod
     def forward(ctx, part: Tensor, wire, rows: list[int], name: str) -> Tensor:
         ctx.wire, ctx.rows, ctx.name = wire, rows, name
-        return tree_sum(list(wire.scatter_rows(part, rows, name)))
+        return wire.sum_rows(part, rows, name)
 
     @staticmethod
     @once_differentiable
@@ -92,5 +91,5 @@ class SummedLatents(Function):
     @once_differentiable
     def backward(ctx, outer: Tensor):
         rows = shares(len(outer), ctx.wire.size)
-        parts = ctx.wire.scatter_rows(outer.contiguous(), rows, f"{ctx.name}: gradient")
-        return ctx.wire.gather_rows(tree_sum(list(parts)), rows, f"{ctx.name}: gradient"), None, None
+        summed = ctx.wire.sum_rows(outer.contiguous(), rows, f"{ctx.name}: gradient")
+        return ctx.wire.gather_rows(summed, rows, f"{ctx.name}: gradient"), None, None

@@ -85,6 +85,10 @@ class Wire:
         self._all_to_all(out, whole, [mine * width] * self.size, [number * width for number in rows])
         return out
 
+    def sum_rows(self, whole: Tensor, rows: Sequence[int], name: str) -> Tensor:
+        """(my rows, …): the sum of what each rank has made for them, as a tree; ``whole`` (all rows, …)."""
+        return tree_sum(list(self.scatter_rows(whole, rows, name)))
+
     def return_rows(self, parts: Tensor, rows: Sequence[int], name: str) -> Tensor:
         """The way back: ``parts`` (ranks, my rows, …), one for each rank; (all rows, …), what was made for me."""
         mine, width = rows[self.rank], parts.element_size() * parts.shape[2:].numel()

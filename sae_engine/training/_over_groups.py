@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..distributed.wire import shares, tree_sum
+from ..distributed.wire import shares
 
 if TYPE_CHECKING:
     from ..autoencoder import SparseAutoencoder
@@ -47,8 +47,7 @@ class Part:
         for p in list(gradients):
             gradient = gradients.pop(p)
             if self._is_cut(p):
-                parts = self.wire.scatter_rows(gradient.contiguous(), self._numbers, "gradients over groups")
-                gradient = tree_sum(list(parts))
+                gradient = self.wire.sum_rows(gradient.contiguous(), self._numbers, "gradients over groups")
             found[p] = gradient
         return found
 

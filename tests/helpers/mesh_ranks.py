@@ -13,6 +13,7 @@ from mesh_cases import (
     RULES,
     STEPS,
     D,
+    F,
     empty_shards_train,
     encodes,
     encodes_by_other_rules,
@@ -32,6 +33,7 @@ from mesh_cases import (
 from mesh_selections import matching_norms_is_exact, selects_as_the_reference
 
 import sae_engine as se
+from sae_engine.distributed.shards import Shards
 
 
 def over_nodes(mesh, rank, size):
@@ -44,6 +46,20 @@ def over_nodes(mesh, rank, size):
         trains(mesh, rank, size, step)
     sae = se.SparseAutoencoder(D, 9, se.TopK(2), mesh=mesh)  # 3 and 2, 2 and 2
     assert sae.shards.layout.numbers == [3, 2, 2, 2] and len(sae.W_dec.to_local()) == sae.shards.layout.numbers[rank]
+    adds_in_nodes_first(mesh, rank, size)
+
+
+def adds_in_nodes_first(mesh, rank, size):
+    """The bits of a sum over all ranks as they come, for fewer bytes between nodes; also of uneven rows, and none."""
+    flat, nodes = Shards(se.distributed.from_env(), F).wire, Shards(mesh, F)
+    for rows in ([4, 4, 4, 4], [5, 0, 3, 2], [0, 0, 0, 7]):
+        nodes.begun(rows)
+        part = torch.randn(sum(rows), D, generator=torch.Generator().manual_seed(rank))
+        nodes.wire.bytes.clear()
+        assert torch.equal(nodes.sum_parts(part, "x_hat"), flat.sum_rows(part, rows, "x_hat"))
+        of_place = rows[rank % 2 :: 2]
+        sent = sum(rows) - sum(of_place), sum(of_place) - rows[rank]  # inside the node, and to the other one
+        assert nodes.wire.bytes["x_hat"] == sum(sent) * D * 4
 
 
 def on_groups(sizes, case):
