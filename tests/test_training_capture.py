@@ -9,7 +9,10 @@ from training_cases import B, D, F, assert_parameters_close, make
 import sae_engine as se
 from sae_engine.losses import AuxK
 from sae_engine.testing import assert_same
-from sae_engine.training import CapturedStep, TrainStep
+from sae_engine.training import CapturedStep, TrainConfig, TrainStep
+from sae_engine.training.architectures import BatchTopKSAE, TopKSAE
+from sae_engine.training.config_parts import DataConfig, EvalConfig, LoggerConfig, OptimConfig, OutputConfig
+from sae_engine.training.sae_config import SAEConfig
 
 
 def test_a_loaded_state_is_written_where_a_captured_graph_looks():
@@ -108,9 +111,10 @@ def test_nothing_waits_for_the_device(rule, dense, no_waiting):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dead_after", [10_000_000, 5 * B])
 @pytest.mark.parametrize("rule", ["TopK", "BatchTopK", "FeatureChoice"])
-def test_a_captured_step_trains_as_the_step_does(rule):
-    """Also a batch of another shape on the way, weights that somebody else writes, and a schedule."""
+def test_a_captured_step_trains_as_the_step_does(rule, dead_after):
+    """Also a batch of another shape on the way, weights that somebody else writes, a schedule, and latents that die."""
     rules = {
         "TopK": lambda: se.TopK(4), "BatchTopK": lambda: se.BatchTopK(4),
         "FeatureChoice": lambda: se.FeatureChoice(F, 3, mutual_steps=2),
@@ -118,6 +122,7 @@ def test_a_captured_step_trains_as_the_step_does(rule):
     saes = [make(rules[rule](), dtype=torch.float32) for _ in range(2)]
     steps = [
         TrainStep(sae, lr=1e-2, losses=[AuxK(5)], compute_dtype=torch.bfloat16, density_interval=3,
+                  dead_after=dead_after,
                   scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
         for sae in saes
     ]  # fmt: skip
@@ -127,14 +132,52 @@ def test_a_captured_step_trains_as_the_step_does(rule):
         expected, report = steps[0].warm_up(x), captured(x)
         for name, scalar in expected.items():
             torch.testing.assert_close(report[name], scalar, msg=f"{name}, call {number}")
+        assert_same((steps[1].seen.fired,), (steps[0].seen.fired,))
         if number == 7:
             with torch.no_grad():
                 for sae in saes:
                     sae.W_enc.mul_(1.01)
-    assert captured._graph is not None and steps[0].calls == steps[1].calls == 11
+    assert steps[0].calls == steps[1].calls == 11 and steps[0].dead.tokens == steps[1].dead.tokens
+    assert captured._graphs.keys() == ({False, True} if dead_after < 100 else {False})
     assert_parameters_close(*saes)
     lrs = [float(step.optimizer.param_groups[0]["lr"]) for step in steps]
     assert lrs[0] == lrs[1] < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", [TopKSAE(k=4), BatchTopKSAE(k=4)], ids=["TopK", "BatchTopK"])
+def test_a_run_replays_steps_and_resumes_with_the_same_numbers(architecture, tmp_path):
+    """Two autoencoders in turn, latents that die, a resume in the middle; and the run whose steps are not replayed."""
+    rows = torch.randn(400, D)
+
+    def config(name, **optim):
+        entries = [SAEConfig(name=f"seed{seed}", hook_name="model.rows", d_sae=F, aux_k=4, architecture=architecture,
+                             seed=seed) for seed in (0, 1)]  # fmt: skip
+        return TrainConfig(
+            saes=entries, data=DataConfig(training_tokens=12 * 40), device="cuda", logger=LoggerConfig(progress=False),
+            optim=OptimConfig(train_batch_size_tokens=40, dead_after=160, lr=1e-2, **optim),
+            eval=EvalConfig(eval_tokens=0),
+            output=OutputConfig(output_path=str(tmp_path / name), save_steps=6),
+        )  # fmt: skip
+
+    class Stop(se.training.Callback):
+        def on_update(self, trainer):
+            if trainer.update == 7:
+                trainer._asked = 2
+
+    def state(run):
+        return [t for sae in run.saes().values() for t in sae.state_dict().values()]
+
+    plain, replayed = (se.training.Trainer(config(name, cuda_graphs=graphs), dataset=rows)
+                       for name, graphs in (("plain", False), ("replayed", True)))  # fmt: skip
+    runs = [trainer.train() for trainer in (plain, replayed)]
+    graphs = [trainee._call._graphs.keys() for trainee in replayed.trainees.values()]
+    assert graphs == [{False, True}] * 2
+    torch.testing.assert_close(state(runs[1]), state(runs[0]))
+    with pytest.raises(se.training.Interrupted):
+        se.train(config("stopped"), dataset=rows, callbacks=[Stop()])
+    resumed = se.training.resume(tmp_path / "stopped", dataset=rows)
+    torch.testing.assert_close(state(resumed), state(runs[1]))
 
 
 def test_what_cannot_be_captured_is_refused():

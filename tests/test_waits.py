@@ -102,11 +102,11 @@ def step(make=lambda: se.TopK(4), added=lambda: (), calls=2, latents=F, **option
 
 
 def between_two_lines(architecture):
-    """What a run does to one of its autoencoders at each update, until it logs; and the means that it then starts."""
+    """What a run does to an autoencoder at each update, none a replay, until it logs; and the means that it starts."""
 
     def prepare():
         sae = SAEConfig(hook_name="model.a", architecture=architecture, d_sae=F, aux_k=4)
-        optim = OptimConfig(train_batch_size_tokens=B, dead_after=2 * B, memory_budget=2**20)
+        optim = OptimConfig(train_batch_size_tokens=B, dead_after=2 * B, memory_budget=2**20, cuda_graphs=False)
         config = resolved(
             TrainConfig(saes=[sae], optim=optim, data=DataConfig(training_tokens=B * 20)), [(D, D)], max_length=8,
             device_type="cuda", embedded=False,

@@ -1,31 +1,43 @@
 """A training step as a CUDA graph: what the host does for a step becomes a copy and one launch."""
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .step import TrainStep
+from .step import Seen, TrainStep
 
 EAGER_CALLS = 2  # they compile every kernel, and make everything that lives on outside the graph's memory
+
+
+class _Graph(NamedTuple):
+    """What is replayed, and what lies in its memory: the scalars that are returned, and what the step has seen."""
+
+    graph: torch.cuda.CUDAGraph
+    report: dict[str, Tensor]
+    seen: Seen | None
 
 
 class CapturedStep:
     """``step(x)`` of a :class:`TrainStep`, from the third batch on as the replay of a CUDA graph.
 
     Each call is one training step on its batch, with the numbers that the step itself gives. A step launches dozens of
-    small operators, which takes the host a millisecond or two however small the batch: where the GPU needs less than
+    small operators, which takes the host some milliseconds however small the batch: where the GPU needs less than
     that, this is faster. The graph keeps its own memory: as much as a step needs at its peak.
 
     Batches of another shape or dtype than the first one's, such as the last of an epoch, run as they come, and so does
-    everything while a rule still changes what it does (:attr:`Activation.settled`). Auxiliary selections take place
-    from the start, also where no latent can be dead yet.
+    everything while a rule still changes what it does (:attr:`Activation.settled`). With losses that look at dead
+    latents there are two graphs: one without them, for as long as no latent can be dead, and one in which all may be.
 
     Args:
-        step: on a GPU, without ``accumulate`` and ``reduce``. It may be called itself in between, and saved.
+        step: on a GPU, without ``accumulate``, ``reduce`` and a mesh. It may be called itself in between, and saved.
+        pool: memory that it may share with graphs that are not replayed at the same time
+            (``torch.cuda.graph_pool_handle()``); by default its own.
 
     Raises:
         TypeError: ``step`` is no :class:`TrainStep`.
-        ValueError: its autoencoder is not on a GPU, or it accumulates or reduces gradients.
+        ValueError: its autoencoder is not on a GPU or on a mesh, or it accumulates or reduces gradients.
 
     Example:
         >>> step = CapturedStep(TrainStep(sae, lr=1e-4, compute_dtype=torch.bfloat16))  # doctest: +SKIP
@@ -33,7 +45,7 @@ class CapturedStep:
         ...     report = step(x)
     """
 
-    def __init__(self, step: TrainStep) -> None:
+    def __init__(self, step: TrainStep, *, pool=None) -> None:
         if not isinstance(step, TrainStep):
             raise TypeError(f"step must be a TrainStep, got {type(step).__name__}")
         device = step.sae.share.b_dec.device
@@ -41,22 +53,24 @@ class CapturedStep:
             raise ValueError(f"step must train on a GPU to be captured, got an autoencoder on {device}")
         if step.accumulate != 1:
             raise ValueError(f"step must have accumulate=1 to be captured, got {step.accumulate}")
-        if step.has_reduce:
-            raise ValueError("step must have reduce=None to be captured: processes may not wait inside a graph")
-        self.step = step
+        if step.has_reduce or step.shards is not None:
+            raise ValueError("step must have reduce=None and no mesh to be captured: processes may not wait inside a "
+                             "graph")  # fmt: skip
+        self.step, self.pool = step, pool
         self._given: dict[str, tuple] | None = None  # shape and dtype of each argument
         self._eager_left = EAGER_CALLS
         self._static: dict[str, Tensor] = {}
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._report: dict[str, Tensor] = {}
+        self._graphs: dict[bool, _Graph] = {}  # by whether latents may be dead
+        rules = [[loss.rule(step.sae, dead) for dead in (0, step.sae.d_sae)] for loss in step.losses]
+        self._asks = any((none is None) != (some is None) for none, some in rules)
 
     def __repr__(self) -> str:
-        return f"CapturedStep({self.step!r}, captured={self._graph is not None})"
+        return f"CapturedStep({self.step!r}, captured={bool(self._graphs)})"
 
     def __call__(self, x: Tensor, target: Tensor | None = None, **context: Tensor) -> dict[str, Tensor]:
         """One step on a batch: arguments, result and errors are those of :meth:`TrainStep.__call__`.
 
-        The scalars that are returned lie in the graph's memory: the next call overwrites them.
+        The scalars that are returned, and ``step.seen``, lie in the graph's memory: the next call overwrites them.
         """
         step = self.step
         arguments = {"x": x, **({} if target is None else {"target": target}), **context}
@@ -67,24 +81,33 @@ class CapturedStep:
             report = step.warm_up(**arguments)
             self._given, self._eager_left = given, self._eager_left - 1
             return report
-        if self._graph is None:
-            self._capture(arguments)
-        assert self._graph is not None
+        tokens = x.shape[:-1].numel()
+        may_be_dead = self._asks and step.dead.at_most(tokens) > 0
+        if may_be_dead not in self._graphs:
+            self._graphs[may_be_dead] = self._captured(arguments, may_be_dead)
+        graph, report, seen = self._graphs[may_be_dead]
         for name, t in arguments.items():
             self._static[name].copy_(t)
         step.refresh()
-        self._graph.replay()
-        step.replayed()
-        return self._report
+        graph.replay()
+        step.seen = seen
+        step.replayed(tokens)
+        return report
 
-    def _capture(self, arguments: dict[str, Tensor]) -> None:
+    def _captured(self, arguments: dict[str, Tensor], may_be_dead: bool) -> _Graph:
         """Records a step; nothing of it takes place yet."""
-        self._static = {name: t.detach().clone() for name, t in arguments.items()}
+        step, dead = self.step, self.step.dead
+        if not self._static:
+            self._static = {name: t.detach().clone() for name, t in arguments.items()}
         graph = torch.cuda.CUDAGraph()
-        calls = self.step.calls
+        before = step.calls, dead.tokens, step.seen
+        dead.assumed = step.sae.d_sae if may_be_dead else 0
         try:
-            with torch.cuda.graph(graph):
-                self._report = self.step(**self._static)
+            with torch.cuda.graph(graph, pool=self.pool):
+                report = step(**self._static)
+            seen = step.seen
         finally:
-            self.step.calls = calls
-        self._graph = graph
+            step.calls, dead.tokens, step.seen = before
+            dead.assumed = None
+        self.pool = graph.pool()
+        return _Graph(graph, report, seen)

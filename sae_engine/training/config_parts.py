@@ -143,6 +143,8 @@ class OptimConfig:
         moments: of Adam, for the encoder's and the decoder's weights; ``bfloat16`` saves 4 bytes a weight.
         memory_budget: bytes of pre-activations at a time; None: an eighth of the device's memory.
         nonfinite: what happens to a batch with NaN or Inf: ``"skip"`` or ``"raise"``.
+        cuda_graphs: on a GPU, whether TopK's, AbsTopK's and BatchTopK's steps are replayed as CUDA graphs, where one
+            process trains and an update is one batch: the same numbers, without what the host takes for each step.
 
     Raises:
         ConfigError: an argument is of another kind or out of range.
@@ -168,6 +170,7 @@ class OptimConfig:
     moments: Literal["float32", "bfloat16"] = "float32"
     memory_budget: int | None = None
     nonfinite: Literal["skip", "raise"] = "skip"
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         settle(
@@ -176,6 +179,7 @@ class OptimConfig:
             lr_decay_steps=auto(whole(0)), sparsity_warm_up_steps=auto(whole(0)), max_grad_norm=optional(real()),
             gradient_accumulation_steps=whole(), dead_after=auto(whole()), compute_dtype=optional(one_of(*_DTYPES)),
             moments=one_of("float32", "bfloat16"), memory_budget=optional(whole()), nonfinite=one_of("skip", "raise"),
+            cuda_graphs=flag,
         )  # fmt: skip
 
 

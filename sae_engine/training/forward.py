@@ -64,7 +64,8 @@ class DeadLatents:
         self.since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.tokens = 0
         self._bound, self._holds_until = 0, self.dead_after - 1  # no counter exceeds `tokens`
-        self._captured = False  # replays move the counters and not `tokens`
+        self.assumed: int | None = None  # while a graph is captured that is replayed where this bound holds
+        self._captured = False  # by somebody else: replays move the counters and not `tokens`
 
     @property
     def mask(self) -> Tensor:
@@ -80,16 +81,16 @@ class DeadLatents:
     def at_most(self, batch_tokens: int) -> int:
         """No more latents than this are dead now: exact on a CPU, else read at most once in ``read_interval`` steps.
 
-        All of them while a CUDA graph is captured, and from then on: the host does not hear of replays, so that it
-        would have to ask the device each time. :meth:`load_state_dict` starts anew.
+        All of them once a CUDA graph was captured for no bound in particular: the host does not hear of its replays.
         """
+        if self.assumed is not None:
+            return self.assumed
         self._captured |= capturing(self.since_fired)
         if self._captured:
             return self.since_fired.numel() if self.shards is None else self.shards.num_latents
         if self.tokens <= self._holds_until:
             return self._bound
-        # Nobody waits for a CPU tensor: it is read each time.
-        ahead = (self.read_interval - 1) * batch_tokens if self.since_fired.is_cuda else 0
+        ahead = (self.read_interval - 1) * batch_tokens if self.since_fired.is_cuda else 0  # for a CPU nobody waits
         number = (self.since_fired + ahead >= self.dead_after).sum()
         self._bound = int(number if self.shards is None else self.shards.wire.add(number, "dead"))
         self._holds_until = self.tokens + ahead
@@ -106,10 +107,9 @@ class DeadLatents:
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on."""
-        return {
-            "since_fired": self.since_fired.clone(), "tokens": self.tokens,
-            "bound": self._bound, "holds_until": self.tokens - 1 if self._captured else self._holds_until,
-        }  # fmt: skip
+        until = self.tokens - 1 if self._captured else self._holds_until
+        since_fired = self.since_fired.clone()
+        return {"since_fired": since_fired, "tokens": self.tokens, "bound": self._bound, "holds_until": until}
 
     def load_state_dict(self, state: dict) -> None:
         check.shaped("since_fired", state["since_fired"].to(self.since_fired.device), self.since_fired.shape,

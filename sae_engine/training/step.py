@@ -239,9 +239,9 @@ class TrainStep:
     def warm_up(self, x: Tensor, target: Tensor | None = None, **context: Tensor) -> dict[str, Tensor]:
         """A training step as a CUDA graph will run it; call it, on batches of the graph's shape, before the capture.
 
-        It is an ordinary step, with the arguments, the result and the errors of calling the object. But as in a
-        capture, auxiliary selections take place also where no latent can be dead yet, so that all kernels are compiled
-        and loaded, which a capture forbids, and everything that lives on is made outside the graph's memory.
+        It is an ordinary step, in arguments, result and errors. But as in a capture, auxiliary selections take place
+        also where no latent can be dead yet, so that all kernels are compiled and loaded, which a capture forbids, and
+        everything that lives on is made outside the graph's memory.
         """
         self._warming_up = True
         try:
@@ -253,9 +253,10 @@ class TrainStep:
     def has_reduce(self) -> bool:
         return self._update.reduce is not None
 
-    def replayed(self) -> None:
-        """Told by whoever replays a captured step: what only the host counts moves on."""
+    def replayed(self, tokens: int = 0) -> None:
+        """Told by whoever replays a captured step, on so many tokens: what only the host counts moves on."""
         self.calls += 1
+        self.dead.tokens += tokens
         if self.scheduler is not None:
             self.scheduler.step()
         self._finite.told()
@@ -263,8 +264,7 @@ class TrainStep:
     def refresh(self) -> None:
         """Renews the copies of the weights in ``compute_dtype``, in place, after somebody else has written parameters.
 
-        A call of the object notices that by itself, but for what was written through ``.data`` or NumPy, which leaves
-        no trace; a replayed CUDA graph notices nothing.
+        A call notices that by itself, but for what was written through ``.data`` or NumPy; a replayed graph does not.
         """
         with torch.no_grad():
             self._copies.current()

@@ -17,7 +17,8 @@ from ..initial import geometric_median
 from ..losses import AuxK, Loss
 from ..losses.warmed import Warmed
 from ..provenance import Provenance
-from ..rules import BatchTopK, FeatureChoice, SampledTopK
+from ..rules import AbsTopK, BatchTopK, FeatureChoice, SampledTopK, TopK
+from .captured import CapturedStep
 from .config import Resolved, SAEConfig, TrainConfig
 from .forward import PreActivations
 from .metering import Densities, Sums
@@ -33,6 +34,8 @@ Scales = tuple[tuple[float, ...], tuple[float, ...]]
 
 Reduce = Callable[[list[Tensor]], None]  # averages over processes, in place
 
+# Rules with as many entries as shapes say, all of whose work the device does: a graph of a step takes no more memory.
+CAPTURED = (TopK, AbsTopK, BatchTopK)
 SCALED = "expected_average_only_in"
 # What a step reports, under the names that SAELens gives them; other summands of the loss are losses/<name>.
 _NAMES = {
@@ -57,12 +60,13 @@ class Trainee:
         world: processes that train it together; reduce: averages over them, None with one.
         mesh: over which its latents are cut; None: every process has all of them.
         buffer: memory for pre-activations, which all trainees of a run share: they step one after the other.
+        pool: likewise the memory of their CUDA graphs; None on a CPU.
     """
 
     def __init__(
         self, config: SAEConfig, run: TrainConfig, *, places: Places, context: Mapping[str, int],
         widths: tuple[int, ...], total: int, device: torch.device, world: int, reduce: Reduce | None,
-        buffer: PreActivations, mesh: DeviceMesh | None = None,
+        buffer: PreActivations, mesh: DeviceMesh | None = None, pool=None,
     ) -> None:  # fmt: skip
         assert config.name is not None
         self.config, self.name, self.reduce = config, config.name, reduce
@@ -100,6 +104,9 @@ class Trainee:
             dead_after=max(optim.dead_after // world, 1), memory_budget=optim.memory_budget, nonfinite=optim.nonfinite,
         )  # fmt: skip
         self.step._pre_activations = buffer
+        alone = mesh is None and reduce is None and optim.gradient_accumulation_steps == 1
+        captured = optim.cuda_graphs and alone and device.type == "cuda" and type(self.sae.activation) in CAPTURED
+        self._call = CapturedStep(self.step, pool=pool) if captured else self.step
         self.sums = Sums(device)
         update = optim.train_batch_size_tokens * optim.gradient_accumulation_steps
         self.densities = Densities(config.sources * self.sae.share.d_sae, -(-optim.dead_after // update), device)
@@ -175,7 +182,7 @@ class Trainee:
         x = _beside(rows, self.reads, self.scales[0])
         target = None if self.writes == self.reads else _beside(rows, self.writes, self.scales[1])
         context = {name: rows(site, 1.0) for name, site in self.context.items()}
-        self.sums.add(self.step(x, target, **context), self.step._finite.count)
+        self.sums.add(self._call(x, target, **context), self.step._finite.count)
         if self.step.seen is not None and self.step.calls % self.step.accumulate == 0:
             self.densities.add(*self.step.seen)
 

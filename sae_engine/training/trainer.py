@@ -247,6 +247,7 @@ class Trainer:
         config, plan, world = self.config, self.plan, self.ranks.world
         self.total = config.updates
         buffer = PreActivations()
+        pool = torch.cuda.graph_pool_handle() if plan.device.type == "cuda" else None
         mesh = self.ranks.mesh
         reduce = None if world == 1 else self.ranks.average if mesh is None else self.ranks.mean
         for number, (sae, places) in enumerate(zip(config.saes, plan.places, strict=True)):
@@ -254,6 +255,7 @@ class Trainer:
                 self.trainees[str(sae.name)] = Trainee(
                     sae, config, places=places, context=plan.context(sae), widths=plan.stream.widths,
                     total=self.total, device=plan.device, world=world, reduce=reduce, buffer=buffer, mesh=mesh,
+                    pool=pool,
                 )  # fmt: skip
 
     def _begin(self) -> None:
