@@ -58,8 +58,9 @@ def peak_bytes(
     at whole, a tile at a time; that is not counted, nor are cuBLAS' workspaces, which a process has once (32 MiB on an
     H100) and torch's allocator lists.
 
-    A rank of a mesh needs what one process with its latents and all ranks' tokens does, and 16 B d bytes in fp32: rows
-    that are gathered, and parts of sums for the others' rows.
+    A rank of a mesh needs what one process with its latents and its group's tokens does, and 16 B d bytes in fp32: rows
+    that are gathered, and parts of sums for the others' rows. Where there are several groups, gradients are stored, and
+    those of one weight lie beside what the other groups have sent for them.
 
     Args:
         memory_budget: of the step.
