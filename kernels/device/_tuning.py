@@ -58,9 +58,9 @@ def digit_tile(num_latents: int) -> Tile:
 
 @searched(_tiles_around, key=lambda k: (round(math.log2(k)),))
 def list_tile(k: float) -> Tile:
-    """Tile of the passes over a row's survivors, of which there are hardly more than k: two to four times as many.
+    """Tile of the passes over a row's survivors: two to four times k lanes, as there are hardly more than k survivors.
 
-    4 lanes a thread, scattered loads of a sector each; up to k = 64 one or two warps, whose sums need few barriers.
+    4 lanes a thread, each a scattered load of a sector; up to k = 64 one or two warps, whose sums need few barriers.
     """
     block = min(max(next_power_of_2(math.ceil(4 * k)), 128), 1024)
     return Tile(block, block // 128)
@@ -154,9 +154,9 @@ class WideRow(NamedTuple):
 
 
 def wide_row(rows: int, num_latents: int, k: int) -> WideRow:
-    """Four sets an entry while they fit a tile: then 1.13 groups an entry reach the bound, of random data.
+    """Four sets for each entry while they fit a tile: in random data 1.13 groups an entry then reach the bound.
 
-    The list has room for two entries that reach it for each that is kept.
+    The list has room for twice as many entries that reach the bound as are kept.
     """
     size = _balanced_size(num_latents, k)
     sets, capacity = (max(next_power_of_2(n * k), MIN_TILE) for n in (4, 2))
@@ -199,7 +199,7 @@ class Sets(NamedTuple):
 def sets_of_groups(number: int, k: float) -> Sets:
     """At least four sets for each entry, where a row has so many groups: then 1.13 groups an entry reach the bound.
 
-    Of random data; of half as many sets 1.36. Eight sets a thread, whose groups come by 16-byte loads.
+    That is for random data; with half as many sets it is 1.36. Eight sets a thread; groups come by 16-byte loads.
     """
     return Sets(1 << max(int(math.log2(number / (4 * k))), 0), 1024, 4)
 
@@ -275,9 +275,9 @@ CANDIDATE_TILE = CandidateTile(64, 32, 8)
 
 @searched(lambda block, candidates: _around(block, 128, 2048), key=lambda candidates: (round(math.log2(candidates)),))
 def candidate_block(candidates: float) -> int:  # a warp has 128 lanes
-    """Tile of one column's candidates, of which there are so many on average.
+    """Tile of one column's candidates, of which there are ``candidates`` on average.
 
-    On an H200 four times the average, for budgets that differ, but twice where that is a single warp.
+    Four times the average, because budgets differ; twice where that is a single warp. Both were fastest on an H200.
     """
     return 128 if candidates < 96 else min(1 << round(math.log2(4 * candidates)), 1024)
 
@@ -287,7 +287,7 @@ UNGROUPED_BLOCK = 1024  # tile of a column of which every row is a candidate
 
 @searched(lambda warps, block: _around(warps, 1, 16))
 def candidate_warps(block: int) -> int:
-    """4 lanes a thread: the loads are scattered, a sector each; one warp needs no barrier. 8 spill in Triton 3.6."""
+    """4 lanes a thread: loads are scattered, a sector each, and one warp needs no barrier. 8 spill in Triton 3.6."""
     return min(block // 128, 8)
 
 
@@ -375,17 +375,17 @@ NORM_REGISTERS = 128  # a thread of norm matching's cut may have: 16 warps share
 
 
 def norm_tile(num_latents: int) -> NormTile:
-    """2 lanes a thread of a warp of 32: two 16-byte loads in flight, 32 entries a thread in the last search.
+    """2 lanes a thread of a warp of 32: two 16-byte loads in flight, and 32 entries a thread in the last search.
 
-    A sample of F / 32 leaves F / sqrt(sample) entries or so, a quarter of the slots, so that hardly a lane overflows;
-    searching it costs some 6 instructions for each of the row's F. Longer rows need twice the slots.
+    A sample of F / 32 leaves about F / sqrt(sample) entries in question, a quarter of the slots, so that hardly a lane
+    overflows; searching the sample costs some 6 instructions for each of the row's F. Longer rows need twice the slots.
 
     Half the block and half the warps were faster on an H200 where few are kept (284 µs for 392 at F 32,768, d 768), and
     slower where half are: with half the slots rows take twice the passes.
     """
     block = max(min(next_power_of_2(num_latents) // 2, 4096 if num_latents > 65536 else 2048), 256)
     sample = 0 if num_latents <= 2 * block else max(min(next_power_of_2(num_latents) // 32, 4096), 1024)
-    # rows that are not aligned load column by column, and spill with two lanes a thread
+    # Rows that are not aligned are loaded column by column, for which two lanes a thread would spill.
     return NormTile(block, 16, sample, max(block // (256 if num_latents % 16 else 512), 1))
 
 
@@ -479,12 +479,12 @@ def stored_latents(width: int) -> int:
     return max((1 << 26) // width // 64, 1) * 64
 
 
-ENTRIES_IN_FLIGHT = 4  # independent row loads of the decoder's inner loop; more buys registers, not latency
+ENTRIES_IN_FLIGHT = 4  # independent row loads in the decoder's inner loop; more cost registers and hide no more latency
 # Entries of a row that the decoder has summed by a program of their own: a row of thousands takes a few times as long
 # as one of 32, not a hundred times, and rows of common lengths are never cut.
 SPLIT_ROW = 256
 SPLIT_LATENT = 128  # entries of one latent that its gradient has summed by a program of their own
-VALUES_BLOCK = 8  # entries that share one load of their row's gradient: with 4 it is a fifth of what is loaded
+VALUES_BLOCK = 8  # entries that share one load of their row's gradient, which with 4 is a fifth of what is loaded
 
 
 def splits_of_row(entries: int, rows: int) -> int:

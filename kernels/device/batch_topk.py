@@ -55,7 +55,8 @@ def _least_key(first, second, SHIFT: tl.constexpr):
 
 @triton.jit
 def _add_first(counts_ptr, largest_ptr, digit, present, low, HAS_MASK: tl.constexpr):
-    """Adds a tile's first digits to a histogram. What may be common, and so wait for one another, goes as sums."""
+    """Adds a tile's first digits to a histogram. Digits that many entries may share, whose additions would wait for one
+    another, are summed over the tile first."""
     top = tl.max(tl.where(present, digit, -1), axis=0)
     common = ((present & (digit == top)).to(tl.int32) << 16) | (present & (digit == low)).to(tl.int32)
     common = tl.sum(common, axis=0)
@@ -124,7 +125,8 @@ def _bound_kernel(
         key = tl.maximum(key, tl.load(maxima_ptr + first + at, mask=at < left, other=ABSENT >> SHIFT).to(tl.int32))
     present = lane < left
     digit = _first_digit(key, SHIFT)
-    # Two octaves below the largest are counted here, or a few hundred counters would take a million additions.
+    # Digits within two octaves of the largest go into a histogram first: else a million additions would meet in a few
+    # hundred counters.
     window = tl.maximum(tl.max(digit, axis=0) - 255, ZERO)
     near = present & (digit >= window)
     bins = tl.arange(0, 256)
@@ -202,7 +204,7 @@ def _survivors_kernel(
     low, _ = _find_first(bound_ptr, total.to(tl.int64))
     low_key = _least_key(low, 0, SHIFT)
     found = tl.full((), 0, tl.int32) + F
-    # few positives bound nothing: every entry that no mask excludes reaches zero, and they are too many to list
+    # With few positive entries the bound is zero, which every entry reaches that no mask excludes: too many to list.
     if low >= (0 if HAS_MASK else ZERO + 1):
         groups = choose_groups(maxima_ptr, maxima_ptr, NG, low_key, 0, False, SHIFT, BLOCK_G)
         found = list_survivors(

@@ -30,7 +30,7 @@ def _column_group_max_kernel(
     present = cols < F
     at = cols.to(tl.int64) if WIDE else cols
     first = group * G
-    # of a maximum that keeps NaN, one key at the end: a key for each value would cost ten times as much
+    # The maximum keeps NaN, so one key is made of it in the end; a key for each value would cost ten times as much.
     largest = tl.zeros((BLOCK,), tl.float32)
     for step in range(0, G, AHEAD):
         for ahead in tl.static_range(AHEAD):

@@ -95,7 +95,7 @@ def _sums_in_fp32(dtype: torch.dtype) -> Iterator[None]:
     """Forbids cuBLAS to add the partial sums of a long product in 16 bits, which torch lets it do by default."""
     name = f"allow_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
     matmul = torch.backends.cuda.matmul
-    with _setting:  # of the process: another thread's products meanwhile are the more exact
+    with _setting:  # it holds for the whole process: other threads' products are meanwhile only more exact
         before = getattr(matmul, name), getattr(matmul, f"{name}_split_k", True)
         setattr(matmul, name, False)
         try:

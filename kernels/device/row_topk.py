@@ -86,7 +86,7 @@ def _row_topk_kernel(
     tl.store(values_ptr + row * K + position, value, mask=keep)
 
 
-# K is a loop's first count of ties, which a 1 that Triton takes for a constant could not be
+# K is the first value of a loop's count of ties, and Triton would make a constant of a K of 1, which cannot change.
 @triton.jit(do_not_specialize=["K"])
 def _row_wide_kernel(
     score_ptr, pre_ptr, mask_ptr,  # as above
@@ -124,9 +124,9 @@ def _row_wide_kernel(
             key = load_key(score_ptr, mask_ptr, at, cols < F, stride_sf, stride_mf, MAGNITUDE, False, HAS_MASK, SHIFT)
             largest = tl.maximum(largest, key)
     top = tl.max(largest, axis=0)
-    # more entries than sets: their maxima bound nothing
+    # Where more entries are kept than there are sets, the sets' maxima bound nothing.
     low = kth_largest(largest, lowest + top * 0, tl.where(K > SETS, lowest, top), K)
-    # of entries equal to the bound no more than the first K are kept, nor do more of such groups matter
+    # Of entries equal to the bound at most the first K are kept, so no more than K groups of that maximum matter.
     groups = tl.full((), 0, tl.int32)
     if HAS_GROUPS:
         groups = choose_groups(maxima_ptr, maxima_ptr, NG, low, K, True, SHIFT, STEP)

@@ -38,7 +38,7 @@ def _union_kernel(
     B, F, stride_kb, stride_kf,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, SHARE: tl.constexpr, WIDE: tl.constexpr,
 ):
-    """One share of the columns: what lies before it is counted, its own neurons are listed after as many."""
+    """One share of the columns: the union's neurons before it are counted, and its own are listed behind so many."""
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     union_ptr += tl.program_id(1).to(tl.int64) * (F + 1)
     start = tl.program_id(0) * SHARE
@@ -64,7 +64,7 @@ def _up_kernel(
     B, F, D, stride_xb, stride_xd, stride_kb, stride_kf, stride_wf, stride_wd,
     HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Every so many BLOCK_U rows of the union, against every token of the block."""
+    """Tiles of BLOCK_U rows of the union, dealt out to the programs, times every token of the block."""
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     union_ptr += tl.program_id(1).to(tl.int64) * (F + 1)
     count = tl.load(union_ptr + F)

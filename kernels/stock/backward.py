@@ -55,9 +55,10 @@ def _rows_in_cache(grad: Tensor) -> int:
 
 
 def _latents_come_again(grad: Tensor, indices: Tensor, weight: Tensor) -> bool:
-    """Whether the cache does not hold the weight, of which so many of the gradient's rows as it does hold ask for half.
+    """Whether sorting by latent pays: the cache does not hold the weight, and as many of the gradient's rows as it does
+    hold ask for at least half of the latents.
 
-    With fewer entries than that, sorting costs more than it saves.
+    With fewer entries sorting costs more than it saves.
     """
     chunks = max(grad.shape[0] / _rows_in_cache(grad), 1)
     return weight.numel() >= 2 * limits.GATHERED_IN_CACHE and 2 * indices.numel() >= weight.shape[0] * chunks

@@ -66,7 +66,7 @@ class FusedAdam:
     def _round(self, places: list[Tensor], exact: list[Tensor], of_row: Tensor, of_column: Tensor) -> None:
         """Both moments by one hash (``_rounding.random_bits``, ``rounded``), blocks of rows that stay in a cache.
 
-        In int32, whose products are the low halves, and whose shifts spread the sign, which is masked.
+        The hash is computed in int32: products are then the low halves, and the sign that shifts spread is masked off.
         """
         size = of_row.numel() if of_row.is_cuda else max(limits.ROUNDED_IN_CACHE // max(of_column.numel(), 1), 1)
         any_large = [one.is_cuda or not _all_below(LARGEST, one) for one in exact]  # a CPU waits for no answer

@@ -72,7 +72,7 @@ def _bracket(scaled: Tensor, squares: Tensor, wanted: Tensor, top: Tensor) -> tu
     """lo, hi (rows,): from lo up the entries' energy surely reaches ``wanted``, from hi up it surely does not.
 
     ``top`` are the rows' largest scores. By false position; an end that stays put twice counts half (the Illinois
-    rule), so that both of them close in.
+    rule), so that both ends close in.
     """
     energies = torch.empty_like(scaled)
     lo, hi = torch.zeros_like(top), torch.full_like(top, torch.inf)
