@@ -267,3 +267,8 @@ def matrix(t: Tensor) -> Tensor:
     if t.dim() == 2:
         return t
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

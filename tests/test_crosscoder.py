@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from pair_loop import SITES, WIRINGS, B, D, F, batch, coder, dense_codes, forward
+from pair_loop import SITES, WIRINGS, B, D, F, batch, coder, copied, dense_codes, forward
 
 import sae_engine as se
 from sae_engine import _slabs
@@ -124,12 +124,6 @@ def test_one_layer_is_a_transcoder():
     x = torch.randn(B, D, dtype=torch.float64)
     torch.testing.assert_close(one(x), sae(x), **CLOSE)
     assert one.encode(x).shape == (B, F)
-
-
-def copied(made, sae):
-    with torch.no_grad():
-        sae.W_enc.copy_(made.W_enc[0]), sae.W_dec.copy_(made.W_dec[0])
-        sae.b_enc.copy_(made.b_enc[0]), sae.b_dec.copy_(made.b_dec)
 
 
 def test_two_models_are_an_autoencoder_of_both_side_by_side():

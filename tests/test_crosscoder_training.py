@@ -1,7 +1,7 @@
 """TrainStep over several sources: the parameters of a dense loop under torch.optim.Adam, for every wiring and rule."""
 import pytest
 import torch
-from pair_loop import SITES, WIRINGS, B, D, F, batch, coder, dense_codes, forward, norms
+from pair_loop import SITES, WIRINGS, B, D, F, batch, coder, copied, dense_codes, forward, norms
 from played_cuda import Played
 
 import sae_engine as se
@@ -211,12 +211,6 @@ def test_one_layer_is_a_transcoder():
         reports = [step(x, 2 * x) for step in steps]
     assert all(torch.equal(reports[0][name], value) for name, value in reports[1].items())
     assert torch.equal(one.W_dec[0], sae.W_dec) and torch.equal(one.W_enc[0], sae.W_enc)
-
-
-def copied(made, sae):
-    with torch.no_grad():
-        sae.W_enc.copy_(made.W_enc[0]), sae.W_dec.copy_(made.W_dec[0])
-        sae.b_enc.copy_(made.b_enc[0]), sae.b_dec.copy_(made.b_dec)
 
 
 def test_two_models_are_an_autoencoder_of_both_side_by_side():

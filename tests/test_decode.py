@@ -1,7 +1,7 @@
 """functional.decode, its kernel and both its gradients (kernels/device/decode.py, backward.py; densified.py)."""
 import pytest
 import torch
-from density import force_dense
+from density import back_end_of, force_dense
 from largest_tensor import Largest
 
 from sae_engine import SparseCodes
@@ -25,10 +25,7 @@ CASES = [("B5-K7-F64-D37", 5, 7, 64, 37), ("B1-K1-F1-D1", 1, 1, 1, 1), ("B3-K20-
 
 @pytest.fixture
 def path(request, monkeypatch):
-    """A back end made to gather, or the dense path that serves them all."""
-    share = 0.0 if request.param == "dense" else float("inf")
-    monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(share))
-    return "torch" if request.param == "dense" else request.param
+    return back_end_of(request.param, monkeypatch)
 
 
 def make(rows, k, num_latents, width, dtypes=(torch.float32, torch.float32), *, ragged=False):

@@ -1,7 +1,7 @@
 """functional.encode: the same codes as the dense pre-activations give, and sparse gradients of everything in it."""
 import pytest
 import torch
-from density import force_dense
+from density import back_end_of
 from largest_tensor import Largest
 
 import sae_engine as se
@@ -9,7 +9,7 @@ from sae_engine import _encoder
 from sae_engine import functional as f
 from sae_engine.testing import assert_same
 from sae_kernels.ops import ops
-from sae_kernels.stock import densified, limits
+from sae_kernels.stock import limits
 
 B, D, F = 7, 9, 40
 PATHS = ["torch", "triton", "dense"]
@@ -22,9 +22,7 @@ RULES = {
 
 @pytest.fixture
 def path(request, monkeypatch):
-    share = 0.0 if request.param == "dense" else float("inf")
-    monkeypatch.setattr(densified, "DENSE_SHARE", force_dense(share))
-    return "torch" if request.param == "dense" else request.param
+    return back_end_of(request.param, monkeypatch)
 
 
 def make(dtype=torch.float64, shape=(B,)):

@@ -261,6 +261,12 @@ def of_latents(codes: SparseCodes, start: int, stop: int) -> SparseCodes:
     )
 
 
+def per_row(codes: SparseCodes) -> tuple[Tensor, Tensor]:
+    """Values and int64 indices, (*batch_shape, k), of codes whose rows all have k entries."""
+    shape = (*codes.batch_shape, codes.k or 0)
+    return codes.values.view(shape), codes.indices.long().view(shape)
+
+
 # ------------------------------------------------------------------------------------------ listeners
 
 

@@ -136,10 +136,10 @@ class AutoEncoderTopK(_Linear, _Thresholded, top_k.AutoEncoderTopK):
                 if not return_topk:
                     return features
                 best = functional.topk(post_relu, top.k)
-                return features, *_per_row(best), post_relu
+                return features, *core.per_row(best), post_relu
             features = core.remember(codes[0].to_dense(), codes[0])
             best = codes[-1]
-        return (features, *_per_row(best), self._relu(x, pre)) if return_topk else features
+        return (features, *core.per_row(best), self._relu(x, pre)) if return_topk else features
 
     def _forward(self, x: Tensor) -> Tensor:
         return self._decode(self._encode(x, core.TopRule(int(self.k)))[0])
@@ -226,12 +226,6 @@ class JumpReluAutoEncoder(_Thresholded, dictionary.JumpReluAutoEncoder):
         if not output_pre_jump:
             return features
         return features, core.pre_activations(pre, x, *self._encoder(), self._center())
-
-
-def _per_row(codes: SparseCodes) -> tuple[Tensor, Tensor]:
-    """Values and int64 indices, (*batch_shape, k)."""
-    shape = (*codes.batch_shape, codes.k or 0)
-    return codes.values.view(shape), codes.indices.long().view(shape)
 
 
 def _fired(codes: SparseCodes) -> Tensor:

@@ -45,7 +45,7 @@ class _SparseCoder(Theirs):
             pre.relu_(), x, self.encoder.weight.T, self.encoder.bias, None if self.cfg.transcode else self.b_dec,
             relu=True, through=self._exact,
         )  # fmt: skip
-        return EncoderOutput(*_per_row(codes), pre)
+        return EncoderOutput(*core.per_row(codes), pre)
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         if core.plain_wanted():
@@ -97,7 +97,7 @@ class _SparseCoder(Theirs):
             sae_out = self._decode(codes, self.b_dec)
             multi_topk_fvu = (sae_out - y).pow(2).sum() / total_variance
         fvu = error.pow(2).sum() / total_variance
-        return theirs.ForwardOutput(sae_out, *_per_row(codes), fvu, auxk_loss, multi_topk_fvu)
+        return theirs.ForwardOutput(sae_out, *core.per_row(codes), fvu, auxk_loss, multi_topk_fvu)
 
     def extra_repr(self) -> str:
         gradient = "exact" if self._exact else "as in sparsify"
@@ -110,12 +110,6 @@ class SparseCoder(_SparseCoder, theirs.SparseCoder):
 
 class ExactSparseCoder(_SparseCoder, theirs.SparseCoder):
     _exact = True
-
-
-def _per_row(codes: SparseCodes) -> tuple[Tensor, Tensor]:
-    """Values and int64 indices, (*batch_shape, k)."""
-    shape = (*codes.batch_shape, codes.k or 0)
-    return codes.values.view(shape), codes.indices.long().view(shape)
 
 
 # ------------------------------------------------------------------------------------------ for accelerate()

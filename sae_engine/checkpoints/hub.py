@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
+from .._checks import first_line
 from . import llama_scope
 
 # A repository, then a folder or a file in it. No part begins with a dot, so none leads out of it.
@@ -60,9 +61,9 @@ def fetch(name: str) -> tuple[Path, str, str]:
         if not is_file and (snapshot / inside / llama_scope.CONFIG).is_file():
             snapshot = download([f"{prefix}{llama_scope.WEIGHTS}"])
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        raise FileNotFoundError(f"path={name!r} is neither here nor on the hub: {_first_line(error)}") from error
+        raise FileNotFoundError(f"path={name!r} is neither here nor on the hub: {first_line(error)}") from error
     except Exception as error:  # each version of the hub's client has its own network errors
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ConnectionError(f"path={name!r} is not here, and the hub did not give it: {reason}") from error
     place = snapshot / inside
     held = [*place.glob("*"), *place.glob(f"{llama_scope.FOLDER}/*")]
@@ -80,7 +81,7 @@ def _refuse(name: str, repository: str, inside: str, commit: str) -> NoReturn:
     except Exception as error:
         raise ConnectionError(
             f"path={name!r}: of {inside or 'this repository'!r} the cache holds a part at most, and the hub did not "
-            f"answer ({_first_line(error)}): load it once with a network"
+            f"answer ({first_line(error)}): load it once with a network"
         ) from error
     folders = sorted({file.rpartition("/")[0] for file in files if file.endswith(_WEIGHTS)} - {""})
     below = [folder for folder in folders if folder.startswith(f"{inside}/")] if inside else folders
@@ -89,7 +90,3 @@ def _refuse(name: str, repository: str, inside: str, commit: str) -> NoReturn:
     hint = f"; weights are in {listed[:LISTED]}{more}: name one, as {repository}/{listed[0]}" if listed else ""
     where = f" in {inside!r}" if inside else ""
     raise FileNotFoundError(f"path={name!r}: the repository {repository!r} holds no weights{where}{hint}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._checks import device_in, dtype_in, flag
+from .._checks import device_in, dtype_in, first_line, flag
 from .._files import file_sha256
 from ._require import require
 from .loading import check_packages
@@ -288,7 +288,7 @@ def _model_in(transformers: Any, folder: Path, name: str, options: dict[str, Any
         raise
     except Exception as error:  # of torch, safetensors, pickle, json and transformers
         raise ValueError(
-            f"name_or_path: {name!r} cannot be loaded as a causal language model: {_first_line(error)}"
+            f"name_or_path: {name!r} cannot be loaded as a causal language model: {first_line(error)}"
         ) from error
     # transformers names a weight of another shape with both shapes.
     for key, what in (("missing_keys", "lack"), ("mismatched_keys", "have in another shape")):
@@ -323,7 +323,7 @@ def _tokenizer_in(transformers: Any, folder: Path, name: str, options: dict[str,
     except Exception as error:
         if not _has_tokenizer(folder):
             return None
-        raise ValueError(f"name_or_path: the tokenizer of {name!r} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"name_or_path: the tokenizer of {name!r} cannot be read: {first_line(error)}") from error
     files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
     is_of_bytes = len(files) == 1  # such a tokenizer, ByT5's among them, has no file
     return tokenizer if is_of_bytes or any((folder / file).is_file() for file in files) else None
@@ -354,7 +354,7 @@ def load_tokenizer(name_or_path: str) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(source, revision=commit)
         except Exception as error:  # of json and transformers
-            raise ValueError(f"the tokenizer of {name_or_path!r} cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"the tokenizer of {name_or_path!r} cannot be read: {first_line(error)}") from error
     tokenizer = _tokenizer_in(transformers, folder, name_or_path, {})
     if tokenizer is None:
         raise FileNotFoundError(f"name_or_path: {name_or_path!r} holds no tokenizer")
@@ -371,10 +371,6 @@ def vocabulary_size(lm: LanguageModel) -> int:
     model: Any = lm.model
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return model.config.get_text_config().vocab_size if weight is None else len(weight)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def model_sizes(
@@ -402,7 +398,7 @@ def model_sizes(
         config = transformers.AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # of json and transformers
         raise ValueError(
-            f"name_or_path: the configuration of {name_or_path!r} cannot be read: {_first_line(error)}"
+            f"name_or_path: the configuration of {name_or_path!r} cannot be read: {first_line(error)}"
         ) from error
     config = config.get_text_config()
     return config.hidden_size, _max_length(config, None, name_or_path), config.num_hidden_layers
@@ -418,7 +414,7 @@ def _hub_config(name: str, revision: str | None, file: str = "config.json") -> t
         if isinstance(cached, str):
             return Path(cached).parent, None
         raise HubUnavailable(
-            f"the hub did not answer for the {file} of {name!r} ({_first_line(error)}), and its cache does not hold it"
+            f"the hub did not answer for the {file} of {name!r} ({first_line(error)}), and its cache does not hold it"
         ) from error
 
 
@@ -468,11 +464,11 @@ def _hub_folder(name: str, revision: str | None, with_code: bool) -> tuple[Path,
         )
         return folder, info.sha
     except refusals as error:
-        refused = f"the hub refused name_or_path={name!r}, revision={revision!r}: {_first_line(error)}"
+        refused = f"the hub refused name_or_path={name!r}, revision={revision!r}: {first_line(error)}"
         raise OSError(refused) from error
     except Exception as error:  # each version of the hub's client has its own network errors
         cached = hub.try_to_load_from_cache(name, "config.json", revision=revision)
-        silent = f"the hub did not answer for {name!r} ({_first_line(error)})"
+        silent = f"the hub did not answer for {name!r} ({first_line(error)})"
         if not isinstance(cached, str):
             raise HubUnavailable(silent) from error
         folder = Path(cached).parent

@@ -24,6 +24,13 @@ def rules(name, sources, latents=F):
     return made[name]()
 
 
+def copied(made, sae):
+    """Gives an autoencoder the weights of a crosscoder's only source."""
+    with torch.no_grad():
+        sae.W_enc.copy_(made.W_enc[0]), sae.W_dec.copy_(made.W_dec[0])
+        sae.b_enc.copy_(made.b_enc[0]), sae.b_dec.copy_(made.b_dec)
+
+
 def number_of_sources(wiring):
     return {"joint": 1}.get(wiring, SITES) if isinstance(wiring, str) else len(wiring)
 
