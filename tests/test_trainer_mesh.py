@@ -104,8 +104,20 @@ def resumed_on_two(rank, size, folder):
 
 def resumed_on_four(rank, size, folder):
     run = copied_by_one(rank, folder, "four", 12)
-    resume(run, settings=["mesh=4"], dataset=rows())
-    return Run(run).config.mesh.latent
+    resume(run, settings=["mesh={latent: 2, data: 2}"], dataset=rows())
+    return [Run(run).config.mesh.latent, Run(run).config.mesh.data]
+
+
+def tokens_over_two(rank, size, folder):
+    """What torchrun starts without a word about a mesh; some of it by the other way of cutting."""
+    train(of_rows(folder.parent / "data", mesh=None), dataset=rows())
+    run = copied_by_one(rank, folder, "turned", 12, "data")
+    resume(run, settings=["mesh=2"], dataset=rows())
+    return [Run(folder.parent / name).config.mesh.data for name in ("data", "turned")]
+
+
+def both_over_four(rank, size, folder):
+    train(of_rows(folder.parent / "both", mesh={"latent": 2, "data": 2}), dataset=rows())
 
 
 def resumed_on_three(rank, size, folder):
@@ -135,7 +147,7 @@ def text_on_one(rank, size, folder):
 
 
 SIZES = {"on_two": 2, "killed_on_two": 2, "resumed_on_two": 2, "resumed_on_four": 4, "resumed_on_three": 3,
-         "text_on_two": 2, "text_on_one": 1}  # fmt: skip
+         "tokens_over_two": 2, "both_over_four": 4, "text_on_two": 2, "text_on_one": 1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +183,14 @@ def near(one, other, tolerance=2e-4):
 
 
 @pytest.mark.parametrize("number", range(len(SAES)), ids=NAMES)
-def test_a_run_on_a_mesh_is_that_of_one_process_over_the_same_rows(ran, number):
-    """By hand: two processes' rows, one below the other, given to one autoencoder with all its latents."""
-    run = ran[1] / "whole"
+@pytest.mark.parametrize(("run", "world"), [("whole", 2), ("data", 2), ("both", 4)])
+def test_a_run_on_a_mesh_is_that_of_one_process_over_the_same_rows(ran, run, world, number):
+    """By hand: all processes' rows, one below the other, given to one autoencoder with all its latents."""
+    run = ran[1] / run
     config = Run(run).config
     sae, name = config.saes[number], NAMES[number]
-    streams = [TensorStream(rows(), batch_rows=32, seed=config.seed, rank=rank, world=2,
-                            chunk_rows=config.data.shuffle_tokens) for rank in range(2)]  # fmt: skip
+    streams = [TensorStream(rows(), batch_rows=64 // world, seed=config.seed, rank=rank, world=world,
+                            chunk_rows=config.data.shuffle_tokens) for rank in range(world)]  # fmt: skip
     places = ((0,), (1,)) if name == "coder" else ((0,), (0,))
     trainee = Trainee(sae, config, places=places, context={}, widths=(16, 12), total=24, device=torch.device("cpu"),
                       world=1, reduce=None, buffer=PreActivations())  # fmt: skip
@@ -226,14 +239,13 @@ def test_whoever_is_killed_is_named_and_a_resumed_run_ends_with_the_bits_of_one_
     assert all((folder / "whole" / name).read_bytes() == (folder / "parts" / name).read_bytes() for name in weights)
 
 
-@pytest.mark.parametrize("name", ["four", "three"])
-def test_other_processes_go_on_with_the_same_rows(ran, name):
+@pytest.mark.parametrize(("before", "name"), [("whole", "four"), ("whole", "three"), ("data", "turned")])
+def test_other_processes_go_on_with_the_same_rows(ran, before, name):
     found, folder = ran
-    if name == "four":
-        assert succeeded(found["resumed_on_four"]) == [4] * 4
-    else:
-        assert succeeded(found["resumed_on_three"]) == [[0, 6, 12, 18, 24]] * 3
-    one, other = tensors(folder / "whole", 24), tensors(folder / name, 24)
+    assert succeeded(found["resumed_on_four"]) == [[2, 2]] * 4
+    assert succeeded(found["resumed_on_three"]) == [[0, 6, 12, 18, 24]] * 3
+    assert succeeded(found["tokens_over_two"]) == [[2, 1]] * 2
+    one, other = tensors(folder / before, 24), tensors(folder / name, 24)
     assert one.keys() == other.keys()
     assert [name for name, t in one.items() if name.startswith("saes/") and not near(t, other[name])] == []
     assert [line["data/rows"] for line in lines_of(folder / name)] == [320, 640, 960, 1280, 1536]
@@ -286,7 +298,7 @@ for config in sys.argv[1:]:
 
 
 def test_one_run_after_another_under_torchrun(tmp_path):
-    """On a mesh, with gradients averaged, on a mesh again; what the command says is said once."""
+    """Over latents, over tokens, over latents again; what the command says is said once."""
     meshes = [2, None, {"data": 2}, 2]
     files = []
     for number, mesh in enumerate(meshes):
@@ -330,10 +342,10 @@ def refused(folder, match, **changes):
 def test_what_cannot_be_trained_on_a_mesh_is_refused_by_its_field(tmp_path):
     refused(tmp_path, r"^mesh: must be of all processes: latent \* data = 2, and there is 1; start them with: torchrun")
     refused(tmp_path, r"^mesh: must be of all processes: latent \* data = 3", mesh={"data": 3})
-    refused(tmp_path, r"^mesh\.data: must be 1 where latents are cut", mesh={"data": 2, "latent": 2})
+    refused(tmp_path, r"^mesh: must be of all processes: latent \* data = 6", mesh={"data": 2, "latent": 3})
     refused(tmp_path, r"^mesh: must be a mapping", mesh="two")
     both = SAE | {"hook_name": [HOOK, OUT]}
-    refused(tmp_path, r"^saes\.0\.hook_name: must be one place with mesh\.latent", saes=[both])
+    refused(tmp_path, r"^saes\.0\.hook_name: must be one place with mesh", saes=[both])
     refused(tmp_path, r"^saes\.0\.d_sae: must be at least mesh\.latent = 256, got 128", saes=[SAE], mesh=256)
     own = {"hook_name": HOOK, "architecture": f"{__name__}:OwnSAE", "d_sae": 64}
     refused(tmp_path, r"^saes\.1\.architecture: .*OwnRule cannot say how", saes=[SAE, own], mesh=1)
@@ -341,8 +353,10 @@ def test_what_cannot_be_trained_on_a_mesh_is_refused_by_its_field(tmp_path):
     refused(tmp_path, r"^saes\.0\.architecture: .*StepL0\(.* does not say", saes=[aimed], mesh=1)
 
 
-def test_a_run_keeps_the_way_in_which_it_is_dealt(tmp_path):
+def test_a_run_keeps_the_way_in_which_it_is_dealt(ran, tmp_path):
     run = train(settings(tmp_path / "run", saes=[SAE], data__training_tokens=128, eval__eval_tokens=0),
                 dataset=torch.randn(640, 16))  # fmt: skip
-    with pytest.raises(ValueError, match=r"^mesh: a run goes on over other processes where latents are cut"):
+    with pytest.raises(ConfigError, match=r"^mesh: must be of all .* there is 1; start .*, or go on .* --set mesh=1$"):
+        resume(ran[1] / "whole", dataset=rows())
+    with pytest.raises(ValueError, match=r"^mesh: a run that began on a mesh, and no other, goes on"):
         resume(run.folder, settings=["mesh=1"], dataset=torch.randn(640, 16))

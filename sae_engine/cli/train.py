@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         "train",
         help="autoencoders of a language model, from a configuration to a folder with a report",
         description="Train autoencoders on the activations of a language model, all of them from one pass. Ctrl-C ends "
-        f"tidily and says how to go on. Presets: {presets}.",
+        f"tidily and says how to go on. Under torchrun all processes train together. Presets: {presets}.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="the configuration")
     parser.add_argument("--preset", metavar="NAME", help=f"one that comes with the package: {', '.join(PRESETS)}")
@@ -115,11 +115,13 @@ def _ended(work: Callable[[], Run]) -> int:
     """The status of a run: 0, or 128 + the signal that ended it."""
     from ..training.callbacks import Interrupted
 
+    speaks = os.environ.get("RANK", "0") == "0"  # one of the processes that torchrun has started
     try:
         run = work()
     except Interrupted as stopped:
-        print(f"sae-engine: {stopped}", file=sys.stderr)
+        if speaks:
+            print(f"sae-engine: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
-    if os.environ.get("RANK", "0") == "0":  # torchrun's: one process speaks for all
+    if speaks:
         print(run.summary())
     return 0

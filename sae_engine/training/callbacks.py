@@ -1,6 +1,7 @@
 """What a run tells others: its callbacks, and how it ends when it is asked to."""
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from collections.abc import Mapping
@@ -60,4 +61,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def resume_command(run: Path) -> str:
-    return f"sae-engine train --resume {shlex.quote(str(run))}"
+    """What goes on with the run, with as many processes as torchrun has started here."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    started = "" if processes == "1" else f"torchrun --nproc-per-node={processes} --no-python "
+    return f"{started}sae-engine train --resume {shlex.quote(str(run))}"

@@ -34,8 +34,8 @@ class TrainConfig:
             spelled ``blocks.3.hook_resid_post@1``, ``@2`` and so on.
         saes: at least one.
         sweep: values for fields of an entry of ``saes``; each entry is trained with each combination of them.
-        mesh: the processes that train together, as ``{latent: 8}``, or that number alone; None: all that there are,
-            each with all latents.
+        mesh: the processes that train together, as ``{latent: 4, data: 2}``; a number alone is ``latent``. None: all
+            that torchrun has started, as ``data``.
         seed: of weights, documents' order and shuffle.
         device: of the autoencoders; auto: a GPU where there is one.
 
@@ -96,8 +96,8 @@ class TrainConfig:
                 if model > len(self.other_models) or (model and not sae.has_sites):
                     only = "only crosscoders read other models" if not sae.has_sites else "other_models names too few"
                     yield f"saes.{number}.{name}", f"must be a place of model, and {only}, got {site}"
-            if sae.has_sites and self.mesh is not None and self.mesh.cuts_latents:
-                yield f"saes.{number}.hook_name", "must be one place with mesh.latent: a crosscoder has all its latents"
+            if sae.has_sites and self.mesh is not None:
+                yield f"saes.{number}.hook_name", "must be one place with mesh: a crosscoder is not cut over processes"
             if self.mesh is not None and sae.d_sae is not None and sae.d_sae < self.mesh.latent:
                 yield f"saes.{number}.d_sae", f"must be at least mesh.latent = {self.mesh.latent}, got {sae.d_sae}"
         if self.output.push_to_hub and len(self.saes) > 1 and any(sae.has_sites for sae in self.saes):

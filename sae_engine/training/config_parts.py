@@ -276,15 +276,16 @@ class MeshConfig:
 
     Args:
         latent: over how many the latents of each autoencoder are cut: each process has some of them whole, with their
-            moments, and sees the tokens of all.
-        data: over how many the tokens are dealt where each has all latents; gradients are averaged. Not both at a time.
+            moments, and sees the tokens of all of these processes.
+        data: how many such groups there are. Each has all latents, and sees the tokens of its own processes; gradients
+            are added over groups. :func:`sae_engine.distributed.estimate` says which mesh suits which sizes.
         timeout: seconds after which a process that does not answer is given up; the longest that one may be behind.
 
     Raises:
         ConfigError: an argument is of another kind or out of range.
 
     Example:
-        >>> MeshConfig(latent=8).processes
+        >>> MeshConfig(latent=4, data=2).processes
         8
     """
 
@@ -293,16 +294,9 @@ class MeshConfig:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        both = self.latent != 1 and self.data != 1
-        settle(self, ("data", f"must be 1 where latents are cut over processes, got {self.data}" if both else None),
-               latent=whole(), data=whole(), timeout=real())  # fmt: skip
+        settle(self, latent=whole(), data=whole(), timeout=real())
 
     @property
     def processes(self) -> int:
         """All of them."""
         return self.latent * self.data
-
-    @property
-    def cuts_latents(self) -> bool:
-        """Whether autoencoders are made on a mesh, also on one of a single process."""
-        return self.data == 1

@@ -2,16 +2,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ._faults import ConfigError
-from .config import SAEConfig, TrainConfig
+from .config import MeshConfig, SAEConfig, TrainConfig
 from .ranks import Ranks
 
 _STEPS, _WIDTH, _LATENTS = 1000, 1024, 4096  # of what is built to look at it, where they are not known yet
 
 
-def check_mesh(config: TrainConfig, ranks: Ranks) -> None:
-    """Nothing, where ``config.mesh`` fits.
+def settled(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """With the mesh of all processes where several have been started and none is named.
+
+    What cannot be on one, as crosscoders, stays without: every process trains it whole, and gradients are averaged.
+    """
+    if config.mesh is not None or ranks.world == 1 or any(sae.has_sites for sae in config.saes) or _faults(config):
+        return config
+    return replace(config, mesh=MeshConfig(data=ranks.world))
+
+
+def check_mesh(config: TrainConfig, ranks: Ranks, *, goes_on: bool) -> None:
+    """Nothing, where ``config.mesh`` fits, of a run that begins or goes on.
 
     Raises:
         ConfigError: there are other processes than it says, or an autoencoder's latents cannot be cut.
@@ -20,17 +31,20 @@ def check_mesh(config: TrainConfig, ranks: Ranks) -> None:
     if mesh is None:
         return
     if mesh.processes != ranks.world:
-        start = f"torchrun --nproc-per-node={mesh.processes} --no-python sae-engine train …"
+        start = f"start them with: torchrun --nproc-per-node={mesh.processes} --no-python sae-engine train …"
         there = "is 1" if ranks.world == 1 else f"are {ranks.world}"
+        other = f", or go on over those that there are: --set mesh={ranks.world}" * goes_on
         raise ConfigError([("mesh", f"must be of all processes: latent * data = {mesh.processes}, and there {there}; "
-                            f"start them with: {start}")])  # fmt: skip
-    if mesh.cuts_latents:
-        config = config.expanded()
-        steps = _STEPS if config.data.training_tokens == "auto" else config.updates
-        faults = [(f"saes.{number}.architecture", what) for number, sae in enumerate(config.saes)
-                  for what in _unfit(sae, steps)]  # fmt: skip
-        if faults:
-            raise ConfigError(faults)
+                            f"{start}{other}")])  # fmt: skip
+    if faults := _faults(config):
+        raise ConfigError(faults)
+
+
+def _faults(config: TrainConfig) -> list[tuple[str, str]]:
+    config = config.expanded()
+    steps = _STEPS if config.data.training_tokens == "auto" else config.updates
+    return [(f"saes.{number}.architecture", what) for number, sae in enumerate(config.saes)
+            for what in _unfit(sae, steps)]  # fmt: skip
 
 
 def _unfit(sae: SAEConfig, steps: int) -> Iterator[str]:
@@ -42,9 +56,9 @@ def _unfit(sae: SAEConfig, steps: int) -> Iterator[str]:
     except ConfigError:  # which is said once widths are known
         return
     if not rule.selects_over_shards:
-        yield (f"must be one whose rule selects where latents are cut over processes (mesh.latent): "
-               f"{type(rule).__name__} cannot say how (Activation.selects_over_shards)")  # fmt: skip
+        yield (f"must be one whose rule selects over the processes of a mesh: {type(rule).__name__} cannot say how "
+               "(Activation.selects_over_shards)")  # fmt: skip
     for loss in losses:
         if not loss.adds_over_shards:
-            yield (f"must be one whose losses are sums over tokens or entries where latents are cut over processes "
-                   f"(mesh.latent): {loss!r} does not say that it is one (Loss.adds_over_shards)")  # fmt: skip
+            yield (f"must be one whose losses are sums over tokens or entries on a mesh: {loss!r} does not say that it "
+                   "is one (Loss.adds_over_shards)")  # fmt: skip

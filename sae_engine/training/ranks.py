@@ -113,14 +113,16 @@ class Ranks(NamedTuple):
         """The same processes with the mesh over which latents are cut; it lives as long as they do."""
         if not dist.is_initialized():  # one process, which no torchrun has started
             _join(store=dist.HashStore(), rank=0, world_size=1)
-        key = mesh.latent, device.type
+        key = mesh.data, mesh.latent, device.type
         if _MESHES.get("group") is not dist.group.WORLD:
             _MESHES.clear()
             _MESHES["group"] = dist.group.WORLD
         if key not in _MESHES:
             from torch.distributed.device_mesh import init_device_mesh
 
-            _MESHES[key] = init_device_mesh(device.type, (mesh.latent,), mesh_dim_names=("latent",))
+            sizes, names = ((mesh.latent,), ("latent",)) if mesh.data == 1 else (
+                (mesh.data, mesh.latent), ("data", "latent"))  # fmt: skip
+            _MESHES[key] = init_device_mesh(device.type, sizes, mesh_dim_names=names)
         Agreement.of(_MESHES[key], mesh.timeout)
         return self._replace(mesh=_MESHES[key])
 

@@ -90,7 +90,10 @@ def save(
 def _on_mesh(trainees: Mapping[str, Trainee]) -> dict[str, Any]:
     """What processes have in common; of what is not cut the first one's is kept."""
     saes = {name: {**trainee.state(), "own": trainee.own_state()} for name, trainee in trainees.items()}
-    return {"saes": saes, "random": {"cpu": torch.get_rng_state()}}
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        random["device"] = torch.cuda.get_rng_state()
+    return {"saes": saes, "random": random}
 
 
 def _load_on_mesh(
@@ -104,7 +107,9 @@ def _load_on_mesh(
     for name, trainee in trainees.items():
         trainee.load(state["saes"][name], state["saes"][name]["own"])
     stream.load_state_dict({"streams": [state["streams"][number] for number in ranks.own_streams]})
-    saved_state.set_random_state(state["random"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if "device" in state["random"]:
+        torch.cuda.set_rng_state(state["random"]["device"])
 
 
 def _of_the_host(logs: Logs) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def changed(config: Resolved, settings: Sequence[str], update: int) -> TrainConf
         if section in CHANGEABLE or before.get(section) == after.get(section):
             continue
         if section == "mesh":
-            if not all(one.mesh is not None and one.mesh.cuts_latents for one in (config, new)):
-                raise ValueError(f"mesh: a run goes on over other processes where latents are cut (mesh.latent) before "
-                                 f"and after, got {before['mesh']} and {after['mesh']}")  # fmt: skip
+            if config.mesh is None or new.mesh is None:
+                raise ValueError(f"mesh: a run that began on a mesh, and no other, goes on over another one, "
+                                 f"got {before['mesh']} and {after['mesh']}")  # fmt: skip
             continue
         longer = section == "data" and {**before["data"], "training_tokens": after["data"]["training_tokens"]}
         if longer != after[section]:

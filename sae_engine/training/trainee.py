@@ -17,7 +17,7 @@ from ..initial import geometric_median
 from ..losses import AuxK, Loss
 from ..losses.warmed import Warmed
 from ..provenance import Provenance
-from ..rules import AbsTopK, BatchTopK, FeatureChoice, SampledTopK, TopK
+from ..rules import AbsTopK, BatchTopK, TopK
 from .captured import CapturedStep
 from .config import Resolved, SAEConfig, TrainConfig
 from .forward import PreActivations
@@ -80,7 +80,7 @@ class Trainee:
         if mesh is not None:
             world = 1  # what sees every token, and has one gradient
         elif world > 1:
-            self._select_together()
+            self._check_alone()
         # What multiplies its inputs, and its targets, at each place.
         self.scales: Scales = (1.0,) * len(self.reads), (1.0,) * len(self.writes)
         rises = config.architecture.sparsity_name()
@@ -111,20 +111,19 @@ class Trainee:
         update = optim.train_batch_size_tokens * optim.gradient_accumulation_steps
         self.densities = Densities(config.sources * self.sae.share.d_sae, -(-optim.dead_after // update), device)
 
-    def _select_together(self) -> None:
-        """A batch rule's batch is that of all processes.
+    def _check_alone(self) -> None:
+        """Without a mesh every process selects among the tokens that it has.
 
         Raises:
-            ValueError: the rule keeps statistics of what its own process sees, which a checkpoint has of one.
+            ValueError: the rule chooses across a batch, which is that of all processes.
         """
         rule = self.sae.activation
         if isinstance(self.sae, Crosscoder) and rule.scope != "row":
             raise ValueError(f"saes: {self.name}: a crosscoder whose latents compete across a batch "
                              f"({type(rule).__name__}) has to be trained by one process")  # fmt: skip
-        if isinstance(rule, FeatureChoice):
-            raise ValueError(f"saes: {self.name}: {type(rule).__name__} has to be trained by one process")
-        if isinstance(rule, BatchTopK) and not isinstance(rule, SampledTopK):
-            rule.group = torch.distributed.group.WORLD
+        if isinstance(rule, BatchTopK):
+            raise ValueError(f"saes: {self.name}: {type(rule).__name__} has to be trained by one process or on a mesh, "
+                             "in a run without crosscoders and rules that cannot be on one")  # fmt: skip
 
     @torch.no_grad()
     def begin(self, rows: tuple[Tensor, ...], ranks: int) -> None:

@@ -32,7 +32,7 @@ from .config import Resolved, TrainConfig
 from .dealt import counted
 from .forward import PreActivations
 from .logs import Logs
-from .meshes import check_mesh
+from .meshes import check_mesh, settled
 from .plan import planned
 from .ranks import distributed
 from .run import CONFIG, SAES, Run
@@ -164,9 +164,11 @@ class Trainer:
             self.ranks = distributed()
             if torch.get_default_device().type != "cpu":  # every device is named; what names none is meant for the CPU
                 stack.enter_context(torch.device("cpu"))
+            if self._resumes is None:
+                self.config = settled(self.config, self.ranks)
             saved = self._found()
-            check_mesh(self.config, self.ranks)
-            if self.config.mesh is not None and self.config.mesh.cuts_latents:
+            check_mesh(self.config, self.ranks, goes_on=self._resumes is not None)
+            if self.config.mesh is not None:
                 self.ranks = self.ranks._replace(parts=saving.parts_of(saved, self.ranks))
             self.plan = planned(self.config, **self._given, ranks=self.ranks)
             if self.ranks.parts:
@@ -198,8 +200,7 @@ class Trainer:
         """The checkpoint to go on from."""
         if self._resumes is None:
             return None
-        mesh = self.config.mesh
-        saved = saving.newest(self._resumes, self.ranks, on_mesh=mesh is not None and mesh.cuts_latents)
+        saved = saving.newest(self._resumes, self.ranks, on_mesh=self.config.mesh is not None)
         self.config = changed(self.config, self._settings, 0 if saved is None else saved.update)
         return saved
 
