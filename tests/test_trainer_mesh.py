@@ -22,10 +22,13 @@ from sae_engine.data.memory import TensorStream
 from sae_engine.training import checkpoint
 from sae_engine.training.architectures import Architecture
 from sae_engine.training.callbacks import Callback, Interrupted
-from sae_engine.training.config import ConfigError
+from sae_engine.training.config import ConfigError, MeshConfig
 from sae_engine.training.forward import PreActivations
+from sae_engine.training.meshes import settled
+from sae_engine.training.ranks import Ranks
 from sae_engine.training.run import Run
 from sae_engine.training.sae_config import _directions
+from sae_engine.training.settings import configured
 from sae_engine.training.trainee import Trainee
 from sae_engine.training.trainer import resume, train
 
@@ -351,6 +354,26 @@ def test_what_cannot_be_trained_on_a_mesh_is_refused_by_its_field(tmp_path):
     refused(tmp_path, r"^saes\.1\.architecture: .*OwnRule cannot say how", saes=[SAE, own], mesh=1)
     aimed = {"hook_name": HOOK, "architecture": "jumprelu", "l0_target": 8, "d_sae": 64}
     refused(tmp_path, r"^saes\.0\.architecture: .*StepL0\(.* does not say", saes=[aimed], mesh=1)
+
+
+def test_processes_that_name_no_mesh_are_one_unless_something_cannot_be_on_it(tmp_path):
+    def mesh(saes, world=2):
+        return settled(configured(of_rows(tmp_path, mesh=None, saes=saes)), Ranks(rank=1, world=world)).mesh
+
+    assert mesh(SAES) == MeshConfig(data=2) and mesh(SAES, world=1) is None
+    own = {"hook_name": HOOK, "architecture": f"{__name__}:OwnSAE", "d_sae": 64}
+    assert mesh([SAE, own]) is None and mesh([SAE, SAE | {"hook_name": [HOOK, OUT]}]) is None
+
+
+def test_streams_are_dealt_to_neighbours():
+    dealt = {world: [list(Ranks(rank, world, parts=4).own_streams) for rank in range(world)] for world in (1, 3, 4, 5)}
+    assert dealt == {1: [[0, 1, 2, 3]], 3: [[0, 1], [2, 3], []], 4: [[0], [1], [2], [3]], 5: [[0], [1], [2], [3], []]}
+
+
+def test_how_to_go_on_names_torchrun(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    said = str(Interrupted(signal.SIGTERM, Path("runs/a")))
+    assert said.endswith("torchrun --nproc-per-node=4 --no-python sae-engine train --resume runs/a")
 
 
 def test_a_run_keeps_the_way_in_which_it_is_dealt(ran, tmp_path):

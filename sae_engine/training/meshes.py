@@ -53,7 +53,7 @@ def _unfit(sae: SAEConfig, steps: int) -> Iterator[str]:
     try:
         kind = sae.architecture.resolved(_WIDTH, d_sae, sae.normalize_activations)
         rule, losses = kind.build_rule(d_sae, steps), kind.losses(_WIDTH, _WIDTH)
-    except ConfigError:  # which is said once widths are known
+    except (TypeError, ValueError):  # which is said where it is made, of the widths that there are
         return
     if not rule.selects_over_shards:
         yield (f"must be one whose rule selects over the processes of a mesh: {type(rule).__name__} cannot say how "

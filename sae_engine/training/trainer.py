@@ -308,10 +308,8 @@ class Trainer:
         self._write()
         self._logs.status = "finished"
         self._tell("on_end")
-        self.ranks.alone(self._publish)  # the others leave when all is there
-
-    def _publish(self) -> None:
-        if self.config.output.push_to_hub:
+        self.ranks.gathered(None)  # the others leave when all is there, and do not wait for what may take hours
+        if self.ranks.writes and self.config.output.push_to_hub:
             try:
                 self.run.push()
             except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
