@@ -269,7 +269,7 @@ def decode_sources(
     wide = accumulation_dtype(*values, *weights)
     out = weights[0].new_zeros(offsets[0].shape[0] - 1, width, dtype=wide)
     for first, weight, *codes in zip(firsts, weights, values, indices, offsets, strict=True):
-        out[:, first : first + weight.shape[1]] += decode(*codes, weight, None, wide)
+        out[:, first : first + weight.shape[1]] += decode(codes[0], codes[1], codes[2], weight, None, wide)
     out = out if bias is None else out + bias.to(wide)
     if target is None:
         return out.to(dtype), out.new_zeros(0)

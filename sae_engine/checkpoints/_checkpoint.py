@@ -52,7 +52,7 @@ class Checkpoint:
     provenance: Provenance | None = None
 
     def taking_raw_residuals(self) -> Checkpoint:
-        """Where the card says that it was trained on mean-centred activations, take away means that are there."""
+        """The same for raw residual streams: one that was trained on mean-centred ones then centres its input."""
         same_width = self.tensors["W_enc"].shape[0] == self.tensors["W_dec"].shape[1]
         if self.card is None or self.card.residual != CENTRED or self.normalize_activations != "none" or not same_width:
             return self
@@ -65,7 +65,7 @@ def take(
     weights: WeightFile, tensors: Mapping[str, Any], layout: dict[str, tuple[str, str]],
     sizes: dict[str, Any] | None = None, *, ignored: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:  # fmt: skip
-    """``tensors`` of a file under our names and in our orientation, of those latents that are asked for.
+    """``tensors`` of a file under our names and in our orientation, cut to the latents that are asked for.
 
     Args:
         layout: their name → (ours, their dimensions), for example ``{"encoder.weight": ("W_enc", "Fd")}``.

@@ -139,7 +139,7 @@ def _json_object(option: str, text: str) -> dict[str, Any]:
 
 
 def check_model(name: str, sae: Any, place: Any, lm: Any) -> None:
-    """That the model is the one that the autoencoder was trained on, where nobody has named it but its files."""
+    """Checks that the model is the one that the autoencoder was trained on, where only its files have named it."""
     if place.sha256 is not None and place.sha256 != lm.sha256:
         raise ValueError(
             f"{name} was trained on a model {lm.name!r} whose weights had the sha256 {place.sha256}, and these have "

@@ -23,7 +23,7 @@ def loading_options(from_pretrained: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_packages(options: Mapping[str, Any]) -> None:
-    """That what these options need is installed: said before anything is downloaded."""
+    """ImportError where a package is missing that these options need; asked before anything is downloaded."""
     config = options.get("quantization_config")
     said = config if isinstance(config, Mapping) else vars(config) if config is not None else {}
     of_bytes = any(said.get(name) or said.get(f"_{name}") for name in ("load_in_8bit", "load_in_4bit"))

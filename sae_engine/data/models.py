@@ -301,7 +301,7 @@ def _model_in(transformers: Any, folder: Path, name: str, options: dict[str, Any
 
 
 def _check_whole(folder: Path) -> None:
-    """Of weights in several files, that all are there: a cache may hold some of them."""
+    """OSError where weights lie in several files and one is missing: a cache may hold some of them."""
     kind = _SAFETENSORS if any(folder.glob(_SAFETENSORS)) else _PICKLED
     for index in folder.glob(f"{kind}.index.json"):
         try:

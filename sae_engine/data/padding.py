@@ -28,7 +28,7 @@ class Padding:
     def into(self, t: Tensor, hidden: Tensor) -> Tensor:
         """``hidden`` with the tokens of ``t`` (B, T, ...), which is in the caller's order; padding stays as it is.
 
-        Attention gives padding a weight of 0, but 0 times an infinity is none.
+        Attention gives padding a weight of 0, but 0 times an infinity is NaN.
         """
         return torch.where(self._present(t), _rolled(t, self.first), hidden)
 

@@ -149,7 +149,7 @@ class LanguageModelRows:
         )
 
     def _check_epoch(self) -> None:
-        """After a batch without rows: whether the whole text has none."""
+        """After a batch without rows: raises if a whole epoch had none."""
         epoch = self._tokens.cursor["source"]["epoch"]
         if self._barren_since is None:
             self._barren_since = epoch

@@ -10,7 +10,7 @@ from .models import LanguageModel, vocabulary_size
 
 
 def check_same_tokens(lms: Sequence[LanguageModel]) -> None:
-    """That all of ``lms`` have one tokenizer, by its vocabulary; without tokenizers, as many tokens.
+    """Checks that all of ``lms`` have one tokenizer, by its vocabulary, or, without tokenizers, as many tokens.
 
     A base model and what was made of it by further training usually share one. A few tokens that only one of them
     knows are a difference as well: text that holds them would be other tokens to the other.

@@ -140,7 +140,7 @@ class Staircase:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where the reader is behind the newest chunk that is being served, whatever was read ahead."""
+        """The reader's position at the end of the newest chunk that is being served, whatever was read ahead."""
         return self._positions[self._period + (self._offset > 0)]
 
     @property

@@ -125,7 +125,7 @@ class Source:
         return self._records.held_out is None and every is not None and number % every == every - 1
 
     def _turn(self, number: int) -> int:
-        """Which of those that are trained on it is."""
+        """The number of document ``number`` among those that are trained on."""
         is_all = self._hold_out is None or self._records.held_out is not None
         return number if is_all else number - number // self._hold_out  # type: ignore[operator]
 

@@ -307,7 +307,7 @@ class ActivationStore:
 
 
 def _read_ahead(blocks: Iterator[tuple[Tensor, Tensor]], pinned: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same, of which a thread reads the next while one is used."""
+    """The same blocks; a thread reads the next one while one is used."""
 
     readers = set()
 
@@ -344,7 +344,7 @@ def _cut(blocks: Iterator[tuple[Tensor, Tensor]], size: int, drop_last: bool) ->
 
 
 def _places_of(shard: int, rows: int) -> Tensor:
-    """(2, rows): the shard, and each place in it."""
+    """(2, rows): the number of the shard, and each row's place in it."""
     return torch.stack([torch.full((rows,), shard, device="cpu"), torch.arange(rows, device="cpu")])
 
 

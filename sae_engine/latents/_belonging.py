@@ -41,7 +41,7 @@ def belonging(
     normalize: str | None = None,
     reads_only: bool = False,
 ) -> Belonging:
-    """See :class:`Belonging`. With ``reads_only`` the target is not looked for, and is the place.
+    """See :class:`Belonging`. With ``reads_only`` no target is looked for: the place stands for it.
 
     Raises:
         TypeError: ``model`` or ``sae`` is none.

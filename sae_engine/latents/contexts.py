@@ -106,7 +106,7 @@ def max_activating(
     n, window = check_int("n", n, 1), check_int("window", window, 1)
     tokenizer = tokenizer or (None if lm is None else lm.tokenizer)
     tokens, values = features.by_latent(latent)
-    order = values.float().abs().sort(descending=True, stable=True).indices  # the tokens ascend: so ties are in order
+    order = values.float().abs().sort(descending=True, stable=True).indices  # tokens ascend, so ties stay in text order
     contexts: list[Context] = []
     while len(order) and len(contexts) < n:
         token = int(tokens[order[0]])

@@ -21,7 +21,7 @@ from .rules import PLACES, Learned, Weighed
 
 W = TypeVar("W", bound=Weighed)
 
-BITS = 16  # of a score's fp32 bits, sign left out, that name its bin: eight of the mantissa
+BITS = 16  # leading bits of a score in fp32, without its sign, that name its bin: eight are of the mantissa
 
 
 @torch.no_grad()

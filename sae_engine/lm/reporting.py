@@ -142,7 +142,7 @@ class _Meter:
         self.kept = self.kept + kept.sum()
         self.entries += kept.numel()
         rows = len(kept) // MOST_ROWS * MOST_ROWS
-        if rows:  # tokens that are far from each other, as those of a batch are
+        if rows:  # one union is of tokens far apart, as the tokens of a batch are
             together = kept[:rows].view(MOST_ROWS, -1, kept.shape[1]).any(0)
             self.together = self.together + together.sum()
             self.possible += together.numel()

@@ -206,7 +206,7 @@ def _losses(
 
 
 class _Errors:
-    """What is measured of every autoencoder: its errors and its sparsity."""
+    """Measurements of every autoencoder: its errors and its sparsity."""
 
     def __init__(self, sae: SparseAutoencoder, splice: Splice, centre: Tensor | None = None) -> None:
         self.sae, self.norm, self.is_transcoder = sae, splice.normalization, splice.is_transcoder
@@ -232,7 +232,7 @@ class _Errors:
 
 
 class _Measures(_Errors):
-    """And what costs more, or needs thought: norms, tails, the decoder."""
+    """Those, and the ones that cost more: norms, tails, the decoder."""
 
     def __init__(self, sae: SparseAutoencoder, splice: Splice, centre: Tensor | None) -> None:
         super().__init__(sae, splice, centre)

@@ -114,7 +114,7 @@ class Splice:
         self._inputs: tuple[Batch, Tensor] | None = None  # what the transcoder is given for a batch
 
     def batches(self, texts: Iterable[Any], max_tokens: int | None, **settings: Any) -> Iterator[Batch]:
-        """As :func:`batches_of`; ``words`` are then what the settings are in words."""
+        """As :func:`batches_of`; afterwards :attr:`words` has the settings in words."""
         self.words, found = batches_of(self.lm, self.place, texts, max_tokens, **settings)
         return found
 
@@ -131,7 +131,7 @@ class Splice:
         return run_with_replacement(self.lm.model, batch.ids, on_site, site=self.target, attention_mask=batch.mask)
 
     def add(self, loss: NextTokenLoss, batch: Batch, replace: Replace, *, clean: Tensor | None = None) -> Tensor:
-        """Adds to ``loss`` what is predicted of ``batch``; returns the logits, which ``clean`` are of another run."""
+        """Adds to ``loss`` what is predicted of ``batch``, beside a run's logits ``clean``; returns the logits."""
         return predicted(loss, batch, self.logits(batch, replace), clean)
 
     def _rows(self, hidden: Tensor, batch: Batch) -> Tensor:
