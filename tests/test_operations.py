@@ -59,13 +59,11 @@ def compare(row, found, args, backend):
         assert_same(tuple(found), tuple(honest))
         return
     exact = called(row, in_fp64(args), "reference")
-    if row.name == "latent_adam" and backend == "torch" and found[0].is_cuda:
-        # There torch's fused Adam takes beta2 as an fp32 number: 1 - 0.999, and so a second moment, is off by 1.3e-5.
-        lr = next(a for a, said in zip(args, row.operator._schema.arguments, strict=False) if said.name == "lr")
-        for ours, truth in zip(found, exact, strict=True):
-            torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=2e-5 * float(lr))
-        return
+    # On a GPU torch's fused Adam takes beta2 as an fp32 number: 1 - 0.999, and so a second moment, is off by 1.3e-5.
+    off = 2e-5 if row.name == "latent_adam" and backend == "torch" and found[0].is_cuda else 0.0
     for ours, truth, yardstick in zip(found, exact, honest, strict=True):
+        if off and (ours.double() - truth).abs().max() <= off * truth.abs().max():
+            continue
         assert_within_budget(ours, truth, yardstick)
 
 

@@ -117,6 +117,8 @@ BAD = [
                                                    "saes.1: must be a mapping"]),
     ("saes: [S]\ndata: {shuffle_tokens: 4096}",
      ["data.shuffle_tokens: must be a multiple of shuffle_chunks · train_batch_size_tokens = 32768, got 4096"]),
+    ("saes: [S]\ndata: {prefetch: true}\noptim: {cuda_graphs: true}",
+     ["data.prefetch: must be false with optim.cuda_graphs"]),
     ("saes: [S]\ndata: {training_tokens: 4095}", ["data.training_tokens: must be at least an update's 4096, got 4095"]),
     ("saes: [S]\ndata: {context_size: 8, seqpos_slice: [9, null]}", ["data.seqpos_slice: keeps none of 8 positions"]),
     ("saes: [S]\ndata: {seqpos_slice: [1]}", ["data.seqpos_slice: must have more entries"]),

@@ -138,7 +138,8 @@ def test_a_captured_step_trains_as_the_step_does(rule, dead_after):
                 for sae in saes:
                     sae.W_enc.mul_(1.01)
     assert steps[0].calls == steps[1].calls == 11 and steps[0].dead.tokens == steps[1].dead.tokens
-    assert captured._graphs.keys() == ({False, True} if dead_after < 100 else {False})
+    dies = dead_after < 100 and rule != "FeatureChoice"  # under which every latent fires on every batch
+    assert captured._graphs.keys() == ({False, True} if dies else {False})
     assert_parameters_close(*saes)
     lrs = [float(step.optimizer.param_groups[0]["lr"]) for step in steps]
     assert lrs[0] == lrs[1] < 0.01
@@ -168,14 +169,14 @@ def test_a_run_replays_steps_and_resumes_with_the_same_numbers(architecture, tmp
     def state(run):
         return [t for sae in run.saes().values() for t in sae.state_dict().values()]
 
-    plain, replayed = (se.training.Trainer(config(name, cuda_graphs=graphs), dataset=rows)
-                       for name, graphs in (("plain", False), ("replayed", True)))  # fmt: skip
+    plain = se.training.Trainer(config("plain"), dataset=rows)
+    replayed = se.training.Trainer(config("replayed", cuda_graphs=True), dataset=rows)
     runs = [trainer.train() for trainer in (plain, replayed)]
     graphs = [trainee._call._graphs.keys() for trainee in replayed.trainees.values()]
     assert graphs == [{False, True}] * 2
     torch.testing.assert_close(state(runs[1]), state(runs[0]))
     with pytest.raises(se.training.Interrupted):
-        se.train(config("stopped"), dataset=rows, callbacks=[Stop()])
+        se.train(config("stopped", cuda_graphs=True), dataset=rows, callbacks=[Stop()])
     resumed = se.training.resume(tmp_path / "stopped", dataset=rows)
     torch.testing.assert_close(state(resumed), state(runs[1]))
 

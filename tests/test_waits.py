@@ -106,7 +106,7 @@ def between_two_lines(architecture):
 
     def prepare():
         sae = SAEConfig(hook_name="model.a", architecture=architecture, d_sae=F, aux_k=4)
-        optim = OptimConfig(train_batch_size_tokens=B, dead_after=2 * B, memory_budget=2**20, cuda_graphs=False)
+        optim = OptimConfig(train_batch_size_tokens=B, dead_after=2 * B, memory_budget=2**20)
         config = resolved(
             TrainConfig(saes=[sae], optim=optim, data=DataConfig(training_tokens=B * 20)), [(D, D)], max_length=8,
             device_type="cuda", embedded=False,

@@ -198,7 +198,8 @@ def _data(config: TrainConfig, max_length: int, embedded: bool) -> TrainConfig:
     device = torch.device(config.device)
     step = data.shuffle_chunks * optim.train_batch_size_tokens
     chunk = max(round(_CHUNK["cuda" if device.type == "cuda" else "cpu"] / step), 1) * step
-    data = _filled(data, context_size=min(max_length, 1024), shuffle_tokens=chunk, prefetch=device.type == "cuda",
+    data = _filled(data, context_size=min(max_length, 1024), shuffle_tokens=chunk,
+                   prefetch=device.type == "cuda" and not optim.cuda_graphs,
                    training_tokens=1_000_000 if embedded else 100_000_000)  # fmt: skip
     return replace(config, data=data)
 

@@ -90,6 +90,8 @@ class TrainConfig:
             least = data.shuffle_chunks * batch
             yield "data.shuffle_tokens", (f"must be a multiple of shuffle_chunks · train_batch_size_tokens = {least}, "
                                           f"got {data.shuffle_tokens}")  # fmt: skip
+        if data.prefetch is True and self.optim.cuda_graphs:
+            yield "data.prefetch", "must be false with optim.cuda_graphs, got true"
         for number, sae in enumerate(self.saes):
             for site, name in zip(sae.sites, sae.site_fields, strict=True):
                 model = Site.of(site).model

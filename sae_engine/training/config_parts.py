@@ -78,7 +78,8 @@ class DataConfig:
         store_batch_size_prompts: contexts in a forward pass.
         shuffle_tokens: rows of a chunk; auto: 262,144 on a GPU, 16,384 on a CPU, or the least that fits.
         shuffle_chunks: chunks that are mixed at a time; their product is the reach of the shuffle.
-        prefetch: whether the language model runs ahead, on a stream of its own; auto: on a GPU.
+        prefetch: whether the language model runs ahead, on a stream of its own; auto: on a GPU, unless
+            ``optim.cuda_graphs``.
         training_tokens: rows of training in all; auto: 1 M of the embedded model, else 100 M.
         eval_fraction_documents: every so-many-th document is held out.
 
@@ -145,6 +146,7 @@ class OptimConfig:
         nonfinite: what happens to a batch with NaN or Inf: ``"skip"`` or ``"raise"``.
         cuda_graphs: on a GPU, whether TopK's, AbsTopK's and BatchTopK's steps are replayed as CUDA graphs, where one
             process trains and an update is one batch: the same numbers, without what the host takes for each step.
+            The language model cannot run ahead then: a graph cannot be recorded while another thread asks for memory.
 
     Raises:
         ConfigError: an argument is of another kind or out of range.
@@ -170,7 +172,7 @@ class OptimConfig:
     moments: Literal["float32", "bfloat16"] = "float32"
     memory_budget: int | None = None
     nonfinite: Literal["skip", "raise"] = "skip"
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         settle(
