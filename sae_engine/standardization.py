@@ -97,6 +97,17 @@ class Standardization:
         return (y.to(torch.promote_types(y.dtype, self.mean.dtype)) / self.columns + self.mean).to(y.dtype)
 
 
+    def inverse(self) -> Standardization:
+        """What takes standardised activations back, as a standardisation: to fold a coder for them.
+
+        Example:
+            >>> standard = Standardization.of(torch.tensor([[1.0], [5.0]]), [1])
+            >>> standard.inverse()(standard(torch.tensor([[3.0], [4.0]]))).tolist()
+            [[3.0], [4.0]]
+        """
+        return Standardization(self.widths, -self.mean * self.columns, 1 / self.scale)
+
+
 @torch.no_grad()
 def fold_standardization(
     coder: Crosscoder, reads: Standardization, writes: Standardization | None = None

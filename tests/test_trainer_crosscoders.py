@@ -14,7 +14,6 @@ from sae_engine.training import Callback, TrainConfig, Trainer, resume
 from sae_engine.training._faults import ConfigError, spread
 from sae_engine.training.architectures import BatchTopKSAE, GatedSAE, JumpReLUSAE, TopKSAE
 from sae_engine.training.config import SAEConfig
-from sae_engine.training.trainee import fold_site_scales
 
 READ, WRITTEN = "blocks.{0..3}.hook_resid_mid", "blocks.{0..3}.hook_mlp_out"
 LAYERS = {"hook_name": READ, "hook_name_out": WRITTEN, "architecture": "topk", "k": 4, "d_sae": 64}
@@ -177,14 +176,16 @@ def test_folding_scales_is_exact(wiring):
         for p in (*coder.W_skip, coder.b_dec, coder.b_enc):
             p.uniform_(-1, 1)
     x, into, out = torch.randn(7, 8, dtype=torch.float64), (2.0, 0.5), (4.0, 0.25)  # powers of two: nothing is rounded
-    folded = fold_site_scales(coder, into, out)
+    standards = [se.Standardization((3, 5), torch.zeros(8, dtype=torch.float64), torch.tensor(scales).double())
+                 for scales in (into, out)]  # fmt: skip
+    folded = se.fold_standardization(coder, *standards)
     scaled = torch.cat([x[:, :3] * 2, x[:, 3:] / 2], 1)
     y = coder(scaled)
     assert torch.equal(folded(x), torch.cat([y[:, :3] / 4, y[:, 3:] * 4], 1))
     assert not torch.equal(coder(x), folded(x))
     ranked = se.Crosscoder([3, 5], [3, 5], 8, se.TopK(3), rescale_acts_by_decoder_norm=True)
     with pytest.raises(ValueError, match="rescale_acts_by_decoder_norm must be False"):
-        fold_site_scales(ranked, into, out)
+        se.fold_standardization(ranked, *standards)
 
 
 def test_rows_in_memory(tmp_path):
@@ -211,7 +212,9 @@ def test_rows_in_memory(tmp_path):
     ({"hook_name": ("blocks.0.hook_resid_mid", "resid_mid_layer_0"), "hook_name_out": None}, "each place once"),
     ({"hook_name_out": ("blocks.0.hook_mlp_out",)}, "'causal' needs as many places to write as to read, got 1"),
     ({"normalize_activations": "layer_norm"}, "must not be layer_norm with several places"),
-    ({"from_pretrained": "somewhere"}, "from_pretrained: must not be given with several places"),
+    ({"rescale_acts_by_decoder_norm": True}, "must be none with rescale_acts_by_decoder_norm"),
+    ({"decoder_norm": "sum", "hook_name": "a.x", "hook_name_out": None}, "decoder_norm: must be joint for one place"),
+    ({"normalize_activations": "standardize", "hook_name": "a.x", "hook_name_out": None}, "not be standardize for one"),
     ({"wiring": "diagonal"}, "wiring: must be one of joint, causal, each, local"),
     ({"hook_name": ("blocks.0.hook_resid_mid", "no site"), "hook_name_out": None}, "hook_name: must be"),
 ])  # fmt: skip

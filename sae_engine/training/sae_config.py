@@ -16,7 +16,7 @@ from ..checkpoints._checkpoint import build, of
 from ..checkpoints._folding import fold_input_scale
 from ..crosscoder import Crosscoder
 from ..data.sites import Site
-from ..rules import Activation
+from ..rules import Activation, PerSource
 from ._faults import (
     ConfigError,
     as_tuples,
@@ -56,15 +56,20 @@ class SAEConfig:
         architecture: one of :mod:`sae_engine.training.architectures`.
         d_sae: latents; of a crosscoder those of each source. None: ``expansion_factor`` times the width of the place.
         normalize_activations: ``"expected_average_only_in"``: rows are scaled by one number, to a mean norm of
-            sqrt(d_in), of a crosscoder at each place; ``"layer_norm"``; ``"none"``.
+            sqrt(d_in), of a crosscoder at each place; ``"standardize"``, of a crosscoder: at each place a mean is taken
+            away and the rest scaled to a mean square of 1; ``"layer_norm"``; ``"none"``.
         b_dec_init: where ``b_dec`` starts: ``"geometric_median"`` or ``"mean"`` of the first rows, or ``"zeros"``.
         aux_k_coefficient: weight of AuxK, which revives dead latents; 0: none.
         aux_k: latents of its reconstruction; auto: half of d_in, which the sources of a crosscoder share.
         normalize_decoder: keep the decoder's rows at norm 1; auto: yes, but for crosscoders, whose norms say something.
+        decoder_norm: of a crosscoder, the norm of a latent's decoder row: over all places, ``"joint"``, or the sum of
+            those at each, ``"sum"``.
+        rescale_acts_by_decoder_norm: of a crosscoder: whether its rule sees pre-activations times those norms; rows are
+            then to be taken as they are.
         seed: of the first weights; None: the run's.
         from_pretrained: folder or hub name of an autoencoder to start from. Rows are scaled as it says that they were
-            in its training; one that does not say it needs ``normalize_activations: none``. ``b_dec_init`` then says
-            nothing.
+            in its training; one that does not say it needs ``normalize_activations: none``. A crosscoder starts as it
+            is for the model's own rows, however they are scaled now. ``b_dec_init`` then says nothing.
         lr, adam_beta1, sparsity_warm_up_steps: in place of those of ``optim``, for this one; None: those.
 
     Raises:
@@ -84,11 +89,15 @@ class SAEConfig:
     architecture: Architecture = field(default_factory=TopKSAE)
     d_sae: int | None = None
     expansion_factor: float | None = 16
-    normalize_activations: Literal["expected_average_only_in", "layer_norm", "none"] = "expected_average_only_in"
+    normalize_activations: Literal["expected_average_only_in", "standardize", "layer_norm", "none"] = (
+        "expected_average_only_in"
+    )
     b_dec_init: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
     aux_k_coefficient: float = 1 / 32
     aux_k: Auto | int = "auto"
     normalize_decoder: Auto | bool = "auto"
+    decoder_norm: Literal["joint", "sum"] = "joint"
+    rescale_acts_by_decoder_norm: bool = False
     seed: int | None = None
     from_pretrained: str | None = None
     lr: float | None = None
@@ -106,16 +115,25 @@ class SAEConfig:
             sized = f"k must not exceed d_sae = {self.d_sae}, got {getattr(self.architecture, 'k')}"  # noqa: B009
         settle(
             self, ("k" if sized and sized.startswith("k") else "d_sae", sized and sized.removeprefix("k ")),
-            *(self._of_a_crosscoder() if self.has_sites else ()),
+            *(self._of_a_crosscoder() if self.has_sites else self._of_one_place()),
             *(self._of_a_transcoder() if self.hook_name_out is not None and not self.has_sites else ()),
             name=optional(name_of_folder), hook_name=places, hook_name_out=optional(places),
             wiring=one_of("joint", "causal", "each", "local"), architecture=_architecture,
             d_sae=optional(whole()), expansion_factor=optional(real()),
-            normalize_activations=one_of("expected_average_only_in", "layer_norm", "none"),
+            normalize_activations=one_of("expected_average_only_in", "standardize", "layer_norm", "none"),
+            decoder_norm=one_of("joint", "sum"), rescale_acts_by_decoder_norm=flag,
             b_dec_init=one_of("geometric_median", "mean", "zeros"), aux_k_coefficient=real("from 0"),
             aux_k=auto(whole()), normalize_decoder=auto(flag), seed=optional(whole(0)), from_pretrained=optional(text),
             lr=optional(real()), adam_beta1=optional(real("share")), sparsity_warm_up_steps=optional(whole(0)),
         )  # fmt: skip
+
+    def _of_one_place(self) -> Iterator[tuple[str, str]]:
+        for name, plain_value in (("decoder_norm", "joint"), ("rescale_acts_by_decoder_norm", False)):
+            if getattr(self, name) != plain_value:
+                yield name, f"must be {plain_value} for one place: it is a crosscoder's, whose hook_name is a list"
+        if self.normalize_activations == "standardize":
+            yield "normalize_activations", ("must not be standardize for one place: it is a crosscoder's, whose "
+                                            "hook_name is a list")  # fmt: skip
 
     def _of_a_transcoder(self) -> Iterator[tuple[str, str]]:
         if self.normalize_activations == "layer_norm":
@@ -136,8 +154,9 @@ class SAEConfig:
             yield "wiring", f"{self.wiring!r} needs as many places to write as to read, got {len(self.writes)}"
         if self.normalize_activations == "layer_norm":
             yield "normalize_activations", "must not be layer_norm with several places"
-        if self.from_pretrained is not None:
-            yield "from_pretrained", "must not be given with several places, whose training begins anew"
+        if self.rescale_acts_by_decoder_norm and self.normalize_activations != "none":
+            yield "normalize_activations", ("must be none with rescale_acts_by_decoder_norm: scales by place would "
+                                            "change the norms that the rule sees")  # fmt: skip
         if self.architecture.context:
             yield "architecture", f"{self.architecture.tag} must not be given with several places: it reads another"
 
@@ -266,12 +285,16 @@ class SAEConfig:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed if self.seed is None else self.seed)
             try:
-                return Crosscoder(
+                coder = Crosscoder(
                     reads, writes, d_sae, [rule() for _ in range(self.sources)] if of_latents else one,
-                    wiring=self.wiring, dtype=dtype, device="cpu",
+                    wiring=self.wiring, dtype=dtype, device="cpu", decoder_norm=self.decoder_norm,
+                    rescale_acts_by_decoder_norm=self.rescale_acts_by_decoder_norm,
                 )  # fmt: skip
             except ValueError as error:
                 raise ConfigError([("architecture", f"{kind.tag} does not fit a crosscoder: {error}")]) from None
+        if self.from_pretrained is not None:
+            _start_crosscoder(coder, self.from_pretrained)
+        return coder
 
 
 # ------------------------------------------------------------------------------------------------ as dictionaries
@@ -411,6 +434,30 @@ def _start_from(sae: SparseAutoencoder, source: str, *, unit_rows: bool, scaled:
     held = dict(found.share.named_parameters()) | dict(found.share.named_buffers())
     for name, tensor in (*sae.share.named_parameters(), *sae.share.named_buffers()):
         if name in held and not name.endswith("forwards"):  # what counts the forwards of a training starts at 0
+            tensor.copy_(held[name])
+
+
+@torch.no_grad()
+def _start_crosscoder(coder: Crosscoder, source: str) -> None:
+    """Copies the weights of a crosscoder that was saved."""
+    with within("from_pretrained", None), own_draws(None):
+        found = Crosscoder.from_pretrained(source)
+    if not isinstance(found, Crosscoder):
+        raise ConfigError([("from_pretrained", f"{source} is a {type(found).__name__}, not a crosscoder")])
+    for name in ("read_widths", "written_widths", "wiring", "d_sae", "decoder_norm", "rescale_acts_by_decoder_norm"):
+        if getattr(found, name) != (wanted := getattr(coder, name)):
+            raise ConfigError([("from_pretrained", f"{source} has {name} = {getattr(found, name)}, not {wanted}")])
+    kinds = [[type(rule).__name__ for rule in (one if isinstance(one, PerSource) else [one])]
+             for one in (found.activation, coder.activation)]  # fmt: skip
+    if kinds[0] != kinds[1]:
+        raise ConfigError([("from_pretrained", f"{source} keeps latents by {', '.join(dict.fromkeys(kinds[0]))}, not "
+                            f"{', '.join(dict.fromkeys(kinds[1]))}: name its architecture")])  # fmt: skip
+    if found.W_skip is not None:
+        raise ConfigError([("from_pretrained", f"{source} has a skip connection, which no configuration trains")])
+    coder.provenance = found.provenance
+    held = dict(found.named_parameters()) | dict(found.named_buffers())
+    for name, tensor in (*coder.named_parameters(), *coder.named_buffers()):
+        if name in held and not name.endswith("forwards"):
             tensor.copy_(held[name])
 
 

@@ -18,6 +18,7 @@ from ..losses import AuxK, Loss
 from ..losses.warmed import Warmed
 from ..provenance import Provenance
 from ..rules import AbsTopK, BatchTopK, TopK
+from ..standardization import Standardization, fold_standardization
 from .captured import CapturedStep
 from .config import Resolved, SAEConfig, TrainConfig
 from .forward import PreActivations
@@ -36,7 +37,7 @@ Reduce = Callable[[list[Tensor]], None]  # averages over processes, in place
 
 # Rules with as many entries as shapes say, all of whose work the device does: a graph of a step takes no more memory.
 CAPTURED = (TopK, AbsTopK, BatchTopK)
-SCALED = "expected_average_only_in"
+SCALED, STANDARDIZED = "expected_average_only_in", "standardize"
 # What a step reports, under the names that SAELens gives them; other summands of the loss are losses/<name>.
 _NAMES = {
     "loss": "losses/overall_loss", "squared_error": "losses/mse_loss", "auxk": "losses/auxiliary_reconstruction_loss",
@@ -83,6 +84,7 @@ class Trainee:
             self._check_alone()
         # What multiplies its inputs, and its targets, at each place.
         self.scales: Scales = (1.0,) * len(self.reads), (1.0,) * len(self.writes)
+        self.means: tuple[Tensor, Tensor] | None = None  # what is taken away before, of all places side by side
         rises = config.architecture.sparsity_name()
         losses: list[Loss] = [
             Warmed(loss, device) if loss.name in rises else loss for loss in config.architecture.losses(d_in, d_out)
@@ -105,6 +107,8 @@ class Trainee:
         )  # fmt: skip
         self.step._pre_activations = buffer
         alone = mesh is None and reduce is None and optim.gradient_accumulation_steps == 1
+        # Where sources share a budget, the host reads how the batch has shared it out.
+        alone = alone and (config.sources == 1 or type(self.sae.activation) is not BatchTopK)
         captured = optim.cuda_graphs and alone and device.type == "cuda" and type(self.sae.activation) in CAPTURED
         self._call = CapturedStep(self.step, pool=pool) if captured else self.step
         self.sums = Sums(device)
@@ -128,24 +132,65 @@ class Trainee:
     @torch.no_grad()
     def begin(self, rows: tuple[Tensor, ...], ranks: int) -> None:
         """Scale and ``b_dec``, from the first rows of all sites, of all ``ranks``; or as they were saved."""
+        if self.config.from_pretrained is not None and isinstance(self.sae, Crosscoder):
+            self._scale_places(rows, ranks)
+            if self.config.normalize_activations != "none":  # its weights are those for rows as they come
+                back = (standard.inverse() for standard in self._standards(self.sae))
+                self.sae.load_state_dict(fold_standardization(self.sae, *back).state_dict())
+            return
         if self.config.from_pretrained is not None:
             known = self.sae.provenance
             if self.config.normalize_activations == SCALED and known is not None and known.activation_scale is not None:
                 self.scales = (known.activation_scale,), (known.target_scale or known.activation_scale,)
             return
-        if self.config.normalize_activations == SCALED:
-            of_site = {n: self._scale(rows[n], ranks) for n in dict.fromkeys((*self.reads, *self.writes))}
-            self.scales = tuple(of_site[n] for n in self.reads), tuple(of_site[n] for n in self.writes)
+        self._scale_places(rows, ranks)
         if self.config.b_dec_init == "zeros":
             return
         at = 0
         for number, scale in zip(self.writes, self.scales[1], strict=True):
             b_dec = self.sae.share.b_dec
-            target = rows[number].to(b_dec.device, torch.float32) * scale
+            target = rows[number].to(b_dec.device, torch.float32)
+            if self.means is not None:
+                target = target - self.means[1][at : at + target.shape[1]]
+            target = target * scale
             if self.sae.normalize_activations != "none":
                 target = self.sae._normalized(target)[0]
             b_dec[at : at + target.shape[1]].copy_(self._middle(target, ranks))
             at += target.shape[1]
+
+    def _scale_places(self, rows: tuple[Tensor, ...], ranks: int) -> None:
+        places = dict.fromkeys((*self.reads, *self.writes))
+        if self.config.normalize_activations == STANDARDIZED:
+            means = {n: self._mean(rows[n]) for n in places}
+            of_site = {n: self._scale(rows[n].to(means[n].device) - means[n], mean_square=True) for n in places}
+            self.means = tuple(torch.cat([means[n] for n in numbers]) for numbers in (self.reads, self.writes))  # type: ignore
+        elif self.config.normalize_activations == SCALED:
+            of_site = {n: self._scale(rows[n]) for n in places}
+        else:
+            return
+        self.scales = tuple(of_site[n] for n in self.reads), tuple(of_site[n] for n in self.writes)
+        self._spread_scales()
+
+    def _spread_scales(self) -> None:
+        """Over the columns of all places, on the device, where means are taken away too."""
+        if self.means is not None:
+            self._columns = [standard.columns.to(torch.float32) for standard in self._standards(self.sae)]
+
+    def _standards(self, coder: Any) -> tuple[Standardization, Standardization]:
+        """What the rows of the places that it reads, and of those that it reconstructs, go through."""
+        means = self.means or (coder.b_dec.new_zeros(coder.d_in), coder.b_dec.new_zeros(coder.d_out))
+        read, written = (
+            Standardization(widths, mean, torch.tensor(scales, dtype=torch.float64, device=mean.device))
+            for widths, mean, scales in zip((coder.read_widths, coder.written_widths), means, self.scales, strict=True)
+        )
+        return read, written
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        """(d,) of rows of one place, on the device that is trained on."""
+        mean = rows.to(self.sae.share.b_dec.device, torch.float32).mean(0)
+        if self.reduce is not None:
+            self.reduce([mean])
+        return mean
 
     def _middle(self, target: Tensor, ranks: int) -> Tensor:
         """Where ``b_dec`` starts, of rows of one place."""
@@ -156,15 +201,17 @@ class Trainee:
             return mean
         return geometric_median(target, None if self.reduce is None else self._sum(ranks))
 
-    def _scale(self, rows: Tensor, ranks: int) -> float:
-        """√d over the mean norm of rows."""
-        mean = rows.to(torch.float32).norm(dim=1).mean().double()
+    def _scale(self, rows: Tensor, *, mean_square: bool = False) -> float:
+        """√d over the mean norm of rows, or over the root of their mean squared norm."""
+        norms = rows.to(torch.float32).norm(dim=1)
+        mean = norms.square().mean().double() if mean_square else norms.mean().double()
         if self.reduce is not None:
             self.reduce([mean])
         if not 0 < float(mean) < float("inf"):
-            raise ValueError(f"saes: {self.name}: the first {len(rows)} rows of activations have a mean norm of "
+            kind = "squared norm" if mean_square else "norm"
+            raise ValueError(f"saes: {self.name}: the first {len(rows)} rows of activations have a mean {kind} of "
                              f"{float(mean)}, which must be finite and above 0")  # fmt: skip
-        return rows.shape[1] ** 0.5 / float(mean)
+        return (rows.shape[1] / float(mean)) ** 0.5 if mean_square else rows.shape[1] ** 0.5 / float(mean)
 
     def _sum(self, ranks: int) -> Callable[[Tensor], object]:
         def add_up(tensor: Tensor) -> None:
@@ -178,12 +225,19 @@ class Trainee:
         """One call of the step; ``rows(site, scale)`` gives the batch as it is to be seen."""
         for loss in self.warmed:
             loss.set(warm_up_factor(update, self.optim.sparsity_warm_up_steps))
-        x = _beside(rows, self.reads, self.scales[0])
-        target = None if self.writes == self.reads else _beside(rows, self.writes, self.scales[1])
+        x = self._seen(rows, 0)
+        target = None if self.writes == self.reads else self._seen(rows, 1)
         context = {name: rows(site, 1.0) for name, site in self.context.items()}
         self.sums.add(self._call(x, target, **context), self.step._finite.count)
         if self.step.seen is not None and self.step.calls % self.step.accumulate == 0:
             self.densities.add(*self.step.seen)
+
+    def _seen(self, rows: Callable[[int, float], Tensor], side: int) -> Tensor:
+        """The rows of all places that it reads (0), or reconstructs (1), side by side as it is trained on them."""
+        numbers = (self.reads, self.writes)[side]
+        if self.means is None:
+            return _beside(rows, numbers, self.scales[side])
+        return (_beside(rows, numbers, (1.0,) * len(numbers)) - self.means[side]) * self._columns[side]
 
     def rate(self, update: int) -> float:
         """The learning rate of the update after ``update`` of them."""
@@ -201,7 +255,8 @@ class Trainee:
         """A copy in evaluation mode for activations as the model has them: the scale is in its weights. One on a mesh
         has a copy there, which all processes make together."""
         if isinstance(self.sae, Crosscoder):
-            coder = fold_site_scales(self.sae, *self.scales)
+            is_raw = all(scale == 1 for scale in (*self.scales[0], *self.scales[1])) and self.means is None
+            coder = copy.deepcopy(self.sae) if is_raw else fold_standardization(self.sae, *self._standards(self.sae))
             coder.provenance = provenance
             return coder.eval()
         ((scale,), (target_scale,)) = self.scales
@@ -216,7 +271,8 @@ class Trainee:
     def state(self) -> dict[str, Any]:
         """All that its next step depends on, tensors among it; the same in all processes."""
         scales = [each[0] if len(each) == 1 else list(each) for each in self.scales]
-        return {"sae": dict(self.sae.state_dict()), "step": self.step.state_dict(), "scales": scales,
+        means = {} if self.means is None else {"means": list(self.means)}
+        return {"sae": dict(self.sae.state_dict()), "step": self.step.state_dict(), "scales": scales, **means,
                 "densities": self.densities.state(self.sae.shards)}  # fmt: skip
 
     def shares(self) -> Tensor | None:
@@ -235,6 +291,9 @@ class Trainee:
         self.step._finite.count.fill_(own["skipped"])
         reads, writes = (each if isinstance(each, list) else [each] for each in state["scales"])
         self.scales = tuple(reads), tuple(writes)
+        if "means" in state:
+            self.means = tuple(mean.to(self.sae.share.b_dec.device) for mean in state["means"])  # type: ignore
+            self._spread_scales()
         self.sums.load(own["sums"])
 
 
@@ -242,33 +301,3 @@ def _beside(rows: Callable[[int, float], Tensor], numbers: tuple[int, ...], scal
     """The rows of all these sites, side by side."""
     found = [rows(number, scale) for number, scale in zip(numbers, scales, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found, 1)
-
-
-@torch.no_grad()
-def fold_site_scales(coder: Crosscoder, scales: tuple[float, ...], target_scales: tuple[float, ...]) -> Crosscoder:
-    """A copy for activations as they are, of a crosscoder that was trained on ``scales`` times them, site by site.
-
-    ``target_scales`` multiplied what it reconstructs. Products are taken in fp64 and rounded once. Latents stay as they
-    are, so that a rule by decoder norms, which the scales change, cannot be folded.
-
-    Raises:
-        ValueError: the rule ranks by decoder norms, and scales are not all 1.
-    """
-    folded = copy.deepcopy(coder)
-    if all(scale == 1 for scale in (*scales, *target_scales)):
-        return folded
-    if coder.rescale_acts_by_decoder_norm:
-        raise ValueError("rescale_acts_by_decoder_norm must be False where sites are scaled: norms would be others")
-
-    def spread(of_site: tuple[float, ...], widths: tuple[int, ...]) -> Tensor:
-        return torch.cat([torch.full((width,), scale, dtype=torch.float64, device="cpu")
-                          for scale, width in zip(of_site, widths, strict=True)]).to(coder.b_dec.device)  # fmt: skip
-
-    into, out = spread(scales, coder.read_widths), spread(target_scales, coder.written_widths)
-    for source in folded.sources:
-        source.W_enc.copy_(source.W_enc.double() * into[source.reads][:, None])
-        source.W_dec.copy_(source.W_dec.double() / out[source.writes])
-    folded.b_dec.copy_(folded.b_dec.double() / out)
-    for weight, scale, target_scale in zip(folded.W_skip or (), scales, target_scales, strict=False):
-        weight.copy_(weight.double() * (scale / target_scale))
-    return folded
