@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from played_cuda import Played
 from structure import ROOT
+from torch.distributed.device_mesh import init_device_mesh
 
 import sae_engine as se
 from sae_engine.distributed.layout import Ownership
@@ -149,9 +150,11 @@ def test_what_blocks_cannot_be_is_refused(alone):
         train(sae, lr=1e-3, blocks=4)(torch.ones(6, 4))
 
 
+@pytest.mark.parametrize("dimensions", [("latent",), ("data", "latent")], ids="-".join)
 @pytest.mark.parametrize("rule", ["TopK", "BatchTopK", "TopAFA", "Matryoshka", "decoder norms"])
-def test_a_step_waits_for_no_device(rule, alone, monkeypatch):
+def test_a_step_waits_for_no_device(rule, dimensions, alone, monkeypatch):
     """On a device that is played: a rank's own work. What hosts say to one another is no device's."""
+    alone = init_device_mesh("cpu", (1,) * len(dimensions), mesh_dim_names=dimensions)
     agreement = Shards(alone, mesh_cases.F).agreement
     monkeypatch.setattr(agreement, "agree", lambda **fields: None)
     monkeypatch.setattr(agreement, "meet", lambda kind, rows: [rows])
@@ -215,8 +218,6 @@ def test_what_cannot_be_over_a_mesh_is_refused_by_name(alone):
 
 
 def test_a_mesh_is_checked(alone):
-    from torch.distributed.device_mesh import init_device_mesh
-
     with pytest.raises(TypeError, match="mesh must be a torch DeviceMesh"):
         se.SparseAutoencoder(4, 16, se.TopK(2), mesh=8)
     with pytest.raises(ValueError, match="mesh must have the dimension 'latent'"):
