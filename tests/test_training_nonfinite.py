@@ -100,6 +100,15 @@ def test_host_and_device_find_the_same_too_large(loss, slopes, others, bad):
         assert not _is_too_large_by_host(numbers.double(), len(slopes))
 
 
+def test_a_summand_of_many_groups_may_be_no_larger_than_its_part():
+    for groups, skipped in ((1, 0), (1 << 62, 1)):
+        step = made(nonfinite="skip")
+        step._finite = Finite("skip", torch.device("cpu"), groups)
+        before = state(step)
+        step(batch())
+        assert step.skipped == skipped and unchanged(before, state(step)) is bool(skipped)
+
+
 def test_without_a_host_read_the_flag_stays_on_the_device(monkeypatch):
     """As on a GPU: the flag decides there, whether it is set or not."""
     def on_device(self, loss, pending, *, has_capacity):

@@ -278,12 +278,15 @@ MODES = ("raise", "skip")
 
 
 class Finite:
-    """Counts such batches in ``count`` () int64, on the device, and raises for them with ``mode="raise"``."""
+    """Counts such batches in ``count`` () int64, on the device, and raises for them with ``mode="raise"``.
 
-    def __init__(self, mode: str, device: torch.device) -> None:
+    ``groups`` of ranks each have a summand of the gradients.
+    """
+
+    def __init__(self, mode: str, device: torch.device, groups: int = 1) -> None:
         if mode not in MODES:
             raise ValueError(f"nonfinite must be one of {MODES}, got {mode!r}")
-        self.mode = mode
+        self.mode, self.groups = mode, groups
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self._told = 0  # of the count, how many were raised for
         self._on_the_way: tuple[Tensor, torch.cuda.Event] | None = None
@@ -304,6 +307,8 @@ class Finite:
         multiplied = [*(source.x for source in pending.sources), *values]
         loss = loss.sum() if loss.dim() else loss  # of pieces, where they are summed as a tree
         numbers = torch.stack([loss, *torch._foreach_norm([*slopes, *multiplied], 2, dtype=loss.dtype)])
+        if self.groups > 1:  # as if each had as much as this one: none of them may
+            numbers[1 : 1 + len(slopes)] *= self.groups
         if not numbers.is_cpu:
             return _is_too_large(numbers, len(slopes))
         is_bad = _is_too_large_by_host(numbers, len(slopes))

@@ -180,7 +180,7 @@ class TrainStep:
         )  # fmt: skip
         self._seen: Seen | None = None  # since the last update
         self.seen: Seen | None = None  # between the two last updates
-        self._finite = Finite(nonfinite, share.b_dec.device)
+        self._finite = Finite(nonfinite, share.b_dec.device, 1 if sae.shards is None else sae.shards.groups)
         if sae.shards is not None:
             agree_on_options(sae, self.losses, {
                 "lr": float(lr), "betas": list(betas), "eps": eps, "weight_decay": weight_decay,
