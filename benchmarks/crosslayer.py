@@ -22,10 +22,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out; the repository root stays out
@@ -270,33 +271,39 @@ def profile(step: Callable[[], object]) -> None:
         print(f"    {one.device_time_total / 1e3:9.3f} ms {one.count:5} × {one.key[:90]}", flush=True)
 
 
-def measure_on_gpu(name: str) -> list[Row]:
+def measure_on_gpu(name: str, *, compiled: bool) -> Iterator[Row]:
+    """A row for each variant as soon as it is there, ours before those that may fail."""
     device = torch.device("cuda")
     layers, d, latents, k, tokens, _ = GPU_SIZES[name]
     about = {"kind": "crosslayer", "case": name, "shape": {"L": layers, "d": d, "F": latents, "k": k, "B": tokens},
              "dtype": "bfloat16", "seed": 0, "method": GPU_METHOD, **environment(device)}  # fmt: skip
     print(f"{name} {about['shape']}, {about['device']}; fp32 update against the dense one: {checked():.1e}", flush=True)
     product, moved = floor_ms(name)
-    torch.cuda.empty_cache()
-    rows, losses, ours_ms = [], {}, 0.0
+    print(f"  {FLOOR:<28} {product + moved:9.2f} ms: products {product:.2f}, Adam's bytes {moved:.2f}", flush=True)
+    timing = {"ms_p50": product + moved, "ms_p20": product + moved, "ms_p80": product + moved, "samples": 1}
+    yield {**about, "provider": FLOOR, "baseline": False, **timing, "utc": now_utc()}
+    losses, ours_ms = {}, 0.0
     for provider, make in variants(name, "cuda").items():
-        torch.cuda.reset_peak_memory_stats()
+        if provider == COMPILED and not compiled:
+            continue
+        torch.cuda.empty_cache()
         row = {**about, "provider": provider, "baseline": provider == DENSE, "utc": now_utc()}
         try:
             step = make()
             losses[provider] = float(step())  # type: ignore[arg-type]
             if abs(losses[provider] - losses[OURS]) > 1e-3 * losses[OURS]:
                 raise RuntimeError(f"{provider} has a loss of {losses[provider]}, {OURS} of {losses[OURS]}")
+            torch.cuda.reset_peak_memory_stats()  # making the weights may take more than a step
             times = milliseconds(step)
         except Exception as error:  # memory, or a compiler: the others still run
             if provider == OURS:
                 raise
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             print(f"  {provider:<28} failed: {reason}", flush=True)
-            rows.append(failure(row, reason))
+            yield failure(row, reason)
         else:
             peak = torch.cuda.max_memory_allocated()
-            rows.append({**row, **summarize(times).fields(), "peak_bytes": peak, "loss": losses[provider]})
+            yield {**row, **summarize(times).fields(), "peak_bytes": peak, "loss": losses[provider]}
             ms = statistics.median(times)
             ours_ms = ours_ms or ms
             print(f"  {provider:<28} {ms:9.2f} ms ({min(times):.2f} to {max(times):.2f})  {ms / ours_ms:5.2f} × ours  "
@@ -305,15 +312,13 @@ def measure_on_gpu(name: str) -> list[Row]:
                 profile(step)
         step = None
         torch.compiler.reset()
-        torch.cuda.empty_cache()
-    print(f"  {FLOOR:<28} {product + moved:9.2f} ms: products {product:.2f}, Adam's bytes {moved:.2f}", flush=True)
-    timing = {"ms_p50": product + moved, "ms_p20": product + moved, "ms_p80": product + moved, "samples": 1}
-    return [*rows, {**about, "provider": FLOOR, "baseline": False, **timing, "utc": now_utc()}]
+        gc.collect()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Steps of cross-layer coders beside dense PyTorch.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--no-compiled", action="store_true", help="on a GPU, leave out what takes minutes to compile")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each size on a CPU")
     parser.add_argument("--only", choices=[*SIZES, *GPU_SIZES], help="one of them")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results", metavar="FOLDER")
@@ -324,15 +329,15 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none")
     torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
-    found: list[Row] = []
+    place = options.out / device_slug(device) / "crosslayer.jsonl"
     for name in sizes if options.only is None else [options.only]:
         if device.type == "cuda":
-            found += measure_on_gpu(name)
+            for row in measure_on_gpu(name, compiled=not options.no_compiled):
+                store(place, [row])
             continue
         rows = measure(name, options.seconds)
         print(shown(rows), flush=True)
-        found += rows
-    store(options.out / device_slug(device) / "crosslayer.jsonl", found)
+        store(place, rows)
 
 
 if __name__ == "__main__":
