@@ -121,6 +121,7 @@ def tokens_over_two(rank, size, folder):
 
 def both_over_four(rank, size, folder):
     train(of_rows(folder.parent / "both", mesh={"latent": 2, "data": 2}), dataset=rows())
+    resume(copied_by_one(rank, folder, "nodes", 18, "both"), settings=["mesh={latent: 2, node: 2}"], dataset=rows())
 
 
 def resumed_on_three(rank, size, folder):
@@ -242,7 +243,9 @@ def test_whoever_is_killed_is_named_and_a_resumed_run_ends_with_the_bits_of_one_
     assert all((folder / "whole" / name).read_bytes() == (folder / "parts" / name).read_bytes() for name in weights)
 
 
-@pytest.mark.parametrize(("before", "name"), [("whole", "four"), ("whole", "three"), ("data", "turned")])
+@pytest.mark.parametrize(("before", "name"), [
+    ("whole", "four"), ("whole", "three"), ("data", "turned"), ("both", "nodes"),
+])  # fmt: skip
 def test_other_processes_go_on_with_the_same_rows(ran, before, name):
     found, folder = ran
     assert succeeded(found["resumed_on_four"]) == [[2, 2]] * 4
@@ -343,13 +346,14 @@ def refused(folder, match, **changes):
 
 
 def test_what_cannot_be_trained_on_a_mesh_is_refused_by_its_field(tmp_path):
-    refused(tmp_path, r"^mesh: must be of all processes: latent \* data = 2, and there is 1; start them with: torchrun")
-    refused(tmp_path, r"^mesh: must be of all processes: latent \* data = 3", mesh={"data": 3})
-    refused(tmp_path, r"^mesh: must be of all processes: latent \* data = 6", mesh={"data": 2, "latent": 3})
+    said = r"^mesh: must be of all processes: latent \* node \* data = "
+    refused(tmp_path, said + "2, and there is 1; start them with: torchrun")
+    refused(tmp_path, said + "3", mesh={"data": 3})
+    refused(tmp_path, said + "6", mesh={"data": 2, "latent": 3})
     refused(tmp_path, r"^mesh: must be a mapping", mesh="two")
     both = SAE | {"hook_name": [HOOK, OUT]}
     refused(tmp_path, r"^saes\.0\.hook_name: must be one place with mesh", saes=[both])
-    refused(tmp_path, r"^saes\.0\.d_sae: must be at least mesh\.latent = 256, got 128", saes=[SAE], mesh=256)
+    refused(tmp_path, r"^saes\.0\.d_sae: must be at least .* = 256, got 128", saes=[SAE], mesh=256)
     own = {"hook_name": HOOK, "architecture": f"{__name__}:OwnSAE", "d_sae": 64}
     refused(tmp_path, r"^saes\.1\.architecture: .*OwnRule cannot say how", saes=[SAE, own], mesh=1)
     aimed = {"hook_name": HOOK, "architecture": "jumprelu", "l0_target": 8, "d_sae": 64}

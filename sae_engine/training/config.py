@@ -100,8 +100,9 @@ class TrainConfig:
                     yield f"saes.{number}.{name}", f"must be a place of model, and {only}, got {site}"
             if sae.has_sites and self.mesh is not None:
                 yield f"saes.{number}.hook_name", "must be one place with mesh: a crosscoder is not cut over processes"
-            if self.mesh is not None and sae.d_sae is not None and sae.d_sae < self.mesh.latent:
-                yield f"saes.{number}.d_sae", f"must be at least mesh.latent = {self.mesh.latent}, got {sae.d_sae}"
+            if self.mesh is not None and sae.d_sae is not None and sae.d_sae < self.mesh.shards:
+                least = self.mesh.shards
+                yield f"saes.{number}.d_sae", f"must be at least mesh.latent * mesh.node = {least}, got {sae.d_sae}"
         if self.output.push_to_hub and len(self.saes) > 1 and any(sae.has_sites for sae in self.saes):
             yield "output.push_to_hub", "must be false with a crosscoder among others: it has a repository of its own"
         update = batch * self.optim.gradient_accumulation_steps

@@ -279,6 +279,7 @@ class MeshConfig:
     Args:
         latent: over how many the latents of each autoencoder are cut: each process has some of them whole, with their
             moments, and sees the tokens of all of these processes.
+        node: machines over which the latents are cut besides, ``latent`` processes on each.
         data: how many such groups there are. Each has all latents, and sees the tokens of its own processes; gradients
             are added over groups. :func:`sae_engine.distributed.estimate` says which mesh suits which sizes.
         timeout: seconds after which a process that does not answer is given up; the longest that one may be behind.
@@ -292,13 +293,19 @@ class MeshConfig:
     """
 
     latent: int = 1
+    node: int = 1
     data: int = 1
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        settle(self, latent=whole(), data=whole(), timeout=real())
+        settle(self, latent=whole(), node=whole(), data=whole(), timeout=real())
 
     @property
     def processes(self) -> int:
         """All of them."""
-        return self.latent * self.data
+        return self.shards * self.data
+
+    @property
+    def shards(self) -> int:
+        """Those over which latents are cut."""
+        return self.latent * self.node

@@ -34,8 +34,8 @@ def check_mesh(config: TrainConfig, ranks: Ranks, *, goes_on: bool) -> None:
         start = f"start them with: torchrun --nproc-per-node={mesh.processes} --no-python sae-engine train …"
         there = "is 1" if ranks.world == 1 else f"are {ranks.world}"
         other = f", or go on over those that there are: --set mesh={ranks.world}" * goes_on
-        raise ConfigError([("mesh", f"must be of all processes: latent * data = {mesh.processes}, and there {there}; "
-                            f"{start}{other}")])  # fmt: skip
+        said = f"must be of all processes: latent * node * data = {mesh.processes}, and there {there}; {start}{other}"
+        raise ConfigError([("mesh", said)])
     if faults := _faults(config):
         raise ConfigError(faults)
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed.agreement import Agreement
+from ..distributed.mesh import DIMENSIONS
 from ..distributed.wire import Wire, shares, tree_sum
 
 if TYPE_CHECKING:
@@ -113,16 +114,16 @@ class Ranks(NamedTuple):
         """The same processes with the mesh over which latents are cut; it lives as long as they do."""
         if not dist.is_initialized():  # one process, which no torchrun has started
             _join(store=dist.HashStore(), rank=0, world_size=1)
-        key = mesh.data, mesh.latent, device.type
+        key = mesh.data, mesh.node, mesh.latent, device.type
         if _MESHES.get("group") is not dist.group.WORLD:
             _MESHES.clear()
             _MESHES["group"] = dist.group.WORLD
         if key not in _MESHES:
             from torch.distributed.device_mesh import init_device_mesh
 
-            sizes, names = ((mesh.latent,), ("latent",)) if mesh.data == 1 else (
-                (mesh.data, mesh.latent), ("data", "latent"))  # fmt: skip
-            _MESHES[key] = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+            sizes = {name: getattr(mesh, name) for name in DIMENSIONS}
+            sizes = {name: size for name, size in sizes.items() if size > 1 or name == "latent"}
+            _MESHES[key] = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         Agreement.of(_MESHES[key], mesh.timeout)
         return self._replace(mesh=_MESHES[key])
 
