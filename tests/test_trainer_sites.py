@@ -3,12 +3,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from played_cuda import Played
 from short_runs import settings
 
 import sae_engine as se
-from sae_engine.losses import PreActivation, TanhL0
-from sae_engine.training import Architecture, Callback, TrainConfig, Trainer, resume
+from sae_engine.losses import AuxK, PreActivation, TanhL0
+from sae_engine.training import Architecture, Callback, TrainConfig, Trainer, TrainStep, resume
 from sae_engine.training._faults import ConfigError
+from sae_kernels.device import _launch, _tuning
 
 SITES, D, F = ["a.x", "b.x", "c.x"], 8, 48
 
@@ -143,3 +145,19 @@ def test_thresholds_and_tanh_are_trained_from_a_configuration(tmp_path):
         last = [line for line in done.metrics() if "losses/tanh_l0" in line][-1]
         assert last["losses/tanh_l0"] > 0 and "losses/pre_activation" in last and explained(done) > 0.2
     assert 0 < l0[0.3] < 0.9 * l0[0.001]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is played here")
+@pytest.mark.parametrize("tile", [_tuning.PASS_TILE, 8])
+def test_a_step_is_captured(tile, monkeypatch):
+    """Nothing of it waits for the device, whatever the width of its rows."""
+    monkeypatch.setattr(_tuning, "PASS_TILE", tile)
+    _launch.forget_plans()
+    with Played() as played, torch.device("cuda"):
+        clt = se.Crosscoder.clt(3, 12, 32, se.TopK(4))
+        step, x = TrainStep(clt, lr=1e-3, losses=AuxK(3), compute_dtype=torch.bfloat16, dense=False), torch.randn(9, 36)
+        for _ in range(2):
+            step.warm_up(x, x + 1)
+        with played.capturing():
+            step(x, x + 1)
+    _launch.forget_plans()
