@@ -360,13 +360,15 @@ def test_what_cannot_be_trained_on_a_mesh_is_refused_by_its_field(tmp_path):
     refused(tmp_path, r"^saes\.0\.architecture: .*StepL0\(.* does not say", saes=[aimed], mesh=1)
 
 
-def test_processes_that_name_no_mesh_are_one_unless_something_cannot_be_on_it(tmp_path):
+def test_processes_that_name_no_mesh_are_one_unless_something_cannot_be_on_it(tmp_path, caplog):
     def mesh(saes, world=2):
-        return settled(configured(of_rows(tmp_path, mesh=None, saes=saes)), Ranks(rank=1, world=world)).mesh
+        return settled(configured(of_rows(tmp_path, mesh=None, saes=saes)), Ranks(world=world)).mesh
 
-    assert mesh(SAES) == MeshConfig(data=2) and mesh(SAES, world=1) is None
+    assert mesh(SAES) == MeshConfig(data=2) and mesh(SAES, world=1) is None and not caplog.records
     own = {"hook_name": HOOK, "architecture": f"{__name__}:OwnSAE", "d_sae": 64}
     assert mesh([SAE, own]) is None and mesh([SAE, SAE | {"hook_name": [HOOK, OUT]}]) is None
+    said = [record.getMessage() for record in caplog.records]
+    assert "saes.1.architecture: must be one whose rule" in said[0] and "saes.1.hook_name: names several" in said[1]
 
 
 def test_streams_are_dealt_to_neighbours():

@@ -1,6 +1,7 @@
 """Whether a run can be trained by the processes that there are, asked before anything is loaded."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -8,17 +9,26 @@ from ._faults import ConfigError
 from .config import MeshConfig, SAEConfig, TrainConfig
 from .ranks import Ranks
 
+logger = logging.getLogger(__name__)
+
 _STEPS, _WIDTH, _LATENTS = 1000, 1024, 4096  # of what is built to look at it, where they are not known yet
 
 
 def settled(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """With the mesh of all processes where several have been started and none is named.
 
-    What cannot be on one, as crosscoders, stays without: every process trains it whole, and gradients are averaged.
+    What cannot be on one, as crosscoders, stays without, and a warning says so.
     """
-    if config.mesh is not None or ranks.world == 1 or any(sae.has_sites for sae in config.saes) or _faults(config):
+    if config.mesh is not None or ranks.world == 1:
         return config
-    return replace(config, mesh=MeshConfig(data=ranks.world))
+    several = [(f"saes.{number}.hook_name", "names several places") for number, sae in enumerate(config.saes)
+               if sae.has_sites]  # fmt: skip
+    if not (why := several or _faults(config)):
+        return replace(config, mesh=MeshConfig(data=ranks.world))
+    if ranks.writes:
+        logger.warning("the %d processes are no mesh, each has all latents and gradients are averaged: %s",
+                       ranks.world, ConfigError(why))  # fmt: skip
+    return config
 
 
 def check_mesh(config: TrainConfig, ranks: Ranks, *, goes_on: bool) -> None:
