@@ -12,8 +12,8 @@ results would be missed, each in processes and with a limit of its own, and no p
     sweeps              contestants that take long to compile, then the sweeps over F and k, in the time that is left
     report              from the rows that there are
 
-All tests take twice the time that they have there (198 s on 16 cores beside an H200): ``--parts tests`` runs them alone,
-for as long as there is.
+All tests take twice the time that they have there (198 s on 16 cores beside an H200): ``--parts tests`` runs them
+alone, for as long as there is.
 
 Everything shown is also in OUT/gpu.txt, and what each process said in OUT/gpu/, as it is said: a kill loses nothing.
 This program needs the standard library alone and never touches the GPU itself.

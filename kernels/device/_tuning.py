@@ -422,8 +422,8 @@ def weight_warps(block: int, itemsize: int) -> int:
 
 
 PASS_TILE = 8192  # most columns of a row that the latent pass keeps in registers, three to five times, at 16 warps
-# Of a thread, so that 16 warps share an SM; left to itself the compiler takes 168. A whole step with moments in bfloat16
-# to round (F 344,064, d 2,688: benchmarks/wide.py) takes an H200 30.1 ms so, and 38.7 with 168.
+# A thread may have, so that 16 warps share an SM; without a limit the compiler takes 168. A whole step that rounds
+# moments to bfloat16 (F 344,064, d 2,688: benchmarks/wide.py) takes an H200 30.1 ms so, and 38.7 with 168.
 PASS_REGISTERS = 128
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
 SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
