@@ -133,7 +133,7 @@ class Trainee:
     def begin(self, rows: tuple[Tensor, ...], ranks: int) -> None:
         """Scale and ``b_dec``, from the first rows of all sites, of all ``ranks``; or as they were saved."""
         if self.config.from_pretrained is not None and isinstance(self.sae, Crosscoder):
-            self._scale_places(rows, ranks)
+            self._scale_places(rows)
             if self.config.normalize_activations != "none":  # its weights are those for rows as they come
                 back = (standard.inverse() for standard in self._standards(self.sae))
                 self.sae.load_state_dict(fold_standardization(self.sae, *back).state_dict())
@@ -143,7 +143,7 @@ class Trainee:
             if self.config.normalize_activations == SCALED and known is not None and known.activation_scale is not None:
                 self.scales = (known.activation_scale,), (known.target_scale or known.activation_scale,)
             return
-        self._scale_places(rows, ranks)
+        self._scale_places(rows)
         if self.config.b_dec_init == "zeros":
             return
         at = 0
@@ -158,7 +158,7 @@ class Trainee:
             b_dec[at : at + target.shape[1]].copy_(self._middle(target, ranks))
             at += target.shape[1]
 
-    def _scale_places(self, rows: tuple[Tensor, ...], ranks: int) -> None:
+    def _scale_places(self, rows: tuple[Tensor, ...]) -> None:
         places = dict.fromkeys((*self.reads, *self.writes))
         if self.config.normalize_activations == STANDARDIZED:
             means = {n: self._mean(rows[n]) for n in places}
