@@ -261,7 +261,7 @@ def held_bytes(sizes: _Sizes, shards: int, data: int) -> dict[str, float]:
     """That a rank holds, by part: parameters and counters, both moments, copies, rows, codes. A CPU's update takes
     1.5 times the gradients of a sixteenth of the latents besides (``training.peak_bytes``). Over ``data`` gradients are
     stored, those of one weight beside what others have sent for them. Tests hold it as a bound to what steps without
-    AuxK take; with AuxK it is an estimate.
+    AuxK take in one group; with AuxK, and with gloo's own buffers between groups, it is an estimate.
     """
     tokens, d_in, d_out, d_sae, k, aux_k, s, _, memory_budget = sizes
     latents = d_sae / shards

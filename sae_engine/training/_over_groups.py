@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..distributed.wire import shares
+from ..distributed.wire import shares, tree_sum
 
 if TYPE_CHECKING:
     from ..autoencoder import SparseAutoencoder
@@ -41,14 +41,18 @@ class Part:
     def summed(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Gradients of my latents, by latent, of all groups in their order, of those that this rank updates.
 
-        What has no latents stays as it is. ``gradients`` is emptied on the way: each needs the room of the one before.
+        What has no latents stays as it is. ``gradients`` is emptied on the way.
         """
         found = {}
         for p in list(gradients):
             gradient = gradients.pop(p)
-            if self._is_cut(p):
-                gradient = self.wire.sum_rows(gradient.contiguous(), self._numbers, "gradients over groups")
-            found[p] = gradient
+            if not self._is_cut(p):
+                found[p] = gradient
+                continue
+            parts = self.wire.scatter_rows(gradient.contiguous(), self._numbers, "gradients over groups")
+            del gradient  # the sum may have its room, and what comes next that of the parts
+            found[p] = tree_sum(list(parts))
+            del parts
         return found
 
     def hand_out(self, parameters: Iterable[Tensor]) -> None:
