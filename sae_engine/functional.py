@@ -98,9 +98,7 @@ def _by_rank(values, indices, pre, score, mask, k, magnitude) -> tuple[Tensor, T
     return values.view(-1, k).gather(1, order).flatten(), indices.view(-1, k).gather(1, order).flatten()
 
 
-def batch_topk(
-    pre: Tensor, k: float, *, mask: Tensor | None = None, group=None, backend: str = "auto"
-) -> SparseCodes:
+def batch_topk(pre: Tensor, k: float, *, mask: Tensor | None = None, backend: str = "auto") -> SparseCodes:
     """The ``int(k * tokens)`` entries of the whole batch with the largest relu(pre): BatchTopK, mutual choice.
 
     Args:
@@ -108,9 +106,6 @@ def batch_topk(
         k: average entries per token, int or float, ``0 < k <= F``. A budget of 0 gives empty codes.
         mask: boolean ``(F,)`` or ``pre.shape``, True = may be kept; where too few are eligible, the lowest flat
             positions among the masked fill up at value 0 and without gradient.
-        group: a ``torch.distributed`` process group over which the batch extends: the budget is then
-            ``int(k * all ranks' tokens)``, ties go to the lower rank first, and each rank's number of entries follows
-            the data (two host reads). Default: each rank selects alone.
 
     Returns:
         Codes with exactly ``int(k * tokens)`` entries, ascending in (row, latent). No host synchronisation.
@@ -131,13 +126,7 @@ def batch_topk(
     k = check.number_k(k, pre.shape[-1])
     matrix = check.matrix(pre)
     mask = check.mask_for(mask, pre)
-    if group is None:
-        total = int(k * matrix.shape[0])
-    else:
-        from ._distributed import batch_share
-
-        total = batch_share(matrix.detach(), mask, k, group)
-    return _largest(pre, matrix, mask, total, backend)
+    return _largest(pre, matrix, mask, int(k * matrix.shape[0]), backend)
 
 
 def _largest(pre: Tensor, matrix: Tensor, mask: Tensor | None, total: int, backend: str) -> SparseCodes:

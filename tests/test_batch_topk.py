@@ -3,9 +3,7 @@ from itertools import product
 
 import pytest
 import torch
-from ranks import run_ranks
 
-from sae_engine import BatchTopK
 from sae_engine import functional as f
 from sae_engine.testing import HARD_KINDS, assert_same, make_pre
 from sae_kernels.device import _tuning
@@ -178,33 +176,3 @@ def test_gradcheck():
 def test_k_is_checked(bad):
     with pytest.raises((ValueError, TypeError), match="k"):
         f.batch_topk(torch.randn(2, 10), bad)
-
-
-RANK = """
-from sae_engine import BatchTopK
-from sae_engine import functional as f
-from sae_engine.testing import make_pre
-
-pre = make_pre(sys.argv[4], (7, 30), seed=3)
-share = pre[:4] if rank == 0 else pre[4:]
-group = dist.group.WORLD
-codes = f.batch_topk(share, 2.5, group=group)
-module = BatchTopK(2.5, group=group)
-module(share)
-torch.save((codes.values, codes.indices, codes.offsets, module.threshold), f"{folder}/{rank}.pt")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["normal", "ties", "special"])
-def test_two_ranks_select_what_one_would(kind, tmp_path):
-    run_ranks(RANK, tmp_path, kind)
-    pre = make_pre(kind, (7, 30), seed=3).cpu()
-    whole = f.batch_topk(pre, 2.5, backend="reference")
-    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    (v0, i0, o0, t0), (v1, i1, o1, t1) = saved
-    joined = torch.cat([v0, v1]), torch.cat([i0, i1]), torch.cat([o0, o1[1:] + o0[-1]])
-    assert_same(joined, (whole.values, whole.indices, whole.offsets))
-    alone = BatchTopK(2.5)
-    alone(pre)
-    assert t0 == t1 == alone.threshold

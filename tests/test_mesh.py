@@ -203,8 +203,6 @@ def test_what_cannot_be_over_a_mesh_is_refused_by_name(alone):
         se.training.TrainStep(jump, lr=1e-3, losses=[se.losses.StepL0(0.1, target=3)])
     with pytest.raises(TypeError, match="reduce must be None with a mesh"):
         se.training.TrainStep(sae, lr=1e-3, reduce=lambda tensors: None)
-    with pytest.raises(TypeError, match="BatchTopK must have no group"):
-        se.SparseAutoencoder(4, 16, se.BatchTopK(2, group=dist.group.WORLD), mesh=alone)
     with pytest.raises(ValueError, match="keep_pre must be False on a mesh"):
         sae.encode_with(torch.ones(2, 4), keep_pre=True)
     with pytest.raises(ValueError, match="attribution must be given as gradient on a mesh"):

@@ -449,7 +449,7 @@ class TestTopAFAOptions:
     ("make", "name"),
     [
         (lambda: se.GradientTopK(3, beta=0), "beta"), (lambda: se.SampledTopK(3, pool=0.5), "pool"),
-        (lambda: se.SampledTopK(3, score="l1"), "score"), (lambda: se.SampledTopK(3, group=None), "group"),
+        (lambda: se.SampledTopK(3, score="l1"), "score"),
         (lambda: se.SampledTopK(3)(torch.randn(4, 2)), "k"), (lambda: se.StatisticalTopK(0), "k"),
         (lambda: se.StatisticalTopK(F)(torch.randn(2, F)), "k"), (lambda: se.MatryoshkaBatchTopK(3, (5, 4)), "widths"),
         (lambda: se.MatryoshkaBatchTopK(3, 5), "widths"), (lambda: se.MatryoshkaBatchTopK(3, (0, 5)), "widths"),

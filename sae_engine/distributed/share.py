@@ -26,8 +26,6 @@ def split(sae: SparseAutoencoder, shards: Shards) -> SparseAutoencoder:
         TypeError: the rule cannot say how it selects over shards.
     """
     check_rules([sae.activation])
-    if getattr(sae.activation, "group", None) is not None:
-        raise TypeError(f"{type(sae.activation).__name__} must have no group on a mesh, which says whose batch it is")
     share = _copied(sae)
     share.d_sae = shards.mine.stop - shards.mine.start
     share._modules = {"activation": _split_rule(sae.activation, shards)}

@@ -133,7 +133,7 @@ class Activation(nn.Module):
         A rule whose attributes are not named as the arguments overrides it.
         """
         found = {}
-        for name in constructor_arguments(type(self)).keys() - {"device", "dtype", "group"}:
+        for name in constructor_arguments(type(self)).keys() - {"device", "dtype"}:
             if not hasattr(self, name):
                 raise TypeError(f"{type(self).__name__} has no attribute {name}, which its constructor takes: it must "
                                 "override options() to be saved")  # fmt: skip

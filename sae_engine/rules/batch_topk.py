@@ -1,8 +1,6 @@
 """Rules of one budget for the whole batch, and the threshold that they leave behind."""
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -30,8 +28,6 @@ class BatchTopK(Activation):
             behind a cut that moves while the autoencoder learns. :func:`calibrate_threshold` finds it anew.
         threshold_start: training forwards at the beginning from which the threshold learns nothing.
         initial_threshold: where the mean starts; None: at the first batch's value, and unset until then.
-        group: a ``torch.distributed`` process group to select over; see :func:`functional.batch_topk`. Shared by
-            copies, left out of pickles.
         device: of the threshold; an autoencoder takes its rule along to its own.
 
     SAELens' convention is ``threshold_lr=0.01, initial_threshold=0.0``; dictionary_learning's is ``threshold_lr=0.001,
@@ -64,7 +60,7 @@ class BatchTopK(Activation):
 
     def __init__(
         self, k: float, *, threshold_lr: float = 0.1, threshold_start: int = 0, initial_threshold: float | None = None,
-        group=None, device=None,
+        device=None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.k = check.number_k(k)
@@ -75,7 +71,6 @@ class BatchTopK(Activation):
         if initial_threshold is not None:
             initial_threshold = check.from_zero("initial_threshold", initial_threshold)
         self.initial_threshold = initial_threshold
-        self.group = group
         first = -1.0 if initial_threshold is None else float(initial_threshold)
         device = check.device_or_default(device)
         self.register_buffer("threshold", torch.full((), first, dtype=torch.float64, device=device))
@@ -89,7 +84,7 @@ class BatchTopK(Activation):
 
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         if self.training:
-            return functional.batch_topk(pre, self.k, group=self.group, backend=backend)
+            return functional.batch_topk(pre, self.k, backend=backend)
         self._require_threshold()
         return functional.threshold(pre, self.threshold, capacity=captured_size(pre), backend=backend)
 
@@ -100,8 +95,6 @@ class BatchTopK(Activation):
     def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> Running | None:
         if not self.training:
             return self._running_threshold(tokens, num_latents, backend, self.threshold)
-        if self.group is not None:  # its cut is agreed upon by all processes
-            return None
         check.number_k(self.k, num_latents if self.shards is None else self.shards.num_latents)
         total = self.total(tokens if self.shards is None else self.shards.tokens)
         return RunningBatch(tokens, num_latents, backend, total, self.shards)
@@ -135,8 +128,6 @@ class BatchTopK(Activation):
         values = codes.values.detach().double()
         smallest = torch.where(values > 0, values, torch.inf)
         smallest = smallest.min() if smallest.shape[0] else self.threshold.new_full((), torch.inf)
-        if self.group is not None:
-            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self.group)
         if self.shards is not None:
             smallest = self.shards.everyone.least(smallest, "threshold")
         if teaches is not None:
@@ -160,16 +151,6 @@ class BatchTopK(Activation):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._seen = None  # a new tensor may have the old one's identity and version
         super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "group": None}  # a process group belongs to its process
-
-    def __deepcopy__(self, memo: dict) -> BatchTopK:
-        memo[id(self.group)] = self.group
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
 
     def _apply(self, fn, recurse: bool = True):
         return apply_but(self._exact, self, super()._apply, fn, recurse)

@@ -28,7 +28,7 @@ class SampledTopK(BatchTopK):
         k: average entries per token, int or float.
         pool: latents in the pool, in units of k; at least 1.
         score: ``"l2"`` or ``"entropy"``.
-        options: of :class:`BatchTopK`; ``group`` is not among them.
+        options: of :class:`BatchTopK`.
 
     Oozeer et al. 2025, arXiv:2508.21324 (Sampled-SAE), from its abstract: that high entropy ranks first, the rounding
     of the pool and the rule in eval are ours.
@@ -49,8 +49,6 @@ class SampledTopK(BatchTopK):
     entry_values = kept_values
 
     def __init__(self, k: float, *, pool: float = 4.0, score: str = "l2", **options) -> None:
-        if "group" in options:
-            raise TypeError("SampledTopK takes no group: each process pools its own latents")
         super().__init__(k, **options)
         self.pool = check.positive("pool", pool)
         if self.pool < 1:
