@@ -55,6 +55,7 @@ def files(tmp_path_factory) -> Path:
     ({"eval__dataset_path": "{}/nowhere.txt"}, r"eval\.dataset_path: '.*nowhere\.txt' does not exist"),
     ({"output__output_path": "{}/short.txt/run"}, r"output\.output_path: .*Not a directory"),
     ({"saes": [SAE | {"aux_k": 999}]}, r"saes\.0\.aux_k: must not exceed d_sae = 128, got 999"),
+    ({"optim__cuda_graphs": True}, r"saes\.0: optim\.cuda_graphs must be false on cpu: graphs are a GPU's"),
     ({"output__hub_model_id": "a b/c"}, r"output\.hub_model_id: must be 'owner/repository', got 'a b/c'"),
     ({"saes": [SAE | {"from_pretrained": "{}/nowhere", "normalize_activations": "none"}]},
      r"saes\.0\.from_pretrained: must be a folder or a file of weights; there is none at"),
@@ -87,6 +88,20 @@ def test_rows_that_cannot_be_trained_on(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         Trainer(settings(tmp_path / "run", saes=[MEMORY]), dataset=rows).train()
     assert list((tmp_path / "run").iterdir()) == []  # the folder was there, and is as it was
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"saes": [MEMORY | {"architecture": "jumprelu", "k": None}]}, "with JumpReLU: only TopK, AbsTopK, BatchTopK are"),
+    ({"optim__gradient_accumulation_steps": 2}, "with gradient_accumulation_steps = 2"),
+    ({}, None),
+])  # fmt: skip
+def test_steps_that_no_graph_can_hold_are_named(tmp_path, changes, message):
+    changes = {"saes": [MEMORY], "data__training_tokens": 64 * 2, **changes}
+    changes["saes"] = [{name: value for name, value in changes["saes"][0].items() if value is not None}]
+    trainer = Trainer(settings(tmp_path / "run", **changes), dataset=torch.randn(300, 16))
+    trainer.train()
+    why = trainer.trainees["a"]._why_not_captured(torch.device("cuda"))
+    assert why is None if message is None else why.startswith(message)
 
 
 def test_a_run_goes_on_in_its_own_folder(tmp_path):

@@ -144,9 +144,10 @@ class OptimConfig:
         moments: of Adam, for the encoder's and the decoder's weights; ``bfloat16`` saves 4 bytes a weight.
         memory_budget: bytes of pre-activations at a time; None: an eighth of the device's memory.
         nonfinite: what happens to a batch with NaN or Inf: ``"skip"`` or ``"raise"``.
-        cuda_graphs: on a GPU, whether TopK's, AbsTopK's and BatchTopK's steps are replayed as CUDA graphs, where one
-            process trains and an update is one batch: the same numbers, without what the host takes for each step.
-            The language model cannot run ahead then: a graph cannot be recorded while another thread asks for memory.
+        cuda_graphs: whether steps are replayed as CUDA graphs: the same numbers, without what the host takes for each
+            step. On a GPU, for TopK, AbsTopK and BatchTopK, where one process trains and an update is one batch;
+            anything else is refused. The language model cannot run ahead then: a graph cannot be recorded while
+            another thread asks for memory.
 
     Raises:
         ConfigError: an argument is of another kind or out of range.

@@ -106,14 +106,27 @@ class Trainee:
             dead_after=max(optim.dead_after // world, 1), memory_budget=optim.memory_budget, nonfinite=optim.nonfinite,
         )  # fmt: skip
         self.step._pre_activations = buffer
-        alone = mesh is None and reduce is None and optim.gradient_accumulation_steps == 1
-        # Where sources share a budget, the host reads how the batch has shared it out.
-        alone = alone and (config.sources == 1 or type(self.sae.activation) is not BatchTopK)
-        captured = optim.cuda_graphs and alone and device.type == "cuda" and type(self.sae.activation) in CAPTURED
-        self._call = CapturedStep(self.step, pool=pool) if captured else self.step
+        if optim.cuda_graphs and (why := self._why_not_captured(device)) is not None:
+            raise ValueError(f"optim.cuda_graphs must be false {why}")
+        self._call = CapturedStep(self.step, pool=pool) if optim.cuda_graphs else self.step
         self.sums = Sums(device)
         update = optim.train_batch_size_tokens * optim.gradient_accumulation_steps
         self.densities = Densities(config.sources * self.sae.share.d_sae, -(-optim.dead_after // update), device)
+
+    def _why_not_captured(self, device: torch.device) -> str | None:
+        """What keeps its steps from being replayed as CUDA graphs."""
+        rule = self.sae.activation
+        if device.type != "cuda":
+            return f"on {device}: graphs are a GPU's"
+        if self.sae.shards is not None or self.reduce is not None:
+            return "where several processes train"
+        if self.step.accumulate != 1:
+            return f"with gradient_accumulation_steps = {self.step.accumulate}"
+        if type(rule) not in CAPTURED:
+            return f"with {type(rule).__name__}: only {', '.join(kind.__name__ for kind in CAPTURED)} are captured"
+        if self.config.sources > 1 and isinstance(rule, BatchTopK):
+            return f"with {type(rule).__name__} over several places: the host reads how they share the batch's budget"
+        return None
 
     def _check_alone(self) -> None:
         """Without a mesh every process selects among the tokens that it has.
