@@ -186,6 +186,7 @@ latent_adam dense term, S1, bf16
 latent_adam, S1, fp32
 latent_adam row-major, S3, bf16
 latent_adam bf16 moments, S1, bf16
+latent_adam bf16 moments, S3, bf16
 latent_adam row-major bf16 moments, S3, bf16
 latent_adam, d=16384, bf16
 latent_adam free rows, d=16384, bf16
@@ -392,10 +393,12 @@ KNOWN_SPILLS = {"latents": 56, "norm_cut": 8, "pass_split": 8, "matrix": 8}
 # Triton 3.8 alone keeps more: norm matching's cut the addresses of its first loads (fp32, sm_80), two passes of batch
 # top-k one or two numbers. In the binary none is touched in the loop that reads the matrix, but the digits' one number,
 # once in 900 instructions. Triton 3.9 does as 3.8, but for the digits; norm matching's write keeps one address (sm_80),
-# read once a tile, in some 570 instructions.
+# read once a tile, in some 570 instructions. The sparse MLP's sum of kept rows reads one address a step, in some 640
+# (3.8). The latent pass of rows of 4,096 numbers that rounds moments keeps 48 bytes by 3.6, which an H200 showed to be
+# faster (`_tuning.ROUNDED_PASS_REGISTERS`), and by 3.9 twice as many: 33 loads a latent, in 3,000 instructions.
 SPILLS_BY_TRITON = {
-    "3.8": {"norm_cut": 80, "survivors": 8, "digit": 8},
-    "3.9": {"norm_cut": 80, "survivors": 8, "write_kept": 8},
+    "3.8": {"norm_cut": 80, "survivors": 8, "digit": 8, "down": 24},
+    "3.9": {"norm_cut": 80, "survivors": 8, "write_kept": 8, "latents": 104},
 }
 
 

@@ -18,6 +18,7 @@ import math
 import torch
 import triton
 
+from .._rounding import are_narrow
 from .._terms import GIVEN, NUMBER_OF_LISTS, Term, terms_of
 from ..stock import densified, limits
 from . import _tuning
@@ -66,9 +67,11 @@ def _splits(widths: tuple, splits: int, num_latents: int, mode: int, offered: bo
 @planned
 def _latents(
     widths: tuple, strides: tuple, modes: tuple, offered: tuple, moved: tuple, copied: tuple, unit_rows: bool,
-    group: int, settings: tuple | None,
+    rounds: bool, group: int, settings: tuple | None,
 ) -> Launch:  # fmt: skip
     shared, replicated = _tile(*widths)
+    if rounds and shared["warps"] < 8:
+        shared = shared | {"most_registers": _tuning.ROUNDED_PASS_REGISTERS}
     return Launch(
         _latents_kernel, (), stride_df=strides[0], stride_ef=strides[1], settings=settings, MODES=modes,
         OFFERED=offered, MOVED=moved, COPIED=copied, UNIT_ROWS=unit_rows, REPLICATED=replicated,
@@ -145,7 +148,7 @@ class _Sums:
             self.widths, tuple(0 if t is None else t.stride(0) for t in grads[:2]), self.modes, self.offered,
             tuple(four is not None for four in state),
             tuple(four is not None and four[3] is not None for four in state),
-            adam is not None and adam.unit_rows, group, adam and adam.settings,
+            adam is not None and adam.unit_rows, adam is not None and adam.rounds, group, adam and adam.settings,
         )  # fmt: skip
         launch(
             self.x, self.terms, self.strides, self.weight, self.along, self.base,
@@ -196,11 +199,11 @@ def launch_gradients(x, weight, along, *lists_and_dtype):
 class _Adam:
     """What every launch of one step of Adam is told."""
 
-    def __init__(self, step, lr, beta1, beta2, eps, weight_decay, unit_rows, skip):
+    def __init__(self, step, lr, beta1, beta2, eps, weight_decay, unit_rows, skip, *, rounds: bool):
         self.factors = torch.empty(3, dtype=torch.float32, device=step.device)
         _factors(beta1, beta2)(self.factors, step, lr)
         self.settings = beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay
-        self.unit_rows = unit_rows
+        self.unit_rows, self.rounds = unit_rows, rounds
         self.skip = skip if skip is None or skip.dtype == torch.bool else skip != 0
 
     def of_stored(self, grad, state, latents: slice, *, matrix, slopes=None, unit_rows=False):
@@ -228,7 +231,7 @@ def launch_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
     wide = torch.promote_types(weight.dtype, torch.float32)
     if num_latents == 0:
         return x.new_zeros(d_in, dtype=wide), x.new_zeros((), dtype=wide)
-    adam = _Adam(*options)
+    adam = _Adam(*options, rounds=are_narrow(exp_avgs[0], weight))
     tensors = [*itertools.zip_longest(parameters, exp_avgs, exp_avg_sqs, copies)]
     state = [tuple(None if t is None else _matrix(t) for t in four) for four in tensors]
     bias = state[2] if len(state) > 2 else None
