@@ -423,8 +423,8 @@ def weight_warps(block: int, itemsize: int) -> int:
 
 PASS_TILE = 8192  # most columns of a row that the latent pass keeps in registers, three to five times, at 16 warps
 PASS_REGISTERS = 128  # of a thread, so that 16 warps share an SM; without a limit the compiler takes 168
-ROUNDED_PASS_REGISTERS = 168  # of few warps that round moments too: 12 share an SM. Of 8 it would hold one program; with
-# 128 a step (F 344,064, d 2,688: benchmarks/wide.py) takes an H200 30.1 ms, and 38.7 with 168.
+ROUNDED_PASS_REGISTERS = 168  # of few warps that round moments too: 12 share an SM. Of 8 it would hold one program, and
+# a step (F 344,064, d 2,688: benchmarks/wide.py) takes an H200 30.1 ms with 128 registers and 38.7 with 168.
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
 SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
 
