@@ -204,6 +204,7 @@ def test_gradients_are_refused():
             ops.sparse_mlp(*given.values(), "torch").sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch 2.15 calls it in jvp
 def test_a_function_transform_sees_the_reference():
     x, kept, *rest = arguments(2)
     found = torch.func.jvp(lambda x: f.sparse_mlp(x, kept, rest[0], rest[2]), (x,), (torch.ones_like(x),))[1]
