@@ -114,6 +114,20 @@ def test_strides_do_not_matter(row, backend):
     compare(row, called(row, spread, backend), args, backend)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("row", "name"), EXAMPLES)
+def test_what_is_only_read_stays_as_it_is(row, name, backend, tokens):
+    """And no result lies in an argument's memory: of one token, what is broadcast is already as large as the result."""
+    args = arguments(row, name, B=tokens)
+    read = [a for a, said in zip(args, row.operator._schema.arguments, strict=False) if not said.alias_info]
+    before = [t.clone() for t in tensors(read)]
+    found = tensors(getattr(ops, row.name)(*args, backend))
+    assert_same(tuple(tensors(read)), tuple(before))
+    ours = {t.untyped_storage().data_ptr() for t in tensors(args) if t.numel()}
+    assert not ours & {t.untyped_storage().data_ptr() for t in found if t.numel()}
+
+
 @pytest.mark.parametrize("row", TYPICAL)
 def test_fakes_have_the_shapes_of_what_runs(row):
     args = arguments(row)

@@ -126,8 +126,11 @@ def added_sources(decode, values, indices, offsets, weights, firsts, width, bias
     """The same, source after source by ``decode``."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in (*values, *weights)) else torch.float32
     shape = offsets[0].shape[0] - 1, width
-    out = weights[0].new_zeros(shape, dtype=wide) if bias is None else bias.to(wide).expand(shape).contiguous()
-    out = out if target is None else out.sub_(target)
+    out = weights[0].new_zeros(shape, dtype=wide)
+    if bias is not None:
+        out += bias
+    if target is not None:
+        out -= target
     for first, weight, *codes in zip(firsts, weights, values, indices, offsets, strict=True):
         out[:, first : first + weight.shape[1]] += decode(*codes, weight, None, wide)
     squares = out.new_zeros(0) if target is None else torch.linalg.vecdot(out, out)

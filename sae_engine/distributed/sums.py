@@ -79,13 +79,8 @@ class SummedGradient(Function):
         return tree_sum(list(ctx.wire.gather(outer.contiguous(), f"{ctx.name}: gradient"))), None, None
 
 
-class SummedLatents(Function):
+class SummedLatents(SummedGradient):
     """The same of a tensor with a row for each of a rank's latents: each rank of the wire adds up some rows."""
-
-    @staticmethod
-    def forward(ctx, everywhere: Tensor, wire, name: str) -> Tensor:
-        ctx.wire, ctx.name = wire, name
-        return everywhere.view_as(everywhere)
 
     @staticmethod
     @once_differentiable
