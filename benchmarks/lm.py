@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.nn.functional as F
 from rows import environment
+from sae_kernels.stock.linear import one_row
 from torch import Tensor
 
 from sae_engine import functional
@@ -52,7 +53,7 @@ def by_vectors(x: Tensor, layer: Layer, _threshold: float) -> Tensor:
 
 def sparse(x: Tensor, layer: Layer, threshold: float) -> Tensor:
     gate, up, down = layer
-    activations = F.silu(gate @ x[0])[None]
+    activations = F.silu(one_row(x, gate, None))
     kept = torch.where(activations.abs() > threshold, activations, 0.0)
     return functional.sparse_mlp(x, kept, up, down, backend="torch")
 
@@ -84,7 +85,7 @@ class Setting:
         turn = self.turns[0]
         x, (gate, up, down) = self.inputs[turn[1]], self.layers[turn[0]]
         threshold = self.thresholds[turn, 0.9]
-        activations = F.silu(gate @ x[0])[None]
+        activations = F.silu(one_row(x, gate, None))
         kept = torch.where(activations.abs() > threshold, activations, 0.0).double()
         truth = (kept * (x.double() @ up.double().T)) @ down.double()
         error = (sparse(x, (gate, up, down), threshold).double() - truth).abs().max() / truth.abs().max()

@@ -126,3 +126,30 @@ def test_a_row_major_encoder_gets_a_gradient_of_its_own_layout(monkeypatch, in_c
         grads.append(weight.grad)
     torch.testing.assert_close(*grads, rtol=0, atol=0)
     assert grads[0].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("has_instruction", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_one_row_is_multiplied_as_the_processor_does_it_best(monkeypatch, dtype, has_instruction):
+    monkeypatch.setattr(stock, "_multiplies_bfloat16", lambda: has_instruction)
+    x, weight, bias = torch.randn(1, 64).to(dtype), torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype)
+    by_matrix = []
+    plain = stock.F.linear
+    monkeypatch.setattr(stock.F, "linear", lambda *of: by_matrix.append(1) or plain(*of))
+    for some in (None, bias):
+        exact = x.double() @ weight.double().T + (0 if some is None else some.double())
+        allowed = 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert (stock.one_row(x, weight, some).double() - exact).abs().max() <= allowed
+    assert len(by_matrix) == 2 * (has_instruction and dtype == torch.bfloat16)
+
+
+def test_what_multiplies_bfloat16(monkeypatch):
+    capabilities = {"avx512_f": True, "avx512_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    decide = stock._multiplies_bfloat16.__wrapped__
+    assert not decide()
+    capabilities["avx512_bf16"] = True
+    assert decide()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not decide()

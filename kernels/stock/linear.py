@@ -1,4 +1,4 @@
-"""fp32 matrix products on a CPU, by the faster of the two libraries that PyTorch carries. Torch only.
+"""Matrix products on a CPU, each by the fastest of what PyTorch carries for it. Torch only.
 
 PyTorch multiplies fp32 matrices by MKL, which keeps its AVX-512 code for Intel's processors. oneDNN chooses by what the
 processor can do: on others with AVX-512 it takes half the time (benchmarks/gemm.py measures both). Same operands, same
@@ -9,7 +9,14 @@ import platform
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def _processor() -> dict:
+    """What PyTorch knows of it; an older one does not tell."""
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    return {} if tell is None else tell()
 
 
 @functools.cache
@@ -18,8 +25,7 @@ def _mkl_is_slow() -> bool:
 
     The answer stays the same throughout a process.
     """
-    tell = getattr(torch.cpu, "get_capabilities", None)
-    known: dict = {} if tell is None else tell()  # an older PyTorch does not tell
+    known = _processor()
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     is_other = "Intel" not in known.get("cpu_name", "Intel") and known.get("avx512_f", False)
     is_other &= platform.machine() in ("x86_64", "AMD64")
@@ -48,3 +54,21 @@ def linear(
         return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
     bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its stride
     return torch.ops.mkldnn._linear_pointwise(x, weight.T, bias, "none", [], "")
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has an instruction for products of bfloat16, which oneDNN then uses."""
+    return bool(_processor().get("avx512_bf16", False)) and torch.backends.mkldnn.is_available()
+
+
+def one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of one token on a CPU: (1, D), (F, D), (F,) of one dtype to (1, F).
+
+    A matrix times a vector takes two thirds of the time of ``F.linear`` where that calls for a matrix product, and
+    twice as long in bfloat16 where oneDNN knows an instruction for it (benchmarks/lm.py).
+    """
+    if weight.dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return F.linear(x, weight, bias)
+    out = weight @ x[0]
+    return (out if bias is None else out + bias)[None]

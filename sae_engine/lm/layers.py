@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from sae_kernels.stock.linear import one_row
 from torch import Tensor, nn
 
 from .. import functional
@@ -101,11 +102,8 @@ def _rows_of(weight: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (rows, D) times weight (F, D): a matrix times a vector on a CPU, which takes two thirds of the time there."""
-    if x.shape[0] != 1 or not x.is_cpu:
-        return F.linear(x, weight, bias)
-    out = weight @ x[0]
-    return (out if bias is None else out + bias)[None]
+    """x (rows, D) times weight (F, D)."""
+    return one_row(x, weight, bias) if x.shape[0] == 1 and x.is_cpu else F.linear(x, weight, bias)
 
 
 class _SkipsWeights:
