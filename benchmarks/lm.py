@@ -27,10 +27,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.nn.functional as F
 from rows import environment
-from sae_kernels.stock.linear import one_row
 from torch import Tensor
 
 from sae_engine import functional
+from sae_kernels.stock.linear import one_row
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 SIZES = ((512, 2048), (1024, 4096), (2048, 8192), (4096, 14336))  # d, F

@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_kernels.dispatch import transforming
 from sae_kernels.ops import ops
 from sae_kernels.stock.dense import uniform_offsets
+from sae_kernels.stock.linear import one_row as one_row  # for modules, which see no back end
 
 from . import _checks as check
 from ._encoder import Encoded, EncodeInfo, encode, encode_with, linear, linear_dtype

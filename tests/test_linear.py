@@ -128,8 +128,8 @@ def test_a_row_major_encoder_gets_a_gradient_of_its_own_layout(monkeypatch, in_c
     assert grads[0].count_nonzero() > 0
 
 
-@pytest.mark.parametrize("has_instruction", (False, True))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("has_instruction", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_row_is_multiplied_as_the_processor_does_it_best(monkeypatch, dtype, has_instruction):
     monkeypatch.setattr(stock, "_multiplies_bfloat16", lambda: has_instruction)
     x, weight, bias = torch.randn(1, 64).to(dtype), torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype)

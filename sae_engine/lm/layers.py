@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from sae_kernels.stock.linear import one_row
 from torch import Tensor, nn
 
 from .. import functional
@@ -103,7 +102,7 @@ def _rows_of(weight: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (rows, D) times weight (F, D)."""
-    return one_row(x, weight, bias) if x.shape[0] == 1 and x.is_cpu else F.linear(x, weight, bias)
+    return functional.one_row(x, weight, bias) if x.shape[0] == 1 and x.is_cpu else F.linear(x, weight, bias)
 
 
 class _SkipsWeights:
