@@ -7,6 +7,7 @@ SCORES_IN_CACHE = 1 << 20  # scores of a chunk of rows that a CPU passes over se
 MERGED_SCORES = 1 << 22  # scores of a slab that a CPU merges at a time: of fewer, its threads would share too few rows
 GATHERED_IN_CACHE = 3 << 19  # numbers of rows that a CPU gathers from, in any order, many times: 6 MB in fp32
 TRANSPOSED_IN_CACHE = 3 << 16  # numbers of a gradient that a CPU transposes at a time: 768 kB in fp32
+KEPT_BY_ALLOCATOR = 32 << 20  # bytes of a block; glibc gives larger ones back to the system, whatever its bounds
 ROUNDED_IN_CACHE = 1 << 17  # numbers that a CPU rounds at a time: two arrays of random bits of 512 kB
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import limits
+
 
 def _processor() -> dict:
     """What PyTorch knows of it; an older one does not tell."""
@@ -46,13 +48,36 @@ def linear(
 ) -> Tensor:
     """``x @ weight + bias``: (B, D), (D, F), (F,) of one dtype, any strides, to (B, F). No gradient: ``ops.linear``.
 
-    ``memory`` gives so many numbers to write the result to; oneDNN does not ask, it allocates its results itself.
+    ``memory`` gives so many numbers to write the result to. oneDNN writes to none but its own: a large result it makes
+    of some latents at a time, which are copied. The system would give memory for a whole one anew, a page fault for
+    every 4 kB, and that takes longer than the copies do.
     """
+    shape = x.shape[0], weight.shape[1]
     if x.numel() == 0 or weight.numel() == 0 or not by_onednn(x, weight):
-        shape = x.shape[0], weight.shape[1]
         out = None if memory is None else memory(shape[0] * shape[1]).view(shape)
         return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
     bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its stride
+    width = latents_at_once(*shape, weight)
+    if memory is None or width == shape[1]:
+        return _by_onednn(x, weight, bias)
+    out = memory(shape[0] * shape[1]).view(shape)
+    for start in range(0, shape[1], width):
+        some = slice(start, start + width)
+        out[:, some] = _by_onednn(x, weight[:, some], None if bias is None else bias[some])
+    return out
+
+
+def latents_at_once(rows: int, num_latents: int, weight: Tensor) -> int:
+    """Of how many latents oneDNN makes a result of so many rows at a time; all, where that is the best.
+
+    Some columns of a row-major ``weight`` (D, F) are rows with gaps.
+    """
+    if rows * num_latents * 4 < limits.KEPT_BY_ALLOCATOR or not weight.T.is_contiguous():
+        return num_latents
+    return min(max(limits.KEPT_BY_ALLOCATOR // 2 // (4 * rows) // 64, 1) * 64, num_latents)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight.T, bias, "none", [], "")
 
 

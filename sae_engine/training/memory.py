@@ -8,15 +8,13 @@ from typing import NamedTuple
 import torch
 
 from sae_kernels.stock import limits
-from sae_kernels.stock.linear import by_onednn
+from sae_kernels.stock.linear import by_onednn, latents_at_once
 
 from .. import _checks as check
 from .._slabs import slab_shape
 from .optimizer import rows_of_a_chunk
 
 OPERAND_MARGIN = 67  # columns beyond d_in of a 16-bit product's operands, at most
-
-GLIBC_KEEPS_BELOW = 32 << 20  # bytes of a block; larger ones always go back to the system
 
 
 @functools.cache
@@ -27,7 +25,7 @@ def keep_freed_memory() -> None:
     glibc keeps follows the largest block below 32 MB that the process has freed, so one is freed here, without having
     been written to. It does nothing to other allocators, nor where the environment sets glibc's bounds.
     """
-    bytes(GLIBC_KEEPS_BELOW - (1 << 16))
+    bytes(limits.KEPT_BY_ALLOCATOR - (1 << 16))
 
 
 def peak_bytes(
@@ -129,10 +127,13 @@ def peak_bytes(
         backward += d_sae * reads * wide if row_major else 0
     if moments is not None and check.dtype_in("moments", moments) != dtype:
         backward += _rounding_bytes(reads, writes, d_sae, stored, device_type)
-    some = torch.empty(2, 1, dtype=compute, device="cpu")
+    weight = torch.empty(2, 1, dtype=compute, device="cpu").T
     in_slabs = row_major and columns < d_sae  # which oneDNN is not asked for
-    if device_type == "cpu" and not in_slabs and by_onednn(some, some.T):  # allocates its result: no buffer stays
-        return resident + max(pre + encoding, backward)
+    if device_type == "cpu" and not in_slabs and by_onednn(weight.T, weight):
+        at_once = columns if row_major else latents_at_once(rows, columns, weight)
+        if at_once == columns:  # oneDNN allocates its result: no buffer stays
+            return resident + max(pre + encoding, backward)
+        encoding += rows * at_once * wide  # on the way to the buffer
     return resident + pre + max(encoding, backward)
 
 
