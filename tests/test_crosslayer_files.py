@@ -61,6 +61,30 @@ def test_own_format_holds_everything(wiring, rule, tmp_path):
     assert other.card.format == "sae_engine"
 
 
+def test_own_format_holds_thresholds_below_0(tmp_path):
+    one = made("causal", "jumprelu")
+    with torch.no_grad():
+        for source in one.sources:
+            source.activation.threshold[::2] = -0.25
+    one.save_pretrained(tmp_path / "ours")
+    assert_same(one, opened(tmp_path / "ours"))
+    one.save_pretrained(tmp_path / "theirs", format="circuit_tracer_clt")  # holds none below 0
+    other, x = se.Crosscoder.from_pretrained(tmp_path / "theirs").eval(), inputs()
+    assert all(source.activation.threshold.min() == 0 for source in other.sources)
+    assert torch.equal(one(x), other(x))
+
+
+@pytest.mark.parametrize(("rule", "value"), [("jumprelu", torch.nan), ("batch", -0.25), ("batch", torch.nan)])
+def test_own_format_refuses_thresholds_that_no_rule_has(rule, value, tmp_path):
+    one = made("causal", rule)
+    with torch.no_grad():
+        for source in one.sources:
+            source.activation.threshold.fill_(value)
+    one.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="threshold must not be negative or NaN"):
+        opened(tmp_path)
+
+
 def test_own_format_holds_sites_of_several_widths_and_dtypes(tmp_path):
     one = se.Crosscoder([3, 5], [4, 2, 1], 8, se.TopK(2), wiring=[((0, 2), (1, 3)), (1, (0, 2))], dtype="bfloat16")
     one.provenance = se.Provenance(model="a", sites=["x.a", "x.b"], models=["a", "b"], d=8)

@@ -104,9 +104,12 @@ def _load_rule(file: Path, rule: rules.Activation, state: dict[str, Tensor]) -> 
             got = tuple(state[name].shape) if name in state else "none"
             kind = type(rule).__name__
             raise ValueError(f"{file}: {name} of {kind} must have shape {tuple(tensor.shape)}, got {got}")
-        is_unset = isinstance(rule, rules.BatchTopK) and bool((state[name] == -1).all())
-        if name == "threshold" and not is_unset and not bool((state[name] >= 0).all()):
-            raise ValueError(f"{file}: threshold must not be negative or NaN")
+        if name == "threshold":
+            is_unset = isinstance(rule, rules.BatchTopK) and bool((state[name] == -1).all())
+            # JumpReLU takes a threshold below 0, where an optimizer may have pushed it, for 0
+            below = bool((state[name] < 0).any()) and not isinstance(rule, rules.JumpReLU)
+            if bool(state[name].isnan().any()) or (below and not is_unset):
+                raise ValueError(f"{file}: threshold must not be negative or NaN")
     if unknown := sorted(state.keys() - own.keys()):
         raise ValueError(f"{file} holds what {type(rule).__name__} does not have: {unknown}")
     rule.load_state_dict(state)
