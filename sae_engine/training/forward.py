@@ -478,9 +478,9 @@ class Forward:
 
 
 class PreActivations:
-    """The encoder's product. MKL writes it to memory that serves every step: fresh memory costs a fifth more.
+    """The encoder's product, on a CPU in memory that serves every step: fresh memory costs a tenth to a fifth more.
 
-    (oneDNN allocates its result itself; on a GPU, PyTorch's allocator keeps memory at hand.)
+    (oneDNN's small products stay in memory of its own; on a GPU, PyTorch's allocator keeps memory at hand.)
     """
 
     def __init__(self) -> None:
