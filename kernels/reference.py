@@ -51,8 +51,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_16bit(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The same of 16-bit operands, fp32 sums with an fp32 bias rounded once to ``dtype``, theirs or fp32."""
-    return linear(x.float(), weight.float(), bias).to(dtype)
+    """The same of 16-bit operands, fp32 sums with an fp32 bias rounded once to ``dtype``, theirs or fp32.
+
+    ``x`` may have further columns: those that ``stock.linear_16bit.with_scales`` wrote, which say nothing.
+    """
+    return linear(x[:, : weight.shape[0]].float(), weight.float(), bias).to(dtype)
 
 
 def encode_entries(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_kernels.dispatch import capturing, transforming
 from sae_kernels.ops import ops
+from sae_kernels.stock.linear_16bit import linear_operand
 
 from . import _checks as check
 from ._cat import cat
@@ -245,12 +246,12 @@ def _in_slabs(
     b_dec: Tensor | None, scale: Tensor | None, dtype: torch.dtype, learns: bool,
 ) -> tuple[list[SparseCodes], list[Tensor | None]]:  # fmt: skip
     """The codes of each rule, and the pre-activations at them before ``scale``, where they are to be differentiated."""
-    matrix = check.matrix(x if b_dec is None else x - b_dec)
+    operand = linear_operand(check.matrix(x), b_dec, dtype)
     sparse = [learns and getattr(rule, "entry_values", None) is not None for rule in rules]
     for of_rule, wanted in zip(running, sparse, strict=True):
         of_rule.wants_entries = wanted
-    for tokens, latents in rectangles(matrix.shape[0], W_enc.shape[1], shape):
-        pre = linear(matrix[tokens], W_enc[:, latents], None if b_enc is None else b_enc[latents])
+    for tokens, latents in rectangles(operand.shape[0], W_enc.shape[1], shape):
+        pre = product(operand[tokens], W_enc[:, latents], None if b_enc is None else b_enc[latents], dtype)
         if scale is not None:
             pre = (pre * scale[latents]).to(dtype)
         with torch.set_grad_enabled(learns):
@@ -317,18 +318,23 @@ def linear(
     """
     _check_linear(x, W_enc, b_enc)
     dtype = linear_dtype(x, W_enc)
-    result_dtype = dtype if result_dtype is None else result_dtype
-    with torch.autocast(x.device.type, enabled=False):
-        flat, weight = check.matrix(x).to(dtype), W_enc.to(dtype)
-        if dtype in (torch.float32, torch.float64):
-            bias = None if b_enc is None else b_enc.to(dtype)
-            if flat.is_cpu:  # by one of two libraries
-                out = ops.linear(flat, weight, bias)
+    out = product(check.matrix(x).to(dtype), W_enc, b_enc, dtype if result_dtype is None else result_dtype)
+    return out.view(*x.shape[:-1], W_enc.shape[1])
+
+
+def product(operand: Tensor, W_enc: Tensor, b_enc: Tensor | None, result_dtype: torch.dtype) -> Tensor:
+    """(B, F): :func:`linear` of a matrix in the dtype of the computation, or of a :func:`linear_operand`, unchecked."""
+    with torch.autocast(operand.device.type, enabled=False):
+        weight = W_enc.to(operand.dtype)
+        if operand.dtype in (torch.float32, torch.float64):
+            bias = None if b_enc is None else b_enc.to(operand.dtype)
+            if operand.is_cpu:  # by one of two libraries
+                out = ops.linear(operand, weight, bias)
             else:
-                out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+                out = operand @ weight if bias is None else torch.addmm(bias, operand, weight)
         else:
-            out = ops.linear_16bit(flat, weight, b_enc, result_dtype, "auto")
-    return out.to(result_dtype).view(*x.shape[:-1], W_enc.shape[1])
+            out = ops.linear_16bit(operand, weight, b_enc, result_dtype, "auto")
+    return out.to(result_dtype)
 
 
 def _check_linear(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:

@@ -8,8 +8,10 @@ import sae_engine as se
 from sae_engine import _encoder
 from sae_engine import functional as f
 from sae_engine.testing import assert_same
+from sae_engine.training import TrainStep
 from sae_kernels.ops import ops
 from sae_kernels.stock import limits
+from sae_kernels.stock import linear_16bit as stock_16bit
 
 B, D, F = 7, 9, 40
 PATHS = ["torch", "triton", "dense"]
@@ -281,10 +283,54 @@ def test_pieces_sum_up_to_the_bias_they_were_cut_from(dtype):
     from sae_kernels.device import linear_16bit  # which imports Triton
 
     bias = torch.randn(600) * torch.logspace(-6, 4, 600)
-    scales = linear_16bit.with_scales(torch.zeros(1, 5, dtype=dtype))[0, 5:]
+    scales = stock_16bit.with_scales(torch.zeros(1, 5, dtype=dtype))[0, 5:]
     pieces = linear_16bit.operand_of(torch.zeros(5, 600, dtype=dtype), bias, 5 + scales.numel())[5:]
     back = scales.double() @ pieces.double()
     assert ((back - bias).abs() <= (0.0 if dtype == torch.bfloat16 else 2.0**-33)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.sanitizer), "torch", "reference"])
+def test_an_input_that_holds_the_scales_gives_the_same_product(dtype, backend):
+    """Made once from an input and a center for the products with many weights; also where none of them needs it."""
+    for rows, width, biased in ((40, 70, True), (9, 61, True), (9, 12, False), (4, 70, True)):
+        x, center = torch.randn(rows, width), torch.randn(width)
+        weight, bias = torch.randn(width, 20).to(dtype), torch.randn(20) if biased else None
+        operand, rounded = stock_16bit.with_scales(x, center, dtype), (x - center).to(dtype)
+        assert operand.shape[1] % 64 == 0
+        assert_same(operand[:, :width], rounded)
+        assert_same(*(ops.linear_16bit(given, weight, bias, dtype, backend) for given in (operand, rounded)))
+    operand.requires_grad_()
+    ops.linear_16bit(operand, weight, bias, dtype, backend).sum().backward()
+    assert_same(operand.grad[:, :width], weight.float().sum(1).to(dtype).expand(rows, width))
+    assert not operand.grad[:, width:].any()
+
+
+def test_slabs_multiply_an_input_that_was_extended_once(monkeypatch):
+    """As on a GPU, where columns for the bias follow an input of 16 bits: the same codes and gradients."""
+    found = []
+    for extended in (False, True):
+        torch.manual_seed(3)
+        t = make(torch.bfloat16, (600,))
+        monkeypatch.setattr(stock_16bit, "is_extended", lambda x, dtype, extended=extended: extended)
+        codes = f.encode(t["x"], t["W_enc"], t["b_enc"], b_dec=t["b_dec"], select=se.TopK(4), memory_budget=10_000)
+        codes.values.float().square().sum().backward()
+        found.append((codes.values.detach(), codes.indices, t["W_enc"].grad, t["b_dec"].grad))
+    assert_same(*found)
+
+
+def test_a_step_multiplies_an_input_that_was_extended_once(monkeypatch):
+    found = []
+    for extended in (False, True):
+        torch.manual_seed(3)
+        sae = se.SparseAutoencoder(16, 4096, se.TopK(4), dtype=torch.float32)
+        step = TrainStep(sae, lr=1e-2, losses=se.losses.AuxK(8), dead_after=600, compute_dtype="bfloat16",
+                         memory_budget=600 * 2048 * 2)  # fmt: skip
+        monkeypatch.setattr(stock_16bit, "is_extended", lambda x, dtype, extended=extended: extended)
+        for _ in range(3):
+            step(torch.randn(600, 16))
+        found.append(tuple(p.detach() for p in sae.parameters()))
+    assert_same(*found)
 
 
 def test_a_million_latents_fit_the_grid():

@@ -6,6 +6,7 @@ import torch
 
 import sae_engine as se
 from sae_engine.initial import geometric_median
+from sae_engine.losses.pre_activation import PreActivation
 from sae_engine.losses.warmed import Warmed
 
 
@@ -69,24 +70,26 @@ def test_what_has_no_median_is_refused(x):
     lambda: (se.ReLU(), se.losses.L1(2.0)),
     lambda: (se.Gated(32), se.losses.GateLoss(0.5)),
     lambda: (se.JumpReLU(32, threshold=0.1, bandwidth=0.5), se.losses.StepL0(0.3)),
-], ids=["L1", "gate", "step"])  # fmt: skip
+    lambda: (se.JumpReLU(32, threshold=0.9, bandwidth=0.5), PreActivation(0.3), se.losses.StepL0(0.0)),
+    lambda: (se.TopK(3), se.losses.MultiTopK()),
+], ids=["L1", "gate", "step", "pre-activation", "multi"])  # fmt: skip
 def test_a_warmed_loss_is_the_loss_times_its_factor(make):
     """In a training step and under autograd: as the same loss with a smaller coefficient, or by gradients scaled."""
     gradients = {}
     for way in ("step", "autograd"):
         torch.manual_seed(0)
-        rule, loss = make()
+        rule, loss, *others = make()
         sae = se.SparseAutoencoder(8, 32, rule, dtype=torch.float64)
         x = torch.randn(16, 8, dtype=torch.float64)
         warmed = Warmed(loss)
         warmed.set(0.25)
         if way == "autograd":
-            se.losses.evaluate(sae, x, [warmed])["loss"].backward()
+            se.losses.evaluate(sae, x, [warmed, *others])["loss"].backward()
             gradients[way] = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
             continue
         before = {n: p.detach().clone() for n, p in sae.named_parameters()}
         # After one step of Adam from zero moments, the first moment is (1 - beta1) times the gradient.
-        step = se.training.TrainStep(sae, lr=1e-3, losses=warmed, normalize_decoder=False)
+        step = se.training.TrainStep(sae, lr=1e-3, losses=[warmed, *others], normalize_decoder=False)
         step(x)
         gradients[way] = {
             n: step.optimizer.state[p]["exp_avg"] / 0.1 for n, p in sae.named_parameters() if p in step.optimizer.state

@@ -197,9 +197,11 @@ def test_a_strided_encoder_some_latents_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("split", [4, 16])
-def test_latents_with_many_entries(split, backend, monkeypatch):
+@pytest.mark.parametrize("room", [1 << 26, 100], ids=lambda room: f"{room} sums")
+def test_latents_with_many_entries(split, room, backend, monkeypatch):
     """Zipf-like firing: latents own many times what one program sums, others nothing, and none starts at a border."""
     monkeypatch.setattr(_tuning, "SPLIT_PASS", split)
+    monkeypatch.setattr(_tuning, "PARTIAL_SUMS", room)
     s = make((3 * split + 5, 9, 6, 5), MODES["two"], DTYPES["fp32"])
     s.terms = []
     for offset in (3, 0):
@@ -215,6 +217,13 @@ def test_latents_with_many_entries(split, backend, monkeypatch):
     results = gradients(cast(s, torch.float64), "reference"), gradients(s, "reference"), gradients(s, backend)
     for truth, honest, ours in zip(*results, strict=True):
         assert_within_budget(ours, truth.double(), honest)
+
+
+def test_sums_of_splits_take_bounded_memory():
+    for entries, width in ((0, 8192), (1 << 17, 1536), (1 << 20, 8192), (3 << 23, 1000), (1 << 30, 1 << 27)):
+        split = _tuning.pass_split(entries, width)
+        assert entries // split * width <= max(_tuning.PARTIAL_SUMS, width)
+    assert _tuning.pass_split(1 << 17, 1536) == _tuning.SPLIT_PASS
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -107,7 +107,7 @@ def test_what_a_step_keeps_is_what_the_formula_says(options):
             steps[0](x, target)
 
     kept = allocated_by(run).kept
-    buffer = steps[0]._pre_activations._memory
+    buffer = steps[0]._pre_activations._memory._memory
     apart = (8 + 4) * 256 + (0 if buffer is None else buffer.numel() * buffer.element_size())  # dead counters, firing
     assert said.moments + said.copies <= kept - apart <= said.moments + said.copies + 200  # and scalars
     assert said.kept == said.parameters + said.moments + said.copies

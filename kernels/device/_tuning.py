@@ -18,11 +18,6 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def operand_width(least: int) -> int:
-    """At least ``least`` numbers of 16 bits, in rows of whole 128 bytes, which cuBLAS multiplies at its full rate."""
-    return -(-least // 64) * 64
-
-
 def key_shift(dtype: torch.dtype) -> int:
     """Low bits of an fp32 key that carry no order for values of ``dtype``: fewer rounds, fewer digits."""
     return {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
@@ -426,7 +421,13 @@ PASS_REGISTERS = 128  # of a thread, so that 16 warps share an SM; without a lim
 ROUNDED_PASS_REGISTERS = 168  # of few warps that round moments too: 12 share an SM. Of 8 it would hold one program, and
 # a step (F 344,064, d 2,688: benchmarks/wide.py) takes an H200 30.1 ms with 128 registers and 38.7 with 168.
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
-SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own
+SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own; at least
+PARTIAL_SUMS = 1 << 26  # fp32 numbers that all such sums may take
+
+
+def pass_split(entries: int, width: int) -> int:
+    """The number of entries whose sums have ``width`` numbers: of 2^20 entries and 8,192 numbers it is 128."""
+    return SPLIT_PASS * next_power_of_2(-(-entries * width // (SPLIT_PASS * max(PARTIAL_SUMS, width))))
 
 
 @searched(lambda warps, block: _around(warps, 1, 16))
@@ -480,9 +481,8 @@ def stored_latents(width: int) -> int:
 
 
 ENTRIES_IN_FLIGHT = 4  # independent row loads in the decoder's inner loop; more cost registers and hide no more latency
-# Entries of a row that the decoder has summed by a program of their own: a row of thousands takes a few times as long
-# as one of 32, not a hundred times, and rows of common lengths are never cut.
-SPLIT_ROW = 256
+SPLIT_ROW = 256  # entries of a row that the decoder has summed by a program of their own: a row of thousands takes a
+# few times as long as one of 32, not a hundred times, and rows of common lengths are never cut.
 SPLIT_LATENT = 128  # entries of one latent that its gradient has summed by a program of their own
 VALUES_BLOCK = 8  # entries that share one load of their row's gradient, which with 4 is a fifth of what is loaded
 

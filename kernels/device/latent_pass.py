@@ -43,14 +43,14 @@ def _side_by_side(matrices) -> tuple:
 
 
 @planned
-def _tile(d_out: int, d_in: int, stride_xb: int) -> tuple[dict, tuple[bool, bool]]:
+def _tile(d_out: int, d_in: int, stride_xb: int, split: int) -> tuple[dict, tuple[bool, bool]]:
     """What all launches over rows of these widths share, and which of a row's two tiles lie several times in a program.
     """
     blocks = [max(triton.next_power_of_2(width), 16) for width in (d_out, d_in)]
     warps = _tuning.pass_warps(max(blocks))
     shared = dict(
-        D_OUT=d_out, D_IN=d_in, stride_xb=stride_xb, SPLIT=_tuning.SPLIT_PASS, BLOCK_OUT=blocks[0], BLOCK_IN=blocks[1],
-        warps=warps, most_registers=_tuning.PASS_REGISTERS,
+        D_OUT=d_out, D_IN=d_in, stride_xb=stride_xb, SPLIT=split, BLOCK_OUT=blocks[0], BLOCK_IN=blocks[1], warps=warps,
+        most_registers=_tuning.PASS_REGISTERS,
     )  # fmt: skip
     return shared, (_tuning.is_replicated(blocks[0], warps), _tuning.is_replicated(blocks[1], warps))
 
@@ -114,7 +114,8 @@ class _Sums:
     def __init__(self, x, weight, along, terms: list[Term], base):
         self.x, self.weight, self.along = x, _matrix(weight), along
         self.base = None if base is None else (*_matrix(base[0]), *_matrix(base[1]), base[2])
-        self.widths = weight.shape[1], x.shape[1], x.stride(0)
+        split = _tuning.pass_split(sum(term.values.numel() for term in terms), weight.shape[1] + x.shape[1])
+        self.widths = weight.shape[1], x.shape[1], x.stride(0), split
         self.modes = tuple(term.mode for term in terms)
         self.offered = tuple(term.offered.numel() > 0 for term in terms)
         self.terms = tuple((*self._arguments(term), *self._partial(term, weight.shape[0])) for term in terms)
@@ -127,7 +128,7 @@ class _Sums:
 
     def _partial(self, term: Term, num_latents: int):
         """Sums of splits of SPLIT entries that belong to one latent, so that no program walks far through one."""
-        splits = term.values.numel() // _tuning.SPLIT_PASS
+        splits = term.values.numel() // self.widths[3]
         room = max(splits, 1)  # without any there would be another kernel to compile
         shapes = (room, self.widths[0]), (room, self.widths[1]), (room,)
         partial = tuple(torch.empty(shape, dtype=torch.float32, device=self.x.device) for shape in shapes)
@@ -267,6 +268,7 @@ def launch_adam(parameters, exp_avgs, exp_avg_sqs, copies, x, along, *rest):
             )  # fmt: skip
             if center is not None:
                 centers[number].append(center if chunk == num_latents else center.sum(0, keepdim=True))
+            center = None  # before the next one is made
             if square is not None:
                 squares.append(square)
         if stored[0] is not None:

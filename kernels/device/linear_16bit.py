@@ -1,6 +1,7 @@
 """The encoder's product of 16-bit operands by cuBLAS, with an fp32 bias and a single rounding.
 
-Math      x @ weight + bias = [x, scales] @ [weight; pieces], where pieces * scales = bias, exactly
+Math      x @ weight + bias = [x, scales] @ [weight; pieces], where pieces * scales = bias, exactly; whoever multiplies
+          one x by many weights makes the first operand once (``stock.linear_16bit.with_scales``)
 Grid      (tiles of the operand, rows and columns); one program copies one tile of the weights, or writes pieces
 Traffic   4 bytes a weight, and what the GEMM moves. cuBLAS rounds a bias to 16 bits; fp32 sums, which another operator
           biases and rounds, would move 8 bytes a result: that is the way of fewer rows than half their width
@@ -12,19 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from ..stock import limits
 from ..stock import linear_16bit as stock
-from . import _tuning
 from ._launch import Launch, Layout, layout, planned
 
-# Three pieces hold the 24 bits of an fp32 number: its first, and what is left, in two. In fp16, which lacks fp32's
-# range, the scales stretch it: biases up to 2^19 are exact to 2^-33.
-SCALES = {torch.bfloat16: (1.0, 1.0), torch.float16: (2.0**8, 2.0**-8)}
-PIECES = tl.constexpr(3)
+PIECES = tl.constexpr(stock.PIECES)
 TILE = (16, 256)  # 32 numbers a thread, in loads of 16 bytes
 
 _setting = threading.Lock()
@@ -62,7 +58,7 @@ def _operand_kernel(
 def _plan(weight: Layout, width: int) -> Launch:
     (d, latents), by_columns = weight.shape, weight.strides[0] == 1
     rows, columns = (latents, width) if by_columns else (width, latents)
-    first, others = SCALES[weight.dtype]
+    first, others = stock.SCALES[weight.dtype]
     grid = triton.cdiv(rows, TILE[0]), triton.cdiv(columns, TILE[1])  # the second axis ends at 65,535
     return Launch(
         _operand_kernel, grid, warps=4, D=d, F=latents, WIDTH=width, stride_wd=weight.strides[0],
@@ -81,15 +77,6 @@ def operand_of(weight, bias, width):
     return out.T if by_columns else out
 
 
-def with_scales(x):
-    """(B, width): x (B, D), and in the further columns the scales of the pieces, and of the zeros below them."""
-    further = _tuning.operand_width(x.shape[1] + PIECES.value) - x.shape[1]
-    first, others = SCALES[x.dtype]
-    if first == others:
-        return F.pad(x, (0, further), value=first)
-    return F.pad(F.pad(x, (0, 1), value=first), (0, further - 1), value=others)
-
-
 @contextmanager
 def _sums_in_fp32(dtype: torch.dtype) -> Iterator[None]:
     """Forbids cuBLAS to add the partial sums of a long product in 16 bits, which torch lets it do by default."""
@@ -106,15 +93,17 @@ def _sums_in_fp32(dtype: torch.dtype) -> Iterator[None]:
 
 def launch(x, weight, bias, dtype):
     """(B, F) in ``dtype``; see ``reference.linear_16bit``."""
-    rows, d = x.shape
-    if dtype != x.dtype or 0 in (rows, d, weight.shape[1]) or (bias is not None and 2 * rows <= d):
+    rows, d = x.shape[0], weight.shape[0]
+    by_stock = dtype != x.dtype or 0 in (rows, d, weight.shape[1])
+    if by_stock or (bias is not None and not stock.adds_bias_in_product(rows, d)):
         return stock.linear_16bit(x, weight, bias, dtype)
     out = torch.empty(rows, weight.shape[1], dtype=dtype, device=x.device)
     if bias is None:
         with _sums_in_fp32(dtype):
-            return torch.mm(x, weight, out=out)
+            return torch.mm(x[:, :d], weight, out=out)
     bias = bias.float().contiguous()
-    x = with_scales(x)
+    if x.shape[1] == d:
+        x = stock.with_scales(x)
     step = max(limits.WIDE_ELEMENTS["cuda"] // x.shape[1] // 128, 1) * 128  # results start aligned, too
     for start in range(0, weight.shape[1], step):
         latents = slice(start, start + step)

@@ -43,6 +43,24 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     return plain and is_dense and not is_vector and _mkl_is_slow() and bool(torch.backends.mkldnn.enabled)
 
 
+class Reused:
+    """Memory of one result after the other: fresh memory costs a product a tenth to a fifth more."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def like(self, x: Tensor) -> Callable[[int], Tensor]:
+        """Gives so many numbers of x's dtype, those of the call before if there are as many."""
+
+        def memory(size: int) -> Tensor:
+            if self._memory is None or self._memory.dtype != x.dtype or self._memory.numel() < size:
+                self._memory = None  # before its successor is made
+                self._memory = x.new_empty(size)
+            return self._memory[:size]
+
+        return memory
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, memory: Callable[[int], Tensor] | None = None
 ) -> Tensor:

@@ -16,7 +16,7 @@ from .. import functional
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..rules import Activation, AuxTopK, AuxZipfTopK, RunningDensity
-from .base import Loss, LossInput, Pull, error_and_gradient
+from .base import Loss, LossInput, Pull, error_and_pull
 from .formulas import afa
 
 if TYPE_CHECKING:
@@ -237,8 +237,7 @@ class MultiTopK(Loss):
         return self.coefficient * (batch.output - batch.target).square().sum() / batch.tokens
 
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
-        loss, grad = error_and_gradient(forward, number, self.coefficient)
-        return loss, Pull(number, output=grad)
+        return error_and_pull(forward, number, self.coefficient)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Pull(NamedTuple):
     parameters: dict[Tensor, Tensor] | None = None  # at parameters of the rule
     entries: Tensor | None = None  # (N,), at the pre-activations of the codes' entries, past the rule
     everywhere: Tensor | None = None  # (d_sae,), at the pre-activations of every token; of several sources a row each
+    scale: float = 1.0  # is still to multiply ``output``, which may then be a residual of the batch itself
 
 
 class LossInput:
@@ -262,10 +263,11 @@ class _Leaves(LossInput):
 RESERVED = frozenset({"loss", "fvu", "l0", "dead", "grad_norm", "overflow"})
 
 
-def error_and_gradient(forward: Forward, number: int, weight: float) -> tuple[Tensor, Tensor]:
-    """``weight`` times the squared error summed over d, mean over tokens; and its gradient (B, d_out)."""
+def error_and_pull(forward: Forward, number: int, weight: float) -> tuple[Tensor, Pull]:
+    """``weight`` times the squared error summed over d, mean over tokens; and its gradient."""
     residual, squares = forward.residual(number)
-    return weight * forward.sum_all(squares) / forward.tokens, residual * (2 * weight / forward.tokens)
+    pull = Pull(number, output=residual, scale=2 * weight / forward.tokens)
+    return weight * forward.sum_all(squares) / forward.tokens, pull
 
 
 class Reconstruction(Loss):
@@ -283,8 +285,7 @@ class Reconstruction(Loss):
         return (batch.output - batch.target).square().sum() / batch.tokens
 
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
-        loss, grad = error_and_gradient(forward, number, 1.0)
-        return loss, Pull(number, output=grad)
+        return error_and_pull(forward, number, 1.0)
 
 
 @dataclass(frozen=True)
@@ -331,7 +332,7 @@ class NestedReconstruction(Loss):
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         residuals = forward.nested_residuals(number, self.widths)
         weight = 1 / (forward.tokens * self._divisor)
-        return weight * forward.sum_all(residuals.square()), Pull(number, output=residuals * (2 * weight))
+        return weight * forward.sum_all(residuals.square()), Pull(number, output=residuals, scale=2 * weight)
 
     @property
     def _divisor(self) -> int:

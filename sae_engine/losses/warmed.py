@@ -1,7 +1,7 @@
 """A loss whose weight grows during training."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -62,9 +62,8 @@ class Warmed(Loss):
 
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         value, pull = self.loss.pull(forward, number)
-        scaled = {
-            name: None if (gradient := getattr(pull, name)) is None else gradient * self.factor
-            for name in ("output", "decoded", "values", "norms")
+        scaled: dict[str, Any] = {
+            name: gradient * self.factor for name, gradient in pull._asdict().items() if isinstance(gradient, Tensor)
         }
         parameters = pull.parameters and {p: gradient * self.factor for p, gradient in pull.parameters.items()}
-        return value * self.factor, Pull(pull.number, parameters=parameters, **scaled)
+        return value * self.factor, pull._replace(parameters=parameters, **scaled)

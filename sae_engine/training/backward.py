@@ -219,8 +219,8 @@ def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]
     all wider ones.
     """
     sae, info = forward.sae, forward.info
-    flat = [pull.output for pull in pulls if pull.output is not None and pull.output.dim() == 2]
-    nested = [pull.output for pull in pulls if pull.output is not None and pull.output.dim() == 3]
+    outputs = _scaled_outputs(pulls)
+    flat, nested = ([output for output in outputs if output.dim() == dims] for dims in (2, 3))
     decoded = _total(pull.decoded for pull in pulls)
     whole = _total([*flat, *(output.sum(1) for output in nested)])
     if whole is None:
@@ -238,6 +238,13 @@ def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]
     assert runs is not None
     runs = runs if info.std is None else runs * info.std[:, None]
     return runs if decoded is None else runs + decoded[:, None]
+
+
+def _scaled_outputs(pulls: list[Pull]) -> list[Tensor]:
+    """The pulls' gradients at the output; where there is one, in the residual's memory, which nobody reads any more."""
+    pairs = [(pull.output, pull.scale) for pull in pulls if pull.output is not None]
+    multiply = Tensor.mul_ if len(pairs) == 1 else Tensor.mul
+    return [output if scale == 1 else multiply(output, scale) for output, scale in pairs]
 
 
 def _by_latent(entries: Tensor, part: Part, forward: Forward) -> Tensor:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from sae_kernels.dispatch import capturing
 from sae_kernels.ops import ops
-from sae_kernels.stock.linear import linear
+from sae_kernels.stock.linear import Reused, linear
+from sae_kernels.stock.linear_16bit import linear_operand
 
 from .. import _checks as check
 from .. import functional
+from .._encoder import product
 from .._running import Running, WholeRows, as_tensor
 from .._slabs import rectangles, running_of, widest
 from .._sources import below_one_another, parts_of, running_over
@@ -148,19 +150,24 @@ class OfSource:
     source: Any  # a SparseAutoencoder, or a Source of a Crosscoder
     weights: Weights
     norms: Tensor | None  # (F,) of the decoder's rows, where rules see pre-activations times norms
-    encoded: Tensor  # (B, d_in) what the encoder multiplies, in the dtype of the computation
+    operand: Tensor  # (B, d_in or more) what the encoder multiplies, and columns that say nothing
     buffer: PreActivations
     backend: str
     is_only: bool  # whether nobody else writes to the buffer
     pieces: int = 1  # of latents, by which products are made and sums over latents added
 
     @property
+    def encoded(self) -> Tensor:
+        """(B, d_in) in the dtype of the computation."""
+        return self.operand[:, : self.weights.encoder.shape[1]]
+
+    @property
     def tokens(self) -> int:
-        return self.encoded.shape[0]
+        return self.operand.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.encoded.dtype
+        return self.operand.dtype
 
     @property
     def wide(self) -> torch.dtype:
@@ -233,7 +240,7 @@ class OfSource:
             pieces = [slice(start, min(start + width, latents.stop)) for start in starts]
             return torch.cat([self._pre_activations(tokens, piece).clone() for piece in pieces], 1)
         bias, weight = self.source._encoder_bias, self.weights.encoder[latents].to(self.dtype).T
-        pre = self.buffer.product(self.encoded[tokens], weight, None if bias is None else bias[latents])
+        pre = self.buffer.product(self.operand[tokens], weight, None if bias is None else bias[latents])
         return pre if self.norms is None else pre.mul_(self.norms[latents])
 
     @functools.cached_property
@@ -291,15 +298,18 @@ class Forward:
         dtype: torch.dtype, counters: DeadLatents, buffer: PreActivations, backend: str, shards: Shards | None = None,
     ) -> Forward:  # fmt: skip
         """Of a batch ``x`` (B, d_in); ``dtype`` is that of products, codes, and what is gathered for sums."""
-        seen = (x - sae.b_dec if sae.apply_b_dec_to_input else x).to(dtype)
+        seen, center, sources = x, sae.b_dec if sae.apply_b_dec_to_input else None, sae.sources
+        if shards is not None or len(sources) > 1:
+            seen, center = (seen if center is None else seen - center).to(dtype), None
         seen = seen if shards is None else shards.gather_rows(seen, "x")
-        sources = sae.sources
+        inputs = [seen[:, source.reads] for source in sources]
+        operands = inputs if len(sources) > 1 else [linear_operand(inputs[0], center, dtype)]
         return cls(
             sae,
             [OfSource(
                 source, of_source, sae._norms_of(source) if sae.rescale_acts_by_decoder_norm else None,
-                seen[:, source.reads], buffer, backend, len(sources) == 1, 1 if shards is None else shards.pieces,
-            ) for source, of_source in zip(sources, weights, strict=True)],
+                operand, buffer, backend, len(sources) == 1, 1 if shards is None else shards.pieces,
+            ) for source, of_source, operand in zip(sources, weights, operands, strict=True)],
             x, given, info, counters, backend, shards,
         )  # fmt: skip
 
@@ -348,7 +358,7 @@ class Forward:
         if self.shards is not None:
             return self.shards.spread(rows, "spread").to(self.wide)
         mean = rows.mean(0, dtype=self.wide)
-        return (rows.to(self.wide) - mean).square_().sum()
+        return torch.sub(rows, mean, out=torch.empty_like(rows, dtype=self.wide)).square_().sum()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -478,23 +488,13 @@ class Forward:
 
 
 class PreActivations:
-    """The encoder's product, on a CPU in memory that serves every step: fresh memory costs a tenth to a fifth more.
-
-    (oneDNN's small products stay in memory of its own; on a GPU, PyTorch's allocator keeps memory at hand.)
-    """
+    """The encoder's product: on a CPU in memory that serves every step; a GPU's allocator keeps memory at hand."""
 
     def __init__(self) -> None:
-        self._memory: Tensor | None = None
+        self._memory = Reused()  # oneDNN's small products stay in memory of its own
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x @ weight + bias`` (rows, F), overwritten by the next call."""
-        if not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
-            return functional.linear(x, weight, bias)
-
-        def memory(size: int) -> Tensor:
-            if self._memory is None or self._memory.dtype != x.dtype or self._memory.numel() < size:
-                self._memory = None  # before its successor is made
-                self._memory = x.new_empty(size)
-            return self._memory[:size]
-
-        return linear(x, weight, None if bias is None else bias.to(x.dtype), memory=memory)
+        """``x @ weight + bias`` (rows, F), overwritten by the next call; ``x`` as ``linear_operand`` makes it."""
+        if x.is_cpu and x.dtype in (torch.float32, torch.float64):
+            return linear(x, weight, None if bias is None else bias.to(x.dtype), memory=self._memory.like(x))
+        return product(x, weight, bias, x.dtype)

@@ -9,12 +9,11 @@ import torch
 
 from sae_kernels.stock import limits
 from sae_kernels.stock.linear import by_onednn, latents_at_once
+from sae_kernels.stock.linear_16bit import adds_bias_in_product, operand_width
 
 from .. import _checks as check
 from .._slabs import slab_shape
 from .optimizer import rows_of_a_chunk
-
-OPERAND_MARGIN = 67  # columns beyond d_in of a 16-bit product's operands, at most
 
 
 @functools.cache
@@ -44,14 +43,16 @@ def peak_bytes(
     copies                        F (d_in + d_out) in the compute dtype, where that is not the parameters'
     dead counters                 F int64
     encoding                      the centred batch, N entries twice, and tiles of bounded size for top-k
-    backward pass                 B (d_in + outputs * d_out) in fp32, 12 words an entry, 8 words a latent; on a GPU
-                                  F d_in / 8 more in fp32, at most 2^26 elements
+    backward pass                 B (d_in + outputs * d_out) in fp32, 12 words an entry, 8 words a latent; or on a GPU
+                                  as much in the compute dtype and, in fp32, F d_in / 8 and N (d_in + d_out) / 64,
+                                  at most 2^26 elements each
     a chunk of latents            on a CPU: its gradients and an eighth, twice with two outputs; ``row_major`` 3.5 and 4
     stored gradients' temporary   2 / 16 of the decoder's gradient; on a GPU 2 of at most 2^26 elements
     moments in bfloat16           a chunk's of one weight in fp32, and random bits: on a GPU where gradients are stored
     ============================  ==========================================================================
 
-    Encoding and backward pass do not overlap: the larger counts. On a CPU, which multiplies no mixed dtypes, 16-bit
+    Encoding and backward pass do not overlap: the larger counts; pre-activations belong to the encoding on a GPU, whose
+    allocator keeps memory at hand, and to both on a CPU. On a CPU, which multiplies no mixed dtypes, 16-bit
     products and sums also take an fp32 copy of one weight at a time. Rows whose k-th entry ties with others are looked
     at whole, a tile at a time; that is not counted, nor are cuBLAS' workspaces, which a process has once (32 MiB on an
     H100) and torch's allocator lists.
@@ -96,7 +97,10 @@ def peak_bytes(
         resident += (d_sae * total if check.flag("copies", copies) else columns * reads) * compute.itemsize
 
     times = 2 if number == 1 else 3  # of several sources, the codes of each beside those of all
-    encoding = 2 * tokens * d_in * wide + times * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
+    in_product = narrow and device_type != "cpu" and adds_bias_in_product(tokens, reads)
+    one_launch = in_product and number == 1  # centres the batch, rounds it, and makes it an operand
+    encoding = tokens * operand_width(d_in) * compute.itemsize if one_launch else 2 * tokens * d_in * wide
+    encoding += times * entries * (compute.itemsize + 4) + 48 * rows * (k + k_aux + 32)
     tile = min(rows * columns, limits.CHUNK_ELEMENTS)  # of top-k by groups: maxima, and what it looks among
     maxima = 1 / next(iter(limits.column_groups(d_sae, k)), 1)
     encoding += int(tile * min(maxima + 16 * (k + 9) / d_sae, 1) * compute.itemsize)
@@ -108,28 +112,35 @@ def peak_bytes(
     if narrow and device_type == "cpu":  # fp32 copies of some weights, and fp32 sums on their way to 16 bit
         most = limits.WIDE_ELEMENTS["cpu"]
         encoding += 4 * (min(rows * columns, most) + min(columns * reads, most))
-    elif narrow:  # fp32 sums of few rows; or operands that hold the bias, the input's made in two steps, and the bias
-        most, width = limits.WIDE_ELEMENTS["cuda"], reads + OPERAND_MARGIN
-        encoding += max(4 * min(rows * columns, most), 2 * min(columns * width, most) + 4 * rows * width + 4 * d_sae)
+    elif in_product and adds_bias_in_product(rows, reads):  # operands that hold the bias, and the bias
+        most, width = limits.WIDE_ELEMENTS["cuda"], operand_width(reads)
+        encoding += 2 * min(columns * width, most) + 4 * d_sae + (0 if one_launch else 2 * rows * width)
+    elif narrow:  # fp32 sums of few rows
+        encoding += 4 * min(rows * columns, limits.WIDE_ELEMENTS["cuda"])
 
-    backward = tokens * (d_in + outputs * d_out) * wide + 12 * wide * entries + 8 * wide * d_sae * number
+    of_tokens = tokens * (d_in + outputs * d_out)
+    backward = of_tokens * wide + 12 * wide * entries + 8 * wide * d_sae * number
     width = widest
     if device_type == "cpu":
         chunk = min(d_sae, limits.latents_in_cache(width)) * width * wide
         backward += int(chunk * (max(3.5, outputs + 2) if row_major else max(1.125, outputs))) if not stored else 0
         if narrow:
             backward += d_sae * max(reads, writes) * wide
-    else:  # partial sums of the gradient at the encoder's input, a row of every eight latents
-        backward += 4 * min(-(-d_sae // 8) * reads, max(limits.WIDE_ELEMENTS["cuda"], reads))
+    else:  # partial sums: of the gradient at the encoder's input, a row of every eight latents; of frequent latents
+        most = limits.WIDE_ELEMENTS["cuda"]
+        partial = 4 * min(-(-d_sae // 8) * reads, max(most, reads)) + 4 * min(entries // 64 * (widest + 1), most)
+        backward += max(partial - of_tokens * (wide - compute.itemsize), 0)
     if stored:
         chunk = min(rows_of_a_chunk(d_sae, writes, device_type), d_sae) * writes
         backward += 2 * chunk * wide + (outputs - 1) * d_sae * width * wide
         backward += d_sae * reads * wide if row_major else 0
     if moments is not None and check.dtype_in("moments", moments) != dtype:
         backward += _rounding_bytes(reads, writes, d_sae, stored, device_type)
+    if device_type != "cpu":
+        return resident + max(pre + encoding, backward)
     weight = torch.empty(2, 1, dtype=compute, device="cpu").T
     in_slabs = row_major and columns < d_sae  # which oneDNN is not asked for
-    if device_type == "cpu" and not in_slabs and by_onednn(weight.T, weight):
+    if not in_slabs and by_onednn(weight.T, weight):
         at_once = columns if row_major else latents_at_once(rows, columns, weight)
         if at_once == columns:  # oneDNN allocates its result: no buffer stays
             return resident + max(pre + encoding, backward)

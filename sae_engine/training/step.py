@@ -18,7 +18,7 @@ from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..crosscoder import Crosscoder
 from ..distributed.shards import Shards, check_rules
-from ..losses import Loss, losses_for
+from ..losses import Loss, Pull, losses_for
 from ..losses.base import checked_target
 from ..rules import PerSource
 from ._over_shards import (
@@ -280,22 +280,19 @@ class TrainStep:
             overflow = None  # there is room for all that a rank may have to keep
         with densified.choosing(self._density(main)):
             spread = forward.spread(target)
-            losses: dict[str, Tensor] = {}
-            pulls = []
-            for loss, number in zip(self.losses, numbers, strict=True):
-                if number is None:
-                    losses[loss.name] = forward.sum_all(x.new_zeros(len(x), dtype=forward.wide))
-                else:
-                    losses[loss.name], pull = loss.pull(forward, number)
-                    pulls.append(pull)
+            found: list[tuple[Tensor, Pull | None]] = [
+                (forward.sum_all(x.new_zeros(len(x), dtype=forward.wide)), None) if number is None
+                else loss.pull(forward, number) for loss, number in zip(self.losses, numbers, strict=True)
+            ]  # fmt: skip
+            losses = {loss.name: value for loss, (value, _) in zip(self.losses, found, strict=True)}
             report = {"loss": torch.stack(list(losses.values())).sum(0), **losses}
             squares = forward.sum_all(forward.residual(0)[1])
             report["squared_error"] = squares / tokens
             report["fvu"] = squares / spread
             report["l0"] = (main.values != 0).sum() / tokens
             forward.forget_residuals()
-            pending = backward(forward, pulls)
-            del forward, pulls  # their memory serves the update
+            pending = backward(forward, [pull for _, pull in found if pull is not None])
+            del forward, found  # their memory serves the update
             self.calls += 1
             bad = self._finite.of(report["loss"], pending, has_capacity=main.required is not None)
             if self.shards is not None:
