@@ -1,6 +1,7 @@
 """Ranks that agree, meet, and end together: each with an error that names the one on whose account."""
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked_ranks import mesh_of, outcomes, raised, succeeded
+from torch.distributed.device_mesh import init_device_mesh
 
 from sae_engine.distributed.agreement import GRACE_SECONDS, Agreement, aligned, is_of_a_collective
 
@@ -56,6 +58,28 @@ def uneven(rank, size, folder):
     widths = raised(lambda: [*aligned([torch.ones(2, 4 + rank)], mesh)])
     kinds = raised(lambda: [*aligned([torch.ones(4)] if rank == 0 else [], mesh)])
     return [shapes, nothing, broken, widths, kinds]
+
+
+def shares_a_store(rank, size, folder):
+    """As under torchrun, where meshes come and go, on one rank sooner than on another."""
+    kept = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    port = torch.tensor([0 if kept is None else kept.port])
+    dist.broadcast(port, 0)
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(int(port)))
+    meshes = [init_device_mesh("cpu", (1,) * n + (size,), mesh_dim_names=("a", "b", "c")[-n - 1 :]) for n in range(3)]
+    first = Agreement.of(meshes[0])
+    second = Agreement.of(meshes[1])
+    del first
+    if rank == 0:  # here the first is gone when the third is made
+        meshes[0] = None
+        gc.collect()
+    third = Agreement.of(meshes[2])
+    if rank == 0:
+        third._tell("the third has parted")
+    dist.barrier()
+    told = [third._told(), second._told()]
+    dist.barrier()  # who keeps the store stays until all have read
+    return [told, second.meet("step", rank)]
 
 
 def dies_before_a_meeting(rank, size, folder):
@@ -156,7 +180,7 @@ def closes(rank, size, folder):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    sizes = dict.fromkeys(
+    sizes = {"shares_a_store": 2} | dict.fromkeys(
         ["talk", "uneven", "dies_before_a_meeting", "the_first_dies", "dies_in_a_collective", "is_stuck",
          "fails_by_itself", "the_first_fails_by_itself", "all_fail_alike", "closes"], 3,
     )  # fmt: skip
@@ -179,6 +203,11 @@ def test_ranks_meet_and_agree(ran):
         assert places.startswith("RuntimeError: the ranks are not at the same place: rank 0 at 'saved', meeting")
         assert "rank 1 at 'step'" in places
         assert still == [0, 1, 2]
+
+
+def test_each_agreement_has_a_store_of_its_own(ran):
+    """Also where another one has ended, on some ranks only."""
+    assert succeeded(ran["shares_a_store"]) == [[["the third has parted", "-"], [0, 1]]] * 2
 
 
 def test_uneven_ends_do_not_hang(ran):

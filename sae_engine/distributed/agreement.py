@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import time
+import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -167,8 +168,9 @@ class Agreement:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             kept: dist.Store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=seconds)
-            name = f"sae_engine/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{self.ranks}/{len(_AGREEMENTS)}"
-            store: dist.Store = dist.PrefixStore(name, kept)
+            # a name of its own: what an earlier mesh of these processes left there, or a live one keeps, is not ours
+            name = self._texts(uuid.uuid4().hex)[0]
+            store: dist.Store = dist.PrefixStore(f"sae_engine/{name}", kept)
         else:
             self._keeps = self.rank == 0
             host = "127.0.0.1" if len({*hosts}) == 1 else os.environ.get("MASTER_ADDR", hosts[0])
