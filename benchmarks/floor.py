@@ -24,6 +24,7 @@ import sae_engine as se
 from sae_engine._slabs import rectangles, running_of
 from sae_engine.training import TrainStep
 from sae_engine.training.forward import PreActivations
+from sae_kernels.stock.linear import whole_rows_from
 
 B, D, K = 2048, 768, 32
 STEP_LATENTS, WIDE_LATENTS = 16_384, 131_072
@@ -52,7 +53,8 @@ def slab_calls() -> Calls:
 
     def in_slabs() -> se.SparseCodes:
         (running,), shape = running_of(
-            [rule], [{}], B, WIDE_LATENTS, B * WIDE_LATENTS // SHARE, "auto", dense_gradient=False
+            [rule], [{}], B, WIDE_LATENTS, B * WIDE_LATENTS // SHARE, "auto", dense_gradient=False,
+            whole_rows_from=whole_rows_from(x, weight.T),
         )
         for part in rectangles(B, WIDE_LATENTS, shape):
             running.add(slab.product(x[part.tokens], weight[part.latents].T, bias[part.latents]), *part)

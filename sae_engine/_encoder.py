@@ -9,12 +9,13 @@ from torch import Tensor
 
 from sae_kernels.dispatch import capturing, transforming
 from sae_kernels.ops import ops
+from sae_kernels.stock.linear import rows_at_once, whole_rows_from
 from sae_kernels.stock.linear_16bit import linear_operand
 
 from . import _checks as check
 from ._cat import cat
 from ._running import PER_TOKEN, Running, as_tensor
-from ._slabs import NeedsWhole, default_budget_bytes, rectangles, running_of, widest
+from ._slabs import NeedsWhole, default_budget_bytes, is_by_row, rectangles, running_of, widest
 from .codes import SparseCodes, at_latents
 
 
@@ -155,7 +156,7 @@ def encode_with(
     result_dtype = dtype if pre is None else pre.dtype
     slabs = None
     if pre is None and not keep_pre:
-        slabs = _slabs_for(rules, contexts, x, W_enc.shape[1], dtype, memory_budget, backend)
+        slabs = _slabs_for(rules, contexts, x, W_enc, dtype, memory_budget, backend)
     if slabs is not None:
         codes, entries = _in_slabs(rules, *slabs, x, W_enc, b_enc, b_dec, scale, dtype, torch.is_grad_enabled())
     else:
@@ -206,18 +207,23 @@ SMALL = 1 << 26  # bytes of pre-activations for which nobody asks how much memor
 
 
 def _slabs_for(
-    rules: tuple, contexts: list[dict[str, Any]], x: Tensor, num_latents: int, dtype: torch.dtype,
+    rules: tuple, contexts: list[dict[str, Any]], x: Tensor, W_enc: Tensor, dtype: torch.dtype,
     memory_budget: int | None, backend: str,
 ) -> tuple[list[Running], tuple[int, int]] | None:  # fmt: skip
     """What the rules keep as slabs pass by, and their shape; None where the whole matrix may, or has to, be there."""
     budget = memory_budget
     if budget is None and (torch.compiler.is_compiling() or transforming() or capturing(x)):
         return None  # a compiled graph is run with other numbers of tokens, perhaps on machines with other memory
-    tokens = x.shape[:-1].numel()
-    if any(getattr(rule, "shards", None) is not None for rule in rules):
-        needed = tokens * widest(rules, num_latents) * dtype.itemsize
-    else:
-        needed = tokens * num_latents * dtype.itemsize
+    tokens, num_latents = x.shape[:-1].numel(), W_enc.shape[1]
+    sharded = any(getattr(rule, "shards", None) is not None for rule in rules)
+    needed = tokens * (widest(rules, num_latents) if sharded else num_latents) * dtype.itemsize
+    rows, from_rows = tokens, None
+    if dtype == x.dtype and not sharded and not torch.compiler.is_compiling():
+        matrix = check.matrix(x)
+        rows, from_rows = rows_at_once(tokens, matrix, W_enc), whole_rows_from(matrix, W_enc)
+    if rows < tokens and all(map(is_by_row, rules)):
+        most = rows * num_latents * dtype.itemsize
+        budget = most if budget is None else min(budget, most)
     if budget is None:
         if needed <= SMALL:
             return None
@@ -232,8 +238,10 @@ def _slabs_for(
         for mine in contexts
     ]
     try:
-        return running_of(rules, flat, tokens, num_latents, budget // dtype.itemsize, backend,
-                          dense_gradient=torch.is_grad_enabled())  # fmt: skip
+        return running_of(
+            rules, flat, tokens, num_latents, budget // dtype.itemsize, backend,
+            dense_gradient=torch.is_grad_enabled(), whole_rows_from=from_rows,
+        )  # fmt: skip
     except NeedsWhole:
         if memory_budget is None:
             return None

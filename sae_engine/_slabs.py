@@ -90,11 +90,12 @@ def rectangles(tokens: int, num_latents: int, shape: tuple[int, int]) -> Iterato
 
 def running_of(
     rules: Sequence[Any], contexts: Sequence[dict[str, Any]], tokens: int, num_latents: int, elements: int,
-    backend: str, *, dense_gradient: bool,
+    backend: str, *, dense_gradient: bool, whole_rows_from: int | None = None,
 ) -> tuple[list[Running], tuple[int, int]]:  # fmt: skip
     """What each rule keeps as rectangles pass by, and the shape of these, of ``elements`` at most.
 
-    Slabs of latents where every rule has a way for that (``Activation.running``), else all latents of some tokens.
+    Slabs of latents where every rule has a way for that (``Activation.running``), else all latents of some tokens: as
+    also where as many tokens as ``whole_rows_from`` fit and every rule decides each token alone.
 
     Args:
         contexts: of each rule, for all tokens: tensors with a row for each token, or of all latents.
@@ -104,10 +105,11 @@ def running_of(
         NeedsWhole: a rule needs the whole batch at once, which is more.
     """
     found: list[Running] = []
+    by_rows = whole_rows_from is not None and elements >= whole_rows_from * num_latents and all(map(is_by_row, rules))
     for rule, context in zip(rules, contexts, strict=True):
         if (checked := getattr(rule, "_check_context", None)) is not None:
             checked(context)  # as ``select`` does
-        make = getattr(rule, "running", None)
+        make = None if by_rows else getattr(rule, "running", None)
         running = None if make is None else make(tokens, num_latents, backend=backend, **context)
         if running is None:
             is_dense = dense_gradient and getattr(rule, "entry_values", None) is None
@@ -121,6 +123,12 @@ def running_of(
     of_rows = any(isinstance(running, WholeRows) for running in found)
     shape = slab_shape(tokens, widest(rules, num_latents), elements, whole_rows=of_rows)
     return found, (shape[0], min(shape[1], num_latents))
+
+
+def is_by_row(rule: Any) -> bool:
+    """Whether a rule keeps of a token what it would keep in any batch, and has a sparse gradient."""
+    is_sparse = getattr(rule, "entry_values", None) is not None
+    return getattr(rule, "scope", None) == "row" and is_sparse and getattr(rule, "capacity", None) is None
 
 
 def widest(rules: Sequence[Any], num_latents: int) -> int:

@@ -155,6 +155,17 @@ def test_what_multiplies_bfloat16(monkeypatch):
     assert not decide()
 
 
+def test_whole_rows_at_a_time_where_onednn_multiplies(monkeypatch):
+    x, weight = torch.empty(2, 1), torch.empty(16_384, 1).T
+    monkeypatch.setattr(stock, "by_onednn", lambda *_: False)
+    assert (stock.whole_rows_from(x, weight), stock.rows_at_once(2048, x, weight)) == (None, 2048)
+    monkeypatch.setattr(stock, "by_onednn", lambda *_: True)
+    assert (stock.whole_rows_from(x, weight), stock.rows_at_once(2048, x, weight)) == (160, 256)
+    assert stock.rows_at_once(511, x, weight) == 511  # less than 32 MiB
+    for latents, rows in ((32_768, 255), (49_152, 170), (65_536, 2048)):  # of the last, too few rows would fit
+        assert stock.rows_at_once(2048, x, torch.empty(latents, 1).T) == rows
+
+
 @needs_onednn
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_onednn_makes_a_large_result_of_some_latents_at_a_time(monkeypatch, has_bias):

@@ -85,6 +85,22 @@ def linear(
     return out
 
 
+def whole_rows_from(x: Tensor, weight: Tensor) -> int | None:
+    """From how many rows on whole rows at a time are made in less time than some columns of all rows; None: never.
+
+    What is selected from whole rows then takes no merging (benchmarks/floor.py). MKL takes longer for few rows.
+    """
+    return 160 if by_onednn(x, weight) else None
+
+
+def rows_at_once(rows: int, x: Tensor, weight: Tensor) -> int:
+    """Of how many of so many rows at a time a result is made best: of a few hundred, where memory then serves again."""
+    if not by_onednn(x, weight) or rows * weight.shape[1] * 4 < limits.KEPT_BY_ALLOCATOR:
+        return rows
+    fit = min((limits.KEPT_BY_ALLOCATOR - 1) // (4 * weight.shape[1]), 256)
+    return fit if fit >= 160 else rows
+
+
 def latents_at_once(rows: int, num_latents: int, weight: Tensor) -> int:
     """Of how many latents oneDNN makes a result of so many rows at a time; all, where that is the best.
 

@@ -159,6 +159,11 @@ class Activation(nn.Module):
         """Whether the rule keeps pre-activations as they are and only stops the gradient at stored zeros."""
         return type(self).entry_values is kept_values
 
+    @property
+    def needs_entries(self) -> bool:
+        """Whether its gradient asks for the pre-activations at the kept entries beside their values."""
+        return self.entry_values is not None and not self.has_gate
+
     def needs(self) -> dict[str, str]:
         """What the reconstruction error alone does not teach the rule: the kind of loss, and which ones it is.
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from sae_kernels.dispatch import capturing
 from sae_kernels.ops import ops
-from sae_kernels.stock.linear import Reused, linear
+from sae_kernels.stock.linear import Reused, linear, rows_at_once, whole_rows_from
 from sae_kernels.stock.linear_16bit import linear_operand
 
 from .. import _checks as check
 from .. import functional
 from .._encoder import product
 from .._running import Running, WholeRows, as_tensor
-from .._slabs import rectangles, running_of, widest
+from .._slabs import is_by_row, rectangles, running_of, widest
 from .._sources import below_one_another, parts_of, running_over
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
@@ -182,7 +182,7 @@ class OfSource:
 
         ``shared`` choose among all sources: they see this one's pre-activations as rows ``first`` and following.
         """
-        wanted = [wants_entries(rule) for rule in rules]
+        wanted = [rule.needs_entries for rule in rules]
         if elements is None:
             return list(self._at_once(rules, contexts, wanted, shared, first))
         return list(self._in_slabs(rules, contexts, wanted, shared, first, elements))
@@ -205,7 +205,8 @@ class OfSource:
         d_sae = self.source.d_sae
         with torch.enable_grad():  # as above
             running, shape = running_of(
-                rules, contexts, self.tokens, d_sae, elements, self.backend, dense_gradient=True
+                rules, contexts, self.tokens, d_sae, elements, self.backend, dense_gradient=True,
+                whole_rows_from=whole_rows_from(self.operand, self.weights.encoder.T),
             )
         if self.pieces > 1:
             if any(isinstance(of_rule, WholeRows) for of_rule in running):
@@ -260,11 +261,6 @@ class OfSource:
             codes = codes._runs([codes.num_latents // pieces * (n + 1) for n in range(pieces)])
         out = ops.decode(values, codes.indices, codes.offsets, decoder, None, self.wide, *UNTRANSPOSED, backend)
         return out if pieces == 1 else tree_sum(out.view(-1, pieces, out.shape[1]).unbind(1))
-
-
-def wants_entries(rule: Activation) -> bool:
-    """Whether the pre-activations at a rule's codes are asked for beside their values."""
-    return rule.entry_values is not None and not rule.has_gate
 
 
 @dataclass
@@ -380,13 +376,17 @@ class Forward:
             raise TypeError(f"no rule of this step takes {name}")
         several, room = len(self.sources), memory_budget // self.dtype.itemsize
         latents = self.sae.d_sae if self.shards is None else widest(rules, self.sae.d_sae)
-        elements = None if self.sources[0].tokens * latents <= room else room
+        tokens, first = self.sources[0].tokens, self.sources[0]
+        rows = rows_at_once(tokens, first.operand, first.weights.encoder.T)
+        if rows < tokens and several == 1 and self.shards is None and all(map(is_by_row, rules)):
+            room = min(room, rows * latents)
+        elements = None if tokens * latents <= room else room
         alone = [several == 1 or chooses_alone(rule, several) for rule in rules]
         shared = []
         for rule, mine in zip(rules, alone, strict=True):
             if not mine:
                 shared.append(running_over(rule, several * self.tokens, self.sae.d_sae, self.backend))
-                shared[-1].wants_entries = wants_entries(rule)
+                shared[-1].wants_entries = rule.needs_entries
         parts: list[list[Part]] = [[] for _ in rules]
         for number, source in enumerate(self.sources):
             own = [(rule[number] if isinstance(rule, PerSource) else rule, of_rule)

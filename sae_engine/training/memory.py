@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sae_kernels.stock import limits
-from sae_kernels.stock.linear import by_onednn, latents_at_once
+from sae_kernels.stock.linear import by_onednn, latents_at_once, rows_at_once, whole_rows_from
 from sae_kernels.stock.linear_16bit import adds_bias_in_product, operand_width
 
 from .. import _checks as check
@@ -39,7 +39,8 @@ def peak_bytes(
     entries and one or (with ``k_aux``) two outputs:
 
     ============================  ==========================================================================
-    pre-activations               R C in the compute dtype: one buffer
+    pre-activations               R C in the compute dtype: one buffer. Where oneDNN multiplies, of whole rows: 256 of
+                                  them, or what fits 32 MiB, if that is 160 or more
     copies                        F (d_in + d_out) in the compute dtype, where that is not the parameters'
     dead counters                 F int64
     encoding                      the centred batch, N entries twice, and tiles of bounded size for top-k
@@ -89,7 +90,10 @@ def peak_bytes(
     narrow = compute in (torch.bfloat16, torch.float16)
     wide = torch.promote_types(compute, torch.float32).itemsize
     outputs = 2 if k_aux else 1
-    rows, columns = slab_shape(tokens, d_sae, memory_budget // compute.itemsize)
+    weight = torch.empty(d_sae, 1, dtype=compute, device="cpu").T
+    of_onednn = device_type == "cpu" and by_onednn(weight.T, weight)
+    by_rows = weight if of_onednn and number == 1 else None
+    rows, columns = _shape(tokens, d_sae, memory_budget // compute.itemsize, by_rows)
     entries = tokens * (k + k_aux) * number
 
     resident, pre = 8 * d_sae * number, rows * columns * compute.itemsize
@@ -138,14 +142,23 @@ def peak_bytes(
         backward += _rounding_bytes(reads, writes, d_sae, stored, device_type)
     if device_type != "cpu":
         return resident + max(pre + encoding, backward)
-    weight = torch.empty(2, 1, dtype=compute, device="cpu").T
     in_slabs = row_major and columns < d_sae  # which oneDNN is not asked for
-    if not in_slabs and by_onednn(weight.T, weight):
+    if of_onednn and not in_slabs:
         at_once = columns if row_major else latents_at_once(rows, columns, weight)
         if at_once == columns:  # oneDNN allocates its result: no buffer stays
             return resident + max(pre + encoding, backward)
         encoding += rows * at_once * wide  # on the way to the buffer
     return resident + pre + max(encoding, backward)
+
+
+def _shape(tokens: int, d_sae: int, elements: int, weight: torch.Tensor | None) -> tuple[int, int]:
+    """Of the pre-activations that exist at a time. ``weight``: of d_sae columns, where oneDNN multiplies by it."""
+    whole_rows = False
+    if weight is not None:
+        elements = min(elements, rows_at_once(tokens, weight.T, weight) * d_sae)
+        least = whole_rows_from(weight.T, weight)
+        whole_rows = least is not None and elements >= least * d_sae
+    return slab_shape(tokens, d_sae, elements, whole_rows=whole_rows)
 
 
 def _checked_sources(sources: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
