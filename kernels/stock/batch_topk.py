@@ -29,8 +29,9 @@ def _first_k_by_groups(flat: Tensor, k: int) -> Tensor | None:
     chosen = (~(maxima < bound)).nonzero()[:, 0]  # NaN maxima are chosen
     if bound <= 0 or chosen.numel() > 4 * k:
         return None
-    rest = flat[groups * GROUP :]
-    kept = _first_k(torch.cat([grouped[chosen].flatten(), rest]), k)
+    offered = torch.cat([grouped[chosen].flatten(), flat[groups * GROUP :]])
+    candidates = (~(offered < bound)).nonzero()[:, 0]  # k of them or a few more: each group is there for one at least
+    kept = candidates[_first_k(offered[candidates], k)]
     inside = kept < chosen.numel() * GROUP
     group = chosen[(kept // GROUP).clamp(max=chosen.numel() - 1)]
     return torch.where(
