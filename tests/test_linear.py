@@ -168,21 +168,25 @@ def test_whole_rows_at_a_time_where_onednn_multiplies(monkeypatch):
 
 @needs_onednn
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_onednn_makes_a_large_result_of_some_latents_at_a_time(monkeypatch, has_bias):
+@pytest.mark.parametrize("has_scale", [False, True])
+def test_onednn_makes_a_large_result_of_some_latents_at_a_time(monkeypatch, has_bias, has_scale):
     """In the caller's memory, without a whole one of its own."""
     monkeypatch.setattr(stock, "_mkl_is_slow", lambda: True)
     x, weight, bias = torch.randn(33, 48), torch.randn(1000, 48).T, torch.randn(1000) if has_bias else None
-    whole, widths = stock.linear(x, weight, bias), []
+    scale = torch.rand(1000) if has_scale else None
+    whole, widths = stock.linear(x, weight, bias, scale), []
+    if scale is not None:
+        assert torch.equal(whole, stock.linear(x, weight, bias) * scale)
     plain = stock._by_onednn
     monkeypatch.setattr(stock, "_by_onednn", lambda *of: widths.append(of[1].shape[1]) or plain(*of))
     monkeypatch.setattr(limits, "KEPT_BY_ALLOCATOR", 33 * 4 * 256)
     memory = torch.full((33 * 1000,), torch.nan)
-    out = stock.linear(x, weight, bias, memory=lambda size: memory[:size])
+    out = stock.linear(x, weight, bias, scale, memory=lambda size: memory[:size])
     assert widths == [128] * 7 + [104]
     assert out.data_ptr() == memory.data_ptr()
     torch.testing.assert_close(out, whole)
     widths.clear()
     row_major = weight.contiguous()  # a part of its columns are rows with gaps
     for of_weight, room in ((row_major, lambda size: memory[:size]), (weight, None)):
-        torch.testing.assert_close(stock.linear(x, of_weight, bias, memory=room), whole)
+        torch.testing.assert_close(stock.linear(x, of_weight, bias, scale, memory=room), whole)
     assert widths == [1000, 1000]

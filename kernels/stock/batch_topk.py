@@ -29,7 +29,7 @@ def _first_k_by_groups(flat: Tensor, k: int) -> Tensor | None:
     chosen = (~(maxima < bound)).nonzero()[:, 0]  # NaN maxima are chosen
     if bound <= 0 or chosen.numel() > 4 * k:
         return None
-    offered = torch.cat([grouped[chosen].flatten(), flat[groups * GROUP :]])
+    offered = torch.cat([grouped.index_select(0, chosen).flatten(), flat[groups * GROUP :]])
     candidates = (~(offered < bound)).nonzero()[:, 0]  # k of them or a few more: each group is there for one at least
     kept = candidates[_first_k(offered[candidates], k)]
     inside = kept < chosen.numel() * GROUP
@@ -50,4 +50,4 @@ def batch_topk(pre: Tensor, mask: Tensor | None, total: int):
         by_groups = _first_k_by_groups(flat, total)
         kept = _first_k(flat.relu() if mask is None else flat, total) if by_groups is None else by_groups
     bounds = torch.arange(rows + 1, device=pre.device) * num_latents
-    return relu(flat[kept]), (kept % max(num_latents, 1)).int(), torch.searchsorted(kept, bounds)
+    return relu(flat.index_select(0, kept)), (kept % max(num_latents, 1)).int(), torch.searchsorted(kept, bounds)

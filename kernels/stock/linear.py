@@ -62,9 +62,12 @@ class Reused:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, memory: Callable[[int], Tensor] | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *,
+    memory: Callable[[int], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """``x @ weight + bias``: (B, D), (D, F), (F,) of one dtype, any strides, to (B, F). No gradient: ``ops.linear``.
+
+    ``scale`` (F,) then multiplies the result.
 
     ``memory`` gives so many numbers to write the result to. oneDNN writes to none but its own: a large result it makes
     of some latents at a time, which are copied. The system would give memory for a whole one anew, a page fault for
@@ -73,15 +76,21 @@ def linear(
     shape = x.shape[0], weight.shape[1]
     if x.numel() == 0 or weight.numel() == 0 or not by_onednn(x, weight):
         out = None if memory is None else memory(shape[0] * shape[1]).view(shape)
-        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+        out = torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+        return out if scale is None else out.mul_(scale)
     bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its stride
     width = latents_at_once(*shape, weight)
     if memory is None or width == shape[1]:
-        return _by_onednn(x, weight, bias)
+        out = _by_onednn(x, weight, bias)
+        return out if scale is None else out.mul_(scale)
     out = memory(shape[0] * shape[1]).view(shape)
     for start in range(0, shape[1], width):
         some = slice(start, start + width)
-        out[:, some] = _by_onednn(x, weight[:, some], None if bias is None else bias[some])
+        part = _by_onednn(x, weight[:, some], None if bias is None else bias[some])
+        if scale is None:
+            out[:, some] = part
+        else:
+            torch.mul(part, scale[some], out=out[:, some])
     return out
 
 

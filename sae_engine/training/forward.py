@@ -229,9 +229,7 @@ class OfSource:
 
     def part(self, rule: Activation, context: dict[str, Any], found: Found) -> Part:
         codes, entries, pre = found
-        values = codes.values
-        if self.norms is not None:
-            values = (values / self.norms_at(codes)).to(values.dtype)
+        values = codes.values if self.norms is None else (codes.values / self.norms_at(codes)).to(codes.values.dtype)
         return Part(rule, context, codes, values, entries, pre)
 
     def _pre_activations(self, tokens: slice, latents: slice) -> Tensor:
@@ -241,8 +239,8 @@ class OfSource:
             pieces = [slice(start, min(start + width, latents.stop)) for start in starts]
             return torch.cat([self._pre_activations(tokens, piece).clone() for piece in pieces], 1)
         bias, weight = self.source._encoder_bias, self.weights.encoder[latents].to(self.dtype).T
-        pre = self.buffer.product(self.operand[tokens], weight, None if bias is None else bias[latents])
-        return pre if self.norms is None else pre.mul_(self.norms[latents])
+        bias, scale = (None if t is None else t[latents] for t in (bias, self.norms))
+        return self.buffer.product(self.operand[tokens], weight, bias, scale)
 
     @functools.cached_property
     def divisors(self) -> Tensor:
@@ -493,8 +491,9 @@ class PreActivations:
     def __init__(self) -> None:
         self._memory = Reused()  # oneDNN's small products stay in memory of its own
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x @ weight + bias`` (rows, F), overwritten by the next call; ``x`` as ``linear_operand`` makes it."""
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+        """``(x @ weight + bias) * scale`` (rows, F), overwritten by the next call; ``x`` is a ``linear_operand``."""
         if x.is_cpu and x.dtype in (torch.float32, torch.float64):
-            return linear(x, weight, None if bias is None else bias.to(x.dtype), memory=self._memory.like(x))
-        return product(x, weight, bias, x.dtype)
+            return linear(x, weight, bias if bias is None else bias.to(x.dtype), scale, memory=self._memory.like(x))
+        out = product(x, weight, bias, x.dtype)
+        return out if scale is None else out.mul_(scale)
