@@ -128,6 +128,8 @@ def running_of(
 def is_by_row(rule: Any) -> bool:
     """Whether a rule keeps of a token what it would keep in any batch, and has a sparse gradient."""
     is_sparse = getattr(rule, "entry_values", None) is not None
+    if getattr(rule, "shards", None) is not None:  # ranks decide about a token together, once for all of them
+        return False
     return getattr(rule, "scope", None) == "row" and is_sparse and getattr(rule, "capacity", None) is None
 
 

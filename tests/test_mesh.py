@@ -119,37 +119,6 @@ def test_one_rank_is_one_process(alone):
     mesh_cases.same_state(one, many, first, second, 1e-12)
 
 
-def test_blocks_have_the_same_bits_on_one_two_and_four_ranks(alone, tmp_path_factory):
-    """Parameters, moments and what the last of 20 steps reports."""
-    one = mesh_cases.by_blocks(alone, 0, 1)
-    for size in (2, 4):
-        done, said, folder = launched(size, tmp_path_factory)
-        assert "step: blocks" in done, said
-        many = torch.load(folder / "blocks.pt", weights_only=True)
-        assert many.keys() == one.keys()
-        differ = {(case, name) for case, found in one.items() for name, t in found.items()
-                  if not torch.equal(t, many[case][name])}  # fmt: skip
-        assert not differ, (size, differ)
-
-
-def test_what_blocks_cannot_be_is_refused(alone):
-    sae = se.SparseAutoencoder(4, 16, se.TopK(2), mesh=alone)
-    train = se.training.TrainStep
-    with pytest.raises(ValueError, match="blocks must be None without a mesh"):
-        train(se.SparseAutoencoder(4, 16, se.TopK(2)), lr=1e-3, blocks=2)
-    for blocks in (3, 32):
-        with pytest.raises(ValueError, match="blocks must be a power of two that divides d_sae = 16"):
-            train(sae, lr=1e-3, blocks=blocks)
-    with pytest.raises(ValueError, match="blocks must be None with grad_clip"):
-        train(sae, lr=1e-3, blocks=2, grad_clip=1.0)
-    with pytest.raises(ValueError, match="blocks must be None with L1"):
-        train(sae, lr=1e-3, blocks=2, losses=[se.losses.L1(0.1)])
-    with pytest.raises(ValueError, match="rules that have parameters or a dense gradient"):
-        train(se.SparseAutoencoder(4, 16, se.StatisticalTopK(2), mesh=alone), lr=1e-3, blocks=2)
-    with pytest.raises(ValueError, match="a multiple of 4, got"):
-        train(sae, lr=1e-3, blocks=4)(torch.ones(6, 4))
-
-
 @pytest.mark.parametrize("dimensions", [("latent",), ("data", "latent")], ids="-".join)
 @pytest.mark.parametrize("rule", ["TopK", "BatchTopK", "TopAFA", "Matryoshka", "decoder norms"])
 def test_a_step_waits_for_no_device(rule, dimensions, alone, monkeypatch):

@@ -83,9 +83,9 @@ def test_a_capture_is_remembered_until_a_state_is_loaded(monkeypatch):
     dead = se.training.DeadLatents(8, dead_after=100)
     assert dead.at_most(10) == 0
     state = dead.state_dict()
-    monkeypatch.setattr("sae_engine.training.forward.capturing", lambda tensor: True)
+    monkeypatch.setattr("sae_engine.training.backward.capturing", lambda tensor: True)
     assert dead.at_most(10) == 8
-    monkeypatch.setattr("sae_engine.training.forward.capturing", lambda tensor: False)
+    monkeypatch.setattr("sae_engine.training.backward.capturing", lambda tensor: False)
     monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: pytest.fail("the device was read"))
     assert dead.at_most(10) == 8
     replayed = dead.state_dict()

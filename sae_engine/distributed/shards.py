@@ -49,7 +49,7 @@ class Shards:
         self.rows: list[int] = []
         self.every_rows: list[int] = []
         self._budget: int | None = None
-        self.pieces = 1  # of my latents and of my tokens, with blocks: sums over either are made by them, as a tree
+        self.blocks: int | None = None  # of all latents and of all tokens, by which sums over either are made, as trees
         self.trims = mesh.device_type == "cpu"
 
     @property
@@ -97,20 +97,35 @@ class Shards:
         """My first token's place among those of my group."""
         return sum(self.rows[: self.rank])
 
-    def begin(self, rows: int, pieces: int = 1) -> None:
+    @property
+    def latent_blocks(self) -> int:
+        """Of :attr:`blocks`, how many my latents are."""
+        return 1 if self.blocks is None else self.blocks // self.size
+
+    @property
+    def token_blocks(self) -> int:
+        """How many the tokens of my group are."""
+        return 1 if self.blocks is None else self.blocks // self.groups
+
+    @property
+    def pieces(self) -> int:
+        """How many my own tokens are."""
+        return self.token_blocks if self.blocks is None else self.token_blocks // self.size
+
+    def begin(self, rows: int, blocks: int | None = None) -> None:
         """Meets the others, host to host, and tells them how many tokens are mine.
 
         Raises:
-            ValueError: nobody has any tokens; or they cannot be cut into ``pieces`` on each rank, all of one size.
+            ValueError: nobody has any tokens; or they cannot be cut into ``blocks``, as many on each rank.
             RuntimeError: a rank has an error, or does not come; names it.
         """
+        self.blocks = blocks
         self.begun(self.agreement.meet("step", rows))
         if not self.tokens:
             raise ValueError("x must hold at least one token on some rank of the mesh, got none on all")
-        if pieces > 1 and (len({*self.rows}) > 1 or self.rows[0] % pieces):
-            raise ValueError(f"x must have as many tokens on all ranks with blocks, a multiple of {pieces}, "
-                             f"got {self.rows}")  # fmt: skip
-        self.pieces = pieces
+        if blocks is not None and (len({*self.every_rows}) > 1 or rows % self.pieces):
+            raise ValueError(f"x must have as many tokens on all ranks with blocks, a multiple of {self.pieces}, "
+                             f"got {self.every_rows}")  # fmt: skip
 
     def begun(self, every_rows: Sequence[int]) -> None:
         """The batch at hand has so many tokens of each rank of the mesh."""
@@ -158,16 +173,41 @@ class Shards:
         return part if self.across is None else self.across.least(part, name)
 
     def sums(self, numbers: Sequence[Tensor], name: str) -> list[Tensor]:
-        """The sums () of every rank's numbers, each () or (pieces,), in its dtype, by way of fp64."""
-        mine = torch.zeros(self.pieces, len(numbers), dtype=torch.float64, device=numbers[0].device)
-        for column, number in zip(mine.unbind(1), numbers, strict=True):
-            column[: number.numel()] = number
-        summed = tree_sum(list(self.everyone.gather(mine, name).flatten(0, 1)))
-        return [total.to(number.dtype) for total, number in zip(summed, numbers, strict=True)]
+        """The sums () of every rank's numbers, in its dtype, by way of fp64.
+
+        Each is (), or (token_blocks,) of what this rank has of its group's tokens: a block is summed over the group's
+        ranks, then blocks are. Of several rows of such numbers each row is summed by itself.
+        """
+        rows = [number.reshape(-1, number.shape[-1] if number.dim() else 1) for number in numbers]
+        mine = torch.zeros(sum(map(len, rows)), self.token_blocks, dtype=torch.float64, device=numbers[0].device)
+        for place, of_number in zip(mine.split([len(of_number) for of_number in rows]), rows, strict=True):
+            place[:, : of_number.shape[1]] = of_number
+        every = self.everyone.gather(mine, name).unflatten(0, (self.groups, self.size))
+        blocks = tree_sum(list(every.unbind(1))).transpose(1, 2).flatten(0, 1)
+        totals = tree_sum(list(blocks)).split([len(of_number) for of_number in rows])
+        return [tree_sum(list(total)).to(number.dtype) for total, number in zip(totals, numbers, strict=True)]
+
+    def of_my_blocks(self, pieces: Sequence[Tensor]) -> Tensor:
+        """(token_blocks,) of my group, from the numbers () of my own: 0 at the others."""
+        found = pieces[0].new_zeros(self.token_blocks)
+        found[self.rank * self.pieces :][: self.pieces] = torch.stack(list(pieces))
+        return found
+
+    def of_batch(self, parts: Sequence[Tensor], name: str) -> Tensor:
+        """The sum over the whole batch of what each token block of my group adds to something of my latents."""
+        return self.over_groups(tree_sum(parts), name)
 
     def pieces_of(self, rows: Tensor) -> list[Tensor]:
         """My tokens' ``rows``, piece by piece."""
         return [rows] if self.pieces == 1 else list(rows.split(len(rows) // self.pieces))
+
+    def token_blocks_of(self, rows: Tensor) -> list[Tensor]:
+        """The ``rows`` of my group's tokens, block by block."""
+        return [rows] if self.token_blocks == 1 else list(rows.split(len(rows) // self.token_blocks))
+
+    def latent_blocks_of(self, mine: Tensor) -> list[Tensor]:
+        """Something of my latents, block by block."""
+        return [mine] if self.latent_blocks == 1 else list(mine.split(len(mine) // self.latent_blocks))
 
     def spread(self, rows: Tensor, name: str) -> Tensor:
         """() fp64: the squared distances of every rank's ``rows`` (n, d) from the mean of them all."""

@@ -15,11 +15,13 @@ from .. import _checks as check
 from .. import functional
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
+from ..distributed.wire import tree_sum
 from ..rules import Activation, AuxTopK, AuxZipfTopK, RunningDensity
 from .base import Loss, LossInput, Pull, error_and_pull
 from .formulas import afa
 
 if TYPE_CHECKING:
+    from ..distributed.shards import Shards
     from ..training.forward import Forward
 
 
@@ -191,7 +193,8 @@ class AuxZipf(AuxK):
 
     def number_of_dead(self, rule: Activation, dead: Tensor) -> Tensor:
         assert isinstance(rule, AuxZipfTopK) and rule.shortfall is not None
-        return rule.shortfall.sum()
+        blocks = [rule.shortfall] if rule.shards is None else rule.shards.latent_blocks_of(rule.shortfall)
+        return tree_sum([block.sum() for block in blocks])
 
     def observe(self, codes: SparseCodes) -> None:
         if self.density is not None:
@@ -271,7 +274,8 @@ class AFA(Loss):
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         codes, wide = forward.kept[number].codes, forward.wide
         values = codes.values.to(wide)
-        energy, target = _sum_by_row(values.square(), codes, forward.backend), forward.x.to(wide).norm(dim=1)
+        energy = _sum_by_row(values.square(), codes, forward.shards, forward.backend)
+        target = forward.x.to(wide).norm(dim=1)
         if forward.shards is not None:
             energy = forward.shards.sum(energy, "energies of codes")
             target = forward.of_all_ranks(target, "norms of tokens")
@@ -281,14 +285,16 @@ class AFA(Loss):
         slope = 2 * weight * gap / norm
         if forward.shards is not None:
             gap = gap[forward.shards.first_row :][: len(forward.x)]  # other tokens' are other ranks' to add
-        return weight * gap.square().sum(), Pull(number, values=values * _at_rows(slope, codes))
+        return weight * forward.sum_all(gap.square()), Pull(number, values=values * _at_rows(slope, codes))
 
 
-def _sum_by_row(entries: Tensor, codes: SparseCodes, backend: str) -> Tensor:
+def _sum_by_row(entries: Tensor, codes: SparseCodes, shards: Shards | None, backend: str) -> Tensor:
     """(rows,) sums of ``entries`` (N,), in their dtype."""
-    ones = entries.new_ones(codes.num_latents, 1)
+    ones, blocks = entries.new_ones(codes.num_latents, 1), 1 if shards is None else shards.latent_blocks
+    if blocks > 1:
+        codes = codes._runs([codes.num_latents // blocks * (n + 1) for n in range(blocks)])
     sums = ops.decode(entries, codes.indices, codes.offsets, ones, None, entries.dtype, None, None, None, backend)
-    return sums[:, 0]
+    return tree_sum(sums.view(-1, blocks).unbind(1))
 
 
 def _at_rows(vector: Tensor, codes: SparseCodes) -> Tensor:

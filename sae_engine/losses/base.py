@@ -13,10 +13,13 @@ from .. import functional
 from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
 from ..crosscoder import Crosscoder
+from ..distributed.blocks import of_latents, of_tokens
+from ..distributed.wire import tree_sum
 from ..functional import EncodeInfo
 from ..rules.base import Activation
 
 if TYPE_CHECKING:
+    from ..distributed.shards import Shards
     from ..training.forward import Forward
 
 
@@ -184,10 +187,41 @@ class Loss:
 
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         """() and its gradient at the codes of that number: through autograd, unless a subclass writes it by hand."""
-        kept = forward.kept[number]
+        if forward.by_blocks is not None:
+            return self._pull_by_blocks(forward, forward.by_blocks, number)
         main = None if number == 0 else _Leaves(forward, 0, None)
-        batch = _Leaves(forward, number, main)
-        learned = [p for p in kept.rule.learned_parameters() if p.requires_grad]
+        return self._differentiated(forward, number, _Leaves(forward, number, main), main)
+
+    def _pull_by_blocks(self, forward: Forward, shards: Shards, number: int) -> tuple[Tensor, Pull]:
+        """The same of a sum over entries alone: (token blocks,), from each cell of tokens and latents by itself."""
+        codes = forward.kept[number].codes
+        width, at_values = codes.num_latents // shards.latent_blocks, torch.zeros_like(codes.values)
+        sums, at_norms, at_parameters = [], [], []
+        for where, block in of_tokens(codes, shards.token_blocks):
+            losses, pulls = [], []
+            for start in range(0, codes.num_latents, width):
+                place, cell = of_latents(block, slice(start, start + width))
+                loss, pull = self._differentiated(forward, number, _Leaves(forward, number, None, cell), None)
+                losses.append(loss.double())  # as ranks add them
+                pulls.append(pull)
+                if pull.values is not None:
+                    at_values[where][place] = pull.values
+            sums.append(tree_sum(losses))
+            at_norms.append([pull.norms for pull in pulls if pull.norms is not None])
+            at_parameters.append([pull.parameters or {} for pull in pulls])
+        norms = [tree_sum(of_block) for of_block in at_norms if of_block]  # each cell's are 0 but for its own latents
+        parameters = {p: shards.of_batch([tree_sum([of_cell[p] for of_cell in of_block]) for of_block in at_parameters],
+                                         "gradients of the rule") for p in at_parameters[0][0]}  # fmt: skip
+        return torch.stack(sums), Pull(
+            number, values=at_values, norms=shards.of_batch(norms, "gradients of norms") if norms else None,
+            parameters=parameters or None,
+        )  # fmt: skip
+
+    def _differentiated(
+        self, forward: Forward, number: int, batch: _Leaves, main: _Leaves | None
+    ) -> tuple[Tensor, Pull]:
+        """The loss of a batch, or of a cell of one, and its gradient."""
+        learned = [p for p in batch.rule.learned_parameters() if p.requires_grad]
         with torch.enable_grad():
             loss = self.value(batch)
         if not isinstance(loss, Tensor) or loss.shape != ():
@@ -219,11 +253,14 @@ class Loss:
 class _Leaves(LossInput):
     """The part of a training step's batch, cut off where its own backward pass takes over."""
 
-    def __init__(self, forward: Forward, number: int, main: LossInput | None) -> None:
+    def __init__(
+        self, forward: Forward, number: int, main: LossInput | None, cell: SparseCodes | None = None
+    ) -> None:  # fmt: skip
         kept = forward.kept[number]
-        values = kept.codes.values.detach().requires_grad_()
+        codes = kept.codes if cell is None else cell
+        values = codes.values.detach().requires_grad_()
         super().__init__(
-            forward.sae, kept.rule, kept.codes.replace(values=values), forward.x, forward.target, forward.dead,
+            forward.sae, kept.rule, codes.replace(values=values), forward.x, forward.target, forward.dead,
             forward.info, main,
         )  # fmt: skip
         self._forward, self._number = forward, number
@@ -234,8 +271,8 @@ class _Leaves(LossInput):
 
     @property
     def share(self) -> float:
-        shards = self._forward.shards
-        return 1.0 if shards is None else shards.rows_here / shards.tokens
+        shards = self._forward.shards  # a cell's rows are a block's
+        return 1.0 if shards is None else self.codes.rows / shards.tokens
 
     def leaves(self) -> dict[str, Tensor]:
         return {"values": self.codes.values, **{n: t for n, t in self._known.items() if t.requires_grad}}
@@ -253,6 +290,12 @@ class _Leaves(LossInput):
         if self.sae.rescale_acts_by_decoder_norm:
             return self._once("decoder_norms", self._norms).detach()
         return self._once("decoder_norms", lambda: self._leaf(self._norms()))
+
+    def _norms(self) -> Tensor:
+        known = self._forward.known
+        if "norms" not in known:
+            known["norms"] = super()._norms()
+        return known["norms"]
 
     @staticmethod
     def _leaf(tensor: Tensor) -> Tensor:

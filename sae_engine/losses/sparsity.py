@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sae_kernels.ops import ops
@@ -168,7 +169,10 @@ class GateLoss(Loss):
         )  # fmt: skip
         at_values = at_values if source.norms is None else at_values / source.norms_at(part.codes)
         at_values = at_values if pull.values is None else at_values + pull.values
-        return penalty + squares.sum() / forward.tokens, pull._replace(values=at_values)
+        error = forward.sum_all(squares) / forward.tokens
+        alone = forward.by_blocks is not None  # each is then summed by itself
+        both = torch.stack([penalty, error.to(penalty.dtype)]) if alone else penalty + error
+        return both, pull._replace(values=at_values)
 
 
 class _GatePenalty(Loss):

@@ -76,7 +76,11 @@ class SampledTopK(BatchTopK):
     def _select_over_shards(self, pre: Tensor, size: int, backend: str) -> SparseCodes:
         shards = self.shards
         assert shards is not None
-        sums = shards.over_groups(column_sums(pre.detach(), self.score), "sums of latents")
+        width = pre.shape[1] // shards.latent_blocks or 1
+        sums = shards.of_batch([
+            torch.cat([column_sums(cell, self.score) for cell in rows.detach().split(width, 1)], 1)
+            for rows in shards.token_blocks_of(pre)
+        ], "sums of latents")  # fmt: skip
         score = shards.all_latents(score_of(sums, self.score), "scores")
         best = functional.topk(score[None], min(size, len(score)), relu=False, backend=backend).indices.long()
         mask = torch.zeros_like(score, dtype=torch.bool).index_fill_(0, best, True)[shards.mine]

@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..losses import Loss
+from .backward import DeadLatents
 from .captured import CapturedStep
-from .forward import DeadLatents
 from .memory import peak_bytes, state_bytes
 from .step import TrainStep
 

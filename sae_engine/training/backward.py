@@ -1,4 +1,7 @@
-"""The backward half of a step: from the losses' pulls to the terms of the latent pass and the small gradients."""
+"""The backward half of a step: from the losses' pulls to the terms of the latent pass and the small gradients.
+
+And what a step counts: latents that are dead, and batches that are not finite.
+"""
 from __future__ import annotations
 
 import functools
@@ -15,7 +18,10 @@ from sae_kernels.dispatch import capturing
 from sae_kernels.ops import ops
 from sae_kernels.stock.densified import is_dense
 
+from .. import _checks as check
 from ..codes import ByLatent, SparseCodes
+from ..distributed.blocks import aligned, of_tokens
+from ..distributed.shards import Shards
 from ..losses import Pull
 from .forward import Forward, Kept, Part
 
@@ -129,7 +135,7 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
             )
         at_codes = inner if mine.norms is None else inner / mine.norms_at(part.codes)
         at_codes = at_codes if at_values is None else at_codes + at_values
-        at_pre, parameters = _through_rule(part, at_codes, forward.backend)
+        at_pre, parameters = _through_rule(part, at_codes, forward)
         for parameter, gradient in parameters.items():
             _add(small, parameter, gradient)
         if part.rule.entry_values is None:
@@ -227,7 +233,8 @@ def _at_decoder(forward: Forward, pulls: list[Pull], small: dict[Tensor, Tensor]
         return decoded
     if info.skipped is not None:
         for weight, read, written in sae._skips():
-            _add(small, weight, whole[:, written].T @ info.skipped[:, read].to(whole.dtype))
+            pairs = zip(forward.pieces_of(whole[:, written]), forward.pieces_of(info.skipped[:, read]), strict=True)
+            _add(small, weight, forward.over_tokens([aligned(a).T @ aligned(b.to(whole.dtype)) for a, b in pairs]))
     if info.std is not None:
         whole, flat = whole * info.std, [output * info.std for output in flat]
     _add(small, sae.b_dec, forward.sum_rows(whole))
@@ -262,13 +269,30 @@ def _norm_slopes(part: Part, forward: Forward, at_pre: Tensor, inner: Tensor, di
     return (seen - _by_latent(inner * part.values, part, forward)) / divisors
 
 
-def _through_rule(part: Part, at_codes: Tensor, backend: str) -> tuple[Tensor, dict[Tensor, Tensor]]:
+def _through_rule(part: Part, at_codes: Tensor, forward: Forward) -> tuple[Tensor, dict[Tensor, Tensor]]:
     """Gradients at the pre-activations, of the entries or (B, F), and of the rule's own parameters."""
     rule = part.rule
     seen = part.pre if rule.entry_values is None else part.entries
     assert seen is not None
-    seen = seen.detach().requires_grad_()
     learned = [p for p in rule.learned_parameters() if p.requires_grad]
+    shards = forward.by_blocks
+    if shards is None or not learned:
+        return _of_rule(part, seen, at_codes, learned, forward.backend)
+    at_pre, found = torch.zeros_like(seen), []
+    for where, codes in of_tokens(part.codes, shards.token_blocks):
+        of_block = replace(part, codes=codes)
+        at_pre[where], of_parameters = _of_rule(of_block, seen[where], at_codes[where], learned, forward.backend)
+        found.append(of_parameters)
+    return at_pre, {
+        p: shards.of_batch([of_block[p] for of_block in found], "gradients of the rule") for p in found[0]
+    }  # fmt: skip
+
+
+def _of_rule(
+    part: Part, seen: Tensor, at_codes: Tensor, learned: Sequence[Tensor], backend: str
+) -> tuple[Tensor, dict[Tensor, Tensor]]:
+    """The same, from the pre-activations that the rule has ``seen``."""
+    rule, seen = part.rule, seen.detach().requires_grad_()
     with torch.enable_grad():
         if rule.entry_values is None:
             values = rule.select(seen, backend=backend, **part.context).values
@@ -277,6 +301,98 @@ def _through_rule(part: Part, at_codes: Tensor, backend: str) -> tuple[Tensor, d
     grads = torch.autograd.grad(values, [seen, *learned], at_codes.to(values.dtype), allow_unused=True)
     at_pre = torch.zeros_like(seen) if grads[0] is None else grads[0]
     return at_pre, {p: g for p, g in zip(learned, grads[1:], strict=True) if g is not None}
+
+
+# --- which latents are dead: counted on the device, read when that is needed -----------------------------------------
+
+
+class DeadLatents:
+    """Tokens since each latent last fired (value ≠ 0), and a bound on how many are dead that costs no waiting.
+
+    Args:
+        d_sae: number of latents.
+        dead_after: tokens without firing after which a latent counts as dead (Gao et al. 2024: 10 million).
+        read_interval: steps between two reads of the device, which happen only once enough tokens have passed for any
+            latent to be dead. The bound holds for all steps between.
+        shards: over which latents are cut, of which these are one; the bound is on those of all.
+
+    Attributes:
+        since_fired: (d_sae,) int64.
+        tokens: seen so far, on the host.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of range; names it.
+
+    Example:
+        >>> dead = DeadLatents(3, dead_after=10)
+        >>> dead.count(torch.tensor([True, False, False]), batch_tokens=10)
+        >>> dead.mask
+        tensor([False,  True,  True])
+    """
+
+    def __init__(
+        self, d_sae: int, *, dead_after: int = 10_000_000, read_interval: int = 100, device=None,
+        shards: Shards | None = None,
+    ) -> None:  # fmt: skip
+        self.shards = shards
+        self.dead_after = check.integer_k(dead_after, name="dead_after")
+        self.read_interval = check.integer_k(read_interval, name="read_interval")
+        self.since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.tokens = 0
+        self._bound, self._holds_until = 0, self.dead_after - 1  # no counter exceeds `tokens`
+        self.assumed: int | None = None  # while a graph is captured that is replayed where this bound holds
+        self._captured = False  # by somebody else: replays move the counters and not `tokens`
+
+    @property
+    def mask(self) -> Tensor:
+        """(d_sae,) bool, True for dead latents."""
+        return self.since_fired >= self.dead_after
+
+    def share(self) -> Tensor:
+        """() of all latents, dead ones."""
+        if self.shards is None:
+            return self.mask.mean(dtype=torch.float32)
+        return self.shards.wire.add(self.mask.sum(), "dead").float() / self.shards.num_latents
+
+    def at_most(self, batch_tokens: int) -> int:
+        """No more latents than this are dead now: exact on a CPU, else read at most once in ``read_interval`` steps.
+
+        All of them once a CUDA graph was captured for no bound in particular: the host does not hear of its replays.
+        """
+        if self.assumed is not None:
+            return self.assumed
+        self._captured |= capturing(self.since_fired)
+        if self._captured:
+            return self.since_fired.numel() if self.shards is None else self.shards.num_latents
+        if self.tokens <= self._holds_until:
+            return self._bound
+        ahead = (self.read_interval - 1) * batch_tokens if self.since_fired.is_cuda else 0  # for a CPU nobody waits
+        number = (self.since_fired + ahead >= self.dead_after).sum()
+        self._bound = int(number if self.shards is None else self.shards.wire.add(number, "dead"))
+        self._holds_until = self.tokens + ahead
+        return self._bound
+
+    def count(self, fired: Tensor, batch_tokens: int, skip: Tensor | None = None) -> None:
+        """After a batch: ``fired`` (d_sae,) bool; where ``skip`` () is set, the batch does not count."""
+        self.since_fired.add_(batch_tokens)
+        if skip is not None:
+            fired = fired > skip
+            self.since_fired.add_(skip, alpha=-batch_tokens)
+        self.since_fired.masked_fill_(fired, 0)
+        self.tokens += batch_tokens
+
+    def state_dict(self) -> dict:
+        """Everything that the next step depends on."""
+        until = self.tokens - 1 if self._captured else self._holds_until
+        since_fired = self.since_fired.clone()
+        return {"since_fired": since_fired, "tokens": self.tokens, "bound": self._bound, "holds_until": until}
+
+    def load_state_dict(self, state: dict) -> None:
+        check.shaped("since_fired", state["since_fired"].to(self.since_fired.device), self.since_fired.shape,
+                     self.since_fired, why="one per latent")  # fmt: skip
+        self.since_fired.copy_(state["since_fired"])
+        self.tokens, self._bound, self._holds_until = state["tokens"], state["bound"], state["holds_until"]
+        self._captured = False
 
 
 # --- batches that are not finite: found on the device, told to the host when that costs no waiting -----------------

@@ -4,17 +4,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_kernels.dispatch import capturing
 from sae_kernels.ops import ops
 from sae_kernels.stock.linear import Reused, linear, rows_at_once, whole_rows_from
 from sae_kernels.stock.linear_16bit import linear_operand
 
-from .. import _checks as check
 from .. import functional
 from .._encoder import product
 from .._running import Running, WholeRows, as_tensor
@@ -22,6 +20,7 @@ from .._slabs import is_by_row, rectangles, running_of, widest
 from .._sources import below_one_another, parts_of, running_over
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
+from ..distributed.blocks import aligned, of_tokens
 from ..distributed.passes import of_mesh
 from ..distributed.shards import Shards
 from ..distributed.wire import tree_sum
@@ -29,96 +28,10 @@ from ..functional import EncodeInfo
 from ..rules.base import Activation
 from ..rules.per_source import PerSource, chooses_alone
 
+if TYPE_CHECKING:
+    from .backward import DeadLatents
+
 UNTRANSPOSED = (None, None, None)  # no gradient is asked of these sums
-
-
-class DeadLatents:
-    """Tokens since each latent last fired (value ≠ 0), and a bound on how many are dead that costs no waiting.
-
-    Args:
-        d_sae: number of latents.
-        dead_after: tokens without firing after which a latent counts as dead (Gao et al. 2024: 10 million).
-        read_interval: steps between two reads of the device, which happen only once enough tokens have passed for any
-            latent to be dead. The bound holds for all steps between.
-        shards: over which latents are cut, of which these are one; the bound is on those of all.
-
-    Attributes:
-        since_fired: (d_sae,) int64.
-        tokens: seen so far, on the host.
-
-    Raises:
-        TypeError, ValueError: an argument is of another kind or out of range; names it.
-
-    Example:
-        >>> dead = DeadLatents(3, dead_after=10)
-        >>> dead.count(torch.tensor([True, False, False]), batch_tokens=10)
-        >>> dead.mask
-        tensor([False,  True,  True])
-    """
-
-    def __init__(
-        self, d_sae: int, *, dead_after: int = 10_000_000, read_interval: int = 100, device=None,
-        shards: Shards | None = None,
-    ) -> None:  # fmt: skip
-        self.shards = shards
-        self.dead_after = check.integer_k(dead_after, name="dead_after")
-        self.read_interval = check.integer_k(read_interval, name="read_interval")
-        self.since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self.tokens = 0
-        self._bound, self._holds_until = 0, self.dead_after - 1  # no counter exceeds `tokens`
-        self.assumed: int | None = None  # while a graph is captured that is replayed where this bound holds
-        self._captured = False  # by somebody else: replays move the counters and not `tokens`
-
-    @property
-    def mask(self) -> Tensor:
-        """(d_sae,) bool, True for dead latents."""
-        return self.since_fired >= self.dead_after
-
-    def share(self) -> Tensor:
-        """() of all latents, dead ones."""
-        if self.shards is None:
-            return self.mask.mean(dtype=torch.float32)
-        return self.shards.wire.add(self.mask.sum(), "dead").float() / self.shards.num_latents
-
-    def at_most(self, batch_tokens: int) -> int:
-        """No more latents than this are dead now: exact on a CPU, else read at most once in ``read_interval`` steps.
-
-        All of them once a CUDA graph was captured for no bound in particular: the host does not hear of its replays.
-        """
-        if self.assumed is not None:
-            return self.assumed
-        self._captured |= capturing(self.since_fired)
-        if self._captured:
-            return self.since_fired.numel() if self.shards is None else self.shards.num_latents
-        if self.tokens <= self._holds_until:
-            return self._bound
-        ahead = (self.read_interval - 1) * batch_tokens if self.since_fired.is_cuda else 0  # for a CPU nobody waits
-        number = (self.since_fired + ahead >= self.dead_after).sum()
-        self._bound = int(number if self.shards is None else self.shards.wire.add(number, "dead"))
-        self._holds_until = self.tokens + ahead
-        return self._bound
-
-    def count(self, fired: Tensor, batch_tokens: int, skip: Tensor | None = None) -> None:
-        """After a batch: ``fired`` (d_sae,) bool; where ``skip`` () is set, the batch does not count."""
-        self.since_fired.add_(batch_tokens)
-        if skip is not None:
-            fired = fired > skip
-            self.since_fired.add_(skip, alpha=-batch_tokens)
-        self.since_fired.masked_fill_(fired, 0)
-        self.tokens += batch_tokens
-
-    def state_dict(self) -> dict:
-        """Everything that the next step depends on."""
-        until = self.tokens - 1 if self._captured else self._holds_until
-        since_fired = self.since_fired.clone()
-        return {"since_fired": since_fired, "tokens": self.tokens, "bound": self._bound, "holds_until": until}
-
-    def load_state_dict(self, state: dict) -> None:
-        check.shaped("since_fired", state["since_fired"].to(self.since_fired.device), self.since_fired.shape,
-                     self.since_fired, why="one per latent")  # fmt: skip
-        self.since_fired.copy_(state["since_fired"])
-        self.tokens, self._bound, self._holds_until = state["tokens"], state["bound"], state["holds_until"]
-        self._captured = False
 
 
 class Weights(NamedTuple):
@@ -154,7 +67,7 @@ class OfSource:
     buffer: PreActivations
     backend: str
     is_only: bool  # whether nobody else writes to the buffer
-    pieces: int = 1  # of latents, by which products are made and sums over latents added
+    shards: Shards | None = None  # with blocks, which products are made of and sums over latents added by
 
     @property
     def encoded(self) -> Tensor:
@@ -208,11 +121,9 @@ class OfSource:
                 rules, contexts, self.tokens, d_sae, elements, self.backend, dense_gradient=True,
                 whole_rows_from=whole_rows_from(self.operand, self.weights.encoder.T),
             )
-        if self.pieces > 1:
-            if any(isinstance(of_rule, WholeRows) for of_rule in running):
-                raise ValueError("memory_budget must hold all pre-activations of a rank with blocks and a rule that "
-                                 "needs whole rows: products of fewer tokens have other bits")  # fmt: skip
-            shape = self.tokens, d_sae // self.pieces
+        if self.shards is not None and self.shards.blocks is not None:
+            of_rows = any(isinstance(of_rule, WholeRows) for of_rule in running)
+            shape = (self.cell[0], d_sae) if of_rows else (self.tokens, self.cell[1])
         for of_rule, wants in zip(running, wanted, strict=True):
             of_rule.wants_entries = wants
         for tokens, latents in rectangles(self.tokens, d_sae, shape):
@@ -234,13 +145,27 @@ class OfSource:
 
     def _pre_activations(self, tokens: slice, latents: slice) -> Tensor:
         """(tokens, latents) that the rules see, in the dtype of the computation."""
-        if self.pieces > 1 and (width := self.source.d_sae // self.pieces) < latents.stop - latents.start:
-            starts = range(latents.start, latents.stop, width)
-            pieces = [slice(start, min(start + width, latents.stop)) for start in starts]
-            return torch.cat([self._pre_activations(tokens, piece).clone() for piece in pieces], 1)
-        bias, weight = self.source._encoder_bias, self.weights.encoder[latents].to(self.dtype).T
+        if self.shards is not None and self.shards.blocks is not None:
+            shape = tokens.stop - tokens.start, latents.stop - latents.start
+            pre = self.operand.new_empty(shape)
+            for of_tokens, of_latents in rectangles(*shape, self.cell):
+                pre[of_tokens, of_latents] = self._product(_within(tokens, of_tokens), _within(latents, of_latents))
+            return pre
+        return self._product(tokens, latents)
+
+    def _product(self, tokens: slice, latents: slice) -> Tensor:
+        """The same in memory that the next one may be written to."""
+        x, weight, bias = self.operand[tokens], self.weights.encoder[latents].to(self.dtype), self.source._encoder_bias
+        if self.shards is not None and self.shards.blocks is not None:
+            x, weight = aligned(x), aligned(weight)
         bias, scale = (None if t is None else t[latents] for t in (bias, self.norms))
-        return self.buffer.product(self.operand[tokens], weight, bias, scale)
+        return self.buffer.product(x, weight.T, bias, scale)
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Tokens and latents of a block."""
+        tokens, latents = (1, 1) if self.shards is None else (self.shards.token_blocks, self.shards.latent_blocks)
+        return self.tokens // tokens, self.source.d_sae // latents
 
     @functools.cached_property
     def divisors(self) -> Tensor:
@@ -254,11 +179,16 @@ class OfSource:
 
     def sums(self, codes: SparseCodes, values: Tensor) -> Tensor:
         """(rows, d_out) of decoder rows times ``values`` (N,), in fp32 or wider."""
-        decoder, backend, pieces = self.weights.decoder, self.backend, self.pieces
+        decoder, backend = self.weights.decoder, self.backend
+        pieces = 1 if self.shards is None else self.shards.latent_blocks
         if pieces > 1:
             codes = codes._runs([codes.num_latents // pieces * (n + 1) for n in range(pieces)])
         out = ops.decode(values, codes.indices, codes.offsets, decoder, None, self.wide, *UNTRANSPOSED, backend)
         return out if pieces == 1 else tree_sum(out.view(-1, pieces, out.shape[1]).unbind(1))
+
+
+def _within(whole: slice, part: slice) -> slice:
+    return slice(whole.start + part.start, whole.start + part.stop)
 
 
 @dataclass
@@ -284,6 +214,7 @@ class Forward:
     shards: Shards | None = None  # of whose latents these are one; ``x`` and ``given`` are then one rank's tokens
     kept: list[Kept] = field(default_factory=list)
     runs: dict[int, SparseCodes] = field(default_factory=dict)  # (B, widths): codes cut at nested prefixes' widths
+    known: dict[str, Tensor] = field(default_factory=dict)  # what several losses, or cells of one, read
     _residuals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -302,7 +233,7 @@ class Forward:
             sae,
             [OfSource(
                 source, of_source, sae._norms_of(source) if sae.rescale_acts_by_decoder_norm else None,
-                operand, buffer, backend, len(sources) == 1, 1 if shards is None else shards.pieces,
+                operand, buffer, backend, len(sources) == 1, shards,
             ) for source, of_source, operand in zip(sources, weights, operands, strict=True)],
             x, given, info, counters, backend, shards,
         )  # fmt: skip
@@ -333,15 +264,28 @@ class Forward:
 
     def sum_rows(self, rows: Tensor) -> Tensor:
         """The sum over the first dimension, a row for each token of one rank: with blocks, by pieces as a tree."""
-        if self.shards is None or self.shards.pieces == 1:
-            return rows.sum(0)
-        return tree_sum([piece.sum(0) for piece in self.shards.pieces_of(rows)])
+        return self.over_tokens([piece.sum(0) for piece in self.pieces_of(rows)])
+
+    def over_tokens(self, parts: Sequence[Tensor]) -> Tensor:
+        """The sum of what each of :meth:`pieces_of` adds: of one rank's, with blocks of the whole batch's."""
+        if (shards := self.by_blocks) is None:
+            return parts[0]
+        return shards.sum_everywhere(tree_sum(parts), "gradients of all ranks")
+
+    def pieces_of(self, rows: Tensor) -> list[Tensor]:
+        """A row for each token of one rank, with blocks by blocks."""
+        return [rows] if self.shards is None else self.shards.pieces_of(rows)
 
     def sum_all(self, rows: Tensor) -> Tensor:
-        """() the sum of all elements, a row for each token of one rank: with blocks (pieces,), of each piece."""
-        if self.shards is None or self.shards.pieces == 1:
+        """() the sum of all elements, a row for each token of one rank: with blocks (blocks,), of each block."""
+        if self.by_blocks is None:
             return rows.sum()
-        return torch.stack([piece.sum() for piece in self.shards.pieces_of(rows)])
+        return self.by_blocks.of_my_blocks([piece.sum() for piece in self.pieces_of(rows)])
+
+    @property
+    def by_blocks(self) -> Shards | None:
+        """The shards, where everything is summed block by block."""
+        return None if self.shards is None or self.shards.blocks is None else self.shards
 
     def total(self, number: Tensor) -> Tensor:
         """A number that is a sum over latents, of all ranks."""
@@ -430,6 +374,12 @@ class Forward:
         """(F,) sums of ``entries`` (N,) in a fixed order; of several (n, N) at a time, (n, F)."""
         if entries.dim() == 2:
             return torch.stack([self.by_latent(codes, row) for row in entries])
+        if (shards := self.by_blocks) is None:
+            return self._by_latent(codes, entries)
+        blocks = of_tokens(codes, shards.token_blocks)
+        return shards.of_batch([self._by_latent(part, entries[where]) for where, part in blocks], "sums of latents")
+
+    def _by_latent(self, codes: SparseCodes, entries: Tensor) -> Tensor:
         ones = entries.new_ones(codes.rows, 1, dtype=self.wide)
         return ops.decode_backward_weight(ones, entries.to(self.wide), *codes.by_latent, self.wide, self.backend)[:, 0]
 
@@ -481,7 +431,8 @@ class Forward:
         if self.info.skipped is not None:
             skipped = self.info.skipped.to(self.wide)
             for weight, read, written in self.sae._skips():
-                out[..., written] += (skipped[:, read] @ weight.T.to(self.wide))[:, None]
+                parts = [rows @ weight.T.to(self.wide) for rows in map(aligned, self.pieces_of(skipped[:, read]))]
+                out[..., written] += torch.cat(parts)[:, None]
         return out
 
 

@@ -13,9 +13,7 @@ from sae_kernels.stock.moments import FusedAdam, Keys, keys
 
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder, decoder_norms
-from ..distributed.wire import tree_sum
 from ._over_groups import Part
-from ._over_shards import by_pieces
 from .backward import Backward
 from .forward import Weights
 
@@ -234,6 +232,10 @@ class Update:
         self.backend = backend
         self.stored: dict[Tensor, Tensor] = {}  # W_enc's is (F, d_in): transposed
 
+    def forget(self) -> None:
+        """What is stored of an update that is not to be."""
+        self.stored = {}
+
     def can_be_fused(self, pending: Backward) -> bool:
         """Whether nothing needs the gradients whole."""
         alone = self.grad_clip is None and self.reduce is None and self.accumulate == 1 and self.optimizer.part is None
@@ -259,12 +261,7 @@ class Update:
                 "backend": self.backend,
             }  # fmt: skip
             tensors = parameters, exp_avgs, exp_avg_sqs, list(weights[number]) if self.copies.needed else []
-            if self.shards is None or self.shards.pieces == 1:
-                center, square = latent_adam(mine.terms, mine.x, mine.along, *tensors, **how)
-            else:
-                parts = by_pieces(mine, tensors, weights[number].decoder, self.shards.pieces, self.backend)
-                found = [latent_adam(*part, **how) for part in parts]
-                center, square = (tree_sum(column) for column in zip(*found, strict=True))
+            center, square = latent_adam(mine.terms, mine.x, mine.along, *tensors, **how)
             squares.append(square)
         self.copies.written()
         of_weights = square if len(squares) == 1 else torch.stack(squares).sum()

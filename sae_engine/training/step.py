@@ -21,16 +21,16 @@ from ..distributed.shards import Shards, check_rules
 from ..losses import Loss, Pull, losses_for
 from ..losses.base import checked_target
 from ..rules import PerSource
+from ._over_blocks import BlockedUpdate, check_blocks
 from ._over_shards import (
     agree_on_options,
     as_wholes,
-    check_blocks,
     check_over_shards,
     locals_of,
     of_all_ranks,
 )
-from .backward import Finite, backward
-from .forward import DeadLatents, Forward, PreActivations
+from .backward import DeadLatents, Finite, backward
+from .forward import Forward, PreActivations
 from .memory import keep_freed_memory
 from .optimizer import Adam, Copies, Update
 
@@ -83,8 +83,8 @@ class TrainStep:
             on a GPU in a later call, since nothing waits for the device. ``"skip"``: it is counted in
             :attr:`skipped`. The learning-rate schedule goes on. With ``accumulate`` it takes the whole update with it.
         blocks: with a mesh, how many blocks latents and tokens are cut into, each rank having as many. Products are
-            made and sums added block by block, as a tree: parameters, moments and losses then have the same bits on 1,
-            2, 4, … ranks, which must divide it. Default: one for each rank.
+            made and sums added block by block, as trees: parameters, moments and losses then have the same bits on
+            every mesh of 1, 2, 4, … ranks, in groups or not, which must divide it. Default: one for each rank.
         backend: as everywhere.
 
     With gradients that are stored, the order is: average (``reduce``), remove the parallel part, clip, Adam, rescale.
@@ -143,8 +143,7 @@ class TrainStep:
         self.losses = losses_for(sae, losses)
         if sae.shards is not None:
             check_over_shards(self.losses, reduce)
-        refused = {"grad_clip": grad_clip, "accumulate": accumulate > 1 and accumulate, "dense": dense}
-        self._pieces = 1 if blocks is None else check_blocks(sae, self.losses, blocks, refused)
+        self.blocks = None if blocks is None else check_blocks(sae, self.losses, blocks, dense)
         share = sae.share
         _check_norms(sae, self.losses)
         unit_rows = {None: not sae.rescale_acts_by_decoder_norm, "auto": not isinstance(sae, Crosscoder)}
@@ -174,7 +173,7 @@ class TrainStep:
         self._warming_up = False
         self._copies = Copies(share, self.compute_dtype, kept=check.flag("copies", copies))
         self._pre_activations = PreActivations()
-        self._update = Update(
+        self._update = (Update if blocks is None else BlockedUpdate)(
             share, self.optimizer, self._copies, unit_rows=self.normalize_decoder, reduce=reduce, backend=self.backend,
             grad_clip=None if grad_clip is None else check.positive("grad_clip", grad_clip), accumulate=self.accumulate,
         )  # fmt: skip
@@ -226,7 +225,7 @@ class TrainStep:
                 self.shards.agreement.meet("step", 0, error)  # which ends the other ranks, too
             raise
         if self.shards is not None:
-            self.shards.begin(len(x), self._pieces)
+            self.shards.begin(len(x), self.blocks)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if self.shards is None:
                 report, bad = self._step(x, target, context)
@@ -285,18 +284,19 @@ class TrainStep:
                 else loss.pull(forward, number) for loss, number in zip(self.losses, numbers, strict=True)
             ]  # fmt: skip
             losses = {loss.name: value for loss, (value, _) in zip(self.losses, found, strict=True)}
-            report = {"loss": torch.stack(list(losses.values())).sum(0), **losses}
+            report = {"loss": torch.stack([loss.sum().to(forward.wide) for loss in losses.values()]).sum(), **losses}
             squares = forward.sum_all(forward.residual(0)[1])
             report["squared_error"] = squares / tokens
             report["fvu"] = squares / spread
-            report["l0"] = (main.values != 0).sum() / tokens
+            report["l0"] = (main.values != 0).sum()
             forward.forget_residuals()
             pending = backward(forward, [pull for _, pull in found if pull is not None])
             del forward, found  # their memory serves the update
             self.calls += 1
             bad = self._finite.of(report["loss"], pending, has_capacity=main.required is not None)
             if self.shards is not None:
-                report, overflow, bad = of_all_ranks(self.shards, report, overflow, bad)
+                report, overflow, bad = of_all_ranks(self.shards, report, overflow, bad, list(losses))
+            report["l0"] = report["l0"] / tokens
             fired = _firing(main, len(self.sae.sources), self.shards).float()
             since = self._seen = Seen(fired, tokens, _either(overflow, bad)).after(self._seen)
             if self._update.can_be_fused(pending):
@@ -362,7 +362,7 @@ class TrainStep:
 
     def _density(self, codes: SparseCodes) -> bool | None:
         """Whether sums over codes go through GEMMs; None: their number of entries decides."""
-        if self._pieces > 1:
+        if self.blocks is not None:
             return False  # a product of other shapes has other bits
         if self.dense is not None or codes.required is None:
             return self.dense
@@ -428,7 +428,8 @@ class TrainStep:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.calls, self._dense_now, self.memory_budget = state["calls"], state["dense_now"], state["memory_budget"]
-        self._seen, self._update.stored = None, {}
+        self._seen = None
+        self._update.forget()
         self.refresh()
 
 

@@ -3,10 +3,8 @@
 ``mesh_ranks`` says which case is whose.
 """
 
-import sys
-from pathlib import Path
+from unittest.mock import patch
 
-import pytest
 import torch
 from mesh_selections import my_rows
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -338,46 +336,6 @@ def in_16_bits(mesh, rank, size):
         close(report["loss"], ours["loss"], "loss", 2**-8)
 
 
-
-
-BLOCKED = {"TopK, AuxK": (lambda: se.TopK(4), {"losses": [AuxK(8)], "dead_after": 100}, {}),
-           "BatchTopK": (lambda: se.BatchTopK(3.5), {}, {}),
-           "slabs": (lambda: se.TopK(4), {"memory_budget": 48 * 16 * 4}, {}),
-           "norms": (lambda: se.TopK(4), {"normalize_decoder": False}, {"rescale_acts_by_decoder_norm": True}),
-           "16 bits": (lambda: se.TopK(4), {"compute_dtype": "bfloat16", "moments": "bfloat16"}, {}),
-           "Matryoshka": (lambda: se.MatryoshkaBatchTopK(3, widths=[24, 64]), {}, {})}  # fmt: skip
-
-
-def by_blocks(mesh, rank, size, steps=20):
-    """Everything after some steps with four blocks, and the numbers that the last step gave."""
-    found = {}
-    for dtype in (torch.float32, F64):
-        for name, (make, how, options) in BLOCKED.items():
-            if dtype == F64 and name == "16 bits":
-                continue
-            torch.manual_seed(0)
-            sae = se.SparseAutoencoder(16, 64, make(), dtype=dtype, mesh=mesh, **options)
-            step = TrainStep(sae, lr=2**-7, blocks=4, **how)
-            g = torch.Generator().manual_seed(1)
-            for _ in range(steps if name == "TopK, AuxK" else 4):
-                x = torch.randn(48, 16, generator=g, dtype=F64).to(dtype)
-                report = step(x[my_rows(48, rank, size)])
-            state = {n: whole(p).detach().clone() for n, p in sae.named_parameters()}
-            for n, p in sae.share.named_parameters():
-                for kind in ("exp_avg", "exp_avg_sq"):
-                    moment = step.optimizer.state[p][kind]
-                    state[f"{n}.{kind}"] = whole(sae.shards.as_whole(moment, CUT.get(n))).clone()
-            numbers = {key: report[key] for key in ("loss", "squared_error", "fvu", "grad_norm", "dead")}
-            found[f"{name}, {dtype}"] = {**state, **numbers}
-    return found
-
-
-def has_the_same_bits(mesh, rank, size):
-    found = by_blocks(mesh, rank, size)
-    if rank == 0:
-        torch.save(found, Path(sys.argv[3], "blocks.pt"))
-
-
 def needs_what_the_formula_says(mesh, rank, size):
     """What a rank allocates for an autoencoder and its steps: the bound of one process with its latents, and rows."""
     tokens, width, latents, k, budget = 512, 64, 1 << 15, 32, 4 << 20
@@ -396,10 +354,16 @@ def needs_what_the_formula_says(mesh, rank, size):
     assert 0.8 * formula < measured <= formula, (measured, formula)
 
 
-def groups_take_no_blocks(mesh, rank, size):
-    sae = se.SparseAutoencoder(D, F, se.TopK(4), mesh=mesh)
-    with pytest.raises(ValueError, match="blocks must be None on a mesh with the dimension 'data'"):
-        step_of(sae, blocks=4)
+def decides_together(mesh, rank, size):
+    """Also where one device would take whole rows of some tokens at a time."""
+    with patch("sae_engine.training.forward.whole_rows_from", lambda *_: 1):
+        one, many = pair(lambda: se.TopK(4), mesh)
+        how = {"memory_budget": 8 * F * 3}
+        alone, together = step_of(one, **how), step_of(many, **how)
+        for x in batches(3):
+            alone(x)
+            together(x[my_rows(B, rank, size)])
+    same_state(one, many, alone, together, 1e-12)
 
 
 def repeats(mesh, rank, size):

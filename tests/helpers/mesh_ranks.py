@@ -14,11 +14,10 @@ from mesh_cases import (
     STEPS,
     D,
     F,
+    decides_together,
     empty_shards_train,
     encodes,
     encodes_by_other_rules,
-    groups_take_no_blocks,
-    has_the_same_bits,
     in_16_bits,
     lays_out_row_by_row,
     needs_what_the_formula_says,
@@ -96,7 +95,6 @@ def cases_of_groups(size, sizes):
         yield "step: 16 bits", in_16_bits
         yield "encode: other rules", encodes_by_other_rules
         yield "step: the same bits again", repeats
-        yield "refusals", groups_take_no_blocks
     every = 1 if is_first else 7 if "node" in sizes else 3
     for number, name in enumerate(RULES):
         if number % every == 0:
@@ -132,10 +130,9 @@ def cases(size):
     yield "encode: other rules", encodes_by_other_rules
     if size == 2:
         yield "step: memory", needs_what_the_formula_says
+        yield "step: whole rows", decides_together
     if size == 4:
         yield "nodes", over_nodes
-    if size in (2, 4):
-        yield "step: blocks", has_the_same_bits
 
 
 def main(rank, size, folder):
