@@ -16,7 +16,7 @@ from .crosscoder import Crosscoder
 from .decoder import SparseDecoder
 from .functional import Encoded, EncodeInfo
 from .inference import calibrate_threshold, inference_form
-from .initial import init_as_top_afa, init_sparse
+from .initial import init_as_top_afa, init_firing, init_sparse
 from .provenance import Provenance
 from .rules import (
     AbsTopK,
@@ -89,6 +89,7 @@ __all__ = [
     "functional",
     "inference_form",
     "init_as_top_afa",
+    "init_firing",
     "init_sparse",
     "lm",
     "losses",

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_kernels.dispatch import transforming
+from sae_kernels.ops import ops
+
 from ._encoder import _as_encoded, _divided, linear, linear_dtype
 from ._running import Running
 from ._slabs import default_budget_bytes, rectangles, slab_shape
 from .codes import SparseCodes, at_latents
+from .functional import decode
 
 
 def parts_of(codes: SparseCodes, sources: int) -> tuple[SparseCodes, ...]:
@@ -99,6 +103,34 @@ def running_over(rule: Any, rows: int, num_latents: int, backend: str) -> Runnin
             "at once: pass a sequence with one rule for each source"
         )
     return running
+
+
+def decode_together(
+    written: Sequence[tuple[SparseCodes, Tensor, int]], batch_shape: Sequence[int], width: int, dtype: torch.dtype,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """(*batch_shape, width) in ``dtype``, fp32 or wider: what several sources write, side by side or over one another.
+
+    Where nothing is to be differentiated one launch makes it, which reads and writes the output once.
+
+    Args:
+        written: of each source its codes (*batch_shape), decoder rows (F, some columns), and the first of these.
+    """
+    read = [t for codes, weight, _ in written for t in (codes.values, weight)]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in read)
+    if len(written) > 1 and not learns and not transforming() and not torch.compiler.is_compiling():
+        codes, weights, firsts = zip(*written, strict=True)
+        for of_source in codes:
+            of_source.validate()
+        out, _ = ops.decode_sources(
+            [c.values for c in codes], [c.indices for c in codes], [c.offsets for c in codes], list(weights),
+            list(firsts), width, None, None, dtype, backend,
+        )  # fmt: skip
+        return out.view(*batch_shape, width)
+    out = read[0].new_zeros((*batch_shape, width), dtype=dtype)
+    for of_source, weight, first in written:
+        out[..., first : first + weight.shape[1]] += decode(of_source, weight, result_dtype=dtype, backend=backend)
+    return out
 
 
 def encode_together(

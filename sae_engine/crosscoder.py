@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional
 from ._encoder import linear_dtype
-from ._sources import below_one_another, encode_together, parts_of
+from ._sources import below_one_another, decode_together, encode_together, parts_of
 from ._wiring import columns_of, ranges_of, widths_of
 from .autoencoder import SparseAutoencoder, _contiguous, decoder_norms
 from .codes import SparseCodes
@@ -317,12 +317,11 @@ class Crosscoder(SparseAutoencoder):
         columns = slice(0, self.d_out) if columns is None else columns
         parts = parts_of(codes, len(self.wiring))
         wide = torch.promote_types(linear_dtype(codes.values, self.b_dec), torch.float32)
-        out = self.b_dec.new_zeros((*parts[0].batch_shape, columns.stop - columns.start), dtype=wide)
+        written = []
         for source, part in zip(self.sources, parts, strict=True):
             if (at := _overlap(source.writes, columns)) is not None:
-                mine, W_dec = self._to_decode(part, source), source.W_dec[:, at[0]]
-                out[..., at[1]] += functional.decode(mine, W_dec, result_dtype=wide, backend=backend)
-        return out
+                written.append((self._to_decode(part, source), source.W_dec[:, at[0]], at[1].start))
+        return decode_together(written, parts[0].batch_shape, columns.stop - columns.start, wide, backend)
 
     def forward(self, x: Tensor, **context: Tensor) -> Tensor:
         """The reconstruction, its sites as those of ``x`` come. In training, rules with a threshold learn from it.

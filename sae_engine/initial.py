@@ -1,4 +1,4 @@
-"""Initial values: b_dec from activations, and the weights of top-AFA autoencoders."""
+"""Initial values: b_dec and b_enc from activations, and the weights of top-AFA autoencoders."""
 from __future__ import annotations
 
 import math
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from . import functional
 from .autoencoder import SparseAutoencoder
 from .crosscoder import Crosscoder
-from .rules import TopAFA
+from .rules import JumpReLU, TopAFA
+from .rules.per_source import rule_of
 
 MEDIAN_ITERATIONS, MEDIAN_TOLERANCE = 100, 1e-6
+MOST_ROWS, MOST_NUMBERS = 8192, 1 << 24  # that are looked at, and pre-activations that exist at a time
 
 
 @torch.no_grad()
@@ -119,6 +122,54 @@ def init_sparse(sae: SparseAutoencoder, l0: int) -> SparseAutoencoder:
     spread = math.sqrt(float(energies.mean()))  # of pre-activations, per unit of ||x||
     target = sae.activation.target_scale if isinstance(sae.activation, TopAFA) else 1.0
     sae.W_enc.mul_(target / (spread * norm * math.sqrt(energy)))
+    return sae
+
+
+@torch.no_grad()
+def init_firing(sae: SparseAutoencoder, x: Tensor, l0: int) -> SparseAutoencoder:
+    """Sets ``b_enc`` so that each latent exceeds its threshold in ``l0 / d_sae`` of the rows of ``x``, one at least.
+
+    So cross-layer transcoders start, where latents that read little would otherwise never fire and others always. Of
+    many rows 8,192 are looked at, spread evenly.
+
+    Args:
+        sae: with a :class:`JumpReLU` as its rule, a :class:`Crosscoder` also with one for each source.
+        x: (tokens, d_in), as ``sae`` takes it; of a crosscoder, all sites side by side.
+        l0: latents a token at the start, of each source; ``1 <= l0 < d_sae``.
+
+    Source: CLT-Forge's code; the thresholds are those of Ameisen et al. 2025 (Circuit Tracing).
+
+    Raises:
+        TypeError: ``sae`` is no :class:`SparseAutoencoder`, its rule no :class:`JumpReLU`, or ``x`` no float matrix.
+        ValueError: ``l0`` is out of range, ``x`` has another width or fewer than two rows, or ``sae`` lies on a mesh.
+
+    Example:
+        >>> sae, x = se.SparseAutoencoder(8, 64, se.JumpReLU(64)), torch.randn(256, 8)
+        >>> init_firing(sae, x, 4).encode(x).l0.float().mean()
+        tensor(4.)
+    """
+    if not isinstance(sae, SparseAutoencoder):
+        raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+    if sae.shards is not None:
+        raise ValueError("sae must not lie on a mesh, where each rank has rows of its own")
+    x = sae._normalized(check.floating("x", x, dims=2))[0]
+    if len(x) < 2:
+        raise ValueError(f"x must have at least two rows, got {len(x)}")
+    l0 = check.integer_k(l0, name="l0")
+    if l0 >= sae.d_sae:
+        raise ValueError(f"l0 must lie below d_sae = {sae.d_sae}, got {l0}")
+    x = x[:: -(-len(x) // MOST_ROWS)]
+    x = x - sae.b_dec if sae.apply_b_dec_to_input else x
+    firing = min(max(round(l0 / sae.d_sae * len(x)), 1), len(x) - 1)
+    for number, source in enumerate(sae.sources):
+        rule = rule_of(sae.activation, number)
+        if not isinstance(rule, JumpReLU):
+            raise TypeError(f"sae must have a JumpReLU as its rule, got {rule!r}")
+        for latents in torch.arange(sae.d_sae, device="cpu").split(max(MOST_NUMBERS // len(x), 1)):
+            some = slice(int(latents[0]), int(latents[-1]) + 1)
+            pre = functional.linear(x[:, source.reads], source.W_enc[:, some]).T.contiguous()
+            below, above = (pre.kthvalue(len(x) - firing + n, dim=1).values for n in (0, 1))  # at the border
+            source.b_enc[some] = (rule._theta()[some] - (below + above) / 2).to(source.b_enc.dtype)
     return sae
 
 

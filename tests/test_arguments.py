@@ -49,6 +49,7 @@ ENTRY_POINTS = {
     "LogJumpReLU": lambda i, x: se.LogJumpReLU(i(F), threshold=x(0.25), bandwidth=x(0.5))(pre()),
     "Gated": lambda i, x: se.Gated(i(F))(pre()),
     "TopAFA": lambda i, x: built(se.TopAFA(capacity=i(60), target_scale=x(0.5)))(torch.randn(B, D)),
+    "init_firing": lambda i, x: se.init_firing(built(se.JumpReLU(F)), torch.randn(B, D), i(4)).b_enc,
     "init_sparse": lambda i, x: se.init_sparse(built(se.TopAFA()), i(4)).W_enc,
     "RunningDensity": lambda i, x: updated(se.RunningDensity(i(F), rate=x(0.5))).density,
     "losses.evaluate": lambda i, x: losses.evaluate(

@@ -6,7 +6,7 @@ import torch
 from pair_loop import SITES, WIRINGS, B, D, F, batch, coder, copied, dense_codes, forward
 
 import sae_engine as se
-from sae_engine import _slabs
+from sae_engine import _slabs, _sources
 
 RULES = ("topk", "batch", "batches", "jumprelu", "relu", "mixed")
 # Sums over at most B F products of numbers near 1 in fp64.
@@ -219,3 +219,21 @@ def test_bad_input_is_refused_by_name(case):
         make()
 
 
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("sites", [None, 1])
+def test_what_is_only_read_is_decoded_in_one_launch(backend, sites, monkeypatch):
+    """As with a gradient, source by source, in fp32 to rounding."""
+    clt = se.Crosscoder.clt(3, 8, 16, se.TopK(3), skip=True, rescale_acts_by_decoder_norm=True)
+    with torch.no_grad():
+        clt.b_dec.normal_()
+    (codes,), info, _ = clt.encode_with(torch.randn(2, 5, 3, 8))
+    calls, plain = [], _sources.ops.decode_sources
+    monkeypatch.setattr(_sources.ops, "decode_sources", lambda *given: calls.append(len(given[0])) or plain(*given))
+    by_source = clt.decode(codes.detach(), info, sites=sites, backend=backend)
+    assert by_source.requires_grad and not calls
+    with torch.no_grad():
+        at_once = clt.decode(codes, info, sites=sites, backend=backend)
+    assert calls == [3 if sites is None else 2]
+    torch.testing.assert_close(at_once, by_source.detach())

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import sae_engine as se
+from sae_engine import initial
 from sae_engine.initial import geometric_median
 from sae_engine.losses.pre_activation import PreActivation
 from sae_engine.losses.warmed import Warmed
@@ -103,3 +104,43 @@ def test_a_warmed_loss_is_the_loss_times_its_factor(make):
 def test_only_a_loss_can_be_warmed():
     with pytest.raises(TypeError, match="loss must be a Loss"):
         Warmed(2.0)
+
+
+@pytest.mark.parametrize("make", [
+    lambda rule: se.SparseAutoencoder(8, 60, rule(), dtype=torch.float64),
+    lambda rule: se.SparseAutoencoder(8, 60, rule(), normalize_activations="layer_norm"),
+    lambda rule: se.Crosscoder.clt(3, 8, 60, [rule(), rule(), rule()]),
+], ids=["centred", "layer norm", "clt"])  # fmt: skip
+@pytest.mark.parametrize("rule", [lambda: se.JumpReLU(60, threshold=0.3), lambda: se.LogJumpReLU(60, threshold=0.2)])
+def test_latents_fire_on_the_share_of_rows_that_is_asked_for(make, rule, monkeypatch):
+    monkeypatch.setattr(initial, "MOST_NUMBERS", 400 * 7)  # some latents at a time
+    torch.manual_seed(0)
+    sae = make(rule)
+    with torch.no_grad():
+        sae.b_dec.normal_()
+    x = torch.randn(400, sae.d_in, dtype=sae.b_dec.dtype) * 3 + 1
+    assert se.init_firing(sae, x, 6) is sae
+    fires = sae.encode(x).to_dense() != 0
+    assert torch.equal(fires.sum(-2), torch.full_like(fires.sum(-2), 40))  # a tenth of the rows
+
+
+def test_latents_fire_at_first_on_one_row_at_least_and_rows_may_be_many(monkeypatch):
+    sae, x = se.SparseAutoencoder(8, 60, se.JumpReLU(60)), torch.randn(101, 8)
+    assert torch.equal((se.init_firing(sae, x[:20], 1).encode(x[:20]).to_dense() != 0).sum(0), torch.ones(60).long())
+    monkeypatch.setattr(initial, "MOST_ROWS", 50)  # 34 of them, every third
+    assert torch.equal((se.init_firing(sae, x, 30).encode(x[::3]).to_dense() != 0).sum(0), torch.full((60,), 17))
+
+
+@pytest.mark.parametrize(("sae", "x", "l0", "match"), [
+    (torch.nn.Linear(8, 60), torch.randn(9, 8), 4, "sae must be a SparseAutoencoder"),
+    (se.TopK(2), torch.randn(9, 8), 4, "sae must have a JumpReLU"),
+    (se.JumpReLU(60), torch.randn(1, 8), 4, "x must have at least two rows"),
+    (se.JumpReLU(60), torch.randn(9, 7), 4, "x must have d_in = 8"), (se.JumpReLU(60), torch.randn(9, 8), 60, "l0"),
+    (se.JumpReLU(60), torch.randn(9, 8), 0, "l0"), (se.JumpReLU(60), torch.ones(9, 8).long(), 4, "x must"),
+], ids=["module", "rule", "rows", "width", "many", "none", "ints"])  # fmt: skip
+def test_what_cannot_be_set_to_fire_is_refused(sae, x, l0, match):
+    sae = se.SparseAutoencoder(8, 60, sae) if isinstance(sae, se.Activation) else sae
+    before = {name: t.clone() for name, t in sae.state_dict().items()}
+    with pytest.raises((TypeError, ValueError), match=match):
+        se.init_firing(sae, x, l0)
+    assert all(torch.equal(before[name], t) for name, t in sae.state_dict().items())

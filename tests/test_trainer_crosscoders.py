@@ -255,3 +255,27 @@ def test_rules_with_a_state_for_each_latent_are_made_for_each_source():
     one, other, third = (batch.build(8, 8, steps=10, seed=seed, widths=widths) for seed in (0, 0, 1))
     assert isinstance(one.activation, se.BatchTopK)
     assert torch.equal(one.W_dec[1], other.W_dec[1]) and not torch.equal(one.W_dec[1], third.W_dec[1])
+
+
+def test_the_published_recipe_of_cross_layer_transcoders(tmp_path):
+    """A twentieth of the latents of each source fires at first; the price of that rises to the end."""
+    changes = [f"output.output_path={tmp_path}/run", "logger.progress=false", "data.training_tokens=8192",
+               "data.context_size=64", "data.shuffle_tokens=4096", "saes.0.d_sae=96", "saes.0.l0_coefficient=8",
+               "logger.logging_steps=4", "eval.eval_tokens=1024"]  # fmt: skip
+    config = se.training.preset("embedded-clt", changes)
+    factors = []
+
+    class Watch(Callback):
+        def on_update(self, trainer):
+            (loss,) = trainer.trainees["clt"].warmed
+            factors.append(float(loss.factor))
+
+    run = se.train(config, callbacks=[Watch()])
+    assert factors == sorted(factors) and factors[0] < 0.1 and factors[-1] > 0.9
+    clt, found = run.saes()["clt"], {name: value for line in run.metrics() for name, value in line.items()}
+    assert all(isinstance(rule, se.JumpReLU) for rule in clt.activation) and len(clt.activation) == 4
+    assert {"losses/tanh_l0", "losses/pre_activation"} <= found.keys()
+    assert 0 < found["evaluation/fvu"] < 1 and found["evaluation/cross_layer"] > 0
+    assert run.config.saes[0].architecture.l0_at_start == 4
+    first = next(line for line in run.metrics() if "metrics/l0" in line)  # of four updates, so not as it began
+    assert 4 * 2 < first["metrics/l0"] < 4 * 12

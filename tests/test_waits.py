@@ -221,8 +221,9 @@ WITHOUT_WAITING = {
     "SparseAutoencoder, made": lambda: lambda: se.SparseAutoencoder(D, F, se.FeatureChoice(F, 3.0), device="cuda"),
     "SparseDecoder": lambda: (d := se.SparseDecoder(F, D), c := codes(), lambda: backward(d(c)))[2],
     "init_as_top_afa": lambda: (s := se.SparseAutoencoder(D, F, se.TopAFA()), lambda: se.init_as_top_afa(s))[1],
-    "inference_form": lambda: (
-        s := se.SparseAutoencoder(D, F, learning()), lambda: se.inference_form(s))[1],
+    "init_firing": lambda: (
+        s := se.SparseAutoencoder(D, F, se.JumpReLU(F)), x := torch.randn(B, D), lambda: se.init_firing(s, x, 4))[2],
+    "inference_form": lambda: (s := se.SparseAutoencoder(D, F, learning()), lambda: se.inference_form(s))[1],
     # codes
     "SparseCodes.l0": lambda: (c := codes(capacity=ROOM), lambda: c.l0)[1],
     "SparseCodes.by_latent": lambda: (c := codes(), lambda: c.by_latent)[1],
@@ -285,8 +286,7 @@ WITHOUT_WAITING = {
     "training.TrainStep, slabs of a batch": step(lambda: se.BatchTopK(3.5), **IN_SLABS),
     "training.TrainStep, capacity": step(lambda: se.TopAFA(capacity=ROOM)),
     "training.TrainStep, FeatureChoice": step(lambda: se.FeatureChoice(F, 3.5)),
-    "training.TrainStep, made": lambda: (
-        s := se.SparseAutoencoder(D, F, se.TopK(4)), lambda: TrainStep(s, lr=1e-3))[1],
+    "training.TrainStep, made": lambda: (s := se.SparseAutoencoder(D, F, se.TopK(4)), lambda: TrainStep(s, lr=1e-3))[1],
     "training.TrainStep, schedule": step(
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))),
     "training.train, TopK": between_two_lines(TopKSAE(k=4)),

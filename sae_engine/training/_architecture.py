@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from .. import rules
 from ..autoencoder import SparseAutoencoder
 from ..losses import Loss
@@ -73,6 +75,13 @@ class Architecture:
 
     def prepare(self, sae: SparseAutoencoder) -> None:
         """Changes the initial weights, tied unit rows, where the rule wants others."""
+
+    def start(self, sae: SparseAutoencoder, x: Tensor) -> None:
+        """Changes initial values once more by the first rows ``x`` (tokens, d_in), as it is trained on them.
+
+        ``b_dec`` has its own by then. Where several processes train, each has other rows: what this makes of them is
+        averaged.
+        """
 
 
 def numbers(architecture: Architecture, name: str) -> Any:

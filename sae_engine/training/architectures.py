@@ -22,6 +22,7 @@ from ..initial import init_sparse
 from ..losses import AFA, L1, GateLoss, Loss, NestedReconstruction, StepL0
 from ._architecture import Architecture, numbers
 from ._faults import Check, ConfigError, auto, nearest, one_of, optional, rate, real, settle, whole, widths
+from .cross_layer import TanhJumpReLUSAE
 
 Auto = Literal["auto"]
 _AUTO_WIDTHS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)  # 2048, 6144, 14336, 30720, 65536 in the paper
@@ -440,7 +441,7 @@ class TopAFASAE(Architecture):
 ARCHITECTURES: dict[str, type[Architecture]] = {
     kind.tag: kind for kind in (
         TopKSAE, BatchTopKSAE, MatryoshkaBatchTopKSAE, JumpReLUSAE, StandardSAE, GatedSAE, AbsTopKSAE, LogJumpReLUSAE,
-        FeatureChoiceSAE, StatisticalTopKSAE, SampledTopKSAE, TopAFASAE,
+        FeatureChoiceSAE, StatisticalTopKSAE, SampledTopKSAE, TopAFASAE, TanhJumpReLUSAE,
     )
 }  # fmt: skip
 # Rules that no configuration trains: by the name that one would look for, the class and the reason.

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ._faults import ConfigError, nearest
-from .architectures import JumpReLUSAE, TopKSAE
+from .architectures import JumpReLUSAE, TanhJumpReLUSAE, TopKSAE
 from .config import DataConfig, EvalConfig, ModelConfig, OptimConfig, SAEConfig, TrainConfig
 from .config_files import with_settings
 
@@ -24,6 +24,18 @@ def _embedded_tiny() -> TrainConfig:
         optim=OptimConfig(train_batch_size_tokens=512),
         eval=EvalConfig(eval_steps=16, eval_tokens=1024),
     )
+
+
+def _embedded_clt() -> TrainConfig:
+    return TrainConfig(
+        data=DataConfig(training_tokens=150_000),
+        saes=(SAEConfig(
+            name="clt", hook_name="blocks.{0..3}.hook_resid_mid", hook_name_out="blocks.{0..3}.hook_mlp_out",
+            wiring="causal", architecture=TanhJumpReLUSAE(l0_coefficient=4.0), d_sae=1024,
+            normalize_activations="standardize", b_dec_init="mean", aux_k_coefficient=0.0,
+        ),),
+        optim=OptimConfig(train_batch_size_tokens=512),
+    )  # fmt: skip
 
 
 def _gpt2() -> TrainConfig:
@@ -46,6 +58,7 @@ def _gemma2() -> TrainConfig:
 PRESETS: dict[str, tuple[str, Callable[[], TrainConfig]]] = {
     "embedded": ("TopK on the embedded model, minutes on two cores of a CPU, no network", _embedded),
     "embedded-tiny": ("the same in seconds, to see that everything runs", _embedded_tiny),
+    "embedded-clt": ("a cross-layer transcoder of the embedded model by the published recipe, minutes", _embedded_clt),
     "gpt2-topk-32k": ("TopK, 32,768 latents on GPT-2 small before block 8, 500 M tokens of FineWeb", _gpt2),
     "gemma2-2b-jumprelu": ("JumpReLU as Gemma Scope's, 16,384 latents behind block 12, 4 G tokens of FineWeb", _gemma2),
 }

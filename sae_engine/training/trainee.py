@@ -19,6 +19,7 @@ from ..losses.warmed import Warmed
 from ..provenance import Provenance
 from ..rules import AbsTopK, BatchTopK, TopK
 from ..standardization import Standardization, fold_standardization
+from ._architecture import Architecture
 from .captured import CapturedStep
 from .config import Resolved, SAEConfig, TrainConfig
 from .forward import PreActivations
@@ -157,8 +158,16 @@ class Trainee:
                 self.scales = (known.activation_scale,), (known.target_scale or known.activation_scale,)
             return
         self._scale_places(rows)
-        if self.config.b_dec_init == "zeros":
-            return
+        if self.config.b_dec_init != "zeros":
+            self._start_b_dec(rows, ranks)
+        if type(self.config.architecture).start is not Architecture.start:
+            device = self.sae.share.b_dec.device
+            seen = self._seen(lambda number, scale: rows[number].to(device, torch.float32) * scale, 0)
+            self.config.architecture.start(self.sae, seen)
+            if self.reduce is not None:
+                self.reduce([p.detach() for p in self.sae.parameters()])
+
+    def _start_b_dec(self, rows: tuple[Tensor, ...], ranks: int) -> None:
         at = 0
         for number, scale in zip(self.writes, self.scales[1], strict=True):
             b_dec = self.sae.share.b_dec
