@@ -1,6 +1,7 @@
-"""Rows of a decoder: how they start, and their norms."""
+"""Rows of a decoder: how they start, as an encoder's do, and their norms."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,14 +19,34 @@ def decoder_norms(W_dec: Tensor) -> Tensor:
 
 
 def unit_rows(rows: int, width: int, *, dtype=None, device=None, shards: Shards | None = None) -> Tensor:
-    """Random directions, one a row: drawn and normalized in fp32. With ``shards``, those of my latents.
+    """Random directions, one a row: drawn and normalized in fp32. With ``shards``, those of my latents."""
+    return drawn_rows(
+        rows, width, torch.randn, lambda drawn: drawn / drawn.norm(dim=1, keepdim=True), dtype=dtype, device=device,
+        shards=shards,
+    )  # fmt: skip
+
+
+def uniform_rows(
+    rows: int, width: int, limit: float, *, dtype=None, device=None, shards: Shards | None = None
+) -> Tensor:
+    """(rows, width) within ±limit, drawn in fp32 or wider. With ``shards``, those of my latents."""
+    return drawn_rows(
+        rows, width, torch.rand, lambda drawn: (2 * drawn - 1) * limit, dtype=dtype, device=device, shards=shards
+    )
+
+
+def drawn_rows(
+    rows: int, width: int, draw: Callable[..., Tensor], made: Callable[[Tensor], Tensor], *, dtype, device,
+    shards: Shards | None,
+) -> Tensor:  # fmt: skip
+    """Rows that are ``made`` of what ``draw`` draws, in fp32 or fp64. With ``shards``, those of my latents.
 
     Each further block of 4096 rows has a generator of its own, so that a rank draws the same rows as one device without
     drawing those before them. What they start from is rank 0's.
     """
     mine = slice(0, rows) if shards is None else shards.mine
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    first = torch.randn(min(rows, BLOCK), width, device=device, dtype=wide)
+    first = draw(min(rows, BLOCK), width, device=device, dtype=wide)
     if shards is not None:
         shards.everyone.first(first, "initial rows")
     out = torch.empty(mine.stop - mine.start, width, device=device, dtype=dtype or torch.get_default_dtype())
@@ -43,7 +64,7 @@ def unit_rows(rows: int, width: int, *, dtype=None, device=None, shards: Shards 
         drawn = first
         if number:
             generator = torch.Generator(first.device).manual_seed((seed + number) % (1 << 63))
-            drawn = torch.randn(end - start, width, device=device, dtype=wide, generator=generator)
+            drawn = draw(end - start, width, device=device, dtype=wide, generator=generator)
         drawn = drawn[part.start - start : part.stop - start]
-        out[part.start - mine.start : part.stop - mine.start] = drawn / drawn.norm(dim=1, keepdim=True)
+        out[part.start - mine.start : part.stop - mine.start] = made(drawn)
     return out

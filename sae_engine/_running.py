@@ -277,14 +277,15 @@ class _ByFlatPosition(Running):
 class RunningBatch(_ByFlatPosition):
     """The ``total`` entries of the batch with the largest relu(pre), ties to the lowest flat position.
 
-    With ``shards`` those of the latents of all shards, of which these are one.
+    With ``shards`` those of the latents of all shards, of which these are one; of ``among`` sources, each one's tokens
+    below another's.
     """
 
     def __init__(
-        self, tokens: int, num_latents: int, backend: str, total: int, shards: Shards | None = None
+        self, tokens: int, num_latents: int, backend: str, total: int, shards: Shards | None = None, among: int = 1
     ) -> None:
         super().__init__(tokens, num_latents, backend)
-        self._wanted, self._shards = total, shards
+        self._wanted, self._shards, self._among = total, shards, among
         self._total = total if shards is None else min(total, tokens * num_latents)
         self._cut: Tensor | None = None  # () the least value that can still be kept, on a CPU, where nobody waits
 
@@ -313,7 +314,7 @@ class RunningBatch(_ByFlatPosition):
         codes, entries = super().finish()
         if self._shards is None:
             return codes, entries
-        return self._shards.narrowed(codes, self._shards.kept_of_batch(codes, self._wanted), entries)
+        return self._shards.narrowed(codes, self._shards.kept_of_batch(codes, self._wanted, among=self._among), entries)
 
 
 class RunningLatents(_ByFlatPosition):

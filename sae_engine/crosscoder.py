@@ -2,81 +2,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional
+from ._decoder_rows import decoder_norms, uniform_rows
 from ._encoder import linear_dtype
 from ._sources import below_one_another, decode_together, encode_together, parts_of
 from ._wiring import columns_of, ranges_of, widths_of
-from .autoencoder import SparseAutoencoder, _contiguous, decoder_norms
+from .autoencoder import SparseAutoencoder, _contiguous
 from .codes import SparseCodes
+from .distributed import passes, source_passes
 from .functional import Encoded, EncodeInfo
-from .rules import Activation, PerSource
+from .rules import Activation
 from .rules.per_source import chooses_alone, rule_for, rule_of
+from .source import Source
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Crosscoder", "Source"]
 
 DECODER_NORMS = ("joint", "sum")
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """One set of latents of a :class:`Crosscoder`, with the names that a :class:`SparseAutoencoder` has for its own.
-
-    Attributes:
-        coder: that it belongs to.
-        number: among its sources.
-        reads, writes: columns of the concatenated input and output.
-        read_sites, written_sites: the sites that lie there.
-    """
-
-    coder: Crosscoder
-    number: int
-    reads: slice
-    writes: slice
-    read_sites: range
-    written_sites: range
-
-    @property
-    def W_enc(self) -> Tensor:
-        """(width read, d_sae)."""
-        return self.coder.W_enc[self.number]
-
-    @property
-    def W_dec(self) -> Tensor:
-        """(d_sae, width written): row f is what latent f adds to all the sites that it writes."""
-        return self.coder.W_dec[self.number]
-
-    @property
-    def b_enc(self) -> Tensor:
-        """(d_sae,), a view."""
-        return self.coder.b_enc[self.number]
-
-    @property
-    def _encoder_bias(self) -> Tensor:
-        return self.b_enc
-
-    @property
-    def activation(self) -> Activation:
-        rule = self.coder.activation
-        return rule[self.number] if isinstance(rule, PerSource) else rule
-
-    @property
-    def d_in(self) -> int:
-        return self.reads.stop - self.reads.start
-
-    @property
-    def d_out(self) -> int:
-        return self.writes.stop - self.writes.start
-
-    @property
-    def d_sae(self) -> int:
-        return self.coder.d_sae
 
 
 class Crosscoder(SparseAutoencoder):
@@ -108,6 +58,8 @@ class Crosscoder(SparseAutoencoder):
         rescale_acts_by_decoder_norm: the rule sees, and codes hold, ``pre * norm``; ``decode`` divides.
         dtype: of the parameters.
         device: of the parameters and the rule.
+        mesh: a ``DeviceMesh`` over whose ranks the latents of every source are cut, as of a
+            :class:`SparseAutoencoder`.
 
     Weights start uniform, the encoder's within ``±d_sae^-1/2``, the decoder's within ``±(sum of writes)^-1/2``.
 
@@ -153,6 +105,7 @@ class Crosscoder(SparseAutoencoder):
         rescale_acts_by_decoder_norm: bool = False,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.read_widths, self.written_widths = widths_of("reads", reads), widths_of("writes", writes)
@@ -170,22 +123,30 @@ class Crosscoder(SparseAutoencoder):
         self.normalize_activations, self.apply_b_dec_to_input, self.card = "none", False, None
         self._may_lay_out = False
         dtype = torch.get_default_dtype() if dtype is None else check.dtype_in("dtype", dtype)
-        options: dict[str, Any] = {"dtype": dtype, "device": check.device_or_default(device)}
+        device = check.device_or_default(device)
+        if mesh is not None:
+            self.shards = passes.shards_of(mesh, self, device, dtype)
+            device = torch.device(self.shards.mesh.device_type) if device is None else device
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
         columns = [(columns_of(self.read_widths, read), columns_of(self.written_widths, written))
                    for read, written in self.wiring]  # fmt: skip
         self.W_enc = nn.ParameterList(
-            _uniform(self.d_sae, read.stop - read.start, self.d_sae**-0.5, options).T for read, _ in columns
+            uniform_rows(self.d_sae, read.stop - read.start, self.d_sae**-0.5, shards=self.shards, **options).T
+            for read, _ in columns
         )
         self.W_dec = nn.ParameterList(
-            _uniform(self.d_sae, written.stop - written.start, self.d_out**-0.5, options) for _, written in columns
+            uniform_rows(self.d_sae, written.stop - written.start, self.d_out**-0.5, shards=self.shards, **options)
+            for _, written in columns
         )
-        self.b_enc = nn.Parameter(torch.zeros(len(columns), self.d_sae, **options))
+        self.b_enc = nn.Parameter(torch.zeros(len(columns), len(self.W_dec[0]), **options))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, **options))
         skips = [torch.zeros(d_out, d_in, **options)
                  for d_in, d_out in zip(self.read_widths, self.written_widths, strict=False)]  # fmt: skip
         self.W_skip = nn.ParameterList(skips) if skip else None
         self.register_state_dict_post_hook(_contiguous)
         self.activation.to(self.b_dec.device)
+        if self.shards is not None:
+            self._share = (passes.split(self, self.shards),)
 
     @classmethod
     def clt(cls, layers: int, d: int, d_sae: int, activation: Activation | Sequence[Activation], **options: Any):
@@ -234,6 +195,15 @@ class Crosscoder(SparseAutoencoder):
         """
         rules = (self.activation,) if select is None else tuple(select) if isinstance(select, list | tuple) else (
             select,)  # fmt: skip
+        if self.shards is not None:
+            return source_passes.encode_with(self, x, rules, keep_pre, memory_budget, backend, context)
+        return self._encoded(x, rules, keep_pre, memory_budget, backend, context)
+
+    def _encoded(
+        self, x: Tensor, rules: Sequence[Activation], keep_pre: bool, memory_budget: int | None, backend: str,
+        context: dict[str, Tensor],
+    ) -> Encoded:  # fmt: skip
+        """By the latents that are here: on a mesh, those of a share."""
         x, info = self._normalized(x)
         sources = self.sources
         if not rules:
@@ -299,18 +269,22 @@ class Crosscoder(SparseAutoencoder):
         self._check_codes(codes)
         chosen = range(len(self.written_widths)) if sites is None else self._site(sites)
         columns = columns_of(self.written_widths, chosen)
-        dtype = linear_dtype(codes.values, self.b_dec)
-        out = self._sums(codes, columns, backend) + self.b_dec[columns]
         if self.W_skip is not None:
             tokens = codes.batch_shape if len(self.wiring) == 1 else codes.batch_shape[1:]
             if info is None or info.skipped is None or info.skipped.shape[:-1] != tokens:
                 raise ValueError(f"info is needed because of skip, for the same {tuple(tokens)} tokens as codes: pass "
                                  "encode_with(x).info")  # fmt: skip
-            for weight, read, written in self._skips():
-                if (at := _overlap(written, columns)) is not None:
-                    passed = functional.linear(info.skipped[..., read], weight.T, result_dtype=out.dtype)
-                    out[..., at[1]] += passed
-        return out.to(dtype)
+        if self.shards is not None:
+            return source_passes.decode_own(self, codes, info, columns, backend)
+        return self._past_decoders(self._sums(codes, columns, backend), codes, info, columns)
+
+    def _past_decoders(self, sums: Tensor, codes: SparseCodes, info: EncodeInfo | None, columns: slice) -> Tensor:
+        """What the sums of decoder rows become with ``b_dec`` and ``W_skip``."""
+        out = sums + self.b_dec[columns]
+        for weight, read, written in self._skips():
+            if info is not None and info.skipped is not None and (at := _overlap(written, columns)) is not None:
+                out[..., at[1]] += functional.linear(info.skipped[..., read], weight.T, result_dtype=out.dtype)
+        return out.to(linear_dtype(codes.values, self.b_dec))
 
     def _sums(self, codes: SparseCodes, columns: slice | None = None, backend: str = "auto") -> Tensor:
         """(*batch_shape, columns) of decoder rows alone, without ``b_dec`` and ``W_skip``, in fp32 or wider."""
@@ -329,12 +303,13 @@ class Crosscoder(SparseAutoencoder):
         Raises:
             TypeError, ValueError: as :meth:`encode`.
         """
-        (codes,), info, _ = self.encode_with(
-            x, select=None, keep_pre=False, memory_budget=None, backend="auto", **context
-        )
-        codes.assert_fits()
-        self.activation.update(codes)
-        out = self.decode(codes, info)
+        if self.shards is not None:
+            out = source_passes.forward(self, x, context)
+        else:
+            (codes,), info, _ = self._encoded(x, (self.activation,), False, None, "auto", context)
+            codes.assert_fits()
+            self.activation.update(codes)
+            out = self.decode(codes, info)
         in_sites = x.shape[-1] != self.d_in and len(set(self.written_widths)) == 1
         return out.unflatten(-1, (len(self.written_widths), -1)) if in_sites else out
 
@@ -484,11 +459,3 @@ def _overlap(part: slice, whole: slice) -> tuple[slice, slice] | None:
     if first >= end:
         return None
     return slice(first - part.start, end - part.start), slice(first - whole.start, end - whole.start)
-
-
-def _uniform(rows: int, width: int, limit: float, options: dict[str, Any]) -> Tensor:
-    """(rows, width) within ±limit, drawn in fp32 or wider."""
-    wide = torch.promote_types(options["dtype"], torch.float32)
-    drawn = torch.rand(rows, width, dtype=wide, device=options["device"])
-    return ((2 * drawn - 1) * limit).to(options["dtype"])
-

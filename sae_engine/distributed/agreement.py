@@ -327,7 +327,7 @@ def fingerprint(sae: Any, **options: Any) -> dict[str, Any]:
     table = os.environ.get("SAE_AUTOTUNE_TABLE") or None
     return {
         "d_in": sae.d_in, "d_sae": sae.d_sae, "d_out": sae.d_out, "activation": repr(rule),
-        "dtype": str(sae.W_dec.dtype), "skip": sae.W_skip is not None,
+        "dtype": str(sae.b_dec.dtype), "skip": sae.W_skip is not None,
         "apply_b_dec_to_input": sae.apply_b_dec_to_input, "normalize_activations": sae.normalize_activations,
         "rescale_acts_by_decoder_norm": sae.rescale_acts_by_decoder_norm,
         "torch": torch.__version__, "triton": triton, "python": platform.python_version(),

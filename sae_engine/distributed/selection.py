@@ -51,7 +51,9 @@ def row_mask(shards: Shards, by: Tensor, allowed: Tensor | None, k: int) -> Tens
     return torch.zeros_like(kept).scatter_(1, order, kept)
 
 
-def batch_mask(shards: Shards, codes: SparseCodes, total: int, allowed: Tensor | None = None) -> Tensor:
+def batch_mask(
+    shards: Shards, codes: SparseCodes, total: int, allowed: Tensor | None = None, among: int = 1
+) -> Tensor:
     """(N,) bool: which of my candidates are among the ``total`` largest of the batch, by relu(value).
 
     A histogram of keys, digit by digit, is added over all ranks. Ties go by flat position: group by group of ranks, and
@@ -60,6 +62,7 @@ def batch_mask(shards: Shards, codes: SparseCodes, total: int, allowed: Tensor |
     Args:
         codes: my candidates, min(total, all of them); all of its entries belong to a row.
         allowed: (N,), False where the mask forbids a candidate.
+        among: sources whose tokens are the rows, one source's below another's.
     """
     values, row = codes.values.detach(), _rows_of(codes)
     if total == 0:
@@ -78,10 +81,16 @@ def batch_mask(shards: Shards, codes: SparseCodes, total: int, allowed: Tensor |
         left, alive = left - above, alive & (digits == digit)
         cut = digit - 1 if is_first else (cut << 16) + digit
     ties = codes.offsets.new_zeros(codes.rows).scatter_add_(0, row, alive.long())
-    if shards.across is not None:  # the groups before mine come first
-        of_groups = shards.across.gather(shards.wire.add(ties.sum(), "ties of groups"), "ties of groups")
-        left = left - of_groups[: shards.group].sum()
-    quota = _quota_of_ties(shards, ties, left, by_row=False)
+    ties = ties.view(among, len(ties) // among)
+    left = left - ties.new_zeros(among)
+    if shards.across is not None:  # of a source, the groups before mine come first
+        of_groups = shards.across.gather(shards.wire.add(ties.sum(1), "ties of groups"), "ties of groups").T
+        before = (of_groups.flatten().cumsum(0) - of_groups.flatten()).view(of_groups.shape)[:, shards.group]
+        quota = torch.cat([_quota_of_ties(shards, *of_source, by_row=False)
+                           for of_source in zip(ties, left - before, strict=True)])  # fmt: skip
+    else:
+        quota = _quota_of_ties(shards, ties.flatten(), left[0], by_row=False)
+    ties = ties.flatten()
     return (key > cut) | _first_ties(alive, row, ties, quota)
 
 

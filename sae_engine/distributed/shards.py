@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._slabs import default_budget_bytes
 from ..codes import SparseCodes
+from ..rules.per_source import PerSource
 from . import entries, selection
 from .agreement import Agreement
 from .groups import Groups
@@ -235,8 +236,10 @@ class Shards:
     def kept_of_rows(self, by: Tensor, allowed: Tensor | None, k: int) -> Tensor:
         return selection.row_mask(self, by, allowed, k)
 
-    def kept_of_batch(self, codes: SparseCodes, total: int, allowed: Tensor | None = None) -> Tensor:
-        return selection.batch_mask(self, codes, total, allowed)
+    def kept_of_batch(
+        self, codes: SparseCodes, total: int, allowed: Tensor | None = None, among: int = 1
+    ) -> Tensor:
+        return selection.batch_mask(self, codes, total, allowed, among)
 
     def kept_of_latents(self, codes: SparseCodes, budgets: Tensor) -> Tensor | None:
         """(N,) bool, or None: all of them."""
@@ -290,7 +293,7 @@ class Shards:
 
 def check_rules(rules: Sequence[Any]) -> None:
     """Raises TypeError for a rule that cannot say how it selects where a rank has some of the latents only."""
-    for rule in rules:
+    for rule in [one for given in rules for one in (given if isinstance(given, PerSource) else [given])]:
         if not getattr(rule, "selects_over_shards", False):
             raise TypeError(
                 f"{type(rule).__name__} cannot say how it selects over latents that are cut over a mesh: make its "

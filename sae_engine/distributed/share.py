@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..rules.per_source import PerSource
 from .shards import Shards, check_rules
 from .sums import SummedGradient, SummedLatents
 
@@ -14,7 +16,23 @@ if TYPE_CHECKING:
     from ..autoencoder import SparseAutoencoder
     from ..rules.base import Activation
 
-CUT = {"W_enc": 1, "W_dec": 0, "b_enc": 0}  # along which dimension parameters have latents; others are everyone's
+CUT = {"W_enc": -1, "W_dec": 0, "b_enc": -1}  # along which dimension parameters have latents; others are everyone's
+
+
+def cut_of(name: str, tensor: Tensor) -> int | None:
+    """The dimension along which the parameter of an autoencoder of that name has latents; None: there is none.
+
+    Example:
+        >>> cut_of("W_enc.2", torch.empty(4, 16)), cut_of("b_dec", torch.empty(4))
+        (1, None)
+    """
+    dim = CUT.get(name.partition(".")[0])
+    return dim if dim is None else dim % tensor.dim()
+
+
+def everyones(sae: SparseAutoencoder) -> list[Tensor]:
+    """The parameters that have no latents, and are the same on every rank."""
+    return [sae.b_dec, *(weight for weight, _, _ in sae._skips())]
 
 
 def split(sae: SparseAutoencoder, shards: Shards) -> SparseAutoencoder:
@@ -28,24 +46,37 @@ def split(sae: SparseAutoencoder, shards: Shards) -> SparseAutoencoder:
     check_rules([sae.activation])
     share = _copied(sae)
     share.d_sae = shards.mine.stop - shards.mine.start
-    share._modules = {"activation": _split_rule(sae.activation, shards)}
-    for name, p in share._parameters.items():
-        if p is not None:
-            whole = shards.as_whole(p.detach(), CUT.get(name))
-            sae._parameters[name] = nn.Parameter(whole, requires_grad=p.requires_grad)
+    among = 1 if isinstance(sae.activation, PerSource) else len(sae.sources)
+    share._modules = {name: _split_rule(module, shards, among) if name == "activation" else _copied(module)
+                      for name, module in sae._modules.items()}  # fmt: skip
+    for prefix, whole in _lists(sae):
+        for name, p in whole._parameters.items():
+            if p is not None:
+                of_all = shards.as_whole(p.detach(), cut_of(prefix or name, p))
+                whole._parameters[name] = nn.Parameter(of_all, requires_grad=p.requires_grad)
     share._may_lay_out = sae._may_lay_out = False
     return share
 
 
-def over_shards(rule: Activation, shards: Shards) -> Activation:
-    """A rule without tensors of its own, as it selects among my latents; the one that is given stays what it was."""
+def _lists(sae: Any) -> list[tuple[str, Any]]:
+    """What holds the autoencoder's own parameters: itself, and its lists of some for each source, with their names."""
+    return [("", sae), *((name, module) for name, module in sae._modules.items() if name != "activation")]
+
+
+def over_shards(rule: Activation, shards: Shards, among: int = 1) -> Activation:
+    """A rule without tensors of its own, as it selects among my latents, of so many sources; the one that is given
+    stays what it was."""
     mine = _copied(rule)
-    mine.shards = shards
+    mine.shards, mine.among = shards, among
+    if isinstance(rule, PerSource):
+        mine.rules = nn.ModuleList([over_shards(one, shards) for one in rule])
     return mine
 
 
-def _split_rule(rule: Activation, shards: Shards) -> Activation:
-    mine = over_shards(rule, shards)
+def _split_rule(rule: Any, shards: Shards, among: int) -> Activation:
+    mine = over_shards(rule, shards, among)
+    if isinstance(rule, PerSource):
+        mine.rules = nn.ModuleList([_split_rule(one, shards, 1) for one in rule])
     if hasattr(rule, "d_sae"):
         mine.d_sae = shards.mine.stop - shards.mine.start
     pairs: list[tuple[Any, Any]] = [(mine._parameters, rule._parameters), (mine._buffers, rule._buffers)]
@@ -72,16 +103,24 @@ def _copied(module: Any) -> Any:
     return copied
 
 
-OWN = frozenset({"_parameters", "_buffers", "_modules", "shards", "d_sae", "_seen"})  # attributes of a share's rule
+OWN = frozenset({"_parameters", "_buffers", "_modules", "shards", "among", "d_sae", "_seen"})  # of a share's rule
+
+
+def _pairs(mine: Any, whole: Any) -> Iterator[tuple[Any, Any]]:
+    """Each module of a share that is not also the whole one's, and the one there."""
+    if mine is not whole:
+        yield mine, whole
+        for name, module in mine._modules.items():
+            yield from _pairs(module, whole._modules[name])
 
 
 def as_it_is_now(sae: SparseAutoencoder, share: SparseAutoencoder) -> SparseAutoencoder:
     """The share in the mode, with the rule's options and with the frozen parameters that ``sae`` has at the moment."""
     share.training = sae.training
-    mine, rule = share.activation, sae.activation
-    mine.__dict__.update({name: value for name, value in rule.__dict__.items() if name not in OWN})
-    for part, whole in ((share, sae), (mine, rule)):
-        for name, p in part._parameters.items():
+    for mine, whole in _pairs(share.activation, sae.activation):
+        mine.__dict__.update({name: value for name, value in whole.__dict__.items() if name not in OWN})
+    for mine, whole in _pairs(share, sae):
+        for name, p in mine._parameters.items():
             other = whole._parameters[name]
             if p is not None and other is not None and p.requires_grad != other.requires_grad:
                 p.requires_grad_(other.requires_grad)
@@ -90,7 +129,7 @@ def as_it_is_now(sae: SparseAutoencoder, share: SparseAutoencoder) -> SparseAuto
 
 def rejoin(sae: SparseAutoencoder, share: SparseAutoencoder) -> None:
     """After the tensors of ``sae`` have moved: its share has the same memory again."""
-    for mine, whole in ((share, sae), (share.activation, sae.activation)):
+    for mine, whole in _pairs(share, sae):
         pairs: list[tuple[Any, Any]] = [(mine._parameters, whole._parameters), (mine._buffers, whole._buffers)]
         for tensors, others in pairs:
             for name, tensor in tensors.items():
@@ -113,20 +152,28 @@ def attached(sae: SparseAutoencoder) -> SparseAutoencoder:
     share = sae.share
     if not torch.is_grad_enabled():
         return share
-    copied = _copied(share)
-    copied._modules = {"activation": _copied(share.activation)}
+    copied = _copied_whole(share)
     shards: Any = share.activation.shards
-    for mine, whole in ((copied, sae), (copied.activation, sae.activation)):
+    names = {id(module): name for name, module in _lists(sae)}
+    for mine, whole in _pairs(copied, sae):
         for name, p in whole._parameters.items():
             if p is None or not p.requires_grad or not p.dim():
                 continue
-            placements = p.placements  # type: ignore[attr-defined]
-            part = p.to_local(grad_placements=placements)  # type: ignore[attr-defined]
+            placements = p.placements
+            part = p.to_local(grad_placements=placements)
             if all(placement.is_replicate() for placement in placements):
                 part = SummedGradient.apply(part, shards.everyone, name)
             elif shards.across is not None:
-                by_latent = part.T if CUT.get(name) == 1 else part
-                part = SummedLatents.apply(by_latent, shards.across, name)
-                part = part.T if CUT.get(name) == 1 else part
+                of_parameter = names.get(id(whole)) or name
+                second = id(whole) in names and cut_of(of_parameter, part) == 1
+                by_latent = part.T if second else part
+                part = SummedLatents.apply(by_latent, shards.across, of_parameter)
+                part = part.T if second else part
             mine._parameters[name] = part
+    return copied
+
+
+def _copied_whole(module: Any) -> Any:
+    copied = _copied(module)
+    copied._modules.update({name: _copied_whole(one) for name, one in module._modules.items()})
     return copied

@@ -272,7 +272,7 @@ class _Leaves(LossInput):
     @property
     def share(self) -> float:
         shards = self._forward.shards  # a cell's rows are a block's
-        return 1.0 if shards is None else self.codes.rows / shards.tokens
+        return 1.0 if shards is None else self.codes.rows / len(self.sae.sources) / shards.tokens
 
     def leaves(self) -> dict[str, Tensor]:
         return {"values": self.codes.values, **{n: t for n, t in self._known.items() if t.requires_grad}}

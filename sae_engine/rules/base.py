@@ -85,6 +85,7 @@ class Activation(nn.Module):
     settled: bool = True
     selects_over_shards: ClassVar[bool] = False
     shards: Shards | None = None
+    among: int = 1  # with ``shards``: how many sources' latents compete, whose tokens then lie below one another
     entry_values: Callable[..., Tensor] | None = None
     running: Callable[..., Running] | None = None
 

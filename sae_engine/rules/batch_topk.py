@@ -96,8 +96,8 @@ class BatchTopK(Activation):
         if not self.training:
             return self._running_threshold(tokens, num_latents, backend, self.threshold)
         check.number_k(self.k, num_latents if self.shards is None else self.shards.num_latents)
-        total = self.total(tokens if self.shards is None else self.shards.tokens)
-        return RunningBatch(tokens, num_latents, backend, total, self.shards)
+        total = self.total(tokens if self.shards is None else self.among * self.shards.tokens)
+        return RunningBatch(tokens, num_latents, backend, total, self.shards, self.among)
 
     def _running_threshold(self, tokens: int, num_latents: int, backend: str, theta: Tensor) -> RunningThreshold:
         self._require_threshold()

@@ -52,6 +52,10 @@ class PerSource(Activation):
     def __getitem__(self, source: int) -> Activation:
         return self.rules[source]  # type: ignore[return-value]
 
+    @property
+    def selects_over_shards(self) -> bool:  # type: ignore[override]
+        return all(rule.selects_over_shards for rule in self)
+
     def _select(self, pre: Tensor, backend: str) -> SparseCodes:
         parts = (pre,) if len(self) == 1 else pre.unbind(0)
         if len(parts) != len(self):

@@ -38,7 +38,7 @@ def check_blocks(sae: SparseAutoencoder, losses: Sequence[Loss], blocks: int, de
         raise ValueError(f"blocks must be a power of two that divides d_sae = {sae.d_sae} and that the number of "
                          f"ranks, a power of two as well, divides; got blocks={blocks} over {ranks} ranks")  # fmt: skip
     rule = sae.share.activation
-    if len(sae.sources) > 1:
+    if sae.has_sites:
         raise ValueError(f"blocks must be None with a crosscoder, whose places are summed over, got {blocks}")
     if rule.entry_values is None:
         raise ValueError(f"blocks must be None with rules that have a dense gradient, got {blocks} with {rule!r}")

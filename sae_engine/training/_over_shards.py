@@ -64,7 +64,10 @@ def as_wholes(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, state: d
         dim = next((placement.dim for placement in placements if placement.is_shard()), None)
         moments[number] = {name: sae.shards.as_whole(t, dim, updated=True) if t.dim() else t
                            for name, t in state["optimizer"]["state"][number].items()}  # fmt: skip
-    dead = {**state["dead"], "since_fired": sae.shards.as_whole(state["dead"]["since_fired"], 0)}
+    since_fired, sources = state["dead"]["since_fired"], len(sae.sources)
+    if sources > 1:  # a rank's latents are next to one another in each of them
+        since_fired = since_fired.view(sources, len(since_fired) // sources)
+    dead = {**state["dead"], "since_fired": sae.shards.as_whole(since_fired, since_fired.dim() - 1)}
     return {**state, "optimizer": {**state["optimizer"], "state": moments}, "dead": dead}
 
 

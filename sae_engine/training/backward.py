@@ -62,8 +62,8 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
             for parameter, gradient in (pull.parameters or {}).items():
                 _add(small, parameter, gradient)
         at_decoder = _at_decoder(forward, mine, small)
-        if at_decoder is not None and len(forward.sources) > 1:
-            at_decoder = at_decoder.to(forward.dtype)  # of which each source then takes columns, and copies nothing
+        if at_decoder is not None and len(forward.sources) > 1:  # of which each source then takes columns
+            at_decoder = forward.of_all_ranks(at_decoder.to(forward.dtype), "gradient")
         at_values, at_norms, at_entries, everywhere = (
             _total(getattr(pull, name) for pull in mine) for name in ("values", "norms", "entries", "everywhere")
         )
@@ -111,7 +111,7 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
             grad = forward.given.new_zeros(codes.rows, mine.source.d_out, dtype=forward.dtype)
         else:
             own = at_decoder[..., mine.source.writes].to(forward.dtype)
-            grad = _of_rows(forward.of_all_ranks(own, "gradient"), repeats)
+            grad = _of_rows(own if several else forward.of_all_ranks(own, "gradient"), repeats)
         if at_norms is not None:  # the slope of a row's norm is its direction
             norms = mine.source.W_dec.to(wide).norm(dim=1)
             slopes = at_norms[s] if several else at_norms
@@ -147,7 +147,7 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
             offered = offered + at_entries
         values = part.values
         if has_base:
-            base = None if everywhere is None else everywhere.view(-1, mine.source.d_sae)[s] * codes.rows
+            base = None if everywhere is None else (everywhere[s] if several else everywhere) * codes.rows
             codes, values, grad, offered = _with_base(codes, values, grad, offered, base)
         _append(terms, term_of(codes, values, grad, offered, GIVEN))
         if mine.norms is not None:
@@ -315,6 +315,7 @@ class DeadLatents:
         read_interval: steps between two reads of the device, which happen only once enough tokens have passed for any
             latent to be dead. The bound holds for all steps between.
         shards: over which latents are cut, of which these are one; the bound is on those of all.
+        every: latents of all ranks; those here, without shards.
 
     Attributes:
         since_fired: (d_sae,) int64.
@@ -332,9 +333,9 @@ class DeadLatents:
 
     def __init__(
         self, d_sae: int, *, dead_after: int = 10_000_000, read_interval: int = 100, device=None,
-        shards: Shards | None = None,
+        shards: Shards | None = None, every: int | None = None,
     ) -> None:  # fmt: skip
-        self.shards = shards
+        self.shards, self.every = shards, d_sae if every is None else every
         self.dead_after = check.integer_k(dead_after, name="dead_after")
         self.read_interval = check.integer_k(read_interval, name="read_interval")
         self.since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
@@ -352,7 +353,7 @@ class DeadLatents:
         """() of all latents, dead ones."""
         if self.shards is None:
             return self.mask.mean(dtype=torch.float32)
-        return self.shards.wire.add(self.mask.sum(), "dead").float() / self.shards.num_latents
+        return self.shards.wire.add(self.mask.sum(), "dead").float() / self.every
 
     def at_most(self, batch_tokens: int) -> int:
         """No more latents than this are dead now: exact on a CPU, else read at most once in ``read_interval`` steps.
@@ -363,7 +364,7 @@ class DeadLatents:
             return self.assumed
         self._captured |= capturing(self.since_fired)
         if self._captured:
-            return self.since_fired.numel() if self.shards is None else self.shards.num_latents
+            return self.every
         if self.tokens <= self._holds_until:
             return self._bound
         ahead = (self.read_interval - 1) * batch_tokens if self.since_fired.is_cuda else 0  # for a CPU nobody waits
@@ -388,9 +389,9 @@ class DeadLatents:
         return {"since_fired": since_fired, "tokens": self.tokens, "bound": self._bound, "holds_until": until}
 
     def load_state_dict(self, state: dict) -> None:
-        check.shaped("since_fired", state["since_fired"].to(self.since_fired.device), self.since_fired.shape,
-                     self.since_fired, why="one per latent")  # fmt: skip
-        self.since_fired.copy_(state["since_fired"])
+        since_fired = state["since_fired"].to(self.since_fired.device).flatten()
+        check.shaped("since_fired", since_fired, self.since_fired.shape, self.since_fired, why="one per latent")
+        self.since_fired.copy_(since_fired)
         self.tokens, self._bound, self._holds_until = state["tokens"], state["bound"], state["holds_until"]
         self._captured = False
 

@@ -242,7 +242,8 @@ class Forward:
     def dead(self) -> Tensor:
         """(F,) bool, as before this batch; of several sources (sources, F)."""
         mask = self.counters.mask
-        return mask if len(self.sources) == 1 else mask.view(len(self.sources), -1)
+        several = len(self.sources)
+        return mask if several == 1 else mask.view(several, len(mask) // several)
 
     @functools.cached_property
     def target(self) -> Tensor:
@@ -327,7 +328,7 @@ class Forward:
         shared = []
         for rule, mine in zip(rules, alone, strict=True):
             if not mine:
-                shared.append(running_over(rule, several * self.tokens, self.sae.d_sae, self.backend))
+                shared.append(running_over(rule, several * tokens, self.sae.d_sae, self.backend))
                 shared[-1].wants_entries = rule.needs_entries
         parts: list[list[Part]] = [[] for _ in rules]
         for number, source in enumerate(self.sources):
@@ -338,7 +339,7 @@ class Forward:
                  for name in rule.context_keys & given.keys()}
                 for rule, _ in own
             ]  # fmt: skip
-            found = source.selected([rule for rule, _ in own], contexts, shared, number * self.tokens, elements)
+            found = source.selected([rule for rule, _ in own], contexts, shared, number * tokens, elements)
             for (rule, of_rule), of_context, kept in zip(own, contexts, found, strict=True):
                 of_rule.append(source.part(rule, of_context, kept))
         finished = iter(shared)
@@ -347,7 +348,7 @@ class Forward:
                 codes = of_rule[0].codes if several == 1 else below_one_another([part.codes for part in of_rule])
             else:
                 codes, entries = next(finished).finish()
-                codes = replace(codes.detach(), batch_shape=(several, self.tokens))
+                codes = replace(codes.detach(), batch_shape=(several, tokens))
                 divided = parts_of(codes, several)
                 sizes = [part.values.shape[0] for part in divided]
                 at = [None] * several if entries is None else entries.split(sizes)
@@ -360,7 +361,7 @@ class Forward:
         parts = self.kept[number].parts
         if len(parts) == 1:
             return self._over_ranks(self.sources[0].sums(parts[0].codes, parts[0].values))
-        return self._all_sums(parts, None, None)[0]
+        return self._over_ranks(self._all_sums(parts, None, None)[0])
 
     def _all_sums(self, parts: Sequence[Part], bias: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """What all decoders make of their codes, plus ``bias``, minus ``target``; with that, squared norms (B,)."""
@@ -394,7 +395,7 @@ class Forward:
                     values, codes.indices, codes.offsets, self.sources[0].weights.decoder, self.sae.b_dec, self.given,
                     self.wide, self.backend,
                 )  # fmt: skip
-            elif is_plain and len(parts) > 1:
+            elif is_plain and len(parts) > 1 and self.shards is None:
                 self._residuals[number] = self._all_sums(parts, self.sae.b_dec, self.given)
             else:
                 residual = self._output(number).sub_(self.target)

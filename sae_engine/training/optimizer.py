@@ -13,6 +13,7 @@ from sae_kernels.stock.moments import FusedAdam, Keys, keys
 
 from .. import _checks as check
 from ..autoencoder import SparseAutoencoder, decoder_norms
+from ..distributed.share import everyones
 from ._over_groups import Part
 from .backward import Backward
 from .forward import Weights
@@ -285,18 +286,19 @@ class Update:
         if self.shards is None:
             squares = [g.square().sum().to(square.dtype) for g in gradients.values()]
             return gradients, torch.stack([square, *squares]).sum()
-        everyones = [p for p in gradients if p is self.sae.b_dec or p is self.sae.W_skip]
-        squares = [g.square().sum().to(wide) for p, g in gradients.items() if all(p is not q for q in everyones)]
+        known = everyones(self.sae)
+        of_everyone = [p for p in gradients if any(p is q for q in known)]
+        squares = [g.square().sum().to(wide) for p, g in gradients.items() if all(p is not q for q in of_everyone)]
         mine = torch.stack([square.to(wide), *squares]).sum()
-        given = [mine[None], *(gradients[p] for p in everyones)]
+        given = [mine[None], *(gradients[p] for p in of_everyone)]
         if center is not None and self.sae.apply_b_dec_to_input and self.sae.b_dec.requires_grad:
             given.append(center)
-            everyones.append(self.sae.b_dec)
+            of_everyone.append(self.sae.b_dec)
         packed = torch.cat([tensor.flatten().to(wide) for tensor in given])
         sizes = [tensor.numel() for tensor in given]
         total, *sums = self.shards.sum_everywhere(packed, "gradients of all ranks").split(sizes)
         summed: dict[Tensor, Tensor] = {}
-        for p, gradient in zip(everyones, sums, strict=True):
+        for p, gradient in zip(of_everyone, sums, strict=True):
             summed[p] = gradient.view(p.shape) + summed.get(p, 0.0)
         return {**gradients, **summed}, torch.stack([total[0], *(g.square().sum() for g in summed.values())]).sum()
 

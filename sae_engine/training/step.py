@@ -166,7 +166,7 @@ class TrainStep:
         self.scheduler = None if scheduler is None else _checked_scheduler(scheduler(self.optimizer))
         self.dead = DeadLatents(
             share.d_sae * len(share.sources), dead_after=dead_after, read_interval=density_interval,
-            device=share.b_dec.device, shards=sae.shards,
+            device=share.b_dec.device, shards=sae.shards, every=sae.d_sae * len(sae.sources),
         )
         self.calls = 0
         self._dense_now: bool | None = None  # the last decision for a rule with capacity

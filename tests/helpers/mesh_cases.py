@@ -184,7 +184,8 @@ def same_state(one, many, alone, together, tolerance):
         close(p, whole(q), name, tolerance)
     for (name, p), (_, q) in zip(one.named_buffers(), many.named_buffers(), strict=True):
         close(p, whole(q), name, 1e-12)
-    assert torch.equal(alone.dead.since_fired[many.shards.mine], together.dead.since_fired)
+    since_fired = alone.dead.since_fired.view(len(one.sources), -1)[:, many.shards.mine]
+    assert torch.equal(since_fired.flatten(), together.dead.since_fired)
     shards = many.shards
     every = shards.everyone.gather(many.b_dec.detach().to_local(), "test")
     assert (every == every[0]).all(), "what every rank has differs"

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import mesh_crosscoders
 import torch
 import torch.distributed as dist
 from mesh_cases import (
@@ -95,6 +96,7 @@ def cases_of_groups(size, sizes):
         yield "step: 16 bits", in_16_bits
         yield "encode: other rules", encodes_by_other_rules
         yield "step: the same bits again", repeats
+        yield from mesh_crosscoders.cases()
     every = 1 if is_first else 7 if "node" in sizes else 3
     for number, name in enumerate(RULES):
         if number % every == 0:
@@ -128,6 +130,8 @@ def cases(size):
     yield "step: room", room_in_place_of_lengths
     yield "step: 16 bits", in_16_bits
     yield "encode: other rules", encodes_by_other_rules
+    if size != 3:
+        yield from mesh_crosscoders.cases()
     if size == 2:
         yield "step: memory", needs_what_the_formula_says
         yield "step: whole rows", decides_together
@@ -140,6 +144,7 @@ def main(rank, size, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="unused", MASTER_PORT="0")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     mesh = se.distributed.from_env()
+    mesh_crosscoders.FOLDER.append(folder)
     done = Path(folder, f"{rank}.txt")
     for name, case in cases(size):
         sys.stdout.write(f"{name}\n")  # what a rank that fails was at

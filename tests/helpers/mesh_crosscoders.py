@@ -1,0 +1,164 @@
+"""Crosscoders over the ranks of a mesh, each case held to one process: for tests/test_mesh.py, as ``mesh_cases``."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mesh_cases import F64, close, same_state, step_of, whole
+from mesh_selections import my_rows
+from pair_loop import SITES, WIDTHS, D, number_of_sources, rules
+
+import sae_engine as se
+from sae_engine.losses import L1, AuxK, TanhL0
+
+B, F = 14, 18
+FOLDER = []  # that all ranks write to
+CODERS = {  # rule, wiring, options
+    "joint": ("topk", "joint", {}),
+    "clt": ("topk", "causal", {}),
+    "clt of one budget": ("batch", "causal", {}),
+    "clt of budgets": ("batches", "causal", {}),
+    "each, mixed rules": ("mixed", "each", {"skip": True}),
+    "windows, thresholds": ("jumprelu", [(range(0, 2), (0, 2)), (1, 2), (range(1, 3), range(1, 3))], {}),
+    "decoder norms": ("topk", "causal", {"rescale_acts_by_decoder_norm": True}),
+    "local, all": ("relu", "local", {}),
+}
+
+
+def pair(name, mesh, *, latents=F, dtype=F64):
+    rule, wiring, options = CODERS[name]
+    number, made = number_of_sources(wiring), []
+    for over in (None, mesh):
+        torch.manual_seed(0 if over is None or dist.get_rank() == 0 else 7)  # rank 0's counts
+        made.append(se.Crosscoder(WIDTHS, WIDTHS, latents, rules(rule, number, latents), wiring=wiring, dtype=dtype,
+                                  mesh=over, **options))  # fmt: skip
+    one, many = made
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p, q in zip(one.parameters(), many.parameters(), strict=True):
+            assert torch.equal(p, whole(q))
+        for name, p in many.named_parameters():
+            if name.startswith("activation"):
+                continue
+            alone = one.get_parameter(name)
+            if name in ("b_enc", "b_dec") or name.startswith("W_skip"):
+                alone.copy_(torch.randn(alone.shape, generator=g, dtype=F64) * 0.2)
+            elif name.startswith("W_enc"):
+                alone.mul_(3)
+            cut = next((placement.dim for placement in p.placements if placement.is_shard()), None)
+            p.to_local().copy_(alone if cut is None else alone.narrow(
+                cut, many.shards.mine.start, p.to_local().shape[cut]))  # fmt: skip
+    return one, many
+
+
+def batches(steps, tokens=B):
+    g = torch.Generator().manual_seed(4)
+    return zip(*(torch.randn(steps, tokens, SITES, D, generator=g, dtype=F64) for _ in range(2)), strict=True)
+
+
+def encodes(mesh, rank, size, name):
+    one, many = pair(name, mesh)
+    mine = my_rows(B, rank, size)
+    for x, _ in batches(2):
+        out, part = one(x), many(x[mine])
+        close(out[mine], part, "output", 1e-12)
+        weight = torch.arange(out.numel(), dtype=F64).view(out.shape).sin()
+        one.zero_grad()
+        many.zero_grad()
+        (out * weight).sum().backward()
+        (part * weight[mine]).sum().backward()
+        for (which, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+            if p.grad is None:
+                assert q.grad is None or not whole(q.grad).any(), which
+            else:  # parameters of rules are in fp32
+                close(p.grad, whole(q.grad), which, 1e-11 if p.dtype == F64 else 3e-6)
+    with torch.no_grad():
+        (a,), info, _ = one.encode_with(x)
+        (b,), own, _ = many.encode_with(x[mine])
+        first = a.to_dense()
+        first = first[mine] if len(one.wiring) == 1 else first[:, mine]
+        close(first, b.to_dense(), "codes", 1e-12)
+        for sites in (None, SITES - 1):
+            close(one.decode(a, info, sites=sites)[mine], many.decode(b, own, sites=sites), "decode", 1e-12)
+        close(one.eval()(x)[mine], many.eval()(x[mine]), "eval", 1e-12)
+
+
+STEPS = {  # coder, options of the step, number of steps
+    "joint": ("joint", {}, 20),
+    "clt": ("clt", {"losses": [AuxK(3)], "dead_after": 30}, 20),
+    "clt of one budget": ("clt of one budget", {}, 20),
+    "clt of budgets, slabs": ("clt of budgets", {"memory_budget": 8 * B * 3}, 4),
+    "one budget, slabs": ("clt of one budget", {"memory_budget": 8 * B * 3}, 4),
+    "each, mixed rules": ("each, mixed rules", {"grad_clip": 0.5}, 4),
+    "thresholds": ("windows, thresholds", {"losses": [TanhL0(0.05)]}, 4),
+    "decoder norms": ("decoder norms", {}, 4),
+    "accumulated, unit rows": ("clt", {"accumulate": 2, "normalize_decoder": True}, 4),
+    "L1": ("local, all", {"losses": [L1(0.01)]}, 4),
+}
+
+
+def trains(mesh, rank, size, name, tokens=B, latents=F):
+    which, how, number = STEPS[name]
+    one, many = pair(which, mesh, latents=latents)
+    alone, together = step_of(one, **how), step_of(many, **how)
+    mine, tolerance = my_rows(tokens, rank, size), 2e-5 if name == "thresholds" else 1e-12
+    for x, target in batches(number, tokens):
+        theirs, ours = alone(x, target), together(x[mine], target[mine])
+        assert theirs.keys() == ours.keys()
+        for key, value in theirs.items():
+            if tokens > 1 or key != "fvu":  # which divides by the distances between tokens
+                close(value, ours[key], key, max(tolerance, 1e-11) if value.dtype == F64 else 2e-6)
+    same_state(one, many, alone, together, tolerance)
+
+
+def trains_on_uneven_tokens(mesh, rank, size):
+    """Ranks without a token, and ranks without a latent."""
+    for name in ("clt", "clt of one budget"):
+        trains(mesh, rank, size, name, size - 1)
+        trains(mesh, rank, size, name, 2 * size + 1, 9)
+
+
+def ties_go_to_one_device_s_entries(mesh, rank, size):
+    """Of one budget for all sources: source by source, then token by token."""
+    one, many = pair("clt of one budget", mesh)
+    x = next(iter(batches(1)))[0]
+    with torch.no_grad():
+        for coder in (one, many.share):
+            for p in (*coder.W_enc, coder.b_enc):
+                p.zero_()
+            coder.b_enc.fill_(0.5)
+        a, b = one.encode(x), many.encode(x[my_rows(B, rank, size)])
+    assert torch.equal(a.to_dense()[:, my_rows(B, rank, size)], b.to_dense())
+    assert a.to_dense().flatten(1).any(1).sum() < SITES  # the budget ends within a source
+
+
+def goes_on_from_a_checkpoint(mesh, rank, size):
+    """On another mesh of as many ranks, where there is one."""
+    other = se.distributed.from_env(**({"data": 2, "latent": size // 2} if "data" not in mesh.mesh_dim_names else {}))
+    for which, how in (("clt", {"losses": [AuxK(3)], "dead_after": 30}), ("clt of one budget", {})):
+        one, many = pair(which, mesh)
+        alone, together = step_of(one, **how), step_of(many, **how)
+        mine = my_rows(B, rank, size)
+        given = list(batches(4))
+        for x, target in given[:2]:
+            alone(x, target), together(x[mine], target[mine])
+        place = Path(FOLDER[0], which.replace(" ", "_") + "".join(map(str, mesh.mesh.shape)))
+        se.distributed.save_state({"sae": many.state_dict(), "step": together.state_dict()}, place, mesh)
+        _, again = pair(which, other)
+        resumed = step_of(again, **how)
+        state = se.distributed.load_state({"sae": again.state_dict(), "step": resumed.state_dict()}, place, other)
+        again.load_state_dict(state["sae"])
+        resumed.load_state_dict(state["step"])
+        for x, target in given[2:]:
+            alone(x, target), resumed(x[mine], target[mine])
+        same_state(one, again, alone, resumed, 1e-12)
+
+
+def cases():
+    for name in CODERS:
+        yield f"crosscoder encodes: {name}", lambda *at, name=name: encodes(*at, name)
+    for name in STEPS:
+        yield f"crosscoder steps: {name}", lambda *at, name=name: trains(*at, name)
+    yield "crosscoder steps: uneven tokens", trains_on_uneven_tokens
+    yield "crosscoder: goes on from a checkpoint", goes_on_from_a_checkpoint
+    yield "crosscoder: ties", ties_go_to_one_device_s_entries
