@@ -17,6 +17,7 @@ from torch import Tensor
 from .._files import replace_files
 from ..distributed.agreement import Agreement
 from ..distributed.layout import Ownership
+from ..distributed.lent_disk import LentDisk
 from . import saelens
 from ._checkpoint import DIMENSIONS, WEIGHTS, Checkpoint, build, of, text_writer
 
@@ -42,9 +43,11 @@ class Slice(NamedTuple):
 def save(sae, path: str | PathLike) -> None:
     """Writes what :func:`.saelens.save` would of the whole autoencoder, byte for byte. All ranks call it.
 
+    The folder is one of the first rank's disk; ranks that do not see it send their slices there.
+
     Raises:
         TypeError: its rule has options that JSON cannot hold.
-        OSError: the disk is full, or not all ranks see the folder.
+        OSError: the disk is full.
         RuntimeError: a rank has failed or does not answer: names it.
     """
     agreement, folder = Agreement.of(sae.shards.mesh), Path(path)
@@ -65,12 +68,14 @@ def save(sae, path: str | PathLike) -> None:
                     file.write(header)
                     file.truncate(len(header) + sum(_bytes(s) for s in slices.values()))
         name = agreement.said(None if temporary is None else temporary.name)[0]
-        with agreement.all_or_none("saved"), (folder / name).open("r+b") as file:
+        disk = LentDisk(agreement, (folder / name).is_file())
+        with agreement.all_or_none("saved"), disk.lent(folder), disk.open(folder / name, "r+b") as file:
             for key, one in slices.items():
                 if agreement.rank == 0 or (one.dim is not None and sae.shards.group == 0):
                     _write(file, len(header) + offsets[key], one)
             file.flush()
-            os.fsync(file.fileno())
+            if not disk.is_borrowed:  # the first rank syncs what it is sent
+                os.fsync(file.fileno())
         with agreement.all_or_none("saved"):
             if temporary is not None:
                 written = temporary

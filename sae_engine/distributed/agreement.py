@@ -309,9 +309,10 @@ _AGREEMENTS: weakref.WeakKeyDictionary[DeviceMesh, Agreement] = weakref.WeakKeyD
 
 def is_of_a_collective(error: BaseException) -> bool:
     """Whether a collective has failed, and not what one rank computes by itself."""
-    kinds = (dist.DistError,)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and ("gloo" in str(error).lower()
-                                        or "Connection closed by peer" in str(error)))  # fmt: skip
+    if isinstance(error, dist.DistError):
+        return True
+    said = ("gloo", "connection closed by peer", "application timeout")
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in said)
 
 
 def fingerprint(sae: Any, **options: Any) -> dict[str, Any]:

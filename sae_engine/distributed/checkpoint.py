@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -19,11 +20,12 @@ from torch import Tensor
 from .._files import file_sha256, sync
 from .._saved_state import join, split
 from .agreement import Agreement
+from .lent_disk import LentDisk
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-STATE, FORMAT = "state.json", 1
+STATE, LISTING, FORMAT = "state.json", ".metadata", 1
 
 
 def save_state(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh) -> None:
@@ -32,13 +34,13 @@ def save_state(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh)
     Args:
         state: nested dictionaries and lists of tensors and of JSON's types, as ``state_dict()`` of an autoencoder on a
             mesh and of its :class:`~sae_engine.training.TrainStep` are. Of what is not cut the first rank's is kept.
-        path: a folder that is not there, on a file system that all ranks share.
+        path: a folder that is not there, on the first rank's disk. Ranks that do not see it send their parts there.
         mesh: that the state is cut over.
 
     Raises:
         TypeError: something is neither a tensor nor of JSON's types; says where.
         FileExistsError: ``path`` is there already.
-        OSError: the disk is full or the folder cannot be written; or not all ranks see it.
+        OSError: the disk is full or the folder cannot be written.
         RuntimeError: a rank has failed or does not answer: names it.
 
     Example:
@@ -47,6 +49,7 @@ def save_state(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh)
     """
     plain, tensors = split(state, contiguous=False)
     agreement, place = Agreement.of(mesh), Path(path).expanduser()
+    seen = f".seen-{uuid.uuid4().hex}"  # by whom a file is seen that only now is there
     aside = place.with_name(f"{place.name}.tmp")
     with agreement.all_or_none("saved"):
         if agreement.rank == 0:
@@ -55,17 +58,20 @@ def save_state(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh)
             if aside.exists():  # of a save that was cut off
                 shutil.rmtree(aside)
             aside.mkdir(parents=True)
+            (aside / seen).touch()
+    name = agreement.said(seen)[0]
+    disk = LentDisk(agreement, (aside / name).is_file())
     with agreement.all_or_none("saved"):
-        if not aside.is_dir():
-            raise OSError(f"path: {str(aside)!r} must be on a file system that all ranks share")
-    with agreement.all_or_none("saved"):
-        _write(tensors, aside, agreement)
-    own = sorted(file for file in aside.iterdir() if file.name.startswith(f"__{_global(agreement)}_"))
+        if agreement.rank == 0:
+            (aside / name).unlink()
+        _write(tensors, aside, agreement, disk)
+    ranks = [] if disk.is_borrowed else [agreement.rank, *(disk.borrowers if agreement.rank == 0 else ())]
+    own = sorted(file for rank in ranks for file in aside.glob(f"__{agreement.ranks[rank]}_*"))
     hashes = agreement.said({file.name: file_sha256(file) for file in own})
     with agreement.all_or_none("saved"):
         if agreement.rank == 0:
             files = {name: digest for one in hashes for name, digest in one.items()}
-            files[".metadata"] = file_sha256(aside / ".metadata")
+            files[LISTING] = file_sha256(aside / LISTING)
             shapes = {name: [str(t.dtype), *t.shape] for name, t in tensors.items()}
             content = {"format": FORMAT, "ranks": agreement.size, "files": files, "tensors": shapes, "state": plain}
             (aside / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -80,7 +86,7 @@ def load_state(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh)
 
     Args:
         state: of the shape of the one that was saved: its tensors are written in place, and say what is whose.
-        path: the folder.
+        path: the folder, on the first rank's disk. Ranks that see none there, or another one, ask it for their slices.
         mesh: that the state is cut over.
 
     Returns:
@@ -98,19 +104,35 @@ def load_state(state: Mapping[str, Any], path: str | PathLike, mesh: DeviceMesh)
     """
     _, tensors = split(state, contiguous=False)
     agreement, place = Agreement.of(mesh), Path(path).expanduser()
+    digests = agreement.said(file_sha256(place / STATE) if (place / STATE).is_file() else None)
+    disk = LentDisk(agreement, digests[agreement.rank] == digests[0])
     with agreement.all_or_none("loaded"):
-        content = _read(place)
+        content = None if disk.is_borrowed else _read(place)
+    if disk.borrowers:
+        content = agreement.said(content if agreement.rank == 0 else None)[0]
+    assert content is not None
+    with agreement.all_or_none("loaded"):
         _compare(place, content["tensors"], tensors)
-        for name, digest in sorted(content["files"].items())[agreement.rank :: agreement.size]:
-            if not (place / name).is_file() or file_sha256(place / name) != digest:
-                raise ValueError(f"{place / name} is missing or damaged: its sha256 is not the one that was written")
+        if not disk.is_borrowed:
+            number = disk.lenders.index(agreement.rank)
+            for name, digest in sorted(content["files"].items())[number :: len(disk.lenders)]:
+                if not (place / name).is_file() or file_sha256(place / name) != digest:
+                    raise ValueError(f"{place / name} is missing or damaged: its sha256 is not the one that was "
+                                     "written")  # fmt: skip
     with agreement.all_or_none("loaded"):
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(place), process_group=agreement.wire.group)
+        from .lent_checkpoint import Reader
+
+        with disk.lent(place):
+            listing = disk.whole(place / LISTING) if disk.is_borrowed else None
+        reader = Reader(place, disk, listing) if disk.borrowers else dcp.FileSystemReader(place)
+        dcp.load(tensors, storage_reader=reader, process_group=agreement.wire.group)
     return join(content["state"], tensors)
 
 
-def _write(tensors: Mapping[str, Tensor], folder: Path, agreement: Agreement) -> None:
-    writer = dcp.FileSystemWriter(folder, sync_files=True)
+def _write(tensors: Mapping[str, Tensor], folder: Path, agreement: Agreement, disk: LentDisk) -> None:
+    from .lent_checkpoint import Writer
+
+    writer = Writer(folder, disk)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=agreement.wire.group)
     except dcp.CheckpointException as error:
@@ -143,7 +165,3 @@ def _compare(place: Path, saved: Mapping[str, list[Any]], here: Mapping[str, Ten
               if found[name] != saved[name]]  # fmt: skip
     if wrong:
         raise ValueError(f"state is not of the shape of what {str(place)!r} holds: {'; '.join(sorted(wrong))}")
-
-
-def _global(agreement: Agreement) -> int:
-    return agreement.ranks[agreement.rank]

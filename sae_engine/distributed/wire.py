@@ -127,9 +127,18 @@ class Wire:
         """Rank 0's, in place."""
         self._count(name, tensor.nbytes if self.rank == 0 else 0)
         if self.size > 1 and tensor.numel():
-            source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-            dist.broadcast(_bits(tensor), source, group=self.group)
+            dist.broadcast(_bits(tensor), self._global(0), group=self.group)
         return tensor
+
+    def send(self, part: Tensor, rank: int, name: str) -> None:
+        """To one rank, which receives it."""
+        self._count(name, part.nbytes)
+        dist.send(part, self._global(rank), group=self.group)
+
+    def receive(self, out: Tensor, rank: int | None) -> int:
+        """Into ``out`` what a rank sends, or the first of all that do; returns which."""
+        sender = dist.recv(out, None if rank is None else self._global(rank), group=self.group)
+        return sender if self.group is None else dist.get_group_rank(self.group, sender)
 
     def hosts(self, numbers: Sequence[int], name: str) -> list[list[int]]:
         """Every rank's integers, from host to host: no device is asked or waited for."""
@@ -144,6 +153,9 @@ class Wire:
 
     def _all_to_all(self, out: Tensor, given: Tensor, received: list[int], sent: list[int]) -> None:
         dist.all_to_all_single(_bits(out), _bits(given), received, sent, group=self.group)
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
     def _count(self, name: str, sent: float) -> None:
         self.bytes[name] += int(sent)
