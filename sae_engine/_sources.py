@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -111,26 +111,63 @@ def decode_together(
 ) -> Tensor:  # fmt: skip
     """(*batch_shape, width) in ``dtype``, fp32 or wider: what several sources write, side by side or over one another.
 
-    Where nothing is to be differentiated one launch makes it, which reads and writes the output once.
+    One launch makes it, which reads and writes the output once, with gradients or without. Transforms of ``torch.func``
+    and ``torch.compile`` see one decoder after the other.
 
     Args:
         written: of each source its codes (*batch_shape), decoder rows (F, some columns), and the first of these.
     """
-    read = [t for codes, weight, _ in written for t in (codes.values, weight)]
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in read)
-    if len(written) > 1 and not learns and not transforming() and not torch.compiler.is_compiling():
+    if len(written) > 1 and not transforming() and not torch.compiler.is_compiling():
         codes, weights, firsts = zip(*written, strict=True)
-        for of_source in codes:
+        indexed = []
+        for of_source, weight in zip(codes, weights, strict=True):
             of_source.validate()
-        out, _ = ops.decode_sources(
-            [c.values for c in codes], [c.indices for c in codes], [c.offsets for c in codes], list(weights),
-            list(firsts), width, None, None, dtype, backend,
-        )  # fmt: skip
+            indexed.append((of_source.indices, of_source.offsets, *of_source.transposed_for(weight)))
+        out = _Sums.apply(firsts, width, dtype, backend, *(c.values for c in codes), *weights, *chain(*indexed))
         return out.view(*batch_shape, width)
-    out = read[0].new_zeros((*batch_shape, width), dtype=dtype)
+    out = written[0][0].values.new_zeros((*batch_shape, width), dtype=dtype)
     for of_source, weight, first in written:
         out[..., first : first + weight.shape[1]] += decode(of_source, weight, result_dtype=dtype, backend=backend)
     return out
+
+
+class _Sums(torch.autograd.Function):
+    """The launch of :func:`decode_together`; of every source values, then weights, then five tensors of its codes."""
+
+    @staticmethod
+    def forward(ctx, firsts, width, dtype, backend, *tensors):
+        ctx.firsts, ctx.backend = firsts, backend
+        ctx.save_for_backward(*tensors)
+        values, weights, indexed = _sorted_by_kind(tensors)
+        indices, offsets, *_ = zip(*indexed, strict=True)
+        out, _ = ops.decode_sources(
+            list(values), list(indices), list(offsets), list(weights), list(firsts), width, None, None, dtype, backend
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, weights, indexed = _sorted_by_kind(ctx.saved_tensors)
+        needs_values, needs_weights, _ = _sorted_by_kind(ctx.needs_input_grad[4:])
+        grad = grad.contiguous()
+        at_values: list[Tensor | None] = [None] * len(values)
+        at_weights: list[Tensor | None] = [None] * len(values)
+        for s, (first, weight, (indices, offsets, *by_latent)) in enumerate(
+            zip(ctx.firsts, weights, indexed, strict=True)
+        ):
+            own = grad[:, first : first + weight.shape[1]]  # a view: kernels take any strides
+            if needs_values[s]:
+                at_values[s] = ops.decode_backward_values(own, values[s], indices, offsets, weight, ctx.backend)
+            if needs_weights[s]:
+                at_weights[s] = ops.decode_backward_weight(own, values[s], *by_latent, weight.dtype, ctx.backend)
+        return *(None,) * 4, *at_values, *at_weights, *(None,) * (5 * len(values))
+
+
+def _sorted_by_kind(tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], list[Sequence[Any]]]:
+    """The values, the weights and the groups of five of :class:`_Sums`."""
+    number = len(tensors) // 7
+    indexed = tensors[2 * number :]
+    return tensors[:number], tensors[number : 2 * number], [indexed[i : i + 5] for i in range(0, len(indexed), 5)]
 
 
 def encode_together(

@@ -221,19 +221,52 @@ def test_bad_input_is_refused_by_name(case):
 
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
-@pytest.mark.parametrize("sites", [None, 1])
-def test_what_is_only_read_is_decoded_in_one_launch(backend, sites, monkeypatch):
-    """As with a gradient, source by source, in fp32 to rounding."""
-    clt = se.Crosscoder.clt(3, 8, 16, se.TopK(3), skip=True, rescale_acts_by_decoder_norm=True)
-    with torch.no_grad():
-        clt.b_dec.normal_()
-    (codes,), info, _ = clt.encode_with(torch.randn(2, 5, 3, 8))
+def launches(monkeypatch):
+    """A list that each launch of all sources' decoders adds their number to."""
     calls, plain = [], _sources.ops.decode_sources
     monkeypatch.setattr(_sources.ops, "decode_sources", lambda *given: calls.append(len(given[0])) or plain(*given))
-    by_source = clt.decode(codes.detach(), info, sites=sites, backend=backend)
-    assert by_source.requires_grad and not calls
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("sites", [None, 1])
+def test_all_sources_are_decoded_in_one_launch_with_gradients(backend, sites, monkeypatch):
+    """In fp32, as the products of dense codes in fp64 to rounding; without gradients the same bits."""
+    made = coder(dtype=torch.float32, skip=True, rescale_acts_by_decoder_norm=True)
+    (x, weight), shown = batch(dtype=torch.float32), slice(None) if sites is None else sites
+    x.requires_grad_()
+    (codes,), info, _ = made.encode_with(x)
+    calls = launches(monkeypatch)
+    found = made.decode(codes, info, sites=sites, backend=backend)
     with torch.no_grad():
-        at_once = clt.decode(codes, info, sites=sites, backend=backend)
-    assert calls == [3 if sites is None else 2]
-    torch.testing.assert_close(at_once, by_source.detach())
+        alone = made.decode(codes, info, sites=sites, backend=backend)
+    assert calls == [3 if sites is None else 2] * 2 and torch.equal(found, alone)
+    learned = [*made.parameters(), x]
+    ours = torch.autograd.grad((found * weight[:, shown].flatten(1)).sum(), learned, allow_unused=True)
+
+    made, x = copy.deepcopy(made).double(), x.detach().double().requires_grad_()
+    wanted, learned = forward(made, x)[:, shown].flatten(1), [*made.parameters(), x]
+    theirs = torch.autograd.grad((wanted * weight[:, shown].flatten(1)).sum(), learned, allow_unused=True)
+    bound = {"rtol": 1e-4, "atol": 1e-5}  # sums of at most B F products of numbers near 1
+    torch.testing.assert_close(found, wanted.float(), **bound)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(0 * b.float() if a is None and b is not None else a,
+                                   None if b is None else b.float(), **bound)  # fmt: skip
+
+
+def test_what_is_not_learned_has_no_gradient_and_gradients_have_gradients(monkeypatch):
+    clt = se.Crosscoder.clt(2, 3, 6, se.TopK(2), dtype=torch.float64)
+    codes = clt.encode(torch.randn(2, 2, 3, dtype=torch.float64)).detach()
+    calls = launches(monkeypatch)
+
+    def decoded(values, first, last):
+        parts = _sources.parts_of(codes.replace(values=values), 2)
+        written = list(zip(parts, (first, last), (0, 3), strict=True))
+        return _sources.decode_together(written, (2,), 6, torch.float64, "auto")
+
+    inputs = [t.detach().clone().requires_grad_() for t in (codes.values, *clt.W_dec)]
+    assert torch.autograd.gradcheck(decoded, inputs) and torch.autograd.gradgradcheck(decoded, inputs)
+    assert calls and set(calls) == {2}
+    inputs[1].requires_grad_(False)
+    decoded(*inputs).sum().backward()
+    assert inputs[1].grad is None and inputs[0].grad.any() and inputs[2].grad.any()

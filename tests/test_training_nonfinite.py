@@ -109,6 +109,24 @@ def test_a_summand_of_many_groups_may_be_no_larger_than_its_part():
         assert step.skipped == skipped and unchanged(before, state(step)) is bool(skipped)
 
 
+@pytest.mark.parametrize("site", range(3))
+def test_the_gradient_of_all_sites_is_looked_at_once(site, monkeypatch):
+    """Source s writes site s and all later ones: a target that is NaN at the first one reaches one source alone."""
+    torch.manual_seed(0)
+    step = TrainStep(se.Crosscoder.clt(3, D, F, se.TopK(3)), lr=1e-3, nonfinite="skip")
+    seen, plain = [], torch._foreach_norm
+    monkeypatch.setattr(torch, "_foreach_norm", lambda of, *rest, **named: seen.append(of) or plain(of, *rest, **named))
+    x = torch.randn(16, 3, D)
+    step(x)
+    (looked,) = seen
+    matrices = [tuple(t.shape) for t in looked if t.dim() == 2]
+    assert matrices == [(16, 3 * D), *[(16, D)] * 3]  # the gradient at the output, and what each encoder multiplies
+    before, target = state(step), x.clone()
+    target[5, site, 1] = torch.nan
+    step(x, target)
+    assert step.skipped == 1 and unchanged(before, state(step))
+
+
 def test_without_a_host_read_the_flag_stays_on_the_device(monkeypatch):
     """As on a GPU: the flag decides there, whether it is set or not."""
     def on_device(self, loss, pending, *, has_capacity):

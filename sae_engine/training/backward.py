@@ -45,6 +45,7 @@ class Backward(NamedTuple):
 
     sources: list[SourceBackward]
     small: dict[Tensor, Tensor]  # of b_dec (but for its part through the encoder), W_skip and the rules
+    at_decoders: Sequence[Tensor] = ()  # (B, d_out) each: all terms hold columns of them
 
     @property
     def dense(self) -> list[Tensor]:
@@ -73,7 +74,9 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
         pulled.append(Pulled(
             number, at_decoder, _of_sources(kept, at_values), at_norms, _of_sources(kept, at_entries), everywhere
         ))  # fmt: skip
-    return Backward([_of_source(forward, number, pulled, small) for number in range(len(forward.sources))], small)
+    sources = [_of_source(forward, number, pulled, small) for number in range(len(forward.sources))]
+    viewed = len(sources) > 1 and forward.shards is None and all(of.everywhere is None for of in pulled)
+    return Backward(sources, small, [of.at_decoder for of in pulled if viewed and of.at_decoder is not None])
 
 
 class Pulled(NamedTuple):
@@ -339,8 +342,7 @@ class DeadLatents:
         self.dead_after = check.integer_k(dead_after, name="dead_after")
         self.read_interval = check.integer_k(read_interval, name="read_interval")
         self.since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self.tokens = 0
-        self._bound, self._holds_until = 0, self.dead_after - 1  # no counter exceeds `tokens`
+        self.tokens, self._bound, self._holds_until = 0, 0, self.dead_after - 1  # no counter exceeds `tokens`
         self.assumed: int | None = None  # while a graph is captured that is replayed where this bound holds
         self._captured = False  # by somebody else: replays move the counters and not `tokens`
 
@@ -426,7 +428,7 @@ class Finite:
         if has_capacity:  # what lies behind the last row is nobody's
             values, offered = ([_owned(t, ends) for t, ends in zip(ts, offsets, strict=True)]
                                for ts in (values, offered))  # fmt: skip
-        slopes = [*grads, *offered, *pending.dense, *pending.small.values()]
+        slopes = [*(pending.at_decoders or grads), *offered, *pending.dense, *pending.small.values()]
         slopes += [source.along for source in pending.sources if source.along is not None]
         multiplied = [*(source.x for source in pending.sources), *values]
         loss = loss.sum() if loss.dim() else loss  # of pieces, where they are summed as a tree
