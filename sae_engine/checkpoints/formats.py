@@ -168,7 +168,8 @@ def save(sae, path: str | PathLike, *, format: str | None = None) -> None:
     if sae.has_sites:
         if sae.shards is not None:
             raise ValueError("a crosscoder on a mesh cannot be written as a folder: save its state by "
-                             "distributed.save_state, and load that on a mesh of one process")  # fmt: skip
+                             "distributed.save_state; or load the full_tensor() of each DTensor of its state_dict() "
+                             "into a Crosscoder without mesh, and save that")  # fmt: skip
         crosslayer.save(sae, path, format="sae_engine" if format is None else format)
         return
     format = "saelens" if format is None else format

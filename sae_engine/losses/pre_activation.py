@@ -43,6 +43,7 @@ class PreActivation(Loss):
 
     coefficient: float
     name = "pre_activation"
+    adds_over_shards = True
     weighs_by_norms = True
 
     def __post_init__(self) -> None:
@@ -74,7 +75,8 @@ class PreActivation(Loss):
         kept = forward.kept[number]
         if kept.codes.required is not None:
             raise TypeError("PreActivation needs codes without a capacity, and so cannot be captured in a CUDA graph")
-        weight, wide, tokens = self.coefficient / forward.tokens, forward.wide, forward.tokens
+        weight, wide = self.coefficient / forward.tokens, forward.wide
+        tokens = forward.sources[0].tokens  # over shards, of one group of ranks, which adds its own
         entries, everywhere, at_norms, loss = [], [], [], []
         parameters: dict[Tensor, Tensor] = {}
         for of_source, part in zip(forward.sources, kept.parts, strict=True):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from mesh_cases import F64, close, same_state, step_of, whole
@@ -9,7 +10,7 @@ from mesh_selections import my_rows
 from pair_loop import SITES, WIDTHS, D, number_of_sources, rules
 
 import sae_engine as se
-from sae_engine.losses import L1, AuxK, TanhL0
+from sae_engine.losses import L1, AuxK, PreActivation, TanhL0
 
 B, F = 14, 18
 FOLDER = []  # that all ranks write to
@@ -91,6 +92,7 @@ STEPS = {  # coder, options of the step, number of steps
     "one budget, slabs": ("clt of one budget", {"memory_budget": 8 * B * 3}, 4),
     "each, mixed rules": ("each, mixed rules", {"grad_clip": 0.5}, 4),
     "thresholds": ("windows, thresholds", {"losses": [TanhL0(0.05)]}, 4),
+    "lifted to thresholds": ("windows, thresholds", {"losses": [TanhL0(0.05), PreActivation(0.01)]}, 4),
     "decoder norms": ("decoder norms", {}, 4),
     "accumulated, unit rows": ("clt", {"accumulate": 2, "normalize_decoder": True}, 4),
     "L1": ("local, all", {"losses": [L1(0.01)]}, 4),
@@ -101,7 +103,7 @@ def trains(mesh, rank, size, name, tokens=B, latents=F):
     which, how, number = STEPS[name]
     one, many = pair(which, mesh, latents=latents)
     alone, together = step_of(one, **how), step_of(many, **how)
-    mine, tolerance = my_rows(tokens, rank, size), 2e-5 if name == "thresholds" else 1e-12
+    mine, tolerance = my_rows(tokens, rank, size), 2e-5 if "thresholds" in name else 1e-12
     for x, target in batches(number, tokens):
         theirs, ours = alone(x, target), together(x[mine], target[mine])
         assert theirs.keys() == ours.keys()
@@ -113,7 +115,7 @@ def trains(mesh, rank, size, name, tokens=B, latents=F):
 
 def trains_on_uneven_tokens(mesh, rank, size):
     """Ranks without a token, and ranks without a latent."""
-    for name in ("clt", "clt of one budget"):
+    for name in ("clt", "clt of one budget", "lifted to thresholds"):
         trains(mesh, rank, size, name, size - 1)
         trains(mesh, rank, size, name, 2 * size + 1, 9)
 
@@ -154,6 +156,24 @@ def goes_on_from_a_checkpoint(mesh, rank, size):
         same_state(one, again, alone, resumed, 1e-12)
 
 
+def becomes_one_of_one_process(mesh, rank, size):
+    """What a mesh holds, as a crosscoder that any folder's format takes; what it cannot be says so."""
+    one, many = pair("each, mixed rules", mesh)
+    with pytest.raises(ValueError, match=r"cannot be written as a folder: .* full_tensor\(\)"):
+        many.save_pretrained(FOLDER[0])
+    with pytest.raises(ValueError, match="mesh must be None: folders of crosscoders"):
+        se.Crosscoder.from_pretrained(FOLDER[0], mesh=mesh)
+    with pytest.raises(ValueError, match="keep_pre must be False on a mesh"):
+        many.encode_with(next(batches(1))[0], keep_pre=True)
+    with pytest.raises(ValueError, match="blocks must be None with a crosscoder|power of two"):
+        step_of(many, blocks=size)
+    wiring = [(list(read)[0], range(written.start, written.stop)) for read, written in one.wiring]
+    plain = se.Crosscoder(WIDTHS, WIDTHS, F, rules("mixed", len(wiring)), wiring=wiring, skip=True, dtype=F64)
+    plain.load_state_dict({name: whole(t) for name, t in many.state_dict().items()})
+    for p, q in zip(plain.parameters(), one.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def cases():
     for name in CODERS:
         yield f"crosscoder encodes: {name}", lambda *at, name=name: encodes(*at, name)
@@ -161,4 +181,5 @@ def cases():
         yield f"crosscoder steps: {name}", lambda *at, name=name: trains(*at, name)
     yield "crosscoder steps: uneven tokens", trains_on_uneven_tokens
     yield "crosscoder: goes on from a checkpoint", goes_on_from_a_checkpoint
+    yield "crosscoder: becomes one of one process", becomes_one_of_one_process
     yield "crosscoder: ties", ties_go_to_one_device_s_entries
