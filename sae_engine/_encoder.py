@@ -219,8 +219,8 @@ def _slabs_for(
     needed = tokens * (widest(rules, num_latents) if sharded else num_latents) * dtype.itemsize
     rows, from_rows = tokens, None
     if dtype == x.dtype and not sharded and not torch.compiler.is_compiling():
-        matrix = check.matrix(x)
-        rows, from_rows = rows_at_once(tokens, matrix, W_enc), whole_rows_from(matrix, W_enc)
+        like = x.new_empty(tokens, 0)  # of the shape in rows, without a copy of what has gaps
+        rows, from_rows = rows_at_once(tokens, like, W_enc), whole_rows_from(like, W_enc)
     if rows < tokens and all(map(is_by_row, rules)):
         most = rows * num_latents * dtype.itemsize
         budget = most if budget is None else min(budget, most)
