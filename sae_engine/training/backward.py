@@ -124,7 +124,7 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
             offered = at_values
             if at_values is not None and mine.norms is not None:
                 offered = at_values * mine.norms_at(part.codes)
-                along = _total([along, _by_latent(at_values * part.values, part, forward) / mine.divisors])
+                along = _total([along, forward.by_latent(part.codes, at_values * part.values) / mine.divisors])
             values = part.values
             if has_base:
                 offered = torch.zeros_like(values, dtype=wide) if offered is None else offered
@@ -258,19 +258,14 @@ def _scaled_outputs(pulls: list[Pull]) -> list[Tensor]:
     return [output if scale == 1 else multiply(output, scale) for output, scale in pairs]
 
 
-def _by_latent(entries: Tensor, part: Part, forward: Forward) -> Tensor:
-    """(F,) sums of ``entries`` (N,) in a fixed order."""
-    return forward.by_latent(part.codes, entries)
-
-
 def _norm_slopes(part: Part, forward: Forward, at_pre: Tensor, inner: Tensor, divisors: Tensor) -> Tensor:
     """(F,) gradient of the decoder norms: up through what the rule sees, down through what the decoder divides out."""
     if part.entries is not None:
-        seen = _by_latent(at_pre.to(forward.wide) * part.entries, part, forward)
+        seen = forward.by_latent(part.codes, at_pre.to(forward.wide) * part.entries)
     else:
         assert part.pre is not None
         seen = (at_pre.to(forward.wide) * part.pre).sum(0)
-    return (seen - _by_latent(inner * part.values, part, forward)) / divisors
+    return (seen - forward.by_latent(part.codes, inner * part.values)) / divisors
 
 
 def _through_rule(part: Part, at_codes: Tensor, forward: Forward) -> tuple[Tensor, dict[Tensor, Tensor]]:
