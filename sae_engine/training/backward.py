@@ -105,7 +105,7 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
     dense: list[Tensor] = []
     along = None
     if has_base := any(of_number.everywhere is not None for of_number in pulled):
-        mean = x.mean(0, keepdim=True, dtype=wide) if len(x) else x.new_zeros(1, x.shape[1])  # a group may have no token
+        mean = x.mean(0, keepdim=True, dtype=wide) if len(x) else x.new_zeros(1, x.shape[1])  # of no tokens
         x = torch.cat([x, mean.to(x.dtype)])
     for number, at_decoder, of_values, at_norms, of_entries, everywhere in pulled:
         part, at_values = forward.kept[number].parts[s], of_values[s]

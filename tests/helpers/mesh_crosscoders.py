@@ -165,9 +165,9 @@ def becomes_one_of_one_process(mesh, rank, size):
         se.Crosscoder.from_pretrained(FOLDER[0], mesh=mesh)
     with pytest.raises(ValueError, match="keep_pre must be False on a mesh"):
         many.encode_with(next(batches(1))[0], keep_pre=True)
-    with pytest.raises(ValueError, match="blocks must be None with a crosscoder|power of two"):
+    with pytest.raises(ValueError, match=r"blocks must be None with a crosscoder|power of two"):
         step_of(many, blocks=size)
-    wiring = [(list(read)[0], range(written.start, written.stop)) for read, written in one.wiring]
+    wiring = [(next(iter(read)), range(written.start, written.stop)) for read, written in one.wiring]
     plain = se.Crosscoder(WIDTHS, WIDTHS, F, rules("mixed", len(wiring)), wiring=wiring, skip=True, dtype=F64)
     plain.load_state_dict({name: whole(t) for name, t in many.state_dict().items()})
     for p, q in zip(plain.parameters(), one.parameters(), strict=True):
