@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .neuronpedia import write_neuronpedia
     from .publishing import Published, push
     from .publishing_sites import push_crosscoder
+    from .sources import of_source
     from .steering import ablate, steer
     from .stored import Features, FeatureTokens, LatentEntries
 
@@ -26,6 +27,7 @@ __all__ = [
     "collect",
     "logit_lens",
     "max_activating",
+    "of_source",
     "push",
     "push_crosscoder",
     "steer",
@@ -43,6 +45,7 @@ _MODULES = {
     "neuronpedia": {"write_neuronpedia"},
     "publishing": {"Published", "push"},
     "publishing_sites": {"push_crosscoder"},
+    "sources": {"of_source"},
     "steering": {"ablate", "steer"},
     "stored": {"FeatureTokens", "Features", "LatentEntries"},
 }

@@ -12,6 +12,7 @@ from ..data.places import Place, find_place
 from ..data.sites import SITES, Site
 from ..metrics.splice import Normalization
 from ..provenance import Provenance
+from .sources import refuse_crosscoder
 
 
 class Belonging(NamedTuple):
@@ -53,6 +54,7 @@ def belonging(
         raise TypeError(f"model must be a LanguageModel or a causal language model, got {type(model).__name__}")
     if not isinstance(sae, SparseAutoencoder):
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+    refuse_crosscoder(sae)
     said = sae.provenance or Provenance()
     if site is None:
         site = said.site

@@ -13,6 +13,7 @@ from ..autoencoder import SparseAutoencoder
 from ..data.contexts import check_int
 from ..data.models import LanguageModel, memory_sha256
 from .lens import IN_THE_STREAM, Lens, logit_lens
+from .sources import refuse_crosscoder
 from .stored import Features
 
 NEIGHBOURS = LENS = 8
@@ -24,6 +25,7 @@ def check(features: Features, sae: SparseAutoencoder, lm: LanguageModel | None) 
         raise TypeError(f"features must be Features, got {type(features).__name__}")
     if not isinstance(sae, SparseAutoencoder):
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
+    refuse_crosscoder(sae)
     if lm is not None and not isinstance(lm, LanguageModel):
         raise TypeError(f"lm must be a LanguageModel or None, got {type(lm).__name__}")
     manifest = features.manifest
