@@ -1,6 +1,6 @@
 """``TrainStep(blocks=)``: one run has the same bits whatever mesh of 1, 2 or 4 ranks it is on, in groups or not.
 
-A launch for each number of ranks, of all meshes of so many; that of one rank is also held to a step without blocks.
+A launch for each mesh; the run of one rank is also held to a step without blocks.
 """
 
 from pathlib import Path
@@ -92,21 +92,25 @@ def numbers_of(mesh, rank, size):
     return found
 
 
-def on_meshes(rank, size, folder):
-    for data in (1, 2, 4):
-        if size % data == 0:
-            found = numbers_of(mesh_of(size, data), rank, size)
-            if rank == 0:
-                torch.save(found, Path(folder).parent / f"{size // data}x{data}.pt")
+def in_groups(data):
+    def on_mesh(rank, size, folder):
+        found = numbers_of(mesh_of(size, data), rank, size)
+        if rank == 0:
+            torch.save(found, Path(folder).parent / f"{size // data}x{data}.pt")
+
+    return on_mesh
 
 
-on_one = on_two = on_four = on_meshes
+one = two = four = in_groups(1)
+two_in_groups = four_in_two_groups = in_groups(2)
+four_in_groups = in_groups(4)
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    ran = outcomes(__file__, {"on_one": 1, "on_two": 2, "on_four": 4}, folder, timeout=300)
+    sizes = {"one": 1, "two": 2, "four": 4, "two_in_groups": 2, "four_in_groups": 4, "four_in_two_groups": 4}
+    ran = outcomes(__file__, sizes, folder, timeout=300)
     for ranks in ran.values():
         succeeded(ranks)
     return {file.stem: torch.load(file, weights_only=True) for file in folder.glob("*.pt")}
