@@ -7,9 +7,10 @@ import secrets
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from ..distributed.layout import Ownership
 from ..distributed.lent_disk import LentDisk
 from . import saelens
 from ._checkpoint import DIMENSIONS, WEIGHTS, Checkpoint, build, of, text_writer
+
+if TYPE_CHECKING:
+    from ..distributed.shards import Shards
 
 PIECE_BYTES = 1 << 26  # that are written at a time
 # As safetensors names them and orders them in a file: wide ones first, so that all lie aligned.
@@ -50,43 +54,65 @@ def save(sae, path: str | PathLike) -> None:
         OSError: the disk is full.
         RuntimeError: a rank has failed or does not answer: names it.
     """
-    agreement, folder = Agreement.of(sae.shards.mesh), Path(path)
     layout = sae.shards.layout
-    temporary: Path | None = None
+
+    def prepared() -> Folder:
+        c = replace(of(sae.share), card=sae.card, provenance=sae.provenance, options=sae.activation.options())
+        tensors, content = saelens.prepared(c, layout.num_latents)
+        slices = {name: _slice(name, t, sae, layout) for name, t in tensors.items()}
+        return Folder({saelens.WEIGHTS: slices}, {saelens.CONFIG: text_writer(content)}, saelens.METADATA)
+
+    written(sae.shards, Path(path), prepared)
+
+
+class Folder(NamedTuple):
+    """What is to be written: slices of the tensors of each file of safetensors, which all have the same metadata; and
+    other files, whole."""
+
+    files: Mapping[str, Mapping[str, Slice]]
+    others: Mapping[str, Callable[[Path], object]]
+    metadata: Mapping[str, str] | None
+
+
+def written(shards: Shards, folder: Path, prepared: Callable[[], Folder]) -> None:
+    """Writes a folder of which each rank has slices, whole or not at all. All ranks call it."""
+    agreement = Agreement.of(shards.mesh)
+    temporary: dict[str, Path] = {}
     made: list[Path] = []
     try:
         with agreement.all_or_none("saved"):
-            c = replace(of(sae.share), card=sae.card, provenance=sae.provenance, options=sae.activation.options())
-            tensors, content = saelens.prepared(c, layout.num_latents)
-            slices = {name: _slice(name, t, sae, layout) for name, t in tensors.items()}
-            header, offsets = _header(slices)
+            files, others, metadata = prepared()
+            headers = {file: _header(slices, metadata) for file, slices in files.items()}
             if agreement.rank == 0:
                 made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
                 folder.mkdir(parents=True, exist_ok=True)
-                temporary = folder / f".{saelens.WEIGHTS}.{secrets.token_hex(8)}.tmp"
-                with temporary.open("xb") as file:
-                    file.write(header)
-                    file.truncate(len(header) + sum(_bytes(s) for s in slices.values()))
-        name = agreement.said(None if temporary is None else temporary.name)[0]
-        disk = LentDisk(agreement, (folder / name).is_file())
-        with agreement.all_or_none("saved"), disk.lent(folder), disk.open(folder / name, "r+b") as file:
-            for key, one in slices.items():
-                if agreement.rank == 0 or (one.dim is not None and sae.shards.group == 0):
-                    _write(file, len(header) + offsets[key], one)
-            file.flush()
-            if not disk.is_borrowed:  # the first rank syncs what it is sent
-                os.fsync(file.fileno())
+                for file, slices in files.items():
+                    header = headers[file][0]
+                    place = folder / f".{file}.{secrets.token_hex(8)}.tmp"
+                    with place.open("xb") as opened:
+                        temporary[file] = place
+                        opened.write(header)
+                        opened.truncate(len(header) + sum(_bytes(s) for s in slices.values()))
+        names = agreement.said({file: place.name for file, place in temporary.items()})[0]
+        disk = LentDisk(agreement, all((folder / name).is_file() for name in names.values()))
+        with agreement.all_or_none("saved"), disk.lent(folder):
+            for file, slices in files.items():
+                header, offsets = headers[file]
+                with disk.open(folder / names[file], "r+b") as opened:
+                    for key, one in slices.items():
+                        if agreement.rank == 0 or (one.dim is not None and shards.group == 0):
+                            _write(opened, len(header) + offsets[key], one)
+                    opened.flush()
+                    if not disk.is_borrowed:  # the first rank syncs what it is sent
+                        os.fsync(opened.fileno())
         with agreement.all_or_none("saved"):
-            if temporary is not None:
-                written = temporary
-                replace_files({
-                    folder / saelens.WEIGHTS: lambda name: os.replace(written, name),
-                    folder / saelens.CONFIG: text_writer(content),
-                })  # fmt: skip
+            if agreement.rank == 0:
+                moves = {folder / file: partial(os.replace, place) for file, place in temporary.items()}
+                replace_files({**moves, **{folder / name: write for name, write in others.items()}})
                 made = []
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        for place in temporary.values():
+            place.unlink(missing_ok=True)
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
@@ -119,10 +145,10 @@ def _bytes(one: Slice) -> int:
     return one.part.element_size() * torch.Size(one.shape).numel()
 
 
-def _header(slices: Mapping[str, Slice]) -> tuple[bytes, dict[str, int]]:
+def _header(slices: Mapping[str, Slice], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
     """The beginning of the file, and where each tensor lies behind it."""
     order = sorted(slices, key=lambda name: (-slices[name].part.element_size(), name))
-    entries: dict[str, Any] = {"__metadata__": saelens.METADATA}
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     offsets, end = {}, 0
     for name in order:
         offsets[name], end = end, end + _bytes(slices[name])

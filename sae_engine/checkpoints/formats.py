@@ -83,8 +83,8 @@ def load(
     check.flag("fold_decoder_norms", fold_decoder_norms)
     if cls.has_sites:
         if mesh is not None:
-            raise ValueError("mesh must be None: folders of crosscoders are not read by slices; make Crosscoder(…, "
-                             "mesh=) and load what distributed.save_state has saved")  # fmt: skip
+            raise ValueError("mesh must be None: folders of crosscoders are written by slices, and not read so; make "
+                             "Crosscoder(…, mesh=) and load what distributed.save_state has saved")  # fmt: skip
         given = {"activation_scale": activation_scale, "residual": residual, "fold_decoder_norms": fold_decoder_norms}
         if said := [name for name, value in given.items() if value not in (None, False)]:
             raise ValueError(f"{said[0]} must be left out, got {given[said[0]]!r}: a crosscoder has none")
@@ -166,10 +166,6 @@ def save(sae, path: str | PathLike, *, format: str | None = None) -> None:
         'dictionary_learning'
     """
     if sae.has_sites:
-        if sae.shards is not None:
-            raise ValueError("a crosscoder on a mesh cannot be written as a folder: save its state by "
-                             "distributed.save_state; or load the full_tensor() of each DTensor of its state_dict() "
-                             "into a Crosscoder without mesh, and save that")  # fmt: skip
         crosslayer.save(sae, path, format="sae_engine" if format is None else format)
         return
     format = "saelens" if format is None else format

@@ -105,8 +105,8 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
     dense: list[Tensor] = []
     along = None
     if has_base := any(of_number.everywhere is not None for of_number in pulled):
-        mean = x.mean(0, keepdim=True, dtype=wide) if len(x) else x.new_zeros(1, x.shape[1])  # of no tokens
-        x = torch.cat([x, mean.to(x.dtype)])
+        mean = x.mean(0, keepdim=True, dtype=wide).to(x.dtype)
+        x = torch.cat([x, mean if len(x) else torch.zeros_like(mean)])  # a group of ranks may have no token
     for number, at_decoder, of_values, at_norms, of_entries, everywhere in pulled:
         part, at_values = forward.kept[number].parts[s], of_values[s]
         codes = _in_rows(part.codes, forward.runs.get(number), repeats)
@@ -313,8 +313,7 @@ class DeadLatents:
         dead_after: tokens without firing after which a latent counts as dead (Gao et al. 2024: 10 million).
         read_interval: steps between two reads of the device, which happen only once enough tokens have passed for any
             latent to be dead. The bound holds for all steps between.
-        shards: over which latents are cut, of which these are one; the bound is on those of all.
-        every: latents of all ranks; those here, without shards.
+        shards: over which latents are cut, of which these are some of ``every``; the bound is on those of all.
 
     Attributes:
         since_fired: (d_sae,) int64.

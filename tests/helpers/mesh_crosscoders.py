@@ -156,22 +156,34 @@ def goes_on_from_a_checkpoint(mesh, rank, size):
         same_state(one, again, alone, resumed, 1e-12)
 
 
-def becomes_one_of_one_process(mesh, rank, size):
-    """What a mesh holds, as a crosscoder that any folder's format takes; what it cannot be says so."""
-    one, many = pair("each, mixed rules", mesh)
-    with pytest.raises(ValueError, match=r"cannot be written as a folder: .* full_tensor\(\)"):
-        many.save_pretrained(FOLDER[0])
+def writes_the_folder_of_one_process(mesh, rank, size):
+    """Byte for byte; thresholds of a latent each, one of all sources, and skips."""
+    for name in ("windows, thresholds", "clt of one budget", "each, mixed rules", "joint"):
+        one, many = pair(name, mesh)
+        place = Path(FOLDER[0], "-".join(["folder", *map(str, mesh.mesh.shape), name.replace(" ", "")]))
+        with torch.no_grad():
+            for of_one, of_many in zip(one.activation.parameters(), many.share.activation.parameters(), strict=True):
+                of_one.copy_(torch.arange(F) / F)
+                of_many.copy_(of_one[many.shards.mine])
+        many.save_pretrained(place)
+        alone = place.with_name(f"{place.name}-{rank}")
+        one.save_pretrained(alone)
+        written = {file.name: file.read_bytes() for file in place.iterdir()}
+        assert written == {file.name: file.read_bytes() for file in alone.iterdir()}, name
+        assert len(written) == len(one.sources) + 2
+
+
+def is_refused_by_name(mesh, rank, size):
+    _, many = pair("clt", mesh)
+    with pytest.raises(ValueError, match="format must be 'sae_engine' for a crosscoder on a mesh, got 'trans"):
+        many.save_pretrained(FOLDER[0], format="transcoder_set")
     with pytest.raises(ValueError, match="mesh must be None: folders of crosscoders"):
         se.Crosscoder.from_pretrained(FOLDER[0], mesh=mesh)
     with pytest.raises(ValueError, match="keep_pre must be False on a mesh"):
         many.encode_with(next(batches(1))[0], keep_pre=True)
-    with pytest.raises(ValueError, match=r"blocks must be None with a crosscoder|power of two"):
-        step_of(many, blocks=size)
-    wiring = [(next(iter(read)), range(written.start, written.stop)) for read, written in one.wiring]
-    plain = se.Crosscoder(WIDTHS, WIDTHS, F, rules("mixed", len(wiring)), wiring=wiring, skip=True, dtype=F64)
-    plain.load_state_dict({name: whole(t) for name, t in many.state_dict().items()})
-    for p, q in zip(plain.parameters(), one.parameters(), strict=True):
-        assert torch.equal(p, q)
+    if F % size == 0:
+        with pytest.raises(ValueError, match="blocks must be None with a crosscoder"):
+            step_of(many, blocks=size)
 
 
 def cases():
@@ -181,5 +193,6 @@ def cases():
         yield f"crosscoder steps: {name}", lambda *at, name=name: trains(*at, name)
     yield "crosscoder steps: uneven tokens", trains_on_uneven_tokens
     yield "crosscoder: goes on from a checkpoint", goes_on_from_a_checkpoint
-    yield "crosscoder: becomes one of one process", becomes_one_of_one_process
+    yield "crosscoder: folder", writes_the_folder_of_one_process
+    yield "crosscoder: refused", is_refused_by_name
     yield "crosscoder: ties", ties_go_to_one_device_s_entries

@@ -91,4 +91,10 @@ def save(coder: Crosscoder, path: str | PathLike, *, format: str = ours.NAME) ->
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {list(FORMATS)}, got {format!r}")
+    if coder.shards is not None:
+        if format != ours.NAME:
+            raise ValueError(f"format must be {ours.NAME!r} for a crosscoder on a mesh, got {format!r}: load that one "
+                             "without a mesh and save it again")  # fmt: skip
+        ours.save_slices(coder, Path(path).expanduser())
+        return
     FORMATS[format].save(coder, Path(path).expanduser())

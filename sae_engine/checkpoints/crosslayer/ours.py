@@ -7,9 +7,10 @@ W_skip and a rule that serves all sources.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from ..._files import write_tensors
 from ...provenance import Provenance
 from .._checkpoint import text_writer, write_files
 from .._reading import WeightFile, read_json
+from .._sharded import Folder, Slice, written
 from ..card import RAW, SourceCard
 from ._record import RULE, Record, Rule, numbered, same, tensor_of
 
@@ -74,35 +76,81 @@ def _rule(name: Any) -> type[rules.Activation]:
 
 
 def save(coder: Crosscoder, folder: Path) -> None:
+    text, tensors = text_of(coder), tensors_of(coder)
+    writes: dict[str, Any] = {
+        file: lambda place, made=made: write_tensors(place, made()) for file, made in tensors.items()
+    }
+    write_files(folder, {**writes, CONFIG: text_writer(text)})
+
+
+def save_slices(coder: Crosscoder, folder: Path) -> None:
+    """The same files of a crosscoder whose latents are cut over a mesh, byte for byte: each rank writes its own."""
+    shards, share = coder.shards, cast("Crosscoder", coder.share)
+    assert shards is not None
+    cut = {name for name, t in coder.state_dict().items() if any(p.is_shard() for p in getattr(t, "placements", ()))}
+
+    def prepared() -> Folder:
+        files = {}
+        for file, made in tensors_of(share).items():
+            number = file.removeprefix("source_").removesuffix(".safetensors")
+            rule = f"activation.rules.{number}."
+            names = {f"W_enc.{number}": "W_enc", f"W_dec.{number}": "W_dec", "b_enc": "b_enc"}
+            names |= {name: RULE + name.removeprefix(rule) for name in cut if name.startswith(rule)}
+            of_latents = {names[name] for name in cut if name in names}
+            files[file] = {
+                name: Slice(t, 0 if name in of_latents else None, shards.mine.start, shards.num_latents)
+                for name, t in made().items()
+            }
+        return Folder(files, {CONFIG: text_writer(text_of(coder))}, None)
+
+    written(shards, folder, prepared)
+
+
+def _rules_of(coder: Crosscoder) -> list[rules.Activation]:
     several = isinstance(coder.activation, rules.PerSource)
-    made = [source.activation for source in coder.sources] if several else [coder.activation]
+    return [source.activation for source in coder.sources] if several else [coder.activation]
+
+
+def text_of(coder: Crosscoder) -> str:
+    """What its configuration says.
+
+    Raises:
+        TypeError: a rule has options that JSON cannot hold.
+    """
     config: dict[str, Any] = {
         "format": FORMAT, "reads": list(coder.read_widths), "writes": list(coder.written_widths), "d_sae": coder.d_sae,
         "wiring": [[[sites.start, sites.stop] for sites in pair] for pair in coder.wiring],
-        "one_rule": not several, "rules": [[type(rule).__name__, rule.options()] for rule in made],
+        "one_rule": not isinstance(coder.activation, rules.PerSource),
+        "rules": [[type(rule).__name__, rule.options()] for rule in _rules_of(coder)],
         "decoder_norm": coder.decoder_norm, "rescale_acts_by_decoder_norm": coder.rescale_acts_by_decoder_norm,
         "card": None if coder.card is None else coder.card.to_dict(),
         "provenance": None if coder.provenance is None else coder.provenance.to_dict(),
     }  # fmt: skip
     try:
-        text = json.dumps(config, indent=2)
+        return json.dumps(config, indent=2)
     except (TypeError, ValueError) as error:
         raise TypeError(f"activation has options that no checkpoint holds: {error}") from None
+
+
+def tensors_of(coder: Crosscoder) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """The tensors of each file, which are made when that is written."""
+    several = isinstance(coder.activation, rules.PerSource)
 
     def state(rule: rules.Activation) -> dict[str, Tensor]:
         return {f"{RULE}{name}": t.detach().cpu().contiguous() for name, t in rule.state_dict().items()}
 
-    def tensors(s: int) -> dict[str, Tensor]:
+    def of_source(s: int) -> dict[str, Tensor]:
         source = coder.sources[s]
         found = {"W_enc": source.W_enc.detach().cpu().T.contiguous(), "W_dec": source.W_dec.detach().cpu().contiguous(),
                  "b_enc": source.b_enc.detach().cpu().clone()}  # fmt: skip
         return found | (state(source.activation) if several else {})
 
-    shared = {"b_dec": coder.b_dec.detach().cpu().contiguous()}
-    shared |= {f"W_skip.{t}": weight.detach().cpu().contiguous() for t, weight in enumerate(coder.W_skip or ())}
-    shared |= {} if several else state(coder.activation)
-    writes: dict[str, Any] = {
-        f"source_{s}.safetensors": lambda file, s=s: write_tensors(file, tensors(s)) for s in range(len(coder.sources))
+    def shared() -> dict[str, Tensor]:
+        found = {"b_dec": coder.b_dec.detach().cpu().contiguous()}
+        found |= {f"W_skip.{t}": weight.detach().cpu().contiguous() for t, weight in enumerate(coder.W_skip or ())}
+        return found | ({} if several else state(coder.activation))
+
+    files: dict[str, Callable[[], dict[str, Tensor]]] = {
+        f"source_{s}.safetensors": partial(of_source, s) for s in range(len(coder.sources))
     }
-    writes |= {SHARED: lambda file: write_tensors(file, shared), CONFIG: text_writer(text)}
-    write_files(folder, writes)
+    return {**files, SHARED: shared}
