@@ -54,6 +54,29 @@ def test_features_and_again_and_as_delphi_has_them(saved, tmp_path, capsys):
     assert "dtype: " in (err := capsys.readouterr().err) and "has 'float16', this call asks for 'float32'" in err
 
 
+def test_a_source_of_a_crosscoder(saved, tmp_path, capsys):
+    torch.manual_seed(0)
+    clt = se.Crosscoder.clt(2, 256, 32, se.TopK(4))
+    clt.provenance = se.Provenance(
+        model="embedded", sites=("blocks.1.hook_resid_mid", "blocks.2.hook_resid_mid"),
+        target_sites=("blocks.1.hook_mlp_out", "blocks.2.hook_mlp_out"),
+    )  # fmt: skip
+    clt.save_pretrained(tmp_path / "clt")
+    for number in (0, 1):
+        features, page = tmp_path / f"features {number}", tmp_path / f"page {number}"
+        assert run("features", tmp_path / "clt", features, *TEXT, "--source", number) == 0
+        manifest = Features(features).manifest
+        assert (manifest["layer"], manifest["site"], manifest["encoded"]) == (1 + number, "resid_mid", 300)
+    assert run("dashboard", tmp_path / "clt", page, *TEXT, "--source", 1, "--latents", 3) == 0
+    assert (page / "index.html").is_file()
+    capsys.readouterr()
+    for path, given in ((tmp_path / "clt", []), (saved(), ["--source", 0])):
+        assert run("features", path, tmp_path / "out", *TEXT, *given) == 1
+        assert "--source must say which source" in capsys.readouterr().err
+    assert run("features", tmp_path / "clt", tmp_path / "out", *TEXT, "--source", 2) == 1
+    assert "number must lie in 0..1" in capsys.readouterr().err
+
+
 def test_what_the_files_say_of_rows_is_taken(saved, tmp_path):
     path = saved(name="said", context_length=16, separator="none", excluded=("first", "eos"))
     assert run("features", path, tmp_path / "out", "--tokens", 60, "--quiet", "--device", "cpu") == 0

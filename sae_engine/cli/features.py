@@ -63,16 +63,28 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
     add_contexts(parser, context_length=f"{own}, at most 256", separator=f"{own}, eos", first_token=f"{own}, bos",
                  excluded=f"{own}, none", keep_first=f"{own}, left out")  # fmt: skip
     parser.add_argument("--normalize", choices=("none", "token"), default=None, help=f"as in eval; {own}, none")
+    parser.add_argument("--source", type=int, default=None, metavar="N",
+                        help="of a crosscoder or cross-layer transcoder, whose latents, counted from 0")  # fmt: skip
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the activations")
 
 
 def opened(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The autoencoder, the model that it belongs to, and where in it."""
-    from sae_engine import Provenance, SparseAutoencoder
+    from sae_engine import Crosscoder, Provenance
+    from sae_engine.checkpoints.opened import opened as open_coder
+    from sae_engine.latents import of_source
     from sae_engine.metrics.place import place_of
 
     name = Path(args.sae).resolve().name
-    sae = SparseAutoencoder.from_pretrained(args.sae)
+    sae = open_coder(args.sae)
+    if isinstance(sae, Crosscoder) and args.source is not None:
+        sae = of_source(sae, args.source)
+    elif isinstance(sae, Crosscoder) or args.source is not None:
+        said = "nothing" if args.source is None else args.source
+        raise ValueError(
+            f"--source must say which source of a crosscoder, and nothing else has any: {name} is a "
+            f"{type(sae).__name__}, got {said}"
+        )
     layer, site = (args.layer, None) if args.site is None else layer_and_site(args.site, args.layer)
     # Nothing is written to a transcoder's target: it need not be known.
     target = (sae.provenance or Provenance()).target_site
