@@ -421,13 +421,6 @@ PASS_REGISTERS = 128  # of a thread, so that 16 warps share an SM; without a lim
 ROUNDED_PASS_REGISTERS = 168  # of few warps that round moments too: 12 share an SM. Of 8 it would hold one program, and
 # a step (F 344,064, d 2,688: benchmarks/wide.py) takes an H200 30.1 ms with 128 registers and 38.7 with 168.
 PASS_GROUP = 8  # latents of one program: their share of d(center) is one row of partial sums, 1 % of Adam's traffic
-SPLIT_PASS = 64  # entries of one latent that the latent pass sums by a program of their own; at least
-PARTIAL_SUMS = 1 << 26  # fp32 numbers that all such sums may take
-
-
-def pass_split(entries: int, width: int) -> int:
-    """The number of entries whose sums have ``width`` numbers: of 2^20 entries and 8,192 numbers it is 128."""
-    return SPLIT_PASS * next_power_of_2(-(-entries * width // (SPLIT_PASS * max(PARTIAL_SUMS, width))))
 
 
 @searched(lambda warps, block: _around(warps, 1, 16))

@@ -114,7 +114,7 @@ class _Sums:
     def __init__(self, x, weight, along, terms: list[Term], base):
         self.x, self.weight, self.along = x, _matrix(weight), along
         self.base = None if base is None else (*_matrix(base[0]), *_matrix(base[1]), base[2])
-        split = _tuning.pass_split(sum(term.values.numel() for term in terms), weight.shape[1] + x.shape[1])
+        split = limits.pass_split(weight.shape[1] + x.shape[1])
         self.widths = weight.shape[1], x.shape[1], x.stride(0), split
         self.modes = tuple(term.mode for term in terms)
         self.offered = tuple(term.offered.numel() > 0 for term in terms)

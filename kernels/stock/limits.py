@@ -23,6 +23,14 @@ def column_groups(num_latents: int, k: int) -> tuple[int, ...]:
     return ()
 
 
+def pass_split(width: int) -> int:
+    """Entries of one latent that a GPU's latent pass sums by a program of their own, ``width`` sums each.
+
+    There is room for as many as there can be, although few latents have so many entries: 256 bytes an entry at most.
+    """
+    return max(64, 1 << max(-(-width // 64) - 1, 0).bit_length())
+
+
 def latents_in_cache(width: int) -> int:
     """Latents whose gradients, weights and moments, ``width`` numbers each, stay in a CPU's last cache: 24 MB in fp32.
 

@@ -91,6 +91,7 @@ def linear(
             out[:, some] = part
         else:
             torch.mul(part, scale[some], out=out[:, some])
+        del part  # before the next one is made
     return out
 
 

@@ -27,13 +27,18 @@ def with_scales(x: Tensor, center: Tensor | None = None, dtype: torch.dtype | No
 
     On a GPU one launch makes the difference, rounds it and writes it here.
     """
-    d = x.shape[1]
+    d, dtype = x.shape[1], x.dtype if dtype is None else dtype
+    first, others = SCALES[dtype]
+    if center is None and dtype == x.dtype and first == others:
+        return F.pad(x, (0, operand_width(d) - d), value=first)
     out = x.new_empty(x.shape[0], operand_width(d), dtype=dtype)
     if center is None:
-        out[:, :d] = x
+        out[:, :d].copy_(x)
     else:
         torch.sub(x, center, out=out[:, :d])
-    out[:, d], out[:, d + 1 :] = SCALES[out.dtype]
+    out[:, d:].fill_(others)
+    if first != others:
+        out[:, d].fill_(first)
     return out
 
 

@@ -29,7 +29,8 @@ def shards_of(mesh: object, sae: SparseAutoencoder, device: torch.device | None,
     shards = Shards(checked_mesh(mesh, sae.d_sae, device), sae.d_sae)
     names = ("d_in", "d_sae", "d_out", "apply_b_dec_to_input", "normalize_activations", "rescale_acts_by_decoder_norm",
              "read_widths", "written_widths", "wiring", "decoder_norm")  # fmt: skip
-    options = {name: repr(getattr(sae, name)) for name in names if hasattr(sae, name)}
+    found = {name: getattr(sae, name) for name in names if hasattr(sae, name)}
+    options = {name: repr(value) if isinstance(value, list | tuple) else value for name, value in found.items()}
     shards.agreement.agree(activation=repr(sae.activation), dtype=str(dtype or torch.get_default_dtype()), **options)
     return shards
 

@@ -45,8 +45,8 @@ def peak_bytes(
     dead counters                 F int64
     encoding                      the centred batch, N entries twice, and tiles of bounded size for top-k
     backward pass                 B (d_in + outputs * d_out) in fp32, 12 words an entry, 8 words a latent; or on a GPU
-                                  as much in the compute dtype and, in fp32, F d_in / 8 and N (d_in + d_out) / 64,
-                                  at most 2^26 elements each
+                                  as much in the compute dtype and, in fp32, F d_in / 8, at most 2^26 elements, and
+                                  64 elements an entry
     a chunk of latents            on a CPU: its gradients and an eighth, twice with two outputs; ``row_major`` 3.5 and 4
     stored gradients' temporary   2 / 16 of the decoder's gradient; on a GPU 2 of at most 2^26 elements
     moments in bfloat16           a chunk's of one weight in fp32, and random bits: on a GPU where gradients are stored
@@ -132,7 +132,8 @@ def peak_bytes(
             backward += d_sae * max(reads, writes) * wide
     else:  # partial sums: of the gradient at the encoder's input, a row of every eight latents; of frequent latents
         most = limits.WIDE_ELEMENTS["cuda"]
-        partial = 4 * min(-(-d_sae // 8) * reads, max(most, reads)) + 4 * min(entries // 64 * (widest + 1), most)
+        partial = 4 * min(-(-d_sae // 8) * reads, max(most, reads))
+        partial += 4 * entries * (widest + 1) // limits.pass_split(widest)
         backward += max(partial - of_tokens * (wide - compute.itemsize), 0)
     if stored:
         chunk = min(rows_of_a_chunk(d_sae, writes, device_type), d_sae) * writes

@@ -284,7 +284,8 @@ class TrainStep:
                 else loss.pull(forward, number) for loss, number in zip(self.losses, numbers, strict=True)
             ]  # fmt: skip
             losses = {loss.name: value for loss, (value, _) in zip(self.losses, found, strict=True)}
-            report = {"loss": torch.stack([loss.sum().to(forward.wide) for loss in losses.values()]).sum(), **losses}
+            whole = [loss.sum() if loss.dim() else loss for loss in losses.values()]  # of blocks, with blocks
+            report = {"loss": torch.stack([loss.to(forward.wide) for loss in whole]).sum(), **losses}
             squares = forward.sum_all(forward.residual(0)[1])
             report["squared_error"] = squares / tokens
             report["fvu"] = squares / spread
