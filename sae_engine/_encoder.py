@@ -254,7 +254,8 @@ def _in_slabs(
     b_dec: Tensor | None, scale: Tensor | None, dtype: torch.dtype, learns: bool,
 ) -> tuple[list[SparseCodes], list[Tensor | None]]:  # fmt: skip
     """The codes of each rule, and the pre-activations at them before ``scale``, where they are to be differentiated."""
-    operand = linear_operand(check.matrix(x), b_dec, dtype)
+    # The difference by itself: neither the compiler nor a transform knows how to write one to a part of a tensor.
+    operand = linear_operand(check.matrix(x if b_dec is None else x - b_dec), None, dtype)
     sparse = [learns and getattr(rule, "entry_values", None) is not None for rule in rules]
     for of_rule, wanted in zip(running, sparse, strict=True):
         of_rule.wants_entries = wanted

@@ -5,7 +5,7 @@ from density import back_end_of
 from largest_tensor import Largest
 
 import sae_engine as se
-from sae_engine import _encoder
+from sae_engine import _encoder, _slabs
 from sae_engine import functional as f
 from sae_engine.testing import assert_same
 from sae_engine.training import TrainStep
@@ -317,6 +317,23 @@ def test_slabs_multiply_an_input_that_was_extended_once(monkeypatch):
         codes.values.float().square().sum().backward()
         found.append((codes.values.detach(), codes.indices, t["W_enc"].grad, t["b_dec"].grad))
     assert_same(*found)
+
+
+@pytest.mark.no_poison  # the compiler runs torch.empty itself
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slabs_of_an_extended_input_compile_whole(dtype, monkeypatch):
+    monkeypatch.setattr(stock_16bit, "is_extended", lambda *_: True)
+    monkeypatch.setattr(_slabs, "LATENTS_AT_LEAST", 16)
+    torch._dynamo.reset()
+    sae, x = se.SparseAutoencoder(16, 256, se.TopK(4), dtype=dtype), torch.randn(64, 16, dtype=dtype)
+    with torch.no_grad():
+        sae.b_dec.normal_()
+
+    def encode(x):
+        codes = sae.encode(x, memory_budget=64 * 64 * 2)
+        return codes.values, codes.indices
+
+    assert_same(torch.compile(encode, fullgraph=True, backend="aot_eager")(x), encode(x))
 
 
 def test_a_step_multiplies_an_input_that_was_extended_once(monkeypatch):

@@ -76,24 +76,29 @@ def close(a, b, what, tolerance):
     )  # fmt: skip
 
 
+def same_gradients(one, many, x, mine):
+    """Of a weighted sum of the outputs, and these: those of one process on all rows, of a mesh on each rank's."""
+    out, part = one(x), many(x[mine])
+    close(out[mine], part, "output", 1e-12)
+    weight = torch.arange(out.numel(), dtype=F64).view(out.shape).sin()
+    one.zero_grad()
+    many.zero_grad()
+    (out * weight).sum().backward()
+    (part * weight[mine]).sum().backward()
+    for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+        if p.grad is None:
+            assert q.grad is None or not whole(q.grad).any(), name
+        else:  # parameters of rules are in fp32
+            close(p.grad, whole(q.grad), name, 1e-11 if p.dtype == F64 else 3e-6)
+
+
 def encodes(mesh, rank, size, rule):
     make, options = RULES[rule]
     one, many = pair(make, mesh, **options)
     mine = my_rows(B, rank, size)
     x = torch.randn(B, D, generator=torch.Generator().manual_seed(1), dtype=F64)
     for _ in range(2):
-        out, part = one(x), many(x[mine])
-        close(out[mine], part, "output", 1e-12)
-        weight = torch.arange(out.numel(), dtype=F64).view(out.shape).sin()
-        one.zero_grad()
-        many.zero_grad()
-        (out * weight).sum().backward()
-        (part * weight[mine]).sum().backward()
-        for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
-            if p.grad is None:
-                assert q.grad is None or not whole(q.grad).any(), name
-            else:  # parameters of rules are in fp32
-                close(p.grad, whole(q.grad), name, 1e-11 if p.dtype == F64 else 3e-6)
+        same_gradients(one, many, x, mine)
     chosen = torch.arange(B)[mine]
     with torch.no_grad():
         (a,), info, _ = one.encode_with(x)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from mesh_cases import F64, close, same_state, step_of, whole
+from mesh_cases import F64, close, same_gradients, same_state, step_of, whole
 from mesh_selections import my_rows
 from pair_loop import SITES, WIDTHS, D, number_of_sources, rules
 
@@ -61,18 +61,7 @@ def encodes(mesh, rank, size, name):
     one, many = pair(name, mesh)
     mine = my_rows(B, rank, size)
     for x, _ in batches(2):
-        out, part = one(x), many(x[mine])
-        close(out[mine], part, "output", 1e-12)
-        weight = torch.arange(out.numel(), dtype=F64).view(out.shape).sin()
-        one.zero_grad()
-        many.zero_grad()
-        (out * weight).sum().backward()
-        (part * weight[mine]).sum().backward()
-        for (which, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
-            if p.grad is None:
-                assert q.grad is None or not whole(q.grad).any(), which
-            else:  # parameters of rules are in fp32
-                close(p.grad, whole(q.grad), which, 1e-11 if p.dtype == F64 else 3e-6)
+        same_gradients(one, many, x, mine)
     with torch.no_grad():
         (a,), info, _ = one.encode_with(x)
         (b,), own, _ = many.encode_with(x[mine])
