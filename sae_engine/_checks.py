@@ -1,5 +1,6 @@
 """Argument checks. Shapes, dtypes and host values always; values inside device tensors under ``SAE_CHECK=1``."""
 import os
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -235,6 +236,19 @@ def dtype_in(name: str, value) -> torch.dtype:
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{name} must be float32, bfloat16, float16 or float64, a torch.dtype or its name, got {value!r}")
     return chosen
+
+
+def pairs_of_widths(name: str, pairs) -> list[tuple[int, int]]:
+    """Widths that each source of a crosscoder reads and writes; one source at least."""
+    found = []
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"{name}[{number}] must be a pair of widths, read and written, got {pair!r}")
+        read, written = (integer_k(width, name=f"{name}[{number}][{i}]") for i, width in enumerate(pair))
+        found.append((read, written))
+    if not found:
+        raise ValueError(f"{name} must hold the widths of at least one source, got none")
+    return found
 
 
 def device_in(name: str, value) -> torch.device:

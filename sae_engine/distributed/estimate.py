@@ -5,7 +5,7 @@ is its work over one rate of :class:`Hardware`.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -138,7 +138,10 @@ class Estimate(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Of a step: ``tokens`` of one group, ``itemsize`` bytes of the compute dtype, ``outputs`` reconstructions."""
+    """Of a step: ``tokens`` of one group, ``itemsize`` bytes of the compute dtype, ``outputs`` reconstructions.
+
+    ``widths`` of what each source reads and writes, of which it has ``d_sae`` latents and keeps ``k`` a token.
+    """
 
     tokens: float
     d_in: int
@@ -149,16 +152,33 @@ class _Sizes(NamedTuple):
     itemsize: int
     scope: str
     memory_budget: float
+    widths: tuple[tuple[int, int], ...]
+    blocks: int | None
+    centred: bool  # whether the input is, by b_dec
 
     @property
     def outputs(self) -> int:
         return 2 if self.aux_k else 1
 
+    @property
+    def sources(self) -> int:
+        return len(self.widths)
+
+    @property
+    def width(self) -> int:
+        """Weights of a latent of each source, together."""
+        return sum(map(sum, self.widths))
+
+    @property
+    def entries(self) -> float:
+        """Of the codes of one group."""
+        return self.tokens * (self.k + self.aux_k) * self.sources
+
 
 def estimate(
     d_in: int, d_sae: int, k: float, tokens: int, devices: int, *, d_out: int | None = None, scope: str = "row",
     aux_k: int = 0, compute_dtype: torch.dtype | str = "bfloat16", memory_budget: float = 4e9,
-    hardware: Hardware = Hardware(),
+    sources: Sequence[tuple[int, int]] | None = None, blocks: int | None = None, hardware: Hardware = Hardware(),
 ) -> Estimate:  # fmt: skip
     """Which mesh trains an autoencoder fastest, by arithmetic: latents over the ranks of a node, over nodes, or tokens.
 
@@ -171,6 +191,9 @@ def estimate(
         aux_k: dead latents a token that AuxK trains, 0 without it.
         compute_dtype: of products and codes; parameters, moments and sums are fp32.
         memory_budget: bytes of pre-activations at a time.
+        sources: of a :class:`~sae_engine.Crosscoder`, widths that each source reads and writes; ``d_in`` and ``d_out``
+            are then those of all sites side by side, ``d_sae``, ``k`` and ``aux_k`` those of each source.
+        blocks: of the step; only meshes that it can be on are then listed. Products of blocks are taken to be as fast.
         hardware: rates and sizes to divide by.
 
     Raises:
@@ -194,15 +217,27 @@ def estimate(
         raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
     if aux_k != 0:
         aux_k = check.integer_k(aux_k, d_sae, name="aux_k")
+    widths = ((d_in, d_out),) if sources is None else tuple(check.pairs_of_widths("sources", sources))
+    if blocks is not None:
+        blocks = check.integer_k(blocks, name="blocks")
+        if blocks & (blocks - 1) or d_sae % blocks or tokens % blocks or sources is not None:
+            raise ValueError(f"blocks must be a power of two that divides d_sae = {d_sae} and tokens = {tokens}, of no "
+                             f"crosscoder, got {blocks}")  # fmt: skip
     itemsize = check.dtype_in("compute_dtype", compute_dtype).itemsize
     memory_budget = check.positive("memory_budget", memory_budget)
     if not isinstance(hardware, Hardware):
         raise TypeError(f"hardware must be a Hardware, got {hardware!r}")
     found = []
     for latent, node, data in _meshes(devices, hardware.devices_per_node):
-        if latent * node <= d_sae:
-            sizes = _Sizes(tokens / data, d_in, d_out, d_sae, k, aux_k, itemsize, scope, memory_budget)
+        if latent * node <= d_sae and (blocks is None or blocks % devices == 0):
+            sizes = _Sizes(
+                tokens / data, d_in, d_out, d_sae, k, aux_k, itemsize, scope, memory_budget, widths, blocks,
+                centred=sources is None,
+            )  # fmt: skip
             found.append(_estimated(sizes, latent, node, data, hardware))
+    if not found:
+        raise ValueError(f"devices must be as many as can share d_sae = {d_sae} latents, and divide blocks = {blocks}, "
+                         f"got {devices}")  # fmt: skip
     return Estimate(tuple(sorted(found, key=lambda one: (not one.fits, one.step_milliseconds))))
 
 
@@ -232,58 +267,88 @@ def _estimated(sizes: _Sizes, latent: int, node: int, data: int, rates: Hardware
 
 def sent_bytes(sizes: _Sizes, latent: int, node: int, data: int) -> dict[str, float]:
     """That a rank sends in a step, by part."""
-    tokens, d_in, d_out, d_sae, k, aux_k, s, scope, _ = sizes
+    tokens, d_in, d_out, s = sizes.tokens, sizes.d_in, sizes.d_out, sizes.itemsize
     shards = latent * node
-    ranks, latents = shards * data, d_sae / shards
+    ranks, latents = shards * data, sizes.d_sae / shards
     share, across = (shards - 1) / shards, (data - 1) / data
-    if scope == "row":
-        selection = {"candidates": share * tokens * (k + aux_k) * s, "counts": share * tokens * 4 * sizes.outputs}
+    aux = sizes.aux_k * sizes.sources
+    if sizes.scope == "row":  # of each source, which chooses by itself
+        selection = {"candidates": share * sizes.entries * s,
+                     "counts": share * tokens * 4 * sizes.outputs * sizes.sources}  # fmt: skip
     else:  # relu's keys have 15 bits in 16-bit types, 31 in fp32: one histogram or two; then each row's ties
         bins = (1 << 15) + 1 + (1 << 16) * (s // 2 - 1)
-        selection = {"histograms": 2 * (ranks - 1) / ranks * 8 * bins, "ties": (shards - 1) * tokens * 4,
-                     "candidates": share * tokens * aux_k * s}  # fmt: skip
+        selection = {"histograms": 2 * (ranks - 1) / ranks * 8 * bins, "candidates": share * tokens * aux * s,
+                     "ties": (shards - 1) * tokens * 4 * sizes.sources}  # fmt: skip
+        if data > 1:  # how many each group has of each source
+            selection["ties"] += (2 * share + data - 1) * 8 * sizes.sources
     # Parts of x̂ are added in a node first, and each rank sends on what it has added.
     inside = (latent - 1) / latent + (node - 1) / node / latent
+    weights = latents * (sizes.width + sizes.sources)
     return {
         "rows, calls, status": 24.0 * (ranks - 1),
         "x": share * tokens * d_in * s,
         **selection,
         "parts of the output": inside * tokens * d_out * 4 * sizes.outputs,
         "gradient of the output": share * tokens * d_out * s * sizes.outputs,
-        "sums": 8.0 * (ranks - 1) * (2 * d_out + 4) + 4.0 * (ranks - 1) * (d_in + 1),
-        "gradients over data": across * latents * (d_in + d_out + 1) * 4,
-        "parameters over data": across * latents * (d_in + d_out + 1) * 4,
-        "fired over data": 2 * across * latents * 4,
+        "sums": _sums_bytes(sizes, shards, data),
+        "gradients over data": across * weights * 4,
+        "parameters over data": across * weights * 4,
+        "fired over data": 2 * across * latents * sizes.sources * 4,
     }
+
+
+def _sums_bytes(sizes: _Sizes, shards: int, data: int) -> float:
+    """Of what each rank gathers of all: in fp64 the target's mean and spread and six numbers of the step; in fp32 the
+    sum of squared gradients and those of b_dec; and the number of dead latents, which the ranks of a group add.
+    """
+    ranks, blocks = shards * data, sizes.blocks
+    if blocks is None:  # between groups b_dec's gradient through the encoder is in the other one already
+        centre = sizes.d_in if sizes.centred and data == 1 else 0
+        each = 8.0 * (sizes.d_out + 1 + 6) + 4 * (sizes.d_out + 1 + centre)
+    else:
+        each = blocks / ranks * (8 * (sizes.d_out + 1) + 4 * (sizes.d_in + 1)) + blocks / data * 8 * 6 + 4 * sizes.d_out
+    return (ranks - 1) * each + 2 * (shards - 1) / shards * 8
 
 
 def held_bytes(sizes: _Sizes, shards: int, data: int) -> dict[str, float]:
     """That a rank holds, by part: parameters and counters, both moments, copies, rows, codes. A CPU's update takes
-    1.5 times the gradients of a sixteenth of the latents besides (``training.peak_bytes``). Over ``data`` gradients are
-    stored, those of one weight beside what others have sent for them. Tests hold it as a bound to what steps without
-    AuxK take in one group; with AuxK, and with gloo's own buffers between groups, it is an estimate.
+    gradients of as many latents as its cache holds besides, up to 7 MB (``training.peak_bytes``). Over ``data``
+    gradients are stored, those of one weight beside what others have sent for them; with ``blocks`` there are those of
+    one block, for each group and for each level of the tree in which blocks of tokens are added, and one part of the
+    output for each block of the rank's latents. Tests hold it as a bound to what steps of TopK take without AuxK; with
+    AuxK, and with batch rules, it is an estimate.
     """
-    tokens, d_in, d_out, d_sae, k, aux_k, s, _, memory_budget = sizes
-    latents = d_sae / shards
-    weights = latents * (d_in + d_out)
+    tokens, d_in, d_out, s = sizes.tokens, sizes.d_in, sizes.d_out, sizes.itemsize
+    latents = sizes.d_sae / shards
+    weights, widest = latents * sizes.width, max(map(max, sizes.widths))
+    pre = min(sizes.memory_budget, tokens * latents * s)  # of one source at a time
+    gradients = 4 * weights + 4 * latents * widest if data > 1 else 0.0
+    parts = 0.0
+    if sizes.blocks is not None:
+        of_block, levels = sizes.d_sae / sizes.blocks, (sizes.blocks // data).bit_length()
+        gradients = 4 * of_block * (sizes.width + 1) * (data + levels) + 8 * of_block * widest * data * (data > 1)
+        pieces = sizes.blocks // shards
+        parts = tokens * d_out * 4 * (pieces + pieces // 2) * (pieces > 1)
+        whole = tokens * latents * s <= sizes.memory_budget
+        pre = tokens * (latents if whole else of_block) * s + tokens * data / sizes.blocks * of_block * s
     return {
-        "parameters": 4 * weights + 20 * latents,
+        "parameters": 4 * weights + 20 * latents * sizes.sources,
         "moments": 8 * weights / data,
         "copies": s * weights if s < 4 else 0.0,
-        "gradients over data": 6 * weights if data > 1 else 0.0,
-        "rows": tokens * ((d_in + d_out) / 2 * (2 * s + 8) + (sizes.outputs - 1) * d_out * (s + 8)),
-        "pre-activations": min(memory_budget, tokens * latents * s),
-        "codes": 72 * tokens * (k + aux_k),  # 12 words of each entry, 6 of each that is a rank's candidate
-        "update": 32 * latents,
+        "gradients": gradients,
+        "rows": tokens * ((d_in + d_out) / 2 * (2 * s + 8) + (sizes.outputs - 1) * d_out * (s + 8)) + parts,
+        "pre-activations": pre,
+        "codes": 72 * sizes.entries,  # 12 words of each entry, 6 of each that is a rank's candidate
+        "update": 32 * latents * sizes.sources,
     }
 
 
 def _milliseconds(
     sizes: _Sizes, sent: dict[str, float], latent: int, node: int, data: int, rates: Hardware
 ) -> dict[str, float]:
-    tokens, d_in, d_out, d_sae, k, aux_k, s, _, _ = sizes
+    tokens, s = sizes.tokens, sizes.itemsize
     shards = latent * node
-    latents = d_sae / shards
+    latents, reads = sizes.d_sae / shards, sum(read for read, _ in sizes.widths)
     flops = rates.flops_16_bit if s < 4 else rates.flops_32_bit * 4 / s
     parts = sent["parts of the output"]
     across = parts * ((node - 1) / node / latent) / ((latent - 1) / latent + (node - 1) / node / latent or 1.0)
@@ -299,11 +364,11 @@ def _milliseconds(
     ) * (shards > 1)
     between = rates.network_bytes_per_second if shards * data > rates.devices_per_node else rates.link_bytes_per_second
     return {
-        "encoder": 2e3 * tokens * d_in * latents / flops,
-        "selection": 1e3 * sizes.outputs * tokens * latents * s / rates.memory_bytes_per_second,
-        "decode and backward": 1e3 * 3 * tokens * (k + aux_k) / shards * (d_in + d_out) / 2 * s
+        "encoder": 2e3 * tokens * reads * latents / flops,
+        "selection": 1e3 * sizes.outputs * tokens * latents * sizes.sources * s / rates.memory_bytes_per_second,
+        "decode and backward": 1e3 * 3 * sizes.entries / shards * sizes.width / sizes.sources / 2 * s
         / rates.cache_bytes_per_second,
-        "Adam": 1e3 * (24 + (s if s < 4 else 0)) * (d_in + d_out) * latents / data / rates.memory_bytes_per_second,
+        "Adam": 1e3 * (24 + (s if s < 4 else 0)) * sizes.width * latents / data / rates.memory_bytes_per_second,
         "sending over latents": 1e3 * sending,
         "sending over data": 1e3 * sum(n for part, n in sent.items() if part.endswith("over data")) / between,
     }  # fmt: skip

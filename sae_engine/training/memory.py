@@ -13,7 +13,7 @@ from sae_kernels.stock.linear_16bit import adds_bias_in_product, operand_width
 
 from .. import _checks as check
 from .._slabs import slab_shape
-from .optimizer import rows_of_a_chunk
+from .optimizer import ON_GPU, rows_of_a_chunk
 
 
 @functools.cache
@@ -31,7 +31,8 @@ def peak_bytes(
     tokens: int, d_in: int, d_sae: int, k: int, *, memory_budget: int, d_out: int | None = None, k_aux: int = 0,
     dtype: torch.dtype | str = torch.float32, compute_dtype: torch.dtype | str | None = None, row_major: bool = False,
     stored: bool = False, copies: bool = True, moments: torch.dtype | str | None = None, device_type: str = "cpu",
-    sources: Sequence[tuple[int, int]] | None = None,
+    sources: Sequence[tuple[int, int]] | None = None, latent: int | None = None, data: int = 1,
+    blocks: int | None = None,
 ) -> int:  # fmt: skip
     """Upper bound of what a :class:`TrainStep` with TopK needs beyond parameters, moments, batch and stored gradients.
 
@@ -58,9 +59,21 @@ def peak_bytes(
     at whole, a tile at a time; that is not counted, nor are cuBLAS' workspaces, which a process has once (32 MiB on an
     H100) and torch's allocator lists.
 
-    A rank of a mesh needs what one process with its latents and its group's tokens does, and 16 B d bytes in fp32: rows
-    that are gathered, and parts of sums for the others' rows. Where there are several groups, gradients are stored, and
-    those of one weight lie beside what the other groups have sent for them.
+    A rank of a mesh with ``latent`` ranks in each of ``data`` groups needs what one process with F / latent latents and
+    B / data tokens does, and with these B and F besides, where U latents are one block:
+
+    ============================  ==========================================================================
+    rows from and for others      B d_in gathered, and B d_out of the gradient, in the compute dtype; B d_out of a
+                                  rank's part of the output and as much of what others have made, in fp32
+    candidates                    24 bytes for each of B (k + k_aux)
+    between groups                gradients are stored, and twice one weight's beside them: what others have sent, and
+                                  what is sent back
+    ``blocks``                    pre-activations of a block of latents at least, and of a block of tokens by one of
+                                  latents; the output once for each block of latents of the rank and half of that
+                                  again; gradients of U latents for each group and for each level of the tree over
+                                  blocks of tokens, and between groups those of one weight twice for each; those of all
+                                  latents only where they are stored
+    ============================  ==========================================================================
 
     Args:
         memory_budget: of the step.
@@ -71,6 +84,10 @@ def peak_bytes(
         sources: of a :class:`Crosscoder`, widths that each source reads and writes; ``d_in`` and ``d_out`` are then
             those of all sites side by side, ``d_sae``, ``k`` and ``k_aux`` those of each source. There are then the
             pre-activations of one source at a time, the entries of all, and chunks as wide as the widest's.
+        latent: ranks of a group, over which latents are cut; None without a mesh. ``tokens``, ``d_sae`` and ``k`` are
+            then those of all ranks together.
+        data: groups of ranks.
+        blocks: of the step.
 
     Raises:
         TypeError, ValueError: an argument is of another kind or out of range; names it.
@@ -78,13 +95,20 @@ def peak_bytes(
     Example:
         >>> peak_bytes(4096, 768, 16384, 32, memory_budget=2**28) < 2**30
         True
+        >>> one, two = (peak_bytes(4096, 768, 2**20, 32, memory_budget=2**34, latent=g) for g in (1, 2))
+        >>> 0.5 < two / one < 0.55
+        True
     """
     sizes = {"tokens": tokens, "d_in": d_in, "d_sae": d_sae, "k": k, "memory_budget": memory_budget}
     tokens, d_in, d_sae, k, memory_budget = (check.integer_k(size, name=name) for name, size in sizes.items())
     d_out = d_in if d_out is None else check.integer_k(d_out, name="d_out")
     k_aux, dtype = check.count("k_aux", k_aux), check.dtype_in("dtype", dtype)
     compute = dtype if compute_dtype is None else check.dtype_in("compute_dtype", compute_dtype)
-    widths = [(d_in, d_out)] if sources is None else _checked_sources(sources)
+    widths = [(d_in, d_out)] if sources is None else check.pairs_of_widths("sources", sources)
+    mesh = _mesh_of(tokens, d_sae, latent, data, blocks)
+    if mesh is not None:
+        tokens, d_sae, k, k_aux = mesh.tokens, mesh.latents, min(k, mesh.latents), min(k_aux, mesh.latents)
+        stored = stored or (mesh.data > 1 and blocks is None)
     number, widest, total = len(widths), max(map(sum, widths)), sum(map(sum, widths))
     reads, writes = (max(column) for column in zip(*widths, strict=True))
     narrow = compute in (torch.bfloat16, torch.float16)
@@ -92,11 +116,15 @@ def peak_bytes(
     outputs = 2 if k_aux else 1
     weight = torch.empty(d_sae, 1, dtype=compute, device="cpu").T
     of_onednn = device_type == "cpu" and by_onednn(weight.T, weight)
-    by_rows = weight if of_onednn and number == 1 else None
+    by_rows = weight if of_onednn and number == 1 and mesh is None else None
     rows, columns = _shape(tokens, d_sae, memory_budget // compute.itemsize, by_rows)
+    if mesh is not None and mesh.blocks is not None and columns < d_sae:
+        rows, columns = tokens, mesh.latents_of_a_block
     entries = tokens * (k + k_aux) * number
 
     resident, pre = 8 * d_sae * number, rows * columns * compute.itemsize
+    if mesh is not None:
+        resident += mesh.rows_bytes(d_in, d_out * outputs, compute.itemsize, wide) + 24 * entries // number
     if compute != dtype:
         resident += (d_sae * total if check.flag("copies", copies) else columns * reads) * compute.itemsize
 
@@ -127,7 +155,8 @@ def peak_bytes(
     width = widest
     if device_type == "cpu":
         chunk = min(d_sae, limits.latents_in_cache(width)) * width * wide
-        backward += int(chunk * (max(3.5, outputs + 2) if row_major else max(1.125, outputs))) if not stored else 0
+        if not stored and blocks is None:
+            backward += int(chunk * (max(3.5, outputs + 2) if row_major else max(1.125, outputs)))
         if narrow:
             backward += d_sae * max(reads, writes) * wide
     else:  # partial sums: of the gradient at the encoder's input, a row of every eight latents; of frequent latents
@@ -139,6 +168,9 @@ def peak_bytes(
         chunk = min(rows_of_a_chunk(d_sae, writes, device_type), d_sae) * writes
         backward += 2 * chunk * wide + (outputs - 1) * d_sae * width * wide
         backward += d_sae * reads * wide if row_major else 0
+    if mesh is not None:
+        backward += mesh.gradient_bytes(reads, writes, wide)
+        pre += mesh.cell_bytes(compute.itemsize)
     if moments is not None and check.dtype_in("moments", moments) != dtype:
         backward += _rounding_bytes(reads, writes, d_sae, stored, device_type)
     if device_type != "cpu":
@@ -162,16 +194,57 @@ def _shape(tokens: int, d_sae: int, elements: int, weight: torch.Tensor | None) 
     return slab_shape(tokens, d_sae, elements, whole_rows=whole_rows)
 
 
-def _checked_sources(sources: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    found = []
-    for number, pair in enumerate(sources):
-        if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise TypeError(f"sources[{number}] must be a pair of widths, read and written, got {pair!r}")
-        read, written = (check.integer_k(width, name=f"sources[{number}][{i}]") for i, width in enumerate(pair))
-        found.append((read, written))
-    if not found:
-        raise ValueError("sources must hold the widths of at least one source, got none")
-    return found
+class _Mesh(NamedTuple):
+    """Of one rank, what lies on it and what it exchanges: its group's tokens, its latents, groups, and blocks."""
+
+    tokens: int
+    latents: int
+    ranks: int  # of a group
+    data: int
+    blocks: int | None
+
+    @property
+    def latents_of_a_block(self) -> int:
+        return self.latents * self.ranks // (self.blocks or self.ranks)
+
+    def rows_bytes(self, d_in: int, d_out: int, itemsize: int, wide: int) -> int:
+        """Rows that are gathered, and parts of sums; of several blocks one part each, and what a tree adds of them."""
+        parts = 1 if self.blocks is None else self.blocks // self.ranks
+        of_blocks = 0 if parts == 1 else parts + parts // 2
+        return self.tokens * (d_in * itemsize + d_out * (itemsize + (2 + of_blocks) * wide))
+
+    def cell_bytes(self, itemsize: int) -> int:
+        """A product of a block of tokens by one of latents, on its way to the pre-activations."""
+        if self.blocks is None:
+            return 0
+        return -(-self.tokens * self.data // self.blocks) * self.latents_of_a_block * itemsize
+
+    def gradient_bytes(self, reads: int, writes: int, wide: int) -> int:
+        """With blocks gradients of one; between groups what comes of one weight, and whole weights on their way back.
+        """
+        at_a_time, widest, held = self.latents, max(reads, writes), 0
+        if self.blocks is not None:
+            at_a_time = min(self.latents_of_a_block, max(ON_GPU // (reads + writes), 1))
+            levels = (self.blocks // self.data).bit_length()
+            held = (self.data + levels) * at_a_time * (reads + writes + 1) * wide
+        if self.data == 1:
+            return held
+        on_the_way = 2 * self.data * at_a_time if self.blocks is not None else 0
+        return max(held + on_the_way * widest * wide, 2 * self.latents * widest * wide)
+
+
+def _mesh_of(tokens: int, d_sae: int, latent: int | None, data: int, blocks: int | None) -> _Mesh | None:
+    if latent is None:
+        if data != 1 or blocks is not None:
+            raise ValueError(f"latent must be given with data or blocks, got data={data!r}, blocks={blocks!r}")
+        return None
+    latent, data = check.integer_k(latent, d_sae, name="latent"), check.integer_k(data, name="data")
+    if blocks is not None:
+        blocks, ranks = check.integer_k(blocks, name="blocks"), latent * data
+        if blocks & (blocks - 1) or blocks % ranks or d_sae % blocks or tokens % blocks:
+            raise ValueError(f"blocks must be a power of two that {ranks} ranks divide, and that divides d_sae = "
+                             f"{d_sae} and tokens = {tokens}, got {blocks}")  # fmt: skip
+    return _Mesh(-(-tokens // data), -(-d_sae // latent), latent, data, blocks)
 
 
 def _rounding_bytes(d_in: int, d_out: int, d_sae: int, stored: bool, device_type: str) -> int:

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,33 @@ def mesh_of(size: int, data: int = 1) -> Any:
     if data == 1:
         return init_device_mesh("cpu", (size,), mesh_dim_names=("latent",))
     return init_device_mesh("cpu", (data, size // data), mesh_dim_names=("data", "latent"))
+
+
+@contextmanager
+def waiting_for_gloo() -> Iterator[None]:
+    """In it a collective returns when gloo's threads have forgotten its tensors, as far as a pause makes that sure.
+
+    Where a thread is the last to let go of a tensor, torch's record of memory does not hear that it is free.
+    """
+    import torch.distributed as dist
+
+    def paused(call: Callable) -> Callable:
+        def collective(*args: Any, **options: Any) -> Any:
+            found = call(*args, **options)
+            time.sleep(0.01)
+            return found
+
+        return collective
+
+    names = "all_to_all_single", "all_gather_single", "all_gather_into_tensor", "all_reduce"
+    calls = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+    try:
+        for name, call in calls.items():
+            setattr(dist, name, paused(call))
+        yield
+    finally:
+        for name, call in calls.items():
+            setattr(dist, name, call)
 
 
 def raised(call: Callable[[], object]) -> str:

@@ -271,14 +271,22 @@ def starts_alike(mesh, rank, size):
 
 
 class NoGlobalMatrix(TorchDispatchMode):
-    """Refuses every tensor of all tokens by all latents, in any orientation or flat (but raw bytes)."""
+    """Refuses every tensor of all tokens by all latents, in any orientation or flat (but raw bytes); and where ranks of
+    a group share the latents, every one of all latents by the width of a site or more.
+    """
+
+    def __init__(self, mesh):
+        super().__init__()
+        self.shares = mesh.size() > data_of(mesh)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, list | tuple) else (out,):
             seen = isinstance(t, torch.Tensor) and t.dtype != torch.uint8
             if seen and ({B, F} <= set(t.shape) or t.numel() == B * F):
-                raise AssertionError(f"{func} made {tuple(t.shape)}")
+                raise AssertionError(f"{func} made {tuple(t.shape)}: all tokens by all latents")
+            if seen and self.shares and F in t.shape and t.numel() >= F * D:
+                raise AssertionError(f"{func} made {tuple(t.shape)}: a whole weight")
         return out
 
 
@@ -312,7 +320,7 @@ def sends_what_the_formula_says(mesh, rank, size):
             many = fill(se.SparseAutoencoder(D, F, rule(), dtype=dtype, mesh=mesh))
             step = step_of(many)
             many.shards.wire.bytes.clear()
-            with NoGlobalMatrix():
+            with NoGlobalMatrix(mesh):
                 for x in batches(3, dtype=dtype):
                     step(x[my_rows(B, rank, size)])
             want = {key: 3 * number for key, number in {**each, **of_rule[name]}.items() if number}
@@ -356,7 +364,7 @@ def needs_what_the_formula_says(mesh, rank, size):
 
     measured = allocated_by(run).peak
     state = state_bytes(width, latents // size)
-    formula = state.kept + peak_bytes(tokens, width, latents // size, k, memory_budget=budget) + 16 * tokens * width
+    formula = state.kept + peak_bytes(tokens, width, latents, k, memory_budget=budget, latent=size)
     assert 0.8 * formula < measured <= formula, (measured, formula)
 
 

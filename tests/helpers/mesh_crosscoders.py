@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from mesh_cases import F64, close, same_gradients, same_state, step_of, whole
+from mesh_cases import F64, NoGlobalMatrix, close, data_of, same_gradients, same_state, step_of, whole
 from mesh_selections import my_rows
 from pair_loop import SITES, WIDTHS, D, number_of_sources, rules
 
 import sae_engine as se
+from sae_engine.distributed.wire import shares
 from sae_engine.losses import L1, AuxK, PreActivation, TanhL0
 
 B, F = 14, 18
@@ -109,6 +110,45 @@ def trains_on_uneven_tokens(mesh, rank, size):
         trains(mesh, rank, size, name, 2 * size + 1, 9)
 
 
+def sends_what_the_formula_says(mesh, rank, size):
+    """And makes no tensor of all tokens by all latents, nor of a whole weight: of sizes that :class:`NoGlobalMatrix`
+    knows, which are no others'."""
+    groups, latents = data_of(mesh), 40
+    ranks, s = size // groups, F64.itemsize  # of a group
+    rows = shares(B, size)[rank // ranks * ranks :][:ranks]
+    mine, longest, others, all_others = rows[rank % ranks], max(rows), ranks - 1, size - 1
+    foreign, own = sum(rows) - mine, shares(latents, ranks)[rank % ranks]
+    updated = shares(own, groups)
+    bins = [8 * ((1 << 15) + 1), *[8 * (1 << 16)] * 3]
+    for name, (written, sources) in {"joint": ([3 * D], 1), "clt": ([3 * D, 2 * D, D], 3),
+                                     "clt of one budget": ([3 * D, 2 * D, D], 3)}.items():  # fmt: skip
+        of_latents = sum(written) + sources * (1 if sources > 1 else 3) * D + sources  # weights and biases, of each
+        want = {
+            "x": others * longest * 3 * D * s, "spread": all_others * 8 * (3 * D + 1), "x_hat": foreign * 3 * D * s,
+            "gradient": others * longest * 3 * D * s, "report": all_others * 8 * 6,
+            "gradients of all ranks": all_others * (3 * D + 1) * s, "dead": 2 * others * 8 // ranks,
+            "fired": 2 * (groups - 1) * own * sources * 4 // groups,
+            "gradients over groups": (own - updated[rank // ranks]) * of_latents * s,
+            "parameters over groups": (groups - 1) * max(updated) * of_latents * s,
+        }  # fmt: skip
+        if "budget" in name:
+            want |= {
+                "histogram": sum(2 * all_others * number // size for number in bins),
+                "ties": others * sum(rows) * 4 * sources, "threshold": 2 * all_others * 8 // size,
+                "ties of groups": (2 * others * 8 // ranks + (groups - 1) * 8) * sources * (groups > 1),
+            }  # fmt: skip
+        else:
+            want |= {"candidates": foreign * 4 * s * sources, "counts": others * mine * 4 * sources}
+        _, many = pair(name, mesh, latents=latents)
+        step = step_of(many)
+        many.shards.wire.bytes.clear()
+        with NoGlobalMatrix(mesh):
+            for x, target in batches(3):
+                step(x[my_rows(B, rank, size)], target[my_rows(B, rank, size)])
+        sent = {key: number for key, number in many.shards.wire.bytes.items() if number}
+        assert sent == {key: 3 * number for key, number in want.items() if number}, (name, sent, want)
+
+
 def ties_go_to_one_device_s_entries(mesh, rank, size):
     """Of one budget for all sources: source by source, then token by token."""
     one, many = pair("clt of one budget", mesh)
@@ -181,6 +221,7 @@ def cases():
     for name in STEPS:
         yield f"crosscoder steps: {name}", lambda *at, name=name: trains(*at, name)
     yield "crosscoder steps: uneven tokens", trains_on_uneven_tokens
+    yield "crosscoder steps: bytes", sends_what_the_formula_says
     yield "crosscoder: goes on from a checkpoint", goes_on_from_a_checkpoint
     yield "crosscoder: folder", writes_the_folder_of_one_process
     yield "crosscoder: refused", is_refused_by_name
