@@ -102,7 +102,7 @@ class Running(ABC):
         return ops.gather(pre, codes.indices, codes.offsets, self.backend) if self.wants_entries else None
 
 
-class _Parts(Running):
+class InParts(Running):
     """A rule that decides each entry of a rectangle as it would in the whole matrix."""
 
     def __init__(self, tokens: int, num_latents: int, backend: str) -> None:
@@ -124,7 +124,7 @@ class _Parts(Running):
         return joined(self._parts, self._entries, self.tokens, self.num_latents)
 
 
-class WholeRows(_Parts):
+class WholeRows(InParts):
     """A rule that decides each token alone: it is given all latents of some tokens at a time."""
 
     def __init__(self, rule: Any, context: dict[str, Any], tokens: int, num_latents: int, backend: str) -> None:
@@ -136,7 +136,7 @@ class WholeRows(_Parts):
         return self.rule.select(pre, backend=self.backend, **of_these)
 
 
-class RunningThreshold(_Parts):
+class RunningThreshold(InParts):
     """Every entry above its latent's threshold; see ``functional.threshold``.
 
     Args:
@@ -359,6 +359,8 @@ def joined(
     With a capacity the result has that of the first part, and the device is not asked how full they are.
     """
     first = parts[0][0]
+    if len(parts) == 1 and parts[0][1:] == (slice(0, tokens), slice(0, num_latents)):
+        return first, entries[0] if entries else None
     device, dtype = first.offsets.device, first.offsets.dtype
     counts = torch.zeros(tokens, dtype=dtype, device=device)
     for codes, rows, _ in parts:

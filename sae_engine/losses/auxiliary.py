@@ -129,6 +129,9 @@ class AuxK(Loss):
             weight = torch.where(spread > 0, weight / spread, 0.0)
         return weight
 
+    def at_dropped(self, batch: LossInput) -> Tensor | None:
+        return None  # its codes are its own rule's
+
     def observe(self, codes: SparseCodes) -> None:
         """Called by a training step with what the autoencoder's own rule kept."""
 

@@ -1,9 +1,9 @@
 """What a loss is; the reconstruction error, of the whole codes or of nested prefixes; and what trains a rule."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Pull(NamedTuple):
     parameters: dict[Tensor, Tensor] | None = None  # at parameters of the rule
     entries: Tensor | None = None  # (N,), at the pre-activations of the codes' entries, past the rule
     everywhere: Tensor | None = None  # (d_sae,), at the pre-activations of every token; of several sources a row each
+    dropped: Tensor | None = None  # as ``everywhere``, at the value of each entry that was dropped
     scale: float = 1.0  # is still to multiply ``output``, which may then be a residual of the batch itself
 
 
@@ -150,6 +151,10 @@ class Loss:
     differentiates it through the kept values, the output, the decoder norms and the rule's own parameters. Ours
     override :meth:`pull` where a gradient written by hand is faster.
 
+    A threshold learns also from entries that it has dropped, whose values are 0. In a step codes hold them as zeros,
+    unless each loss says what its slope is there, by a method ``at_dropped(batch)``: (d_sae,) or (sources, d_sae),
+    alike for all tokens and in :meth:`value`'s own dtype, or None where it is 0. A step then holds less.
+
     Where latents are cut over a mesh, a rank sees the codes of its own latents for the tokens of its group's ranks,
     beside the output of its own tokens. A loss that is then the sum of what the ranks make of these says so by
     ``adds_over_shards = True``: a sum over tokens of a function of their outputs, or over entries of one of theirs,
@@ -168,6 +173,12 @@ class Loss:
     adds_over_shards: ClassVar[bool] = False
     takes_sources: ClassVar[bool] = True  # whether it is defined for the codes of several sources
     weighs_by_norms: ClassVar[bool] = False  # whether it reads decoder norms, which then get a gradient
+    at_dropped: Callable[[Any], Tensor | None] | None = None
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if {"value", "pull"} & cls.__dict__.keys():  # what the base class says of its own value does not hold
+            cls.at_dropped = cls.__dict__.get("at_dropped")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -244,9 +255,12 @@ class Loss:
         parameters: dict[Tensor, Tensor] = {
             p: g for p, g in zip(learned, grads[len(leaves) :], strict=False) if g is not None
         }
+        is_apart = any(part.dropped is not None for part in forward.kept[number].parts)
+        dropped = self.at_dropped(batch) if is_apart and self.at_dropped is not None else None
         return loss.detach(), Pull(
             number, output=at.get("output"), decoded=at.get("decoded"), values=at["values"],
             norms=at.get("decoder_norms"), parameters=parameters or None,
+            dropped=None if dropped is None else dropped.detach(),
         )  # fmt: skip
 
 
@@ -329,6 +343,9 @@ class Reconstruction(Loss):
 
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         return error_and_pull(forward, number, 1.0)
+
+    def at_dropped(self, batch: LossInput) -> Tensor | None:
+        return None  # beside what reaches the value by the output
 
 
 @dataclass(frozen=True)

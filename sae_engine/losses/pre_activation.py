@@ -71,6 +71,9 @@ class PreActivation(Loss):
             total = total + (torch.relu(theta - pre) * norms[number]).sum()
         return self.coefficient * total / batch.tokens
 
+    def at_dropped(self, batch: LossInput) -> Tensor | None:
+        return None  # it is no loss at values
+
     def pull(self, forward: Forward, number: int) -> tuple[Tensor, Pull]:
         kept = forward.kept[number]
         if kept.codes.required is not None:

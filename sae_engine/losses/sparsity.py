@@ -48,6 +48,9 @@ class L1(Loss):
     def value(self, batch: LossInput) -> Tensor:
         return self.coefficient * batch.share * l1(batch.codes, weight_norm=batch.decoder_norms)
 
+    def at_dropped(self, batch: LossInput) -> Tensor | None:
+        return self.coefficient / batch.tokens * batch.decoder_norms
+
 
 @dataclass(frozen=True)
 class StepL0(Loss):
@@ -116,6 +119,9 @@ class TanhL0(Loss):
     def value(self, batch: LossInput) -> Tensor:
         mean = tanh_l0(batch.codes, scale=self.scale, weight_norm=batch.decoder_norms)
         return self.coefficient * batch.share * mean
+
+    def at_dropped(self, batch: LossInput) -> Tensor | None:
+        return self.coefficient * self.scale / batch.tokens * batch.decoder_norms
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class Warmed(Loss):
         if not isinstance(loss, Loss):
             raise TypeError(f"loss must be a Loss such as L1(3.0), got {loss!r}")
         self.loss, self.name = loss, loss.name
-        self._settle(provides=loss.provides, takes_sources=loss.takes_sources, weighs_by_norms=loss.weighs_by_norms)
+        self._settle(provides=loss.provides, takes_sources=loss.takes_sources, weighs_by_norms=loss.weighs_by_norms,
+                     at_dropped=loss.at_dropped)  # of which a pull has the slope, times the factor
         self.factor = torch.ones((), device=device)
 
     def __repr__(self) -> str:

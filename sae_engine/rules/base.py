@@ -18,6 +18,7 @@ from sae_kernels.dispatch import capturing
 
 from .. import _checks as check
 from .._running import Running
+from .._window import RunningWindow
 from ..codes import SparseCodes
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Activation(nn.Module):
     among: int = 1  # with ``shards``: how many sources' latents compete, whose tokens then lie below one another
     entry_values: Callable[..., Tensor] | None = None
     running: Callable[..., Running] | None = None
+    running_apart: Callable[..., RunningWindow] | None = None  # in place of ``running``, in a training step
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,6 +101,8 @@ class Activation(nn.Module):
             for name in {"entry_values", "running"} - cls.__dict__.keys():
                 setattr(cls, name, None)
             cls.selects_over_shards = cls.__dict__.get("selects_over_shards", False)
+        if {"select", "_select", "entry_values", "running"} & cls.__dict__.keys():
+            cls.running_apart = cls.__dict__.get("running_apart")
 
     def forward(self, pre: Tensor, **context) -> Tensor:
         """Dense activations with the shape and dtype of ``pre``."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .. import functional
 from .._running import RunningThreshold
+from .._window import RunningWindow
 from ..codes import SparseCodes
 from .base import Activation, above, apply_but, captured_size, kept_values
 
@@ -77,6 +78,23 @@ class JumpReLU(Activation):
         bandwidth = self.bandwidth if self._learns() else None
         theta = self._theta().detach()
         return RunningThreshold(tokens, num_latents, backend, theta, bandwidth=bandwidth, capacity=captured_size)
+
+    def running_apart(self, tokens: int, num_latents: int, *, backend: str = "auto") -> RunningWindow | None:
+        if not self._learns():
+            return None
+        return RunningWindow(tokens, num_latents, backend, self._theta().detach(), self.bandwidth)
+
+    def of_window(self, sums: Tensor) -> dict[Tensor, Tensor]:
+        """The gradient of the rule's parameter from what its windows hold.
+
+        Args:
+            sums: (d_sae,) over each latent's window, of the gradients at the values.
+        """
+        with torch.enable_grad():
+            theta = self._theta()
+            moved = (-theta.detach() / self.bandwidth * sums.to(theta.dtype) * theta).sum()
+        (learned,) = self.learned_parameters()
+        return {learned: torch.autograd.grad(moved, learned)[0]}
 
     def needs(self) -> dict[str, str]:
         if not any(p.requires_grad for p in self.parameters()):

@@ -20,10 +20,11 @@ from sae_kernels.stock.densified import is_dense
 
 from .. import _checks as check
 from ..codes import ByLatent, SparseCodes
-from ..distributed.blocks import aligned, of_tokens
+from ..distributed.blocks import aligned
 from ..distributed.shards import Shards
 from ..losses import Pull
-from .forward import Forward, Kept, Part
+from .forward import Forward, Kept
+from .through_rule import norm_slopes, through_rule, through_window
 
 
 class SourceBackward(NamedTuple):
@@ -65,14 +66,16 @@ def backward(forward: Forward, pulls: Sequence[Pull]) -> Backward:
         at_decoder = _at_decoder(forward, mine, small)
         if at_decoder is not None and len(forward.sources) > 1:  # of which each source then takes columns
             at_decoder = forward.of_all_ranks(at_decoder.to(forward.dtype), "gradient")
-        at_values, at_norms, at_entries, everywhere = (
-            _total(getattr(pull, name) for pull in mine) for name in ("values", "norms", "entries", "everywhere")
+        at_values, at_norms, at_entries, everywhere, dropped = (
+            _total(getattr(pull, name) for pull in mine)
+            for name in ("values", "norms", "entries", "everywhere", "dropped")
         )
         reaches_norms = at_norms is not None or (at_values is not None and forward.sources[0].norms is not None)
         if reaches_norms and getattr(forward.sae, "decoder_norm", "joint") != "joint":
             raise ValueError("decoder_norm must be 'joint' with a loss whose gradient reaches the norms, got 'sum'")
         pulled.append(Pulled(
-            number, at_decoder, _of_sources(kept, at_values), at_norms, _of_sources(kept, at_entries), everywhere
+            number, at_decoder, _of_sources(kept, at_values), at_norms, _of_sources(kept, at_entries), everywhere,
+            dropped,
         ))  # fmt: skip
     sources = [_of_source(forward, number, pulled, small) for number in range(len(forward.sources))]
     viewed = len(sources) > 1 and forward.shards is None and all(of.everywhere is None for of in pulled)
@@ -88,6 +91,7 @@ class Pulled(NamedTuple):
     at_norms: Tensor | None  # (F,), of several sources (sources, F)
     at_entries: Sequence[Tensor | None]  # of each source (N,)
     everywhere: Tensor | None  # as at_norms
+    dropped: Tensor | None  # as at_norms
 
 
 def _of_sources(kept: Kept, at_values: Tensor | None) -> Sequence[Tensor | None]:
@@ -107,7 +111,7 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
     if has_base := any(of_number.everywhere is not None for of_number in pulled):
         mean = x.mean(0, keepdim=True, dtype=wide).to(x.dtype)
         x = torch.cat([x, mean if len(x) else torch.zeros_like(mean)])  # a group of ranks may have no token
-    for number, at_decoder, of_values, at_norms, of_entries, everywhere in pulled:
+    for number, at_decoder, of_values, at_norms, of_entries, everywhere, dropped in pulled:
         part, at_values = forward.kept[number].parts[s], of_values[s]
         codes = _in_rows(part.codes, forward.runs.get(number), repeats)
         reached = at_decoder is not None
@@ -139,9 +143,13 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
             )
         at_codes = inner if mine.norms is None else inner / mine.norms_at(part.codes)
         at_codes = at_codes if at_values is None else at_codes + at_values
-        at_pre, parameters = _through_rule(part, at_codes, forward)
+        at_pre, parameters = through_rule(part, at_codes, forward)
         for parameter, gradient in parameters.items():
             _add(small, parameter, gradient)
+        if part.dropped is not None:
+            slope = None if dropped is None else dropped[s] if several else dropped
+            for parameter, gradient in through_window(part, mine, forward, grad, inner, slope).items():
+                _add(small, parameter, gradient)
         if part.rule.entry_values is None:
             dense.append(at_pre if mine.norms is None else at_pre * mine.norms)
             offered = torch.zeros_like(inner)
@@ -155,7 +163,7 @@ def _of_source(forward: Forward, s: int, pulled: Sequence[Pulled], small: dict[T
             codes, values, grad, offered = _with_base(codes, values, grad, offered, base)
         _append(terms, term_of(codes, values, grad, offered, GIVEN))
         if mine.norms is not None:
-            slopes = _norm_slopes(part, forward, at_pre, inner, mine.divisors)
+            slopes = norm_slopes(part, forward, at_pre, inner, mine.divisors)
             along = _total([along, slopes / mine.divisors])
     return SourceBackward(terms, x, repeats, along, dense)
 
@@ -256,50 +264,6 @@ def _scaled_outputs(pulls: list[Pull]) -> list[Tensor]:
     pairs = [(pull.output, pull.scale) for pull in pulls if pull.output is not None]
     multiply = Tensor.mul_ if len(pairs) == 1 else Tensor.mul
     return [output if scale == 1 else multiply(output, scale) for output, scale in pairs]
-
-
-def _norm_slopes(part: Part, forward: Forward, at_pre: Tensor, inner: Tensor, divisors: Tensor) -> Tensor:
-    """(F,) gradient of the decoder norms: up through what the rule sees, down through what the decoder divides out."""
-    if part.entries is not None:
-        seen = forward.by_latent(part.codes, at_pre.to(forward.wide) * part.entries)
-    else:
-        assert part.pre is not None
-        seen = (at_pre.to(forward.wide) * part.pre).sum(0)
-    return (seen - forward.by_latent(part.codes, inner * part.values)) / divisors
-
-
-def _through_rule(part: Part, at_codes: Tensor, forward: Forward) -> tuple[Tensor, dict[Tensor, Tensor]]:
-    """Gradients at the pre-activations, of the entries or (B, F), and of the rule's own parameters."""
-    rule = part.rule
-    seen = part.pre if rule.entry_values is None else part.entries
-    assert seen is not None
-    learned = [p for p in rule.learned_parameters() if p.requires_grad]
-    shards = forward.by_blocks
-    if shards is None or not learned:
-        return _of_rule(part, seen, at_codes, learned, forward.backend)
-    at_pre, found = torch.zeros_like(seen), []
-    for where, codes in of_tokens(part.codes, shards.token_blocks):
-        of_block = replace(part, codes=codes)
-        at_pre[where], of_parameters = _of_rule(of_block, seen[where], at_codes[where], learned, forward.backend)
-        found.append(of_parameters)
-    return at_pre, {
-        p: shards.of_batch([of_block[p] for of_block in found], "gradients of the rule") for p in found[0]
-    }  # fmt: skip
-
-
-def _of_rule(
-    part: Part, seen: Tensor, at_codes: Tensor, learned: Sequence[Tensor], backend: str
-) -> tuple[Tensor, dict[Tensor, Tensor]]:
-    """The same, from the pre-activations that the rule has ``seen``."""
-    rule, seen = part.rule, seen.detach().requires_grad_()
-    with torch.enable_grad():
-        if rule.entry_values is None:
-            values = rule.select(seen, backend=backend, **part.context).values
-        else:
-            values = rule.entry_values(seen, part.codes, **part.context)
-    grads = torch.autograd.grad(values, [seen, *learned], at_codes.to(values.dtype), allow_unused=True)
-    at_pre = torch.zeros_like(seen) if grads[0] is None else grads[0]
-    return at_pre, {p: g for p, g in zip(learned, grads[1:], strict=True) if g is not None}
 
 
 # --- which latents are dead: counted on the device, read when that is needed -----------------------------------------

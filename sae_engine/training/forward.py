@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_kernels.dispatch import capturing
 from sae_kernels.ops import ops
 from sae_kernels.stock.linear import Reused, linear, rows_at_once, whole_rows_from
 from sae_kernels.stock.linear_16bit import linear_operand
@@ -18,6 +19,7 @@ from .._encoder import product
 from .._running import Running, WholeRows, as_tensor
 from .._slabs import is_by_row, rectangles, running_of, widest
 from .._sources import below_one_another, parts_of, running_over
+from .._window import Dropped, RunningWindow
 from ..autoencoder import SparseAutoencoder
 from ..codes import SparseCodes
 from ..distributed.blocks import aligned, of_tokens
@@ -29,6 +31,7 @@ from ..rules.base import Activation
 from ..rules.per_source import PerSource, chooses_alone
 
 if TYPE_CHECKING:
+    from ..losses import Loss
     from .backward import DeadLatents
 
 UNTRANSPOSED = (None, None, None)  # no gradient is asked of these sums
@@ -51,9 +54,10 @@ class Part:
     values: Tensor  # (N,) what the decoder multiplies: codes.values, with decoder norms divided out
     entries: Tensor | None  # (N,) pre-activations that the rule saw, where its values have a derivative of their own
     pre: Tensor | None  # (B, F) of them, where the rule's gradient is dense
+    dropped: Dropped | None  # what else its thresholds learn from, where codes do not hold it
 
 
-Found = tuple[SparseCodes, Tensor | None, Tensor | None]  # codes, entries and pre of a Part
+Found = tuple[SparseCodes, Tensor | None, Tensor | None, Dropped | None]  # codes, entries, pre and dropped of a Part
 
 
 @dataclass
@@ -89,31 +93,41 @@ class OfSource:
 
     def selected(
         self, rules: Sequence[Activation], contexts: list[dict[str, Any]], shared: Sequence[Running], first: int,
-        elements: int | None,
+        elements: int | None, apart: Sequence[bool],
     ) -> list[Found]:  # fmt: skip
         """What each of ``rules`` keeps, from pre-activations of which ``elements`` exist at a time; None: all.
 
         ``shared`` choose among all sources: they see this one's pre-activations as rows ``first`` and following.
+        ``apart`` says of which rules codes are to hold nothing but what is kept.
         """
         wanted = [rule.needs_entries for rule in rules]
+        with torch.enable_grad():  # a rule whose thresholds do not learn needs no window
+            windows = [
+                rule.running_apart(self.tokens, self.source.d_sae, backend=self.backend)
+                if alone and rule.running_apart is not None else None for rule, alone in zip(rules, apart, strict=True)
+            ]  # fmt: skip
         if elements is None:
-            return list(self._at_once(rules, contexts, wanted, shared, first))
-        return list(self._in_slabs(rules, contexts, wanted, shared, first, elements))
+            return list(self._at_once(rules, contexts, wanted, windows, shared, first))
+        return list(self._in_slabs(rules, contexts, wanted, windows, shared, first, elements))
 
-    def _at_once(self, rules, contexts, wanted, shared, first: int) -> Iterator[Found]:
+    def _at_once(self, rules, contexts, wanted, windows, shared, first: int) -> Iterator[Found]:
         pre = self._pre_activations(slice(0, self.tokens), slice(0, self.source.d_sae))
-        for rule, context, wants in zip(rules, contexts, wanted, strict=True):
+        for rule, context, wants, window in zip(rules, contexts, wanted, windows, strict=True):
+            if window is not None:
+                window.add(pre, slice(0, self.tokens), slice(0, self.source.d_sae))
+                yield _found(window)
+                continue
             context.update({name: as_tensor(t) for name, t in context.items()})
             with torch.enable_grad():  # a rule that learns from what it keeps stores more then
                 codes = rule.select(pre, backend=self.backend, **context).detach()
             entries = ops.gather(pre, codes.indices, codes.offsets, self.backend) if wants else None
             kept = None if rule.entry_values is not None else pre if self.is_only else pre.clone()
-            yield codes, entries, kept
+            yield codes, entries, kept, None
         for running in shared:
             with torch.enable_grad():
                 running.add(pre, slice(first, first + self.tokens), slice(0, self.source.d_sae))
 
-    def _in_slabs(self, rules, contexts, wanted, shared, first: int, elements: int) -> Iterator[Found]:
+    def _in_slabs(self, rules, contexts, wanted, windows, shared, first: int, elements: int) -> Iterator[Found]:
         """The same of rules whose gradient is sparse."""
         d_sae = self.source.d_sae
         with torch.enable_grad():  # as above
@@ -126,6 +140,7 @@ class OfSource:
             shape = (self.cell[0], d_sae) if of_rows else (self.tokens, self.cell[1])
         for of_rule, wants in zip(running, wanted, strict=True):
             of_rule.wants_entries = wants
+        running = [of_rule if window is None else window for of_rule, window in zip(running, windows, strict=True)]
         for tokens, latents in rectangles(self.tokens, d_sae, shape):
             pre = self._pre_activations(tokens, latents)
             with torch.enable_grad():
@@ -135,13 +150,12 @@ class OfSource:
                     of_rule.add(pre, slice(first + tokens.start, first + tokens.stop), latents)
             del pre  # before the next one is made
         for of_rule in running:
-            codes, entries = of_rule.finish()
-            yield codes.detach(), entries, None
+            yield _found(of_rule)
 
     def part(self, rule: Activation, context: dict[str, Any], found: Found) -> Part:
-        codes, entries, pre = found
+        codes, entries, pre, dropped = found
         values = codes.values if self.norms is None else (codes.values / self.norms_at(codes)).to(codes.values.dtype)
-        return Part(rule, context, codes, values, entries, pre)
+        return Part(rule, context, codes, values, entries, pre, dropped)
 
     def _pre_activations(self, tokens: slice, latents: slice) -> Tensor:
         """(tokens, latents) that the rules see, in the dtype of the computation."""
@@ -185,6 +199,13 @@ class OfSource:
             codes = codes._runs([codes.num_latents // pieces * (n + 1) for n in range(pieces)])
         out = ops.decode(values, codes.indices, codes.offsets, decoder, None, self.wide, *UNTRANSPOSED, backend)
         return out if pieces == 1 else tree_sum(out.view(-1, pieces, out.shape[1]).unbind(1))
+
+
+def _found(running: Running) -> Found:
+    codes, entries = running.finish()
+    if isinstance(running, RunningWindow):  # whose values are the pre-activations
+        return codes, codes.values, None, running.dropped
+    return codes.detach(), entries, None, None
 
 
 def _within(whole: slice, part: slice) -> slice:
@@ -308,8 +329,18 @@ class Forward:
         """The dtype of sums: fp32, or fp64 where the computation is."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def encode(self, rules: Sequence[Activation], context: dict[str, Any], memory_budget: int) -> None:
-        """Fills ``kept``, rule by rule, from pre-activations of which ``memory_budget`` bytes exist at a time."""
+    def encode(
+        self, rules: Sequence[Activation], context: dict[str, Any], memory_budget: int, losses: Sequence[Loss] = ()
+    ) -> None:
+        """Fills ``kept``, rule by rule, from pre-activations of which ``memory_budget`` bytes exist at a time.
+
+        Where each of ``losses`` knows its slope at what the first rule drops, codes are without what it dropped. Over
+        shards, and in a CUDA graph, they hold it as zeros.
+        """
+        may_drop = bool(losses) and self.shards is None and not capturing(self.x)
+        may_drop = may_drop and all(loss.at_dropped is not None for loss in losses)
+        first_rules = rules[0] if isinstance(rules[0], PerSource) else rules[:1]
+        may_drop = may_drop and any(rule.running_apart is not None for rule in first_rules)
         given = {**self.sae._context(self.x, list(rules)), **context}
         if self.shards is not None:
             given = {name: of_mesh(self.shards, name, t) for name, t in given.items()}
@@ -324,6 +355,8 @@ class Forward:
         if rows < tokens and several == 1 and self.shards is None and all(map(is_by_row, rules)):
             room = min(room, rows * latents)
         elements = None if tokens * latents <= room else room
+        if may_drop and elements is not None:  # a selection of what is dropped has a matrix of its own
+            elements = max(elements // 2, 1)
         alone = [several == 1 or chooses_alone(rule, several) for rule in rules]
         shared = []
         for rule, mine in zip(rules, alone, strict=True):
@@ -339,7 +372,8 @@ class Forward:
                  for name in rule.context_keys & given.keys()}
                 for rule, _ in own
             ]  # fmt: skip
-            found = source.selected([rule for rule, _ in own], contexts, shared, number * tokens, elements)
+            apart = [may_drop and of_rule is parts[0] for _, of_rule in own]
+            found = source.selected([rule for rule, _ in own], contexts, shared, number * tokens, elements, apart)
             for (rule, of_rule), of_context, kept in zip(own, contexts, found, strict=True):
                 of_rule.append(source.part(rule, of_context, kept))
         finished = iter(shared)
@@ -353,7 +387,7 @@ class Forward:
                 sizes = [part.values.shape[0] for part in divided]
                 at = [None] * several if entries is None else entries.split(sizes)
                 for source, part, mine in zip(self.sources, divided, at, strict=True):
-                    of_rule.append(source.part(rule, {}, (part, mine, None)))
+                    of_rule.append(source.part(rule, {}, (part, mine, None, None)))
             self.kept.append(Kept(rule, codes, of_rule))
 
     def decode(self, number: int) -> Tensor:

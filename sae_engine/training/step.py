@@ -358,7 +358,7 @@ class TrainStep:
             numbers.append(None if rule is None else next(n for n, known in enumerate(rules) if rule is known))
         if self.shards is not None:
             check_rules(rules)
-        forward.encode(rules, context, self.memory_budget)
+        forward.encode(rules, context, self.memory_budget, () if self._warming_up else self.losses)
         return forward, numbers
 
     def _density(self, codes: SparseCodes) -> bool | None:
