@@ -82,13 +82,10 @@ def load(
     device = check.device_or_default(device)
     check.flag("fold_decoder_norms", fold_decoder_norms)
     if cls.has_sites:
-        if mesh is not None:
-            raise ValueError("mesh must be None: folders of crosscoders are written by slices, and not read so; make "
-                             "Crosscoder(…, mesh=) and load what distributed.save_state has saved")  # fmt: skip
         given = {"activation_scale": activation_scale, "residual": residual, "fold_decoder_norms": fold_decoder_norms}
         if said := [name for name, value in given.items() if value not in (None, False)]:
             raise ValueError(f"{said[0]} must be left out, got {given[said[0]]!r}: a crosscoder has none")
-        return crosslayer.load(cls, _find(path)[0], format=format, device=device, dtype=dtype)
+        return crosslayer.load(cls, _find(path)[0], format=format, device=device, dtype=dtype, mesh=mesh)
     at = _find(path)  # a hub is asked once
     if format == "auto" and _is_crosscoder(at[0]):
         raise ValueError(f"{path!s} is a crosscoder: Crosscoder.from_pretrained loads it")

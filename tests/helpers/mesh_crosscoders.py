@@ -206,8 +206,6 @@ def is_refused_by_name(mesh, rank, size):
     _, many = pair("clt", mesh)
     with pytest.raises(ValueError, match="format must be 'sae_engine' for a crosscoder on a mesh, got 'trans"):
         many.save_pretrained(FOLDER[0], format="transcoder_set")
-    with pytest.raises(ValueError, match="mesh must be None: folders of crosscoders"):
-        se.Crosscoder.from_pretrained(FOLDER[0], mesh=mesh)
     with pytest.raises(ValueError, match="keep_pre must be False on a mesh"):
         many.encode_with(next(batches(1))[0], keep_pre=True)
     if F % size == 0:

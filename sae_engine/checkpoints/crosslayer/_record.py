@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..card import SourceCard
 if TYPE_CHECKING:
     from ...crosscoder import Crosscoder
 
+Cut = Callable[[int], slice]  # from the number of latents to those that are to be read
 Rule = tuple[type[rules.Activation], dict[str, Any]]
 RULE = "rule."  # before the names of a rule's own tensors
 
@@ -32,6 +33,9 @@ class Record:
     width written), ``b_enc`` (d_sae,) and, behind ``"rule."``, those of its rule. Sources are read one after the other,
     so that no more than one is in memory beside the crosscoder. ``rules`` are one for each source or, with
     ``one_rule``, a single one that serves all, whose tensors are ``shared``.
+
+    Where a rank of a mesh reads, ``source(s)`` has its latents alone, and ``d_sae`` is the number of all. What follows
+    from all latents together then follows from what each rank has ``seen``: ``settle`` makes the record of that.
     """
 
     reads: Sequence[int]
@@ -49,13 +53,23 @@ class Record:
     decoder_norm: str = "joint"
     rescale_acts_by_decoder_norm: bool = False
     provenance: Provenance | None = None
+    seen: Any = None  # of JSON's types
+    settle: Callable[[Record, Sequence[Any]], Record] | None = None
+
+    def settled(self, seen: Sequence[Any]) -> Record:
+        """With what every rank has seen; where one process reads all, that is what it has."""
+        return self if self.settle is None else self.settle(self, seen)
 
 
 @torch.inference_mode(False)  # parameters made in that mode could never be trained
 def build(
-    cls: type[Crosscoder], r: Record, file: Path, *, device: Any = None, dtype: torch.dtype | None = None
-) -> Crosscoder:
-    """The crosscoder of class ``cls`` that a record describes. ``file`` is named in errors."""
+    cls: type[Crosscoder], r: Record, file: Path, *, device: Any = None, dtype: torch.dtype | None = None,
+    mesh: Any = None,
+) -> Crosscoder:  # fmt: skip
+    """The crosscoder of class ``cls`` that a record describes. ``file`` is named in errors.
+
+    With a ``mesh``, the record's sources have this rank's latents, and all ranks call it.
+    """
     first = r.source(0)
     stored = first["W_enc"].dtype
     try:
@@ -63,13 +77,17 @@ def build(
         coder = cls(
             r.reads, r.writes, r.d_sae, made[0] if r.one_rule else made,
             wiring=r.wiring, skip=r.skips is not None, decoder_norm=r.decoder_norm,
-            rescale_acts_by_decoder_norm=r.rescale_acts_by_decoder_norm, dtype=stored, device="meta",
+            rescale_acts_by_decoder_norm=r.rescale_acts_by_decoder_norm,
+            **({"dtype": stored, "device": "meta"} if mesh is None else
+               {"dtype": stored if dtype is None else dtype, "device": device, "mesh": mesh}),
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} describes a crosscoder that cannot be built: {error}") from error
-    coder.to_empty(device=device or torch.get_default_device())
+    if mesh is None:
+        coder.to_empty(device=device or torch.get_default_device())
+    mine = cast("Crosscoder", coder.share)
     with torch.no_grad():
-        for number, source in enumerate(coder.sources):
+        for number, source in enumerate(mine.sources):
             held = first if number == 0 else r.source(number)
             first = {}
             for name in ("W_enc", "W_dec", "b_enc"):
@@ -78,12 +96,12 @@ def build(
                 state = {name.removeprefix(RULE): t for name, t in held.items() if name.startswith(RULE)}
                 _load_rule(file, source.activation, state)
         if r.one_rule:
-            _load_rule(file, coder.activation, dict(r.shared))
-        _fill(file, "b_dec", coder.b_dec, r.b_dec)
-        for number, (weight, held_skip) in enumerate(zip(coder.W_skip or (), r.skips or (), strict=True)):
+            _load_rule(file, mine.activation, dict(r.shared))
+        _fill(file, "b_dec", mine.b_dec, r.b_dec)
+        for number, (weight, held_skip) in enumerate(zip(mine.W_skip or (), r.skips or (), strict=True)):
             _fill(file, f"W_skip of site {number}", weight, held_skip)
     coder.card, coder.provenance = r.card, _fitting(r.provenance, coder)
-    return coder if dtype is None else coder.to(dtype)
+    return coder if dtype is None or mesh is not None else coder.to(dtype)
 
 
 def _with_latents(kind: type[rules.Activation], options: dict[str, Any], d_sae: int) -> dict[str, Any]:
@@ -224,6 +242,34 @@ def tensor_of(file: WeightFile, name: str, dims: int) -> Tensor:
         got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{file.path}: {name} must be a floating-point tensor of {dims} dimensions, got {got}")
     return tensor
+
+
+def of_mine(file: Path, held: Mapping[str, Tensor], d_sae: int, cut: Cut | None) -> Mapping[str, Tensor]:
+    """What :class:`Record` has of a source of ``d_sae`` latents, of those that ``cut`` says: views of ``held``.
+
+    Raises:
+        ValueError: a tensor has other latents.
+    """
+    if cut is None:
+        return held
+    found = {}
+    for name, tensor in held.items():
+        dim = 1 if name == "W_enc" else 0
+        if name.startswith(RULE) and tensor.shape[:1] != (d_sae,):
+            found[name] = tensor
+            continue
+        if tensor.shape[dim] != d_sae:
+            raise ValueError(f"{file}: {name} must be of {d_sae} latents, got {tensor.shape[dim]}")
+        found[name] = cut_along(tensor, dim, cut)
+    return found
+
+
+def cut_along(tensor: Tensor, dim: int, cut: Cut | None) -> Tensor:
+    """Of a tensor of all latents along ``dim``, those that ``cut`` says: a view."""
+    if cut is None:
+        return tensor
+    mine = cut(tensor.shape[dim])
+    return tensor.narrow(dim, mine.start, mine.stop - mine.start)
 
 
 def checked(file: WeightFile, known: set[str]) -> None:

@@ -21,12 +21,14 @@ from ..card import RAW, SourceCard
 from ._places import hooks, of_layers, own_section, recorded, said
 from ._record import (
     RULE,
+    Cut,
     Record,
     biases,
     checked,
     folded,
     layered,
     numbered,
+    of_mine,
     refuse,
     same,
     tensor_of,
@@ -46,7 +48,7 @@ def owns(folder: Path) -> bool:
     return any(folder.glob("W_enc_*.safetensors")) or any(folder.glob("W_dec_*.safetensors"))
 
 
-def load(folder: Path) -> tuple[Record, Path]:
+def load(folder: Path, cut: Cut | None = None) -> tuple[Record, Path]:
     encoders = {s: WeightFile(file, "safetensors") for s, file in numbered(folder, _ENCODER).items()}
     decoders = {s: WeightFile(file, "safetensors") for s, file in numbered(folder, _DECODER).items()}
     for s in range(max(len(encoders), len(decoders))):
@@ -75,7 +77,7 @@ def load(folder: Path) -> tuple[Record, Path]:
         if has_threshold:
             # A JumpReLU takes a threshold below 0, where an optimizer may have pushed it, for 0.
             found[f"{RULE}threshold"] = tensor_of(one, f"threshold_{s}", 1).clamp(min=0)
-        return found
+        return of_mine(other.path, found, d_sae, cut)
 
     file = folder / CONFIG
     config = read_yaml(file) if file.is_file() else {}

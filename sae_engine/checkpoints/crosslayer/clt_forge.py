@@ -8,7 +8,7 @@ A run whose latents were dealt to several processes left ``rank0_clt_weights.saf
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from .._checkpoint import text
 from .._reading import WeightFile, read_json
 from ..card import UNKNOWN, SourceCard
 from ._places import said
-from ._record import RULE, Record, checked, numbered, same, tensor_of
+from ._record import RULE, Cut, Record, checked, numbered, same, tensor_of
 
 NAME = "clt_forge"
 CONFIG, WEIGHTS = "clt_cfg.json", "clt_weights.safetensors"
@@ -32,7 +32,7 @@ def owns(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def load(folder: Path) -> tuple[Record, Path]:
+def load(folder: Path, cut: Cut | None = None) -> tuple[Record, Path]:
     config = read_json(folder / CONFIG)
     shards = numbered(folder, _SHARD)
     if not shards and not (folder / WEIGHTS).is_file():
@@ -40,19 +40,25 @@ def load(folder: Path) -> tuple[Record, Path]:
     files = [WeightFile(path, "safetensors") for path in shards.values() or [folder / WEIGHTS]]
     if config.get("activation_fn", "jumprelu") != "jumprelu":
         raise ValueError(f"{folder / CONFIG}: activation_fn must be 'jumprelu', got {config['activation_fn']!r}")
+    path = files[0].path
     dims = {"W_enc": 3, "b_enc": 2, "W_dec": 3, "b_dec": 2, "log_threshold": 2, **dict.fromkeys(_SCALES, 1)}
     for file in files:
         checked(file, {*dims, *_IGNORED})
     held = {name: [tensor_of(file, name, count) for file in files] for name, count in dims.items()}
     along = {"W_enc": 2, "b_enc": 1, "W_dec": 1, "log_threshold": 1}  # where latents lie; the rest is in every file
-    tensors = {name: torch.cat(parts, along[name]) if name in along else parts[0] for name, parts in held.items()}
-    layers, d, d_sae = tensors["W_enc"].shape
+    d_sae = sum(part.shape[2] for part in held["W_enc"])
+    mine = slice(0, d_sae) if cut is None else cut(d_sae)
+    tensors = {
+        name: _joined(path, name, parts, along[name], d_sae, mine) if name in along else parts[0]
+        for name, parts in held.items()
+    }
+    layers, d, latents = tensors["W_enc"].shape
     crosses = bool(config.get("cross_layer_decoders", True))
     own = torch.arange(layers, device="cpu").expand(2, -1)
     reads, writes = torch.triu_indices(layers, layers, device="cpu") if crosses else own
-    path, pairs = files[0].path, len(reads)
+    pairs = len(reads)
     for name, shape in (
-        ("b_enc", (layers, d_sae)), ("log_threshold", (layers, d_sae)), ("W_dec", (pairs, d_sae, d)),
+        ("b_enc", (layers, latents)), ("log_threshold", (layers, latents)), ("W_dec", (pairs, latents, d)),
         ("b_dec", (pairs, d)), *((name, (layers,)) for name in _SCALES),
     ):  # fmt: skip
         same(path, f"the shape of {name}", tuple(tensors[name].shape), shape)
@@ -78,3 +84,15 @@ def load(folder: Path) -> tuple[Record, Path]:
         (b_dec / out[:, None]).to(tensors["b_dec"].dtype).flatten(), [(rules.JumpReLU, {})] * layers, card,
         provenance=said(model, None),
     ), path  # fmt: skip
+
+
+def _joined(path: Path, name: str, parts: Sequence[Tensor], dim: int, d_sae: int, mine: slice) -> Tensor:
+    """The latents ``mine`` of a tensor that several files have some of each, next to one another along ``dim``."""
+    same(path, f"the latents of {name} in all files", sum(part.shape[dim] for part in parts), d_sae)
+    first, found = 0, []
+    for part in parts:
+        start, stop = max(mine.start - first, 0), min(mine.stop - first, part.shape[dim])
+        first += part.shape[dim]
+        if start < stop or len(parts) == 1:
+            found.append(part.narrow(dim, start, stop - start))
+    return found[0] if len(found) == 1 else torch.cat(found or [parts[0].narrow(dim, 0, 0)], dim)

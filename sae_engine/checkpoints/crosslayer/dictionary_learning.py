@@ -22,7 +22,7 @@ from .._checkpoint import scalar, text_writer, torch_writer, write_files
 from .._reading import WeightFile, look_at, read_json
 from ..card import RAW, SourceCard
 from ._places import own_section, recorded
-from ._record import RULE, Record, Rule, biases, checked, layered, refuse, same, tensor_of
+from ._record import RULE, Cut, Record, Rule, biases, checked, cut_along, layered, refuse, same, tensor_of
 
 if TYPE_CHECKING:
     from ...crosscoder import Crosscoder
@@ -48,9 +48,11 @@ def _weights(folder: Path) -> WeightFile | None:
     return found[0] if found else None
 
 
-def load(folder: Path) -> tuple[Record, Path]:
+def load(folder: Path, cut: Cut | None = None) -> tuple[Record, Path]:
     file = _weights(folder)
     assert file is not None
+    if cut is not None and file.kind == "npz":
+        raise ValueError(f"mesh must be None: {file.path} cannot be read by slices; save it as safetensors first")
     held, path = file.read(), file.path
     checked(file, {*_DIMS, *_NORMALIZER, "code_normalization_id", "k", "threshold"})
     W_enc, b_enc, W_dec, b_dec = (tensor_of(file, name, dims) for name, dims in _DIMS.items())
@@ -58,6 +60,7 @@ def load(folder: Path) -> tuple[Record, Path]:
     for name, tensor, shape in (("encoder.bias", b_enc, (d_sae,)), ("decoder.weight", W_dec, (sites, d_sae, d)),
                                 ("decoder.bias", b_dec, (sites, d))):  # fmt: skip
         same(path, f"the shape of {name}", tuple(tensor.shape), shape)
+    W_enc, b_enc, W_dec = cut_along(W_enc, 2, cut), cut_along(b_enc, 0, cut), cut_along(W_dec, 1, cut)
     number = int(scalar(path, held, "code_normalization_id")) if "code_normalization_id" in held else 1
     kind = _NORMALIZATIONS.get(number)
     is_batch = "k" in held and "threshold" in held
@@ -66,11 +69,6 @@ def load(folder: Path) -> tuple[Record, Path]:
         raise ValueError(f"{path}: {what}: it must be 1 (CROSSCODER), 2 (SAE) or 4 (NONE)")
     decoder_norm = "sum" if kind == "CROSSCODER" else "joint"
     mean, scale = _normalizer(file, sites, d)
-    folded = {
-        "W_enc": (W_enc.double() * scale[:, None, None]).flatten(0, 1),
-        "W_dec": (W_dec.double() / _divisor(scale)[:, None, None]).transpose(0, 1).flatten(1),
-        "b_enc": b_enc.double() - ((mean * scale[:, None]).flatten() @ W_enc.double().flatten(0, 1)),
-    }  # fmt: skip
     plain = bool((scale == 1).all()) and not bool(mean.any())
     new_b_dec = b_dec if plain else b_dec.double() / _divisor(scale)[:, None] + mean
     notes: tuple[str, ...] = ()
@@ -92,12 +90,18 @@ def load(folder: Path) -> tuple[Record, Path]:
             rule, rescale = (rules.JumpReLU, {}), False
             of_latents = {f"{RULE}threshold": (theta / norms).float()}
             notes = (f"BatchTopK(k={k}) by its threshold, since its activations were scaled in training.",)
-    tensors = {name: t.to(W_enc.dtype) for name, t in folded.items()} | of_latents
-    if plain:
-        tensors |= {"W_enc": W_enc.flatten(0, 1), "W_dec": W_dec.transpose(0, 1).flatten(1), "b_enc": b_enc}
 
     def source(_: int) -> Mapping[str, Tensor]:
-        return tensors
+        if plain:
+            joined = {"W_enc": W_enc.flatten(0, 1), "W_dec": W_dec.transpose(0, 1).flatten(1), "b_enc": b_enc}
+            return joined | of_latents
+        scaled = W_enc.double() * scale[:, None, None]
+        folded = {
+            "W_enc": scaled.flatten(0, 1),
+            "W_dec": (W_dec.double() / _divisor(scale)[:, None, None]).transpose(0, 1).flatten(1),
+            "b_enc": b_enc.double() - _sum_of_rows((scaled * mean[:, :, None]).flatten(0, 1)),
+        }  # fmt: skip
+        return {name: t.to(W_enc.dtype) for name, t in folded.items()} | of_latents
 
     card = SourceCard(NAME, "BatchTopKCrossCoder" if is_batch else "CrossCoder", residual=RAW, notes=notes)
     r = Record(
@@ -106,6 +110,14 @@ def load(folder: Path) -> tuple[Record, Path]:
     )  # fmt: skip
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     return recorded(r, config.get("sae_engine")), path
+
+
+def _sum_of_rows(rows: Tensor) -> Tensor:
+    """The sum over the first dimension, as a tree: of some columns it has the bits that it has of all."""
+    while len(rows) > 1:
+        half = len(rows) // 2
+        rows = torch.cat([rows[:half] + rows[half : 2 * half], rows[2 * half :]])
+    return rows[0]
 
 
 def _batch_state(theta: float) -> dict[str, Tensor]:

@@ -10,10 +10,14 @@ import torch
 
 from ... import _checks as check
 from ..._files import as_a_whole
+from ...distributed.agreement import Agreement
+from ...distributed.layout import Ownership
 from . import circuit_tracer, clt_forge, dictionary_learning, gemma_scope_2, ours, transcoder_set
-from ._record import build
+from ._record import Cut, Record, build
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from ...crosscoder import Crosscoder
 
 FORMATS: dict[str, ModuleType] = {
@@ -46,7 +50,7 @@ def detect(path: str | PathLike) -> str | None:
 
 def load(
     cls: type[Crosscoder], path: str | PathLike, *, format: str = "auto", device: Any = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None, mesh: DeviceMesh | None = None,
 ) -> Crosscoder:  # fmt: skip
     """A crosscoder of class ``cls``; see :meth:`sae_engine.Crosscoder.from_pretrained`.
 
@@ -63,17 +67,33 @@ def load(
     if format not in ("auto", *READ):
         raise ValueError(f"format must be one of {['auto', *READ]}, got {format!r}")
     dtype = None if dtype is None else check.dtype_in("dtype", dtype)
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"path must be the folder of a crosscoder; there is none at {str(path)!r}")
+    device, folder = check.device_or_default(device), Path(path).expanduser()
     with as_a_whole(folder, writes=False):
-        name = detect(folder) if format == "auto" else format
-        if name is None or not READ[name].owns(folder):
-            held = sorted(place.name for place in folder.iterdir())[:8]
-            wanted = f"of a known format ({', '.join(READ)})" if name is None else f"of the format {name!r}"
-            raise ValueError(f"{folder} holds no crosscoder {wanted}: it has {held}")
-        record, file = READ[name].load(folder)
-        return build(cls, record, file, device=check.device_or_default(device), dtype=dtype)
+        if mesh is not None:
+            return _load_slices(cls, folder, format, mesh, device=device, dtype=dtype)
+        record, file = _read(folder, format)
+        return build(cls, record.settled([record.seen]), file, device=device, dtype=dtype)
+
+
+def _read(folder: Path, format: str, cut: Cut | None = None) -> tuple[Record, Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"path must be the folder of a crosscoder; there is none at {str(folder)!r}")
+    name = detect(folder) if format == "auto" else format
+    if name is None or not READ[name].owns(folder):
+        held = sorted(place.name for place in folder.iterdir())[:8]
+        wanted = f"of a known format ({', '.join(READ)})" if name is None else f"of the format {name!r}"
+        raise ValueError(f"{folder} holds no crosscoder {wanted}: it has {held}")
+    return READ[name].load(folder, cut)
+
+
+def _load_slices(cls: type[Crosscoder], folder: Path, format: str, mesh: DeviceMesh, **options: Any) -> Crosscoder:
+    """The same over a mesh: each rank reads its own latents. All ranks call it."""
+    agreement = Agreement.of(mesh)
+    with agreement.all_or_none("loaded"):
+        record, file = _read(folder, format, lambda num_latents: Ownership.on(mesh, num_latents).mine)
+    seen = agreement.said(record.seen)
+    with agreement.all_or_none("loaded"):
+        return build(cls, record.settled(seen), file, mesh=mesh, **options)
 
 
 def save(coder: Crosscoder, path: str | PathLike, *, format: str = ours.NAME) -> None:

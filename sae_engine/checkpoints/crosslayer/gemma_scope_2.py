@@ -8,7 +8,8 @@ neither a cross-layer transcoder nor a crosscoder.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,22 @@ from .._checkpoint import text, text_writer, write_files
 from .._reading import WeightFile, read_json
 from ..card import RAW, SourceCard
 from ._places import of_layers, own_section, recorded, said
-from ._record import RULE, Record, biases, checked, folded, layered, numbered, refuse, same, tensor_of, thresholds_of
+from ._record import (
+    RULE,
+    Cut,
+    Record,
+    biases,
+    checked,
+    cut_along,
+    folded,
+    layered,
+    numbered,
+    of_mine,
+    refuse,
+    same,
+    tensor_of,
+    thresholds_of,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from ...crosscoder import Crosscoder
@@ -36,7 +52,7 @@ def owns(folder: Path) -> bool:
     return any(folder.glob("params_layer_*.safetensors"))
 
 
-def load(folder: Path) -> tuple[Record, Path]:
+def load(folder: Path, cut: Cut | None = None) -> tuple[Record, Path]:
     files = numbered(folder, _LAYER)
     layers, backwards = len(files), []
     biases_, skips = [], []
@@ -51,35 +67,40 @@ def load(folder: Path) -> tuple[Record, Path]:
         same(path, "the shapes of w_enc, w_dec and b_dec, and a skip connection", shape, wanted)
         same(path, "the layers that w_dec writes", held["w_dec"].shape[1], layers)
         if s:
-            backwards.append(bool(held["w_dec"][:, :s].any()))
+            backwards.append(bool(cut_along(held["w_dec"], 0, cut)[:, :s].any()))
         biases_.append(held["b_dec"])
         skips.append(tensor_of(file, _SKIP, 2).T.contiguous() if has_skip else None)
-    if any(backwards) and not all(backwards):
-        causal, other = backwards.index(False) + 1, backwards.index(True) + 1
-        raise ValueError(
-            f"{files[other]}: w_dec writes layers before {other}, which layer {causal} does not: it is neither a "
-            "cross-layer transcoder, whose layers write themselves and later ones, nor a crosscoder"
-        )
-    causal_wiring = layers > 1 and not any(backwards)
     (d, d_sae), _, _, has_skip = wanted
 
-    def source(s: int) -> Mapping[str, Tensor]:
+    def source(s: int, first: int = 0) -> Mapping[str, Tensor]:
+        """With what it writes from the layer ``first`` on."""
         file = WeightFile(files[s], "safetensors")
-        W_dec = tensor_of(file, "w_dec", 3)
-        return {
-            "W_enc": tensor_of(file, "w_enc", 2), "W_dec": W_dec[:, s if causal_wiring else 0 :].flatten(1),
-            "b_enc": tensor_of(file, "b_enc", 1),
-            f"{RULE}threshold": tensor_of(file, "threshold", 1).clamp(min=0),
-        }  # fmt: skip
+        found = {"W_enc": tensor_of(file, "w_enc", 2), "W_dec": tensor_of(file, "w_dec", 3)[:, first:],
+                 "b_enc": tensor_of(file, "b_enc", 1),
+                 f"{RULE}threshold": tensor_of(file, "threshold", 1).clamp(min=0)}  # fmt: skip
+        mine = of_mine(file.path, found, d_sae, cut)
+        return {**mine, "W_dec": mine["W_dec"].flatten(1)}
+
+    def settle(r: Record, seen: Sequence[Sequence[bool]]) -> Record:
+        backwards = [any(of_layer) for of_layer in zip(*seen, strict=True)]
+        if any(backwards) and not all(backwards):
+            causal, other = backwards.index(False) + 1, backwards.index(True) + 1
+            raise ValueError(
+                f"{files[other]}: w_dec writes layers before {other}, which layer {causal} does not: it is neither a "
+                "cross-layer transcoder, whose layers write themselves and later ones, nor a crosscoder"
+            )
+        if layers == 1 or any(backwards):
+            return r
+        return replace(r, wiring="causal", source=lambda s: source(s, s))
 
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     model, places = text(config.get("model_name")), of_layers(config, layers)
     # Gemma has RMSNorm: nothing centres its residual stream.
     card = SourceCard(NAME, "JumpReLUMultiLayerSAE", model_name=model, residual=RAW)
     r = Record(
-        [d] * layers, [d] * layers, "causal" if causal_wiring else "each", d_sae, layers, source, torch.cat(biases_),
+        [d] * layers, [d] * layers, "each", d_sae, layers, source, torch.cat(biases_),
         [(rules.JumpReLU, {})] * layers, card, skips=skips if has_skip else None,  # type: ignore[arg-type]
-        provenance=said(model, places),
+        provenance=said(model, places), seen=backwards, settle=settle,
     )  # fmt: skip
     return recorded(r, config.get("sae_engine")), files[0]
 

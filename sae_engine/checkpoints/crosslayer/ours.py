@@ -21,7 +21,7 @@ from .._checkpoint import text_writer, write_files
 from .._reading import WeightFile, read_json
 from .._sharded import Folder, Slice, written
 from ..card import RAW, SourceCard
-from ._record import RULE, Record, Rule, numbered, same, tensor_of
+from ._record import RULE, Cut, Record, Rule, numbered, of_mine, same, tensor_of
 
 if TYPE_CHECKING:
     from ...crosscoder import Crosscoder
@@ -36,7 +36,7 @@ def owns(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def load(folder: Path) -> tuple[Record, Path]:
+def load(folder: Path, cut: Cut | None = None) -> tuple[Record, Path]:
     file = folder / CONFIG
     config, files = read_json(file), numbered(folder, _SOURCE)
     try:
@@ -57,7 +57,8 @@ def load(folder: Path) -> tuple[Record, Path]:
         one = WeightFile(files[s], "safetensors")
         found = {"W_enc": tensor_of(one, "W_enc", 2).T, "W_dec": tensor_of(one, "W_dec", 2),
                  "b_enc": tensor_of(one, "b_enc", 1)}  # fmt: skip
-        return found | {name: t for name, t in one.read().items() if name.startswith(RULE)}
+        found |= {name: t for name, t in one.read().items() if name.startswith(RULE)}
+        return of_mine(one.path, found, d_sae, cut)
 
     skips = [tensor_of(shared, f"W_skip.{t}", 2) for t in range(len(writes))] if "W_skip.0" in shared.names else None
     card = SourceCard.from_dict(config.get("card")) or SourceCard(NAME, "Crosscoder", residual=RAW)

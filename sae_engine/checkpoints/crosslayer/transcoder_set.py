@@ -20,7 +20,7 @@ from .._checkpoint import Checkpoint, Files, text, text_writer, write_files
 from .._reading import WeightFile, read_yaml
 from ..card import SourceCard
 from ._places import hooks, of_layers, own_section, recorded, said
-from ._record import RULE, Record, biases, folded, layered, numbered, same, threshold_rules, thresholds_of
+from ._record import RULE, Cut, Record, biases, folded, layered, numbered, same, threshold_rules, thresholds_of
 
 if TYPE_CHECKING:
     from ...crosscoder import Crosscoder
@@ -34,12 +34,18 @@ def owns(folder: Path) -> bool:
     return any(folder.glob("layer_*.safetensors")) and (folder / CONFIG).is_file()
 
 
-def load(folder: Path) -> tuple[Record, Path]:
+def load(folder: Path, cut: Cut | None = None) -> tuple[Record, Path]:
     file = folder / CONFIG
     config, files = read_yaml(file), numbered(folder, _LAYER)
 
+    numbers: list[int] = []
+
+    def mine(latents: int) -> slice:
+        numbers.append(latents)
+        return slice(0, latents) if cut is None else cut(latents)
+
     def one(s: int) -> Checkpoint:
-        return single.load(Files(WeightFile(files[s], "safetensors"), file, config))
+        return single.load(Files(WeightFile(files[s], "safetensors", mine), file, config))
 
     def shape(c: Checkpoint) -> Any:
         return tuple(c.tensors["W_enc"].shape), tuple(c.tensors["W_dec"].shape), c.activation, "W_skip" in c.tensors
@@ -52,7 +58,8 @@ def load(folder: Path) -> tuple[Record, Path]:
         same(files[s], "widths, rule and skip connection", shape(c), wanted)
         b_dec.append(c.tensors["b_dec"])
         skips.append(c.tensors.get("W_skip"))
-    ((d_in, d_sae), (_, d_out), kind, has_skip) = wanted
+    ((d_in, _), (_, d_out), kind, has_skip), d_sae = wanted, numbers[0]
+    same(files[0], "the numbers of latents", sorted({*numbers}), [d_sae])
 
     def source(s: int) -> Mapping[str, Tensor]:
         held = one(s).tensors
