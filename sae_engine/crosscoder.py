@@ -128,17 +128,10 @@ class Crosscoder(SparseAutoencoder):
             self.shards = passes.shards_of(mesh, self, device, dtype)
             device = torch.device(self.shards.mesh.device_type) if device is None else device
         options: dict[str, Any] = {"dtype": dtype, "device": device}
-        columns = [(columns_of(self.read_widths, read), columns_of(self.written_widths, written))
-                   for read, written in self.wiring]  # fmt: skip
-        self.W_enc = nn.ParameterList(
-            uniform_rows(self.d_sae, read.stop - read.start, self.d_sae**-0.5, shards=self.shards, **options).T
-            for read, _ in columns
-        )
-        self.W_dec = nn.ParameterList(
-            uniform_rows(self.d_sae, written.stop - written.start, self.d_out**-0.5, shards=self.shards, **options)
-            for _, written in columns
-        )
-        self.b_enc = nn.Parameter(torch.zeros(len(columns), len(self.W_dec[0]), **options))
+        of_latents, rows = self._first_weights(**options)
+        self.W_enc = nn.ParameterList(columns.T for columns in of_latents)
+        self.W_dec = nn.ParameterList(rows)
+        self.b_enc = nn.Parameter(torch.zeros(len(rows), len(rows[0]), **options))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, **options))
         skips = [torch.zeros(d_out, d_in, **options)
                  for d_in, d_out in zip(self.read_widths, self.written_widths, strict=False)]  # fmt: skip
@@ -166,6 +159,27 @@ class Crosscoder(SparseAutoencoder):
         """
         widths = [check.integer_k(d, name="d")] * check.integer_k(layers, name="layers")
         return cls(widths, widths, d_sae, activation, **{"wiring": "causal", **options})
+
+    def _first_weights(self, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each source what its latents read, one a row, and what they write; on a mesh, those of mine.
+
+        They are drawn where the ``options`` say: another device draws other numbers.
+        """
+        sides = (self.read_widths, self.d_sae**-0.5), (self.written_widths, self.d_out**-0.5)
+        encoders, decoders = (
+            [uniform_rows(self.d_sae, sum(widths[site] for site in of_source[side]), limit, shards=self.shards,
+                          **options) for of_source in self.wiring]
+            for side, (widths, limit) in enumerate(sides)
+        )  # fmt: skip
+        return encoders, decoders
+
+    @torch.no_grad()
+    def _draw_weights(self, device: str) -> None:
+        """Gives both matrices the values that are drawn on another device."""
+        drawn = self._first_weights(dtype=self.b_dec.dtype, device=device)
+        for source, read, written in zip(self.share.sources, *drawn, strict=True):
+            source.W_enc.copy_(read.T)
+            source.W_dec.copy_(written)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -278,6 +292,18 @@ class Crosscoder(SparseAutoencoder):
             return source_passes.decode_own(self, codes, info, columns, backend)
         return self._past_decoders(self._sums(codes, columns, backend), codes, info, columns)
 
+    def _sums_of(self, number: int, x: Tensor) -> Tensor:
+        """(tokens, width written) of one source's decoder rows, from the rows of the sites that it reads alone."""
+        if self.shards is not None:
+            return source_passes.sums_of(self, number, x)
+        return self._own_sums_of(number, x)
+
+    def _own_sums_of(self, number: int, x: Tensor) -> Tensor:
+        source = self.sources[number]
+        scale = self._norms_of(source) if self.rescale_acts_by_decoder_norm else None
+        (codes,), _, _ = functional.encode_with(x, source.W_enc, source.b_enc, scale=scale, select=source.activation)
+        return functional.decode(self._to_decode(codes, source), source.W_dec)
+
     def _past_decoders(self, sums: Tensor, codes: SparseCodes, info: EncodeInfo | None, columns: slice) -> Tensor:
         """What the sums of decoder rows become with ``b_dec`` and ``W_skip``."""
         out = sums + self.b_dec[columns]
@@ -359,12 +385,18 @@ class Crosscoder(SparseAutoencoder):
                          f"{both}, got shape {tuple(x.shape)}")  # fmt: skip
 
     def site_norms(self) -> Tensor:
-        """(sources, d_sae, written sites) norms of what each latent writes at each site, fp32 or wider; differentiable.
+        """(sources, d_sae, written sites) norms of what each latent writes at each site, fp32 or wider; differentiable
+        unless the latents are cut over a mesh, whose ranks all ask for it.
 
         Example:
             >>> Crosscoder.clt(2, 4, 16, se.TopK(2)).site_norms()[1, :, 0].any().item()  # nothing is written before
             False
         """
+        if self.shards is not None:
+            return source_passes.site_norms(self)
+        return self._own_site_norms()
+
+    def _own_site_norms(self) -> Tensor:
         rows = []
         for source in self.sources:
             parts = source.W_dec.split([self.written_widths[t] for t in source.written_sites], dim=1)

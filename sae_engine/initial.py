@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from statistics import NormalDist
 
 import torch
@@ -130,7 +131,8 @@ def init_firing(sae: SparseAutoencoder, x: Tensor, l0: int) -> SparseAutoencoder
     """Sets ``b_enc`` so that each latent exceeds its threshold in ``l0 / d_sae`` of the rows of ``x``, one at least.
 
     So cross-layer transcoders start, where latents that read little would otherwise never fire and others always. Of
-    many rows 8,192 are looked at, spread evenly.
+    many rows at most 8,192 are looked at, spread evenly. On a mesh every rank brings rows of its own, and all of them
+    count, one rank's below another's.
 
     Args:
         sae: with a :class:`JumpReLU` as its rule, a :class:`Crosscoder` also with one for each source.
@@ -141,7 +143,7 @@ def init_firing(sae: SparseAutoencoder, x: Tensor, l0: int) -> SparseAutoencoder
 
     Raises:
         TypeError: ``sae`` is no :class:`SparseAutoencoder`, its rule no :class:`JumpReLU`, or ``x`` no float matrix.
-        ValueError: ``l0`` is out of range, ``x`` has another width or fewer than two rows, or ``sae`` lies on a mesh.
+        ValueError: ``l0`` is out of range, ``x`` has another width, or there are fewer than two rows.
 
     Example:
         >>> sae, x = se.SparseAutoencoder(8, 64, se.JumpReLU(64)), torch.randn(256, 8)
@@ -150,27 +152,42 @@ def init_firing(sae: SparseAutoencoder, x: Tensor, l0: int) -> SparseAutoencoder
     """
     if not isinstance(sae, SparseAutoencoder):
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
-    if sae.shards is not None:
-        raise ValueError("sae must not lie on a mesh, where each rank has rows of its own")
-    x = sae._normalized(check.floating("x", x, dims=2))[0]
-    if len(x) < 2:
-        raise ValueError(f"x must have at least two rows, got {len(x)}")
     l0 = check.integer_k(l0, name="l0")
     if l0 >= sae.d_sae:
         raise ValueError(f"l0 must lie below d_sae = {sae.d_sae}, got {l0}")
-    x = x[:: -(-len(x) // MOST_ROWS)]
-    x = x - sae.b_dec if sae.apply_b_dec_to_input else x
-    firing = min(max(round(l0 / sae.d_sae * len(x)), 1), len(x) - 1)
-    for number, source in enumerate(sae.sources):
-        rule = rule_of(sae.activation, number)
+    share = sae.share
+    for number in range(len(sae.sources)):
+        rule = rule_of(share.activation, number)
         if not isinstance(rule, JumpReLU):
             raise TypeError(f"sae must have a JumpReLU as its rule, got {rule!r}")
-        for latents in torch.arange(sae.d_sae, device="cpu").split(max(MOST_NUMBERS // len(x), 1)):
+    x = _some_of_all(sae, sae._normalized(check.floating("x", x, dims=2))[0])
+    x = x - share.b_dec if sae.apply_b_dec_to_input else x
+    firing = min(max(round(l0 / sae.d_sae * len(x)), 1), len(x) - 1)
+    for number, source in enumerate(share.sources):
+        theta = rule_of(share.activation, number)._theta()  # type: ignore[operator]
+        for latents in torch.arange(share.d_sae, device="cpu").split(max(MOST_NUMBERS // len(x), 1)):
             some = slice(int(latents[0]), int(latents[-1]) + 1)
             pre = functional.linear(x[:, source.reads], source.W_enc[:, some]).T.contiguous()
             below, above = (pre.kthvalue(len(x) - firing + n, dim=1).values for n in (0, 1))  # at the border
-            source.b_enc[some] = (rule._theta()[some] - (below + above) / 2).to(source.b_enc.dtype)
+            source.b_enc[some] = (theta[some] - (below + above) / 2).to(source.b_enc.dtype)
     return sae
+
+
+def _some_of_all(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """At most ``MOST_ROWS`` of the rows of all ranks, spread evenly."""
+    shards, every = sae.shards, [len(x)]
+    if shards is not None:
+        shards.begin(len(x))
+        every = shards.every_rows
+    if sum(every) < 2:
+        raise ValueError(f"x must have at least two rows, got {sum(every)}")
+    apart = -(-sum(every) // MOST_ROWS)
+    if shards is None:
+        return x[::apart]
+    firsts = [-before % apart for before in accumulate(every, initial=0)]  # of each rank's rows, the first to look at
+    mine = x[firsts[shards.everyone.rank] :: apart]
+    looked_at = [len(range(first, rows, apart)) for first, rows in zip(firsts, every, strict=False)]
+    return shards.everyone.gather_rows(mine, looked_at, "first rows")
 
 
 def _require_square(sae: SparseAutoencoder) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _checks as check
 from ._wiring import widths_of
 from .crosscoder import Crosscoder
+from .distributed import passes
 
 __all__ = ["Standardization", "fold_standardization"]
 
@@ -115,7 +116,7 @@ def fold_standardization(
     """A copy for activations as the model has them, of a coder that was trained on standardised ones.
 
     Its codes are those of ``coder`` on ``reads(x)``, its output is ``writes.undo`` of the coder's. Weights are folded
-    in fp64 and rounded once.
+    in fp64 and rounded once. Of a coder on a mesh the copy lies there, too.
 
     Args:
         coder: trained on ``reads(x)`` to reconstruct ``writes(y)``.
@@ -142,18 +143,24 @@ def fold_standardization(
     if coder.rescale_acts_by_decoder_norm:
         raise ValueError("rescale_acts_by_decoder_norm must be False: scales by site would change the norms that the "
                          "coder ranks by")  # fmt: skip
-    folded = copy.deepcopy(coder)
+    folded = copy_of(coder)
+    trained, share = coder.share, folded.share
     into, out_of = reads.columns.double(), writes.columns.double()
     shift = reads.mean.double() * into
-    b_dec = coder.b_dec.double() / out_of + writes.mean.double()
-    for source, new in zip(coder.sources, folded.sources, strict=True):
+    b_dec = trained.b_dec.double() / out_of + writes.mean.double()
+    for source, new in zip(trained.sources, share.sources, strict=True):
         W_enc = source.W_enc.double()
         new.b_enc.copy_(source.b_enc.double() - shift[source.reads] @ W_enc)
         new.W_enc.copy_(into[source.reads, None] * W_enc)
         new.W_dec.copy_(source.W_dec.double() / out_of[source.writes])
-    for (weight, read, written), (new_weight, *_) in zip(coder._skips(), folded._skips(), strict=True):
+    for (weight, read, written), (new_weight, *_) in zip(trained._skips(), share._skips(), strict=True):
         scaled = weight.double() / out_of[written, None]
         b_dec[written] -= scaled @ shift[read]
         new_weight.copy_(scaled * into[read])
-    folded.b_dec.copy_(b_dec)
+    share.b_dec.copy_(b_dec)
     return folded
+
+
+def copy_of(coder: Crosscoder) -> Crosscoder:
+    """With tensors of its own; of one on a mesh there."""
+    return copy.deepcopy(coder) if coder.shards is None else passes.copied(coder)

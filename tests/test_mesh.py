@@ -168,10 +168,8 @@ def test_what_cannot_be_over_a_mesh_is_refused_by_name(alone):
     with pytest.raises(TypeError, match="LossOfAUser"):
         se.training.TrainStep(sae, lr=1e-3, losses=[LossOfAUser()])
     jump = se.SparseAutoencoder(4, 16, se.JumpReLU(16), mesh=alone)
-    with pytest.raises(TypeError, match="StepL0"):
-        se.training.TrainStep(jump, lr=1e-3, losses=[se.losses.StepL0(0.1, target=3)])
-    with pytest.raises(TypeError, match="reduce must be None with a mesh"):
-        se.training.TrainStep(sae, lr=1e-3, reduce=lambda tensors: None)
+    with pytest.raises(ValueError, match=r"blocks must be None with StepL0\(.*target=3"):
+        se.training.TrainStep(jump, lr=1e-3, losses=[se.losses.StepL0(0.1, target=3)], blocks=2)
     with pytest.raises(ValueError, match="keep_pre must be False on a mesh"):
         sae.encode_with(torch.ones(2, 4), keep_pre=True)
     with pytest.raises(ValueError, match="attribution must be given as gradient on a mesh"):

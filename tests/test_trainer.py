@@ -11,7 +11,7 @@ from typing import Any
 import killed_runs
 import pytest
 import torch
-from killed_runs import Kill, outcome, statuses
+from killed_runs import Kill, outcome
 from short_runs import SAE, settings, timeless
 
 import sae_engine as se
@@ -156,7 +156,7 @@ def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_was_not(finished, p
     assert_same(finished, Run(folder))
 
 
-# --- several autoencoders, several processes -------------------------------------------------------------------------
+# --- several autoencoders -------------------------------------------------------------------------------------------
 
 COMPANY = [
     SAE | {"name": "plain"},
@@ -188,24 +188,6 @@ def test_each_of_several_has_the_bits_that_it_has_alone(tmp_path):
         assert lines[0] == lines[2] and len(lines[0]) == 5
         assert lines[1] == lines[3] and len(lines[1]) == 2
     assert set(together.saes()) == {sae["name"] for sae in COMPANY}
-
-
-def test_two_processes_train_a_crosscoder_and_stop_and_go_on_together(processes, tmp_path):
-    """Which is on no mesh. A signal to one of them ends both after the same update; resumed, they end with the bits of
-    those that were not stopped. The data are dealt out, the gradients averaged: the result is near that of one process
-    on other rows."""
-    saes = [SAE | {"name": "plain", "hook_name": ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]}]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert statuses(processes, settings(whole, saes=saes), whole) == [0, 0]
-    assert statuses(processes, settings(parts, saes=saes), parts, stop=9) == [143, 143]
-    assert last(Run(parts)).update == 9
-    assert statuses(processes, None, parts) == [0, 0]
-    assert_same(Run(whole), Run(parts))
-    assert [part["stream"]["rank"] for part in last(Run(whole)).plain["processes"]] == [0, 1]
-    fvu = [line["evaluation/fvu"] for line in Run(whole).metrics() if "evaluation/fvu" in line]
-    assert fvu[-1] < fvu[0] < 1
-    with pytest.raises(ValueError, match="run: it was trained by 2 processes and must be resumed by as many, got 1"):
-        resume(whole)
 
 
 # --- where rows come from --------------------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ from short_runs import SAE, settings, timeless
 import sae_engine as se
 from sae_engine.data.memory import TensorStream
 from sae_engine.training import checkpoint
-from sae_engine.training.architectures import Architecture
+from sae_engine.training.architectures import Architecture, TopKSAE
 from sae_engine.training.callbacks import Callback, Interrupted
 from sae_engine.training.config import ConfigError, MeshConfig
+from sae_engine.training.first_weights import directions
 from sae_engine.training.forward import PreActivations
-from sae_engine.training.meshes import settled
+from sae_engine.training.meshes import check_mesh, settled
 from sae_engine.training.ranks import Ranks
 from sae_engine.training.run import Run
-from sae_engine.training.sae_config import _directions
 from sae_engine.training.settings import configured
 from sae_engine.training.trainee import Trainee
 from sae_engine.training.trainer import resume, train
@@ -44,7 +44,13 @@ SAES = [
     {"name": "batch", "hook_name": HOOK, "architecture": "batchtopk", "k": 4, "d_sae": 64, "b_dec_init": "mean"},
     {"name": "afa", "hook_name": HOOK, "architecture": "top_afa", "l0_at_start": 6, "d_sae": 64},
     {"name": "coder", "hook_name": HOOK, "hook_name_out": OUT, "architecture": "jumprelu", "d_sae": 50},
+    {"name": "recipe", "hook_name": [HOOK, OUT], "wiring": "causal", "architecture": "tanh_jumprelu", "d_sae": 42,
+     "normalize_activations": "standardize", "aux_k_coefficient": 0, "l0_at_start": 5},
+    {"name": "budget", "hook_name": [HOOK, OUT], "wiring": "each", "architecture": "batchtopk", "k": 4, "d_sae": 50},
+    {"name": "joint", "hook_name": [OUT, HOOK], "hook_name_out": [HOOK], "architecture": "topk", "k": 3, "d_sae": 30,
+     "normalize_activations": "none", "rescale_acts_by_decoder_norm": True, "b_dec_init": "mean"},
 ]  # fmt: skip
+PLACES = {"coder": ((0,), (1,)), "recipe": ((0, 1), (0, 1)), "budget": ((0, 1), (0, 1)), "joint": ((1, 0), (0,))}
 NAMES = [str(sae["name"]) for sae in SAES]
 
 
@@ -58,8 +64,13 @@ def of_rows(folder: Path, **changes):
     return settings(folder, **changes)
 
 
+LAYERS = {"name": "clt", "hook_name": "blocks.{0..1}.hook_resid_mid", "hook_name_out": "blocks.{0..1}.hook_mlp_out",
+          "wiring": "causal", "architecture": "topk", "k": 4, "d_sae": 64}  # fmt: skip
+
+
 def of_text(folder: Path):
-    return settings(folder, mesh={"latent": 2}, data__training_tokens=64 * 8, eval__eval_steps=0, output__save_steps=4)
+    return settings(folder, mesh={"latent": 2}, data__training_tokens=64 * 8, eval__eval_steps=0, output__save_steps=4,
+                    saes=[SAE | {"name": "plain"}, LAYERS])  # fmt: skip
 
 
 def copied(run: Path, to: Path, update: int) -> Path:
@@ -195,13 +206,12 @@ def test_a_run_on_a_mesh_is_that_of_one_process_over_the_same_rows(ran, run, wor
     sae, name = config.saes[number], NAMES[number]
     streams = [TensorStream(rows(), batch_rows=64 // world, seed=config.seed, rank=rank, world=world,
                             chunk_rows=config.data.shuffle_tokens) for rank in range(world)]  # fmt: skip
-    places = ((0,), (1,)) if name == "coder" else ((0,), (0,))
-    trainee = Trainee(sae, config, places=places, context={}, widths=(16, 12), total=24, device=torch.device("cpu"),
-                      world=1, reduce=None, buffer=PreActivations())  # fmt: skip
+    trainee = Trainee(sae, config, places=PLACES.get(name, ((0,), (0,))), context={}, widths=(16, 12), total=24,
+                      device=torch.device("cpu"), mean=None, buffer=PreActivations())  # fmt: skip
     trainee.begin(tuple(map(torch.cat, zip(*(s.first_chunk() for s in streams), strict=True))), 1)
     begun, ended = tensors(run, 0), tensors(run, 24)
     for key, tensor in trainee.sae.state_dict().items():
-        is_drawn = key in ("W_enc", "W_dec") and name != "afa"  # whose scale is a sum
+        is_drawn = key.split(".")[0] in ("W_enc", "W_dec") and name != "afa"  # whose scale is a sum
         assert (torch.equal if is_drawn else near)(begun[f"saes/{name}/sae/{key}"], tensor), key
     losses = []
     for update in range(24):
@@ -213,9 +223,11 @@ def test_a_run_on_a_mesh_is_that_of_one_process_over_the_same_rows(ran, run, wor
     assert logged == pytest.approx(losses, rel=1e-4) and logged[-1] < logged[0]
     for key, tensor in trainee.sae.state_dict().items():
         assert near(ended[f"saes/{name}/sae/{key}"], tensor), key
-    assert near(ended[f"saes/{name}/densities/fired"].T, trainee.densities.counts[:, :-1])
-    written = Run(run).saes()[name]
-    assert near(written.W_dec, trainee.exported().W_dec)
+    fired = ended[f"saes/{name}/densities/fired"].unflatten(1, (-1, 2)).permute(2, 1, 0)
+    assert near(fired.flatten(1), trainee.densities.counts[:, :-1])
+    written, exported = Run(run).saes()[name], trainee.exported()
+    for key, tensor in exported.state_dict().items():
+        assert near(written.state_dict()[key], tensor), key
 
 
 def test_what_it_writes_is_there_when_it_returns_in_every_process(ran):
@@ -262,21 +274,25 @@ def test_a_language_models_rows_and_the_evaluation(ran):
     _, folder = ran
     two, one = (timeless(Run(folder / run)) for run in ("text", "text-one"))
     assert [line["step"] for line in two] == [line["step"] for line in one] == [5, 8, 8]
-    for key in ("data/tokens", "data/rows", "metrics/l0", "tokens"):
+    for key in ("data/tokens", "data/rows", "plain/metrics/l0", "tokens"):
         assert [line.get(key) for line in two] == [line.get(key) for line in one], key
-    for key in ("losses/mse_loss", "evaluation/fvu", "evaluation/ce_recovered"):
+    for key in ("plain/losses/mse_loss", "plain/evaluation/fvu", "plain/evaluation/ce_recovered", "clt/losses/mse_loss",
+                "clt/evaluation/fvu", "clt/evaluation/ce_spliced", "clt/evaluation/cross_layer", "clt/evaluation/l0"):
         values = [[line[key] for line in run if key in line] for run in (two, one)]
         assert values[0] == pytest.approx(values[1], rel=1e-3) and values[0], key
-    (sae,) = Run(folder / "text").saes().values()
+    sae, clt = Run(folder / "text").saes().values()
     config = Run(folder / "text").config
     held_out = se.data.open_source("stdlib", hold_out=config.data.eval_fraction_documents).held_out(256, tokens=256)
     lm = se.data.load_language_model()
     special = [word for word in ("bos", "eos") if getattr(lm.tokenizer, f"{word}_token_id") is not None]
-    measured = se.metrics.evaluation.evaluate_during(
-        sae, lm, held_out, site=HOOK, context_length=32, batch_size=4, drop_first=True, first_token="bos",
-        exclude_tokens=special, max_tokens=256,
-    )  # fmt: skip
-    assert two[-1]["evaluation/fvu"] == pytest.approx(measured["evaluation/fvu"], rel=1e-4)
+    options = dict(context_length=32, batch_size=4, drop_first=True, first_token="bos", exclude_tokens=special,
+                   max_tokens=256)  # fmt: skip
+    measured = {"plain": se.metrics.evaluation.evaluate_during(sae, lm, held_out, site=HOOK, **options)}
+    measured["clt"] = se.metrics.evaluate_sites_during(
+        clt, lm, held_out, sites=clt.provenance.sites, target_sites=clt.provenance.target_sites, **options)
+    for name, found in measured.items():
+        for key, value in found.items():
+            assert two[-1][f"{name}/{key}"] == pytest.approx(value, rel=1e-3), key
 
 
 def test_first_weights_are_drawn_in_pieces_that_are_those_of_one_draw():
@@ -284,7 +300,7 @@ def test_first_weights_are_drawn_in_pieces_that_are_those_of_one_draw():
         drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(4))
         whole = drawn / drawn.norm(dim=1, keepdim=True)
         for mine in (slice(0, count), slice(count // 3, count // 3 * 2), slice(count - 5, count)):
-            assert torch.equal(_directions(count, width, torch.Generator().manual_seed(4), mine), whole[mine])
+            assert torch.equal(directions(count, width, torch.Generator().manual_seed(4), mine), whole[mine])
 
 
 # --- torchrun, and one run after another ------------------------------------------------------------------------------
@@ -334,6 +350,22 @@ class OwnSAE(Architecture):
         return OwnRule()
 
 
+class OwnLoss(se.losses.Loss):
+    name = "own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossySAE(TopKSAE):
+    def losses(self, d_in, d_out):
+        return [OwnLoss()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedSAE(TopKSAE):
+    def start(self, sae, x):
+        sae.b_enc.add_(x.mean())
+
+
 class OwnRule(se.Activation):
     def _select(self, pre, backend):
         return se.functional.topk(pre, 1, backend=backend)
@@ -351,24 +383,21 @@ def test_what_cannot_be_trained_on_a_mesh_is_refused_by_its_field(tmp_path):
     refused(tmp_path, said + "3", mesh={"data": 3})
     refused(tmp_path, said + "6", mesh={"data": 2, "latent": 3})
     refused(tmp_path, r"^mesh: must be a mapping", mesh="two")
-    both = SAE | {"hook_name": [HOOK, OUT]}
-    refused(tmp_path, r"^saes\.0\.hook_name: must be one place with mesh", saes=[both])
     refused(tmp_path, r"^saes\.0\.d_sae: must be at least .* = 256, got 128", saes=[SAE], mesh=256)
     own = {"hook_name": HOOK, "architecture": f"{__name__}:OwnSAE", "d_sae": 64}
     refused(tmp_path, r"^saes\.1\.architecture: .*OwnRule cannot say how", saes=[SAE, own], mesh=1)
-    aimed = {"hook_name": HOOK, "architecture": "jumprelu", "l0_target": 8, "d_sae": 64}
-    refused(tmp_path, r"^saes\.0\.architecture: .*StepL0\(.* does not say", saes=[aimed], mesh=1)
+    started = own | {"architecture": f"{__name__}:StartedSAE"}
+    refused(tmp_path, r"^saes\.0\.architecture: .*:StartedSAE does not say that it does", saes=[started], mesh=1)
+    lossy = own | {"architecture": f"{__name__}:LossySAE"}
+    refused(tmp_path, r"^saes\.0\.architecture: .*OwnLoss\(.* does not say", saes=[lossy], mesh=1)
 
 
-def test_processes_that_name_no_mesh_are_one_unless_something_cannot_be_on_it(tmp_path, caplog):
-    def mesh(saes, world=2):
-        return settled(configured(of_rows(tmp_path, mesh=None, saes=saes)), Ranks(world=world)).mesh
-
-    assert mesh(SAES) == MeshConfig(data=2) and mesh(SAES, world=1) is None and not caplog.records
-    own = {"hook_name": HOOK, "architecture": f"{__name__}:OwnSAE", "d_sae": 64}
-    assert mesh([SAE, own]) is None and mesh([SAE, SAE | {"hook_name": [HOOK, OUT]}]) is None
-    said = [record.getMessage() for record in caplog.records]
-    assert "saes.1.architecture: must be one whose rule" in said[0] and "saes.1.hook_name: names several" in said[1]
+def test_processes_that_name_no_mesh_are_one_over_tokens(tmp_path):
+    config = configured(of_rows(tmp_path, mesh=None))
+    assert settled(config, Ranks(world=2)).mesh == MeshConfig(data=2)
+    assert settled(config, Ranks()).mesh is None
+    with pytest.raises(ConfigError, match=r"^mesh: must be given where several .* there are 2; go on in one"):
+        check_mesh(config, Ranks(world=2), goes_on=True)
 
 
 def test_streams_are_dealt_to_neighbours():

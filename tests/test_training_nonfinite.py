@@ -15,7 +15,7 @@ RULES = {
     "MatryoshkaBatchTopK": lambda: se.MatryoshkaBatchTopK(2, widths=[8, F]),
     "JumpReLU": lambda: se.JumpReLU(F), "StatisticalTopK": lambda: se.StatisticalTopK(2),
 }  # fmt: skip
-WAYS = {"fused": {}, "stored": {"grad_clip": 1.0}, "16 bit": {"compute_dtype": "bfloat16"}, "reduced": {"reduce": len}}
+WAYS = {"fused": {}, "stored": {"grad_clip": 1.0}, "16 bit": {"compute_dtype": "bfloat16"}}
 
 
 def made(rule="TopK", **options):

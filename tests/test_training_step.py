@@ -136,7 +136,7 @@ def test_compute_dtype():
     ({"lr": 0.0}, ValueError, "lr"), ({"lr": "1"}, TypeError, "lr"), ({"losses": 3}, TypeError, "losses"),
     ({"losses": [AFA(), AFA()]}, ValueError, "losses"), ({"losses": ["auxk"]}, TypeError, "losses"),
     ({"grad_clip": -1.0}, ValueError, "grad_clip"), ({"compute_dtype": torch.int8}, TypeError, "compute_dtype"),
-    ({"accumulate": 0}, ValueError, "accumulate"), ({"reduce": 3}, TypeError, "reduce"),
+    ({"accumulate": 0}, ValueError, "accumulate"),
     ({"memory_budget": 0}, ValueError, "memory_budget"), ({"density_interval": 0}, ValueError, "density_interval"),
     ({"dead_after": 0}, ValueError, "dead_after"), ({"normalize_decoder": 1}, TypeError, "normalize_decoder"),
     ({"backend": "cuda"}, ValueError, "backend"), ({"betas": (1.0, 0.9)}, ValueError, "beta"),

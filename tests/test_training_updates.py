@@ -4,13 +4,11 @@ import io
 
 import pytest
 import torch
-from ranks import run_ranks
 from training_cases import F64, RULES, B, D, F, assert_parameters_close, make, train_step
 
 import sae_engine as se
 from sae_engine.losses import AFA, AuxK, MultiTopK
 from sae_engine.testing import assert_same
-from sae_engine.training import TrainStep
 
 # --- Adam ------------------------------------------------------------------------------------------------------------
 
@@ -177,39 +175,5 @@ def test_the_state_of_torch_adam_can_be_taken_over():
     assert_parameters_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-# --- several processes, density, and what only a GPU can show --------------------------------------------------------
+# --- density, and what only a GPU can show --------------------------------------------------------
 
-RANK = """
-import sae_engine as se
-
-def mean(tensors):
-    for t in tensors:
-        dist.all_reduce(t)
-        t /= 2
-
-saved = torch.load(f"{folder}/start.pt", weights_only=True)
-sae = se.SparseAutoencoder(6, 40, se.TopK(4), dtype=torch.float64)
-sae.load_state_dict(saved["sae"])
-step = se.training.TrainStep(sae, lr=1e-2, reduce=mean, dead_after=10**9)
-for x in saved["batches"]:
-    step(x[rank::2])
-torch.save({"sae": sae.state_dict(), "since_fired": step.dead.since_fired}, f"{folder}/{rank}.pt")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    sae = make(se.TopK(4))
-    batches = torch.randn(5, B, D, dtype=F64)
-    start = {name: t.cpu() for name, t in sae.state_dict().items()}
-    torch.save({"sae": start, "batches": batches.cpu()}, tmp_path / "start.pt")
-    run_ranks(RANK, tmp_path)
-    step = TrainStep(sae, lr=1e-2, dead_after=10**9)
-    for x in batches:
-        step(x)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for name, p in sae.state_dict().items():
-        assert torch.equal(first["sae"][name], second["sae"][name]), name
-        torch.testing.assert_close(first["sae"][name], p.cpu(), rtol=1e-5, atol=1e-6)
-    for saved in (first, second):  # counted in tokens of one process
-        assert torch.equal(saved["since_fired"], step.dead.since_fired.cpu() // 2)

@@ -112,8 +112,8 @@ def between_two_lines(architecture):
             device_type="cuda", embedded=False,
         )  # fmt: skip
         trainee = Trainee(
-            config.saes[0], config, places=((0,), (0,)), widths=(D,), total=20, device=torch.empty(0).device, world=1,
-            reduce=None, buffer=PreActivations(), context={},
+            config.saes[0], config, places=((0,), (0,)), widths=(D,), total=20, device=torch.empty(0).device,
+            mean=None, buffer=PreActivations(), context={},
         )  # fmt: skip
         x = torch.randn(B, D)
         for _ in range(2):

@@ -15,12 +15,12 @@ from ..codes import SparseCodes
 from ..functional import Encoded, EncodeInfo
 from .mesh import checked_mesh
 from .shards import Shards, check_rules
-from .share import as_it_is_now, attached, over_shards, rejoin, split
+from .share import as_it_is_now, attached, copied, over_shards, rejoin, split
 
 if TYPE_CHECKING:
     from ..autoencoder import SparseAutoencoder
 
-__all__ = ["as_it_is_now", "decode_own", "encode_with", "forward", "rejoin", "shards_of", "split"]
+__all__ = ["as_it_is_now", "copied", "decode_own", "encode_with", "forward", "rejoin", "shards_of", "split"]
 
 
 def shards_of(mesh: object, sae: SparseAutoencoder, device: torch.device | None, dtype: torch.dtype | None) -> Shards:

@@ -137,6 +137,24 @@ def rejoin(sae: SparseAutoencoder, share: SparseAutoencoder) -> None:
                     tensor.data = local(others[name].detach())
 
 
+def copied(sae: Any) -> Any:
+    """A copy on the same mesh, with tensors of its own: of each rank its own latents, once."""
+    memo: dict[int, Any] = {id(sae.shards): sae.shards}
+    for mine, whole in _pairs(sae._share[0], sae):
+        pairs: list[tuple[Any, Any]] = [(mine._parameters, whole._parameters), (mine._buffers, whole._buffers)]
+        for tensors, others in pairs:
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in memo:
+                    new = memo[id(others[name])] = _like(others[name], others[name].detach().clone())
+                    if tensor is not others[name]:
+                        memo[id(tensor)] = _like(tensor, local(new.detach()))
+    return copy.deepcopy(sae, memo)
+
+
+def _like(tensor: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank has of a DTensor; any other tensor is the same everywhere."""
     to_local = getattr(tensor, "to_local", None)

@@ -56,6 +56,21 @@ def decode_own(
     return _decoded(mine, below_one_another(of_mine), info, tokens, columns, backend)
 
 
+def sums_of(coder: Crosscoder, number: int, x: Tensor) -> Tensor:
+    """(my tokens, width written) of one source's decoder rows, from my rows of the sites that it reads."""
+    mine: Any = attached(coder)
+    shards = _shards(mine)
+    shards.begin(len(x))
+    return shards.sum_parts(mine._own_sums_of(number, shards.gather_rows(x, "x")), "x_hat")
+
+
+def site_norms(coder: Crosscoder) -> Tensor:
+    """(sources, d_sae, written sites) of all latents, without gradient."""
+    mine: Any = coder.share
+    by_latent = mine._own_site_norms().detach().transpose(0, 1).contiguous()
+    return _shards(mine).all_latents(by_latent, "site norms").transpose(0, 1)
+
+
 def _encoded(
     coder: Crosscoder, x: Tensor, rules: Sequence[Activation], memory_budget: int | None, backend: str,
     context: dict[str, Any],

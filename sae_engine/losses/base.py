@@ -14,6 +14,7 @@ from ..autoencoder import SparseAutoencoder, decoder_norms
 from ..codes import SparseCodes
 from ..crosscoder import Crosscoder
 from ..distributed.blocks import of_latents, of_tokens
+from ..distributed.sums import SummedRanks
 from ..distributed.wire import tree_sum
 from ..functional import EncodeInfo
 from ..rules.base import Activation
@@ -82,6 +83,16 @@ class LossInput:
     def share(self) -> float:
         """Of these, the part that :attr:`codes` are of: less than 1 where groups of ranks see their own tokens only."""
         return 1.0
+
+    @property
+    def ranks(self) -> int:
+        """Of the mesh; 1 without one."""
+        return 1
+
+    def over_ranks(self, part: Tensor) -> Tensor:
+        """The sum of every rank's ``part`` (), of which the loss is a function that does not add: each rank's summand
+        of the loss is then that function over :attr:`ranks`."""
+        return part
 
     @property
     def main(self) -> LossInput:
@@ -158,7 +169,8 @@ class Loss:
     Where latents are cut over a mesh, a rank sees the codes of its own latents for the tokens of its group's ranks,
     beside the output of its own tokens. A loss that is then the sum of what the ranks make of these says so by
     ``adds_over_shards = True``: a sum over tokens of a function of their outputs, or over entries of one of theirs,
-    over ``batch.tokens``; a mean over the codes' rows is to be multiplied by ``batch.share``.
+    over ``batch.tokens``; a mean over the codes' rows is to be multiplied by ``batch.share``. What it makes of a sum
+    over all ranks, it makes of ``batch.over_ranks(part)``.
 
     Example:
         >>> class Entropy(Loss):
@@ -287,6 +299,14 @@ class _Leaves(LossInput):
     def share(self) -> float:
         shards = self._forward.shards  # a cell's rows are a block's
         return 1.0 if shards is None else self.codes.rows / len(self.sae.sources) / shards.tokens
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self._forward.shards is None else self._forward.shards.everyone.size
+
+    def over_ranks(self, part: Tensor) -> Tensor:
+        shards = self._forward.shards
+        return part if shards is None else SummedRanks.apply(part, shards.everyone, "a sum in a loss")
 
     def leaves(self) -> dict[str, Tensor]:
         return {"values": self.codes.values, **{n: t for n, t in self._known.items() if t.requires_grad}}

@@ -51,7 +51,12 @@ def target_l0(codes: SparseCodes, rule: JumpReLU, target: float) -> Tensor:
         >>> target_l0(rule.select(torch.tensor([[0.5, 2.0, 3.0]])), rule, 4.0).item()
         0.25
     """
-    return (step_l0(codes, rule) / check.positive("target", target) - 1).square()
+    return aimed(step_l0(codes, rule), target)
+
+
+def aimed(l0: Tensor, target: float) -> Tensor:
+    """How far an L0 is from the one that is wanted."""
+    return (l0 / check.positive("target", target) - 1).square()
 
 
 def l1(codes: SparseCodes, *, weight_norm: Tensor | None = None) -> Tensor:

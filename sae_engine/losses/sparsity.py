@@ -13,7 +13,7 @@ from .. import _checks as check
 from ..autoencoder import SparseAutoencoder
 from ..rules import Activation, Gated, JumpReLU
 from .base import Loss, LossInput, Pull
-from .rule_formulas import l1, step_l0, tanh_l0, target_l0
+from .rule_formulas import aimed, l1, step_l0, tanh_l0
 
 if TYPE_CHECKING:
     from ..training.forward import Forward
@@ -73,21 +73,19 @@ class StepL0(Loss):
     coefficient: float
     target: float | None = None
     name = "step_l0"
+    adds_over_shards = True
     provides = frozenset({"sparsity"})
 
     def __post_init__(self) -> None:
         self._settle(coefficient=check.from_zero("coefficient", self.coefficient))
 
-    @property
-    def adds_over_shards(self) -> bool:  # type: ignore[override]
-        return self.target is None  # the square of a sum does not add
-
     def value(self, batch: LossInput) -> Tensor:
         if not isinstance(batch.rule, JumpReLU):
             raise TypeError(f"StepL0 trains the thresholds of a JumpReLU, which {type(batch.rule).__name__} is not")
+        l0 = batch.share * step_l0(batch.codes, batch.rule)
         if self.target is None:
-            return self.coefficient * batch.share * step_l0(batch.codes, batch.rule)
-        return self.coefficient * target_l0(batch.codes, batch.rule, self.target)
+            return self.coefficient * l0
+        return self.coefficient / batch.ranks * aimed(batch.over_ranks(l0), self.target)
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,8 @@ class _Reconstruction:
         self.coder = coder
         self.x: dict[int, Tensor] = {}
         self.left = {source.number: set(source.read_sites) for source in coder.sources}
-        dtype = torch.promote_types(like.dtype, coder.b_dec.dtype)
-        self.out = coder.b_dec.detach().to(dtype).expand(tokens, -1).clone()
+        b_dec = coder.share.b_dec.detach()
+        self.out = b_dec.to(torch.promote_types(like.dtype, b_dec.dtype)).expand(tokens, -1).clone()
 
     def read(self, site: int, rows: Tensor) -> None:
         self.x[site] = rows
@@ -164,17 +164,14 @@ class _Reconstruction:
                 self._add(source)
 
     def _add(self, source: Any) -> None:
-        coder = self.coder
         x = torch.cat([self.x[site] for site in source.read_sites], 1)
-        scale = coder.norms_of(source) if coder.rescale_acts_by_decoder_norm else None
-        (codes,), _, _ = functional.encode_with(x, source.W_enc, source.b_enc, scale=scale, select=source.activation)
-        self.out[:, source.writes] += functional.decode(coder._to_decode(codes, source), source.W_dec)
+        self.out[:, source.writes] += self.coder._sums_of(source.number, x)
 
     def written(self, site: int) -> Tensor:
         columns = columns_of(self.coder.written_widths, range(site, site + 1))
         found = self.out[:, columns]
-        if self.coder.W_skip is not None:
-            found = found + functional.linear(self.x[site], self.coder.W_skip[site].T)
+        if (skips := self.coder.share.W_skip) is not None:
+            found = found + functional.linear(self.x[site], skips[site].T)
         return found
 
 

@@ -28,6 +28,8 @@ class Architecture:
         adam_beta1: where ``optim.adam_beta1`` is ``auto``.
         context: what its rule is given beside the pre-activations (:attr:`~sae_engine.Activation.context_keys`) and an
             autoencoder does not know itself: by name, the site whose rows these are, as the model has them.
+        starts_over_shards: whether its :meth:`start`, where it has one, makes of an autoencoder on a mesh what it
+            makes of one on a single device that is given the rows of all ranks.
 
     Example:
         >>> from dataclasses import dataclass
@@ -43,6 +45,7 @@ class Architecture:
     tag: ClassVar[str]
     adam_beta1: ClassVar[float] = 0.9
     context: ClassVar[Mapping[str, str]] = {}
+    starts_over_shards: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -79,8 +82,8 @@ class Architecture:
     def start(self, sae: SparseAutoencoder, x: Tensor) -> None:
         """Changes initial values once more by the first rows ``x`` (tokens, d_in), as it is trained on them.
 
-        ``b_dec`` has its own by then. Where several processes train, each has other rows: what this makes of them is
-        averaged.
+        ``b_dec`` has its own by then. On a mesh each rank has other rows and other latents, and this is called only
+        where it says by ``starts_over_shards`` that it heeds that.
         """
 
 

@@ -51,7 +51,7 @@ def check_blocks(sae: SparseAutoencoder, losses: Sequence[Loss], blocks: int, de
                          f"and have context, got {blocks} with {rule!r}")  # fmt: skip
     for loss in losses:
         inner = loss.loss if isinstance(loss, Warmed) else loss
-        if not isinstance(inner, SUMMED):
+        if not isinstance(inner, SUMMED) or getattr(inner, "target", None) is not None:
             raise ValueError(f"blocks must be None with {loss!r}, whose sums are not made by blocks, got {blocks}")
     if dense:
         raise ValueError(f"blocks must be None with dense=True, whose products have other sizes, got {blocks}")
@@ -98,7 +98,7 @@ class BlockedUpdate(Update):
             self._add(self._units_stored.setdefault(unit, {}), gradients)
         self._add(self.stored, self._of_everyone(pending))
 
-    def apply_stored(self, also_reduce: list[Tensor], skip: Tensor | None) -> Tensor:
+    def apply_stored(self, skip: Tensor | None) -> Tensor:
         units, of_everyone = self._units_stored, self.stored
         self.forget()
         return self._stepped(units.items(), of_everyone, skip)

@@ -14,10 +14,8 @@ from ..distributed.share import local
 from ..losses import Loss
 
 
-def check_over_shards(losses: Sequence[Loss], reduce: object) -> None:
+def check_over_shards(losses: Sequence[Loss]) -> None:
     """Raises TypeError for what cannot be where a rank sees the codes of its own latents only."""
-    if reduce is not None:
-        raise TypeError(f"reduce must be None with a mesh, whose ranks train on one batch together, got {reduce!r}")
     for loss in losses:
         if not loss.adds_over_shards:
             raise TypeError(

@@ -31,13 +31,13 @@ class CapturedStep:
     latents there are two graphs: one without them, for as long as no latent can be dead, and one in which all may be.
 
     Args:
-        step: on a GPU, without ``accumulate``, ``reduce`` and a mesh. It may be called itself in between, and saved.
+        step: on a GPU, without ``accumulate`` and a mesh. It may be called itself in between, and saved.
         pool: memory that it may share with graphs that are not replayed at the same time
             (``torch.cuda.graph_pool_handle()``); by default its own.
 
     Raises:
         TypeError: ``step`` is no :class:`TrainStep`.
-        ValueError: its autoencoder is not on a GPU or on a mesh, or it accumulates or reduces gradients.
+        ValueError: its autoencoder is not on a GPU or on a mesh, or it accumulates gradients.
 
     Example:
         >>> step = CapturedStep(TrainStep(sae, lr=1e-4, compute_dtype=torch.bfloat16))  # doctest: +SKIP
@@ -53,9 +53,8 @@ class CapturedStep:
             raise ValueError(f"step must train on a GPU to be captured, got an autoencoder on {device}")
         if step.accumulate != 1:
             raise ValueError(f"step must have accumulate=1 to be captured, got {step.accumulate}")
-        if step.has_reduce or step.shards is not None:
-            raise ValueError("step must have reduce=None and no mesh to be captured: processes may not wait inside a "
-                             "graph")  # fmt: skip
+        if step.shards is not None:
+            raise ValueError("step must have no mesh to be captured: processes may not wait inside a graph")
         self.step, self.pool = step, pool
         self._given: dict[str, tuple] | None = None  # shape and dtype of each argument
         self._eager_left = EAGER_CALLS

@@ -98,8 +98,6 @@ class TrainConfig:
                 if model > len(self.other_models) or (model and not sae.has_sites):
                     only = "only crosscoders read other models" if not sae.has_sites else "other_models names too few"
                     yield f"saes.{number}.{name}", f"must be a place of model, and {only}, got {site}"
-            if sae.has_sites and self.mesh is not None:
-                yield f"saes.{number}.hook_name", "must be one place with mesh: a crosscoder is not cut over processes"
             if self.mesh is not None and sae.d_sae is not None and sae.d_sae < self.mesh.shards:
                 least = self.mesh.shards
                 yield f"saes.{number}.d_sae", f"must be at least mesh.latent * mesh.node = {least}, got {sae.d_sae}"

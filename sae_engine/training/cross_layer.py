@@ -44,6 +44,7 @@ class TanhJumpReLUSAE(Architecture):
     """
 
     tag = "tanh_jumprelu"
+    starts_over_shards = True
     l0_coefficient: float = 1.0
     tanh_scale: float = 4.0
     pre_activation_coefficient: float = 3e-6

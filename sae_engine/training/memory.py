@@ -79,7 +79,7 @@ def peak_bytes(
         memory_budget: of the step.
         k_aux: entries a token of an auxiliary selection.
         row_major: whether the autoencoder was made with ``contiguous_parameters=True``.
-        stored: whether gradients are stored (``grad_clip``, ``reduce``, ``accumulate``).
+        stored: whether gradients are stored (``grad_clip``, ``accumulate``).
         copies, moments: of the step; without copies the encoder's latents of one slab are copied at a time.
         sources: of a :class:`Crosscoder`, widths that each source reads and writes; ``d_in`` and ``d_out`` are then
             those of all sites side by side, ``d_sae``, ``k`` and ``k_aux`` those of each source. There are then the

@@ -1,34 +1,22 @@
 """Whether a run can be trained by the processes that there are, asked before anything is loaded."""
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ._architecture import Architecture
 from ._faults import ConfigError
 from .config import MeshConfig, SAEConfig, TrainConfig
 from .ranks import Ranks
-
-logger = logging.getLogger(__name__)
 
 _STEPS, _WIDTH, _LATENTS = 1000, 1024, 4096  # of what is built to look at it, where they are not known yet
 
 
 def settled(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """With the mesh of all processes where several have been started and none is named.
-
-    What cannot be on one, as crosscoders, stays without, and a warning says so.
-    """
+    """With the mesh of all processes where several have been started and none is named."""
     if config.mesh is not None or ranks.world == 1:
         return config
-    several = [(f"saes.{number}.hook_name", "names several places") for number, sae in enumerate(config.saes)
-               if sae.has_sites]  # fmt: skip
-    if not (why := several or _faults(config)):
-        return replace(config, mesh=MeshConfig(data=ranks.world))
-    if ranks.writes:
-        logger.warning("the %d processes are no mesh, each has all latents and gradients are averaged: %s",
-                       ranks.world, ConfigError(why))  # fmt: skip
-    return config
+    return replace(config, mesh=MeshConfig(data=ranks.world))
 
 
 def check_mesh(config: TrainConfig, ranks: Ranks, *, goes_on: bool) -> None:
@@ -39,6 +27,9 @@ def check_mesh(config: TrainConfig, ranks: Ranks, *, goes_on: bool) -> None:
     """
     mesh = config.mesh
     if mesh is None:
+        if ranks.world > 1:
+            raise ConfigError([("mesh", f"must be given where several processes train: the run began without one, and "
+                                f"there are {ranks.world}; go on in one, without torchrun")])  # fmt: skip
         return
     if mesh.processes != ranks.world:
         start = f"start them with: torchrun --nproc-per-node={mesh.processes} --no-python sae-engine train …"
@@ -65,6 +56,9 @@ def _unfit(sae: SAEConfig, steps: int) -> Iterator[str]:
         rule, losses = kind.build_rule(d_sae, steps), kind.losses(_WIDTH, _WIDTH)
     except (TypeError, ValueError):  # which is said where it is made, of the widths that there are
         return
+    if type(kind).start is not Architecture.start and not kind.starts_over_shards:
+        yield (f"must be one whose start heeds the ranks of a mesh: {kind.tag} does not say that it does "
+               "(Architecture.starts_over_shards)")  # fmt: skip
     if not rule.selects_over_shards:
         yield (f"must be one whose rule selects over the processes of a mesh: {type(rule).__name__} cannot say how "
                "(Activation.selects_over_shards)")  # fmt: skip

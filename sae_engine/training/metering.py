@@ -67,13 +67,13 @@ class Densities:
     there are, and fewer than twice as many. Counted on the device, exactly.
     """
 
-    def __init__(self, d_sae: int, window: int, device: torch.device) -> None:
-        self.window, self.updates = window, 0
-        # (2, d_sae + 1): of the window before and of the running one, each latent's tokens, and all tokens.
-        self.counts = torch.zeros(2, d_sae + 1, dtype=torch.float64, device=device)
+    def __init__(self, d_sae: int, window: int, device: torch.device, sources: int = 1) -> None:
+        self.window, self.updates, self._shape = window, 0, (2, sources, d_sae)
+        # (2, sources d_sae + 1): of the window before and of the running one, each latent's tokens, and all tokens.
+        self.counts = torch.zeros(2, sources * d_sae + 1, dtype=torch.float64, device=device)
 
     def add(self, fired: Tensor, tokens: int, skip: Tensor | None) -> None:
-        """An update's ``fired`` (d_sae,), of so many tokens; not where ``skip`` () is set."""
+        """An update's ``fired`` (sources d_sae,), of so many tokens; not where ``skip`` () is set."""
         if self.updates and self.updates % self.window == 0:
             self.counts[0].copy_(self.counts[1])
             self.counts[1].zero_()
@@ -81,23 +81,32 @@ class Densities:
         seen = torch.cat([fired, fired.new_full((1,), tokens)])
         self.counts[1].add_(seen if skip is None else torch.where(skip, 0, seen))
 
-    def shares(self) -> Tensor | None:
-        """(d_sae,) fp64; None before the first update."""
+    def shares(self, shards: Shards | None = None) -> Tensor | None:
+        """(sources d_sae,) fp64; None before the first update. With ``shards`` these are my latents of those that are
+        cut over a mesh, and the shares are of all."""
         counts = self.counts.sum(0)
-        return counts[:-1] / counts[-1] if counts[-1] else None
+        if not counts[-1]:
+            return None
+        found = counts[:-1] / counts[-1]
+        if shards is None:
+            return found
+        by_latent = found.view(self._shape[1:]).T.contiguous()
+        return shards.all_latents(by_latent, "densities").T.flatten()
 
     def state(self, shards: Shards | None = None) -> dict[str, Any]:
         """With ``shards`` these are my latents of those that are cut over a mesh, and the state is of all."""
         if shards is None:
             return {"counts": self.counts, "updates": self.updates}
-        fired = shards.as_whole(self.counts[:, :-1].T.contiguous(), 0)
+        by_latent = self.counts[:, :-1].view(self._shape).permute(2, 1, 0).flatten(1)
+        fired = shards.as_whole(by_latent.contiguous(), 0)
         return {"fired": fired, "tokens": self.counts[:, -1].clone(), "updates": self.updates}
 
     def load(self, state: Mapping[str, Any]) -> None:
         if "counts" in state:
             self.counts.copy_(state["counts"])
         else:
-            self.counts[:, :-1].copy_(local(state["fired"]).T)
+            by_latent = local(state["fired"]).view(*reversed(self._shape))
+            self.counts[:, :-1].copy_(by_latent.permute(2, 1, 0).flatten(1))
             self.counts[:, -1].copy_(state["tokens"])
         self.updates = state["updates"]
 

@@ -160,7 +160,9 @@ class Adam(torch.optim.Adam):
         self.options.update(lr=rate, fused=True, foreach=None, capturable=False)
         for p, mine, saved in zip(self.options["params"], ours, theirs, strict=True):
             for name, tensor in mine.items():
-                tensor.copy_(torch.as_tensor(saved.get(name, 0.0)))  # nothing there: it has not stepped yet
+                value = torch.as_tensor(saved.get(name, 0.0))  # nothing there: it has not stepped yet
+                if value.data_ptr() != tensor.data_ptr():  # a checkpoint of a mesh is read into these very tensors
+                    tensor.copy_(value)
             self.state[p] = mine
 
 
@@ -225,11 +227,11 @@ class Update:
 
     def __init__(
         self, sae: SparseAutoencoder, optimizer: Adam, copies: Copies, *, unit_rows: bool, grad_clip: float | None,
-        accumulate: int, reduce, backend: str,
+        accumulate: int, backend: str,
     ) -> None:  # fmt: skip
         self.sae, self.optimizer, self.copies = sae, optimizer, copies
         self.shards = sae.shards  # with them, ``sae`` is one rank's share
-        self.unit_rows, self.grad_clip, self.accumulate, self.reduce = unit_rows, grad_clip, accumulate, reduce
+        self.unit_rows, self.grad_clip, self.accumulate = unit_rows, grad_clip, accumulate
         self.backend = backend
         self.stored: dict[Tensor, Tensor] = {}  # W_enc's is (F, d_in): transposed
 
@@ -239,7 +241,7 @@ class Update:
 
     def can_be_fused(self, pending: Backward) -> bool:
         """Whether nothing needs the gradients whole."""
-        alone = self.grad_clip is None and self.reduce is None and self.accumulate == 1 and self.optimizer.part is None
+        alone = self.grad_clip is None and self.accumulate == 1 and self.optimizer.part is None
         return alone and not pending.dense and all(matrix.requires_grad for matrix in self.optimizer.matrices)
 
     def fused(self, pending: Backward, skip: Tensor | None) -> Tensor:
@@ -334,15 +336,10 @@ class Update:
                 gradient = gradient if self.accumulate == 1 else gradient / self.accumulate
                 self.stored[p] = self.stored[p] + gradient if p in self.stored else gradient
 
-    def apply_stored(self, also_reduce: list[Tensor], skip: Tensor | None) -> Tensor:
-        """Average, remove the parallel part, clip, Adam, rescale. Returns the norm before clipping."""
+    def apply_stored(self, skip: Tensor | None) -> Tensor:
+        """Remove the parallel part, clip, Adam, rescale. Returns the norm before clipping."""
         sae, part, gradients = self.sae, self.optimizer.part, self.stored
         self.stored = {}
-        if self.reduce is not None:
-            device = sae.b_dec.device  # all processes skip where one does
-            skips = torch.zeros((), device=device) if skip is None else skip.to(torch.float32)
-            self.reduce([*gradients.values(), *also_reduce, skips])
-            skip = skips > 0
         gradients = gradients if part is None else part.summed(gradients)
         decoders = [source.W_dec for source in sae.sources if source.W_dec.requires_grad] if self.unit_rows else []
         for decoder in decoders:

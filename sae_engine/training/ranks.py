@@ -24,9 +24,9 @@ class Ranks(NamedTuple):
     """This process's number among ``world``, and on its machine.
 
     Attributes:
-        parts: of the run's rows, each a stream of its own, where latents are cut over processes; else 0, and every
-            process has its own. A run that goes on with other processes keeps its parts.
-        mesh: over which latents are cut.
+        parts: of the run's rows on a mesh, each a stream of its own; else 0, and there is one stream. A run that goes
+            on with other processes keeps its parts.
+        mesh: of them all; None where there is one alone, which was asked for none.
     """
 
     rank: int = 0
@@ -39,11 +39,6 @@ class Ranks(NamedTuple):
     def writes(self) -> bool:
         """Whether this is the process that writes files and logs."""
         return self.rank == 0
-
-    @property
-    def takes_part(self) -> bool:
-        """Whether it is asked for autoencoders as they are: of those on a mesh every process has a share."""
-        return self.writes or self.mesh is not None
 
     @property
     def streams(self) -> int:
@@ -59,33 +54,24 @@ class Ranks(NamedTuple):
         first = sum(numbers[: self.rank])
         return range(first, first + numbers[self.rank])
 
-    def average(self, tensors: list[Tensor]) -> None:
-        """Over all processes, in place."""
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor.div_(self.world)
-
     def mean(self, tensors: list[Tensor]) -> None:
-        """As :meth:`average` of a few numbers, with the same bits on any topology."""
+        """Of a few numbers, over all processes, in place; the same bits on any topology."""
         wire = Wire(None)
         for tensor in tensors:
             tensor.copy_(tree_sum(list(wire.gather(tensor.contiguous(), "mean"))) / self.world)
 
     def largest(self, number: int) -> int:
-        """Over all processes, through the CPU: no device is waited for."""
+        """Over all processes, which are on a mesh by now: no device is waited for."""
         if self.world == 1:
             return number
-        if self.mesh is not None:  # where one that does not come has a name
-            return max(Agreement.of(self.mesh).meet("agreed", number))
-        found = torch.tensor(number, device="cpu")
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        assert self.mesh is not None
+        return max(Agreement.of(self.mesh).meet("agreed", number))
 
     def gathered(self, value: Any) -> list[Any]:
         """Everybody's value, of JSON's types, in the order of ranks."""
         if self.world == 1:
             return [value]
-        if self.mesh is not None:
+        if self.mesh is not None:  # where one that does not come has a name
             return Agreement.of(self.mesh).said(value)
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value)

@@ -1,22 +1,17 @@
-"""The configuration of one autoencoder: how it stands in a file, how it is swept, and its first weights."""
+"""The configuration of one autoencoder: how it stands in a file, how it is swept, what is built of it."""
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .._decoder_rows import BLOCK
 from ..autoencoder import SparseAutoencoder
-from ..checkpoints._checkpoint import build, of
-from ..checkpoints._folding import fold_input_scale
 from ..crosscoder import Crosscoder
 from ..data.sites import Site
-from ..rules import Activation, PerSource
+from ..rules import Activation
 from ._faults import (
     ConfigError,
     as_tuples,
@@ -33,9 +28,9 @@ from ._faults import (
     spread,
     text,
     whole,
-    within,
 )
 from .architectures import Architecture, Auto, TopAFASAE, TopKSAE, architecture_named
+from .first_weights import directions, own_draws, start_crosscoder, start_from
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -242,7 +237,8 @@ class SAEConfig:
             torch.Size([8, 64])
         """
         if self.has_sites:
-            return self._crosscoder(*(widths or ([d_in], [d_out])), steps, seed, dtype).to(device).train()
+            made = self._crosscoder(*(widths or ([d_in], [d_out])), steps, seed, dtype, mesh)
+            return made.train() if mesh is not None else made.to(device).train()
         coder = self.hook_name_out is not None  # b_dec and the decoder's rows belong to another place than the input
         d_sae = self.sized(d_in)
         kind = self.architecture.resolved(d_in, d_sae, self.normalize_activations)
@@ -257,23 +253,24 @@ class SAEConfig:
             )  # fmt: skip
         if self.from_pretrained is not None:
             scaled = self.normalize_activations == "expected_average_only_in"
-            _start_from(sae, self.from_pretrained, unit_rows=self.unit_rows, scaled=scaled)
+            start_from(sae, self.from_pretrained, unit_rows=self.unit_rows, scaled=scaled)
         else:
             generator = torch.Generator("cpu").manual_seed(seed if self.seed is None else self.seed)
             mine = slice(0, d_sae) if sae.shards is None else sae.shards.mine
             share = sae.share
             with torch.no_grad():
-                share.W_dec.copy_(_directions(d_sae, d_out, generator, mine))
+                share.W_dec.copy_(directions(d_sae, d_out, generator, mine))
                 tied = d_in == d_out and not coder
-                share.W_enc.copy_((share.W_dec if tied else _directions(d_sae, d_in, generator, mine)).T)
+                share.W_enc.copy_((share.W_dec if tied else directions(d_sae, d_in, generator, mine)).T)
             kind.prepare(sae)
         return sae.train() if mesh is not None else sae.to(device).train()
 
     def _crosscoder(
-        self, reads: Sequence[int], writes: Sequence[int], steps: int, seed: int, dtype: torch.dtype
-    ) -> Crosscoder:
-        """Its first weights are those of :class:`~sae_engine.Crosscoder`; a rule with a state for each latent is made
-        for each source."""
+        self, reads: Sequence[int], writes: Sequence[int], steps: int, seed: int, dtype: torch.dtype,
+        mesh: DeviceMesh | None,
+    ) -> Crosscoder:  # fmt: skip
+        """Its first weights are those of :class:`~sae_engine.Crosscoder` on a CPU; a rule with a state for each latent
+        is made for each source."""
         d_sae = self.sized(reads[0])
         kind = self.architecture.resolved(reads[0], d_sae, self.normalize_activations)
 
@@ -282,18 +279,22 @@ class SAEConfig:
 
         one = rule()
         of_latents = any(t.dim() for t in (*one.parameters(), *one.buffers()))
-        with torch.random.fork_rng(devices=[]):
+        with own_draws(mesh):
             torch.manual_seed(seed if self.seed is None else self.seed)
             try:
                 coder = Crosscoder(
                     reads, writes, d_sae, [rule() for _ in range(self.sources)] if of_latents else one,
-                    wiring=self.wiring, dtype=dtype, device="cpu", decoder_norm=self.decoder_norm,
+                    wiring=self.wiring, dtype=dtype, decoder_norm=self.decoder_norm, mesh=mesh,
+                    device="cpu" if mesh is None else mesh.device_type,
                     rescale_acts_by_decoder_norm=self.rescale_acts_by_decoder_norm,
                 )  # fmt: skip
             except ValueError as error:
                 raise ConfigError([("architecture", f"{kind.tag} does not fit a crosscoder: {error}")]) from None
+            if mesh is not None and mesh.device_type != "cpu":
+                torch.manual_seed(seed if self.seed is None else self.seed)
+                coder._draw_weights("cpu")
         if self.from_pretrained is not None:
-            _start_crosscoder(coder, self.from_pretrained)
+            start_crosscoder(coder, self.from_pretrained)
         return coder
 
 
@@ -365,100 +366,6 @@ def _words(value: Any) -> str:
     if isinstance(value, float):
         value = f"{value:g}"
     return re.sub(r"[^\w.+=@-]+", "_", "_".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
-
-
-# ------------------------------------------------------------------------------------------------ first weights
-
-
-def _directions(rows: int, width: int, generator: torch.Generator, mine: slice) -> torch.Tensor:
-    """(mine, width) of so many unit rows. Pieces of thousands of rows are the numbers that would be drawn at once."""
-    starts = [number * BLOCK for number in range(max(rows // BLOCK, 1))]
-    found = []
-    for start, end in zip(starts, [*starts[1:], rows], strict=True):
-        drawn = torch.randn(end - start, width, generator=generator, device="cpu")
-        drawn = drawn[max(mine.start - start, 0) : max(mine.stop - start, 0)]
-        found.append(drawn / drawn.norm(dim=1, keepdim=True))
-    return found[0] if len(found) == 1 else torch.cat(found)
-
-
-@contextmanager
-def own_draws(mesh: DeviceMesh | None) -> Iterator[None]:
-    """What is drawn inside, on the CPU or on the device of a mesh, moves no generator outside."""
-    on_gpu = mesh is not None and mesh.device_type == "cuda"
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
-        yield
-
-
-def folded(sae: SparseAutoencoder, scale: float, target_scale: float, place: Path) -> SparseAutoencoder:
-    """A copy for activations as they are, of one that was trained on ``scale`` times them; of my latents on a mesh."""
-    c = of(sae.share)
-    c = replace(c, card=sae.card, provenance=sae.provenance, options=sae.activation.options())
-    c = fold_input_scale(c, scale, target_scale)
-    mesh = None if sae.shards is None else sae.shards.mesh
-    return build(SparseAutoencoder, c, place, device=sae.share.W_dec.device, d_sae=sae.d_sae, mesh=mesh)
-
-
-@torch.no_grad()
-def _start_from(sae: SparseAutoencoder, source: str, *, unit_rows: bool, scaled: bool) -> None:
-    """Copies the weights of an autoencoder that was saved, for the rows as it was trained on where they are scaled."""
-    shards = sae.shards
-    mesh = None if shards is None else shards.mesh
-    with within("from_pretrained", None), own_draws(mesh):
-        found = SparseAutoencoder.from_pretrained(source, mesh=mesh)
-    if scaled:
-        known = found.provenance
-        if known is None or known.activation_scale is None:
-            what = f"must be none: {source} does not say by what its rows were multiplied in training"
-            raise ConfigError([("normalize_activations", what)])
-        target_scale = known.target_scale or known.activation_scale
-        with own_draws(mesh):
-            found = folded(found, 1 / known.activation_scale, 1 / target_scale, Path(source))
-    sae.provenance = found.provenance
-    for name in ("d_in", "d_out", "d_sae", "normalize_activations", "apply_b_dec_to_input",
-                 "rescale_acts_by_decoder_norm"):  # fmt: skip
-        if getattr(found, name) != (wanted := getattr(sae, name)):
-            raise ConfigError([("from_pretrained", f"{source} has {name} = {getattr(found, name)}, not {wanted}")])
-    if type(found.activation) is not type(sae.activation):
-        raise ConfigError([("from_pretrained", f"{source} is a {type(found.activation).__name__}, not a "
-                            f"{type(sae.activation).__name__}: name its architecture")])  # fmt: skip
-    if found.W_skip is not None:
-        raise ConfigError([("from_pretrained", f"{source} has a skip connection, which no configuration trains")])
-    norms = found.share.W_dec.float().norm(dim=1)
-    norms = norms if shards is None else shards.all_latents(norms, "norms")
-    if unit_rows and bool(((norms - 1).abs() > 1e-3).any()):
-        known = found.provenance
-        other = known is not None and known.activation_scale is not None and not scaled
-        way_out = ", or normalize_activations expected_average_only_in, as in its training" * other
-        raise ConfigError([("normalize_decoder", f"must be false: rows of {source} have norms from {norms.min():.3g} "
-                            f"to {norms.max():.3g}, and would be scaled to 1{way_out}")])  # fmt: skip
-    held = dict(found.share.named_parameters()) | dict(found.share.named_buffers())
-    for name, tensor in (*sae.share.named_parameters(), *sae.share.named_buffers()):
-        if name in held and not name.endswith("forwards"):  # what counts the forwards of a training starts at 0
-            tensor.copy_(held[name])
-
-
-@torch.no_grad()
-def _start_crosscoder(coder: Crosscoder, source: str) -> None:
-    """Copies the weights of a crosscoder that was saved."""
-    with within("from_pretrained", None), own_draws(None):
-        found = Crosscoder.from_pretrained(source)
-    if not isinstance(found, Crosscoder):
-        raise ConfigError([("from_pretrained", f"{source} is a {type(found).__name__}, not a crosscoder")])
-    for name in ("read_widths", "written_widths", "wiring", "d_sae", "decoder_norm", "rescale_acts_by_decoder_norm"):
-        if getattr(found, name) != (wanted := getattr(coder, name)):
-            raise ConfigError([("from_pretrained", f"{source} has {name} = {getattr(found, name)}, not {wanted}")])
-    kinds = [[type(rule).__name__ for rule in (one if isinstance(one, PerSource) else [one])]
-             for one in (found.activation, coder.activation)]  # fmt: skip
-    if kinds[0] != kinds[1]:
-        raise ConfigError([("from_pretrained", f"{source} keeps latents by {', '.join(dict.fromkeys(kinds[0]))}, not "
-                            f"{', '.join(dict.fromkeys(kinds[1]))}: name its architecture")])  # fmt: skip
-    if found.W_skip is not None:
-        raise ConfigError([("from_pretrained", f"{source} has a skip connection, which no configuration trains")])
-    coder.provenance = found.provenance
-    held = dict(found.named_parameters()) | dict(found.named_buffers())
-    for name, tensor in (*coder.named_parameters(), *coder.named_buffers()):
-        if name in held and not name.endswith("forwards"):
-            tensor.copy_(held[name])
 
 
 def _architecture(value: Any) -> str | None:

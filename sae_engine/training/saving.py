@@ -42,15 +42,16 @@ def load(
     """All of a run as it was.
 
     Raises:
-        ValueError: the checkpoint is of another number of processes, or of another text.
+        ValueError: the checkpoint is of several processes without a mesh, or of another text.
     """
     if ranks.mesh is not None:
         _load_on_mesh(run, saved, trainees, stream, ranks)
         return
     state = saved_state.join(saved.plain, saved.tensors)
-    if (before := len(state["processes"])) != ranks.world:
-        raise ValueError(f"run: it was trained by {before} processes and must be resumed by as many, got {ranks.world}")
-    own = state["processes"][ranks.rank]
+    if (before := len(state["processes"])) != 1:
+        raise ValueError(f"run: it was trained by {before} processes that averaged their gradients, which has given "
+                         "way to meshes: begin it anew")  # fmt: skip
+    (own,) = state["processes"]
     _compare_threads(state["threads"])
     for name, trainee in trainees.items():
         trainee.load(state["saes"][name], own["saes"][name])
@@ -60,8 +61,8 @@ def load(
 
 def save(
     run: Path, update: int, trainees: Mapping[str, Trainee], stream: Stream, ranks: Ranks, logs: Logs, keep: int
-) -> Path | None:
-    """A checkpoint of this update, of which ``keep`` stay; its folder, in the processes that write it."""
+) -> Path:
+    """A checkpoint of this update, of which ``keep`` stay; its folder."""
     if ranks.mesh is not None:
         streams = [one for each in ranks.gathered(stream.state_dict()) for one in each["streams"]]
         whole = {**_on_mesh(trainees), "streams": streams, **_of_the_host(logs)}
@@ -70,9 +71,7 @@ def save(
             checkpoint.prune(run, keep)
         return folder
     own = {name: trainee.own_state() for name, trainee in trainees.items()}
-    processes = ranks.gathered({"stream": stream.state_dict(), "saes": own})
-    if not ranks.writes:
-        return None
+    processes = [{"stream": stream.state_dict(), "saes": own}]
     files: dict[str, dict[str, Tensor]] = {"saes": {}, "optimizer": {}}
     saes = {}
     for name, trainee in trainees.items():

@@ -34,8 +34,6 @@ from .forward import Forward, PreActivations
 from .memory import keep_freed_memory
 from .optimizer import Adam, Copies, Update
 
-Reduce = Callable[[list[Tensor]], None]
-
 
 class TrainStep:
     """A whole training step: ``step(x)`` encodes, selects, decodes, differentiates and updates ``sae`` in place.
@@ -55,7 +53,7 @@ class TrainStep:
         normalize_decoder: keep the decoder's rows at norm 1: the part of the gradient along them is removed before
             Adam, they are rescaled after it. ``"auto"``: unless it is a :class:`Crosscoder`, whose norms say where a
             latent writes. None: unless the autoencoder rescales by decoder norm.
-        grad_clip: largest norm of all gradients together. Gradients are then stored, as with ``reduce`` and
+        grad_clip: largest norm of all gradients together. Gradients are then stored, as with
             ``accumulate``.
         compute_dtype: of the products and codes, such as ``"bfloat16"``; parameters, sums and Adam stay as they
             are. Default: the parameters'.
@@ -69,8 +67,6 @@ class TrainStep:
         scheduler: makes a learning-rate scheduler of the optimizer, for example
             ``lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, warmup)``; it advances with each update.
         accumulate: calls whose gradients are averaged into one update.
-        reduce: for data parallelism: averages a list of tensors over all processes, in place. It is given the
-            gradients, and which latents fired; tokens are counted per process.
         dead_after: tokens without firing after which a latent is dead.
         memory_budget: bytes of pre-activations that may exist at a time; what is more passes by in slabs of latents, or
             of tokens for rules that need whole rows, and the same codes are kept. Default: a quarter of the memory that
@@ -87,7 +83,7 @@ class TrainStep:
             every mesh of 1, 2, 4, … ranks, in groups or not, which must divide it. Default: one for each rank.
         backend: as everywhere.
 
-    With gradients that are stored, the order is: average (``reduce``), remove the parallel part, clip, Adam, rescale.
+    With gradients that are stored, the order is: remove the parallel part, clip, Adam, rescale.
     Nothing waits for the device with rules that keep a fixed number of entries or have a ``capacity``, but for those
     reads. ``sae_engine.losses`` and any ``torch.optim`` optimizer train the same model the ordinary way.
 
@@ -126,7 +122,6 @@ class TrainStep:
         moments: torch.dtype | str | None = None,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         accumulate: int = 1,
-        reduce: Reduce | None = None,
         dead_after: int = 10_000_000,
         memory_budget: int | None = None,
         density_interval: int = 100,
@@ -137,12 +132,10 @@ class TrainStep:
     ) -> None:
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
-        if reduce is not None and not callable(reduce):
-            raise TypeError(f"reduce must be a function of a list of tensors, got {reduce!r}")
         self.sae, self.shards = sae, sae.shards
         self.losses = losses_for(sae, losses)
         if sae.shards is not None:
-            check_over_shards(self.losses, reduce)
+            check_over_shards(self.losses)
         self.blocks = None if blocks is None else check_blocks(sae, self.losses, blocks, dense)
         share = sae.share
         _check_norms(sae, self.losses)
@@ -174,7 +167,7 @@ class TrainStep:
         self._copies = Copies(share, self.compute_dtype, kept=check.flag("copies", copies))
         self._pre_activations = PreActivations()
         self._update = (Update if blocks is None else BlockedUpdate)(
-            share, self.optimizer, self._copies, unit_rows=self.normalize_decoder, reduce=reduce, backend=self.backend,
+            share, self.optimizer, self._copies, unit_rows=self.normalize_decoder, backend=self.backend,
             grad_clip=None if grad_clip is None else check.positive("grad_clip", grad_clip), accumulate=self.accumulate,
         )  # fmt: skip
         self._seen: Seen | None = None  # since the last update
@@ -248,10 +241,6 @@ class TrainStep:
         finally:
             self._warming_up = False
 
-    @property
-    def has_reduce(self) -> bool:
-        return self._update.reduce is not None
-
     def replayed(self, tokens: int = 0) -> None:
         """Told by whoever replays a captured step, on so many tokens: what only the host counts moves on."""
         self.calls += 1
@@ -305,8 +294,7 @@ class TrainStep:
             else:
                 self._update.store(pending)
                 if self.calls % self.accumulate == 0:
-                    agreed = [since.fired]
-                    grad_norm = self.optimizer.step(lambda: self._update.apply_stored(agreed, since.skip))
+                    grad_norm = self.optimizer.step(lambda: self._update.apply_stored(since.skip))
         if bad is None or not bad.is_cpu or not bool(bad):
             self._teach(main, bad)
         if self.calls % self.accumulate == 0:
@@ -485,7 +473,7 @@ def _firing(codes: SparseCodes, sources: int, shards: Shards | None) -> Tensor:
 class Seen(NamedTuple):
     """What the calls that make an update together have seen."""
 
-    fired: Tensor  # (sources F,) the tokens on which each latent fired; with ``reduce``, a mean over processes
+    fired: Tensor  # (sources F,) the tokens on which each latent fired
     tokens: int
     skip: Tensor | None  # whether the update must not happen
 

@@ -1,7 +1,6 @@
 """One of the autoencoders that a run trains: its step, the scale of its activations, its sums between two log lines."""
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,13 +17,13 @@ from ..losses import AuxK, Loss
 from ..losses.warmed import Warmed
 from ..provenance import Provenance
 from ..rules import AbsTopK, BatchTopK, TopK
-from ..standardization import Standardization, fold_standardization
+from ..standardization import Standardization, copy_of, fold_standardization
 from ._architecture import Architecture
 from .captured import CapturedStep
 from .config import Resolved, SAEConfig, TrainConfig
+from .first_weights import folded, own_draws
 from .forward import PreActivations
 from .metering import Densities, Sums
-from .sae_config import folded, own_draws
 from .schedule import lr_factor, warm_up_factor
 from .step import TrainStep
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 Places = tuple[tuple[int, ...], tuple[int, ...]]
 Scales = tuple[tuple[float, ...], tuple[float, ...]]
 
-Reduce = Callable[[list[Tensor]], None]  # averages over processes, in place
+Mean = Callable[[list[Tensor]], None]  # over processes, in place
 
 # Rules with as many entries as shapes say, all of whose work the device does: a graph of a step takes no more memory.
 CAPTURED = (TopK, AbsTopK, BatchTopK)
@@ -59,19 +58,19 @@ class Trainee:
         widths: of all sites.
         total: updates of the run.
         device: to train on.
-        world: processes that train it together; reduce: averages over them, None with one.
-        mesh: over which its latents are cut; None: every process has all of them.
+        mean: of a few numbers over the processes that train it together; None with one.
+        mesh: of these processes; None where there is one alone.
         buffer: memory for pre-activations, which all trainees of a run share: they step one after the other.
         pool: likewise the memory of their CUDA graphs; None on a CPU.
     """
 
     def __init__(
         self, config: SAEConfig, run: TrainConfig, *, places: Places, context: Mapping[str, int],
-        widths: tuple[int, ...], total: int, device: torch.device, world: int, reduce: Reduce | None,
-        buffer: PreActivations, mesh: DeviceMesh | None = None, pool=None,
+        widths: tuple[int, ...], total: int, device: torch.device, mean: Mean | None, buffer: PreActivations,
+        mesh: DeviceMesh | None = None, pool=None,
     ) -> None:  # fmt: skip
         assert config.name is not None
-        self.config, self.name, self.reduce = config, config.name, reduce
+        self.config, self.name, self.mean = config, config.name, mean
         self.reads, self.writes = places
         self.context = context
         of_places = [widths[n] for n in self.reads], [widths[n] for n in self.writes]
@@ -79,13 +78,12 @@ class Trainee:
         optim: Resolved = run.optim_of(config)
         self.optim = optim
         self.sae = config.build(d_in, d_out, steps=total, seed=run.seed, device=device, widths=of_places, mesh=mesh)
-        if mesh is not None:
-            world = 1  # what sees every token, and has one gradient
-        elif world > 1:
-            self._check_alone()
         # What multiplies its inputs, and its targets, at each place.
         self.scales: Scales = (1.0,) * len(self.reads), (1.0,) * len(self.writes)
-        self.means: tuple[Tensor, Tensor] | None = None  # what is taken away before, of all places side by side
+        # What is taken away before, of all places side by side.
+        self.means: tuple[Tensor, Tensor] | None = None
+        if config.normalize_activations == STANDARDIZED:
+            self.means = tuple(torch.zeros(sum(side), device=device) for side in of_places)  # type: ignore[assignment]
         rises = config.architecture.sparsity_name()
         losses: list[Loss] = [
             Warmed(loss, device) if loss.name in rises else loss for loss in config.architecture.losses(d_in, d_out)
@@ -103,8 +101,7 @@ class Trainee:
             grad_clip=optim.max_grad_norm, compute_dtype=optim.compute_dtype,
             moments=optim.moments, accumulate=optim.gradient_accumulation_steps,
             scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor),
-            reduce=reduce if mesh is None else None,
-            dead_after=max(optim.dead_after // world, 1), memory_budget=optim.memory_budget, nonfinite=optim.nonfinite,
+            dead_after=optim.dead_after, memory_budget=optim.memory_budget, nonfinite=optim.nonfinite,
         )  # fmt: skip
         self.step._pre_activations = buffer
         if optim.cuda_graphs and (why := self._why_not_captured(device)) is not None:
@@ -112,14 +109,15 @@ class Trainee:
         self._call = CapturedStep(self.step, pool=pool) if optim.cuda_graphs else self.step
         self.sums = Sums(device)
         update = optim.train_batch_size_tokens * optim.gradient_accumulation_steps
-        self.densities = Densities(config.sources * self.sae.share.d_sae, -(-optim.dead_after // update), device)
+        window = -(-optim.dead_after // update)
+        self.densities = Densities(self.sae.share.d_sae, window, device, config.sources)
 
     def _why_not_captured(self, device: torch.device) -> str | None:
         """What keeps its steps from being replayed as CUDA graphs."""
         rule = self.sae.activation
         if device.type != "cuda":
             return f"on {device}: graphs are a GPU's"
-        if self.sae.shards is not None or self.reduce is not None:
+        if self.sae.shards is not None:
             return "where several processes train"
         if self.step.accumulate != 1:
             return f"with gradient_accumulation_steps = {self.step.accumulate}"
@@ -128,20 +126,6 @@ class Trainee:
         if self.config.sources > 1 and isinstance(rule, BatchTopK):
             return f"with {type(rule).__name__} over several places: the host reads how they share the batch's budget"
         return None
-
-    def _check_alone(self) -> None:
-        """Without a mesh every process selects among the tokens that it has.
-
-        Raises:
-            ValueError: the rule chooses across a batch, which is that of all processes.
-        """
-        rule = self.sae.activation
-        if isinstance(self.sae, Crosscoder) and rule.scope != "row":
-            raise ValueError(f"saes: {self.name}: a crosscoder whose latents compete across a batch "
-                             f"({type(rule).__name__}) has to be trained by one process")  # fmt: skip
-        if isinstance(rule, BatchTopK):
-            raise ValueError(f"saes: {self.name}: {type(rule).__name__} has to be trained by one process or on a mesh, "
-                             "in a run without crosscoders and rules that cannot be on one")  # fmt: skip
 
     @torch.no_grad()
     def begin(self, rows: tuple[Tensor, ...], ranks: int) -> None:
@@ -164,8 +148,6 @@ class Trainee:
             device = self.sae.share.b_dec.device
             seen = self._seen(lambda number, scale: rows[number].to(device, torch.float32) * scale, 0)
             self.config.architecture.start(self.sae, seen)
-            if self.reduce is not None:
-                self.reduce([p.detach() for p in self.sae.parameters()])
 
     def _start_b_dec(self, rows: tuple[Tensor, ...], ranks: int) -> None:
         at = 0
@@ -200,7 +182,8 @@ class Trainee:
 
     def _standards(self, coder: Any) -> tuple[Standardization, Standardization]:
         """What the rows of the places that it reads, and of those that it reconstructs, go through."""
-        means = self.means or (coder.b_dec.new_zeros(coder.d_in), coder.b_dec.new_zeros(coder.d_out))
+        b_dec = coder.share.b_dec
+        means = self.means or (b_dec.new_zeros(coder.d_in), b_dec.new_zeros(coder.d_out))
         read, written = (
             Standardization(widths, mean, torch.tensor(scales, dtype=torch.float64, device=mean.device))
             for widths, mean, scales in zip((coder.read_widths, coder.written_widths), means, self.scales, strict=True)
@@ -209,39 +192,29 @@ class Trainee:
 
     def _mean(self, rows: Tensor) -> Tensor:
         """(d,) of rows of one place, on the device that is trained on."""
-        mean = rows.to(self.sae.share.b_dec.device, torch.float32).mean(0)
-        if self.reduce is not None:
-            self.reduce([mean])
-        return mean
+        return self._over_all(rows.to(self.sae.share.b_dec.device, torch.float32).mean(0))
 
     def _middle(self, target: Tensor, ranks: int) -> Tensor:
         """Where ``b_dec`` starts, of rows of one place."""
         if self.config.b_dec_init == "mean":
-            mean = target.mean(0)
-            if self.reduce is not None:
-                self.reduce([mean])
-            return mean
-        return geometric_median(target, None if self.reduce is None else self._sum(ranks))
+            return self._over_all(target.mean(0))
+        return geometric_median(target, None if self.mean is None else lambda sums: self._over_all(sums).mul_(ranks))
 
     def _scale(self, rows: Tensor, *, mean_square: bool = False) -> float:
         """√d over the mean norm of rows, or over the root of their mean squared norm."""
         norms = rows.to(torch.float32).norm(dim=1)
-        mean = norms.square().mean().double() if mean_square else norms.mean().double()
-        if self.reduce is not None:
-            self.reduce([mean])
+        mean = self._over_all(norms.square().mean().double() if mean_square else norms.mean().double())
         if not 0 < float(mean) < float("inf"):
             kind = "squared norm" if mean_square else "norm"
             raise ValueError(f"saes: {self.name}: the first {len(rows)} rows of activations have a mean {kind} of "
                              f"{float(mean)}, which must be finite and above 0")  # fmt: skip
         return (rows.shape[1] / float(mean)) ** 0.5 if mean_square else rows.shape[1] ** 0.5 / float(mean)
 
-    def _sum(self, ranks: int) -> Callable[[Tensor], object]:
-        def add_up(tensor: Tensor) -> None:
-            assert self.reduce is not None
-            self.reduce([tensor])
-            tensor.mul_(ranks)
-
-        return add_up
+    def _over_all(self, own: Tensor) -> Tensor:
+        """The mean of a few numbers over all processes, in place."""
+        if self.mean is not None:
+            self.mean([own])
+        return own
 
     def train(self, rows: Callable[[int, float], Tensor], update: int) -> None:
         """One call of the step; ``rows(site, scale)`` gives the batch as it is to be seen."""
@@ -278,7 +251,7 @@ class Trainee:
         has a copy there, which all processes make together."""
         if isinstance(self.sae, Crosscoder):
             is_raw = all(scale == 1 for scale in (*self.scales[0], *self.scales[1])) and self.means is None
-            coder = copy.deepcopy(self.sae) if is_raw else fold_standardization(self.sae, *self._standards(self.sae))
+            coder = copy_of(self.sae) if is_raw else fold_standardization(self.sae, *self._standards(self.sae))
             coder.provenance = provenance
             return coder.eval()
         ((scale,), (target_scale,)) = self.scales
@@ -298,9 +271,8 @@ class Trainee:
                 "densities": self.densities.state(self.sae.shards)}  # fmt: skip
 
     def shares(self) -> Tensor | None:
-        """(latents,) how often each fires; None before the first update. On a mesh all processes ask together."""
-        mine = self.densities.shares()
-        return mine if mine is None or self.sae.shards is None else self.sae.shards.all_latents(mine, "densities")
+        """(sources d_sae,) how often each latent fires; None before the first update. On a mesh all processes ask."""
+        return self.densities.shares(self.sae.shards)
 
     def own_state(self) -> dict[str, Any]:
         """What this process has counted, in JSON's types."""

@@ -183,8 +183,7 @@ class Trainer:
                 self._begin()
             else:
                 self._load(saved)
-            if self.ranks.takes_part:
-                self.plan.check_evaluation()
+            self.plan.check_evaluation()
             stack.enter_context(self._signals())
             self._open_logs(stack, saved)
             if saved is None:
@@ -245,18 +244,16 @@ class Trainer:
             self.folder.rmdir()
 
     def _build(self) -> None:
-        config, plan, world = self.config, self.plan, self.ranks.world
+        config, plan = self.config, self.plan
         self.total = config.updates
         buffer = PreActivations()
         pool = torch.cuda.graph_pool_handle() if plan.device.type == "cuda" else None
-        mesh = self.ranks.mesh
-        reduce = None if world == 1 else self.ranks.average if mesh is None else self.ranks.mean
+        mean = None if self.ranks.world == 1 else self.ranks.mean
         for number, (sae, places) in enumerate(zip(config.saes, plan.places, strict=True)):
             with within(f"saes.{number}", sae):
                 self.trainees[str(sae.name)] = Trainee(
                     sae, config, places=places, context=plan.context(sae), widths=plan.stream.widths,
-                    total=self.total, device=plan.device, world=world, reduce=reduce, buffer=buffer, mesh=mesh,
-                    pool=pool,
+                    total=self.total, device=plan.device, mean=mean, buffer=buffer, mesh=self.ranks.mesh, pool=pool,
                 )  # fmt: skip
 
     def _begin(self) -> None:
@@ -351,8 +348,6 @@ class Trainer:
         found = {name: trainee.metrics() for name, trainee in self.trainees.items()}
         names = [self._named(name, key) for name, metrics in found.items() for key in metrics]
         values = torch.stack([value for metrics in found.values() for value in metrics.values()])
-        if self.ranks.world > 1 and self.ranks.mesh is None:
-            self.ranks.average([values])
         in_a_row = torch.stack([trainee.sums.in_a_row for trainee in self.trainees.values()]).amin()
         skipped = {
             self._named(name, "details/skipped_batches"): trainee.step._finite.count
@@ -383,10 +378,8 @@ class Trainer:
             )
 
     def _evaluate(self) -> None:
-        """On held-out documents, by the first process; the others go on and meet it at their next sum. On a mesh all
-        processes do it, each with the same documents and its own latents, and the first one writes."""
-        if not self.ranks.takes_part:
-            return
+        """On held-out documents. On a mesh all processes do it, each with the same documents and its own latents, and
+        the first one writes."""
         self._flush()
         found = self.plan.evaluated({name: self._exported(name) for name in self.trainees})
         metrics = {self._named(name, key): value for name, numbers in found.items() for key, value in numbers.items()}
@@ -401,13 +394,10 @@ class Trainer:
         self._flush()
         folder = saving.save(self.folder, self.update, self.trainees, self.plan.stream, self.ranks, self._logs,
                              self.config.output.save_total_limit)  # fmt: skip
-        if folder is not None:
-            self._tell("on_checkpoint", folder)
+        self._tell("on_checkpoint", folder)
 
     def _write(self) -> None:
         """The autoencoders as others load them, and the report."""
-        if not self.ranks.takes_part:
-            return
         for name, trainee in self.trainees.items():
             self._exported(name).save_pretrained(self.folder / SAES / name)
             if (shares := trainee.shares()) is not None and self.ranks.writes:

@@ -202,6 +202,25 @@ def writes_the_folder_of_one_process(mesh, rank, size):
         assert len(written) == len(one.sources) + 2
 
 
+def is_folded_where_it_lies(mesh, rank, size):
+    """Of means and scales of each site; the copy's tensors are its own, and the same in its share."""
+    g = torch.Generator().manual_seed(8)
+    parts = [(torch.randn(SITES * D, generator=g, dtype=F64), torch.rand(SITES, generator=g, dtype=F64) + 0.5)
+             for _ in range(2)]  # fmt: skip
+    standards = [se.Standardization((D,) * SITES, mean, scale) for mean, scale in parts]
+    for name in ("each, mixed rules", "windows, thresholds"):
+        one, many = pair(name, mesh)
+        before = {key: whole(t).clone() for key, t in many.state_dict().items()}
+        alone, folded = (se.fold_standardization(coder, *standards) for coder in (one, many))
+        for (key, p), (_, q) in zip(alone.state_dict().items(), folded.state_dict().items(), strict=True):
+            close(p, whole(q), key, 1e-12)
+            assert torch.equal(before[key], whole(many.state_dict()[key])), key
+        x, mine = next(batches(1))[0], my_rows(B, rank, size)
+        with torch.no_grad():
+            close(alone(x)[mine], folded(x[mine]), "folded", 1e-12)
+        close(one.site_norms(), many.site_norms(), "norms by site", 1e-12)
+
+
 def is_refused_by_name(mesh, rank, size):
     _, many = pair("clt", mesh)
     with pytest.raises(ValueError, match="format must be 'sae_engine' for a crosscoder on a mesh, got 'trans"):
@@ -223,4 +242,5 @@ def cases():
     yield "crosscoder: goes on from a checkpoint", goes_on_from_a_checkpoint
     yield "crosscoder: folder", writes_the_folder_of_one_process
     yield "crosscoder: refused", is_refused_by_name
+    yield "crosscoder: folded", is_folded_where_it_lies
     yield "crosscoder: ties", ties_go_to_one_device_s_entries
