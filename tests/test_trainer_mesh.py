@@ -161,7 +161,14 @@ def text_on_one(rank, size, folder):
     resume(copied_by_one(rank, folder, "text-one", 4, "text"), settings=["mesh=1"])
 
 
-SIZES = {"on_two": 2, "killed_on_two": 2, "resumed_on_two": 2, "resumed_on_four": 4, "resumed_on_three": 3,
+def started_on_two(rank, size, folder):
+    """From a crosscoder that a run has left."""
+    recipe = next(sae for sae in SAES if sae["name"] == "recipe")
+    again = recipe | {"from_pretrained": str(folder.parent / "whole" / "sae" / "recipe")}
+    train(of_rows(folder.parent / "again", saes=[again], data__training_tokens=64), dataset=rows())
+
+
+SIZES = {"on_two": 2, "started_on_two": 2, "killed_on_two": 2, "resumed_on_two": 2, "resumed_on_four": 4, "resumed_on_three": 3,
          "tokens_over_two": 2, "both_over_four": 4, "text_on_two": 2, "text_on_one": 1}  # fmt: skip
 
 
@@ -228,6 +235,20 @@ def test_a_run_on_a_mesh_is_that_of_one_process_over_the_same_rows(ran, run, wor
     written, exported = Run(run).saes()[name], trainee.exported()
     for key, tensor in exported.state_dict().items():
         assert near(written.state_dict()[key], tensor), key
+
+
+def test_a_crosscoder_that_was_saved_goes_on_on_a_mesh(ran):
+    """For rows as they are scaled now; its first export is what it started from."""
+    run = ran[1] / "again"
+    begun, saved = tensors(run, 0), Run(ran[1] / "whole").saes()["recipe"]
+    state = json.loads((checkpoint.listed(run)[0] / checkpoint.STATE).read_text())["state"]["saes"]["recipe"]
+    read, written = (
+        se.Standardization((16, 12), begun[f"saes/recipe/means/{side}"].double(), torch.tensor(scales).double())
+        for side, scales in enumerate(state["scales"])
+    )
+    again = se.fold_standardization(saved, read.inverse(), written.inverse()).state_dict()
+    for key, tensor in again.items():
+        assert near(begun[f"saes/recipe/sae/{key}"], tensor, 1e-4), key
 
 
 def test_what_it_writes_is_there_when_it_returns_in_every_process(ran):
