@@ -222,7 +222,7 @@ class SparseAutoencoder(nn.Module):
         known: dict[str, Any] = {**self._context(x, rules), **context}
         if "gradient" in known:
             known["attribution"] = self._attribution(known.pop("gradient"), x, info)
-        scale = decoder_norms(self.W_dec) if self.rescale_acts_by_decoder_norm else None
+        scale = self._norms_of(self) if self.rescale_acts_by_decoder_norm else None
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
         encoded = functional.encode_with(
             x, self.W_enc, self._encoder_bias, b_dec=b_dec, scale=scale, select=rules, keep_pre=keep_pre,
@@ -274,7 +274,7 @@ class SparseAutoencoder(nn.Module):
         """What the decoder multiplies: where codes hold values times norms, these are divided out."""
         if not self.rescale_acts_by_decoder_norm:
             return codes
-        norms = decoder_norms(self.W_dec)
+        norms = self._norms_of(self)
         norms = torch.where(norms == 0, 1.0, norms)  # a zero row decodes to zero, whatever it is divided by
         values = codes.values / functional.at_latents(norms, codes)
         return codes.replace(values=values.to(codes.values.dtype))
@@ -313,7 +313,7 @@ class SparseAutoencoder(nn.Module):
         check.shaped("gradient", gradient, (*x.shape[:-1], self.d_out), x, why="that of the reconstruction")
         if info.std is not None:
             gradient = gradient * info.std
-        norms = decoder_norms(self.W_dec).clamp(min=1e-30) if self.rescale_acts_by_decoder_norm else None
+        norms = self._norms_of(self).clamp(min=1e-30) if self.rescale_acts_by_decoder_norm else None
         return Product(gradient.detach(), self.W_dec.detach().T, norms, functional.linear)
 
     @property

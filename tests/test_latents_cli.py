@@ -183,3 +183,20 @@ def test_errors_are_one_line(saved, tmp_path, capsys):
         assert run(*arguments) == 1
         err = capsys.readouterr().err
         assert said in err and len(err.splitlines()) == 1 and not out.exists()
+
+
+def test_the_only_source_of_a_joint_crosscoder_reads_all_its_sites(saved, tmp_path, capsys):
+    torch.manual_seed(0)
+    coder = se.Crosscoder([256, 256], [256, 256], 32, se.TopK(4))
+    coder.provenance = se.Provenance(
+        model="embedded", sites=("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
+    )  # fmt: skip
+    coder.save_pretrained(tmp_path / "coder")
+    page = tmp_path / "page"
+    asked = ["dashboard", tmp_path / "coder", page, *TEXT, "--source", 0, "--latents", 3]
+    assert run(*asked) == 0
+    overview = json.loads((page / "latents.js").read_text()[len("window.saeLatents = ") : -2])
+    assert overview["lenses"] == ["blocks.2.hook_resid_post", "blocks.1.hook_resid_post"]
+    capsys.readouterr()
+    assert run(*asked, "--layer", 1) == 1
+    assert "--site: source 0 of coder reads the sites that its files name" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def test_pages_are_replaced_and_need_no_model(made, tmp_path):
     assert sorted(everything) == list(range(48)) and (tmp_path / "data-1.js").exists()
     dead = entries_of(tmp_path, 1)[everything.index(7) - 32]
     assert dead["c"] == [] and dead["h"] is None and dead["n"]
-    assert entries_of(tmp_path, 0)[0]["u"] is None and entries_of(tmp_path, 0)[0]["c"][0]["t"][0].startswith("[")
+    assert entries_of(tmp_path, 0)[0]["w"] == [] and entries_of(tmp_path, 0)[0]["c"][0]["t"][0].startswith("[")
     write_dashboard(features, sae, tmp_path, latents=[7, 3], contexts=0)
     assert overview_of(tmp_path)["shown"] == [3, 7] and not (tmp_path / "data-1.js").exists()
     page = (tmp_path / "index.html").read_text(encoding="utf-8")

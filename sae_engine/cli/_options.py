@@ -145,7 +145,7 @@ def check_model(name: str, sae: Any, place: Any, lm: Any) -> None:
             f"{name} was trained on a model {lm.name!r} whose weights had the sha256 {place.sha256}, and these have "
             f"{lm.sha256}: give --model to use it there all the same"
         )
-    width = sae.read_widths[0] if sae.has_sites else sae.d_in
+    width = getattr(sae, "read_widths", (sae.d_in,))[0]
     if place.model is None and width != lm.d_model:
         raise ValueError(
             f"{name}: its files do not say which model it belongs to, and it is {width} wide, while {lm.name!r} is "

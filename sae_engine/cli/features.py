@@ -72,8 +72,9 @@ def opened(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The autoencoder, the model that it belongs to, and where in it."""
     from sae_engine import Crosscoder, Provenance
     from sae_engine.checkpoints.opened import opened as open_coder
+    from sae_engine.data import together
     from sae_engine.latents import of_source
-    from sae_engine.metrics.place import place_of
+    from sae_engine.metrics.place import hub_name, place_of
 
     name = Path(args.sae).resolve().name
     sae = open_coder(args.sae)
@@ -92,8 +93,12 @@ def opened(args: argparse.Namespace) -> tuple[Any, Any, Any]:
         sae, name, model=args.model, revision=args.revision, layer=layer, site=site, normalize=args.normalize,
         target_site="mlp_out" if target in (None, "unknown") else None,
     )  # fmt: skip
+    if place.sites is not None and (args.site is not None or args.layer is not None):
+        raise ValueError(f"--site: source {args.source} of {name} reads the sites that its files name, {place.sites}")
     lm = load_model(args, place.model, place.revision)
     check_model(name, sae, place, lm)
+    others = list(dict.fromkeys(place.models or ()))[1:]
+    lm = together(lm, *(load_model(args, hub_name(other), None) for other in others))
     if place.model is None:
         print(f"sae-engine: {name}: its files name no model: the embedded one is taken, for want of --model",
               file=sys.stderr)  # fmt: skip
@@ -105,8 +110,9 @@ def encoded(args: argparse.Namespace, sae: Any, lm: Any, place: Any, folder: Pat
     from sae_engine.latents import collect
 
     texts, source = open_texts(args.text, args.suffixes)
+    where = {} if place.sites is not None else {"layer": place.layer, "site": place.site}
     features = collect(
-        sae, lm, texts, folder, layer=place.layer, site=place.site, normalize=place.normalize, text_source=source,
+        sae, lm, texts, folder, **where, normalize=place.normalize, text_source=source,
         batch_size=args.batch_size, max_tokens=args.tokens, dtype=args.dtype, progress=not args.quiet,
         **contexts_in(args),
     )  # fmt: skip

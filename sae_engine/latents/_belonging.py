@@ -12,7 +12,7 @@ from ..data.places import Place, find_place
 from ..data.sites import SITES, Site
 from ..metrics.splice import Normalization
 from ..provenance import Provenance
-from .sources import refuse_crosscoder
+from .sources import OneSource, refuse_crosscoder
 
 
 class Belonging(NamedTuple):
@@ -55,6 +55,8 @@ def belonging(
     if not isinstance(sae, SparseAutoencoder):
         raise TypeError(f"sae must be a SparseAutoencoder, got {type(sae).__name__}")
     refuse_crosscoder(sae)
+    if isinstance(sae, OneSource) and len(sae.read_widths) > 1:
+        raise ValueError(f"sae must read one site to be put into a model, got a source that reads {sae.read_widths}")
     said = sae.provenance or Provenance()
     if site is None:
         site = said.site
@@ -91,3 +93,31 @@ def belonging(
     if target is not place and normalization.kind != "none":
         raise ValueError(f"normalize must be 'none' for a transcoder, got {normalization.kind!r}")
     return Belonging(found, place, target, normalization)
+
+
+def read_by(
+    sae: SparseAutoencoder, lm: LanguageModel, *, layer: int | None, site: str | Site | None, normalize: str | None
+) -> tuple[tuple[Site, ...], Normalization]:
+    """The sites whose rows an autoencoder is given, side by side, and its input's space.
+
+    Raises:
+        TypeError, ValueError: as :func:`belonging`; of a source that reads several sites, ValueError where they are
+            not known, are given as one, or are normalized.
+    """
+    if not isinstance(sae, OneSource) or len(sae.read_widths) == 1:
+        where = belonging(lm, sae, layer=layer, site=site, normalize=normalize, reads_only=True)
+        return (where.place.site,), where.normalization
+    if site is not None or layer is not None:
+        raise ValueError(f"site: this source reads {len(sae.read_widths)} sites, which the crosscoder's provenance "
+                         f"says, got {site!r} and layer {layer!r}")  # fmt: skip
+    if sae.read_places is None:
+        raise ValueError("sae does not say which sites it reads: give the crosscoder Provenance(sites=…), and then "
+                         "take the source")  # fmt: skip
+    said = normalize or (sae.provenance or Provenance()).normalize or "none"
+    if said != "none":
+        raise ValueError(f"normalize must be 'none' for a source that reads several sites, got {said!r}")
+    for place, width in zip(sae.read_places, sae.read_widths, strict=True):
+        found = find_place(lm.of(place).model, place)
+        if found.width != width:
+            raise ValueError(f"sae reads {width} numbers at {place}, the model is {found.width} wide there")
+    return sae.read_places, Normalization("none")

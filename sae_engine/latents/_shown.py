@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from .._checks import integer_in
 from ..autoencoder import SparseAutoencoder
 from ..data.contexts import check_int
 from ..data.models import LanguageModel, memory_sha256
-from .lens import IN_THE_STREAM, Lens, logit_lens
-from .sources import refuse_crosscoder
+from ..data.sites import Site
+from ..provenance import Provenance
+from .lens import ADDED, IN_THE_STREAM, Lens, logit_lens
+from .sources import OneSource, refuse_crosscoder
 from .stored import Features
 
 NEIGHBOURS = LENS = 8
@@ -36,6 +38,9 @@ def check(features: Features, sae: SparseAutoencoder, lm: LanguageModel | None) 
             f"lm is not the model whose features lie in {str(features.path)!r}: that was {manifest['model']!r} with "
             f"weights of sha256 {manifest['sha256']}, this is {lm.name!r} with {lm.sha256}"
         )
+    others = manifest.get("other_sha256", [])
+    if lm is not None and others != [other.sha256 for other in lm.others][: len(others)]:
+        raise ValueError(f"lm must be together() of the models whose features lie in {str(features.path)!r}")
 
 
 def chosen_latents(features: Features, latents: int | Sequence[int] | None) -> list[int]:
@@ -99,18 +104,60 @@ def is_transcoder(sae: SparseAutoencoder) -> bool:
     return sae.d_in != sae.d_out or (sae.provenance is not None and sae.provenance.target_site is not None)
 
 
-def lens_of(
-    features: Features, sae: SparseAutoencoder, lm: LanguageModel | None, chosen: list[int]
-) -> tuple[Lens | None, str]:
-    """The logit lens of the chosen latents, or None and why there is none."""
-    if lm is None:
-        return None, "no language model was given"
-    site = features.manifest["site"]
+class SiteLens(NamedTuple):
+    """What latents write to one site, or to all: its name, and of each latent the share of its squared decoder norm."""
+
+    name: str
+    lens: Lens
+    shares: list[float]
+
+
+def written_by(features: Features, sae: SparseAutoencoder) -> list[tuple[Site | None, slice]]:
+    """The sites that decoder rows write, as far as they are known, and the columns of each."""
+    if isinstance(sae, OneSource) and len(sae.written_widths) > 1:
+        sites = sae.written_places or (None,) * len(sae.written_widths)
+        return list(zip(sites, sae.written_columns, strict=True))
+    layer, site = features.manifest["layer"], features.manifest["site"]
     if is_transcoder(sae):
-        site = None if sae.provenance is None else sae.provenance.target_site
-    if site not in IN_THE_STREAM or sae.d_out != lm.d_model:
-        return None, f"decoder rows are directions at {site or 'a place that is not named'}, not in the residual stream"
-    return logit_lens(lm, sae.W_dec.detach()[torch.tensor(chosen, device=sae.W_dec.device)], LENS), ""
+        known = sae.provenance or Provenance()
+        site, layer = known.target_site, layer if known.target_layer is None else known.target_layer
+    return [(None if site in (None, "unknown") else Site.of(site, layer), slice(0, sae.d_out))]
+
+
+def lenses_of(
+    features: Features, sae: SparseAutoencoder, lm: LanguageModel | None, chosen: list[int], *, first_only: bool = False
+) -> tuple[list[SiteLens], str]:
+    """The logit lens of the chosen latents at each site that they write, the one to be shown first before the others.
+
+    Beside them, why there is none, or not of all sites.
+    """
+    if lm is None:
+        return [], "no language model was given"
+    written = written_by(features, sae)
+    fitting, why_not = [], ""
+    for site, columns in written:
+        if site is not None and site.model > len(lm.others):
+            why_not = f"the model of {site} was not given"
+            continue
+        width = lm.d_model if site is None else lm.of(site).d_model
+        if site is None or site.name not in IN_THE_STREAM or columns.stop - columns.start != width:
+            said = "a place that is not named" if site is None else site.place if len(written) == 1 else site
+            why_not = f"decoder rows are directions at {said}, not in the residual stream"
+        else:
+            fitting.append((str(site), lm.of(site), site, [columns]))
+    fitting.reverse()  # the last site first
+    added = [site for _, _, site, _ in fitting if site.name in ADDED]
+    if len(fitting) > 1 and len(added) == len(written) and len({site.model for site in added}) == 1:
+        both = [columns for *_, (columns,) in fitting]
+        fitting.insert(0, (f"the sum of all {len(added)} sites", fitting[0][1], fitting[0][2], both))
+    rows = sae.W_dec.detach()[torch.tensor(chosen, device=sae.W_dec.device)].float()
+    whole = rows.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    found = []
+    for name, own, _, parts in fitting[:1] if first_only else fitting:
+        own_rows = torch.stack([rows[:, part] for part in parts])
+        shares = own_rows.square().sum((0, 2)) / whole
+        found.append(SiteLens(name, logit_lens(own, own_rows.sum(0), LENS), shares.tolist()))
+    return found, why_not
 
 
 def short(value: float) -> float:

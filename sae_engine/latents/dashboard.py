@@ -24,9 +24,8 @@ from ..autoencoder import SparseAutoencoder
 from ..data.contexts import check_int
 from ..data.models import LanguageModel
 from ..data.store import folder_in
-from ._shown import Words, check, chosen_latents, geometry, histogram, lens_of, short
+from ._shown import SiteLens, Words, check, chosen_latents, geometry, histogram, lenses_of, short
 from .contexts import max_activating
-from .lens import Lens
 from .stored import Features
 
 SIZE = 32  # latents in a file
@@ -49,13 +48,17 @@ def write_dashboard(
     its direction raises and lowers (:func:`logit_lens`), the latents whose decoder rows are nearest, and the cosine
     between its encoder and its decoder. Latents that fire most often come first.
 
+    A latent that writes to several sites (:func:`of_source`) has the lens of each, beside what share of its squared
+    decoder norm lies there. Shown first is the sum of all where each is added to the stream of one model (``mlp_out``,
+    ``attn_out``), which is what the latent does to the logits by itself; else the last site's.
+
     Args:
         features: what :func:`~sae_engine.latents.collect` wrote.
         sae: the autoencoder of these features.
         folder: made when missing; a page that is there is replaced.
         lm: the language model of these features. None: no logit lens, and tokens are shown as numbers.
         latents: how many, of those that fire most often, or which; None is all, dead ones too. A page holds about
-            10 kB for each.
+            10 kB for each, and 0.5 kB more for each further site that is written.
         contexts: of each latent.
         window: tokens of a context.
         title: by default model and site.
@@ -83,7 +86,7 @@ def write_dashboard(
     target = folder_in("folder", folder)
     target.mkdir(parents=True, exist_ok=True)
     words = Words(None if lm is None else lm.tokenizer)
-    lens, why_not = lens_of(features, sae, lm, chosen)
+    lenses, why_not = lenses_of(features, sae, lm, chosen)
     number = -1
     for number, part in enumerate(_parts(chosen)):
         entries = [_entry(features, latent, contexts, window, words) for latent in part]
@@ -91,14 +94,14 @@ def write_dashboard(
         for row, entry in enumerate(entries):
             entry |= {name: values[row] for name, values in found.items()}
             place = number * SIZE + row
-            entry |= {"u": None, "l": None} if lens is None else _lens_entry(lens, place, words)
+            entry["w"] = [_lens_entry(lens, place, words) for lens in lenses]
         _write(target / f"data-{number}.js", f"saeChunk({number}, {_json(entries)});\n")
     overview = {"shown": chosen, "counts": features.counts().tolist(), "encoded": features.manifest["encoded"],
-                "size": SIZE}  # fmt: skip
+                "size": SIZE, "lenses": [lens.name for lens in lenses]}  # fmt: skip
     _write(target / "latents.js", f"window.saeLatents = {_json(overview)};\n")
     while (left := target / f"data-{(number := number + 1)}.js").is_file():  # of a larger page that was there before
         left.unlink()
-    _write(target / "index.html", _page(features, sae, title, why_not))
+    _write(target / "index.html", _page(features, sae, title, why_not, bool(lenses)))
     return target / "index.html"
 
 
@@ -125,17 +128,20 @@ def _entry(features: Features, latent: int, contexts: int, window: int, words: W
     }  # fmt: skip
 
 
-def _lens_entry(lens: Lens, row: int, words: Words) -> dict[str, Any]:
+def _lens_entry(of_site: SiteLens, row: int, words: Words) -> dict[str, Any]:
+    lens = of_site.lens
+
     def pairs(tokens: Tensor, values: Tensor) -> list[Any]:
         return [(words(t), short(v)) for t, v in zip(tokens[row].tolist(), values[row].tolist(), strict=True)]
 
-    return {"u": pairs(lens.raised, lens.raised_by), "l": pairs(lens.lowered, lens.lowered_by)}
+    return {"s": short(of_site.shares[row]), "u": pairs(lens.raised, lens.raised_by),
+            "l": pairs(lens.lowered, lens.lowered_by)}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def _page(features: Features, sae: SparseAutoencoder, title: str | None, why_not: str) -> str:
+def _page(features: Features, sae: SparseAutoencoder, title: str | None, why_not: str, has_lens: bool) -> str:
     assets = resources.files(__package__) / "page"
     read = {name: (assets / name).read_text(encoding="utf-8") for name in ("index.html", "style.css", "page.js")}
     m = features.manifest
@@ -147,9 +153,10 @@ def _page(features: Features, sae: SparseAutoencoder, title: str | None, why_not
         f"mean L0 {m['entries'] / max(m['encoded'], 1):.1f}"
     )
     lens = (
-        f"Logit lens: none, since {why_not}." if why_not else
+        f"Logit lens: none, since {why_not}." if not has_lens else
         "Logit lens: a decoder row, scaled to the norm √d_model, in the place of the last block's output, through the "
         "model's final norm and unembedding; what zeros give there is subtracted. All that later blocks do is left out."
+        + (f" Some sites have none: {why_not}." if why_not else "")
     )  # fmt: skip
     context = (
         f"Contexts: of each context that the model saw ({m['context_length']} tokens), the token with the largest "
@@ -157,10 +164,15 @@ def _page(features: Features, sae: SparseAutoencoder, title: str | None, why_not
     )
     version = f"Made by sae-engine from features of {m['dtype']}."
     return Template(read["index.html"]).substitute(
-        title=html.escape(title or f"{m['model']} {features.provenance.site}, layer {m['layer']}"),
+        title=html.escape(title or f"{m['model']} {_where(m)}"),
         facts=html.escape(facts), last=sae.d_sae - 1, style=read["style.css"], script=read["page.js"],
         footer="".join(f"<p>{html.escape(text)}</p>" for text in (lens, context, version)),
     )  # fmt: skip
+
+
+def _where(manifest: dict[str, Any]) -> str:
+    sites = manifest.get("sites")
+    return f"{manifest['site']}, layer {manifest['layer']}" if sites is None else f"{sites[0]} … {sites[-1]}"
 
 
 def _json(value: Any) -> str:

@@ -44,7 +44,8 @@ def write_delphi(features: Features, folder: str | Path, *, splits: int = 5, mod
         the folder of the module.
 
     Raises:
-        TypeError, ValueError: an argument is of another kind or out of range, or no context has the whole length.
+        TypeError, ValueError: an argument is of another kind or out of range, ``module`` is not said of features of
+            several sites, or no context has the whole length.
 
     Source: EleutherAI/delphi, ``delphi/latents/cache.py`` and ``loader.py`` as of commit 3c2e139.
 
@@ -63,6 +64,8 @@ def write_delphi(features: Features, folder: str | Path, *, splits: int = 5, mod
         raise TypeError(f"features must be Features, got {type(features).__name__}")
     splits = check_int("splits", splits, 1, features.d_sae)
     manifest = features.manifest
+    if module is None and manifest.get("sites") is not None:
+        raise ValueError(f"module must be given: these features are of several sites, {manifest['sites']}")
     name = str(Site.of(manifest["site"], manifest["layer"])) if module is None else module
     if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name:
         raise ValueError(f"module must be the name of a folder, got {module!r}")

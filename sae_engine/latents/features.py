@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..data.sites import Site
 from ..data.store import folder_in
 from ..metrics.place import contexts_for
 from ..metrics.splice import Normalization
-from ._belonging import belonging
+from ._belonging import read_by
 from .stored import DTYPES, FORMAT, MANIFEST, Features, FeatureTokens, check_sha256, check_shard, read_manifest
 
 # What a run writes as it goes on; all other fields are settings, in which two calls have to agree.
@@ -60,7 +60,7 @@ def collect(
         lm, documents: as :func:`sae_engine.data.stream_activations` has them.
         folder: made when missing.
         layer, site, normalize: where the autoencoder belongs, and what its input is; by default what
-            ``sae.provenance`` says.
+            ``sae.provenance`` says. A source of several sites (:func:`of_source`) has them from the crosscoder's.
         max_tokens: stop after so many tokens that are encoded; None is all.
         dtype: of the values: float16 (11 bits; what it rounds to 0 is not stored) or float32.
         shard_tokens: tokens of a shard, which is closed at the end of the batch with which it reaches them.
@@ -85,9 +85,9 @@ def collect(
         True
     """
     check_model(lm)
-    where = belonging(lm, sae, layer=layer, site=site, normalize=normalize, reads_only=True)
+    sites, normalization = read_by(sae, lm, layer=layer, site=site, normalize=normalize)
     contexts = contexts_for(sae, lm, contexts)
-    settings, max_tokens = check_stream(lm, documents, None, where.place.site, max_tokens, **contexts)
+    settings, max_tokens = check_stream(lm, documents, None, sites[0], max_tokens, **contexts)
     dtype = dtype_in("dtype", dtype)
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -95,15 +95,19 @@ def collect(
         raise TypeError(f"text_source must be a string or None, got {text_source!r}")
     flag("progress", progress)
     target = folder_in("folder", folder)
-    encoder = _Encoder(sae, where.normalization, dtype)
+    encoder = _Encoder(sae, normalization, dtype)
+    one = sites[0] if len(sites) == 1 else None
     request = {
         "format": FORMAT, "model": lm.name, "revision": lm.revision, "sha256": lm.sha256,
         "model_dtype": _word(next(lm.model.parameters()).dtype), "sae": repr(sae.activation),
-        "sae_sha256": memory_sha256(sae), "d_in": sae.d_in, "d_sae": sae.d_sae, "layer": where.place.site.layer,
-        "site": where.place.site.place, "normalize": where.normalization.kind, **settings.words,
+        "sae_sha256": memory_sha256(sae), "d_in": sae.d_in, "d_sae": sae.d_sae, "layer": one and one.layer,
+        "site": one and one.place, "normalize": normalization.kind, **settings.words,
         "max_tokens": max_tokens, "dtype": _word(dtype), "shard_tokens": check_int("shard_tokens", shard_tokens, 1),
         "text_source": text_source,
     }  # fmt: skip
+    if one is None:
+        request |= {"sites": [str(site) for site in sites], "models": [lm.of(site).name for site in sites],
+                    "other_sha256": [other.sha256 for other in lm.others]}  # fmt: skip
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -113,7 +117,7 @@ def collect(
         if not manifest["complete"]:
             with evaluating(sae):
                 batches = token_batches(lm, documents, settings)
-                _collect(lm, encoder, batches, target, manifest, where.place.site, progress)
+                _collect(lm, encoder, batches, target, manifest, sites, progress)
     return Features(target)
 
 
@@ -159,7 +163,7 @@ def _begin(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 def _collect(
     lm: LanguageModel, encoder: _Encoder, batches: Iterable[TokenBatch], folder: Path, manifest: dict[str, Any],
-    site: Site, progress: bool,
+    sites: Sequence[Site], progress: bool,
 ) -> None:  # fmt: skip
     """Run the model from the first batch on that no shard holds. Shards end where batches do."""
     stored = sum(shard["batches"] for shard in manifest["shards"])
@@ -174,8 +178,10 @@ def _collect(
             if number == stored and manifest["shards"][-1]["text_sha256"] != text_hash.hexdigest():
                 raise ValueError(f"documents are not those that the shards in {str(folder)!r} were made from")
             if number > stored:
-                (rows,) = batch_rows(lm, batch, site)
-                check_finite(rows, seen, lm, batch)
+                parts = batch_rows(lm, batch, *sites)
+                for site, part in zip(sites, parts, strict=True):
+                    check_finite(part, seen, lm.of(site), batch)
+                rows = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts], 1)
                 buffer.append(_columns(batch, kept, encoder(rows[: len(kept)])))
                 bar.update(len(kept))
                 if sum(len(columns["token_ids"]) for columns in buffer) >= manifest["shard_tokens"]:

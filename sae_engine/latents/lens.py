@@ -14,7 +14,8 @@ from ..data.places import input_device
 from ..data.replacing import run_with_replacement
 from ..data.sites import Site
 
-IN_THE_STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+ADDED = ("attn_out", "mlp_out")  # to the stream; the others are the stream itself
+IN_THE_STREAM = (*ADDED, "resid_pre", "resid_mid", "resid_post")
 ROWS = 64  # at a time: as many rows of logits are in memory
 
 

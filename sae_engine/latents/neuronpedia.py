@@ -25,7 +25,7 @@ from ..data.contexts import check_int
 from ..data.models import LanguageModel
 from ..data.sites import Site
 from ..data.store import folder_in
-from ._shown import Words, check, chosen_latents, geometry, histogram, lens_of
+from ._shown import Words, check, chosen_latents, geometry, histogram, lenses_of, written_by
 from .contexts import Context, max_activating
 from .stored import Features
 
@@ -53,7 +53,8 @@ def write_neuronpedia(
     """Write features as a source that Neuronpedia's administrators import: contexts, histograms, logits, neighbours.
 
     What Neuronpedia has and this does not: correlated neurons and features, and the histogram of all logits. Those
-    fields are empty.
+    fields are empty; so is the vector of a latent that writes to several sites, whose logits are those that a page
+    shows first.
 
     Args:
         features, sae, lm: what belongs together, as :func:`~sae_engine.latents.write_dashboard` has it.
@@ -72,7 +73,7 @@ def write_neuronpedia(
 
     Raises:
         TypeError, ValueError: an argument is of another kind or out of range, or does not belong to the features;
-            these are of no block.
+            these are of no block, or of several sites.
 
     Source: hijohnnylin/neuronpedia, ``utils/neuronpedia-utils``, commit ebb8426.
 
@@ -95,7 +96,8 @@ def write_neuronpedia(
             raise ValueError(f"{name} must be of letters, digits, '.', '_' and '-', got {value!r}")
     contexts, m = check_int("contexts", contexts, 0), features.manifest
     if m["layer"] is None:
-        raise ValueError(f"features: a source of Neuronpedia has a layer, and {m['site']!r} is in no block")
+        where = f"{m['site']!r} is in no block" if m.get("sites") is None else f"these read {m['sites']}"
+        raise ValueError(f"features: a source of Neuronpedia has a layer, and {where}")
     chosen = chosen_latents(features, latents)
     source_id = f"{m['layer']}-{set_name}"
     target = folder_in("folder", folder) / model_id / source_id
@@ -137,7 +139,9 @@ class _Export:
     ) -> None:
         self.features, self.sae, self.chosen, self.own = features, sae, chosen, own
         self.words = Words(lm.tokenizer)
-        self.lens, _ = lens_of(features, sae, lm, chosen)
+        lenses, _ = lenses_of(features, sae, lm, chosen, first_only=True)
+        self.lens = lenses[0].lens if lenses else None
+        self.one_site = len(written_by(features, sae)) == 1
         self.hook = str(Site.of(features.manifest["site"], features.manifest["layer"]))
         self.contexts = int((features.tokens().positions == 0).sum())
 
@@ -149,8 +153,10 @@ class _Export:
         nearest = geometry(self.sae, torch.tensor([latent], device="cpu"))["n"][0]
         largest = max((context.activation for context in contexts), default=0.0)
         line: dict[str, Any] = {
-            **self.own, "index": str(latent), "maxActApprox": largest, "hasVector": True, "hookName": self.hook,
-            "vector": [float(f"{value:.6g}") for value in self.sae.W_dec[latent].detach().float().tolist()],
+            **self.own, "index": str(latent), "maxActApprox": largest, "hasVector": self.one_site,
+            "hookName": self.hook,
+            "vector": [float(f"{value:.6g}") for value in self.sae.W_dec[latent].detach().float().tolist()
+                       if self.one_site],
             "vectorDefaultSteerStrength": largest, "frac_nonzero": len(values) / self.features.manifest["encoded"],
             "freq_hist_data_bar_heights": counts,
             "freq_hist_data_bar_values": [low + width * (bar + 0.5) for bar in range(len(counts))],

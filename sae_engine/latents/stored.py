@@ -118,7 +118,8 @@ class Features:
         m = self.manifest
         return Provenance(
             model=m["model"], revision=m["revision"], sha256=m["sha256"], layer=m["layer"], site=m["site"],
-            d=m["d_in"], normalize=m["normalize"], model_dtype=m["model_dtype"], text=m["text_source"],
+            sites=m.get("sites"), models=m.get("models"), d=m["d_in"], normalize=m["normalize"],
+            model_dtype=m["model_dtype"], text=m["text_source"],
             **rows_in_words(m),
         )  # fmt: skip
 

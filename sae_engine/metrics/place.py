@@ -40,7 +40,7 @@ def place_of(
             ``sae-engine eval`` that say the rest.
     """
     said = sae.provenance or Provenance()
-    if sae.has_sites:
+    if sae.has_sites or said.sites is not None:  # the second: a source of several sites
         return _of_sites(said, name, model, revision)
     found_site = said.site if site is None else site
     found_layer = said.layer if layer is None else layer

@@ -1,6 +1,6 @@
 "use strict";
 // Whatever comes from a text is put in with textContent alone: nothing here makes HTML of a string.
-const all = window.saeLatents; // written by latents.js: {shown, counts, encoded, size}
+const all = window.saeLatents; // written by latents.js: {shown, counts, encoded, size, lenses}
 const loaded = new Map(); // a chunk's number -> its promise
 const arrived = {};
 window.saeChunk = (number, entries) => { arrived[number] = entries; };
@@ -112,6 +112,27 @@ function contextView(context, largest) {
   return view;
 }
 
+let lens = 0; // which of the sites that are written; it stays from latent to latent
+function lensOf(site) {
+  return [section("Logit lens: raises", rows(site.u, tokenLabel)),
+    section("Logit lens: lowers", rows(site.l, tokenLabel))];
+}
+
+function lensChoice(sites, columns) {
+  const choice = make("select");
+  sites.forEach((site, i) => choice.append(make("option", `${all.lenses[i]} · ${number(100 * site.s)} %`, {value: i})));
+  choice.value = lens;
+  choice.addEventListener("change", () => {
+    lens = Number(choice.value);
+    columns.lastChild.remove();
+    columns.lastChild.remove();
+    columns.append(...lensOf(sites[lens]));
+  });
+  const label = make("label", "Logit lens of ", {class: "lens"});
+  label.append(choice, " of the squared decoder norm");
+  return label;
+}
+
 function draw(latent, found) {
   const article = document.getElementById("latent");
   const parts = [make("h2", `Latent ${latent}`)];
@@ -126,11 +147,9 @@ function draw(latent, found) {
     const columns = make("div", undefined, {class: "columns"});
     if (found.h) columns.append(section("Activations", ...histogram(found.h)));
     if (found.n) columns.append(section("Nearest decoder rows", rows(found.n, latentLink)));
-    if (found.u) {
-      columns.append(section("Logit lens: raises", rows(found.u, tokenLabel)));
-      columns.append(section("Logit lens: lowers", rows(found.l, tokenLabel)));
-    }
+    if (found.w.length) columns.append(...lensOf(found.w[lens]));
     parts.push(columns);
+    if (found.w.length > 1) parts.push(lensChoice(found.w, columns));
     if (found.c.length) parts.push(section("Contexts in which it fires most",
       ...found.c.map((context) => contextView(context, Math.abs(found.c[0].a[found.c[0].p])))));
   }
