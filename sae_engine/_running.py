@@ -241,6 +241,32 @@ class RunningTopK(Running):
         return self._shards.narrowed(codes, self._shards.kept_of_rows(by, allowed, self._wanted).flatten(), found)
 
 
+class RunningOverSources(RunningTopK):
+    """Each row's k first are held, the rows of a source below those of another; of a token's rows k are kept at last.
+
+    Nothing waits for the device: how many entries are kept is known.
+    """
+
+    def __init__(self, rows: int, num_latents: int, backend: str, k: int, sources: int) -> None:
+        self._of_token, self._sources = check.integer_k(k, num_latents * sources), sources
+        super().__init__(rows, num_latents, backend, min(k, num_latents))
+
+    def finish(self) -> tuple[SparseCodes, Tensor | None]:
+        assert self._held is not None
+        entries, _, latents = self._held
+        tokens, held, device = self.tokens // self._sources, entries.shape[1], entries.device
+        by_token = entries.view(self._sources, tokens, held).transpose(0, 1).reshape(tokens, -1)
+        _, kept = ops.topk(by_token, None, None, self._of_token, False, False, self.backend)
+        kept, token = kept.view(tokens, self._of_token).long(), torch.arange(tokens, device=device)[:, None]
+        source, place = kept // held, kept % held
+        flat = ((source * tokens + token) * held + place).flatten().sort().values
+        offsets = torch.searchsorted(flat, torch.arange(self.tokens + 1, device=device) * held)
+        found = entries.flatten()[flat]
+        values = torch.where(found <= 0, 0.0, found)
+        codes = SparseCodes(values, latents.flatten()[flat], offsets, (self.tokens,), self.num_latents)
+        return codes, found if self.wants_entries else None
+
+
 class _ByFlatPosition(Running):
     """A rule whose entries compete beyond their row: what may still be kept is held, in order of flat position."""
 

@@ -125,6 +125,9 @@ class SparseAutoencoder(nn.Module):
         check.flag("skip", skip)
         if contiguous_parameters is not None:
             check.flag("contiguous_parameters", contiguous_parameters)
+        if getattr(activation, "sources", 1) > 1:
+            raise ValueError(f"activation must choose among the latents of one source, {type(activation).__name__} "
+                             "does among those of several, a Crosscoder's")  # fmt: skip
         k = getattr(activation, "k", None)
         if k is not None and k > d_sae:
             raise ValueError(f"activation keeps k={k} of d_sae={d_sae} latents: k must not exceed d_sae")

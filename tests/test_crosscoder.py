@@ -8,7 +8,7 @@ from pair_loop import SITES, WIRINGS, B, D, F, batch, coder, copied, dense_codes
 import sae_engine as se
 from sae_engine import _slabs, _sources
 
-RULES = ("topk", "batch", "batches", "jumprelu", "relu", "mixed")
+RULES = ("topk", "batch", "batches", "jumprelu", "relu", "mixed", "token")
 # Sums over at most B F products of numbers near 1 in fp64.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -109,7 +109,7 @@ def test_slabs_keep_the_same_codes(latents_at_least, monkeypatch):
     monkeypatch.setattr(_slabs, "LATENTS_AT_LEAST", latents_at_least)
     monkeypatch.setattr(_slabs, "ALIGNMENT", 4)
     x, _ = batch()
-    for rule in ("topk", "batch", "batches", "jumprelu"):
+    for rule in ("topk", "batch", "batches", "jumprelu", "token"):
         made = coder("causal", rule)
         with torch.no_grad():
             whole, parts = made.encode(x), made.encode(x, memory_budget=3 * F * 8)

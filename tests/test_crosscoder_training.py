@@ -13,7 +13,7 @@ from sae_engine.training import TrainStep, peak_bytes
 LR = 2**-10  # the same in fp32, in which a step keeps it
 # Five steps of Adam: a gradient's rounding of 1e-16 is multiplied by 1 / sqrt(second moment), here below 1e6.
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
-RULES = ("topk", "batch", "batches", "mixed")
+RULES = ("topk", "batch", "batches", "mixed", "token")
 
 
 def error(made, x, target):
@@ -133,7 +133,7 @@ def test_latents_that_are_off_are_lifted_where_gradients_are_stored():
     assert_trained_alike(ours, theirs)
 
 
-@pytest.mark.parametrize("rule", ["topk", "batch"])
+@pytest.mark.parametrize("rule", ["topk", "batch", "token"])
 @pytest.mark.parametrize("decoder_norm", ["joint", "sum"])
 def test_ranked_by_decoder_norms(rule, decoder_norm):
     ours, theirs = (coder("causal", rule, rescale_acts_by_decoder_norm=True, decoder_norm=decoder_norm)

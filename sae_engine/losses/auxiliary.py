@@ -234,9 +234,10 @@ class MultiTopK(Loss):
         k = getattr(sae.activation, "k", None)
         if k is None:
             raise TypeError(f"MultiTopK needs a rule with k, got {sae.activation!r}")
+        most = every_latent(sae) * getattr(sae.activation, "sources", 1)
         wider = copy.copy(sae.activation)
         wider.__dict__.update(sae.activation.__dict__)  # a process group, too, which copies leave out
-        setattr(wider, "k", min(self.factor * k, every_latent(sae)))  # noqa: B010 - no attribute that all rules have
+        setattr(wider, "k", min(self.factor * k, most))  # noqa: B010 - no attribute that all rules have
         return wider
 
     def value(self, batch: LossInput) -> Tensor:

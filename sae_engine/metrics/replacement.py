@@ -70,6 +70,16 @@ class Replacement:
         if empty := [each.name for each, places in zip(self.lms, self.places, strict=True) if not places]:
             raise ValueError(f"sites must name a site of each model, {empty[0]!r} has none")
         self.is_causal: bool | None = None  # known once a batch has passed
+        # What a layer keeps then hangs on all later ones, which in a replaced run come after it.
+        self.ranks_sources = getattr(coder.activation, "sources", 1) > 1
+
+    @property
+    def reason(self) -> str:
+        """Why a rule has no codes of the replaced run, to be read after :data:`CLEAN`; "" where it could have."""
+        if not self.ranks_sources:
+            return ""
+        rule = type(self.coder.activation).__name__
+        return f" ({rule} ranks the latents of all sources together, the later of which a replaced run has not got to)"
 
     def clean(self, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Logits of each model, and the rows (tokens, width) of all sites that are read, and of those written."""
@@ -86,13 +96,15 @@ class Replacement:
 
         logits = [self._run(model, batch, look) for model in range(len(self.lms))]
         if self.is_causal is None:
-            self.is_causal = self._allows(order)
+            self.is_causal = not self.ranks_sources and self._allows(order)
         return logits, [x[n] for n in range(len(x))], [y[n] for n in range(len(y))]
 
     def replaced(self, batch: Batch, x: list[Tensor]) -> list[Tensor]:
         """Logits of each model with reconstructions in place. ``x``: of :meth:`clean`, for wirings that need it all."""
         running = _Reconstruction(self.coder, len(batch.rows), x[0])
-        if not self.is_causal:
+        if self.ranks_sources:
+            running.read_together(x)
+        elif not self.is_causal:
             for number, rows in enumerate(x):
                 running.read(number, rows)
 
@@ -154,6 +166,12 @@ class _Reconstruction:
         b_dec = coder.share.b_dec.detach()
         self.out = b_dec.to(torch.promote_types(like.dtype, b_dec.dtype)).expand(tokens, -1).clone()
 
+    def read_together(self, x: list[Tensor]) -> None:
+        """All sites, of which one rule chooses."""
+        self.x = dict(enumerate(x))
+        codes = self.coder.encode(torch.cat(x, 1))
+        self.out += self.coder._sums(codes)
+
     def read(self, site: int, rows: Tensor) -> None:
         self.x[site] = rows
         for source in self.coder.sources:
@@ -200,7 +218,8 @@ def evaluate_sites(
     Three forward passes of the language model. Errors and sparsity are those of the model's own activations. In the
     replacement model all sites that are written are replaced at once, in all rows; ``setting`` says of which run the
     codes are: of the replaced one where each site comes after all that is read for it (cross-layer transcoders,
-    transcoder sets), else of the model's own activations (acausal crosscoders).
+    transcoder sets), else of the model's own activations: acausal crosscoders, and coders whose rule ranks the latents
+    of all sources together (:class:`~sae_engine.rules.TopKOverSources`), which no replaced run can choose.
 
     Args:
         coder: in eval mode during the call, afterwards as before; as wide as the model is at its sites.
@@ -261,7 +280,7 @@ def evaluate_sites(
         "first_positions": "dropped" if words["drop_first"] else "kept",
         **{name: words[name] for name in ("separator", "first_token", "exclude_tokens", "exclude_positions")},
         "activation": repr(coder.activation), "d_sae": coder.d_sae, "sources": len(coder.sources),
-        "codes": REPLACED if replacement.is_causal else CLEAN,
+        "codes": REPLACED if replacement.is_causal else CLEAN + replacement.reason,
     }  # fmt: skip
     found = {"setting": setting, "reconstruction": reconstruction.compute(), "sparsity": sparsity.compute(),
              "decoder": _decoder(coder), "language": language[0]}  # fmt: skip

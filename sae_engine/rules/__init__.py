@@ -8,6 +8,7 @@ from .feature_choice import FeatureChoice
 from .gated import Gated
 from .gradient import GradientTopK
 from .matryoshka import MatryoshkaBatchTopK
+from .over_sources import TopKOverSources
 from .per_source import PerSource
 from .sampled import SampledTopK
 from .statistical import StatisticalTopK
@@ -36,6 +37,7 @@ __all__ = [
     "StatisticalTopK",
     "TopAFA",
     "TopK",
+    "TopKOverSources",
     "captured_size",
     "kept_values",
 ]

@@ -55,7 +55,8 @@ class Activation(nn.Module):
     ``entry_values(pre, codes, **context)``; the encoder's gradient is then sparse (:func:`functional.encode`). A
     subclass that changes what ``_select`` stores has to say so anew.
 
-    ``scope`` names what competes: entries of a ``"row"`` (or no others), of the whole ``"batch"`` or of a ``"latent"``.
+    ``scope`` names what competes: entries of a ``"row"`` (or no others), of a ``"token"`` over all sources of a
+    crosscoder, whose number is then an attribute ``sources``, of the whole ``"batch"`` or of a ``"latent"``.
     Where the pre-activations of a batch exceed the memory that they may take, they pass by in rectangles. What the rule
     keeps of them is then up to ``running(tokens, num_latents, backend=..., **context)``, which returns a
     :class:`Running`. Without that method a rule of scope "row" is given all latents of some tokens at a time, and any

@@ -107,9 +107,15 @@ def rule_for(given: Any, sources: int, d_sae: int) -> Activation:
             )
         if not rule.encoder_bias:
             raise ValueError(f"activation must leave an encoder bias to each source, which {name} does without")
+        over = getattr(rule, "sources", 1)
+        if over > 1 and (rule is not given or over != sources):
+            raise ValueError(f"activation {name} chooses among the latents of {over} sources together: it must be the "
+                             f"only rule of a crosscoder of {over} sources, got {sources} sources"
+                             f"{'' if rule is given else ' with a rule each'}")  # fmt: skip
         k = getattr(rule, "k", None)
-        if k is not None and k > d_sae:
-            raise ValueError(f"activation keeps k={k} of d_sae={d_sae} latents: k must not exceed d_sae")
+        if k is not None and k > d_sae * over:
+            limit = "d_sae" if over == 1 else f"d_sae times {over} sources"
+            raise ValueError(f"activation keeps k={k} of d_sae={d_sae} latents: k must not exceed {limit}")
         if sources > 1 and getattr(rule, "widths", None) is not None:
             raise ValueError(f"activation must not nest its latents with several sources, as {name} does")
         if sources > 1 and rule is given:

@@ -68,6 +68,10 @@ class Architecture:
         """The selection rule, for a training of ``steps`` updates."""
         raise TypeError(f"{type(self).__name__} must define build_rule")
 
+    def build_rule_of(self, sources: int, d_sae: int, steps: int) -> rules.Activation:
+        """The same for a crosscoder of so many sources. One without a state for each latent serves them all."""
+        return self.build_rule(d_sae, steps)
+
     def losses(self, d_in: int, d_out: int) -> list[Loss]:
         """What is added to the reconstruction error, or takes its place, but for AuxK."""
         return []

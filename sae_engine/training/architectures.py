@@ -22,57 +22,12 @@ from ..initial import init_sparse
 from ..losses import AFA, L1, GateLoss, Loss, NestedReconstruction, StepL0
 from ._architecture import Architecture, numbers
 from ._faults import Check, ConfigError, auto, nearest, one_of, optional, rate, real, settle, whole, widths
+from .counting import AbsTopKSAE, TopKSAE
 from .cross_layer import TanhJumpReLUSAE
 
 Auto = Literal["auto"]
 _AUTO_WIDTHS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)  # 2048, 6144, 14336, 30720, 65536 in the paper
 _GEMMA_SCOPE = 1e-3  # its bandwidth and first threshold, for rows of mean squared norm 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Counting(Architecture):
-    """Keeps k entries a token."""
-
-    k: int = 32
-    _rule: ClassVar[Any]
-
-    def __post_init__(self) -> None:
-        settle(self, k=whole())
-
-    def build_rule(self, d_sae: int, steps: int) -> rules.Activation:
-        return self._rule(self.k)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopKSAE(_Counting):
-    """``topk``: k latents of each token. Gao et al. 2024, arXiv:2406.04093.
-
-    Raises:
-        ConfigError: ``k`` is no positive int.
-
-    Example:
-        >>> TopKSAE(k=64).tag
-        'topk'
-    """
-
-    tag = "topk"
-    _rule = rules.TopK
-
-
-@dataclass(frozen=True, kw_only=True)
-class AbsTopKSAE(_Counting):
-    """``abstopk``: k latents of each token by magnitude, signed. Zhu et al. 2025, arXiv:2510.00404.
-
-    Raises:
-        ConfigError: ``k`` is no positive int.
-
-    Example:
-        >>> AbsTopKSAE().build_rule(1024, 100)
-        AbsTopK(k=32)
-    """
-
-    tag = "abstopk"
-    _rule = rules.AbsTopK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,6 +406,7 @@ REFUSED: dict[str, tuple[type[rules.Activation], str]] = {
     "mutual_choice": (rules.MutualChoice, "it is the rule of batchtopk: say batchtopk"),
     "aux_topk": (rules.AuxTopK, "it selects for AuxK alone: see aux_k and aux_k_coefficient"),
     "aux_zipf_topk": (rules.AuxZipfTopK, "it selects for an auxiliary loss alone"),
+    "top_k_over_sources": (rules.TopKOverSources, "say topk, and over_sources: true"),
     "per_source": (rules.PerSource, "it is what a crosscoder makes of any rule: give several places as hook_name"),
 }  # fmt: skip
 

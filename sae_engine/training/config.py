@@ -212,7 +212,7 @@ class TrainConfig:
             >>> file = pathlib.Path(tempfile.mkdtemp(), "run.yaml")
             >>> _ = file.write_text("saes: [{hook_name: blocks.2.hook_resid_pre, k: 16}]")
             >>> TrainConfig.from_yaml(file).saes[0].architecture
-            TopKSAE(k=16)
+            TopKSAE(k=16, over_sources=False)
         """
         from . import config_files
 

@@ -75,7 +75,7 @@ def preset(name: str, settings: Sequence[str] = ()) -> TrainConfig:
 
     Example:
         >>> preset("gpt2-topk-32k", ["saes.0.k=64"]).saes[0].architecture
-        TopKSAE(k=64)
+        TopKSAE(k=64, over_sources=False)
     """
     if name not in PRESETS:
         known = ", ".join(PRESETS)

@@ -275,7 +275,7 @@ class SAEConfig:
         kind = self.architecture.resolved(reads[0], d_sae, self.normalize_activations)
 
         def rule() -> Activation:
-            return kind.build_rule(d_sae, steps)
+            return kind.build_rule_of(self.sources, d_sae, steps)
 
         one = rule()
         of_latents = any(t.dim() for t in (*one.parameters(), *one.buffers()))

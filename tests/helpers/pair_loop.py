@@ -16,6 +16,7 @@ def rules(name, sources, latents=F):
     made = {
         "topk": lambda: se.TopK(4),
         "batch": lambda: se.BatchTopK(2.5),  # one budget for all sources and tokens
+        "token": lambda: se.rules.TopKOverSources(7, sources) if sources > 1 else se.TopK(7),  # of all sources together
         "batches": lambda: [se.BatchTopK(2.5 + s) for s in range(sources)],
         "jumprelu": lambda: [se.JumpReLU(latents, threshold=0.1, bandwidth=0.2) for _ in range(sources)],
         "relu": se.ReLU,
@@ -78,6 +79,11 @@ class Jump(torch.autograd.Function):
         return torch.where(pre > theta, grad, 0.0), -(theta / ctx.width * grad * inside).sum(0), None
 
 
+def _first(pre, k):
+    """1 at each row's k largest."""
+    return torch.zeros_like(pre).scatter(1, pre.topk(k, dim=1).indices, 1.0)
+
+
 def _dense(rule, pre):
     """What a rule keeps of (rows, F), as a dense matrix."""
     if isinstance(rule, se.BatchTopK):
@@ -85,7 +91,7 @@ def _dense(rule, pre):
         kept[pre.detach().relu().flatten().topk(int(rule.k * len(pre))).indices] = 1
         return pre.relu() * kept.view_as(pre)
     if isinstance(rule, se.TopK):
-        return pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(rule.k, dim=1).indices, 1.0)
+        return pre.relu() * _first(pre, rule.k)
     if isinstance(rule, se.JumpReLU):
         return Jump.apply(pre, rule.threshold.to(pre.dtype), rule.bandwidth)
     return pre.relu()
@@ -102,6 +108,9 @@ def dense_codes(made, x):
         return torch.stack([_dense(of_source, pre) for of_source, pre in zip(rule, pres, strict=True)])
     if rule.scope == "batch":
         return _dense(rule, torch.cat(pres)).view(len(pres), *pres[0].shape)
+    if rule.scope == "token":
+        of_token = _first(torch.cat(pres, 1), rule.k)
+        return torch.stack([pre.relu() * kept for pre, kept in zip(pres, of_token.chunk(len(pres), 1), strict=True)])
     return torch.stack([_dense(rule, pre) for pre in pres])
 
 
