@@ -1,7 +1,7 @@
 """Rows of a decoder: how they start, as an encoder's do, and their norms."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,15 @@ BLOCK = 4096  # rows that are drawn at a time
 def decoder_norms(W_dec: Tensor) -> Tensor:
     """(F,) norms of the rows in fp32 or wider, differentiable: rounded to 16 bits they would bias what is selected."""
     return torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.promote_types(W_dec.dtype, torch.float32))
+
+
+def norms_by_site(W_dec: Tensor, widths: Sequence[int]) -> Tensor:
+    """(F, sites) norms of the parts of its rows that are ``widths`` wide, as :func:`decoder_norms`."""
+    if len(set(widths)) > 1:
+        return torch.stack([decoder_norms(part) for part in W_dec.split(list(widths), dim=1)], 1)
+    # One reduction for all of them: over rows with gaps PyTorch takes four times as long on a CPU.
+    wide = torch.promote_types(W_dec.dtype, torch.float32)
+    return torch.linalg.vector_norm(W_dec.unflatten(1, (len(widths), widths[0])), dim=2, dtype=wide)
 
 
 def unit_rows(rows: int, width: int, *, dtype=None, device=None, shards: Shards | None = None) -> Tensor:

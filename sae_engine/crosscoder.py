@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional
-from ._decoder_rows import decoder_norms, uniform_rows
+from ._decoder_rows import decoder_norms, norms_by_site, uniform_rows
 from ._encoder import linear_dtype
 from ._sources import below_one_another, decode_together, encode_together, parts_of
 from ._wiring import columns_of, ranges_of, widths_of
@@ -399,8 +399,7 @@ class Crosscoder(SparseAutoencoder):
     def _own_site_norms(self) -> Tensor:
         rows = []
         for source in self.sources:
-            parts = source.W_dec.split([self.written_widths[t] for t in source.written_sites], dim=1)
-            norms = torch.stack([decoder_norms(part) for part in parts], 1)
+            norms = norms_by_site(source.W_dec, [self.written_widths[t] for t in source.written_sites])
             before, after = source.written_sites.start, len(self.written_widths) - source.written_sites.stop
             rows.append(nn.functional.pad(norms, (before, after)))
         return torch.stack(rows)
@@ -419,8 +418,7 @@ class Crosscoder(SparseAutoencoder):
         W_dec = self.W_dec[source.number]
         if self.decoder_norm == "joint":
             return decoder_norms(W_dec)
-        widths = [self.written_widths[t] for t in source.written_sites]
-        return torch.stack([decoder_norms(part) for part in W_dec.split(widths, dim=1)], 1).sum(1)
+        return norms_by_site(W_dec, [self.written_widths[t] for t in source.written_sites]).sum(1)
 
     def _norms_of(self, source: Any) -> Tensor:
         return self.norms_of(source)

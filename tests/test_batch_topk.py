@@ -9,6 +9,7 @@ from sae_engine.testing import HARD_KINDS, assert_same, make_pre
 from sae_kernels.device import _tuning
 from sae_kernels.dispatch import interprets_triton
 from sae_kernels.ops import ops
+from sae_kernels.stock import batch_topk as selection
 
 FAST = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -176,3 +177,26 @@ def test_gradcheck():
 def test_k_is_checked(bad):
     with pytest.raises((ValueError, TypeError), match="k"):
         f.batch_topk(torch.randn(2, 10), bad)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "columns", "nan"])
+def test_a_bound_from_a_sample_of_maxima_changes_nothing(kind, monkeypatch):
+    """So many entries that the bound is a sample's; of ``columns`` it is too high, and all are asked."""
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(300, 2176, generator=generator)  # 68 groups a row, four of which are looked at: 17, 34, 51, 0
+    if kind == "ties":
+        pre = (4 * pre).round() / 4
+    elif kind == "columns":
+        pre.view(300, 4, 17, 32)[:, :, 0] += 8.0  # the sample has nothing else
+    elif kind == "nan":
+        pre[7, 5] = torch.nan
+    asked = []
+    kth = selection._kth_largest
+    monkeypatch.setattr(selection, "_kth_largest", lambda x, k: asked.append(x.numel()) or kth(x, k))
+    k, groups = 5000, pre.numel() // 32
+    values, indices, offsets = selection.batch_topk(pre, None, k)
+    assert (groups in asked) is (kind == "columns") and groups // 17 in asked
+    order = pre.relu().nan_to_num(torch.inf).flatten().sort(descending=True, stable=True).indices[:k].sort().values
+    assert torch.equal(indices, (order % 2176).int())
+    assert torch.equal(offsets, torch.searchsorted(order, torch.arange(301) * 2176))
+    assert torch.equal(values.nan_to_num(-1.0), pre.flatten()[order].nan_to_num(-1.0))

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ._rows import above_and_tied, relu
 
+SAMPLED = 17  # of so many maxima one is looked at first; odd, so that they lie in all columns of groups
 GROUP = 32  # latents of a group: the k * G candidates and the F / G maxima cost about the same
 
 
@@ -25,8 +26,7 @@ def _first_k_by_groups(flat: Tensor, k: int) -> Tensor | None:
         return None
     grouped = flat[: groups * GROUP].view(groups, GROUP)
     maxima = grouped.amax(1)
-    bound = _kth_largest(maxima, k)
-    chosen = (~(maxima < bound)).nonzero()[:, 0]  # NaN maxima are chosen
+    bound, chosen = _reached_by(maxima, k)
     if bound <= 0 or chosen.numel() > 4 * k:
         return None
     offered = torch.cat([grouped.index_select(0, chosen).flatten(), flat[groups * GROUP :]])
@@ -37,6 +37,22 @@ def _first_k_by_groups(flat: Tensor, k: int) -> Tensor | None:
     return torch.where(
         inside, group * GROUP + kept % GROUP, kept + (groups - chosen.numel()) * GROUP
     )
+
+
+def _reached_by(maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """A bound that k groups' maxima reach, or a few more, and ascending which. NaN reaches every bound.
+
+    Any such bound leaves the same entries in the end. A sample's takes a tenth of the time that the k-th largest of
+    all takes; what is a few deviations too low for its share is seldom too high, and where it is, all are looked at.
+    """
+    if k >= 256 * SAMPLED:
+        expected = k / SAMPLED
+        bound = _kth_largest(maxima[::SAMPLED], int(expected + 4 * expected**0.5))
+        chosen = (~(maxima < bound)).nonzero()[:, 0]
+        if bound > 0 and k <= chosen.numel() <= 2 * k:
+            return bound, chosen
+    bound = _kth_largest(maxima, k)
+    return bound, (~(maxima < bound)).nonzero()[:, 0]
 
 
 def batch_topk(pre: Tensor, mask: Tensor | None, total: int):

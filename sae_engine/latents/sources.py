@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as checks
-from .._decoder_rows import decoder_norms
+from .._decoder_rows import norms_by_site
 from .._wiring import columns_of
 from ..autoencoder import SparseAutoencoder
 from ..crosscoder import Crosscoder
@@ -43,7 +43,7 @@ class OneSource(SparseAutoencoder):
     def _norms_of(self, source: Any) -> Tensor:
         if self.decoder_norm == "joint":
             return super()._norms_of(source)
-        return torch.stack([decoder_norms(part) for part in self.W_dec.split(self.written_widths, dim=1)], 1).sum(1)
+        return norms_by_site(self.W_dec, self.written_widths).sum(1)
 
     def save_pretrained(self, path: str | PathLike, format: str | None = None) -> None:
         """Refused where files of an autoencoder would lack the sites or the norm.
