@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from sae_engine.distributed import checkpoint, lent_disk
 from sae_engine.distributed.agreement import Agreement
 
 SIZE, DISKS = 4, (0, 0, 1, 2)  # of each rank
+DEATHS = "dies_while_sending", "dies_while_writing_a_folder", "dies_while_reading"
 PIECE = 48  # bytes, of tensors of which a rank's smallest part has more
 
 
@@ -100,12 +102,41 @@ def a_full_disk(rank, size, folder):
 
 
 def dies_while_sending(rank, size, folder):
-    mesh = mesh_of(size)
-    Agreement.of(mesh, timeout=8)
+    _dies(rank, size, folder, "write", lambda mesh: checkpoint.save_state(state_of(mesh, rank, size), "torn", mesh))
+
+
+def dies_while_writing_a_folder(rank, size, folder):
+    _dies(rank, size, folder, "write", lambda mesh: made(mesh).save_pretrained("torn"))
+
+
+def dies_while_reading(rank, size, folder):
+    """What another case has saved before."""
+    place = folder.parent / "saves_and_loads" / "disk 0" / "state" if rank < 2 else folder / "nothing is here"
+    _dies(rank, size, folder, "read", lambda mesh: checkpoint.load_state(state_of(mesh, rank, size), place, mesh))
+
+
+def is_stuck_while_sending(rank, size, folder):
+    _dies(rank, size, folder, "write", lambda mesh: checkpoint.save_state(state_of(mesh, rank, size), "torn", mesh),
+          lambda: (time.sleep(5), os._exit(9)), timeout=2)  # fmt: skip
+
+
+def _dies(rank, size, folder, method, call, how=lambda: os._exit(9), timeout=60):
+    """The last rank, which sees no other's disk, while it is at a file: after the first piece."""
+    mesh, calls = mesh_of(size), []
+    Agreement.of(mesh, timeout=timeout)
     disk_of(rank, folder)
+    lent_disk.PIECE_BYTES = PIECE
+    meant = getattr(lent_disk.LentDisk, method)
+
+    def until_the_second(self, *request):
+        calls.append(request)
+        return meant(self, *request) if len(calls) < 2 else how()
+
     if rank == 3:
-        lent_disk.LentDisk.write = lambda *_: os._exit(9)
-    raise AssertionError([raised(lambda: checkpoint.save_state(state_of(mesh, rank, size), "torn", mesh))])
+        setattr(lent_disk.LentDisk, method, until_the_second)
+    begun = time.monotonic()
+    said = raised(lambda: call(mesh))
+    raise AssertionError([said, time.monotonic() - begun])
 
 
 # --- what is seen of it -----------------------------------------------------------------------------------------------
@@ -114,7 +145,8 @@ def dies_while_sending(rank, size, folder):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    sizes = {"saves_and_loads": 4, "loads_on_three": 3, "writes_a_folder": 4, "a_full_disk": 4, "dies_while_sending": 4}
+    sizes = {"saves_and_loads": 4, **dict.fromkeys(DEATHS, 4), "is_stuck_while_sending": 4, "loads_on_three": 3,
+             "writes_a_folder": 4, "a_full_disk": 4}  # fmt: skip
     return outcomes(__file__, sizes, folder) | {"folder": folder}
 
 
@@ -125,8 +157,8 @@ FILES = [".metadata", *(f"__{rank}_0.distcp" for rank in range(SIZE)), "state.js
 def test_a_state_is_written_to_one_disk_and_read_from_it(ran):
     for rank, (found, calls, saved, sent) in enumerate(succeeded(ran["saves_and_loads"])):
         assert found == WHOLE and calls == 7
-        assert saved == (0 if rank == 1 else 16 if rank == 0 else PIECE)  # the first answers
-        assert sent == (0 if rank == 1 else PIECE)
+        assert saved == {0: 16, 1: 32}.get(rank, PIECE)  # the first answers, the second says that it is done
+        assert sent == (32 if rank == 1 else PIECE)
     there = files_of(ran["folder"] / "saves_and_loads")
     assert there == {"disk 0": [f"state/{name}" for name in FILES], "disk 1": [], "disk 2": []}
 
@@ -155,7 +187,21 @@ def test_a_full_disk_is_said_by_all_ranks(ran):
     ]  # fmt: skip
 
 
-def test_a_rank_that_dies_is_named_and_nothing_gets_the_name(ran):
-    for rank, outcome in enumerate(ran["dies_while_sending"]):
-        assert ("RuntimeError: rank 3 (process " in outcome.raised) == (rank != 3), outcome.raised
-    assert not (ran["folder"] / "dies_while_sending" / "disk 0" / "torn").exists()
+@pytest.mark.parametrize("case", DEATHS)
+def test_a_rank_that_dies_is_named_at_once_and_nothing_gets_the_name(ran, case):
+    for rank, outcome in enumerate(ran[case]):
+        if rank == 3:
+            assert outcome.raised == "it was killed"
+            continue
+        said, seconds = eval(outcome.raised.rpartition("AssertionError: ")[2])
+        assert said.startswith("RuntimeError: rank 3 (process ") and "has ended) does not answer any more" in said
+        assert seconds < 10  # of a timeout of 60
+    torn = ran["folder"] / case / "disk 0" / "torn"
+    assert not torn.exists() or not any(torn.iterdir())
+
+
+def test_a_rank_that_is_stuck_is_named_after_the_timeout(ran):
+    for outcome in ran["is_stuck_while_sending"][:3]:
+        said, seconds = eval(outcome.raised.rpartition("AssertionError: ")[2])
+        assert said.startswith("RuntimeError: rank 3 (process ") and "does not answer within 2 s" in said
+        assert seconds < 9

@@ -160,6 +160,18 @@ class Agreement:
         """What to raise in place of a collective's ``error``: it names the rank on whose account that failed."""
         return RuntimeError(self._ended or self._verdict(error))
 
+    def lost(self, rank: int, error: BaseException) -> None:
+        """Another rank is gone, as only this one knows, by the ``error`` of its wait for it: so all will say."""
+        try:
+            self._declare(self._silence([rank], error))
+        except RuntimeError as gone:
+            self._first_gone(gone)
+
+    def linger(self, missing: Sequence[int]) -> None:
+        """Until all ranks but those ``missing`` know why they have parted, or should."""
+        if self._keeps:
+            self._linger(lambda rank: rank in missing)
+
     # --- who is there ---------------------------------------------------------------------------------------------
 
     def _opened(self, seconds: timedelta) -> dist.Store:
@@ -213,13 +225,16 @@ class Agreement:
         try:
             self._store.set(f"at {self.rank}", f"{self.calls}!")  # past it, as far as it could
             missing, errors = self._missing()
-            seconds = f"within {self.timeout:g} s" if "imed out" in str(error) else "any more"
-            names = ", ".join(f"{self.ranks[rank]}{self._how(rank)}" for rank in missing)
-            said = f"rank {names} does not answer {seconds}, at meeting {self.calls}" if missing else (
+            said = self._silence(missing, error) if missing else (
                 f"the connection between the ranks broke at meeting {self.calls}: {_line(error)}")  # fmt: skip
             return self._tell("; ".join(errors) or said, missing)
         except RuntimeError as lost:
             return self._first_gone(lost)
+
+    def _silence(self, missing: Sequence[int], error: BaseException) -> str:
+        seconds = f"within {self.timeout:g} s" if "imed out" in str(error) else "any more"
+        names = ", ".join(f"{self.ranks[rank]}{self._how(rank)}" for rank in missing)
+        return f"rank {names} does not answer {seconds}, at meeting {self.calls}"
 
     def _missing(self) -> tuple[list[int], list[str]]:
         """The ranks that have not come here, once those that were only late have had their time; and what others that
@@ -279,12 +294,15 @@ class Agreement:
 
     def _tell(self, text: str, missing: Sequence[int] = ()) -> str:
         """What all ranks but those ``missing`` will say: ``text``, unless another was first."""
-        told = self._ended = self._store.compare_set("verdict", _NOBODY, text).decode()
+        told = self._declare(text)
+        self.linger(missing)
+        return told
+
+    def _declare(self, text: str) -> str:
+        self._ended = self._store.compare_set("verdict", _NOBODY, text).decode()
         self._store.set(f"at {self.rank}", f"{self.calls}!")
         self._store.set(f"knows {self.rank}", "")
-        if self._keeps:
-            self._linger(lambda rank: rank in missing)
-        return told
+        return self._ended
 
     def _linger(self, needs_nothing: Callable[[int], bool]) -> None:
         """The rank with which the store goes waits for those that still have to read it."""

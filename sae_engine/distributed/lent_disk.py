@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from .agreement import is_of_a_collective
 
 if TYPE_CHECKING:
     from .agreement import Agreement
 
 PIECE_BYTES = 1 << 23  # that travel at a time
 _DONE, _WRITE, _READ = range(3)
+_LOST = -1  # in place of an error's number: a rank is gone, and no file is written or read any more
 
 
 class LentDisk:
@@ -32,7 +36,7 @@ class LentDisk:
     """
 
     def __init__(self, agreement: Agreement, sees: bool) -> None:
-        self._wire = agreement.wire
+        self._agreement, self._wire = agreement, agreement.wire
         self.borrowers = [rank for rank, each in enumerate(agreement.said(bool(sees))) if not each]
         if 0 in self.borrowers:
             raise OSError("path must be on a disk that the first rank sees, on which it has just written")
@@ -44,15 +48,17 @@ class LentDisk:
         """Around a part of some work that all ranks do: in it borrowers may :meth:`open` files of ``folder``.
 
         The first rank serves them before its own part begins. What goes wrong with a borrower's file is an OSError of
-        that borrower.
+        that borrower. A rank that is gone is noticed by the first one, at the latest when the others have been served
+        once more, and told to all of them.
         """
-        if self._wire.rank == 0:
+        if self.borrowers and self._wire.rank == 0:
             self._serve(folder)
         try:
             yield
         finally:
-            if self.is_borrowed:
+            if self.borrowers and self._wire.rank > 0:
                 self._ask(_DONE, "", 0, 0)
+                self._answered("")
 
     @contextmanager
     def open(self, path: Path, mode: str) -> Iterator[IO[bytes]]:
@@ -95,47 +101,90 @@ class LentDisk:
         answer = _numbers(0, 0)
         self._wire.receive(answer, 0)
         error, length = answer.tolist()
+        if error == _LOST:
+            raise dist.DistBackendError("the first rank has lost another one")
         if error:
             raise OSError(error, os.strerror(error), name)
         return length
 
     def _serve(self, folder: Path) -> None:
-        left = set(self.borrowers)
-        files: dict[str, IO[bytes]] = {}
-        with ExitStack() as opened:
-            while left:
-                request = _numbers(0, 0, 0, 0)
-                sender = self._wire.receive(request, None)
-                kind, letters, offset, length = request.tolist()
-                if kind == _DONE:
-                    left.discard(sender)
-                    continue
-                text = torch.empty(letters, dtype=torch.uint8, device="cpu")
-                self._wire.receive(text, sender)
-                given = torch.empty(length if kind == _WRITE else 0, dtype=torch.uint8, device="cpu")
-                if len(given):
-                    self._wire.receive(given, sender)
-                error, found = 0, b""
-                try:
-                    name = text.numpy().tobytes().decode()
-                    if name not in files:
-                        mode = "rb" if kind == _READ else "r+b" if (folder / name).exists() else "xb"
-                        files[name] = opened.enter_context((folder / name).open(mode))
-                    file = files[name]
-                    file.seek(offset)
-                    if kind == _WRITE:
-                        file.write(given.numpy().data)
-                    else:
-                        found = file.read(length)
-                except OSError as failed:
-                    error = failed.errno or 5
-                self._wire.send(_numbers(error, len(found)), sender, "files")
-                if found:
-                    self._wire.send(torch.frombuffer(bytearray(found), dtype=torch.uint8), sender, "files")
-            for file in files.values():
-                if file.writable():
-                    file.flush()
-                    os.fsync(file.fileno())
+        """Until everybody is done, in turns: who waits for one rank at a time hears at once that it is gone."""
+        borrowers, others = list(self.borrowers), [rank for rank in self.lenders if rank > 0]
+        answered: list[int] = []
+        lost: dict[int, BaseException] = {}
+        try:
+            with ExitStack() as opened:
+                files = _Lent(folder, opened)
+                while left := borrowers or others:
+                    for rank in list(left):
+                        try:
+                            if self._is_done(rank, files, is_lost=bool(lost)):
+                                left.remove(rank)
+                                answered.append(rank)
+                        except RuntimeError as error:
+                            if not is_of_a_collective(error):
+                                raise
+                            left.remove(rank)
+                            lost[rank] = error
+                            self._agreement.lost(rank, error)
+                if not lost:
+                    files.sync()
+        finally:  # also where the disk is full, which is this rank's error
+            for rank in answered:
+                self._wire.send(_numbers(_LOST if lost else 0, 0), rank, "files")
+        if lost:
+            self._agreement.linger([*lost])
+            raise dist.DistBackendError("a rank is gone") from next(iter(lost.values()))
+
+    def _is_done(self, rank: int, files: _Lent, *, is_lost: bool) -> bool:
+        """Whether that is what a rank says; what else it asks for is answered."""
+        request = _numbers(0, 0, 0, 0)
+        self._wire.receive(request, rank)
+        kind, letters, offset, length = request.tolist()
+        if kind == _DONE:
+            return True
+        text = torch.empty(letters, dtype=torch.uint8, device="cpu")
+        self._wire.receive(text, rank)
+        given = torch.empty(length if kind == _WRITE else 0, dtype=torch.uint8, device="cpu")
+        if len(given):
+            self._wire.receive(given, rank)
+        error, found = _LOST if is_lost else 0, b""
+        try:
+            if not is_lost:
+                file = files.at(text.numpy().tobytes().decode(), offset, reads=kind == _READ)
+                if kind == _WRITE:
+                    file.write(given.numpy().data)
+                else:
+                    found = file.read(length)
+        except OSError as failed:
+            error = failed.errno or 5
+        self._wire.send(_numbers(error, len(found)), rank, "files")
+        if found:
+            self._wire.send(torch.frombuffer(bytearray(found), dtype=torch.uint8), rank, "files")
+        return False
+
+
+class _Lent:
+    """Files of the first rank's folder, which are opened once and closed by ``opened``."""
+
+    def __init__(self, folder: Path, opened: ExitStack) -> None:
+        self._folder, self._opened = folder, opened
+        self._files: dict[str, IO[bytes]] = {}
+
+    def at(self, name: str, offset: int, *, reads: bool) -> IO[bytes]:
+        if name not in self._files:
+            place = self._folder / name
+            mode = "rb" if reads else "r+b" if place.exists() else "xb"
+            self._files[name] = self._opened.enter_context(place.open(mode))
+        self._files[name].seek(offset)
+        return self._files[name]
+
+    def sync(self) -> None:
+        """What was written is on the disk."""
+        for file in self._files.values():
+            if file.writable():
+                file.flush()
+                os.fsync(file.fileno())
 
 
 class _Borrowed(io.RawIOBase):
