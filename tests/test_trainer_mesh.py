@@ -168,8 +168,9 @@ def started_on_two(rank, size, folder):
     train(of_rows(folder.parent / "again", saes=[again], data__training_tokens=64), dataset=rows())
 
 
-SIZES = {"on_two": 2, "started_on_two": 2, "killed_on_two": 2, "resumed_on_two": 2, "resumed_on_four": 4, "resumed_on_three": 3,
-         "tokens_over_two": 2, "both_over_four": 4, "text_on_two": 2, "text_on_one": 1}  # fmt: skip
+SIZES = {"on_two": 2, "started_on_two": 2, "killed_on_two": 2, "resumed_on_two": 2, "resumed_on_four": 4,
+         "resumed_on_three": 3, "tokens_over_two": 2, "both_over_four": 4, "text_on_two": 2,
+         "text_on_one": 1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

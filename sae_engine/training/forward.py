@@ -334,10 +334,10 @@ class Forward:
     ) -> None:
         """Fills ``kept``, rule by rule, from pre-activations of which ``memory_budget`` bytes exist at a time.
 
-        Where each of ``losses`` knows its slope at what the first rule drops, codes are without what it dropped. Over
-        shards, and in a CUDA graph, they hold it as zeros.
+        Where each of ``losses`` knows its slope at what the first rule drops, codes are without what it dropped. With
+        blocks, and in a CUDA graph, they hold it as zeros.
         """
-        may_drop = bool(losses) and self.shards is None and not capturing(self.x)
+        may_drop = bool(losses) and self.by_blocks is None and not capturing(self.x)
         may_drop = may_drop and all(loss.at_dropped is not None for loss in losses)
         first_rules = rules[0] if isinstance(rules[0], PerSource) else rules[:1]
         may_drop = may_drop and any(rule.running_apart is not None for rule in first_rules)

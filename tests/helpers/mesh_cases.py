@@ -147,6 +147,8 @@ STEPS = {
     "StepL0, aimed": (lambda: se.JumpReLU(F, threshold=0.3, bandwidth=0.8), {},
                       {"losses": [StepL0(0.5, target=4.0)]}, 4),
     "TanhL0": (lambda: se.JumpReLU(F, threshold=0.3, bandwidth=0.8), {}, {"losses": [TanhL0(0.1)]}, 4),
+    "TanhL0, narrow windows": (lambda: se.JumpReLU(F, threshold=0.3, bandwidth=0.1), {}, {"losses": [TanhL0(0.1)]}, 4),
+    "TanhL0, wide windows": (lambda: se.JumpReLU(F, threshold=0.3, bandwidth=9.0), {}, {"losses": [TanhL0(0.1)]}, 4),
     "FeatureChoice": (lambda: se.FeatureChoice(F, 3, mutual_steps=2), {}, {}, 4),
     "AuxZipf": (lambda: se.FeatureChoice(F, 3), {}, {"losses": [AuxZipf(4)]}, 4),
     "SampledTopK": (lambda: se.SampledTopK(3, pool=2.0), {}, {}, 4),
@@ -161,7 +163,8 @@ STEPS = {
     "slabs of a batch": (lambda: se.BatchTopK(3.5), {}, {"memory_budget": 8 * B * 3}, 4),
     "slabs of whole rows": (se.TopAFA, {}, {"memory_budget": 8 * F * 5}, 4),
 }
-IN_FP32 = ("StepL0", "StepL0, aimed", "TanhL0", "GateLoss", "GateLoss, norms")  # the rule's parameter and its loss
+IN_FP32 = ("StepL0", "StepL0, aimed", "TanhL0", "TanhL0, narrow windows", "TanhL0, wide windows", "GateLoss",
+           "GateLoss, norms")  # the rule's parameter and its loss
 
 
 def batches(steps, tokens=B, dtype=F64):
