@@ -3,7 +3,8 @@ import pytest
 import torch
 from pair_loop import SITES, D, F, batch, coder
 
-from sae_engine.losses import AuxK
+from sae_engine import JumpReLU
+from sae_engine.losses import AuxK, TanhL0
 from sae_engine.training import TrainStep
 from sae_kernels.device import _tuning
 
@@ -15,7 +16,8 @@ CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 ONE, SEVERAL = _tuning.PASS_TILE, 8  # tiles of a row
 
 
-@pytest.mark.parametrize(("wiring", "rule", "tile"), [("causal", "topk", ONE), ("windows", "mixed", SEVERAL)])
+@pytest.mark.parametrize(("wiring", "rule", "tile"), [
+    ("causal", "topk", ONE), ("windows", "mixed", SEVERAL), ("causal", "token", ONE)])  # fmt: skip
 def test_columns_of_wider_rows(wiring, rule, tile, monkeypatch):
     """Every source but the first reads and writes inside of the rows of x and of the gradient at the output."""
     monkeypatch.setattr(_tuning, "PASS_TILE", tile)
@@ -28,6 +30,21 @@ def test_columns_of_wider_rows(wiring, rule, tile, monkeypatch):
         results.append([reports[-1]["loss"], *(p.detach() for p in made.parameters())])
     for ours, other in zip(*results, strict=True):
         torch.testing.assert_close(ours, other, **CLOSE)
+
+
+@pytest.mark.parametrize("width", [0.2, 1.5, 4.0], ids=["within", "mask", "below"])
+def test_thresholds_learn_the_same_from_what_is_held_apart(width, monkeypatch):
+    """By place, in a mask, and as what is left over beside entries below the window."""
+    found, original = [], JumpReLU.of_window
+    monkeypatch.setattr(JumpReLU, "of_window", lambda self, sums: found.append(sums) or original(self, sums))
+    for backend in ("torch", "triton"):
+        made = coder("causal", "jumprelu", dtype=torch.float32)
+        for rule in made.activation:
+            rule.bandwidth = width
+        TrainStep(made, lr=0.5, losses=TanhL0(0.1), backend=backend)(*batch(tokens=TOKENS, dtype=torch.float32))
+    ours, other = (torch.stack(sums) for sums in (found[SITES:], found[:SITES]))
+    assert other.any()
+    torch.testing.assert_close(ours, other, **CLOSE)
 
 
 def test_decoding_one_site_reads_columns():
