@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from forked_ranks import outcomes, succeeded
+from forked_ranks import outcomes, raised, succeeded
 from short_runs import SAE, settings, timeless
 
 import sae_engine as se
@@ -168,8 +168,23 @@ def started_on_two(rank, size, folder):
     train(of_rows(folder.parent / "again", saes=[again], data__training_tokens=64), dataset=rows())
 
 
+def apart_on_two(rank, size, folder):
+    """The second process sees nothing of the first one's disk, neither when the run begins nor when it goes on."""
+    place = folder / f"disk {rank}"
+    place.mkdir()
+    os.chdir(place)
+    before = 0
+    try:
+        train(of_rows(Path("run")), dataset=rows(), callbacks=[At(9, rank=0, number=signal.SIGTERM)])
+    except Interrupted as stopped:
+        before = stopped.signal
+    run = resume("run", dataset=rows())
+    nowhere = raised(lambda: resume("nowhere", dataset=rows()))
+    return [before, str(run.folder), nowhere, sorted(one.name for one in place.iterdir())]
+
+
 SIZES = {"on_two": 2, "started_on_two": 2, "killed_on_two": 2, "resumed_on_two": 2, "resumed_on_four": 4,
-         "resumed_on_three": 3, "tokens_over_two": 2, "both_over_four": 4, "text_on_two": 2,
+         "resumed_on_three": 3, "apart_on_two": 2, "tokens_over_two": 2, "both_over_four": 4, "text_on_two": 2,
          "text_on_one": 1}  # fmt: skip
 
 
@@ -275,6 +290,19 @@ def test_whoever_is_killed_is_named_and_a_resumed_run_ends_with_the_bits_of_one_
     assert timeless(Run(folder / "whole")) == timeless(Run(folder / "parts"))
     weights = ["sae/batch/sae_weights.safetensors", "sae/coder/cfg.json"]
     assert all((folder / "whole" / name).read_bytes() == (folder / "parts" / name).read_bytes() for name in weights)
+
+
+def test_a_run_goes_on_without_a_shared_disk(ran):
+    found, folder = ran
+    nowhere = "FileNotFoundError: run: 'nowhere' holds no config.yaml: it is not the folder of a run"
+    for rank, told in enumerate(succeeded(found["apart_on_two"])):
+        assert told == [signal.SIGTERM, "run", nowhere, ["run"] if rank == 0 else []]
+    apart = folder / "apart_on_two" / "disk 0" / "run"
+    one, two = tensors(folder / "whole", 24), tensors(apart, 24)
+    assert one.keys() == two.keys() and [name for name, t in one.items() if not torch.equal(t, two[name])] == []
+    for name in NAMES:
+        assert all((apart / "sae" / name / file.name).read_bytes() == file.read_bytes()
+                   for file in (folder / "whole" / "sae" / name).iterdir()), name  # fmt: skip
 
 
 @pytest.mark.parametrize(("before", "name"), [

@@ -32,12 +32,19 @@ def write(run: Path, update: int, state: dict[str, Any], ranks: Ranks) -> Path:
 
 
 def newest(run: Path, ranks: Ranks) -> tuple[Saved | None, list[str]]:
-    """As :func:`.checkpoint.newest`, without tensors. All processes call it, and each looks at some of the files."""
+    """As :func:`.checkpoint.newest`, without tensors. All processes call it, and each looks at some of the files;
+    one that does not see the first one's disk is told what is there.
+    """
     complaints: list[str] = []
     for update in ranks.gathered(sorted(listed(run), reverse=True))[0]:
-        content, wrong = _read(folder_of(run, update), update, ranks)
+        place = folder_of(run, update)
+        digests = ranks.gathered(file_sha256(place / STATE) if (place / STATE).is_file() else None)
+        lookers = [rank for rank, digest in enumerate(digests) if digest == digests[0]]
+        content, wrong = _read(place, update, ranks.rank, lookers) if ranks.rank in lookers else ({}, None)
         found = [what for what in ranks.gathered(wrong) if what is not None]
         if not found:
+            if len(lookers) < ranks.world:
+                content = ranks.gathered(content if ranks.writes else None)[0]
             return Saved(update, content["state"], {}), complaints
         complaints.append(found[0])
     if complaints:
@@ -49,8 +56,8 @@ def folder_of(run: Path, update: int) -> Path:
     return run / FOLDER / f"step-{update:09d}"
 
 
-def _read(place: Path, update: int, ranks: Ranks) -> tuple[dict[str, Any], str | None]:
-    """What JSON holds of it; and what is wrong with it, as far as this process looks."""
+def _read(place: Path, update: int, rank: int, lookers: list[int]) -> tuple[dict[str, Any], str | None]:
+    """What JSON holds of it; and what is wrong with it, as far as this one of those who look at it does."""
     try:
         content = json.loads((place / STATE).read_bytes())
         files = sorted(content["files"].items())
@@ -58,7 +65,7 @@ def _read(place: Path, update: int, ranks: Ranks) -> tuple[dict[str, Any], str |
             raise ValueError("it is of another update")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"{place / STATE} is missing, damaged, or not of a run on a mesh: {error!r}"
-    for name, expected in files[ranks.rank :: ranks.world]:
+    for name, expected in files[lookers.index(rank) :: len(lookers)]:
         try:
             found = file_sha256(place / name)
         except OSError as error:

@@ -38,9 +38,9 @@ class Run:
         FileNotFoundError: folder: 'runs/nowhere' holds no config.yaml: it is not the folder of a run
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder).expanduser()
-        if not (self.folder / CONFIG).is_file():
+    def __init__(self, folder: str | os.PathLike, *, _elsewhere: bool = False) -> None:
+        self.folder = Path(folder).expanduser()  # or elsewhere, on a disk that this process need not see
+        if not _elsewhere and not (self.folder / CONFIG).is_file():
             raise FileNotFoundError(f"folder: {str(folder)!r} holds no {CONFIG}: it is not the folder of a run")
 
     def __repr__(self) -> str:

@@ -77,7 +77,7 @@ def resume(
     """Goes on with a run from its newest checkpoint that is whole; a finished one is only evaluated and written again.
 
     Args:
-        run: its folder.
+        run: its folder, on the disk of the first process; others need not see it.
         settings: changes, as ``"output.save_steps=100"``: of ``logger`` and ``output``, and of
             ``data.training_tokens`` as long as the learning rate has not begun to decay.
         model, tokenizer, dataset, callbacks: as the run had them.
@@ -93,12 +93,15 @@ def resume(
         ...
         FileNotFoundError: run: 'runs/nowhere' holds no config.yaml: it is not the folder of a run
     """
-    folder = Path(run).expanduser()
-    if not (folder / CONFIG).is_file():
+    from .config_files import read_yaml
+
+    file = Path(run).expanduser() / CONFIG
+    text = distributed().gathered(file.read_text(encoding="utf-8") if file.is_file() else None)[0]
+    if text is None:
         raise FileNotFoundError(f"run: {str(run)!r} holds no {CONFIG}: it is not the folder of a run")
     return Trainer(
-        Run(folder).config, model=model, tokenizer=tokenizer, dataset=dataset, callbacks=callbacks,
-        _resumes=folder, _settings=settings,
+        TrainConfig.from_dict(read_yaml(text, str(file)) or {}), model=model, tokenizer=tokenizer, dataset=dataset,
+        callbacks=callbacks, _resumes=file.parent, _settings=settings,
     ).train()  # fmt: skip
 
 
@@ -175,7 +178,7 @@ class Trainer:
                 self.ranks = self.ranks.on_mesh(self.config.mesh, self.plan.device)
             self._settle_folder()
             self.ranks.alone(lambda: self._claim(stack))
-            self.run = Run(self.folder)
+            self.run = Run(self.folder, _elsewhere=not self.ranks.writes)
             stack.callback(saved_state.set_random_state, saved_state.random_state())
             torch.manual_seed(self.config.seed)  # for whatever a rule, a loss or a callback of the user's draws
             self._build()
