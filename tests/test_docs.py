@@ -169,13 +169,16 @@ def test_configurations_are_read(tmp_path):
 
 
 def test_configurations_of_crosscoders_are_read(tmp_path):
-    clt, diff = re.findall(r"^```yaml\n(.*?)^```", TEXTS["crosslayer"], re.DOTALL | re.MULTILINE)
+    clt, diff, budgets = re.findall(r"^```yaml\n(.*?)^```", TEXTS["crosslayer"], re.DOTALL | re.MULTILINE)
     (tmp_path / "run.yaml").write_text(clt, encoding="utf-8")
     (entry,) = se.training.TrainConfig.from_yaml(tmp_path / "run.yaml").saes
     assert (entry.wiring, entry.sources, entry.reads[11]) == ("causal", 12, "blocks.11.hook_resid_mid")
     (tmp_path / "run.yaml").write_text(diff, encoding="utf-8")
     config = se.training.TrainConfig.from_yaml(tmp_path / "run.yaml")
     assert config.saes[0].sources == 1 and config.other_models[0].model_name == "google/gemma-2-2b-it"
+    (tmp_path / "run.yaml").write_text(budgets, encoding="utf-8")
+    each, of_all = se.training.TrainConfig.from_yaml(tmp_path / "run.yaml").saes
+    assert each.architecture.k * each.sources == of_all.architecture.k and of_all.architecture.over_sources
 
 
 def test_every_rule_has_its_lines():
