@@ -113,8 +113,15 @@ def _rounded_moments(first, second, step, latent, columns, MATRIX: tl.constexpr)
 
 
 @triton.jit
-def _moved(state, latent, columns, first_column, mask, keep, old, grad, factors, settings, MATRIX: tl.constexpr,
-           REPLICATED: tl.constexpr):
+def _moments(state, latent, columns, mask):
+    """Both, as they are stored; where nothing lies such that no 0 is divided by 0."""
+    first = tl.load(_at(state, latent, columns, 1), mask=mask, other=0.0)
+    return first, tl.load(_at(state, latent, columns, 2), mask=mask, other=1.0)
+
+
+@triton.jit
+def _moved(state, latent, columns, first_column, mask, keep, old, moments, grad, factors, settings,
+           MATRIX: tl.constexpr, REPLICATED: tl.constexpr):
     """Moves the moments by ``grad``, where ``keep``, and returns the weights that follow from ``old``.
 
     Rounding follows from a number's place, of which ``first_column`` is the first of ``columns``; None: 0.
@@ -126,8 +133,8 @@ def _moved(state, latent, columns, first_column, mask, keep, old, grad, factors,
     beta1, rest1, beta2, rest2, eps, weight_decay = settings
     grad += weight_decay * old
     at = _at(state, latent, columns, 1), _at(state, latent, columns, 2)
-    first = beta1 * tl.load(at[0], mask=mask, other=0.0).to(tl.float32) + rest1 * grad
-    second = beta2 * tl.load(at[1], mask=mask, other=1.0).to(tl.float32) + rest2 * grad * grad  # no 0 / 0 beside it
+    first = beta1 * moments[0].to(tl.float32) + rest1 * grad
+    second = beta2 * moments[1].to(tl.float32) + rest2 * grad * grad
     if REPLICATED:
         tl.debug_barrier()
     kept = first, second
@@ -172,7 +179,12 @@ def _latents_kernel(
     """GROUP latents one after the other: sums over their entries, then stored or used up.
 
     Of rows that no tile holds, these are the columns from ``first_column`` on; None: whole rows.
+
+    A program with 16 warps has an SM for itself, so that nothing is fetched while it waits. Where an encoder's row is a
+    small part of a decoder's, as in a cross-layer transcoder, it and the bias are therefore loaded beside the decoder's
+    row and moments, in 7 registers of a thread, and not each once the one before has been stored.
     """
+    TOGETHER: tl.constexpr = 4 * BLOCK_IN <= BLOCK_OUT
     program = tl.program_id(0).to(tl.int64)
     offs_out, offs_in = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
     mask_out, mask_in = offs_out < D_OUT, offs_in < D_IN
@@ -221,6 +233,13 @@ def _latents_kernel(
             tl.store(at, enc.to(enc_ptr.dtype.element_ty), mask=mask_in)
         if slopes_ptr is not None:
             tl.store(slopes_ptr + (latent - first), slopes.to(slopes_ptr.dtype.element_ty))
+        none = tl.full((), 0, tl.int32)
+        if MOVED[1] and TOGETHER:
+            old_enc = tl.load(_at(encoder, latent, offs_in), mask=mask_in, other=0.0).to(tl.float32)
+            of_enc = _moments(encoder, latent, offs_in, mask_in)
+        if MOVED[2] and TOGETHER:
+            old_bias = tl.load(_at(bias, latent, none)).to(tl.float32)
+            of_bias = _moments(bias, latent, none, latent >= 0)
         if MOVED[0]:
             old = row
             if COPIED[0]:  # `row` is the copy's
@@ -228,23 +247,30 @@ def _latents_kernel(
             if UNIT_ROWS:
                 dec -= tl.sum(dec * old, axis=0) / _or_one(tl.sum(old * old, axis=0)) * old
             square += tl.sum(dec * dec, axis=0)
-            new = _moved(decoder, latent, offs_out, first_column, mask_out, keep, old, dec, factors, settings, 0,
-                         REPLICATED[0])
+            moments = _moments(decoder, latent, offs_out, mask_out)
+            new = _moved(decoder, latent, offs_out, first_column, mask_out, keep, old, moments, dec, factors, settings,
+                         0, REPLICATED[0])
             if UNIT_ROWS:
                 new = new / _or_one(tl.sqrt_rn(tl.sum(new * new, axis=0)))
             _put(decoder, latent, offs_out, only_if(keep, mask_out), new, COPIED[0])
         if MOVED[1]:
-            old = tl.load(_at(encoder, latent, offs_in), mask=mask_in, other=0.0).to(tl.float32)
-            center -= slopes * old
+            if not TOGETHER:
+                old_enc = tl.load(_at(encoder, latent, offs_in), mask=mask_in, other=0.0).to(tl.float32)
+            center -= slopes * old_enc
             square += tl.sum(enc * enc, axis=0)
-            new = _moved(encoder, latent, offs_in, first_column, mask_in, keep, old, enc, factors, settings, 1,
-                         REPLICATED[1])
+            if not TOGETHER:
+                of_enc = _moments(encoder, latent, offs_in, mask_in)
+            new = _moved(encoder, latent, offs_in, first_column, mask_in, keep, old_enc, of_enc, enc, factors, settings,
+                         1, REPLICATED[1])
             _put(encoder, latent, offs_in, only_if(keep, mask_in), new, COPIED[1])
         if MOVED[2]:
-            none = tl.full((), 0, tl.int32)
-            old = tl.load(_at(bias, latent, none)).to(tl.float32)
+            if not TOGETHER:
+                old_bias = tl.load(_at(bias, latent, none)).to(tl.float32)
             square += slopes * slopes
-            new = _moved(bias, latent, none, None, keep | True, keep, old, slopes, factors, settings, 2, True)
+            if not TOGETHER:
+                of_bias = _moments(bias, latent, none, latent >= 0)
+            new = _moved(bias, latent, none, None, keep | True, keep, old_bias, of_bias, slopes, factors, settings, 2,
+                         True)
             _put(bias, latent, none, keep, new, COPIED[2])
         latent += 1
     if MOVED[1]:
@@ -297,7 +323,8 @@ def _matrix_kernel(
         if UNIT_ROWS:
             grad -= along[:, None] * old
         square += tl.sum(grad * grad, axis=1)
-        new = _moved(state, latent, columns, None, mask, keep, old, grad, factors, settings, MATRIX, False)
+        moments = _moments(state, latent, columns, mask)
+        new = _moved(state, latent, columns, None, mask, keep, old, moments, grad, factors, settings, MATRIX, False)
         if UNIT_ROWS:
             norm += tl.sum(new * new, axis=1)
             tl.store(grad_ptr + local[:, None] * D + columns, new, mask=mask)  # the gradient has done its work

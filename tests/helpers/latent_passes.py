@@ -19,6 +19,7 @@ DTYPES = {  # of the computation and of the parameters; copies where they differ
 }  # fmt: skip
 SHAPES = {  # B, F, D_out, D_in
     "B6-F11-D7-5": (6, 11, 7, 5), "B1-F1-D1-1": (1, 1, 1, 1), "B9-F17-D33-33": (9, 17, 33, 33), "B0": (0, 9, 4, 3),
+    "B9-F13-D70-5": (9, 13, 70, 5),  # an encoder that is loaded beside the decoder
 }  # fmt: skip
 # Numbers that fp32 holds exactly. On a GPU torch's fused Adam rounds beta2 to fp32 before it subtracts it from 1, which
 # of 0.99 would move the second moment by eight epsilons of a squared gradient: another beta2, no error of the step.
