@@ -247,14 +247,25 @@ class RunningOverSources(RunningTopK):
     Nothing waits for the device: how many entries are kept is known.
     """
 
-    def __init__(self, rows: int, num_latents: int, backend: str, k: int, sources: int) -> None:
-        self._of_token, self._sources = check.integer_k(k, num_latents * sources), sources
-        super().__init__(rows, num_latents, backend, min(k, num_latents))
+    def __init__(
+        self, rows: int, num_latents: int, backend: str, k: int, sources: int, shards: Shards | None = None
+    ) -> None:
+        whole = num_latents if shards is None else shards.num_latents
+        self._of_token, self._sources = check.integer_k(k, whole * sources), sources
+        super().__init__(rows, num_latents, backend, min(k, whole), shards=shards)
 
     def finish(self) -> tuple[SparseCodes, Tensor | None]:
         assert self._held is not None
         entries, _, latents = self._held
         tokens, held, device = self.tokens // self._sources, entries.shape[1], entries.device
+        if self._shards is not None:
+            kept = self._shards.kept_of_rows(entries, None, self._of_token, self._sources)
+            offsets = uniform_offsets(self.tokens, held, device)
+            values = torch.where(entries <= 0, 0.0, entries)
+            codes = SparseCodes(values.flatten(), latents.flatten(), offsets, (self.tokens,), self.num_latents)
+            found = entries.flatten() if self.wants_entries else None
+            room = min(tokens * self._of_token, kept.numel())
+            return self._shards.narrowed(codes, kept.flatten(), found, room=room)
         by_token = entries.view(self._sources, tokens, held).transpose(0, 1).reshape(tokens, -1)
         _, kept = ops.topk(by_token, None, None, self._of_token, False, False, self.backend)
         kept, token = kept.view(tokens, self._of_token).long(), torch.arange(tokens, device=device)[:, None]

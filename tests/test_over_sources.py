@@ -83,12 +83,6 @@ def clt(rule, sources=3):
     return se.Crosscoder.clt(sources, 4, 8, rule)
 
 
-def on_a_mesh():
-    from sae_engine.distributed.shards import check_rules
-
-    check_rules([TopKOverSources(3, 2)])
-
-
 REFUSED = {
     "one source": (lambda: TopKOverSources(3, 1), ValueError, "sources must be at least 2, got 1"),
     "k of nothing": (lambda: TopKOverSources(0, 2), ValueError, "k"),
@@ -103,7 +97,6 @@ REFUSED = {
     "integers": (lambda: TopKOverSources(3, 2).select(torch.ones(2, 5, 8).long()), TypeError, "pre"),
     "one by itself": (lambda: se.latents.of_source(clt(TopKOverSources(3, 3)), 1), ValueError, "TopKOverSources"),
     "thresholds": (lambda: se.inference_form(clt(TopKOverSources(3, 3))), TypeError, "TopKOverSources"),
-    "a mesh": (on_a_mesh, TypeError, "TopKOverSources cannot say how it selects over latents that are cut"),
 }  # fmt: skip
 
 

@@ -25,13 +25,15 @@ ONE = 1 << 40  # of norm matching: the target's energy in fixed point
 MOST = 1 << 42  # a single entry's energy, at most: 2^20 of them fit an int64
 
 
-def row_mask(shards: Shards, by: Tensor, allowed: Tensor | None, k: int) -> Tensor:
-    """(all tokens, c) bool: which of my candidates are among the ``k`` of their row.
+def row_mask(shards: Shards, by: Tensor, allowed: Tensor | None, k: int, sources: int = 1) -> Tensor:
+    """(sources of all tokens, c) bool: which of my candidates are among the ``k`` of their token.
 
-    Keys go to the rows' owners, who find the cut, give ties away in order of ranks and return a count for each row.
+    Keys go to the tokens' owners, who find the cut, give ties away in order of sources, then of ranks, and return a
+    count for each row.
 
     Args:
-        by: (all tokens, c) what ranks, c = min(k, my latents), by ascending latent.
+        by: (sources of all tokens, c) what ranks, c = min(k, my latents), by ascending latent; one source's tokens
+            below another's.
         allowed: of them, False where the mask forbids a candidate; such rank below everything. None: all.
     """
     key = ordered_keys(by)
@@ -39,15 +41,18 @@ def row_mask(shards: Shards, by: Tensor, allowed: Tensor | None, k: int) -> Tens
     if allowed is not None:
         key = torch.where(allowed, key, lowest + 1)
     best, order = key.sort(dim=1, descending=True, stable=True)
-    if best.shape[1] < k:
-        best = torch.cat([best, best.new_full((best.shape[0], k - best.shape[1]), lowest)], 1)
-    candidates = shards.wire.scatter_rows(best.contiguous(), shards.rows, "candidates")  # (ranks, my rows, k)
+    width = min(k, shards.num_latents)
+    if best.shape[1] < width:
+        best = torch.cat([best, best.new_full((best.shape[0], width - best.shape[1]), lowest)], 1)
+    by_token = best.view(sources, len(best) // sources, width).transpose(0, 1).contiguous()
+    candidates = shards.wire.scatter_rows(by_token, shards.rows, "candidates")  # (ranks, my tokens, sources, width)
     every = candidates.transpose(0, 1).flatten(1)
-    cut = every.sort(dim=1, descending=True).values[:, k - 1]
-    above, tied = ((found).sum(-1) for found in (candidates > cut[:, None], candidates == cut[:, None]))
+    cut = every.sort(dim=1, descending=True).values[:, k - 1, None, None]
+    above, tied = (found.sum(-1).permute(2, 0, 1).flatten(0, 1) for found in (candidates > cut, candidates == cut))
     left = k - above.sum(0) - (tied.cumsum(0) - tied)
-    counts = shards.wire.return_rows((above + left.clamp(min=0).minimum(tied)).int(), shards.rows, "counts")
-    kept = torch.arange(by.shape[1], device=by.device) < counts[:, None]
+    numbers = (above + left.clamp(min=0).minimum(tied)).int().unflatten(0, (sources, shards.size))
+    counts = shards.wire.return_rows(numbers.permute(1, 2, 0).contiguous(), shards.rows, "counts")
+    kept = torch.arange(by.shape[1], device=by.device) < counts.T.reshape(-1, 1)
     return torch.zeros_like(kept).scatter_(1, order, kept)
 
 

@@ -233,8 +233,8 @@ class Shards:
 
     # --- selection: see selection.py --------------------------------------------------------------------------------
 
-    def kept_of_rows(self, by: Tensor, allowed: Tensor | None, k: int) -> Tensor:
-        return selection.row_mask(self, by, allowed, k)
+    def kept_of_rows(self, by: Tensor, allowed: Tensor | None, k: int, sources: int = 1) -> Tensor:
+        return selection.row_mask(self, by, allowed, k, sources)
 
     def kept_of_batch(
         self, codes: SparseCodes, total: int, allowed: Tensor | None = None, among: int = 1
@@ -251,9 +251,9 @@ class Shards:
     def norm_match(self, pre: Tensor, target: Tensor, weight_norm: Tensor | None, capacity: int | None) -> SparseCodes:
         return selection.norm_match(self, pre, target, weight_norm, capacity)
 
-    def narrowed(self, codes: SparseCodes, kept: Tensor, *others: Tensor | None) -> tuple:
-        """The codes where ``kept`` (N,), and ``others`` (N,) there."""
-        return selection.narrowed(codes, kept, others, trims=self.trims)
+    def narrowed(self, codes: SparseCodes, kept: Tensor, *others: Tensor | None, room: int | None = None) -> tuple:
+        """The codes where ``kept`` (N,), and ``others`` (N,) there; of not more than ``room`` entries."""
+        return selection.narrowed(codes, kept, others, trims=self.trims, room=room)
 
     # --- codes of all latents of my tokens, and codes of my latents of all tokens ----------------------------------
 

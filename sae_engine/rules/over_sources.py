@@ -40,6 +40,7 @@ class TopKOverSources(Activation):
     """
 
     scope = "token"
+    selects_over_shards = True
     entry_values = kept_values
 
     def __init__(self, k: int, sources: int) -> None:
@@ -65,4 +66,4 @@ class TopKOverSources(Activation):
         return SparseCodes(values, codes.indices, codes.offsets, tuple(pre.shape[:-1]), pre.shape[-1])
 
     def running(self, tokens: int, num_latents: int, *, backend: str = "auto") -> RunningOverSources:
-        return RunningOverSources(tokens, num_latents, backend, self.k, self.sources)
+        return RunningOverSources(tokens, num_latents, backend, self.k, self.sources, self.shards)

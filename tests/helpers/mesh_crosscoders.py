@@ -11,7 +11,7 @@ from pair_loop import SITES, WIDTHS, D, number_of_sources, rules
 
 import sae_engine as se
 from sae_engine.distributed.wire import shares
-from sae_engine.losses import L1, AuxK, PreActivation, TanhL0
+from sae_engine.losses import L1, AuxK, MultiTopK, PreActivation, TanhL0
 
 B, F = 14, 18
 FOLDER = []  # that all ranks write to
@@ -20,6 +20,7 @@ CODERS = {  # rule, wiring, options
     "clt": ("topk", "causal", {}),
     "clt of one budget": ("batch", "causal", {}),
     "clt of budgets": ("batches", "causal", {}),
+    "clt of a token's budget": ("token", "causal", {}),
     "each, mixed rules": ("mixed", "each", {"skip": True}),
     "windows, thresholds": ("jumprelu", [(range(0, 2), (0, 2)), (1, 2), (range(1, 3), range(1, 3))], {}),
     "decoder norms": ("topk", "causal", {"rescale_acts_by_decoder_norm": True}),
@@ -78,6 +79,8 @@ STEPS = {  # coder, options of the step, number of steps
     "joint": ("joint", {}, 20),
     "clt": ("clt", {"losses": [AuxK(3)], "dead_after": 30}, 20),
     "clt of one budget": ("clt of one budget", {}, 20),
+    "a token's budget": ("clt of a token's budget", {"losses": [MultiTopK(), AuxK(3)], "dead_after": 30}, 20),
+    "a token's budget, slabs": ("clt of a token's budget", {"memory_budget": 8 * B * 3}, 4),
     "clt of budgets, slabs": ("clt of budgets", {"memory_budget": 8 * B * 3}, 4),
     "one budget, slabs": ("clt of one budget", {"memory_budget": 8 * B * 3}, 4),
     "each, mixed rules": ("each, mixed rules", {"grad_clip": 0.5}, 4),
@@ -105,7 +108,7 @@ def trains(mesh, rank, size, name, tokens=B, latents=F):
 
 def trains_on_uneven_tokens(mesh, rank, size):
     """Ranks without a token, and ranks without a latent."""
-    for name in ("clt", "clt of one budget", "lifted to thresholds"):
+    for name in ("clt", "clt of one budget", "a token's budget", "lifted to thresholds"):
         trains(mesh, rank, size, name, size - 1)
         trains(mesh, rank, size, name, 2 * size + 1, 9)
 
@@ -150,17 +153,22 @@ def sends_what_the_formula_says(mesh, rank, size):
 
 
 def ties_go_to_one_device_s_entries(mesh, rank, size):
-    """Of one budget for all sources: source by source, then token by token."""
-    one, many = pair("clt of one budget", mesh)
+    """Of one budget for all sources: source by source, then token by token; of a token's, by latent."""
     x = next(iter(batches(1)))[0]
-    with torch.no_grad():
-        for coder in (one, many.share):
-            for p in (*coder.W_enc, coder.b_enc):
-                p.zero_()
-            coder.b_enc.fill_(0.5)
-        a, b = one.encode(x), many.encode(x[my_rows(B, rank, size)])
-    assert torch.equal(a.to_dense()[:, my_rows(B, rank, size)], b.to_dense())
-    assert a.to_dense().flatten(1).any(1).sum() < SITES  # the budget ends within a source
+    for name in ("clt of one budget", "clt of a token's budget"):
+        one, many = pair(name, mesh)
+        with torch.no_grad():
+            for coder in (one, many.share):
+                for p in (*coder.W_enc, coder.b_enc):
+                    p.zero_()
+                coder.b_enc.fill_(0.5)
+            if "token" in name:  # the last source's second half ranks first
+                one.b_enc[-1, F // 2 :] = 0.75
+                many.share.b_enc[-1, max(F // 2 - many.shards.mine.start, 0) :] = 0.75
+                one.activation.k = many.activation.k = one.activation.k + F // 2
+            a, b = one.encode(x), many.encode(x[my_rows(B, rank, size)])
+        assert torch.equal(a.to_dense()[:, my_rows(B, rank, size)], b.to_dense()), name
+        assert a.to_dense().flatten(1).any(1).sum() < SITES, name  # the budget ends within a source
 
 
 def goes_on_from_a_checkpoint(mesh, rank, size):
