@@ -298,6 +298,10 @@ class Crosscoder(SparseAutoencoder):
             return source_passes.sums_of(self, number, x)
         return self._own_sums_of(number, x)
 
+    def _all_sums(self, codes: SparseCodes) -> Tensor:
+        """(tokens, d_out) of the decoder rows of all sources."""
+        return self._sums(codes) if self.shards is None else source_passes.sums_own(self, codes)
+
     def _own_sums_of(self, number: int, x: Tensor) -> Tensor:
         source = self.sources[number]
         scale = self._norms_of(source) if self.rescale_acts_by_decoder_norm else None

@@ -67,10 +67,12 @@ def of_rows(folder: Path, **changes):
 LAYERS = {"name": "clt", "hook_name": "blocks.{0..1}.hook_resid_mid", "hook_name_out": "blocks.{0..1}.hook_mlp_out",
           "wiring": "causal", "architecture": "topk", "k": 4, "d_sae": 64}  # fmt: skip
 
+SHARED = LAYERS | {"name": "shared", "k": 8, "over_sources": True}
+
 
 def of_text(folder: Path):
     return settings(folder, mesh={"latent": 2}, data__training_tokens=64 * 8, eval__eval_steps=0, output__save_steps=4,
-                    saes=[SAE | {"name": "plain"}, LAYERS])  # fmt: skip
+                    saes=[SAE | {"name": "plain"}, LAYERS, SHARED])  # fmt: skip
 
 
 def copied(run: Path, to: Path, update: int) -> Path:
@@ -330,7 +332,7 @@ def test_a_language_models_rows_and_the_evaluation(ran):
                 "clt/evaluation/fvu", "clt/evaluation/ce_spliced", "clt/evaluation/cross_layer", "clt/evaluation/l0"):
         values = [[line[key] for line in run if key in line] for run in (two, one)]
         assert values[0] == pytest.approx(values[1], rel=1e-3) and values[0], key
-    sae, clt = Run(folder / "text").saes().values()
+    sae, clt, shared = Run(folder / "text").saes().values()
     config = Run(folder / "text").config
     held_out = se.data.open_source("stdlib", hold_out=config.data.eval_fraction_documents).held_out(256, tokens=256)
     lm = se.data.load_language_model()
@@ -338,8 +340,9 @@ def test_a_language_models_rows_and_the_evaluation(ran):
     options = dict(context_length=32, batch_size=4, drop_first=True, first_token="bos", exclude_tokens=special,
                    max_tokens=256)  # fmt: skip
     measured = {"plain": se.metrics.evaluation.evaluate_during(sae, lm, held_out, site=HOOK, **options)}
-    measured["clt"] = se.metrics.evaluate_sites_during(
-        clt, lm, held_out, sites=clt.provenance.sites, target_sites=clt.provenance.target_sites, **options)
+    for name, coder in {"clt": clt, "shared": shared}.items():
+        measured[name] = se.metrics.evaluate_sites_during(
+            coder, lm, held_out, sites=coder.provenance.sites, target_sites=coder.provenance.target_sites, **options)
     for name, found in measured.items():
         for key, value in found.items():
             assert two[-1][f"{name}/{key}"] == pytest.approx(value, rel=1e-3), key

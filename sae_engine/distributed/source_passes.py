@@ -48,12 +48,23 @@ def decode_own(
     coder: Crosscoder, codes: SparseCodes, info: EncodeInfo | None, columns: slice, backend: str
 ) -> Tensor:
     """As ``Crosscoder.decode``, from the codes of my tokens."""
+    mine, of_mine = _to_latents(coder, codes)
+    tokens = codes.batch_shape if len(coder.wiring) == 1 else codes.batch_shape[1:]
+    return _decoded(mine, of_mine, info, tokens, columns, backend)
+
+
+def sums_own(coder: Crosscoder, codes: SparseCodes) -> Tensor:
+    """(my tokens, d_out) of decoder rows alone, from the codes of my tokens."""
+    mine, of_mine = _to_latents(coder, codes)
+    return _shards(mine).sum_parts(mine._sums(of_mine), "x_hat")
+
+
+def _to_latents(coder: Crosscoder, codes: SparseCodes) -> tuple[Any, SparseCodes]:
+    """The share, and codes of its latents for the tokens of all ranks of the group."""
     mine, sources = attached(coder), len(coder.wiring)
     shards = _shards(mine)
     shards.begin(codes.rows // sources)
-    tokens = codes.batch_shape if sources == 1 else codes.batch_shape[1:]
-    of_mine = [shards.to_latents(part) for part in parts_of(codes, sources)]
-    return _decoded(mine, below_one_another(of_mine), info, tokens, columns, backend)
+    return mine, below_one_another([shards.to_latents(part) for part in parts_of(codes, sources)])
 
 
 def sums_of(coder: Crosscoder, number: int, x: Tensor) -> Tensor:

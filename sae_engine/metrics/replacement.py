@@ -170,7 +170,7 @@ class _Reconstruction:
         """All sites, of which one rule chooses."""
         self.x = dict(enumerate(x))
         codes = self.coder.encode(torch.cat(x, 1))
-        self.out += self.coder._sums(codes)
+        self.out += self.coder._all_sums(codes)
 
     def read(self, site: int, rows: Tensor) -> None:
         self.x[site] = rows
