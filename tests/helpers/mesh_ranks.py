@@ -96,7 +96,7 @@ def cases_of_groups(size, sizes):
         yield "step: 16 bits", in_16_bits
         yield "encode: other rules", encodes_by_other_rules
         yield "step: the same bits again", repeats
-        yield from mesh_crosscoders.cases()
+        yield from mesh_crosscoders.cases() if is_first else mesh_crosscoders.cases(1, 2)
     every = 1 if is_first else 7 if "node" in sizes else 3
     for number, name in enumerate(RULES):
         if number % every == 0:
@@ -131,7 +131,7 @@ def cases(size):
     yield "step: 16 bits", in_16_bits
     yield "encode: other rules", encodes_by_other_rules
     if size != 3:
-        yield from mesh_crosscoders.cases()
+        yield from mesh_crosscoders.cases() if size == 2 else mesh_crosscoders.cases(0, 2)
     if size == 2:
         yield "step: memory", needs_what_the_formula_says
         yield "step: whole rows", decides_together
