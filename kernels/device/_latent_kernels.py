@@ -34,15 +34,24 @@ def _gated(inner, term, value, position, present, MODE: tl.constexpr, OFFERED: t
 
 
 @triton.jit
-def _add_entries(
-    dec, enc, bias, term, stride_gb, x_ptr, stride_xb, weight, entry, end, offs_out, mask_out, offs_in, mask_in,
-    MODE: tl.constexpr, OFFERED: tl.constexpr, IN_FLIGHT: tl.constexpr,
-):
-    """The three sums of a latent plus what its next IN_FLIGHT entries before ``end`` bring."""
+def _next_entries(term, entry, end, IN_FLIGHT: tl.constexpr):
+    """Rows and positions of the IN_FLIGHT entries from ``entry`` on, as far as they lie before ``end``.
+
+    They are loaded while the entries before them are summed: what is read at them would else wait for them, too.
+    """
     entries = entry + tl.arange(0, IN_FLIGHT)
     present = entries < end
     row = tl.load(term[4] + entries, mask=present, other=0).to(tl.int64)
-    position = tl.load(term[5] + entries, mask=present, other=0)
+    return row, tl.load(term[5] + entries, mask=present, other=0)
+
+
+@triton.jit
+def _add_entries(
+    dec, enc, bias, term, stride_gb, x_ptr, stride_xb, weight, row, position, entry, end, offs_out, mask_out, offs_in,
+    mask_in, MODE: tl.constexpr, OFFERED: tl.constexpr, IN_FLIGHT: tl.constexpr,
+):
+    """The three sums of a latent plus what its next IN_FLIGHT entries before ``end`` bring."""
+    present = entry + tl.arange(0, IN_FLIGHT) < end
     value = tl.load(term[1] + position, mask=present, other=0.0).to(tl.float32)
     at = row[:, None] * stride_gb + offs_out[None, :]  # [IN_FLIGHT, BLOCK_OUT]
     grad = tl.load(term[0] + at, mask=present[:, None] & mask_out[None, :], other=0.0).to(tl.float32)
@@ -74,9 +83,13 @@ def _pass_split_kernel(
             row = tl.load(_at(weight, latent.to(tl.int64), offs_out), mask=mask_out, other=0.0).to(tl.float32)
             dec, enc = tl.zeros((BLOCK_OUT,), tl.float32), tl.zeros((BLOCK_IN,), tl.float32)
             bias = tl.full((), 0.0, tl.float32)
+            sample, position = _next_entries(term, entry, end, IN_FLIGHT)
             while entry < end:
-                dec, enc, bias = _add_entries(dec, enc, bias, term, stride_gb, x_ptr, stride_xb, row, entry, end,
-                                              offs_out, mask_out, offs_in, mask_in, MODE, OFFERED, IN_FLIGHT)
+                following = _next_entries(term, entry + IN_FLIGHT, end, IN_FLIGHT)
+                dec, enc, bias = _add_entries(dec, enc, bias, term, stride_gb, x_ptr, stride_xb, row, sample, position,
+                                              entry, end, offs_out, mask_out, offs_in, mask_in, MODE, OFFERED,
+                                              IN_FLIGHT)
+                sample, position = following
                 entry += IN_FLIGHT
             tl.store(term[6] + split * D_OUT + offs_out, dec, mask=mask_out)
             tl.store(term[7] + split * D_IN + offs_in, enc, mask=mask_in)
@@ -211,6 +224,7 @@ def _latents_kernel(
             term = terms[i]
             entry = tl.load(term[3] + latent)
             end = tl.load(term[3] + latent + 1)
+            sample, position = _next_entries(term, entry, end, IN_FLIGHT)
             while entry < end:
                 split = entry // SPLIT
                 border = (split + 1) * SPLIT
@@ -219,12 +233,16 @@ def _latents_kernel(
                     enc += tl.load(term[7] + split * D_IN + offs_in, mask=mask_in, other=0.0)
                     slopes += tl.load(term[8] + split)
                     entry = border
+                    sample, position = _next_entries(term, entry, end, IN_FLIGHT)
                 else:
                     border = tl.minimum(border, end)
+                    after = tl.minimum(entry + IN_FLIGHT, border)
+                    following = _next_entries(term, after, end, IN_FLIGHT)
                     dec, enc, slopes = _add_entries(dec, enc, slopes, term, strides_gb[i], x_ptr, stride_xb, row,
-                                                    entry, border, offs_out, mask_out, offs_in, mask_in, MODES[i],
-                                                    OFFERED[i], IN_FLIGHT)
-                    entry = tl.minimum(entry + IN_FLIGHT, border)
+                                                    sample, position, entry, border, offs_out, mask_out, offs_in,
+                                                    mask_in, MODES[i], OFFERED[i], IN_FLIGHT)
+                    sample, position = following
+                    entry = after
         if dec_ptr is not None:
             at = dec_ptr + (latent - first) * stride_df + offs_out
             tl.store(at, dec.to(dec_ptr.dtype.element_ty), mask=mask_out)

@@ -230,6 +230,18 @@ def is_folded_where_it_lies(mesh, rank, size):
         close(one.site_norms(), many.site_norms(), "norms by site", 1e-12)
 
 
+def draws_elsewhere_what_one_device_draws(mesh, rank, size):
+    """Where a GPU's ranks train, as on a CPU: more latents than are drawn at once, of a seed of all ranks."""
+    made = [torch.manual_seed(5) and se.Crosscoder([2, 3], [3], 4200, se.TopK(2), mesh=over) for over in (None, mesh)]
+    with torch.no_grad():
+        for p in made[1].share.parameters():
+            p.zero_()
+    torch.manual_seed(5)
+    made[1]._draw_weights("cpu")
+    for name in ("W_enc.0", "W_dec.0"):
+        assert torch.equal(made[0].get_parameter(name), whole(made[1].get_parameter(name))), name
+
+
 def is_refused_by_name(mesh, rank, size):
     _, many = pair("clt", mesh)
     with pytest.raises(ValueError, match="format must be 'sae_engine' for a crosscoder on a mesh, got 'trans"):
@@ -253,4 +265,5 @@ def cases(first=0, every=1):
     yield "crosscoder: folder", writes_the_folder_of_one_process
     yield "crosscoder: refused", is_refused_by_name
     yield "crosscoder: folded", is_folded_where_it_lies
+    yield "crosscoder: drawn elsewhere", draws_elsewhere_what_one_device_draws
     yield "crosscoder: ties", ties_go_to_one_device_s_entries
