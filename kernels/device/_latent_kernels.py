@@ -35,10 +35,7 @@ def _gated(inner, term, value, position, present, MODE: tl.constexpr, OFFERED: t
 
 @triton.jit
 def _next_entries(term, entry, end, IN_FLIGHT: tl.constexpr):
-    """Rows and positions of the IN_FLIGHT entries from ``entry`` on, as far as they lie before ``end``.
-
-    They are loaded while the entries before them are summed: what is read at them would else wait for them, too.
-    """
+    """Rows and positions of the IN_FLIGHT entries from ``entry`` on, as far as they lie before ``end``."""
     entries = entry + tl.arange(0, IN_FLIGHT)
     present = entries < end
     row = tl.load(term[4] + entries, mask=present, other=0).to(tl.int64)
@@ -83,13 +80,11 @@ def _pass_split_kernel(
             row = tl.load(_at(weight, latent.to(tl.int64), offs_out), mask=mask_out, other=0.0).to(tl.float32)
             dec, enc = tl.zeros((BLOCK_OUT,), tl.float32), tl.zeros((BLOCK_IN,), tl.float32)
             bias = tl.full((), 0.0, tl.float32)
-            sample, position = _next_entries(term, entry, end, IN_FLIGHT)
             while entry < end:
-                following = _next_entries(term, entry + IN_FLIGHT, end, IN_FLIGHT)
+                sample, position = _next_entries(term, entry, end, IN_FLIGHT)
                 dec, enc, bias = _add_entries(dec, enc, bias, term, stride_gb, x_ptr, stride_xb, row, sample, position,
                                               entry, end, offs_out, mask_out, offs_in, mask_in, MODE, OFFERED,
                                               IN_FLIGHT)
-                sample, position = following
                 entry += IN_FLIGHT
             tl.store(term[6] + split * D_OUT + offs_out, dec, mask=mask_out)
             tl.store(term[7] + split * D_IN + offs_in, enc, mask=mask_in)
@@ -237,6 +232,7 @@ def _latents_kernel(
                 else:
                     border = tl.minimum(border, end)
                     after = tl.minimum(entry + IN_FLIGHT, border)
+                    # Loaded while those before them are summed: what is read at them would else wait for them, too.
                     following = _next_entries(term, after, end, IN_FLIGHT)
                     dec, enc, slopes = _add_entries(dec, enc, slopes, term, strides_gb[i], x_ptr, stride_xb, row,
                                                     sample, position, entry, border, offs_out, mask_out, offs_in,
