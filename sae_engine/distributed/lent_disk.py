@@ -117,24 +117,32 @@ class LentDisk:
                 files = _Lent(folder, opened)
                 while left := borrowers or others:
                     for rank in list(left):
-                        try:
-                            if self._is_done(rank, files, is_lost=bool(lost)):
-                                left.remove(rank)
-                                answered.append(rank)
-                        except RuntimeError as error:
-                            if not is_of_a_collective(error):
-                                raise
-                            left.remove(rank)
-                            lost[rank] = error
-                            self._agreement.lost(rank, error)
+                        with self._noticed(rank, lost):
+                            if not self._is_done(rank, files, is_lost=bool(lost)):
+                                continue
+                            answered.append(rank)
+                        left.remove(rank)
                 if not lost:
                     files.sync()
         finally:  # also where the disk is full, which is this rank's error
             for rank in answered:
-                self._wire.send(_numbers(_LOST if lost else 0, 0), rank, "files")
+                with self._noticed(rank, lost):
+                    self._wire.send(_numbers(_LOST if lost else 0, 0), rank, "files")
         if lost:
-            self._agreement.linger([*lost])
-            raise dist.DistBackendError("a rank is gone") from next(iter(lost.values()))
+            first, error = next(iter(lost.items()))
+            self._agreement.linger([first])  # others may have waited too long for this rank, and will ask why
+            raise dist.DistBackendError("a rank is gone") from error
+
+    @contextmanager
+    def _noticed(self, rank: int, lost: dict[int, BaseException]) -> Iterator[None]:
+        """Around what needs a rank: where the connection to it breaks, all are told, and it counts as ``lost``."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_of_a_collective(error):
+                raise
+            lost[rank] = error
+            self._agreement.lost(rank, error)
 
     def _is_done(self, rank: int, files: _Lent, *, is_lost: bool) -> bool:
         """Whether that is what a rank says; what else it asks for is answered."""
